@@ -1,0 +1,87 @@
+"""The pages of one attention layer, with all that is needed to read and write them."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+import torch
+
+from sawkv.errors import LayoutError
+from sawkv.layout import PageLayout
+from sawkv.spec import FORMAT_VERSION
+
+
+@dataclass(frozen=True)
+class PagedKVCache:
+    """One layer's pages.
+
+    Attributes:
+        pages: [num_pages, num_kv_heads, page_size, token_bytes] uint8. Only the stride of pages is free. Kernels mutate it.
+        layout: what the bytes mean.
+        k_center, v_center: [num_kv_heads, head_dim] fp32 static offsets, subtracted before rotation, or None. A fixed offset of K
+            changes no softmax, since it adds the same q.c to every score; V's is added back to the output.
+
+    Raises:
+        LayoutError: a tensor does not fit the layout.
+    """
+
+    pages: torch.Tensor
+    layout: PageLayout
+    k_center: torch.Tensor | None = None
+    v_center: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        layout, pages = self.layout, self.pages
+        shape = layout.pages_shape(pages.shape[0] if pages.ndim else 0)
+        if pages.dtype != torch.uint8 or pages.shape != shape:
+            raise LayoutError(f"pages: expected uint8 {list(shape)}, got {pages.dtype} {list(pages.shape)}")
+        strides = (layout.span_bytes, layout.token_bytes, 1)
+        if pages.stride()[1:] != strides or pages.stride(0) % 16 or pages.data_ptr() % 16:
+            raise LayoutError(
+                f"pages: expected strides [multiple of 16, {', '.join(map(str, strides))}] from a 16-byte aligned address, "
+                f"got {list(pages.stride())}"
+            )
+        for name, center in (("k_center", self.k_center), ("v_center", self.v_center)):
+            if center is None:
+                continue
+            expected = (layout.num_kv_heads, layout.head_dim)
+            if center.shape != expected or center.dtype != torch.float32 or not center.is_contiguous():
+                raise LayoutError(f"{name}: expected contiguous float32 {list(expected)}, got {center.dtype} {list(center.shape)}")
+            if center.device != pages.device:
+                raise LayoutError(f"{name}: expected device {pages.device}, got {center.device}")
+
+    @classmethod
+    def allocate(
+        cls,
+        layout: PageLayout,
+        num_pages: int,
+        device: torch.device | str = "cpu",
+        k_center: torch.Tensor | None = None,
+        v_center: torch.Tensor | None = None,
+    ) -> PagedKVCache:
+        """A cache with `num_pages` fresh pages, their bytes not initialized."""
+        pages = torch.empty(layout.pages_shape(num_pages), dtype=torch.uint8, device=device)
+        return cls(pages, layout, k_center, v_center)
+
+    @property
+    def num_slots(self) -> int:
+        """Tokens that the pages can hold."""
+        return self.pages.shape[0] * self.layout.page_size
+
+    def fingerprint(self) -> str:
+        """16 hex digits over everything that changes the bytes; caches may exchange pages only if theirs are equal."""
+        layout = self.layout
+        parts = [
+            f"sawkv/{FORMAT_VERSION}",
+            str(layout.format),
+            f"head_dim={layout.head_dim}",
+            f"page_size={layout.page_size}",
+            f"k_center={_digest(self.k_center)}",
+            f"v_center={_digest(self.v_center)}",
+        ]
+        return hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
+
+
+def _digest(center: torch.Tensor | None) -> str:
+    return "-" if center is None else hashlib.sha256(center.cpu().numpy().tobytes()).hexdigest()

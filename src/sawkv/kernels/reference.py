@@ -1,0 +1,145 @@
+"""The truth that every kernel is judged by: plain PyTorch, fp32, any device, one sequence after the other."""
+
+from __future__ import annotations
+
+import torch
+
+from sawkv.cache import PagedKVCache
+from sawkv.layout import SEGMENT_BYTES, PageLayout
+from sawkv.methods import CODECS
+from sawkv.rotation import rotate
+
+
+def unsupported_reason(device: torch.device, layout: PageLayout) -> str | None:
+    """Runs everything everywhere."""
+    return None
+
+
+def append(k: torch.Tensor, v: torch.Tensor, cache: PagedKVCache, slot_mapping: torch.Tensor) -> None:
+    """See `sawkv.ops.append`."""
+    layout = cache.layout
+    num_tokens = slot_mapping.shape[0]
+    kept = (slot_mapping >= 0) & (slot_mapping < cache.num_slots)
+    page, offset = slot_mapping[kept] // layout.page_size, slot_mapping[kept] % layout.page_size
+    codec = CODECS[layout.format.codec]
+    k_codes, k_meta, v_codes, v_meta = planes(cache)
+    for x, center, order, codes, meta in (
+        (k, cache.k_center, layout.k_rotation_order, k_codes, k_meta),
+        (v, cache.v_center, layout.v_rotation_order, v_codes, v_meta),
+    ):
+        rows = x[:num_tokens][kept].float()
+        rows = rotate(rows if center is None else rows - center, order)
+        new_codes, new_meta = codec.encode(rows)
+        if codes is v_codes:
+            new_codes = swizzle_segments(new_codes, offset[:, None], layout)
+        codes[page, :, offset] = new_codes
+        if new_meta is not None:
+            meta[page, :, offset] = new_meta.view(torch.uint8)
+
+
+def decode_attention(
+    q: torch.Tensor,
+    cache: PagedKVCache,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    *,
+    softmax_scale: float,
+    max_query_len: int,
+    sliding_window: int,
+    logit_softcap: float,
+    sinks: torch.Tensor | None,
+) -> None:
+    """See `sawkv.ops.decode_attention`."""
+    layout = cache.layout
+    group = q.shape[1] // layout.num_kv_heads
+    rotated_q = rotate(q, layout.k_rotation_order).unflatten(1, (layout.num_kv_heads, group))
+    for i in range(seq_lens.shape[0]):
+        start, end, length = int(query_start_loc[i]), int(query_start_loc[i + 1]), int(seq_lens[i])
+        keys, values = read_sequence(cache, block_table[i], length)
+        for token in range(start, end):
+            last = length - (end - token)  # position of this query; it sees keys first..last
+            first = max(0, last + 1 - sliding_window) if sliding_window else 0
+            visible = slice(first, max(last + 1, first))
+            scores = torch.einsum("hgd,khd->hgk", rotated_q[token], keys[visible]) * softmax_scale
+            if logit_softcap:
+                scores = logit_softcap * torch.tanh(scores / logit_softcap)
+            if sinks is not None:  # a logit that takes weight and gives no value
+                scores = torch.cat([scores, sinks.float().view(layout.num_kv_heads, group, 1)], -1)
+            total = torch.logsumexp(scores, -1, keepdim=True)
+            # A query that sees no key gives zeros, and a log-sum-exp of -inf (or of its sink alone).
+            weights = (scores - total).exp()[..., : visible.stop - visible.start]
+            attended = rotate(torch.einsum("hgk,khd->hgd", weights, values[visible]), layout.v_rotation_order)
+            if cache.v_center is not None:
+                attended = attended + cache.v_center[:, None] * weights.sum(-1, keepdim=True)
+            out[token] = attended.flatten(0, 1).to(out.dtype)
+            if lse is not None:
+                lse[token] = total.flatten()
+
+
+def gather(
+    cache: PagedKVCache,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seq_lens: torch.Tensor,
+    k_out: torch.Tensor,
+    v_out: torch.Tensor,
+) -> None:
+    """See `sawkv.ops.gather`."""
+    for i in range(seq_lens.shape[0]):
+        start, length = int(cu_seq_lens[i]), int(seq_lens[i])
+        keys, values = read_sequence(cache, block_table[i], length)
+        k_out[start : start + length] = keys.to(k_out.dtype)
+        v_out[start : start + length] = values.to(v_out.dtype)
+
+
+def read_sequence(cache: PagedKVCache, block_table_row: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The first `length` tokens of one sequence, decoded but still rotated and centered: two of [length, num_kv_heads, head_dim] fp32."""
+    layout = cache.layout
+    position = torch.arange(length, device=cache.pages.device)
+    page, offset = block_table_row[position // layout.page_size].long(), position % layout.page_size
+    codec = CODECS[layout.format.codec]
+    k_codes, k_meta, v_codes, v_meta = planes(cache)
+    k = k_codes[page, :, offset]
+    v = swizzle_segments(v_codes[page, :, offset], offset[:, None], layout)
+    if not layout.meta_bytes:
+        return codec.decode(k, None), codec.decode(v, None)
+    return (
+        codec.decode(k, k_meta[page, :, offset].view(torch.float16)),
+        codec.decode(v, v_meta[page, :, offset].view(torch.float16)),
+    )
+
+
+def planes(cache: PagedKVCache) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Views of K codes, K meta, V codes, V meta: each [num_pages, num_kv_heads, page_size, bytes] uint8."""
+    layout = cache.layout
+
+    def plane(offset: int, width: int) -> torch.Tensor:
+        shape = (*cache.pages.shape[:2], layout.page_size, width)
+        return cache.pages.as_strided(
+            shape, (*cache.pages.stride()[:2], width, 1), cache.pages.storage_offset() + offset
+        )
+
+    return (
+        plane(0, layout.row_bytes),
+        plane(layout.k_meta_offset, layout.meta_bytes),
+        plane(layout.v_codes_offset, layout.row_bytes),
+        plane(layout.v_meta_offset, layout.meta_bytes),
+    )
+
+
+def swizzle_segments(rows: torch.Tensor, offset: torch.Tensor, layout: PageLayout) -> torch.Tensor:
+    """Reorder the 16-byte segments of V rows between channel order and stored order; its own inverse.
+
+    Args:
+        rows: [..., row_bytes] uint8.
+        offset: position in the page of each row, broadcastable to rows.shape[:-1].
+    """
+    multiplier, period = layout.swizzle_factors
+    if period == 1:
+        return rows
+    segments = rows.unflatten(-1, (-1, SEGMENT_BYTES))
+    index = torch.arange(segments.shape[-2], device=rows.device) ^ ((offset * multiplier // 8) % period)[..., None]
+    return segments.gather(-2, index[..., None].expand_as(segments)).flatten(-2)

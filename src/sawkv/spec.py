@@ -1,0 +1,86 @@
+"""What a cache format is: codec and rotation orders, with a name that parses and prints. See docs/format.md."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, replace
+from typing import Final
+
+from sawkv.errors import FormatError
+
+FORMAT_VERSION: Final = 1
+CODEC_BITS: Final = {"int4": 4, "int8": 8, "bf16": 16, "fp16": 16, "fp32": 32}
+QUANTIZED_CODECS: Final = frozenset({"int4", "int8"})
+MIN_ROTATION_ORDER: Final = 16
+MAX_DEFAULT_ROTATION_ORDER: Final = 128
+HEAD_DIMS: Final = range(16, 257, 16)
+
+_NAME = re.compile(r"(?P<codec>[a-z]+[0-9]{1,2})(?:-k(?P<k>[0-9]{1,3})-v(?P<v>[0-9]{1,3}))?", re.ASCII)
+
+
+@dataclass(frozen=True)
+class CacheFormat:
+    """How one K or V row becomes bytes.
+
+    Attributes:
+        codec: one of `CODEC_BITS`.
+        k_rotation_order, v_rotation_order: channels in a Hadamard block, 0 for no rotation; None until
+            `resolve` chooses the default for a head_dim.
+    """
+
+    codec: str
+    k_rotation_order: int | None = None
+    v_rotation_order: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.codec not in CODEC_BITS:
+            raise FormatError(f"unknown codec: expected one of {', '.join(CODEC_BITS)}, got {self.codec!r}")
+        if (self.k_rotation_order is None) != (self.v_rotation_order is None):
+            raise FormatError("expected rotation orders for both K and V, or for neither")
+        for order in (self.k_rotation_order, self.v_rotation_order):
+            if order and (order < MIN_ROTATION_ORDER or order & (order - 1)):
+                raise FormatError(f"rotation order: expected 0 or a power of two from {MIN_ROTATION_ORDER}, got {order}")
+
+    @classmethod
+    def parse(cls, name: str) -> CacheFormat:
+        """The format that `name` says, for example `int4-k128-v128`, or `int4` for the default orders.
+
+        Raises:
+            FormatError: the name is not one.
+        """
+        match = _NAME.fullmatch(name)
+        if match is None:
+            raise FormatError(f"format name: expected <codec>-k<order>-v<order> such as int4-k128-v128, got {name[:80]!r}")
+        k, v = match["k"], match["v"]
+        return cls(match["codec"], None if k is None else int(k), None if v is None else int(v))
+
+    def __str__(self) -> str:
+        if self.k_rotation_order is None:
+            return self.codec
+        return f"{self.codec}-k{self.k_rotation_order}-v{self.v_rotation_order}"
+
+    @property
+    def bits(self) -> int:
+        """Bits that one element's code takes, without scale and zero point."""
+        return CODEC_BITS[self.codec]
+
+    @property
+    def quantized(self) -> bool:
+        """Whether rows carry a scale and a zero point."""
+        return self.codec in QUANTIZED_CODECS
+
+    def resolve(self, head_dim: int) -> CacheFormat:
+        """This format with default rotation orders filled in, checked against `head_dim`.
+
+        Raises:
+            FormatError: head_dim is not a multiple of 16 up to 256, or an order does not divide it.
+        """
+        if head_dim not in HEAD_DIMS:
+            raise FormatError(f"head_dim: expected a multiple of 16 from 16 to 256, got {head_dim}")
+        if self.k_rotation_order is None:
+            order = min(head_dim & -head_dim, MAX_DEFAULT_ROTATION_ORDER) if self.quantized else 0
+            return replace(self, k_rotation_order=order, v_rotation_order=order)
+        for kind, order in (("K", self.k_rotation_order), ("V", self.v_rotation_order)):
+            if order and head_dim % order:
+                raise FormatError(f"{kind} rotation order: expected a divisor of head_dim {head_dim}, got {order}")
+        return self
