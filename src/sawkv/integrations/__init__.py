@@ -1,0 +1,1 @@
+"""Engines: one package each. Nothing else in sawkv imports an engine."""

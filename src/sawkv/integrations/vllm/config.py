@@ -1,0 +1,70 @@
+"""What the user asked for: vLLM's `--kv-cache-dtype` and the `sawkv` entry of its `--additional-config`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+
+from sawkv.errors import FormatError, UnsupportedError
+from sawkv.spec import CacheFormat
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+KV_CACHE_DTYPE_CODECS: Final = {"int4_per_token_head": "int4", "int8_per_token_head": "int8"}
+"""vLLM's names that sawkv takes over. They are vLLM's own, because vLLM before 0.33 accepts no new ones; they size pages as our formats do."""
+
+_FLOAT_CODECS: Final = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+
+
+@dataclass(frozen=True)
+class SawConfig:
+    """The plugin's settings, from `--additional-config '{"sawkv": {...}}'`.
+
+    Attributes:
+        format: the cache format; without one, int4 or int8 as `--kv-cache-dtype` says, with default rotation orders.
+    """
+
+    format: CacheFormat
+
+    @classmethod
+    def from_vllm(cls, vllm_config: VllmConfig, kv_cache_dtype: str) -> SawConfig | None:
+        """The settings for layers of `kv_cache_dtype`, or None where the cache is not ours.
+
+        Raises:
+            UnsupportedError: the settings contradict vLLM's.
+            FormatError: the format's name is not valid.
+        """
+        options = _options(vllm_config)
+        codec = KV_CACHE_DTYPE_CODECS.get(kv_cache_dtype)
+        if codec is None and "format" not in options:
+            return None
+        name = options.get("format", codec)
+        if not isinstance(name, str):
+            raise FormatError(f"sawkv format: expected a name such as int4-k128-v128, got {name!r}")
+        cache_format = CacheFormat.parse(name)
+        if cache_format.codec != (codec or _float_codec(vllm_config, kv_cache_dtype)):
+            wanted = next((dtype for dtype, c in KV_CACHE_DTYPE_CODECS.items() if c == cache_format.codec), "auto")
+            raise UnsupportedError(
+                f"sawkv format {cache_format} needs pages of its own size: expected --kv-cache-dtype {wanted}"
+                f"{'' if wanted != 'auto' else f' and a model dtype of {cache_format.codec}'}, got {kv_cache_dtype}"
+            )
+        return cls(cache_format)
+
+
+def _options(vllm_config: VllmConfig) -> Mapping[str, Any]:
+    additional = vllm_config.additional_config
+    options = additional.get("sawkv", {}) if isinstance(additional, dict) else {}
+    unknown = set(options) - {"format"} if isinstance(options, dict) else {repr(options)}
+    if unknown:
+        raise UnsupportedError(f"sawkv entry of --additional-config: expected an object with the key format, got {', '.join(sorted(unknown))}")
+    return options
+
+
+def _float_codec(vllm_config: VllmConfig, kv_cache_dtype: str) -> str | None:
+    if kv_cache_dtype == "auto":
+        return _FLOAT_CODECS.get(vllm_config.model_config.dtype)
+    return {"bfloat16": "bf16", "float16": "fp16"}.get(kv_cache_dtype)

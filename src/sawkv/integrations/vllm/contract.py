@@ -1,0 +1,38 @@
+"""What this integration needs of vLLM, checked at start-up and in CI, so that a change in vLLM stops the start and never corrupts a cache."""
+
+from __future__ import annotations
+
+import inspect
+from functools import cache
+
+from sawkv.errors import UnsupportedError
+
+OLDEST_VLLM = (0, 26)
+
+
+@cache
+def check_contract() -> None:
+    """Check the seams that no import already checks.
+
+    Raises:
+        UnsupportedError: this vLLM lacks something; the message names it.
+    """
+    import vllm
+    from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder, CommonAttentionMetadata
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    missing = []
+    version = tuple(int(part) for part in vllm.__version__.split(".")[:2] if part.isdigit())
+    if version < OLDEST_VLLM:
+        missing.append(f"vLLM {'.'.join(map(str, OLDEST_VLLM))} or newer")
+    if not (hasattr(AttentionBackend, "customize_spec") or hasattr(AttentionBackend, "get_kv_cache_shape")):
+        missing.append("AttentionBackend.customize_spec")
+    fields = set(getattr(CommonAttentionMetadata, "__dataclass_fields__", ()))
+    needed = {"query_start_loc", "seq_lens", "num_actual_tokens", "max_query_len", "block_table_tensor", "causal"}
+    missing += [f"CommonAttentionMetadata.{name}" for name in sorted(needed - fields)]
+    build = list(inspect.signature(AttentionMetadataBuilder.build).parameters)
+    if build[:4] != ["self", "common_prefix_len", "common_attn_metadata", "fast_build"]:
+        missing.append(f"AttentionMetadataBuilder.build(common_prefix_len, common_attn_metadata, fast_build), got ({', '.join(build[1:])})")
+    missing += [f"AttentionBackendEnum.{name}" for name in ("CUSTOM", "CPU_ATTN") if name not in AttentionBackendEnum.__members__]
+    if missing:
+        raise UnsupportedError(f"sawkv does not fit vLLM {vllm.__version__}: it needs {'; '.join(missing)}")
