@@ -1,7 +1,7 @@
 """The kernels on plain tensors: check the arguments, choose a backend, run it.
 
 Data flow: K and V of new tokens -> `append` -> pages; Q and pages -> `decode_attention` -> output; pages -> `gather` -> 16-bit K and V.
-Only `append` mutates the cache. No function synchronizes or allocates on a GPU (CUDA-graph safe), and none depends there on lengths on the host.
+Only `append` mutates the cache. On a GPU no function synchronizes, allocates or depends on lengths on the host (CUDA-graph safe).
 """
 
 from __future__ import annotations
@@ -72,12 +72,12 @@ def decode_attention(
 ) -> torch.Tensor:
     """Causal attention of each sequence's last tokens over its pages, read as they are stored.
 
-    score = softmax_scale * (H q).(H (k - k_center)), soft-capped as `cap * tanh(score / cap)`; weights are the softmax over the visible keys
-    (and the sink); out = H sum(weight * H (v - v_center)) + v_center. Rotation of Q and of the output happens here.
+    score = softmax_scale * (H q).(H (k - k_center)), soft-capped as `cap * tanh(score / cap)`; weights are the softmax over the
+    visible keys (and the sink); out = H sum(weight * H (v - v_center)) + v_center. Rotation of Q and of the output happens here.
 
     Args:
-        q: [num_tokens, num_q_heads, head_dim] bf16, fp16 or fp32, after RoPE, not rotated; contiguous channels. The query tokens of sequence i are
-            rows query_start_loc[i] to query_start_loc[i + 1], and are the last tokens of that sequence: append comes first.
+        q: [num_tokens, num_q_heads, head_dim] bf16, fp16 or fp32, after RoPE, not rotated; contiguous channels. The query tokens of
+            sequence i are rows query_start_loc[i] to query_start_loc[i + 1], and are its last tokens: append comes first.
         cache: read only.
         block_table: [num_seqs, max_pages] int32, page of each `page_size` tokens. Entries past a sequence's length may hold anything.
         seq_lens: [num_seqs] int32, tokens in the cache, query tokens included. 0 is allowed.

@@ -10,7 +10,7 @@ def hadamard_matrix(order: int) -> torch.Tensor:
     matrix = torch.ones(1, 1, dtype=torch.float64)
     while matrix.shape[0] < order:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)
-    return matrix * order**-0.5
+    return matrix * float(order**-0.5)
 
 
 def rotate(x: torch.Tensor, order: int) -> torch.Tensor:
@@ -29,7 +29,7 @@ def rotate(x: torch.Tensor, order: int) -> torch.Tensor:
     shape = x.shape
     stride = 1
     while stride < order:
-        pairs = x.reshape(*shape[:-1], -1, 2, stride)
+        pairs = x.reshape(*shape[:-1], shape[-1] // (2 * stride), 2, stride)
         a, b = pairs[..., 0, :], pairs[..., 1, :]
         x = torch.stack((a + b, a - b), dim=-2)
         stride *= 2

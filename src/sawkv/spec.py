@@ -80,7 +80,7 @@ class CacheFormat:
         if self.k_rotation_order is None:
             order = min(head_dim & -head_dim, MAX_DEFAULT_ROTATION_ORDER) if self.quantized else 0
             return replace(self, k_rotation_order=order, v_rotation_order=order)
-        for kind, order in (("K", self.k_rotation_order), ("V", self.v_rotation_order)):
-            if order and head_dim % order:
-                raise FormatError(f"{kind} rotation order: expected a divisor of head_dim {head_dim}, got {order}")
+        for kind, chosen in (("K", self.k_rotation_order), ("V", self.v_rotation_order)):
+            if chosen and head_dim % chosen:
+                raise FormatError(f"{kind} rotation order: expected a divisor of head_dim {head_dim}, got {chosen}")
         return self

@@ -25,6 +25,8 @@ PREFERENCE: Final = ("cuda", "triton", "cpu", "reference")
 class Backend(Protocol):
     """What a module in this package provides."""
 
+    name: str
+
     def unsupported_reason(self, device: torch.device, layout: PageLayout) -> str | None:
         """Why this backend cannot serve the layout on the device, or None if it can. Cheap, except where it builds the kernels."""
         ...
@@ -88,7 +90,7 @@ def select_backend(device: torch.device, layout: PageLayout, name: str | None = 
     Raises:
         UnsupportedError: the named backend, or every backend, does not support them; the message gives the reasons.
     """
-    reasons = []
+    reasons: list[str] = []
     for candidate in PREFERENCE if name is None else (name,):
         reason = unsupported_reason(candidate, device, layout)
         if reason is None:

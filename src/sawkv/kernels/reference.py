@@ -9,6 +9,8 @@ from sawkv.layout import SEGMENT_BYTES, PageLayout
 from sawkv.methods import CODECS
 from sawkv.rotation import rotate
 
+name = "reference"
+
 
 def unsupported_reason(device: torch.device, layout: PageLayout) -> str | None:
     """Runs everything everywhere."""
@@ -55,7 +57,7 @@ def decode_attention(
     """See `sawkv.ops.decode_attention`."""
     layout = cache.layout
     group = q.shape[1] // layout.num_kv_heads
-    rotated_q = rotate(q, layout.k_rotation_order).unflatten(1, (layout.num_kv_heads, group))
+    rotated_q = rotate(q, layout.k_rotation_order).view(-1, layout.num_kv_heads, group, layout.head_dim)
     for i in range(seq_lens.shape[0]):
         start, end, length = int(query_start_loc[i]), int(query_start_loc[i + 1]), int(seq_lens[i])
         keys, values = read_sequence(cache, block_table[i], length)
@@ -118,9 +120,7 @@ def planes(cache: PagedKVCache) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 
     def plane(offset: int, width: int) -> torch.Tensor:
         shape = (*cache.pages.shape[:2], layout.page_size, width)
-        return cache.pages.as_strided(
-            shape, (*cache.pages.stride()[:2], width, 1), cache.pages.storage_offset() + offset
-        )
+        return cache.pages.as_strided(shape, (*cache.pages.stride()[:2], width, 1), cache.pages.storage_offset() + offset)
 
     return (
         plane(0, layout.row_bytes),
@@ -140,6 +140,6 @@ def swizzle_segments(rows: torch.Tensor, offset: torch.Tensor, layout: PageLayou
     multiplier, period = layout.swizzle_factors
     if period == 1:
         return rows
-    segments = rows.unflatten(-1, (-1, SEGMENT_BYTES))
-    index = torch.arange(segments.shape[-2], device=rows.device) ^ ((offset * multiplier // 8) % period)[..., None]
+    segments = rows.view(*rows.shape[:-1], layout.row_bytes // SEGMENT_BYTES, SEGMENT_BYTES)
+    index: torch.Tensor = torch.arange(segments.shape[-2], device=rows.device) ^ ((offset * multiplier // 8) % period)[..., None]
     return segments.gather(-2, index[..., None].expand_as(segments)).flatten(-2)

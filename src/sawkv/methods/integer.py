@@ -33,7 +33,8 @@ class IntegerCodec:
         by_offset = torch.maximum(lo.abs(), hi.abs()) / MAX_ZERO_POINT
         scale = _fp16_up(torch.maximum(by_range, by_offset).clamp(MIN_SCALE, FP16_MAX))
         inv = scale.float().reciprocal()
-        zero_point = (-lo * inv).half()
+        # The clamp acts only where the scale saturates, on ranges beyond fp16: values there are lost, but stay finite.
+        zero_point = (-lo * inv).clamp(-MAX_ZERO_POINT, MAX_ZERO_POINT).half()
         # fp64 holds the product and the sum exactly enough that one rounding to fp32 gives what fma gives.
         shifted = (y.double() * inv.double() + zero_point.double()).float()
         codes = shifted.round().clamp(0, self.max_code).where(finite, 0).to(torch.uint8)
@@ -46,8 +47,8 @@ class IntegerCodec:
             raise TypeError("integer codes need their scale and zero point")
         if self.bits == 4:
             codes = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)
-        scale, zero_point = meta.float().split(1, -1)
-        return (codes.float() - zero_point) * scale
+        values = meta.float()
+        return (codes.float() - values[..., 1:]) * values[..., :1]
 
 
 def _fp16_up(x: torch.Tensor) -> torch.Tensor:

@@ -1,7 +1,7 @@
 """vLLM's attention backend over sawkv pages.
 
-All attention reads the pages, the new tokens' included, so a token's output does not depend on how its prompt was cut in chunks, on prefix-cache
-hits or on preemption, beyond rounding (docs/decisions/0003).
+All attention reads the pages, the new tokens' included, so a token's output does not depend on how its prompt was cut in chunks, on
+prefix-cache hits or on preemption, beyond rounding (docs/decisions/0002).
 
 vLLM's words for ours: block = page, head_size = head_dim, `[blocks, kv heads, block_size, content bytes]` = our page layout.
 """
@@ -17,6 +17,7 @@ from vllm.logger import init_logger
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionImpl,
+    AttentionLayer,
     AttentionMetadata,
     AttentionMetadataBuilder,
     AttentionType,
@@ -114,7 +115,7 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
 
     def forward(
         self,
-        layer: torch.nn.Module,
+        layer: AttentionLayer,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -215,7 +216,7 @@ class SawAttentionBackend(AttentionBackend):
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[Any, ...]:
         """Layouts that keep a (page, KV head) contiguous. vLLM from 0.29."""
-        from vllm.v1.kv_cache_interface import KVCacheLayout
+        from vllm.v1.kv_cache_interface import KVCacheLayout  # type: ignore[attr-defined]  # not in the oldest vLLM
 
         return KVCacheLayout.LBHNC, KVCacheLayout.BLHNC
 
@@ -263,7 +264,7 @@ _announced: set[tuple[CacheFormat, int, int]] = set()
 
 
 def _announce(cache_format: CacheFormat, head_size: int, num_kv_heads: int, vllm_config: VllmConfig) -> None:
-    """Say once which format and kernels run, so that a log shows that sawkv is in use. Builds the kernels, so that no request waits for that."""
+    """Say once which format and kernels run, so that a log shows that sawkv is in use. Builds the kernels, so that no request waits."""
     if (cache_format, head_size, num_kv_heads) in _announced:
         return
     _announced.add((cache_format, head_size, num_kv_heads))
@@ -274,5 +275,5 @@ def _announce(cache_format: CacheFormat, head_size: int, num_kv_heads: int, vllm
         cache_format,
         layout.token_bytes,
         4 * head_size,
-        backend.__name__.rpartition(".")[2],
+        backend.name,
     )

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 KV_CACHE_DTYPE_CODECS: Final = {"int4_per_token_head": "int4", "int8_per_token_head": "int8"}
-"""vLLM's names that sawkv takes over. They are vLLM's own, because vLLM before 0.33 accepts no new ones; they size pages as our formats do."""
+"""The names of vLLM that sawkv takes over, since vLLM before 0.33 accepts no new ones. They size pages as our formats do."""
 
-_FLOAT_CODECS: Final = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+_FLOAT_CODECS: Final[dict[object, str]] = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,9 @@ def _options(vllm_config: VllmConfig) -> Mapping[str, Any]:
     options = additional.get("sawkv", {}) if isinstance(additional, dict) else {}
     unknown = set(options) - {"format"} if isinstance(options, dict) else {repr(options)}
     if unknown:
-        raise UnsupportedError(f"sawkv entry of --additional-config: expected an object with the key format, got {', '.join(sorted(unknown))}")
+        raise UnsupportedError(
+            f"sawkv entry of --additional-config: expected an object with the key format, got {', '.join(sorted(unknown))}"
+        )
     return options
 
 

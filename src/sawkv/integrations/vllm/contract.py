@@ -1,4 +1,4 @@
-"""What this integration needs of vLLM, checked at start-up and in CI, so that a change in vLLM stops the start and never corrupts a cache."""
+"""What this integration needs of vLLM, checked at start-up and in CI: a change in vLLM stops the start and never corrupts a cache."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """vLLM's CPU backend, with our layers among its own.
 
-vLLM's CPU platform selects `CPU_ATTN` whatever the command line says, so the class registered under that name must serve both kinds of layers.
-vLLM instantiates what `get_impl_cls` and `get_builder_cls` return; `__new__` of the two classes below makes ours or vLLM's.
+vLLM's CPU platform selects `CPU_ATTN` whatever the command line says, so the class registered under that name must serve both kinds of
+layers. vLLM instantiates what `get_impl_cls` and `get_builder_cls` return; `__new__` of the two classes below makes ours or vLLM's.
 """
 
 from __future__ import annotations

@@ -1,0 +1,67 @@
+"""Shared helpers: caches filled by one backend and read by another."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from sawkv import CacheFormat, PagedKVCache, PageLayout, append
+
+
+@dataclass
+class Batch:
+    """A cache that holds `seq_lens` tokens of random K and V in permuted pages; all else in it is poison (0xFF bytes: NaN scales)."""
+
+    cache: PagedKVCache
+    k: list[torch.Tensor]
+    v: list[torch.Tensor]
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+
+
+def make_batch(
+    format_name: str,
+    seq_lens: Sequence[int],
+    *,
+    head_dim: int = 128,
+    num_kv_heads: int = 2,
+    page_size: int = 16,
+    dtype: torch.dtype = torch.bfloat16,
+    centered: bool = False,
+    backend: str = "reference",
+    device: str = "cpu",
+) -> Batch:
+    """Fresh random inputs, appended in one call by `backend`."""
+    layout = PageLayout(CacheFormat.parse(format_name), num_kv_heads, head_dim, page_size)
+    pages_of = [-(-length // page_size) for length in seq_lens]
+    num_pages = sum(pages_of) + 3
+    centers = [torch.randn(num_kv_heads, head_dim, device=device) if centered else None for _ in range(2)]
+    cache = PagedKVCache.allocate(layout, num_pages, device, *centers)
+    cache.pages.fill_(0xFF)
+    free = torch.randperm(num_pages).tolist()
+    block_table = torch.full((len(seq_lens), max([*pages_of, 1]) + 2), 2**30, dtype=torch.int32)
+    slots = []
+    for i, (length, count) in enumerate(zip(seq_lens, pages_of, strict=True)):
+        block_table[i, :count] = torch.tensor([free.pop() for _ in range(count)], dtype=torch.int32)
+        position = torch.arange(length)
+        slots.append(block_table[i, position // page_size].long() * page_size + position % page_size)
+    total = sum(seq_lens)
+    spread = 0.2 + 3 * torch.rand(2, num_kv_heads, head_dim)
+    k, v = ((torch.randn(total, num_kv_heads, head_dim) * spread[i] + spread[1 - i]).to(device, dtype) for i in range(2))
+    append(k, v, cache, torch.cat([*slots, torch.empty(0, dtype=torch.int64)]).to(device), backend=backend)
+    lengths = list(seq_lens)
+    seq_lens_tensor = torch.tensor(lengths, dtype=torch.int32, device=device)
+    return Batch(cache, list(k.split(lengths)), list(v.split(lengths)), block_table.to(device), seq_lens_tensor)
+
+
+def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
+    """|got - want| / |want|; NaN or Inf in `got` never passes a comparison."""
+    return float((got.double() - want.double()).norm() / want.double().norm())
+
+
+@pytest.fixture(autouse=True)
+def _fresh_but_reproducible_inputs(request: pytest.FixtureRequest) -> None:
+    torch.manual_seed(sum(map(ord, request.node.nodeid)))

@@ -1,0 +1,234 @@
+"""The format: names, bytes, error bound. Golden bytes change only with a decision note."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sawkv import CacheFormat, FormatError, PagedKVCache, PageLayout, append
+from sawkv.kernels import reference
+from sawkv.methods import CODECS, IntegerCodec
+from sawkv.rotation import hadamard_matrix, rotate
+
+HEAD_DIMS = [64, 80, 96, 112, 128, 192, 256]
+
+
+# ---- names
+
+
+@pytest.mark.parametrize("name", ["int4-k128-v128", "int4-k0-v0", "int8-k16-v64", "bf16-k0-v0", "fp16-k32-v0", "int4"])
+def test_a_name_parses_and_prints(name: str) -> None:
+    assert str(CacheFormat.parse(name)) == name
+
+
+@given(st.text(max_size=40))
+def test_any_text_parses_or_is_refused(text: str) -> None:
+    try:
+        parsed = CacheFormat.parse(text)
+    except FormatError:
+        return
+    assert CacheFormat.parse(str(parsed)) == parsed
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "int4-k128",
+        "int4-v128-k128",
+        "int5-k0-v0",
+        "int4-k8-v0",
+        "int4-k48-v0",
+        "int4-k128-v128 ",
+        "INT4",
+        "int4-k-1-v0",
+        "int4-k\u0661\u0666-v0",
+    ],
+)
+def test_a_wrong_name_is_refused(name: str) -> None:
+    with pytest.raises(FormatError, match="expected"):
+        CacheFormat.parse(name)
+
+
+@pytest.mark.parametrize(("head_dim", "order"), [(64, 64), (80, 16), (96, 32), (112, 16), (128, 128), (192, 64), (256, 128)])
+def test_default_orders_are_the_largest_power_of_two_up_to_128(head_dim: int, order: int) -> None:
+    assert str(CacheFormat.parse("int4").resolve(head_dim)) == f"int4-k{order}-v{order}"
+
+
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    with pytest.raises(FormatError, match="head_dim 96, got 64"):
+        PageLayout(CacheFormat.parse("int4-k64-v32"), 1, 96, 16)
+    for head_dim, page_size, heads in ((72, 16, 1), (512, 16, 1), (128, 24, 1), (128, 0, 1), (128, 16, 0)):
+        with pytest.raises(FormatError, match="expected"):
+            PageLayout(CacheFormat("int4"), heads, head_dim, page_size)
+
+
+# ---- rotation
+
+
+@pytest.mark.parametrize("order", [16, 32, 64, 128, 256])
+def test_hadamard_is_orthogonal_and_rotate_applies_it(order: int) -> None:
+    h = hadamard_matrix(order)
+    torch.testing.assert_close(h.T @ h, torch.eye(order, dtype=torch.float64))
+    x = torch.randn(3, 2 * order)
+    want = torch.cat([x.double()[:, :order] @ h, x.double()[:, order:] @ h], -1)
+    torch.testing.assert_close(rotate(x, order).double(), want, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(rotate(rotate(x, order), order), x, atol=1e-5, rtol=1e-5)
+
+
+# ---- codec
+
+
+@given(st.binary(min_size=64, max_size=64))
+def test_packed_nibbles_are_what_was_encoded(raw: bytes) -> None:
+    codes = torch.tensor([list(raw)], dtype=torch.uint8)
+    meta = torch.tensor([[1.0, 0.0]], dtype=torch.float16)
+    values = IntegerCodec(4).decode(codes, meta)  # the codes themselves
+    assert values[0, ::2].tolist() == [b & 15 for b in raw]
+    assert values[0, 1::2].tolist() == [b >> 4 for b in raw]
+
+
+finite_rows = st.lists(st.floats(-3e4, 3e4, width=32), min_size=16, max_size=16)
+
+
+@settings(max_examples=300)
+@given(finite_rows, st.sampled_from([1.0, 1e-3, 1e-7]), st.sampled_from([0.0, 100.0, -3e4]), st.sampled_from([4, 8]))
+def test_the_error_of_any_finite_row_is_at_most_half_a_scale(row: list[float], factor: float, offset: float, bits: int) -> None:
+    y = torch.tensor([row]) * factor + offset
+    codec = IntegerCodec(bits)
+    codes, meta = codec.encode(y)
+    scale = meta[0, 0].item()
+    spread, peak = (y.max() - y.min()).item(), y.abs().max().item()
+    assert meta[0, 1].abs().item() <= 1024
+    assert scale <= max(spread / codec.max_code, peak / 1024, 2**-24) * (1 + 2**-9) + 2**-24
+    error = (codec.decode(codes, meta) - y).abs().max().item()
+    assert error <= scale / 2 * (1 + 1e-3) + peak * 1e-6
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0, -3.25, 1e-30, 6e4])
+def test_constant_rows(value: float) -> None:
+    y = torch.full((1, 128), value)
+    decoded = IntegerCodec(4).decode(*IntegerCodec(4).encode(y))
+    assert (decoded - y).abs().max().item() <= max(abs(value) / 2048, 2**-25) * 1.001
+
+
+@pytest.mark.parametrize("outlier", [100.0, -100.0, 1000.0])
+def test_a_channel_0_outlier_leaves_the_other_channels_intact(outlier: float) -> None:
+    x = torch.randn(64, 128)
+    x[:, 0] = outlier  # after the rotation this is the same large offset in every channel
+    decoded = rotate(IntegerCodec(4).decode(*IntegerCodec(4).encode(rotate(x, 128))), 128)
+    error = (decoded - x)[:, 1:].norm() / x[:, 1:].norm()
+    assert error < 0.13
+    # The control: zero points clamped to the codes' range, as elsewhere, lose the row.
+    clamped = IntegerCodec(4).encode(rotate(x, 128).clamp(min=0))  # a row that starts at 0, as a clamped zero point would have it
+    lost = rotate(IntegerCodec(4).decode(*clamped), 128)
+    assert outlier > 0 or (lost - x)[:, 1:].norm() / x[:, 1:].norm() > 0.13
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("codec", ["int4", "int8"])
+def test_a_non_finite_row_decodes_to_nan_and_harms_no_other(codec: str, poison: float) -> None:
+    y = torch.randn(3, 32)
+    clean = CODECS[codec].decode(*CODECS[codec].encode(y))
+    y[1, 5] = poison
+    codes, meta = CODECS[codec].encode(y)
+    decoded = CODECS[codec].decode(codes, meta)
+    assert decoded[1].isnan().all()
+    assert torch.equal(decoded[[0, 2]], clean[[0, 2]])
+    assert not codes[1].any()
+
+
+def test_a_range_beyond_fp16_saturates_and_stays_finite() -> None:
+    y = torch.tensor([[-3e38, 3e38] * 8])
+    assert IntegerCodec(4).decode(*IntegerCodec(4).encode(y)).isfinite().all()
+
+
+# ---- bytes
+
+
+def test_golden_bytes() -> None:
+    """A hand-computed row: 0..15 has scale 1, zero point 0 and its own values as codes; 16 + 0..15 the same codes and zero point -16."""
+    layout = PageLayout(CacheFormat.parse("int4-k0-v0"), 1, 16, 16)
+    cache = PagedKVCache.allocate(layout, 2)
+    cache.pages.zero_()
+    row = torch.arange(16.0).view(1, 1, 16)
+    append(row, row + 16, cache, torch.tensor([16 + 3]), backend="reference")
+    span = cache.pages[1].flatten().tolist()
+    packed = [0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE]
+    k_meta, v_codes, v_meta = 16 * 8, 16 * 12, 16 * 20
+    want = [0] * layout.span_bytes
+    want[3 * 8 : 3 * 8 + 8] = packed
+    want[k_meta + 12 : k_meta + 16] = [0x00, 0x3C, 0x00, 0x80]  # fp16 1.0, then -0.0
+    want[v_codes + 24 : v_codes + 32] = packed
+    want[v_meta + 12 : v_meta + 16] = [0x00, 0x3C, 0x00, 0xCC]  # fp16 1.0, then -16.0
+    assert span == want
+    assert not cache.pages[0].any()
+
+
+def test_golden_rotation_and_swizzle() -> None:
+    """A unit vector rotates to the constant 128 ** -0.5, whose bytes are known; V's segments of token 2 are stored at s ^ 1."""
+    layout = PageLayout(CacheFormat.parse("int4-k128-v0"), 1, 128, 16)
+    cache = PagedKVCache.allocate(layout, 1)
+    cache.pages.zero_()
+    k, v = torch.zeros(1, 1, 128), torch.arange(128.0).view(1, 1, 128) % 16
+    k[..., 0] = 1
+    append(k, v, cache, torch.tensor([2]), backend="reference")
+    # A constant row c has scale fp16_up(c / 1024) = 0x05A9 and zero point -c / scale = -1023.0...
+    scale = torch.tensor([128**-0.5 / 1024]).half()
+    scale = scale if scale.double() >= 128**-0.5 / 1024 else torch.nextafter(scale.float(), torch.tensor([1.0])).half()
+    k_meta = cache.pages.flatten()[1024 + 8 : 1024 + 12].view(torch.float16)
+    assert k_meta[0].item() == pytest.approx(scale.item(), rel=2**-9)
+    assert k_meta[0].item() >= 128**-0.5 / 1024
+    stored = reference.planes(cache)[2][0, 0, 2].tolist()
+    plain = [0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE] * 8
+    assert layout.swizzle(2) == 1
+    assert stored == plain[16:32] + plain[:16] + plain[48:] + plain[32:48]
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("codec", ["int4", "int8", "bf16", "fp32"])
+def test_planes_fill_a_span_and_v_rows_fall_in_different_banks(head_dim: int, codec: str) -> None:
+    layout = PageLayout(CacheFormat(codec), 2, head_dim, 32)
+    assert layout.v_meta_offset + 32 * layout.meta_bytes == layout.span_bytes == 32 * layout.token_bytes
+    assert all(offset % 16 == 0 for offset in (layout.k_meta_offset, layout.v_codes_offset, layout.v_meta_offset, layout.span_bytes))
+    segments, rest = divmod(layout.row_bytes, 16)
+    for s in range(segments if not rest else 0):
+        for first in range(0, 32, 8):
+            places = [s ^ layout.swizzle(t) for t in range(first, first + 8)]
+            assert max(places) < segments
+            assert len({(t * segments + place) % 8 for t, place in zip(range(first, first + 8), places, strict=True)}) == 8
+
+
+@given(st.integers(0, 5), st.integers(0, 15))
+def test_slots_are_a_bijection_onto_page_and_offset(page: int, offset: int) -> None:
+    layout = PageLayout(CacheFormat.parse("int8-k0-v0"), 2, 16, 16)
+    cache = PagedKVCache.allocate(layout, 6)
+    cache.pages.zero_()
+    append(torch.randn(1, 2, 16), torch.randn(1, 2, 16), cache, torch.tensor([page * 16 + offset]), backend="reference")
+    for plane in reference.planes(cache):
+        written = plane.any(-1).any(1).nonzero().tolist()
+        assert written == [[page, offset]]
+
+
+def test_fingerprint_changes_with_everything_that_changes_the_bytes() -> None:
+    def fingerprint(name: str = "int4-k64-v64", head_dim: int = 64, page_size: int = 16, k_center: float | None = None) -> str:
+        layout = PageLayout(CacheFormat.parse(name), 2, head_dim, page_size)
+        center = None if k_center is None else torch.full((2, head_dim), k_center)
+        return PagedKVCache.allocate(layout, 1, k_center=center).fingerprint()
+
+    same = fingerprint("int4")
+    assert same == fingerprint()
+    others = [
+        fingerprint("int4-k32-v64"),
+        fingerprint("int4-k64-v32"),
+        fingerprint("int8-k64-v64"),
+        fingerprint(head_dim=128),
+        fingerprint(page_size=32),
+        fingerprint(k_center=0.0),
+        fingerprint(k_center=1.0),
+    ]
+    assert len({same, *others}) == len(others) + 1

@@ -1,0 +1,157 @@
+"""The reference backend against attention written independently, in fp64 over what `gather` reads."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from sawkv import LayoutError, PagedKVCache, UnsupportedError, append, decode_attention, gather
+from sawkv.rotation import rotate
+from tests.conftest import Batch, make_batch, relative_error
+
+LENGTHS = [1, 0, 15, 16, 17, 33, 64]
+
+
+def attend_fp64(
+    batch: Batch, q: torch.Tensor, starts: list[int], window: int = 0, cap: float = 0.0, sinks: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Textbook attention over the decoded cache, un-rotated first: shares no attention code with any backend."""
+    cache, layout = batch.cache, batch.cache.layout
+    out = torch.zeros(q.shape, dtype=torch.float64)
+    for i, length in enumerate(batch.seq_lens.tolist()):
+        if not length:
+            continue
+        k_rot, v_rot = torch.empty(2, length, layout.num_kv_heads, layout.head_dim)
+        starts_at = torch.tensor([0, length], dtype=torch.int32)
+        gather(cache, batch.block_table[i : i + 1], batch.seq_lens[i : i + 1], starts_at, k_rot, v_rot, backend="reference")
+        k, v = rotate(k_rot, layout.k_rotation_order).double(), rotate(v_rot, layout.v_rotation_order).double()
+        v = v + (0 if cache.v_center is None else cache.v_center)
+        queries = range(starts[i], starts[i + 1])
+        for row in queries:
+            position = length - (starts[i + 1] - row)
+            if position < 0:
+                continue
+            first = max(0, position - window + 1) if window else 0
+            for head in range(q.shape[1]):
+                kv_head = head * layout.num_kv_heads // q.shape[1]
+                scores = k[first : position + 1, kv_head] @ q[row, head].double() * layout.head_dim**-0.5
+                scores = cap * torch.tanh(scores / cap) if cap else scores
+                weights = scores.exp() / (scores.exp().sum() + (0 if sinks is None else sinks[head].double().exp()))
+                out[row, head] = weights @ v[first : position + 1, kv_head]
+    return out
+
+
+@pytest.mark.parametrize("format_name", ["int4", "int4-k16-v64", "int8-k0-v0", "bf16", "fp16-k128-v128", "fp32-k64-v64"])
+@pytest.mark.parametrize("options", [{}, {"window": 7}, {"cap": 3.0}, {"sinks": True}])
+def test_decode_attention(format_name: str, options: dict[str, object]) -> None:
+    batch = make_batch(format_name, LENGTHS, centered=format_name == "int4")
+    query_lens = [1, 1, 3, 2, 1, 8, 2]
+    starts = torch.tensor([0, *query_lens]).cumsum(0)
+    q = torch.randn(int(starts[-1]), 6, 128) / 3
+    window, cap = int(options.get("window", 0)), float(options.get("cap", 0.0))  # type: ignore[call-overload, arg-type]
+    sinks = torch.randn(6) if "sinks" in options else None
+    out = torch.full_like(q, math.nan)
+    got = decode_attention(
+        q,
+        batch.cache,
+        batch.block_table,
+        batch.seq_lens,
+        starts.int(),
+        softmax_scale=128**-0.5,
+        max_query_len=8,
+        sliding_window=window,
+        logit_softcap=cap,
+        sinks=sinks,
+        out=out,
+        backend="reference",
+    )
+    want = attend_fp64(batch, q, starts.tolist(), window, cap, sinks)
+    assert relative_error(got, want) < 1e-5
+    assert not got[1].any(), "a sequence of no tokens gives zeros"
+
+
+def test_the_check_above_can_fail() -> None:
+    batch = make_batch("int4", [40])
+    q = torch.randn(1, 2, 128)
+    want = attend_fp64(batch, q, [0, 1])
+    batch.cache.pages[batch.block_table[0, 1]] = batch.cache.pages[batch.block_table[0, 1]].roll(1)
+    assert not relative_error(attend_fp64(batch, q, [0, 1]), want) < 1e-3
+
+
+def test_lse_is_the_natural_log_of_the_sum() -> None:
+    batch = make_batch("fp32", [5])
+    q, lse = torch.randn(1, 2, 128), torch.empty(1, 2)
+    args = (q, batch.cache, batch.block_table, batch.seq_lens, torch.tensor([0, 1], dtype=torch.int32))
+    decode_attention(*args, softmax_scale=0.1, max_query_len=1, lse=lse, backend="reference")
+    scores = torch.einsum("hd,khd->hk", q[0], batch.k[0].float()) * 0.1
+    torch.testing.assert_close(lse[0], scores.logsumexp(-1))
+
+
+def test_error_against_the_exact_values_is_that_of_the_codec() -> None:
+    errors = {}
+    for name in ("int4-k0-v0", "int4-k128-v128", "int8-k128-v128"):
+        torch.manual_seed(0)
+        batch = make_batch(name, [200])
+        batch.k[0][:, :, 7] += 20  # not stored: the error below must be large
+        k, v = torch.empty(2, 200, 2, 128)
+        gather(batch.cache, batch.block_table, batch.seq_lens, torch.tensor([0, 200], dtype=torch.int32), k, v, backend="reference")
+        layout = batch.cache.layout
+        assert relative_error(rotate(k, layout.k_rotation_order), batch.k[0]) > 0.3
+        errors[name] = relative_error(rotate(v, layout.v_rotation_order), batch.v[0])
+    assert errors["int8-k128-v128"] < 0.015
+    assert errors["int4-k128-v128"] < 0.2
+
+
+def test_nan_stays_in_its_own_token_and_head() -> None:
+    batch = make_batch("int4", [20, 20])
+    page = batch.block_table[0, 0]
+    slot = int(page) * 16 + 10
+    k, v = torch.randn(2, 1, 2, 128)
+    v[0, 1, 3] = math.nan
+    append(k, v, batch.cache, torch.tensor([slot]), backend="reference")
+    q = torch.randn(24, 4, 128)
+    starts = torch.tensor([0, 20, 24], dtype=torch.int32)
+    out = decode_attention(
+        q, batch.cache, batch.block_table, batch.seq_lens, starts, softmax_scale=0.1, max_query_len=20, backend="reference"
+    )
+    bad = out.isnan().all(-1)
+    assert torch.equal(bad, out.isnan().any(-1))
+    assert bad[10:20, 2:].all(), "queries at and after the token, in the heads of its KV head"
+    bad[10:20, 2:] = False
+    assert not bad.any()
+
+
+@pytest.mark.parametrize("slot", [-1, -7, 3 * 16, 2**40])
+def test_slots_outside_are_skipped(slot: int) -> None:
+    batch = make_batch("int4", [])
+    before = batch.cache.pages.clone()
+    append(torch.randn(2, 2, 128), torch.randn(2, 2, 128), batch.cache, torch.tensor([slot, -1]), backend="reference")
+    assert torch.equal(batch.cache.pages, before)
+
+
+def test_bad_arguments_are_named() -> None:
+    batch = make_batch("int4", [4])
+    cache, k = batch.cache, torch.randn(4, 2, 128)
+    slots = torch.arange(4)
+    bad_appends = [
+        ("k: expected .* got bfloat16 \\[4, 2, 64\\]", (k[..., :64].bfloat16(), k[..., :64].bfloat16(), cache, slots)),
+        ("k: expected .* got float64", (k.double(), k.double(), cache, slots)),
+        ("slot_mapping: expected int64", (k, k, cache, slots.int())),
+        ("at most 4 slots", (k, k, cache, torch.arange(5))),
+        ("contiguous channels", (k.mT.contiguous().mT, k, cache, slots)),
+        ("equal shapes", (k, k[:3], cache, slots)),
+    ]
+    for message, args in bad_appends:
+        with pytest.raises(LayoutError, match=message):
+            append(*args)
+    q = torch.randn(1, 3, 128)
+    with pytest.raises(LayoutError, match="a multiple of num_kv_heads 2 heads, got 3"):
+        decode_attention(
+            q, cache, batch.block_table, batch.seq_lens, torch.tensor([0, 1], dtype=torch.int32), softmax_scale=1, max_query_len=1
+        )
+    with pytest.raises(LayoutError, match="16-byte aligned"):
+        PagedKVCache(cache.pages.flatten()[8 : -cache.layout.span_bytes * 2 + 8].view(-1, *cache.pages.shape[1:]), cache.layout)
+    with pytest.raises(UnsupportedError, match="expected one of cuda, triton, cpu, reference, got 'fast'"):
+        append(k, k, cache, slots, backend="fast")

@@ -1,0 +1,111 @@
+"""Run one vLLM engine in a process of its own: a JSON job on standard input, its JSON result as the last line of standard output.
+
+In-process scheduling (no engine-core process) makes a run deterministic, so two formats can be compared bit for bit.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).parents[2]
+MODEL = next((REPOSITORY / "models").glob("sawkv-*"), REPOSITORY / "models")
+
+
+def run_engine(
+    mutate: str | None = None, waves: list[list[list[int]]] | None = None, max_tokens: int = 32, **engine_options: Any
+) -> dict[str, Any]:
+    """Generate greedily for waves of prompts (token ids) in a fresh process.
+
+    Args:
+        mutate: `simulate_int4`: fp32 pages hold quantize-dequantized rows; `swap_nibbles`: int4 pages have each byte's nibbles swapped.
+        waves: batches of prompts; a wave starts when the one before has ended.
+        max_tokens: tokens to generate for each prompt.
+        engine_options: passed to `vllm.LLM`.
+
+    Returns:
+        `tokens` and `logprobs` for each wave and prompt, `metrics` (counters by name), `kv_tokens`, `implementation` (classes of the
+        attention layers), or `error`, the text of what refused the start.
+    """
+    job = {"mutate": mutate, "waves": waves or [], "max_tokens": max_tokens, "options": engine_options}
+    env = os.environ | {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "PYTHONHASHSEED": "0",
+        "PYTHONPATH": "",
+    }
+    done = subprocess.run(
+        [sys.executable, __file__], input=json.dumps(job), capture_output=True, text=True, env=env, check=False, timeout=600
+    )
+    lines = done.stdout.strip().splitlines()
+    if done.returncode or not lines or not lines[-1].startswith("{"):
+        raise AssertionError(f"engine process ended with {done.returncode}:\n{done.stdout[-4000:]}\n{done.stderr[-6000:]}")
+    result: dict[str, Any] = json.loads(lines[-1])
+    return result
+
+
+def _main() -> None:
+    job = json.loads(sys.stdin.read())
+    from vllm import LLM, SamplingParams
+
+    _mutate(job["mutate"])
+    options = {"model": str(MODEL), "enforce_eager": True, "max_model_len": 2048, "disable_log_stats": False} | job["options"]
+    try:
+        llm = LLM(**options)
+    except Exception as error:
+        print(json.dumps({"error": str(error)}))
+        return
+    sampling = SamplingParams(temperature=0, max_tokens=job["max_tokens"], ignore_eos=True, logprobs=0)
+    tokens, logprobs = [], []
+    for wave in job["waves"]:
+        outputs = [o.outputs[0] for o in llm.generate([{"prompt_token_ids": p} for p in wave], sampling, use_tqdm=False)]
+        tokens.append([list(o.token_ids) for o in outputs])
+        logprobs.append([[step[token].logprob for step, token in zip(o.logprobs, o.token_ids, strict=True)] for o in outputs])
+    metrics = {m.name.removeprefix("vllm:"): m.value for m in llm.get_metrics() if hasattr(m, "value")}
+    config = llm.llm_engine.vllm_config
+    layers = config.compilation_config.static_forward_context.values()
+    result = {
+        "tokens": tokens,
+        "logprobs": logprobs,
+        "metrics": metrics,
+        "kv_tokens": config.cache_config.num_gpu_blocks * config.cache_config.block_size,
+        "implementation": sorted({type(layer.impl).__name__ for layer in layers}),
+    }
+    print("\n" + json.dumps(result))
+
+
+def _mutate(kind: str | None) -> None:
+    """Change what `append` writes, in this process."""
+    if kind is None:
+        return
+    import torch
+
+    from sawkv import ops
+    from sawkv.kernels import reference
+    from sawkv.methods import CODECS, IntegerCodec, PassthroughCodec
+
+    int4, fp32 = IntegerCodec(4), PassthroughCodec(torch.float32)
+
+    class Simulated(PassthroughCodec):
+        def encode(self, y: torch.Tensor) -> tuple[torch.Tensor, None]:
+            return fp32.encode(int4.decode(*int4.encode(y)))
+
+    class Swapped(IntegerCodec):
+        def encode(self, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            codes, meta = int4.encode(y)
+            return codes << 4 | codes >> 4, meta
+
+    if kind == "simulate_int4":
+        CODECS["fp32"] = Simulated(torch.float32)
+    else:
+        CODECS["int4"] = Swapped(4)
+    # The mutated codec is Python's, so the reference writes; the backend under test still reads.
+    ops.append = reference.append
+
+
+if __name__ == "__main__":
+    _main()
