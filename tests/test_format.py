@@ -162,7 +162,7 @@ def test_golden_bytes() -> None:
     k_meta, v_codes, v_meta = 16 * 8, 16 * 12, 16 * 20
     want = [0] * layout.span_bytes
     want[3 * 8 : 3 * 8 + 8] = packed
-    want[k_meta + 12 : k_meta + 16] = [0x00, 0x3C, 0x00, 0x80]  # fp16 1.0, then -0.0
+    want[k_meta + 12 : k_meta + 16] = [0x00, 0x3C, 0x00, 0x00]  # fp16 1.0, then 0.0
     want[v_codes + 24 : v_codes + 32] = packed
     want[v_meta + 12 : v_meta + 16] = [0x00, 0x3C, 0x00, 0xCC]  # fp16 1.0, then -16.0
     assert span == want

@@ -34,7 +34,7 @@ class IntegerCodec:
         scale = _fp16_up(torch.maximum(by_range, by_offset).clamp(MIN_SCALE, FP16_MAX))
         inv = scale.float().reciprocal()
         # The clamp acts only where the scale saturates, on ranges beyond fp16: values there are lost, but stay finite.
-        zero_point = (-lo * inv).clamp(-MAX_ZERO_POINT, MAX_ZERO_POINT).half()
+        zero_point = (0 - lo * inv).clamp(-MAX_ZERO_POINT, MAX_ZERO_POINT).half()
         # fp64 holds the product and the sum exactly enough that one rounding to fp32 gives what fma gives.
         shifted = (y.double() * inv.double() + zero_point.double()).float()
         codes = shifted.round().clamp(0, self.max_code).where(finite, 0).to(torch.uint8)

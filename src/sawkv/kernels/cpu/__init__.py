@@ -1,0 +1,197 @@
+"""C++ kernels for CPUs, built at first use. Any format, head_dim and query length; see kernels.cpp."""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
+
+import torch
+
+from sawkv.cache import PagedKVCache
+from sawkv.errors import UnsupportedError
+from sawkv.kernels.cpu.build import load_library
+from sawkv.layout import PageLayout
+
+name = "cpu"
+
+MAX_GROUP = 128
+_CODECS = ("int4", "int8", "bf16", "fp16", "fp32")
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def unsupported_reason(device: torch.device, layout: PageLayout) -> str | None:
+    """Builds the kernels if that has not been done."""
+    if device.type != "cpu":
+        return f"expected device cpu, got {device.type}"
+    try:
+        load_library()
+    except UnsupportedError as error:
+        return str(error)
+    return None
+
+
+class _Cache(Structure):
+    _fields_ = (
+        ("pages", c_void_p),
+        *((field, c_int64) for field in ("page_stride", "num_pages")),
+        *((field, c_int32) for field in ("codec", "num_kv_heads", "head_dim", "page_size", "row_bytes", "meta_bytes")),
+        *((field, c_int32) for field in ("k_order", "v_order", "swizzle_multiplier", "swizzle_period")),
+        *((field, c_void_p) for field in ("k_center", "v_center")),
+    )
+
+
+class _Append(Structure):
+    _fields_ = (
+        ("cache", _Cache),
+        *((field, c_void_p) for field in ("k", "v")),
+        *((field, c_int64) for field in ("k_token_stride", "k_head_stride", "v_token_stride", "v_head_stride")),
+        ("slots", c_void_p),
+        ("num_slots", c_int64),
+        *((field, c_int32) for field in ("dtype", "num_threads")),
+    )
+
+
+class _Attention(Structure):
+    _fields_ = (
+        ("cache", _Cache),
+        *((field, c_void_p) for field in ("q", "out")),
+        *((field, c_int64) for field in ("q_token_stride", "q_head_stride", "out_token_stride", "out_head_stride")),
+        ("block_table", c_void_p),
+        ("block_table_stride", c_int64),
+        *((field, c_void_p) for field in ("seq_lens", "query_start", "lse", "sinks")),
+        *((field, c_int32) for field in ("num_seqs", "num_q_heads", "sliding_window", "dtype", "num_threads")),
+        *((field, c_float) for field in ("softmax_scale", "softcap")),
+    )
+
+
+class _Gather(Structure):
+    _fields_ = (
+        ("cache", _Cache),
+        ("block_table", c_void_p),
+        ("block_table_stride", c_int64),
+        *((field, c_void_p) for field in ("seq_lens", "starts", "k", "v")),
+        ("max_tokens", c_int64),
+        *((field, c_int32) for field in ("num_seqs", "dtype", "num_threads")),
+    )
+
+
+def append(k: torch.Tensor, v: torch.Tensor, cache: PagedKVCache, slot_mapping: torch.Tensor) -> None:
+    """See `sawkv.ops.append`."""
+    slots = slot_mapping.contiguous()
+    arguments = _Append(
+        _describe(cache),
+        k.data_ptr(),
+        v.data_ptr(),
+        *_byte_strides(k),
+        *_byte_strides(v),
+        slots.data_ptr(),
+        slots.shape[0],
+        _DTYPES.index(k.dtype),
+        torch.get_num_threads(),
+    )
+    load_library().sawkv_append(ctypes.byref(arguments))
+
+
+def decode_attention(
+    q: torch.Tensor,
+    cache: PagedKVCache,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    *,
+    softmax_scale: float,
+    max_query_len: int,
+    sliding_window: int,
+    logit_softcap: float,
+    sinks: torch.Tensor | None,
+) -> None:
+    """See `sawkv.ops.decode_attention`. Results depend on no other sequence of the batch, to the last bit."""
+    num_q_heads = q.shape[1]
+    if num_q_heads > MAX_GROUP * cache.layout.num_kv_heads:
+        raise UnsupportedError(
+            f"cpu backend: expected at most {MAX_GROUP} query heads a KV head, got {num_q_heads // cache.layout.num_kv_heads}"
+        )
+    seq_lens, query_start_loc = seq_lens.contiguous(), query_start_loc.contiguous()
+    sinks = None if sinks is None else sinks.float().contiguous()
+    lse_out = (
+        None if lse is None else lse if lse.is_contiguous() else torch.empty_like(lse, memory_format=torch.contiguous_format).copy_(lse)
+    )
+    arguments = _Attention(
+        _describe(cache),
+        q.data_ptr(),
+        out.data_ptr(),
+        *_byte_strides(q),
+        *_byte_strides(out),
+        block_table.data_ptr(),
+        block_table.stride(0),
+        seq_lens.data_ptr(),
+        query_start_loc.data_ptr(),
+        _address(lse_out),
+        _address(sinks),
+        seq_lens.shape[0],
+        num_q_heads,
+        sliding_window,
+        _DTYPES.index(q.dtype),
+        torch.get_num_threads(),
+        softmax_scale,
+        logit_softcap,
+    )
+    load_library().sawkv_attention(ctypes.byref(arguments))
+    if lse is not None and lse_out is not None and lse_out is not lse:
+        lse.copy_(lse_out)
+
+
+def gather(
+    cache: PagedKVCache,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seq_lens: torch.Tensor,
+    k_out: torch.Tensor,
+    v_out: torch.Tensor,
+) -> None:
+    """See `sawkv.ops.gather`."""
+    seq_lens, cu_seq_lens = seq_lens.contiguous(), cu_seq_lens.contiguous()
+    arguments = _Gather(
+        _describe(cache),
+        block_table.data_ptr(),
+        block_table.stride(0),
+        seq_lens.data_ptr(),
+        cu_seq_lens.data_ptr(),
+        k_out.data_ptr(),
+        v_out.data_ptr(),
+        k_out.shape[0],
+        seq_lens.shape[0],
+        _DTYPES.index(k_out.dtype),
+        torch.get_num_threads(),
+    )
+    load_library().sawkv_gather(ctypes.byref(arguments))
+
+
+def _describe(cache: PagedKVCache) -> _Cache:
+    layout = cache.layout
+    return _Cache(
+        cache.pages.data_ptr(),
+        cache.pages.stride(0),
+        cache.pages.shape[0],
+        _CODECS.index(layout.format.codec),
+        layout.num_kv_heads,
+        layout.head_dim,
+        layout.page_size,
+        layout.row_bytes,
+        layout.meta_bytes,
+        layout.k_rotation_order,
+        layout.v_rotation_order,
+        *layout.swizzle_factors,
+        _address(cache.k_center),
+        _address(cache.v_center),
+    )
+
+
+def _byte_strides(x: torch.Tensor) -> tuple[int, int]:
+    return x.stride(0) * x.element_size(), x.stride(1) * x.element_size()
+
+
+def _address(x: torch.Tensor | None) -> int | None:
+    return None if x is None else x.data_ptr()

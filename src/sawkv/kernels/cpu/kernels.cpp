@@ -1,0 +1,593 @@
+// The CPU backend's kernels: plain C++ with GCC/Clang vector extensions and OpenMP, called through ctypes with the structs at the end.
+//
+// Reading order: vectors -> one row (rotate, encode, decode) -> one tile of tokens (scores, softmax, weighted values) -> work items -> entry points.
+// After a row is decoded to fp32, all formats share the same arithmetic, so equal values give equal bits whatever they were stored as.
+// Compiled with -ffp-contract=off: the only fused operations are those written as fma, as docs/format.md requires.
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+namespace {
+
+// ---------------------------------------------------------------------------------------------------------------------------- vectors
+
+constexpr int W = 8;  // fp32 lanes of a vector; the compiler joins or splits them for other widths
+typedef float vec __attribute__((vector_size(4 * W)));
+typedef int32_t ivec __attribute__((vector_size(4 * W)));
+
+inline vec load(const float* p) {
+  vec v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
+inline vec splat(float x) { return vec{x, x, x, x, x, x, x, x}; }
+inline vec fma(vec a, vec b, vec c) {
+  for (int i = 0; i < W; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+  return c;
+}
+inline vec max(vec a, vec b) { return a > b ? a : b; }
+inline vec min(vec a, vec b) { return a < b ? a : b; }
+inline vec round_even(vec a) {  // adding 1.5 * 2^23 leaves no fraction bits; exact for |a| < 2^22
+  const vec magic = splat(12582912.f);
+  return (a + magic) - magic;
+}
+inline float sum(vec v) {
+  return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+}
+
+// e^x, to about 2 units in the last place; 0 below -87, NaN for NaN.
+inline vec exp(vec x) {
+  const ivec tiny = x < splat(-87.f);
+  x = x < splat(-87.f) ? splat(-87.f) : x;
+  x = x > splat(88.f) ? splat(88.f) : x;
+  const vec n = round_even(x * splat(1.44269504088896341f));
+  vec r = fma(n, splat(-0.693359375f), x);
+  r = fma(n, splat(2.12194440e-4f), r);
+  vec p = splat(1.9875691500e-4f);
+  p = fma(p, r, splat(1.3981999507e-3f));
+  p = fma(p, r, splat(8.3334519073e-3f));
+  p = fma(p, r, splat(4.1665795894e-2f));
+  p = fma(p, r, splat(1.6666665459e-1f));
+  p = fma(p, r, splat(5.0000001201e-1f));
+  p = fma(p, r * r, r) + splat(1.f);
+  const ivec bits = (__builtin_convertvector(n, ivec) + 127) << 23;
+  vec scale;
+  std::memcpy(&scale, &bits, sizeof scale);
+  return tiny ? splat(0.f) : p * scale;
+}
+
+// ------------------------------------------------------------------------------------------------------------------------ float types
+
+enum DType : int32_t { kBf16, kFp16, kFp32 };
+
+inline float bits_to_float(uint32_t b) {
+  float f;
+  std::memcpy(&f, &b, 4);
+  return f;
+}
+inline uint32_t float_to_bits(float f) {
+  uint32_t b;
+  std::memcpy(&b, &f, 4);
+  return b;
+}
+inline float from_bf16(uint16_t h) { return bits_to_float(uint32_t(h) << 16); }
+inline uint16_t to_bf16(float f) {
+  const uint32_t b = float_to_bits(f);
+  if (f != f) return 0x7FC0;
+  return uint16_t((b + 0x7FFF + ((b >> 16) & 1)) >> 16);
+}
+inline float from_fp16(uint16_t h) {
+  _Float16 x;
+  std::memcpy(&x, &h, 2);
+  return float(x);
+}
+inline uint16_t to_fp16(float f) {
+  const _Float16 x = _Float16(f);
+  uint16_t h;
+  std::memcpy(&h, &x, 2);
+  return h;
+}
+
+inline void read_floats(const void* p, DType dtype, int n, float* out) {
+  const uint16_t* h = static_cast<const uint16_t*>(p);
+  if (dtype == kBf16) {
+    for (int i = 0; i < n; ++i) out[i] = from_bf16(h[i]);
+  } else if (dtype == kFp16) {
+    for (int i = 0; i < n; ++i) out[i] = from_fp16(h[i]);
+  } else {
+    std::memcpy(out, p, 4 * n);
+  }
+}
+inline void write_floats(const float* x, DType dtype, int n, void* p) {
+  uint16_t* h = static_cast<uint16_t*>(p);
+  if (dtype == kBf16) {
+    for (int i = 0; i < n; ++i) h[i] = to_bf16(x[i]);
+  } else if (dtype == kFp16) {
+    for (int i = 0; i < n; ++i) h[i] = to_fp16(x[i]);
+  } else {
+    std::memcpy(p, x, 4 * n);
+  }
+}
+inline int size_of(DType dtype) { return dtype == kFp32 ? 4 : 2; }
+
+// ---------------------------------------------------------------------------------------------------------------------------- a cache
+
+constexpr int kMaxHeadDim = 256;
+constexpr int kSegment = 16;
+
+enum Codec : int32_t { kInt4, kInt8, kCodecBf16, kCodecFp16, kCodecFp32 };
+
+// Mirrors sawkv.layout.PageLayout; docs/format.md explains the fields.
+struct Cache {
+  uint8_t* pages;
+  int64_t page_stride, num_pages;
+  int32_t codec, num_kv_heads, head_dim, page_size, row_bytes, meta_bytes, k_order, v_order, swizzle_multiplier, swizzle_period;
+  const float *k_center, *v_center;
+
+  uint8_t* span(int64_t page, int head) const { return pages + page * page_stride + int64_t(head) * page_size * 2 * (row_bytes + meta_bytes); }
+  int64_t v_offset() const { return int64_t(page_size) * (row_bytes + meta_bytes); }
+  int swizzle(int offset) const { return (offset * swizzle_multiplier / 8) % swizzle_period; }
+};
+
+// ------------------------------------------------------------------------------------------------------------------------------ a row
+
+// Block-diagonal normalized Hadamard product, in the order of operations that the format fixes.
+void rotate(float* x, int head_dim, int order) {
+  if (!order) return;
+  for (int stride = 1; stride < order; stride *= 2)
+    for (int start = 0; start < head_dim; start += 2 * stride)
+      for (int i = start; i < start + stride; ++i) {
+        const float a = x[i], b = x[i + stride];
+        x[i] = a + b;
+        x[i + stride] = a - b;
+      }
+  const float norm = float(1 / std::sqrt(double(order)));
+  for (int i = 0; i < head_dim; ++i) x[i] *= norm;
+}
+
+struct Meta {
+  uint16_t scale, zero_point;
+};
+
+// The smallest fp16 at or above x, for 0 < x <= 65504.
+inline uint16_t fp16_up(float x) {
+  const uint16_t nearest = to_fp16(x);
+  return nearest + (from_fp16(nearest) < x);
+}
+
+// Codes of a row of 4- or 8-bit integers, one in a byte, and their scale and zero point.
+Meta quantize(const float* y, int head_dim, int max_code, uint8_t* codes) {
+  vec low = load(y), high = load(y);
+  bool finite = true;
+  for (int i = 0; i < head_dim; i += W) {
+    const vec x = load(y + i);
+    low = min(low, x);
+    high = max(high, x);
+    const vec zero = x - x;  // NaN where x is not finite
+    for (int j = 0; j < W; ++j) finite &= zero[j] == 0.f;
+  }
+  if (!finite) {
+    std::memset(codes, 0, head_dim);
+    return {0x7E00, 0};
+  }
+  float lo = low[0], hi = high[0];
+  for (int j = 1; j < W; ++j) lo = std::min(lo, low[j]), hi = std::max(hi, high[j]);
+  const float by_range = (hi - lo) * float(1.0 / max_code);
+  const float by_offset = std::max(std::fabs(lo), std::fabs(hi)) * 0x1p-10f;
+  const uint16_t scale = fp16_up(std::min(std::max(std::max(by_range, by_offset), 0x1p-24f), 65504.f));
+  const float inv = 1.f / from_fp16(scale);
+  const uint16_t zero_point = to_fp16(std::min(std::max(0.f - lo * inv, -1024.f), 1024.f));
+  const vec inv_v = splat(inv), zero_v = splat(from_fp16(zero_point)), top = splat(float(max_code));
+  for (int i = 0; i < head_dim; i += W) {
+    const vec shifted = min(max(fma(load(y + i), inv_v, zero_v), splat(-1.f)), top);  // clamping first keeps round_even in its range
+    const ivec code = __builtin_convertvector(max(round_even(shifted), splat(0.f)), ivec);
+    for (int j = 0; j < W; ++j) codes[i + j] = uint8_t(code[j]);
+  }
+  return {scale, zero_point};
+}
+
+// Position of a row's byte `b`: segments of V rows are XORed with the token's swizzle, those of K rows (swizzle 0) are in order.
+inline int place(int b, int swizzle) { return b ^ (swizzle * kSegment); }
+
+void encode_row(const Cache& cache, float* y, uint8_t* row, uint8_t* meta_out, int swizzle) {
+  const int n = cache.head_dim;
+  alignas(32) uint8_t bytes[4 * kMaxHeadDim], codes[kMaxHeadDim];
+  if (cache.codec <= kInt8) {
+    const Meta meta = quantize(y, n, cache.codec == kInt4 ? 15 : 255, codes);
+    std::memcpy(meta_out, &meta, 4);
+    if (cache.codec == kInt4)
+      for (int i = 0; i < n / 2; ++i) bytes[i] = uint8_t(codes[2 * i] | codes[2 * i + 1] << 4);
+    else
+      std::memcpy(bytes, codes, n);
+  } else {
+    write_floats(y, DType(cache.codec - kCodecBf16), n, bytes);
+  }
+  for (int b = 0; b < cache.row_bytes; b += kSegment)
+    std::memcpy(row + place(b, swizzle), bytes + b, std::min(kSegment, cache.row_bytes - b));
+}
+
+// 8 bytes of codes to 8 (int8) or 16 (int4) values.
+typedef uint8_t bytes8 __attribute__((vector_size(8)));
+inline vec dequantize(bytes8 codes, vec scale, vec zero_point) {
+  return (__builtin_convertvector(__builtin_convertvector(codes, ivec), vec) - zero_point) * scale;
+}
+
+template <int CODEC>
+inline void decode_row(const Cache& cache, const uint8_t* row, const uint8_t* meta, int swizzle, float* out) {
+  if (CODEC <= kInt8) {
+    Meta m;
+    std::memcpy(&m, meta, 4);
+    const vec scale = splat(from_fp16(m.scale)), zero = splat(from_fp16(m.zero_point));
+    for (int b = 0; b < cache.row_bytes; b += 8) {
+      bytes8 raw;
+      std::memcpy(&raw, row + place(b, swizzle), 8);
+      if (CODEC == kInt4) {
+        const bytes8 low = raw & 15, high = raw >> 4;
+        store(out + 2 * b, dequantize(__builtin_shufflevector(low, high, 0, 8, 1, 9, 2, 10, 3, 11), scale, zero));
+        store(out + 2 * b + W, dequantize(__builtin_shufflevector(low, high, 4, 12, 5, 13, 6, 14, 7, 15), scale, zero));
+      } else {
+        store(out + b, dequantize(raw, scale, zero));
+      }
+    }
+  } else {
+    constexpr DType dtype = DType(CODEC - kCodecBf16);
+    constexpr int size = dtype == kFp32 ? 4 : 2;
+    for (int b = 0; b < cache.row_bytes; b += kSegment) read_floats(row + place(b, swizzle), dtype, kSegment / size, out + b / size);
+  }
+}
+
+// `count` tokens of one sequence from position `first`, K and V, as fp32 rows of `head_dim`.
+template <int CODEC>
+void decode_tokens(const Cache& cache, const int32_t* pages, int head, int first, int count, float* k, float* v) {
+  for (int t = 0; t < count; ++t) {
+    const int offset = (first + t) % cache.page_size;
+    const uint8_t* span = cache.span(pages[(first + t) / cache.page_size], head);
+    const int64_t row = int64_t(offset) * cache.row_bytes, meta = int64_t(cache.page_size) * cache.row_bytes + offset * cache.meta_bytes;
+    if (k) decode_row<CODEC>(cache, span + row, span + meta, 0, k + t * cache.head_dim);
+    span += cache.v_offset();
+    if (v) decode_row<CODEC>(cache, span + row, span + meta, cache.swizzle(offset), v + t * cache.head_dim);
+  }
+}
+
+using DecodeTokens = void (*)(const Cache&, const int32_t*, int, int, int, float*, float*);
+DecodeTokens decode_tokens_of(int codec) {
+  switch (codec) {
+    case kInt4: return decode_tokens<kInt4>;
+    case kInt8: return decode_tokens<kInt8>;
+    case kCodecBf16: return decode_tokens<kCodecBf16>;
+    case kCodecFp16: return decode_tokens<kCodecFp16>;
+    default: return decode_tokens<kCodecFp32>;
+  }
+}
+
+// ------------------------------------------------------------------------------------------------------------- attention over one tile
+
+constexpr int kTile = 64;          // tokens decoded at once; K and V of a tile stay in the L2 cache
+constexpr int kRows = 64;          // query rows (tokens x heads of a group) that a work item aims at
+constexpr int kMaxRows = 128;      // and the most it can have: the largest group of heads; kernels/cpu/__init__.py checks it
+constexpr int kSplit = 1024;       // tokens a work item covers where queries are few; fixed, so that a result depends on no other sequence
+constexpr int kMaxSplitQueries = 8;  // more query tokens than this and the queries themselves give enough items
+
+// What attention over part of the keys leaves: softmax maximum and sum, and the weighted values, for each row.
+struct Partial {
+  float* max;
+  float* sum;
+  float* values;  // [rows, head_dim]
+};
+
+// scores[r][t] = q[r] . k[t] for R rows and T tokens; each dot product has the same order of operations for any R and T.
+template <int R, int T>
+inline void dot_block(const float* q, const float* k, int head_dim, float* scores) {
+  vec acc[R][T] = {};
+  for (int d = 0; d < head_dim; d += W) {
+    vec b[T];
+    for (int t = 0; t < T; ++t) b[t] = load(k + t * head_dim + d);
+    for (int r = 0; r < R; ++r) {
+      const vec a = load(q + r * head_dim + d);
+      for (int t = 0; t < T; ++t) acc[r][t] = fma(a, b[t], acc[r][t]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int t = 0; t < T; ++t) scores[r * kTile + t] = sum(acc[r][t]);
+}
+
+// values[r] += sum over t of p[r][t] v[t], in the order of t.
+template <int R>
+inline void weigh_block(const float* p, const float* v, int first, int last, int head_dim, float* values) {
+  for (int d = 0; d < head_dim; d += 2 * W) {
+    vec acc[R][2];
+    for (int r = 0; r < R; ++r) acc[r][0] = load(values + r * head_dim + d), acc[r][1] = load(values + r * head_dim + d + W);
+    for (int t = first; t < last; ++t) {
+      const vec v0 = load(v + t * head_dim + d), v1 = load(v + t * head_dim + d + W);
+      for (int r = 0; r < R; ++r) {
+        const vec w = splat(p[r * kTile + t]);
+        acc[r][0] = fma(w, v0, acc[r][0]);
+        acc[r][1] = fma(w, v1, acc[r][1]);
+      }
+    }
+    for (int r = 0; r < R; ++r) store(values + r * head_dim + d, acc[r][0]), store(values + r * head_dim + d + W, acc[r][1]);
+  }
+}
+
+struct Rows {  // the query rows of a work item
+  const float* q;                // [count, head_dim], rotated, times the softmax scale
+  int count;
+  int first[kMaxRows], last[kMaxRows];  // keys that each row sees: positions first to last - 1
+};
+
+// Online softmax over the tile of `count` tokens that starts at position `start`.
+void attend_tile(const Rows& rows, const float* k, const float* v, int start, int count, int head_dim, float softcap, Partial out) {
+  alignas(32) float p[kMaxRows * kTile];
+  const int padded = (count + 3) / 4 * 4;  // k has room for padding; its scores are hidden below
+  int r = 0;
+  for (; r + 4 <= rows.count; r += 4)
+    for (int t = 0; t < padded; t += 2) dot_block<4, 2>(rows.q + r * head_dim, k + t * head_dim, head_dim, p + r * kTile + t);
+  for (; r + 2 <= rows.count; r += 2)
+    for (int t = 0; t < padded; t += 4) dot_block<2, 4>(rows.q + r * head_dim, k + t * head_dim, head_dim, p + r * kTile + t);
+  for (; r < rows.count; ++r)
+    for (int t = 0; t < padded; t += 4) dot_block<1, 4>(rows.q + r * head_dim, k + t * head_dim, head_dim, p + r * kTile + t);
+
+  bool clean = true;  // no value is NaN or infinite, so a weight of 0 hides it
+  for (int i = 0; i < count * head_dim; i += W) {
+    const vec x = load(v + i), zero = x - x;
+    const ivec same = zero == zero;
+    for (int j = 0; j < W; ++j) clean &= same[j] != 0;
+  }
+  int first[kMaxRows], last[kMaxRows];
+  for (r = 0; r < rows.count; ++r) {
+    float* row = p + r * kTile;
+    first[r] = std::min(std::max(rows.first[r] - start, 0), count);
+    last[r] = std::max(std::min(rows.last[r] - start, count), first[r]);
+    if (softcap > 0)
+      for (int t = first[r]; t < last[r]; ++t) row[t] = softcap * std::tanh(row[t] / softcap);
+    for (int t = 0; t < first[r]; ++t) row[t] = -INFINITY;
+    for (int t = last[r]; t < kTile; ++t) row[t] = -INFINITY;
+    if (first[r] == last[r]) {
+      std::memset(row, 0, sizeof(float) * kTile);
+      continue;
+    }
+    vec high = splat(out.max[r]);
+    for (int t = 0; t < kTile; t += W) high = max(load(row + t), high);  // in this order NaN is passed over
+    float m = high[0];
+    for (int j = 1; j < W; ++j) m = std::max(m, high[j]);
+    if (m == -INFINITY) m = 0;  // every score is NaN or -inf
+    const float shrink = std::exp(out.max[r] - m);
+    vec total = splat(0.f);
+    for (int t = 0; t < kTile; t += W) {
+      const vec e = exp(load(row + t) - splat(m));
+      store(row + t, e);
+      total += e;
+    }
+    out.max[r] = m;
+    out.sum[r] = out.sum[r] * shrink + sum(total);
+    if (shrink != 1)
+      for (int d = 0; d < head_dim; d += W) store(out.values + r * head_dim + d, load(out.values + r * head_dim + d) * splat(shrink));
+  }
+  for (r = 0; r < rows.count;) {
+    const float* row = p + r * kTile;
+    float* values = out.values + r * head_dim;
+    if (clean && r + 4 <= rows.count) {
+      const int lo = *std::min_element(first + r, first + r + 4), hi = *std::max_element(last + r, last + r + 4);
+      weigh_block<4>(row, v, lo, hi, head_dim, values);
+      r += 4;
+    } else if (clean && r + 2 <= rows.count) {
+      weigh_block<2>(row, v, std::min(first[r], first[r + 1]), std::max(last[r], last[r + 1]), head_dim, values);
+      r += 2;
+    } else {
+      weigh_block<1>(row, v, first[r], last[r], head_dim, values);
+      r += 1;
+    }
+  }
+}
+
+}  // namespace
+
+// ---------------------------------------------------------------------------------------------------------------------- entry points
+
+extern "C" {
+
+struct AppendArguments {
+  Cache cache;
+  const void *k, *v;
+  int64_t k_token_stride, k_head_stride, v_token_stride, v_head_stride;  // bytes
+  const int64_t* slots;
+  int64_t num_slots;
+  int32_t dtype, num_threads;
+};
+
+void sawkv_append(const AppendArguments* a) {
+  const Cache& cache = a->cache;
+  const DType dtype = DType(a->dtype);
+#pragma omp parallel for num_threads(a->num_threads) schedule(static) if (a->num_slots > 4)
+  for (int64_t token = 0; token < a->num_slots; ++token) {
+    const int64_t slot = a->slots[token];
+    if (slot < 0 || slot >= cache.num_pages * cache.page_size) continue;
+    const int offset = int(slot % cache.page_size);
+    const int64_t row = int64_t(offset) * cache.row_bytes, meta = int64_t(cache.page_size) * cache.row_bytes + offset * cache.meta_bytes;
+    alignas(32) float y[kMaxHeadDim];
+    for (int head = 0; head < cache.num_kv_heads; ++head) {
+      uint8_t* span = cache.span(slot / cache.page_size, head);
+      for (int is_v = 0; is_v < 2; ++is_v) {
+        const char* x = is_v ? static_cast<const char*>(a->v) + token * a->v_token_stride + head * a->v_head_stride
+                             : static_cast<const char*>(a->k) + token * a->k_token_stride + head * a->k_head_stride;
+        const float* center = is_v ? cache.v_center : cache.k_center;
+        read_floats(x, dtype, cache.head_dim, y);
+        if (center)
+          for (int d = 0; d < cache.head_dim; ++d) y[d] -= center[head * cache.head_dim + d];
+        rotate(y, cache.head_dim, is_v ? cache.v_order : cache.k_order);
+        encode_row(cache, y, span + row, span + meta, is_v ? cache.swizzle(offset) : 0);
+        span += cache.v_offset();
+      }
+    }
+  }
+}
+
+struct AttentionArguments {
+  Cache cache;
+  const void *q;
+  void* out;
+  int64_t q_token_stride, q_head_stride, out_token_stride, out_head_stride;  // bytes
+  const int32_t* block_table;
+  int64_t block_table_stride;  // entries
+  const int32_t *seq_lens, *query_start;
+  float* lse;          // [tokens, num_q_heads] or null
+  const float* sinks;  // [num_q_heads] or null
+  int32_t num_seqs, num_q_heads, sliding_window, dtype, num_threads;
+  float softmax_scale, softcap;
+};
+
+namespace {
+
+struct Item {
+  int seq, head, query, num_queries;  // query tokens `query` to `query + num_queries - 1` of the sequence
+  int split, num_splits;              // which part of the keys
+  int64_t partial;                    // index of its first row among the partial results
+};
+
+// Rows of an item are ordered by query token, then by head of the group.
+void load_rows(const AttentionArguments& a, const Item& item, int group, float* q, Rows& rows) {
+  const Cache& cache = a.cache;
+  const int length = a.seq_lens[item.seq], num_queries = a.query_start[item.seq + 1] - a.query_start[item.seq];
+  rows.q = q;
+  rows.count = item.num_queries * group;
+  for (int r = 0; r < rows.count; ++r) {
+    const int query = item.query + r / group, head = item.head * group + r % group;
+    const char* x = static_cast<const char*>(a.q) + (a.query_start[item.seq] + query) * a.q_token_stride + head * a.q_head_stride;
+    float* y = q + r * cache.head_dim;
+    read_floats(x, DType(a.dtype), cache.head_dim, y);
+    rotate(y, cache.head_dim, cache.k_order);
+    for (int d = 0; d < cache.head_dim; ++d) y[d] *= a.softmax_scale;
+    rows.last[r] = std::max(length - num_queries + query + 1, 0);
+    rows.first[r] = a.sliding_window ? std::max(rows.last[r] - a.sliding_window, 0) : 0;
+  }
+}
+
+void attend_item(const AttentionArguments& a, const Item& item, int group, DecodeTokens decode, Partial out) {
+  const Cache& cache = a.cache;
+  const int head_dim = cache.head_dim;
+  alignas(32) static thread_local float q[kMaxRows * kMaxHeadDim], k[(kTile + 4) * kMaxHeadDim], v[kTile * kMaxHeadDim];
+  Rows rows;
+  load_rows(a, item, group, q, rows);
+  std::fill_n(out.max, rows.count, -INFINITY);
+  std::fill_n(out.sum, rows.count, 0.f);
+  std::fill_n(out.values, rows.count * head_dim, 0.f);
+  int begin = *std::min_element(rows.first, rows.first + rows.count), end = *std::max_element(rows.last, rows.last + rows.count);
+  if (item.num_splits > 1) {
+    begin = std::max(begin, item.split * kSplit);
+    end = std::min(end, (item.split + 1) * kSplit);
+  }
+  const int32_t* pages = a.block_table + item.seq * a.block_table_stride;
+  for (int start = begin / kTile * kTile; start < end; start += kTile) {
+    const int count = std::min(kTile, end - start);
+    decode(cache, pages, item.head, start, count, k, v);
+    std::fill_n(k + count * head_dim, 4 * head_dim, 0.f);
+    attend_tile(rows, k, v, start, count, head_dim, a.softcap, out);
+  }
+}
+
+// Joins the parts of one query row, adds the sink, un-rotates and writes.
+void finish_row(const AttentionArguments& a, const Item& item, int row, int group, const Partial* parts) {
+  const Cache& cache = a.cache;
+  const int head_dim = cache.head_dim, head = item.head * group + row % group;
+  const int64_t token = a.query_start[item.seq] + item.query + row / group;
+  float m = -INFINITY;
+  for (int s = 0; s < item.num_splits; ++s) m = std::max(m, parts[s].max[row]);
+  const float key_max = m;
+  if (a.sinks) m = std::max(m, a.sinks[head]);
+  alignas(32) float values[kMaxHeadDim] = {};
+  float total = 0;
+  for (int s = 0; s < item.num_splits; ++s) {
+    if (parts[s].max[row] == -INFINITY) continue;
+    const float factor = std::exp(parts[s].max[row] - m);
+    total += parts[s].sum[row] * factor;
+    for (int d = 0; d < head_dim; ++d) values[d] += parts[s].values[row * head_dim + d] * factor;
+  }
+  const float with_sink = total + (a.sinks ? std::exp(a.sinks[head] - m) : 0.f);
+  const bool sees_nothing = key_max == -INFINITY;
+  for (int d = 0; d < head_dim; ++d) values[d] = sees_nothing ? 0.f : values[d] / with_sink;
+  rotate(values, head_dim, cache.v_order);
+  if (cache.v_center && !sees_nothing)
+    for (int d = 0; d < head_dim; ++d) values[d] += cache.v_center[item.head * head_dim + d] * (total / with_sink);
+  write_floats(values, DType(a.dtype), head_dim, static_cast<char*>(a.out) + token * a.out_token_stride + head * a.out_head_stride);
+  if (a.lse) a.lse[token * a.num_q_heads + head] = with_sink == 0 ? -INFINITY : m + std::log(with_sink);
+}
+
+}  // namespace
+
+void sawkv_attention(const AttentionArguments* args) {
+  const AttentionArguments& a = *args;
+  const Cache& cache = a.cache;
+  const int group = a.num_q_heads / cache.num_kv_heads, queries_at_once = std::max(1, kRows / group);
+  std::vector<Item> items;
+  int64_t num_rows = 0;
+  for (int seq = 0; seq < a.num_seqs; ++seq) {
+    const int num_queries = a.query_start[seq + 1] - a.query_start[seq], length = a.seq_lens[seq];
+    const int num_splits = num_queries > kMaxSplitQueries ? 1 : std::max(1, (length + kSplit - 1) / kSplit);
+    for (int query = num_queries; query > 0; query -= queries_at_once)  // the last queries see most: they come first
+      for (int head = 0; head < cache.num_kv_heads; ++head)
+        for (int split = 0; split < num_splits; ++split) {
+          const int first = std::max(0, query - queries_at_once);
+          items.push_back({seq, head, first, query - first, split, num_splits, num_rows});
+          num_rows += (query - first) * group;
+        }
+  }
+  std::vector<float> stats(2 * num_rows);
+  std::vector<float> values(num_rows * cache.head_dim + W);
+  const DecodeTokens decode = decode_tokens_of(cache.codec);
+  auto partial = [&](const Item& item) {
+    return Partial{stats.data() + 2 * item.partial, stats.data() + 2 * item.partial + item.num_queries * group, values.data() + item.partial * cache.head_dim};
+  };
+  const int64_t num_items = int64_t(items.size());
+#pragma omp parallel num_threads(a.num_threads)
+  {
+#pragma omp for schedule(dynamic, 1)
+    for (int64_t i = 0; i < num_items; ++i) attend_item(a, items[i], group, decode, partial(items[i]));
+#pragma omp for schedule(dynamic, 8)
+    for (int64_t i = 0; i < num_items; ++i) {
+      if (items[i].split) continue;
+      std::vector<Partial> parts;
+      for (int s = 0; s < items[i].num_splits; ++s) parts.push_back(partial(items[i + s]));
+      for (int row = 0; row < items[i].num_queries * group; ++row) finish_row(a, items[i], row, group, parts.data());
+    }
+  }
+}
+
+struct GatherArguments {
+  Cache cache;
+  const int32_t* block_table;
+  int64_t block_table_stride;  // entries
+  const int32_t *seq_lens, *starts;
+  void *k, *v;  // [max_tokens, num_kv_heads, head_dim]
+  int64_t max_tokens;
+  int32_t num_seqs, dtype, num_threads;
+};
+
+void sawkv_gather(const GatherArguments* args) {
+  const GatherArguments& a = *args;
+  const Cache& cache = a.cache;
+  const DecodeTokens decode = decode_tokens_of(cache.codec);
+  const DType dtype = DType(a.dtype);
+  std::vector<std::pair<int, int>> pages;  // (sequence, index of page)
+  for (int seq = 0; seq < a.num_seqs; ++seq)
+    for (int page = 0; page * cache.page_size < a.seq_lens[seq]; ++page) pages.emplace_back(seq, page);
+  const int64_t num_pages = int64_t(pages.size());
+#pragma omp parallel for num_threads(a.num_threads) schedule(static)
+  for (int64_t i = 0; i < num_pages; ++i) {
+    const auto [seq, page] = pages[i];
+    alignas(32) float k[kMaxHeadDim], v[kMaxHeadDim];
+    const int first = page * cache.page_size, last = std::min(first + cache.page_size, a.seq_lens[seq]);
+    for (int t = first; t < last && a.starts[seq] + t < a.max_tokens; ++t)
+      for (int head = 0; head < cache.num_kv_heads; ++head) {
+        decode(cache, a.block_table + seq * a.block_table_stride, head, t, 1, k, v);
+        const int64_t at = ((int64_t(a.starts[seq]) + t) * cache.num_kv_heads + head) * cache.head_dim * size_of(dtype);
+        write_floats(k, dtype, cache.head_dim, static_cast<char*>(a.k) + at);
+        write_floats(v, dtype, cache.head_dim, static_cast<char*>(a.v) + at);
+      }
+  }
+}
+
+}  // extern "C"

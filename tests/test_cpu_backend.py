@@ -1,0 +1,165 @@
+"""The C++ kernels against the reference: bytes of append equal, attention within rounding."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from sawkv import CacheFormat, PagedKVCache, PageLayout, UnsupportedError, append, decode_attention, gather
+from sawkv.kernels import reference, unsupported_reason
+from sawkv.kernels.cpu import build
+from tests.conftest import Batch, make_batch, relative_error
+
+HEAD_DIMS = [16, 64, 80, 96, 112, 128, 192, 256]
+FORMATS = ["int4", "int8", "bf16", "fp16-k16-v16", "fp32-k16-v0"]
+
+
+def test_the_backend_is_there() -> None:
+    """All else here would be vacuous if `cpu` quietly became `reference`."""
+    assert unsupported_reason("cpu", torch.device("cpu"), PageLayout(CacheFormat("int4"), 1, 128, 16)) is None
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("format_name", [*FORMATS, "int4-k0-v16", "int8-k16-v0"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_append_writes_the_bytes_of_the_reference(head_dim: int, format_name: str, dtype: torch.dtype) -> None:
+    layout = PageLayout(CacheFormat.parse(format_name), 3, head_dim, 32)
+    centers = [torch.randn(3, head_dim), torch.randn(3, head_dim)] if head_dim == 64 else [None, None]
+    caches = [PagedKVCache.allocate(layout, 5, "cpu", *centers) for _ in range(2)]
+    fused = torch.randn(70, 5, 3, head_dim) * torch.logspace(-8, 4, 70)[:, None, None, None] + torch.randn(70, 1, 1, 1)
+    fused[3] = 0
+    fused[4] = 7.5
+    if layout.format.quantized:  # the float formats leave the bits of a NaN open
+        fused[5, :, 1, 2] = math.nan
+        fused[6, :, 0, 0] = -math.inf
+    fused[7, :, 2, 0] = 1000
+    fused[8] = 3e38 if layout.format.quantized else 3e30
+    fused[9, ..., ::2] *= -0.0
+    k, v = fused.to(dtype)[:, 1], fused.to(dtype)[:, 3]  # strided views, as engines give them
+    slots = torch.randperm(5 * 32 + 20)[:64] - 10  # some are out of range on either side, and 6 tokens are padding
+    for cache, backend in zip(caches, ("cpu", "reference"), strict=True):
+        cache.pages.fill_(0xAB)
+        append(k, v, cache, slots, backend=backend)
+    assert torch.equal(caches[0].pages, caches[1].pages)
+    assert not (caches[0].pages == 0xAB).all()
+
+
+def attend(batch: Batch, q: torch.Tensor, starts: torch.Tensor, backend: str, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
+    out, lse = torch.full_like(q, math.nan), torch.full(q.shape[:2], math.nan)
+    arguments = {"softmax_scale": q.shape[-1] ** -0.5, "max_query_len": int(starts.diff().max()), "out": out, "lse": lse} | options
+    decode_attention(q, batch.cache, batch.block_table, batch.seq_lens, starts, backend=backend, **arguments)  # type: ignore[arg-type]
+    return out, lse
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("format_name", FORMATS)
+@pytest.mark.parametrize(
+    ("query_lens", "group"),
+    [([1] * 9, 1), ([1, 1, 3, 8, 2, 17, 60, 1, 1], 4), ([1, 1, 15, 4, 2, 1, 65, 200, 9], 3), ([1] * 9, 16)],
+)
+def test_attention_equals_the_reference(head_dim: int, format_name: str, query_lens: list[int], group: int) -> None:
+    lengths = [1, 0, 15, 16, 17, 64, 65, 1030, 2100] if head_dim == 128 else [1, 0, 15, 16, 17, 64, 65, 200, 129]
+    batch = make_batch(format_name, lengths, head_dim=head_dim, centered=group == 4, page_size=32 if group == 3 else 16)
+    starts = torch.tensor([0, *query_lens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    q = torch.randn(int(starts[-1]) + 2, 2 * group, head_dim)
+    got, got_lse = attend(batch, q, starts, "cpu")
+    want, want_lse = attend(batch, q, starts, "reference")
+    used = int(starts[-1])
+    assert relative_error(got[:used], want[:used]) < 1e-5
+    torch.testing.assert_close(got_lse[:used], want_lse[:used], atol=1e-4, rtol=1e-5)
+    assert got[used:].isnan().all(), "rows of no sequence are left as they are"
+
+
+@pytest.mark.parametrize("options", [{"sliding_window": 5}, {"sliding_window": 70}, {"logit_softcap": 2.0}, {"sinks": True}])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_window_softcap_and_sinks(options: dict[str, object], dtype: torch.dtype) -> None:
+    batch = make_batch("int4", [1, 0, 40, 1500], centered=True)
+    starts = torch.tensor([0, 1, 2, 33, 36], dtype=torch.int32)
+    q = torch.randn(36, 2, 8, 128).to(dtype)[:, 1]  # a strided view
+    if "sinks" in options:
+        options = {"sinks": torch.randn(8).to(dtype)}
+    got, got_lse = attend(batch, q, starts, "cpu", **options)
+    want, want_lse = attend(batch, q, starts, "reference", **options)
+    assert relative_error(got, want) < (1e-5 if dtype == torch.float32 else 5e-3)
+    torch.testing.assert_close(got_lse, want_lse, atol=1e-4, rtol=1e-5)
+
+
+def test_equal_values_give_equal_bits_whatever_they_are_stored_as() -> None:
+    batch = make_batch("int4-k128-v128", [5, 300, 1100], num_kv_heads=2)
+    layout = PageLayout(CacheFormat.parse("fp32-k128-v128"), 2, 128, 16)
+    wide = PagedKVCache.allocate(layout, batch.cache.pages.shape[0])
+    wide.pages.fill_(0xFF)
+    for i, length in enumerate(batch.seq_lens.tolist()):
+        k, v = reference.read_sequence(batch.cache, batch.block_table[i], length)
+        position = torch.arange(length)
+        page, offset = batch.block_table[i][position // 16].long(), position % 16
+        k_plane, _, v_plane, _ = reference.planes(wide)
+        k_plane[page, :, offset] = k.view(torch.uint8)
+        v_plane[page, :, offset] = reference.swizzle_segments(v.view(torch.uint8), offset[:, None], layout)
+    starts = torch.tensor([0, 1, 5, 30], dtype=torch.int32)
+    q = torch.randn(30, 6, 128)
+    narrow_out = attend(batch, q, starts, "cpu")
+    wide_out = attend(Batch(wide, batch.k, batch.v, batch.block_table, batch.seq_lens), q, starts, "cpu")
+    assert torch.equal(narrow_out[0], wide_out[0])
+    assert torch.equal(narrow_out[1], wide_out[1])
+
+
+def test_a_sequence_alone_equals_itself_in_a_batch() -> None:
+    batch = make_batch("int4", [700, 3, 2500, 64])
+    q = torch.randn(4, 8, 128)
+    together, _ = attend(batch, q, torch.arange(5, dtype=torch.int32), "cpu")
+    for i in range(4):
+        one = Batch(batch.cache, batch.k, batch.v, batch.block_table[i : i + 1], batch.seq_lens[i : i + 1])
+        alone, _ = attend(one, q[i : i + 1], torch.tensor([0, 1], dtype=torch.int32), "cpu")
+        assert torch.equal(alone[0], together[i])
+
+
+@pytest.mark.parametrize("which", ["k", "v"])
+def test_nan_stays_in_its_own_token_and_head(which: str) -> None:
+    batch = make_batch("int4", [20, 20, 300])
+    k, v = torch.randn(2, 1, 2, 128)
+    (k if which == "k" else v)[0, 1, 3] = math.nan
+    append(k, v, batch.cache, torch.tensor([int(batch.block_table[0, 0]) * 16 + 10]), backend="cpu")
+    starts = torch.tensor([0, 20, 24, 25], dtype=torch.int32)
+    out, _ = attend(batch, torch.randn(25, 4, 128), starts, "cpu")
+    bad = out.isnan().any(-1)
+    assert torch.equal(bad, out.isnan().all(-1))
+    assert bad[10:20, 2:].all()
+    bad[10:20, 2:] = False
+    assert not bad.any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_gather_equals_the_reference(format_name: str, dtype: torch.dtype) -> None:
+    batch = make_batch(format_name, [5, 0, 33, 16], head_dim=80)
+    starts = torch.tensor([0, 5, 9, 42, 60], dtype=torch.int32)
+    results = []
+    for backend in ("cpu", "reference"):
+        k, v = torch.full((2, 60, 2, 80), -7.0, dtype=dtype)
+        gather(batch.cache, batch.block_table, batch.seq_lens, starts, k, v, backend=backend)
+        results.append(torch.stack([k, v]))
+    assert torch.equal(*results)
+    k, v = torch.full((2, 50, 2, 80), -7.0, dtype=dtype)  # the last tokens do not fit and are dropped
+    gather(batch.cache, batch.block_table, batch.seq_lens, starts, k, v, backend="cpu")
+    assert torch.equal(k, results[0][0, :50])
+
+
+def test_a_missing_or_failing_compiler_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(build.shutil, "which", lambda _: None)
+    with pytest.raises(UnsupportedError, match="expected g\\+\\+ or clang\\+\\+"):
+        build.load_library.__wrapped__()
+    monkeypatch.undo()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    broken = tmp_path / "broken.cpp"
+    broken.write_text("int main( {")
+    monkeypatch.setattr(build, "SOURCE", broken)
+    with pytest.raises(UnsupportedError, match="could not compile"):
+        build.load_library.__wrapped__()
+    (tmp_path / "sawkv" / "cpu").chmod(0o777)
+    with pytest.raises(UnsupportedError, match="no other can write to"):
+        build.load_library.__wrapped__()
