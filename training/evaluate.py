@@ -2,7 +2,7 @@
 
     python -m training.evaluate models/sawkv-6m
 
-Recall counts a task as right if the model's greedy choice is right at every token of the answer, which is when greedy decoding gives the answer.
+Recall counts a task as right if the model's greedy choice is right at every token of the answer, as greedy decoding needs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from training.data import Task, TaskMaker
+from training.data import Task, TaskMaker, Tokens
 
 PROMPTS = (
     'def read_lines(path):\n    """Return the lines of a text file."""\n',
@@ -35,7 +35,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).to(device).eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).eval()
+    model.to(device)  # type: ignore[arg-type]
     held_out = np.load(args.model / "held_out.npy")
     figures: dict[str, object] = {"perplexity": perplexity(model, held_out)}
     print(figures, flush=True)
@@ -55,13 +56,13 @@ def main() -> None:
     reader = AutoTokenizer.from_pretrained(args.model)
     for prompt in PROMPTS:
         ids = reader(prompt, return_tensors="pt").input_ids.to(device)
-        print("=" * 80 + "\n" + reader.decode(model.generate(ids, max_new_tokens=80, do_sample=False)[0]), flush=True)
+        print("=" * 80, reader.decode(model.generate(ids, max_new_tokens=80, do_sample=False)[0]), sep="\n", flush=True)
     if args.out:
         args.out.write_text(json.dumps(figures, indent=2) + "\n")
 
 
 @torch.inference_mode()
-def perplexity(model: PreTrainedModel, ids: np.ndarray, length: int = 2048, rows: int = 16) -> float:  # type: ignore[type-arg]
+def perplexity(model: PreTrainedModel, ids: Tokens, length: int = 2048, rows: int = 16) -> float:
     """exp of the mean loss over the first `rows` windows of `length` tokens."""
     losses = []
     for start in range(0, min(rows * length, len(ids) - length), length):

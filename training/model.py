@@ -1,4 +1,4 @@
-"""Qwen3 in plain PyTorch, with the parameter names of Transformers' `Qwen3ForCausalLM`, so that weights pass between the two as they are."""
+"""Qwen3 in plain PyTorch, with the parameter names of Transformers' `Qwen3ForCausalLM`: weights pass between the two as they are."""
 
 from __future__ import annotations
 
@@ -85,19 +85,23 @@ class Layer(nn.Module):
         return out
 
 
+class Decoder(nn.Module):
+    """Holds what Transformers calls `model`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+
 class Qwen3(nn.Module):
     """Token ids [batch, length] to logits [batch, length, vocab_size]; embeddings are tied."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.model = nn.ModuleDict(
-            {
-                "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
-                "layers": nn.ModuleList(Layer(config) for _ in range(config.num_hidden_layers)),
-                "norm": RMSNorm(config.hidden_size, config.rms_norm_eps),
-            }
-        )
+        self.model = Decoder(config)
         for name, parameter in self.named_parameters():
             if parameter.ndim == 2:
                 deep = name.endswith(("o_proj.weight", "down_proj.weight"))
@@ -107,11 +111,11 @@ class Qwen3(nn.Module):
         position = torch.arange(ids.shape[1], device=ids.device, dtype=torch.float32)
         half = torch.arange(0, self.config.head_dim, 2, device=ids.device, dtype=torch.float32)
         angle = position[:, None] * self.config.rope_theta ** (-half / self.config.head_dim)
-        x = self.model["embed_tokens"](ids)
+        x = self.model.embed_tokens(ids)
         cos, sin = torch.cat([angle.cos()] * 2, -1), torch.cat([angle.sin()] * 2, -1)
-        for layer in self.model["layers"]:
+        for layer in self.model.layers:
             x = layer(x, cos, sin)
-        return F.linear(self.model["norm"](x), self.model["embed_tokens"].weight)
+        return F.linear(self.model.norm(x), self.model.embed_tokens.weight)
 
 
 def _apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:

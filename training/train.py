@@ -59,7 +59,7 @@ class Muon(torch.optim.Optimizer):
 
 def _orthogonal(gradient: torch.Tensor) -> torch.Tensor:
     """The nearest semi-orthogonal matrix, roughly: five steps of a quintic iteration."""
-    x = gradient.bfloat16()
+    x: torch.Tensor = gradient.bfloat16()
     wide = x.shape[0] <= x.shape[1]
     x = x if wide else x.T
     x = x / (x.norm() + 1e-7)
@@ -90,7 +90,7 @@ def main() -> None:
     model = Qwen3(config).to(device)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters:,} parameters", flush=True)
-    embedding = model.model["embed_tokens"].weight
+    embedding = model.model.embed_tokens.weight
     matrices = [p for p in model.parameters() if p.ndim == 2 and p is not embedding]
     vectors = [p for p in model.parameters() if p.ndim == 1]
     optimizers: list[torch.optim.Optimizer] = [
@@ -118,7 +118,7 @@ def main() -> None:
         ids, weights = ids.to(device, non_blocking=True), weights.to(device, non_blocking=True)
         with torch.autocast(device.type, torch.bfloat16):
             loss, plain = loss_of(model, ids, weights)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for optimizer, peak in zip(optimizers, peaks, strict=True):
             for group in optimizer.param_groups:

@@ -53,7 +53,13 @@ def _main() -> None:
     from vllm import LLM, SamplingParams
 
     _mutate(job["mutate"])
-    options = {"model": str(MODEL), "enforce_eager": True, "max_model_len": 2048, "disable_log_stats": False} | job["options"]
+    options = {
+        "model": str(MODEL),
+        "enforce_eager": True,
+        "max_model_len": 2048,
+        "disable_log_stats": False,
+        "kv_cache_memory_bytes": 64 << 20,
+    } | job["options"]
     try:
         llm = LLM(**options)
     except Exception as error:

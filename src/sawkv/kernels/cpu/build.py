@@ -46,7 +46,7 @@ def load_library() -> ctypes.CDLL:
     key = hashlib.sha256("\0".join([SOURCE.read_text(), version, *FLAGS, *openmp, _processor()]).encode()).hexdigest()[:24]
     library = _cache_folder() / f"{key}.so"
     if not library.is_file():
-        # Processes that start at once each build their own copy; the rename is atomic, so none sees half a file and no lock can be left behind.
+        # Processes that start at once each build their own copy. The rename is atomic: none sees half a file, and no lock is left behind.
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             built = Path(folder, "kernels.so")
             done = subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(built), *openmp], capture_output=True, text=True, check=False)
@@ -57,7 +57,7 @@ def load_library() -> ctypes.CDLL:
 
 
 def _openmp_flags() -> list[str]:
-    """Compile for OpenMP, and link the very runtime that torch has loaded: a second one would have threads of its own, outside vLLM's binding."""
+    """Compile for OpenMP, and link the very runtime that torch has loaded: a second one's threads would be outside vLLM's binding."""
     maps = Path("/proc/self/maps")
     lines = maps.read_text().splitlines() if maps.is_file() else []
     paths = {line.split(maxsplit=5)[-1] for line in lines if "/" in line}

@@ -1,0 +1,112 @@
+"""The plugin in real vLLM engines: capacity, options, tensor parallelism, and what is refused at start-up."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from sawkv.errors import UnsupportedError
+from tests.vllm.engine import MODEL, run_engine
+
+pytestmark = pytest.mark.vllm
+
+INT4 = {"kv_cache_dtype": "int4_per_token_head"}
+PROMPT = [[list(range(400, 440))]]
+
+
+def shrunk_model(folder: Path, **changes: Any) -> dict[str, Any]:
+    """A model directory without weights: the shipped model's configuration in one layer, changed."""
+    config = json.loads((MODEL / "config.json").read_text())
+    config |= {"num_hidden_layers": 1, "vocab_size": 512} | changes
+    (folder / "config.json").write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
+    return {"model": str(folder), "load_format": "dummy", "skip_tokenizer_init": True, **INT4}
+
+
+def test_capacity_is_3_7_times_that_of_16_bits() -> None:
+    wide, narrow = run_engine(), run_engine(**INT4)
+    assert narrow["implementation"] == ["SawAttentionImpl"], "the plugin must be the one in use"
+    assert narrow["kv_tokens"] >= 3.7 * wide["kv_tokens"]
+
+
+@pytest.mark.parametrize("block_size", [16, 128])
+def test_a_compiled_model_agrees_with_an_eager_one_at_any_page_size(block_size: int) -> None:
+    """enforce_eager=False is vLLM's default; the block size of CUDA is 16, that of the CPU 128."""
+    options = {"dtype": "float32", "waves": PROMPT, "max_tokens": 48}
+    eager = run_engine(**options, **INT4)
+    compiled = run_engine(**options, **INT4, block_size=block_size, enforce_eager=block_size == 128)
+    assert compiled["implementation"] == ["SawAttentionImpl"]
+    assert compiled["tokens"] == eager["tokens"]
+
+
+def test_tensor_parallel_2_gives_the_same_tokens() -> None:
+    options = {"dtype": "float32", "waves": PROMPT, "max_tokens": 48}
+    alone = run_engine(**options, **INT4)
+    apart = run_engine(**options, **INT4, tensor_parallel_size=2, distributed_executor_backend="mp")
+    assert apart["tokens"] == alone["tokens"]
+
+
+def test_int8_and_named_formats_are_served() -> None:
+    for options in ({"kv_cache_dtype": "int8_per_token_head"}, INT4 | {"additional_config": {"sawkv": {"format": "int4-k64-v0"}}}):
+        result = run_engine(waves=PROMPT, **options)
+        assert result["implementation"] == ["SawAttentionImpl"]
+        assert len(result["tokens"][0][0]) == 32
+
+
+def test_without_our_flag_vllm_is_untouched() -> None:
+    assert run_engine()["implementation"] == ["CPUAttentionBackendImpl"]
+
+
+def test_a_wrong_format_is_refused_at_start_up() -> None:
+    for format_name, message in (("int4-k48-v0", "power of two"), ("int8-k0-v0", "expected --kv-cache-dtype int8_per_token_head")):
+        assert message in run_engine(**INT4, additional_config={"sawkv": {"format": format_name}})["error"]
+    assert "got colour" in run_engine(**INT4, additional_config={"sawkv": {"colour": 1}})["error"]
+
+
+def test_a_head_dim_that_does_not_fit_is_refused_at_start_up(tmp_path: Path) -> None:
+    error = run_engine(**shrunk_model(tmp_path, head_dim=72))["error"]
+    assert "head_dim: expected a multiple of 16" in error or "head_size" in error
+
+
+def test_a_sliding_window_is_served_or_refused_at_start_up(tmp_path: Path) -> None:
+    window = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 64}
+    result = run_engine(waves=PROMPT, **shrunk_model(tmp_path, **window))
+    assert "sliding window" in result.get("error", "") or result["implementation"] == ["SawAttentionImpl"]
+
+
+def test_mla_is_refused_at_start_up(tmp_path: Path) -> None:
+    mla = {
+        "architectures": ["DeepseekV2ForCausalLM"],
+        "model_type": "deepseek_v2",
+        "kv_lora_rank": 64,
+        "q_lora_rank": None,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 32,
+        "n_routed_experts": None,
+        "first_k_dense_replace": 1,
+        "num_key_value_heads": 4,
+        "head_dim": None,
+    }
+    result = run_engine(waves=PROMPT, **shrunk_model(tmp_path, **mla))
+    assert "MLA" in result.get("error", "no error")
+
+
+def test_a_changed_vllm_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    from sawkv.integrations.vllm.contract import check_contract
+
+    check_contract.__wrapped__()
+    fields = {name: field for name, field in CommonAttentionMetadata.__dataclass_fields__.items() if name != "seq_lens"}
+    monkeypatch.setattr(CommonAttentionMetadata, "__dataclass_fields__", fields)
+    with pytest.raises(UnsupportedError, match=r"needs CommonAttentionMetadata\.seq_lens"):
+        check_contract.__wrapped__()
+
+
+def test_the_plugin_is_found_by_its_entry_point() -> None:
+    from importlib.metadata import entry_points
+
+    assert [point.value for point in entry_points(group="vllm.general_plugins", name="sawkv")] == ["sawkv.integrations.vllm:register"]
