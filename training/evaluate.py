@@ -35,8 +35,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="write the figures as JSON")
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).eval()
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
     model.to(device)  # type: ignore[arg-type]
+    model.train(False)
     held_out = np.load(args.model / "held_out.npy")
     figures: dict[str, object] = {"perplexity": perplexity(model, held_out)}
     print(figures, flush=True)
@@ -56,7 +57,8 @@ def main() -> None:
     reader = AutoTokenizer.from_pretrained(args.model)
     for prompt in PROMPTS:
         ids = reader(prompt, return_tensors="pt").input_ids.to(device)
-        print("=" * 80, reader.decode(model.generate(ids, max_new_tokens=80, do_sample=False)[0]), sep="\n", flush=True)
+        continued: torch.Tensor = model.generate(ids, max_new_tokens=80, do_sample=False)  # type: ignore[operator]
+        print("=" * 80, reader.decode(continued[0]), sep="\n", flush=True)
     if args.out:
         args.out.write_text(json.dumps(figures, indent=2) + "\n")
 
