@@ -9,6 +9,9 @@
 #include <cstring>
 #include <limits>
 #include <vector>
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
 
 namespace {
 
@@ -25,9 +28,36 @@ inline vec load(const float* p) {
 }
 inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
 inline vec splat(float x) { return vec{x, x, x, x, x, x, x, x}; }
+// The three operations that compilers do not make of portable code.
 inline vec fma(vec a, vec b, vec c) {
+#ifdef __FMA__
+  return _mm256_fmadd_ps(a, b, c);
+#else
   for (int i = 0; i < W; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
   return c;
+#endif
+}
+inline vec bytes_to_float(const uint8_t* p) {
+#ifdef __AVX2__
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#else
+  vec v;
+  for (int i = 0; i < W; ++i) v[i] = p[i];
+  return v;
+#endif
+}
+inline void nibbles_to_float(const uint8_t* p, vec& first, vec& second) {  // 8 bytes, low nibbles first
+#ifdef __AVX2__
+  const __m128i raw = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)), mask = _mm_set1_epi8(15);
+  const __m128i bytes = _mm_unpacklo_epi8(_mm_and_si128(raw, mask), _mm_and_si128(_mm_srli_epi16(raw, 4), mask));
+  first = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes));
+  second = _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_unpackhi_epi64(bytes, bytes)));
+#else
+  for (int i = 0; i < W; ++i) {
+    first[i] = (p[i / 2] >> (4 * (i % 2))) & 15;
+    second[i] = (p[4 + i / 2] >> (4 * (i % 2))) & 15;
+  }
+#endif
 }
 inline vec max(vec a, vec b) { return a > b ? a : b; }
 inline vec min(vec a, vec b) { return a < b ? a : b; }
@@ -36,7 +66,16 @@ inline vec round_even(vec a) {  // adding 1.5 * 2^23 leaves no fraction bits; ex
   return (a + magic) - magic;
 }
 inline float sum(vec v) {
-  return ((v[0] + v[4]) + (v[2] + v[6])) + ((v[1] + v[5]) + (v[3] + v[7]));
+  typedef float half __attribute__((vector_size(2 * W)));
+  const half h = __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
+  const half g = h + __builtin_shufflevector(h, h, 2, 3, 0, 1);
+  return g[0] + g[1];
+}
+
+inline bool all_finite(const float* p, int n) {
+  vec zero = splat(0.f);
+  for (int i = 0; i < n; i += W) zero += load(p + i) - load(p + i);  // NaN where not finite
+  return sum(zero) == 0;
 }
 
 // e^x, to about 2 units in the last place; 0 below -87, NaN for NaN.
@@ -161,18 +200,14 @@ inline uint16_t fp16_up(float x) {
 
 // Codes of a row of 4- or 8-bit integers, one in a byte, and their scale and zero point.
 Meta quantize(const float* y, int head_dim, int max_code, uint8_t* codes) {
-  vec low = load(y), high = load(y);
-  bool finite = true;
-  for (int i = 0; i < head_dim; i += W) {
-    const vec x = load(y + i);
-    low = min(low, x);
-    high = max(high, x);
-    const vec zero = x - x;  // NaN where x is not finite
-    for (int j = 0; j < W; ++j) finite &= zero[j] == 0.f;
-  }
-  if (!finite) {
+  if (!all_finite(y, head_dim)) {
     std::memset(codes, 0, head_dim);
     return {0x7E00, 0};
+  }
+  vec low = load(y), high = load(y);
+  for (int i = 0; i < head_dim; i += W) {
+    low = min(low, load(y + i));
+    high = max(high, load(y + i));
   }
   float lo = low[0], hi = high[0];
   for (int j = 1; j < W; ++j) lo = std::min(lo, low[j]), hi = std::max(hi, high[j]);
@@ -210,12 +245,6 @@ void encode_row(const Cache& cache, float* y, uint8_t* row, uint8_t* meta_out, i
     std::memcpy(row + place(b, swizzle), bytes + b, std::min(kSegment, cache.row_bytes - b));
 }
 
-// 8 bytes of codes to 8 (int8) or 16 (int4) values.
-typedef uint8_t bytes8 __attribute__((vector_size(8)));
-inline vec dequantize(bytes8 codes, vec scale, vec zero_point) {
-  return (__builtin_convertvector(__builtin_convertvector(codes, ivec), vec) - zero_point) * scale;
-}
-
 template <int CODEC>
 inline void decode_row(const Cache& cache, const uint8_t* row, const uint8_t* meta, int swizzle, float* out) {
   if (CODEC <= kInt8) {
@@ -223,14 +252,14 @@ inline void decode_row(const Cache& cache, const uint8_t* row, const uint8_t* me
     std::memcpy(&m, meta, 4);
     const vec scale = splat(from_fp16(m.scale)), zero = splat(from_fp16(m.zero_point));
     for (int b = 0; b < cache.row_bytes; b += 8) {
-      bytes8 raw;
-      std::memcpy(&raw, row + place(b, swizzle), 8);
+      const uint8_t* codes = row + place(b, swizzle);
       if (CODEC == kInt4) {
-        const bytes8 low = raw & 15, high = raw >> 4;
-        store(out + 2 * b, dequantize(__builtin_shufflevector(low, high, 0, 8, 1, 9, 2, 10, 3, 11), scale, zero));
-        store(out + 2 * b + W, dequantize(__builtin_shufflevector(low, high, 4, 12, 5, 13, 6, 14, 7, 15), scale, zero));
+        vec first, second;
+        nibbles_to_float(codes, first, second);
+        store(out + 2 * b, (first - zero) * scale);
+        store(out + 2 * b + W, (second - zero) * scale);
       } else {
-        store(out + b, dequantize(raw, scale, zero));
+        store(out + b, (bytes_to_float(codes) - zero) * scale);
       }
     }
   } else {
@@ -266,7 +295,7 @@ DecodeTokens decode_tokens_of(int codec) {
 
 // ------------------------------------------------------------------------------------------------------------- attention over one tile
 
-constexpr int kTile = 64;          // tokens decoded at once; K and V of a tile stay in the L2 cache
+constexpr int kTile = 32;          // tokens decoded at once; at head_dim 128, K and V of a tile fill a 32 KiB L1 cache
 constexpr int kRows = 64;          // query rows (tokens x heads of a group) that a work item aims at
 constexpr int kMaxRows = 128;      // and the most it can have: the largest group of heads; kernels/cpu/__init__.py checks it
 constexpr int kSplit = 1024;       // tokens a work item covers where queries are few; fixed, so that a result depends on no other sequence
@@ -331,17 +360,17 @@ void attend_tile(const Rows& rows, const float* k, const float* v, int start, in
   for (; r < rows.count; ++r)
     for (int t = 0; t < padded; t += 4) dot_block<1, 4>(rows.q + r * head_dim, k + t * head_dim, head_dim, p + r * kTile + t);
 
-  bool clean = true;  // no value is NaN or infinite, so a weight of 0 hides it
-  for (int i = 0; i < count * head_dim; i += W) {
-    const vec x = load(v + i), zero = x - x;
-    const ivec same = zero == zero;
-    for (int j = 0; j < W; ++j) clean &= same[j] != 0;
-  }
   int first[kMaxRows], last[kMaxRows];
+  bool all_see_all = true;
   for (r = 0; r < rows.count; ++r) {
-    float* row = p + r * kTile;
     first[r] = std::min(std::max(rows.first[r] - start, 0), count);
     last[r] = std::max(std::min(rows.last[r] - start, count), first[r]);
+    all_see_all &= first[r] == 0 && last[r] == count;
+  }
+  // Rows are weighed several at once, with weight 0 for what one of them does not see. That hides all values but NaN and infinity.
+  const bool together = all_see_all || all_finite(v, count * head_dim);
+  for (r = 0; r < rows.count; ++r) {
+    float* row = p + r * kTile;
     if (softcap > 0)
       for (int t = first[r]; t < last[r]; ++t) row[t] = softcap * std::tanh(row[t] / softcap);
     for (int t = 0; t < first[r]; ++t) row[t] = -INFINITY;
@@ -370,11 +399,11 @@ void attend_tile(const Rows& rows, const float* k, const float* v, int start, in
   for (r = 0; r < rows.count;) {
     const float* row = p + r * kTile;
     float* values = out.values + r * head_dim;
-    if (clean && r + 4 <= rows.count) {
+    if (together && r + 4 <= rows.count) {
       const int lo = *std::min_element(first + r, first + r + 4), hi = *std::max_element(last + r, last + r + 4);
       weigh_block<4>(row, v, lo, hi, head_dim, values);
       r += 4;
-    } else if (clean && r + 2 <= rows.count) {
+    } else if (together && r + 2 <= rows.count) {
       weigh_block<2>(row, v, std::min(first[r], first[r + 1]), std::max(last[r], last[r + 1]), head_dim, values);
       r += 2;
     } else {
