@@ -1,10 +1,11 @@
-"""Run one vLLM engine in a process of its own: a JSON job on standard input, its JSON result as the last line of standard output.
+"""Run one vLLM engine in a process of its own: a JSON job on standard input, its JSON result as a marked line of standard output.
 
 In-process scheduling (no engine-core process) makes a run deterministic, so two formats can be compared bit for bit.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 REPOSITORY = Path(__file__).parents[2]
+MARK = "RESULT "
 MODEL = next((REPOSITORY / "models").glob("sawkv-*"), REPOSITORY / "models")
 
 
@@ -31,20 +33,22 @@ def run_engine(
         `tokens` and `logprobs` for each wave and prompt, `metrics` (counters by name), `kv_tokens`, `implementation` (classes of the
         attention layers), or `error`, the text of what refused the start.
     """
-    job = {"mutate": mutate, "waves": waves or [], "max_tokens": max_tokens, "options": engine_options}
+    return _run(json.dumps({"mutate": mutate, "waves": waves or [], "max_tokens": max_tokens, "options": engine_options}, sort_keys=True))
+
+
+@functools.cache  # runs are deterministic, and a start takes many seconds
+def _run(job: str) -> dict[str, Any]:
     env = os.environ | {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "PYTHONHASHSEED": "0",
         "PYTHONPATH": "",
     }
-    done = subprocess.run(
-        [sys.executable, __file__], input=json.dumps(job), capture_output=True, text=True, env=env, check=False, timeout=600
-    )
-    lines = done.stdout.strip().splitlines()
-    if done.returncode or not lines or not lines[-1].startswith("{"):
+    done = subprocess.run([sys.executable, __file__], input=job, capture_output=True, text=True, env=env, check=False, timeout=600)
+    results = [line.removeprefix(MARK) for line in done.stdout.splitlines() if line.startswith(MARK)]
+    if done.returncode or not results:
         raise AssertionError(f"engine process ended with {done.returncode}:\n{done.stdout[-4000:]}\n{done.stderr[-6000:]}")
-    result: dict[str, Any] = json.loads(lines[-1])
+    result: dict[str, Any] = json.loads(results[-1])
     return result
 
 
@@ -63,7 +67,7 @@ def _main() -> None:
     try:
         llm = LLM(**options)
     except Exception as error:
-        print(json.dumps({"error": str(error)}))
+        print(f"\n{MARK}{json.dumps({'error': str(error)})}")
         return
     sampling = SamplingParams(temperature=0, max_tokens=job["max_tokens"], ignore_eos=True, logprobs=0)
     tokens, logprobs = [], []
@@ -81,7 +85,7 @@ def _main() -> None:
         "kv_tokens": config.cache_config.num_gpu_blocks * config.cache_config.block_size,
         "implementation": sorted({type(layer.impl).__name__ for layer in layers}),
     }
-    print("\n" + json.dumps(result))
+    print(f"\n{MARK}{json.dumps(result)}")
 
 
 def _mutate(kind: str | None) -> None:

@@ -22,3 +22,6 @@ def register() -> None:
     register_backend(AttentionBackendEnum.CUSTOM, SAW_BACKEND)
     # vLLM's CPU platform always selects CPU_ATTN, whatever the command line says: stand in for it, and pass on what is not ours.
     register_backend(AttentionBackendEnum.CPU_ATTN, CPU_BACKEND)
+    for name in ("CPU_MLA", "AMX_MLA"):
+        if name in AttentionBackendEnum.__members__:  # vLLM before 0.28 has no MLA on the CPU, and says so itself
+            register_backend(AttentionBackendEnum[name], f"sawkv.integrations.vllm.mla.{name}")
