@@ -51,7 +51,9 @@ def main() -> None:
 
     def install(what: str, *arguments: str) -> None:
         print(f"  {time.monotonic() - started:4.0f} s  installing {what} ...", flush=True)
-        subprocess.run([python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *arguments], check=True)
+        subprocess.run(
+            [python, "-m", "pip", "install", "-qq", "--no-warn-conflicts", "--disable-pip-version-check", *arguments], check=True
+        )
 
     if gpu:
         install(wanted, wanted)

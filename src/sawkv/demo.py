@@ -110,7 +110,8 @@ def _wait_until_ready(client: OpenAI, server: subprocess.Popen[bytes], log: Path
     """Poll until the server answers, showing where its start-up is."""
     from openai import APIError
 
-    start = shown = time.monotonic()
+    start = time.monotonic()
+    shown, said = start, ""
     while True:
         if server.poll() is not None:
             raise UnsupportedError(f"vLLM ended with status {server.returncode} while starting:\n{_tail(log, 25)}")
@@ -120,10 +121,11 @@ def _wait_until_ready(client: OpenAI, server: subprocess.Popen[bytes], log: Path
             return
         if time.monotonic() - start > START_TIMEOUT:
             raise UnsupportedError(f"vLLM did not start within {START_TIMEOUT:.0f} s:\n{_tail(log, 25)}")
-        if time.monotonic() - shown > 5:
-            shown = time.monotonic()
-            last = re.sub(r"^\(.*?\) |\w+ \d\d-\d\d [\d:]+ \[.*?\] ", "", _tail(log, 1))
-            print(f"  {shown - start:4.0f} s  {last[:110]}", flush=True)
+        last = re.sub(r"^\(.*?\) |\w+ \d\d-\d\d [\d:]+ \[.*?\] ", "", _tail(log, 1)).strip()[:110]
+        since = time.monotonic() - shown
+        if since > 20 or (since > 3 and last != said):
+            shown, said = time.monotonic(), last
+            print(f"  {shown - start:4.0f} s  {last or 'loading vLLM'}", flush=True)
         time.sleep(0.5)
 
 
@@ -137,7 +139,7 @@ def _report(wide: Outcome, narrow: Outcome, kv_cache_memory: int) -> None:
         print(f"\n--- {title} ---")
         print(textwrap.indent(_last_lines(prompt, 4), "    "))
         print(f"{wide.name:<{width}} | {narrow.name}")
-        left, right = (_lines(outcome.texts[index], width) for outcome in (wide, narrow))
+        left, right = (_lines(outcome.texts[index].rstrip(), width) for outcome in (wide, narrow))
         for i in range(max(len(left), len(right))):
             print(f"{left[i] if i < len(left) else '':<{width}} | {right[i] if i < len(right) else ''}")
         agreed, total = _agreement(wide.tokens[index], narrow.tokens[index])
@@ -164,7 +166,7 @@ def _lines(text: str, width: int) -> list[str]:
 
 def _last_lines(text: str, count: int) -> str:
     lines = text.rstrip("\n").split("\n")
-    return "\n".join(([f"... {len(lines) - count} lines ..."] if len(lines) > count else []) + lines[-count:])
+    return "\n".join([*([f"... {len(lines) - count} lines before ..."] if len(lines) > count + 1 else lines[:-count]), *lines[-count:]])
 
 
 def _free_port() -> int:

@@ -277,3 +277,5 @@ def _announce(cache_format: CacheFormat, head_size: int, num_kv_heads: int, vllm
         4 * head_size,
         backend.name,
     )
+    if backend.name == "reference":
+        logger.warning("sawkv: there are no fast kernels here (`sawkv info` says why): attention is correct but very slow")
