@@ -14,7 +14,11 @@ from sawkv.errors import SawkvError
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; the exit status is 0, or 2 for bad input."""
-    args = _parser().parse_args(argv)
+    parser = _parser()
+    args, others = parser.parse_known_args(argv)
+    if others and args.run is not _serve:
+        parser.error(f"unknown arguments: {' '.join(others)}")
+    args.vllm_options = others
     try:
         status: int = args.run(args)
     except SawkvError as error:
@@ -32,10 +36,9 @@ def _parser() -> argparse.ArgumentParser:
     info.add_argument("--head-dim", type=int, default=128)
     info.set_defaults(run=_info)
 
-    serve = commands.add_parser("serve", help="serve a model with vLLM from INT4 pages; further options go to vLLM")
+    serve = commands.add_parser("serve", help="serve a model with vLLM from INT4 pages; options not listed go to vLLM", allow_abbrev=False)
     serve.add_argument("model")
     serve.add_argument("--format", default="int4", help="cache format, for example int4-k128-v128 (default: %(default)s)")
-    serve.add_argument("vllm_options", nargs=argparse.REMAINDER, metavar="...")
     serve.set_defaults(run=_serve)
 
     demo = commands.add_parser("demo", help="serve a model in 16 bits and then from INT4 pages, and compare text and capacity")

@@ -159,7 +159,8 @@ class SawAttentionBackend(AttentionBackend):
 
     forward_includes_kv_cache_update = False
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float16, torch.float32]
-    supported_kv_cache_dtypes: ClassVar[list[Any]] = [*KV_CACHE_DTYPE_CODECS]
+    # "auto" and the 16-bit names are for the float formats of `--additional-config`.
+    supported_kv_cache_dtypes: ClassVar[list[Any]] = [*KV_CACHE_DTYPE_CODECS, "auto", "bfloat16", "float16"]
 
     @staticmethod
     def get_name() -> str:
