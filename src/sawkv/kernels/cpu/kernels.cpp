@@ -67,9 +67,10 @@ inline vec round_even(vec a) {  // adding 1.5 * 2^23 leaves no fraction bits; ex
 }
 inline float sum(vec v) {
   typedef float half __attribute__((vector_size(2 * W)));
-  const half h = __builtin_shufflevector(v, v, 0, 1, 2, 3) + __builtin_shufflevector(v, v, 4, 5, 6, 7);
-  const half g = h + __builtin_shufflevector(h, h, 2, 3, 0, 1);
-  return g[0] + g[1];
+  half h[2];
+  std::memcpy(h, &v, sizeof v);
+  const half s = h[0] + h[1];
+  return (s[0] + s[2]) + (s[1] + s[3]);
 }
 
 inline bool all_finite(const float* p, int n) {
@@ -119,6 +120,10 @@ inline uint16_t to_bf16(float f) {
   if (f != f) return 0x7FC0;
   return uint16_t((b + 0x7FFF + ((b >> 16) & 1)) >> 16);
 }
+#ifdef __F16C__  // older compilers have no half type in C++
+inline float from_fp16(uint16_t h) { return _cvtsh_ss(h); }
+inline uint16_t to_fp16(float f) { return _cvtss_sh(f, _MM_FROUND_TO_NEAREST_INT); }
+#else
 inline float from_fp16(uint16_t h) {
   _Float16 x;
   std::memcpy(&x, &h, 2);
@@ -130,6 +135,7 @@ inline uint16_t to_fp16(float f) {
   std::memcpy(&h, &x, 2);
   return h;
 }
+#endif
 
 inline void read_floats(const void* p, DType dtype, int n, float* out) {
   const uint16_t* h = static_cast<const uint16_t*>(p);
