@@ -134,17 +134,18 @@ def test_nan_stays_in_its_own_token_and_head(which: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("format_name", FORMATS)
-def test_gather_equals_the_reference(format_name: str, dtype: torch.dtype) -> None:
-    batch = make_batch(format_name, [5, 0, 33, 16], head_dim=80)
+@pytest.mark.parametrize("rotated", [True, False])
+def test_gather_equals_the_reference(format_name: str, rotated: bool, dtype: torch.dtype) -> None:
+    batch = make_batch(format_name, [5, 0, 33, 16], head_dim=80, centered=True)
     starts = torch.tensor([0, 5, 9, 42, 60], dtype=torch.int32)
     results = []
     for backend in ("cpu", "reference"):
         k, v = torch.full((2, 60, 2, 80), -7.0, dtype=dtype)
-        gather(batch.cache, batch.block_table, batch.seq_lens, starts, k, v, backend=backend)
+        gather(batch.cache, batch.block_table, batch.seq_lens, starts, k, v, rotated=rotated, backend=backend)
         results.append(torch.stack([k, v]))
     assert torch.equal(*results)
     k, v = torch.full((2, 50, 2, 80), -7.0, dtype=dtype)  # the last tokens do not fit and are dropped
-    gather(batch.cache, batch.block_table, batch.seq_lens, starts, k, v, backend="cpu")
+    gather(batch.cache, batch.block_table, batch.seq_lens, starts, k, v, rotated=rotated, backend="cpu")
     assert torch.equal(k, results[0][0, :50])
 
 

@@ -3,7 +3,7 @@
 from sawkv.cache import PagedKVCache
 from sawkv.errors import FormatError, LayoutError, SawkvError, UnsupportedError
 from sawkv.layout import PageLayout
-from sawkv.ops import append, decode_attention, gather
+from sawkv.ops import append, decode_attention, gather, make_decode_plan
 from sawkv.spec import CacheFormat
 
 __version__ = "0.1.0"
@@ -19,4 +19,5 @@ __all__ = [
     "append",
     "decode_attention",
     "gather",
+    "make_decode_plan",
 ]

@@ -10,7 +10,8 @@ import torch
 
 from sawkv.cache import PagedKVCache
 from sawkv.errors import LayoutError
-from sawkv.kernels import Backend, select_backend
+from sawkv.kernels import Backend, DecodePlan, select_backend
+from sawkv.layout import PageLayout
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -68,6 +69,7 @@ def decode_attention(
     sinks: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
     lse: torch.Tensor | None = None,
+    plan: DecodePlan | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
     """Causal attention of each sequence's last tokens over its pages, read as they are stored.
@@ -89,6 +91,7 @@ def decode_attention(
         sinks: [num_q_heads], a logit per head that takes part in the softmax and carries no value.
         out: [num_tokens, num_q_heads, head_dim] of q's dtype; allocated if None. Rows of no sequence are left as they are.
         lse: [num_tokens, num_q_heads] fp32, filled with the natural log-sum-exp of the scores (sink included).
+        plan: from `make_decode_plan`, updated with these lengths. Without one the schedule is made in this call.
         backend: a name from `sawkv info`; None chooses by device and format.
 
     Returns:
@@ -137,8 +140,37 @@ def decode_attention(
         sliding_window=sliding_window,
         logit_softcap=logit_softcap,
         sinks=sinks,
+        plan=plan,
     )
     return out
+
+
+def make_decode_plan(
+    layout: PageLayout,
+    device: torch.device,
+    *,
+    num_q_heads: int,
+    max_num_seqs: int,
+    max_query_len: int,
+    sliding_window: int = 0,
+    backend: str | None = None,
+) -> DecodePlan:
+    """A schedule that the layers of one step share: call its `update` once a step, and give it to each layer's `decode_attention`.
+
+    The plan has its buffers for good, so that a CUDA graph may hold `decode_attention` while `update` runs before each replay, or is captured
+    with it. It serves one stream at a time.
+
+    Args:
+        layout: of the layers' pages.
+        device: of the pages.
+        num_q_heads, max_query_len, sliding_window: as `decode_attention` will get them.
+        max_num_seqs: sequences in the largest batch.
+        backend: as in `decode_attention`.
+
+    Raises:
+        UnsupportedError: no backend, or not the named one, can run this.
+    """
+    return select_backend(device, layout, backend).make_plan(layout, device, num_q_heads, max_num_seqs, max_query_len, sliding_window)
 
 
 def gather(
@@ -149,11 +181,13 @@ def gather(
     k_out: torch.Tensor,
     v_out: torch.Tensor,
     *,
+    rotated: bool = True,
     backend: str | None = None,
 ) -> None:
-    """Decode the pages of many sequences into contiguous K and V, still rotated and centered, for an engine's own prefill attention.
+    """Decode the pages of many sequences into contiguous K and V, for an engine's own prefill attention.
 
-    Rotate Q by K's order before the attention, and its output by V's order after it (`rotation.rotate` is its own inverse).
+    Rows that stay rotated need Q rotated by K's order before the attention, and its output by V's order after it (`rotation.rotate` is its
+    own inverse).
 
     Args:
         cache: read only.
@@ -162,6 +196,7 @@ def gather(
         cu_seq_lens: [num_seqs + 1] int32, where each sequence starts in the outputs; cu_seq_lens[i + 1] >= cu_seq_lens[i] + seq_lens[i].
         k_out, v_out: [max_tokens, num_kv_heads, head_dim] bf16, fp16 or fp32, contiguous. Filled up to what is gathered; tokens that would
             fall past max_tokens are dropped.
+        rotated: leave the rows rotated and centered, as they are stored; otherwise give K and V as `append` got them, quantized.
         backend: a name from `sawkv info`; None chooses by device and format.
 
     Raises:
@@ -180,7 +215,7 @@ def gather(
             raise LayoutError(f"{name}: expected a contiguous tensor, got strides {list(x.stride())}")
     if k_out.shape != v_out.shape or k_out.dtype != v_out.dtype:
         raise LayoutError(f"k_out and v_out: expected equal shapes and dtypes, got {_show(k_out)} and {_show(v_out)}")
-    _backend(cache, backend).gather(cache, block_table, seq_lens, cu_seq_lens, k_out, v_out)
+    _backend(cache, backend).gather(cache, block_table, seq_lens, cu_seq_lens, k_out, v_out, rotated=rotated)
 
 
 def _backend(cache: PagedKVCache, name: str | None) -> Backend:

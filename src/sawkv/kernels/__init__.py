@@ -22,6 +22,21 @@ PREFERENCE: Final = ("cuda", "triton", "cpu", "reference")
 """Names of the modules in this package, the fastest first."""
 
 
+class DecodePlan:
+    """A schedule of decode attention: made once, updated once a step, read by every layer. Backends that need none use this class itself."""
+
+    def update(self, seq_lens: torch.Tensor, query_start_loc: torch.Tensor) -> None:
+        """Enqueue the schedule of these lengths on the current stream.
+
+        Args:
+            seq_lens: [num_seqs] int32, as `decode_attention` will get it.
+            query_start_loc: [num_seqs + 1] int32, likewise.
+
+        Raises:
+            LayoutError: more sequences than the plan was made for.
+        """
+
+
 class Backend(Protocol):
     """What a module in this package provides."""
 
@@ -48,6 +63,7 @@ class Backend(Protocol):
         sliding_window: int,
         logit_softcap: float,
         sinks: torch.Tensor | None,
+        plan: DecodePlan | None,
     ) -> None: ...
 
     def gather(
@@ -58,7 +74,13 @@ class Backend(Protocol):
         cu_seq_lens: torch.Tensor,
         k_out: torch.Tensor,
         v_out: torch.Tensor,
+        *,
+        rotated: bool,
     ) -> None: ...
+
+    def make_plan(
+        self, layout: PageLayout, device: torch.device, num_q_heads: int, max_num_seqs: int, max_query_len: int, sliding_window: int
+    ) -> DecodePlan: ...
 
 
 def load_backend(name: str) -> Backend:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from sawkv.cache import PagedKVCache
+from sawkv.kernels import DecodePlan
 from sawkv.layout import SEGMENT_BYTES, PageLayout
 from sawkv.methods import CODECS
 from sawkv.rotation import rotate
@@ -53,6 +54,7 @@ def decode_attention(
     sliding_window: int,
     logit_softcap: float,
     sinks: torch.Tensor | None,
+    plan: DecodePlan | None = None,
 ) -> None:
     """See `sawkv.ops.decode_attention`."""
     layout = cache.layout
@@ -88,13 +90,33 @@ def gather(
     cu_seq_lens: torch.Tensor,
     k_out: torch.Tensor,
     v_out: torch.Tensor,
+    *,
+    rotated: bool = True,
 ) -> None:
     """See `sawkv.ops.gather`."""
     for i in range(seq_lens.shape[0]):
         start, length = int(cu_seq_lens[i]), int(seq_lens[i])
         keys, values = read_sequence(cache, block_table[i], length)
+        if not rotated:
+            keys, values = restore(keys, values, cache)
         k_out[start : start + length] = keys.to(k_out.dtype)
         v_out[start : start + length] = values.to(v_out.dtype)
+
+
+def restore(keys: torch.Tensor, values: torch.Tensor, cache: PagedKVCache) -> tuple[torch.Tensor, torch.Tensor]:
+    """Undo rotation and centering of rows [num_tokens, num_kv_heads, head_dim] fp32."""
+    keys, values = rotate(keys, cache.layout.k_rotation_order), rotate(values, cache.layout.v_rotation_order)
+    return (
+        keys if cache.k_center is None else keys + cache.k_center,
+        values if cache.v_center is None else values + cache.v_center,
+    )
+
+
+def make_plan(
+    layout: PageLayout, device: torch.device, num_q_heads: int, max_num_seqs: int, max_query_len: int, sliding_window: int
+) -> DecodePlan:
+    """See `sawkv.ops.make_decode_plan`. Nothing to plan."""
+    return DecodePlan()
 
 
 def read_sequence(cache: PagedKVCache, block_table_row: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:

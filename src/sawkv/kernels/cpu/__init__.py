@@ -9,6 +9,7 @@ import torch
 
 from sawkv.cache import PagedKVCache
 from sawkv.errors import UnsupportedError
+from sawkv.kernels import DecodePlan
 from sawkv.kernels.cpu.build import load_library
 from sawkv.layout import PageLayout
 
@@ -71,7 +72,7 @@ class _Gather(Structure):
         ("block_table_stride", c_int64),
         *((field, c_void_p) for field in ("seq_lens", "starts", "k", "v")),
         ("max_tokens", c_int64),
-        *((field, c_int32) for field in ("num_seqs", "dtype", "num_threads")),
+        *((field, c_int32) for field in ("num_seqs", "dtype", "num_threads", "rotated")),
     )
 
 
@@ -106,6 +107,7 @@ def decode_attention(
     sliding_window: int,
     logit_softcap: float,
     sinks: torch.Tensor | None,
+    plan: DecodePlan | None = None,
 ) -> None:
     """See `sawkv.ops.decode_attention`. Results depend on no other sequence of the batch, to the last bit."""
     num_q_heads = q.shape[1]
@@ -150,6 +152,8 @@ def gather(
     cu_seq_lens: torch.Tensor,
     k_out: torch.Tensor,
     v_out: torch.Tensor,
+    *,
+    rotated: bool = True,
 ) -> None:
     """See `sawkv.ops.gather`."""
     seq_lens, cu_seq_lens = seq_lens.contiguous(), cu_seq_lens.contiguous()
@@ -165,8 +169,16 @@ def gather(
         seq_lens.shape[0],
         _DTYPES.index(k_out.dtype),
         torch.get_num_threads(),
+        rotated,
     )
     load_library().sawkv_gather(ctypes.byref(arguments))
+
+
+def make_plan(
+    layout: PageLayout, device: torch.device, num_q_heads: int, max_num_seqs: int, max_query_len: int, sliding_window: int
+) -> DecodePlan:
+    """See `sawkv.ops.make_decode_plan`. Nothing to plan."""
+    return DecodePlan()
 
 
 def _describe(cache: PagedKVCache) -> _Cache:

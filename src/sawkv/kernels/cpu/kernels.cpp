@@ -194,6 +194,13 @@ void rotate(float* x, int head_dim, int order) {
   for (int i = 0; i < head_dim; ++i) x[i] *= norm;
 }
 
+// Undo rotation and centering of a row.
+void restore(float* x, int head_dim, int order, const float* center, int head) {
+  rotate(x, head_dim, order);
+  if (center)
+    for (int d = 0; d < head_dim; ++d) x[d] += center[head * head_dim + d];
+}
+
 struct Meta {
   uint16_t scale, zero_point;
 };
@@ -598,7 +605,7 @@ struct GatherArguments {
   const int32_t *seq_lens, *starts;
   void *k, *v;  // [max_tokens, num_kv_heads, head_dim]
   int64_t max_tokens;
-  int32_t num_seqs, dtype, num_threads;
+  int32_t num_seqs, dtype, num_threads, rotated;
 };
 
 void sawkv_gather(const GatherArguments* args) {
@@ -619,6 +626,10 @@ void sawkv_gather(const GatherArguments* args) {
       for (int head = 0; head < cache.num_kv_heads; ++head) {
         decode(cache, a.block_table + seq * a.block_table_stride, head, t, 1, k, v);
         const int64_t at = ((int64_t(a.starts[seq]) + t) * cache.num_kv_heads + head) * cache.head_dim * size_of(dtype);
+        if (!a.rotated) {
+          restore(k, cache.head_dim, cache.k_order, cache.k_center, head);
+          restore(v, cache.head_dim, cache.v_order, cache.v_center, head);
+        }
         write_floats(k, dtype, cache.head_dim, static_cast<char*>(a.k) + at);
         write_floats(v, dtype, cache.head_dim, static_cast<char*>(a.v) + at);
       }

@@ -1,0 +1,426 @@
+"""Decode attention, append and gather on a GPU, beside the kernels they replace: checked first, then timed.
+
+    python -m benchmarks.kernels                  # all shapes and peers, appended to docs/results/decode.jsonl
+    python -m benchmarks.kernels --only 64x16384 --kernels sawkv-cuda --no-write
+    python -m benchmarks.kernels --check          # correctness only
+
+`ms` is the median of triton's do_bench, which empties the L2 cache by writing before each run; `graph_ms` is the replay of a CUDA graph over
+several caches, so that none is in L2 when its turn comes. The schedule, made once a step and not once a layer, is timed apart.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton.testing
+
+from sawkv import CacheFormat, PagedKVCache, PageLayout, append, decode_attention, gather, make_decode_plan
+from sawkv.kernels import reference, unsupported_reason
+
+RESULTS = Path(__file__).parent.parent / "docs" / "results"
+PEERS = ("fa3_bf16", "fa3_fp8", "vllm_int4_per_token_head")
+BACKENDS = ("cuda", "triton")
+COLD_BYTES = 400_000_000  # caches of a graph hold more than this together, several times the L2 cache
+MAX_ERROR = 5e-3
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A batch: `lengths` tokens in the cache of each sequence."""
+
+    name: str
+    lengths: tuple[int, ...]
+    q_heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    page: int = 16
+    query_len: int = 1
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    @property
+    def useful_bytes(self) -> int:
+        """INT4 codes and meta that a decode step must read."""
+        return sum(self.lengths) * self.kv_heads * 2 * (self.head_dim // 2 + 4)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        lengths = set(self.lengths)
+        return {
+            "shape": self.name,
+            "batch": len(self.lengths),
+            "context": max(lengths),
+            "ragged": len(lengths) > 1,
+            "q_heads": self.q_heads,
+            "kv_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "page": self.page,
+            "query_len": self.query_len,
+        }
+
+
+def uniform(batch: int, context: int, **changes: Any) -> Shape:
+    suffix = "".join(f" {key} {value}" for key, value in changes.items())
+    return Shape(f"{batch}x{context}{suffix}", (context,) * batch, **changes)
+
+
+def all_shapes() -> list[Shape]:
+    generator = torch.Generator().manual_seed(0)
+    log_uniform = (128 * 256 ** torch.rand(64, generator=generator)).int().tolist()
+    short = torch.randint(128, 2000, (127,), generator=generator).tolist()
+    main = [(64, 16384), (32, 16384), (128, 4096), (256, 1024), (8, 16384), (1, 131072), (1, 32768)]
+    heads = [(64, 8), (96, 8), (40, 8), (16, 2), (28, 4), (32, 32)]
+    return [
+        *(uniform(*shape) for shape in main),
+        *(uniform(32, 16384, q_heads=q, kv_heads=kv) for q, kv in heads),
+        *(uniform(32, 16384, head_dim=d) for d in (64, 96, 256)),
+        uniform(32, 16384, query_len=4),
+        uniform(32, 16384, page=64),
+        Shape("64 log-uniform 128..32768", tuple(log_uniform)),
+        Shape("120000 beside 127 short", (*short[:64], 120_000, *short[64:])),
+    ]
+
+
+@dataclass
+class Batch:
+    """Device tensors of one shape."""
+
+    q: torch.Tensor
+    seq_lens: torch.Tensor
+    query_start_loc: torch.Tensor
+    block_table: torch.Tensor
+    num_pages: int
+
+    @classmethod
+    def make(cls, shape: Shape) -> Batch:
+        pages = [-(-length // shape.page) for length in shape.lengths]
+        num_pages = sum(pages) + 1
+        permuted = torch.randperm(num_pages, device="cuda", dtype=torch.int32)
+        table = torch.full((len(pages), max(pages)), 2**30, dtype=torch.int32, device="cuda")  # a kernel that reads too far faults
+        start = 0
+        for i, count in enumerate(pages):
+            table[i, :count] = permuted[start : start + count]
+            start += count
+        batch, n = len(shape.lengths), shape.query_len
+        return cls(
+            torch.randn(batch * n, shape.q_heads, shape.head_dim, device="cuda", dtype=torch.bfloat16) * 1.5,
+            torch.tensor(shape.lengths, dtype=torch.int32, device="cuda"),
+            torch.arange(0, batch * n + 1, n, dtype=torch.int32, device="cuda"),
+            table,
+            num_pages,
+        )
+
+
+def fill(batch: Batch, shape: Shape, backend: str) -> PagedKVCache:
+    """A cache of random tokens; all slots that hold none have NaN for scales."""
+    layout = PageLayout(CacheFormat("int4"), shape.kv_heads, shape.head_dim, shape.page)
+    cache = PagedKVCache.allocate(layout, batch.num_pages, "cuda")
+    cache.pages.fill_(0xFF)
+    for i, length in enumerate(shape.lengths):
+        position = torch.arange(length, device="cuda")
+        slots = batch.block_table[i, position // shape.page].long() * shape.page + position % shape.page
+        k, v = torch.randn(2, length, shape.kv_heads, shape.head_dim, device="cuda", dtype=torch.bfloat16) + 0.3
+        append(k, v, cache, slots, backend=backend)
+    return cache
+
+
+def sawkv_decode(shape: Shape, batch: Batch, cache: PagedKVCache, backend: str) -> tuple[Callable[[], torch.Tensor], Callable[[], None]]:
+    """The call to time, and that of the schedule."""
+    options = {"max_query_len": shape.query_len, "sliding_window": shape.options.get("sliding_window", 0)}
+    plan = make_decode_plan(
+        cache.layout, cache.pages.device, num_q_heads=shape.q_heads, max_num_seqs=len(shape.lengths), backend=backend, **options
+    )
+    plan.update(batch.seq_lens, batch.query_start_loc)
+    out = torch.full_like(batch.q, torch.nan)
+
+    def run() -> torch.Tensor:
+        return decode_attention(
+            batch.q,
+            cache,
+            batch.block_table,
+            batch.seq_lens,
+            batch.query_start_loc,
+            softmax_scale=shape.head_dim**-0.5,
+            out=out,
+            plan=plan,
+            backend=backend,
+            **options,
+        )
+
+    return run, lambda: plan.update(batch.seq_lens, batch.query_start_loc)
+
+
+def relative_error(shape: Shape, batch: Batch, cache: PagedKVCache, got: torch.Tensor) -> float:
+    """Against fp32 attention over the decoded cache."""
+    want = torch.empty(batch.q.shape, device="cuda")
+    reference.decode_attention(
+        batch.q.float(),
+        cache,
+        batch.block_table,
+        batch.seq_lens,
+        batch.query_start_loc,
+        want,
+        None,
+        softmax_scale=shape.head_dim**-0.5,
+        max_query_len=shape.query_len,
+        sliding_window=0,
+        logit_softcap=0,
+        sinks=None,
+    )
+    return float((got.float() - want).norm() / want.norm())
+
+
+def peer_decode(name: str, shape: Shape, batch: Batch) -> Callable[[], torch.Tensor]:
+    """The same attention by vLLM's kernels over their own caches, filled at random."""
+    if name == "vllm_int4_per_token_head":
+        return vllm_int4(shape, batch)
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    q = batch.q
+    k, v = torch.randn(2, batch.num_pages, shape.page, shape.kv_heads, shape.head_dim, device="cuda", dtype=torch.bfloat16)
+    scales = {}
+    if name == "fa3_fp8":
+        q, k, v = (x.to(torch.float8_e4m3fn) for x in (q, k, v))
+        one = torch.ones(len(shape.lengths), shape.kv_heads, device="cuda")
+        scales = {"q_descale": one, "k_descale": one, "v_descale": one}
+    out, table = torch.empty_like(batch.q), batch.block_table.clamp(max=batch.num_pages - 1)
+
+    def run() -> torch.Tensor:
+        flash_attn_varlen_func(
+            q,
+            k,
+            v,
+            max_seqlen_q=shape.query_len,
+            cu_seqlens_q=batch.query_start_loc,
+            max_seqlen_k=max(shape.lengths),
+            seqused_k=batch.seq_lens,
+            block_table=table,
+            softmax_scale=shape.head_dim**-0.5,
+            causal=True,
+            out=out,
+            fa_version=3,
+            **scales,
+        )
+        return out
+
+    return run
+
+
+def vllm_int4(shape: Shape, batch: Batch) -> Callable[[], torch.Tensor]:
+    from vllm.v1.attention.ops.int4_per_token_head import unified_attention_int4
+
+    row = shape.head_dim // 2 + 4
+    pages = torch.randint(0, 256, (batch.num_pages, shape.page, shape.kv_heads, 2 * row), device="cuda", dtype=torch.uint8)
+    words = pages.view(torch.float32)  # a scale after the codes of K, and one after those of V
+    k_scale, v_scale = words[..., shape.head_dim // 8], words[..., (row + shape.head_dim // 2) // 4]
+    k_scale.fill_(0.1), v_scale.fill_(0.1)
+    table, out, segments = batch.block_table.clamp(max=batch.num_pages - 1), torch.empty_like(batch.q), 16
+    threshold = max(1, 128 // shape.kv_heads)
+    partial = torch.empty(threshold, shape.q_heads, segments, triton.next_power_of_2(shape.head_dim), device="cuda")
+
+    def run() -> torch.Tensor:
+        unified_attention_int4(
+            q=batch.q,
+            k_cache=pages[..., :row],
+            v_cache=pages[..., row:],
+            out=out,
+            cu_seqlens_q=batch.query_start_loc,
+            max_seqlen_q=shape.query_len,
+            seqused_k=batch.seq_lens,
+            max_seqlen_k=max(shape.lengths),
+            softmax_scale=shape.head_dim**-0.5,
+            window_size=(-1, -1),
+            block_table=table,
+            softcap=0,
+            sinks=None,
+            alibi_slopes=None,
+            use_alibi_sqrt=False,
+            qq_bias=None,
+            output_scale=None,
+            mm_prefix_range=None,
+            k_scale_cache=k_scale,
+            v_scale_cache=v_scale,
+            seq_threshold_3D=threshold,
+            num_par_softmax_segments=segments,
+            softmax_segm_output=partial,
+            softmax_segm_max=partial[..., 0].clone(),
+            softmax_segm_expsum=partial[..., 0].clone(),
+        )
+        return out
+
+    return run
+
+
+def median_ms(run: Callable[[], object]) -> float:
+    return float(triton.testing.do_bench(run, warmup=20, rep=100, return_mode="median"))
+
+
+def graph_ms(runs: list[Callable[[], object]]) -> float:
+    """Milliseconds of one run in a CUDA graph of all of them, several times over."""
+    for run in runs:
+        run()
+    torch.cuda.synchronize()
+    repeats = max(1, 16 // len(runs))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(repeats):
+            for run in runs:
+                run()
+    times = []
+    for _ in range(10):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / repeats / len(runs))
+    return sorted(times)[len(times) // 2]
+
+
+def read_bandwidth() -> float:
+    """GB/s at which this card reads 2 GiB."""
+    x = torch.ones(1 << 29, device="cuda")
+    return 2**31 / 1e6 / median_ms(lambda: x.sum())
+
+
+def run_decode(shapes: list[Shape], kernels: list[str], only_check: bool, common: dict[str, Any]) -> list[dict[str, Any]]:
+    bandwidth, records = read_bandwidth(), []
+    print(f"this card reads {bandwidth:.0f} GB/s")
+    header = f"{'shape':34s} {'kernel':26s} {'ms':>8s} {'graph':>8s} {'GB/s':>6s} {'of read':>7s} {'vs FA3':>6s} {'graph':>6s} {'error':>8s}  schedule"
+    print(header)
+    for shape in shapes:
+        torch.manual_seed(0)
+        batch = Batch.make(shape)
+        base: dict[str, Any] = {}
+        for kernel in kernels:
+            backend = kernel.removeprefix("sawkv-")
+            record = {**common, **shape.record, "kernel": kernel, "read_gb_s": round(bandwidth)}
+            try:
+                if backend in BACKENDS:
+                    layout = PageLayout(CacheFormat("int4"), shape.kv_heads, shape.head_dim, shape.page)
+                    if reason := unsupported_reason(backend, torch.device("cuda", 0), layout):
+                        print(f"{shape.name:34s} {kernel:26s} {reason}")
+                        continue
+                    cache = fill(batch, shape, backend)
+                    run, schedule = sawkv_decode(shape, batch, cache, backend)
+                    record["rel_err"] = relative_error(shape, batch, cache, run())
+                    if not record["rel_err"] <= MAX_ERROR:
+                        print(f"{shape.name:34s} {kernel:26s} WRONG: relative error {record['rel_err']:.2e}")
+                        continue
+                    if only_check:
+                        print(f"{shape.name:34s} {kernel:26s} relative error {record['rel_err']:.2e}")
+                        continue
+                    record["schedule_ms"] = median_ms(schedule)
+                    one = cache.pages.numel()
+                    more = [(Batch.make(shape), shape) for _ in range(min(15, COLD_BYTES // one))]
+                    runs = [run, *(sawkv_decode(s, b, fill(b, s, backend), backend)[0] for b, s in more)]
+                else:
+                    if only_check:
+                        continue
+                    run = peer_decode(kernel, shape, batch)
+                    one = batch.num_pages * shape.page * shape.kv_heads * shape.head_dim * (4 if kernel == "fa3_bf16" else 2)
+                    runs = [run, *(peer_decode(kernel, shape, batch) for _ in range(min(15, COLD_BYTES // one)))]
+                record["ms"], record["graph_ms"] = median_ms(run), graph_ms(runs)
+            except Exception as error:
+                print(f"{shape.name:34s} {kernel:26s} {type(error).__name__}: {str(error)[:200]}")
+                continue
+            finally:
+                run = runs = cache = more = None  # type: ignore[assignment]
+                torch.cuda.empty_cache()
+            if kernel == "fa3_bf16":
+                base = record
+            record["useful_gb_s"] = shape.useful_bytes / 1e6 / record["ms"]
+            if base:
+                record["speedup_vs_fa3_bf16"] = base["ms"] / record["ms"]
+                record["graph_speedup_vs_fa3_bf16"] = base["graph_ms"] / record["graph_ms"]
+            records.append({key: round(value, 5) if isinstance(value, float) else value for key, value in record.items()})
+            print(
+                f"{shape.name:34s} {kernel:26s} {record['ms']:8.4f} {record['graph_ms']:8.4f} {record['useful_gb_s']:6.0f} "
+                f"{record['useful_gb_s'] / bandwidth:7.1%} {record.get('speedup_vs_fa3_bf16', 0):6.2f} "
+                f"{record.get('graph_speedup_vs_fa3_bf16', 0):6.2f} {record.get('rel_err', 0):8.1e}  {record.get('schedule_ms', 0) * 1e3:.1f} us",
+                flush=True,
+            )
+    return records
+
+
+def run_append_and_gather(kernels: list[str], common: dict[str, Any]) -> list[dict[str, Any]]:
+    """append beside vLLM's BF16 write; gather beside a copy of as many bytes."""
+    heads, head_dim, page = 8, 128, 16
+    records = []
+    layout = PageLayout(CacheFormat("int4"), heads, head_dim, page)
+    source = torch.empty(1 << 28, device="cuda", dtype=torch.uint8)
+    copied = torch.empty_like(source)
+    copy_gb_s = 2 * source.numel() / 1e6 / median_ms(lambda: copied.copy_(source))
+    read_gb_s = read_bandwidth()
+    for tokens in (1, 64, 256, 8192):
+        cache = PagedKVCache.allocate(layout, 4096, "cuda")
+        k, v = torch.randn(2, tokens, heads, head_dim, device="cuda", dtype=torch.bfloat16)
+        slots = torch.randperm(cache.num_slots, device="cuda")[:tokens]
+        moved = tokens * heads * 2 * (2 * head_dim + head_dim // 2 + 4)
+        runs: dict[str, Callable[[], object]] = {}
+        for kernel in kernels:
+            if (backend := kernel.removeprefix("sawkv-")) in BACKENDS:
+                runs[kernel] = lambda backend=backend: append(k, v, cache, slots, backend=backend)  # type: ignore[misc]
+        try:
+            from vllm import _custom_ops as ops
+
+            wide_k, wide_v = torch.empty(2, 4096, page, heads, head_dim, device="cuda", dtype=torch.bfloat16)
+            one = torch.ones(1, device="cuda")
+            runs["vllm_bf16"] = lambda: ops.reshape_and_cache_flash(k, v, wide_k, wide_v, slots, "auto", one, one)
+        except ImportError as error:
+            print(f"vllm_bf16: {error}")
+        for kernel, run in runs.items():
+            ms, replayed = median_ms(run), graph_ms([run])
+            records.append({**common, "operation": "append", "kernel": kernel, "tokens": tokens, "ms": ms, "graph_ms": replayed})
+            print(f"append {tokens:5d} tokens  {kernel:14s} {ms * 1e3:7.2f} us, graph {replayed * 1e3:7.2f} us; bytes take {moved / read_gb_s / 1e3:6.2f} us")
+    shape = uniform(8, 16384)
+    batch = Batch.make(shape)
+    starts = torch.arange(0, 8 * 16384 + 1, 16384, dtype=torch.int32, device="cuda")
+    k_out, v_out = torch.empty(2, 8 * 16384, heads, head_dim, device="cuda", dtype=torch.bfloat16)
+    moved = 8 * 16384 * heads * 2 * (2 * head_dim + head_dim // 2 + 4)
+    for kernel in kernels:
+        if (backend := kernel.removeprefix("sawkv-")) in BACKENDS:
+            cache = fill(batch, shape, backend)
+            for rotated in (True, False):
+                ms = median_ms(lambda: gather(cache, batch.block_table, batch.seq_lens, starts, k_out, v_out, rotated=rotated, backend=backend))
+                share = moved / 1e6 / ms / copy_gb_s
+                records.append({**common, "operation": "gather", "kernel": kernel, "rotated": rotated, "ms": ms, "of_copy_bandwidth": share})
+                print(f"gather 8x16384 {kernel:14s} rotated={rotated!s:5s} {ms * 1e3:7.1f} us, {share:.0%} of copy bandwidth ({copy_gb_s:.0f} GB/s)")
+    return records
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="", help="shapes whose names contain one of these, comma-separated")
+    parser.add_argument("--kernels", default="fa3_bf16,sawkv-cuda,sawkv-triton,fa3_fp8,vllm_int4_per_token_head")
+    parser.add_argument("--check", action="store_true", help="correctness only")
+    parser.add_argument("--skip", default="", help="decode or append")
+    parser.add_argument("--no-write", action="store_true", help="do not append to docs/results")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    common = {"device": torch.cuda.get_device_name(), "commit": commit or "unknown", "torch": torch.__version__}
+    wanted = [part for part in arguments.only.split(",") if part]
+    shapes = [shape for shape in all_shapes() if not wanted or any(part in shape.name for part in wanted)]
+    kernels = arguments.kernels.split(",")
+    results = {}
+    if arguments.skip != "decode":
+        results["decode.jsonl"] = run_decode(shapes, kernels, arguments.check, common)
+    if arguments.skip != "append" and not arguments.check:
+        results["append_gather.jsonl"] = run_append_and_gather(kernels, common)
+    if not arguments.no_write:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        for name, records in results.items():
+            with (arguments.output / name).open("a") as file:
+                file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,263 @@
+// What the kernels share: integer types, PTX instructions, element types, and a row of channels spread over a warp.
+// Compiled by NVRTC with no CUDA headers.
+#pragma once
+
+namespace sawkv {
+
+using u8 = unsigned char;
+using u16 = unsigned short;
+using u32 = unsigned int;
+using u64 = unsigned long long;
+using i64 = long long;
+
+constexpr u32 ALL_LANES = 0xffffffffu;
+constexpr int WARP = 32;
+constexpr float LOG2_E = 1.4426950408889634f;
+constexpr float LN_2 = 0.6931471805599453f;
+
+__device__ inline int lane_index() { return threadIdx.x % WARP; }
+__device__ inline int warp_index() { return threadIdx.x / WARP; }
+__host__ __device__ constexpr int divide_up(int a, int b) { return (a + b - 1) / b; }
+
+__device__ inline float infinity() { return __int_as_float(0x7f800000); }
+
+// 2^exponent for exponents of normal fp32 numbers.
+__device__ inline float power_of_two(int exponent) { return __int_as_float((exponent + 127) << 23); }
+
+namespace ptx {
+
+__device__ inline u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
+
+__device__ inline float exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ inline float log2(float x) {
+  float y;
+  asm("lg2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// fp16 and bf16, held as their bits
+__device__ inline float half_to_float(u16 bits) {
+  float f;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(bits));
+  return f;
+}
+__device__ inline u16 float_to_half(float x) {
+  u16 bits;
+  asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  return bits;
+}
+__device__ inline u16 float_to_bfloat(float x) {
+  u16 bits;
+  asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(x));
+  return bits;
+}
+__device__ inline float low_half_to_float(u32 pair) { return half_to_float((u16)pair); }
+__device__ inline float high_half_to_float(u32 pair) { return half_to_float((u16)(pair >> 16)); }
+__device__ inline float low_bfloat_to_float(u32 pair) { return __uint_as_float(pair << 16); }
+__device__ inline float high_bfloat_to_float(u32 pair) { return __uint_as_float(pair & 0xffff0000u); }
+__device__ inline u32 pack_bfloats(float low, float high) {
+  u32 pair;
+  asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+
+// Matrices of 8 x 8 16-bit elements
+__device__ inline u32 transpose_matrix(u32 a) {
+  u32 d;
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(a));
+  return d;
+}
+__device__ inline void load_4_matrices_transposed(u32 (&r)[4], u32 row_address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(row_address)
+               : "memory");
+}
+__device__ inline void load_2_matrices_transposed(u32& a, u32& b, u32 row_address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];" : "=r"(a), "=r"(b) : "r"(row_address) : "memory");
+}
+// c[16 x 8] += a[16 x 16] b[16 x 8]
+__device__ inline void mma_half(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, const u32 (&b)[2]) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b[0]), "r"(b[1]));
+}
+__device__ inline void mma_bfloat(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, const u32 (&b)[2]) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b[0]), "r"(b[1]));
+}
+
+// Barriers in shared memory
+__device__ inline void init_barrier(u64* barrier, u32 arrivals) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
+}
+__device__ inline void publish_barriers() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+__device__ inline void arrive(u64* barrier) {
+  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+__device__ inline void arrive_expecting(u64* barrier, u32 bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+}
+// Waits until the phase of this parity has ended. A fresh barrier is in phase 0, and phase -1 (parity 1) has ended.
+__device__ inline void wait(u64* barrier, u32 parity) {
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "again:\n"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
+      "@!done bra again;\n"
+      "}" ::"r"(shared_address(barrier)), "r"(parity) : "memory");
+}
+
+// Bulk copy, 16-byte aligned; its bytes count on `barrier`. The cache is read once a step, so L2 may forget it first.
+__device__ inline u64 evict_first_policy() {
+  u64 policy;
+  asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+__device__ inline void copy_to_shared(void* to, const void* from, u32 bytes, u64* barrier, u64 policy) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
+                   shared_address(to)),
+               "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
+               : "memory");
+}
+
+// Programmatic dependent launch: both do nothing in a kernel that was launched without it.
+__device__ inline void let_dependents_launch() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
+__device__ inline void wait_for_prerequisites() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+
+}  // namespace ptx
+
+// Element types of engines' tensors; the host names them in macros (ELEMENTS in __init__.py).
+struct Bfloat {
+  u16 bits;
+  Bfloat() = default;
+  __device__ explicit Bfloat(float x) : bits(ptx::float_to_bfloat(x)) {}
+  __device__ explicit operator float() const { return __uint_as_float((u32)bits << 16); }
+};
+struct Half {
+  u16 bits;
+  Half() = default;
+  __device__ explicit Half(float x) : bits(ptx::float_to_half(x)) {}
+  __device__ explicit operator float() const { return ptx::half_to_float(bits); }
+};
+__host__ __device__ constexpr int largest_power_of_two_in(int n) { return n & -n; }
+__host__ __device__ constexpr bool is_power_of_two(int n) { return n > 0 && largest_power_of_two_in(n) == n; }
+
+// N elements that one load or store moves
+template <class Element, int N>
+struct alignas(sizeof(Element) * N < 16 ? sizeof(Element) * N : 16) Vector {
+  static_assert(is_power_of_two(N), "vectors have a power of two of elements");
+  Element x[N];
+};
+
+// A row of D fp32 channels, spread over LANES neighbouring lanes so that every stride of a butterfly is either inside a lane or between
+// two lanes: lane l holds, for each block of LANES * VECTOR channels, channels l * VECTOR ... l * VECTOR + VECTOR - 1.
+template <int D, int LANES = WARP>
+struct Row {
+  static_assert(D % LANES == 0 && is_power_of_two(LANES) && LANES <= WARP, "lanes hold equal parts of a row");
+  static constexpr int PER_LANE = D / LANES;
+  static constexpr int VECTOR = largest_power_of_two_in(PER_LANE);
+
+  float x[PER_LANE];
+
+  static __device__ int lane() { return threadIdx.x % LANES; }
+  // The channel of this lane's element i
+  static __device__ int channel(int i) { return (i / VECTOR * LANES + lane()) * VECTOR + i % VECTOR; }
+
+  static __device__ Row filled(float value) {
+    Row r;
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++) r.x[i] = value;
+    return r;
+  }
+  // `p` is aligned to VECTOR elements, or to 16 bytes if that is less.
+  template <class Element>
+  static __device__ Row load(const Element* p) {
+    Row r;
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i += VECTOR) {
+      const auto v = *(const Vector<Element, VECTOR>*)(p + channel(i));
+#pragma unroll
+      for (int e = 0; e < VECTOR; e++) r.x[i + e] = (float)v.x[e];
+    }
+    return r;
+  }
+  template <class Element>
+  __device__ void store(Element* p) const {
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i += VECTOR) {
+      Vector<Element, VECTOR> v;
+#pragma unroll
+      for (int e = 0; e < VECTOR; e++) v.x[e] = Element(x[i + e]);
+      *(Vector<Element, VECTOR>*)(p + channel(i)) = v;
+    }
+  }
+  __device__ void scale(float factor) {
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++) x[i] *= factor;
+  }
+  // this = this * own + other * weight
+  __device__ void blend(float own, const Row& other, float weight) {
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++) x[i] = x[i] * own + other.x[i] * weight;
+  }
+};
+
+// One value a lane to all of LANES neighbouring lanes
+template <int LANES = WARP>
+__device__ inline float max_over_lanes(float x) {
+#pragma unroll
+  for (int d = LANES / 2; d; d /= 2) x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, d));
+  return x;
+}
+template <int LANES = WARP>
+__device__ inline float sum_over_lanes(float x) {
+#pragma unroll
+  for (int d = LANES / 2; d; d /= 2) x += __shfl_xor_sync(ALL_LANES, x, d);
+  return x;
+}
+
+// n^-0.5, rounded once, for powers of two
+__host__ __device__ constexpr float inverse_root(int n) {
+  double root = 1;
+  for (; n >= 4; n /= 4) root /= 2;
+  return (float)(n == 2 ? root * 0.70710678118654752440 : root);
+}
+
+// Multiply by the normalized block-diagonal Hadamard matrix, in the order of operations that docs/format.md fixes.
+template <int ORDER, int D, int LANES>
+__device__ inline void rotate(Row<D, LANES>& row) {
+  if constexpr (ORDER > 0) {
+    static_assert(is_power_of_two(ORDER) && D % ORDER == 0, "orders are powers of two that divide head_dim");
+    using R = Row<D, LANES>;
+#pragma unroll
+    for (int stride = 1; stride < ORDER; stride *= 2) {
+      const R in = row;
+      if (stride >= R::VECTOR && stride < LANES * R::VECTOR) {
+        const int lanes = stride / R::VECTOR;
+        const bool upper = R::lane() & lanes;
+#pragma unroll
+        for (int i = 0; i < R::PER_LANE; i++) {
+          const float other = __shfl_xor_sync(ALL_LANES, in.x[i], lanes);
+          row.x[i] = upper ? other - in.x[i] : in.x[i] + other;
+        }
+      } else {
+        const int elements = stride < R::VECTOR ? stride : stride / LANES;
+#pragma unroll
+        for (int i = 0; i < R::PER_LANE; i++) row.x[i] = i & elements ? in.x[i ^ elements] - in.x[i] : in.x[i] + in.x[i ^ elements];
+      }
+    }
+    row.scale(inverse_root(ORDER));
+  }
+}
+
+}  // namespace sawkv

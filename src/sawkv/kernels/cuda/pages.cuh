@@ -1,0 +1,36 @@
+// Where rows of INT4 codes lie in a page. docs/format.md is the truth.
+//
+// Macros: HEAD_DIM, PAGE_SIZE.
+#pragma once
+#include "common.cuh"
+
+namespace sawkv {
+
+constexpr int D = HEAD_DIM;
+constexpr int ROW_BYTES = D / 2, META_BYTES = 4, SEGMENT_BYTES = 16;
+constexpr int TOKEN_BYTES = 2 * (ROW_BYTES + META_BYTES), HEAD_BYTES = PAGE_SIZE * TOKEN_BYTES;  // of one (page, KV head)
+constexpr int V_PLANE = HEAD_BYTES / 2;
+constexpr int SEGMENTS = ROW_BYTES / SEGMENT_BYTES;  // of V rows; see PageLayout.swizzle_factors
+constexpr int ODD_SEGMENTS = SEGMENTS / largest_power_of_two_in(SEGMENTS);
+constexpr int SWIZZLE_PERIOD = largest_power_of_two_in(SEGMENTS) < 8 ? largest_power_of_two_in(SEGMENTS) : 8;
+static_assert(D % 32 == 0, "rows are whole segments");
+
+// One row's codes and meta.
+template <bool IS_V>
+struct StoredRow {
+  u8* codes;
+  u32* meta;  // scale in the low half, zero point in the high one
+  int swizzle;
+
+  // `head`: where the page's bytes of one KV head start
+  __device__ StoredRow(u8* head, int offset) {
+    u8* plane = head + (IS_V ? V_PLANE : 0);
+    codes = plane + offset * ROW_BYTES;
+    meta = (u32*)(plane + PAGE_SIZE * ROW_BYTES) + offset;
+    swizzle = IS_V ? offset * ODD_SEGMENTS * SWIZZLE_PERIOD / 8 % SWIZZLE_PERIOD : 0;
+  }
+  // The codes from channel c on; c is even, and what follows stays in one segment.
+  __device__ u8* at(int c) const { return codes + ((c / 2) ^ (swizzle * SEGMENT_BYTES)); }
+};
+
+}  // namespace sawkv

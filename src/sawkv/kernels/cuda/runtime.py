@@ -1,0 +1,314 @@
+"""Compile CUDA C++ at run time and launch it: NVRTC and the driver through `cuda.bindings`, which a CUDA build of PyTorch brings along.
+
+A kernel is a source file of this package, a set of macros that choose its variant, and a name:
+
+    kernel = load("decode.cu", "sawkv_decode", {"HEAD_DIM": 128, "PAGE_SIZE": 16}, device)
+    kernel.launch((132, 1, 1), threads=384, stream=torch.cuda.current_stream().cuda_stream, params=structure, shared_bytes=200_000)
+
+Its parameters are one `ctypes.Structure`, passed by value: `extern "C" __global__ void name(const __grid_constant__ Params p)`.
+
+Compiled images are kept in `$XDG_CACHE_HOME/sawkv/cuda` (or `~/.cache/sawkv/cuda`), in a folder that only this user can enter.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import logging
+import os
+import re
+import stat
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sawkv.errors import UnsupportedError
+
+logger = logging.getLogger(__name__)
+
+SOURCE_FOLDER = Path(__file__).parent
+DEFAULT_SHARED_BYTES = 48 << 10
+"""Shared memory that a block may have without asking for more."""
+
+_OPTIONS = ("--std=c++17",)
+_INCLUDE = re.compile(r'^#include "([\w.]+)"', re.MULTILINE)
+_DIGEST_BYTES = 32
+
+
+class CudaError(RuntimeError):
+    """A call of the CUDA driver or of NVRTC failed."""
+
+
+@dataclass(frozen=True)
+class Image:
+    """Machine code of one source file and variant, and what the compiler said (empty if it came from the cache)."""
+
+    code: bytes
+    log: str
+
+
+def compile_image(source_file: str, defines: Mapping[str, int | str], arch: str, options: tuple[str, ...] = ()) -> Image:
+    """Compile without the cache and without a GPU.
+
+    Args:
+        source_file: its name in this package.
+        defines: macros that choose the variant.
+        arch: for example "sm_90".
+        options: more options of NVRTC, for example "--ptxas-options=-v".
+
+    Raises:
+        CudaError: NVRTC refuses the source; the message holds its log.
+        UnsupportedError: NVRTC is not installed.
+    """
+    nvrtc = _nvrtc()
+    sources = _read_sources(source_file)
+    headers = [name for name in sources if name != source_file]
+    program = _call(
+        nvrtc.nvrtcCreateProgram,
+        sources[source_file].encode(),
+        source_file.encode(),
+        len(headers),
+        [sources[name].encode() for name in headers],
+        [name.encode() for name in headers],
+    )
+    try:
+        arguments = [option.encode() for option in (*_OPTIONS, *options, f"--gpu-architecture={arch}", *_as_options(defines))]
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(arguments), arguments)
+        log_buffer = b" " * _call(nvrtc.nvrtcGetProgramLogSize, program)
+        _call(nvrtc.nvrtcGetProgramLog, program, log_buffer)
+        log = log_buffer.decode(errors="replace").rstrip("\0 \n")
+        if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
+            raise CudaError(f"{source_file} for {arch} with {dict(defines)}: {status.name}\n{log[-4000:]}")
+        code = b" " * _call(nvrtc.nvrtcGetCUBINSize, program)
+        _call(nvrtc.nvrtcGetCUBIN, program, code)
+    finally:
+        nvrtc.nvrtcDestroyProgram(program)
+    return Image(code, log)
+
+
+def image_for(source_file: str, defines: Mapping[str, int | str], arch: str) -> bytes:
+    """The compiled image, from the disk cache if it is there; else compiled, and stored for the next process."""
+    folder = _cache_folder()
+    if folder is None:
+        return compile_image(source_file, defines, arch).code
+    path = folder / f"{_cache_key(source_file, defines, arch)}.cubin"
+    image = _read_cached(path)
+    if image is None:
+        image = compile_image(source_file, defines, arch).code
+        _write_cached(path, image)
+    return image
+
+
+class Kernel:
+    """A kernel loaded on one device."""
+
+    def __init__(self, module: Any, name: str) -> None:
+        driver = _driver()
+        self.name = name
+        self._module = module
+        self._function = _call(driver.cuModuleGetFunction, module, name.encode())
+        self._handle = int(self._function)
+        self._allowed_shared_bytes = DEFAULT_SHARED_BYTES
+        self._constants: dict[str, int] = {}
+
+    def launch(
+        self,
+        grid: tuple[int, int, int],
+        threads: int,
+        stream: int,
+        params: ctypes.Structure,
+        shared_bytes: int = 0,
+        dependent: bool = False,
+    ) -> None:
+        """Enqueue the kernel.
+
+        Args:
+            grid: blocks.
+            threads: in a block.
+            stream: a CUDA stream's handle.
+            params: copied before this returns.
+            shared_bytes: dynamic shared memory of a block.
+            dependent: the kernel may start before the one ahead of it in the stream has ended (programmatic dependent launch);
+                it must execute `griddepcontrol.wait` before it touches what that kernel reads or writes.
+        """
+        if shared_bytes > self._allowed_shared_bytes:
+            self._allow_shared_bytes(shared_bytes)
+        config = _LaunchConfig(*grid, threads, 1, 1, shared_bytes, stream, ctypes.addressof(_DEPENDENT), int(dependent))
+        arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))
+        status = _libcuda().cuLaunchKernelEx(ctypes.byref(config), self._handle, arguments, None)
+        if status:
+            raise CudaError(f"launch of {self.name}, {grid} blocks of {threads} threads, {shared_bytes} bytes: CUDA error {status}")
+
+    def read_constant(self, name: str) -> int:
+        """The int32 that the image holds in the global variable `name`. The first call for a name synchronizes."""
+        if name not in self._constants:
+            driver = _driver()
+            address, size = _call(driver.cuModuleGetGlobal, self._module, name.encode())
+            if size != 4:
+                raise CudaError(f"{name}: expected a variable of 4 bytes, got {size}")
+            value = ctypes.c_int32()
+            _call(driver.cuMemcpyDtoH, ctypes.addressof(value), address, 4)
+            self._constants[name] = value.value
+        return self._constants[name]
+
+    def _allow_shared_bytes(self, shared_bytes: int) -> None:
+        driver = _driver()
+        attribute = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+        _call(driver.cuFuncSetAttribute, self._function, attribute, shared_bytes)
+        self._allowed_shared_bytes = shared_bytes
+
+
+def load(source_file: str, name: str, defines: Mapping[str, int | str], device: torch.device) -> Kernel:
+    """The kernel called `name`, compiled for `device` (with an index) and loaded on it; a later call returns the same one.
+
+    Raises:
+        UnsupportedError: NVRTC or the driver's bindings are missing.
+        CudaError: compilation or loading failed.
+    """
+    return _load(source_file, name, tuple(sorted(defines.items())), device.index)
+
+
+@functools.cache
+def _load(source_file: str, name: str, defines: tuple[tuple[str, int | str], ...], device_index: int) -> Kernel:
+    return Kernel(_load_module(source_file, defines, device_index), name)
+
+
+@functools.cache
+def _load_module(source_file: str, defines: tuple[tuple[str, int | str], ...], device_index: int) -> Any:
+    major, minor = torch.cuda.get_device_capability(device_index)
+    image = image_for(source_file, dict(defines), f"sm_{major}{minor}")
+    with torch.cuda.device(device_index):
+        torch.cuda.current_stream().synchronize()  # makes torch's context current before the driver is asked for anything
+        return _call(_driver().cuModuleLoadData, image)
+
+
+def missing_reason() -> str | None:
+    """Why nothing can be compiled and launched here, or None if it can."""
+    try:
+        _nvrtc()
+        _driver()
+    except UnsupportedError as error:
+        return str(error)
+    return None
+
+
+@functools.cache
+def _nvrtc() -> Any:
+    try:
+        from cuda.bindings import nvrtc
+
+        nvrtc.nvrtcVersion()  # finds the library
+    except (ImportError, RuntimeError) as error:  # cuda-pathfinder's error is a RuntimeError
+        raise UnsupportedError(f"NVRTC is not installed (packages cuda-bindings and nvidia-cuda-nvrtc): {error}") from error
+    return nvrtc
+
+
+@functools.cache
+def _driver() -> Any:
+    try:
+        from cuda.bindings import driver
+    except ImportError as error:
+        raise UnsupportedError(f"the package cuda-bindings is not installed: {error}") from error
+    return driver
+
+
+@functools.cache
+def _libcuda() -> ctypes.CDLL:
+    """The driver for launches, through ctypes: a tenth of what `cuda.bindings` takes for them."""
+    return ctypes.CDLL("libcuda.so.1")
+
+
+class _LaunchAttribute(ctypes.Structure):
+    """CUlaunchAttribute: 64 bytes of value after an id and padding."""
+
+    _fields_ = (("id", ctypes.c_int), ("padding", ctypes.c_char * 4), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60))
+
+
+class _LaunchConfig(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        *((f"grid_{axis}", ctypes.c_uint) for axis in "xyz"),
+        *((f"block_{axis}", ctypes.c_uint) for axis in "xyz"),
+        ("shared_bytes", ctypes.c_uint),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.c_void_p),
+        ("num_attributes", ctypes.c_uint),
+    )
+
+
+_PROGRAMMATIC_STREAM_SERIALIZATION = 6
+_DEPENDENT = _LaunchAttribute(_PROGRAMMATIC_STREAM_SERIALIZATION, b"", 1)
+
+
+def _call(function: Any, *arguments: Any) -> Any:
+    """The results of a call of `cuda.bindings`: None, the one result, or a tuple."""
+    status, *results = function(*arguments)
+    if int(status) != 0:
+        raise CudaError(f"{function.__name__}: {status.name}")
+    return results[0] if len(results) == 1 else tuple(results) or None
+
+
+def _read_sources(source_file: str) -> dict[str, str]:
+    """The file and all that it includes, by name."""
+    sources: dict[str, str] = {}
+    waiting = [source_file]
+    while waiting:
+        name = waiting.pop()
+        if name not in sources:
+            sources[name] = (SOURCE_FOLDER / name).read_text()
+            waiting += _INCLUDE.findall(sources[name])
+    return sources
+
+
+def _as_options(defines: Mapping[str, int | str]) -> list[str]:
+    return [f"--define-macro={name}={value}" for name, value in sorted(defines.items())]
+
+
+def _cache_key(source_file: str, defines: Mapping[str, int | str], arch: str) -> str:
+    sources = _read_sources(source_file)
+    version = _call(_nvrtc().nvrtcVersion)
+    driver_version = _call(_driver().cuDriverGetVersion)
+    parts = [str(version), str(driver_version), arch, *_OPTIONS, *_as_options(defines), *(part for item in sorted(sources.items()) for part in item)]
+    return f"{Path(source_file).stem}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:32]}"
+
+
+def _cache_folder() -> Path | None:
+    """A folder that only this user can enter, since code is loaded from it; None, with a warning, if there can be none."""
+    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    folder = Path(root) / "sawkv" / "cuda"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+    except OSError as error:
+        logger.warning("sawkv: compiled kernels are not kept: %s", error)
+        return None
+    if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o077:
+        logger.warning("sawkv: compiled kernels are not kept: expected %s to belong to this user alone (mode 0700)", folder)
+        return None
+    return folder
+
+
+def _read_cached(path: Path) -> bytes | None:
+    """The image if the file is whole: its first bytes are the SHA-256 of the rest."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    digest, image = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
+    return image if image and hashlib.sha256(image).digest() == digest else None
+
+
+def _write_cached(path: Path, image: bytes) -> None:
+    """Write beside, then rename: another process sees the whole file or none."""
+    try:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
+            file.write(hashlib.sha256(image).digest() + image)
+        os.replace(file.name, path)
+    except OSError as error:  # a full disk costs the next start-up a second, nothing else
+        logger.warning("sawkv: a compiled kernel is not kept: %s", error)

@@ -1,0 +1,124 @@
+// The schedule of one engine step: cut every (sequence, KV head) into chunks of tiles that blocks will take dynamically. One block, once a step
+// and not once a layer: it depends on lengths only. Nothing of it is known on the host, so that one CUDA graph serves every batch.
+#include "plan.cuh"
+
+namespace sawkv {
+
+constexpr int THREADS = 1024;
+
+struct ScheduleParams {
+  const int* seq_lens;
+  const int* query_start_loc;
+  PlanHeader* header;
+  Chunk* chunks;
+  SplitUnit* splits;
+  int num_seqs;
+  int units_per_seq;       // KV heads * row groups
+  int tile_tokens;
+  int window;              // 0: none
+  int num_blocks;          // of the decode kernel
+  int max_chunks_per_block;
+};
+
+// Tiles that a sequence's queries can see; at least one, so that a sequence without keys still gets its zeros.
+struct TileRange {
+  int first, count;
+  __device__ TileRange(const ScheduleParams& p, int seq) {
+    const int length = p.seq_lens[seq], query_len = p.query_start_loc[seq + 1] - p.query_start_loc[seq];
+    const int first_token = p.window ? max(0, length - query_len - p.window + 1) : 0;
+    first = first_token / p.tile_tokens;
+    count = query_len > 0 ? max(1, divide_up(length, p.tile_tokens) - first) : 0;
+  }
+};
+
+// In place: values[0..n) to their exclusive prefix sums, and their total to values[n].
+__device__ void prefix_sums(int* values, int n) {
+  __shared__ int warp_totals[WARP];
+  int carry = 0;
+  for (int base = 0; base < n; base += THREADS) {
+    const int i = base + threadIdx.x, value = i < n ? values[i] : 0;
+    int sum = value;
+#pragma unroll
+    for (int d = 1; d < WARP; d *= 2) {
+      const int below = __shfl_up_sync(ALL_LANES, sum, d);
+      if (lane_index() >= d) sum += below;
+    }
+    if (lane_index() == WARP - 1) warp_totals[warp_index()] = sum;
+    __syncthreads();
+    int before = 0, total = 0;
+#pragma unroll
+    for (int w = 0; w < THREADS / WARP; w++) {
+      if (w < warp_index()) before += warp_totals[w];
+      total += warp_totals[w];
+    }
+    if (i < n) values[i] = carry + before + sum - value;
+    carry += total;
+    __syncthreads();
+  }
+  if (threadIdx.x == 0) values[n] = carry;
+  __syncthreads();
+}
+
+// The last index whose value is at most x, among n + 1 ascending values.
+__device__ int last_at_most(const int* values, int n, int x) {
+  int low = 0, high = n;
+  while (low < high) {
+    const int middle = (low + high + 1) / 2;
+    if (values[middle] <= x) low = middle; else high = middle - 1;
+  }
+  return low;
+}
+
+}  // namespace sawkv
+
+using namespace sawkv;
+
+extern "C" __global__ void __launch_bounds__(THREADS) sawkv_schedule(const __grid_constant__ ScheduleParams p) {
+  constexpr int FEW_TILES = 400;  // a block with fewer gets fewer chunks: their cost would show
+  constexpr int MIN_TILES_PER_CHUNK = 8;
+  extern __shared__ int dynamic[];
+  const int n = p.num_seqs;
+  int* tiles = dynamic;           // before each sequence; then, pieces that each of its units is cut into
+  int* split_chunks = tiles + n + 1;
+  int* whole_chunks = split_chunks + n + 1;
+  int* split_units = whole_chunks + n + 1;
+
+  for (int i = threadIdx.x; i < n; i += THREADS) tiles[i] = TileRange(p, i).count * p.units_per_seq;
+  __syncthreads();
+  prefix_sums(tiles, n);
+  const i64 total_tiles = tiles[n];
+  const i64 chunks_wanted = (i64)p.num_blocks * (total_tiles >= (i64)FEW_TILES * p.num_blocks ? p.max_chunks_per_block : 2);
+  __syncthreads();
+
+  for (int i = threadIdx.x; i < n; i += THREADS) {
+    const int count = TileRange(p, i).count;
+    const int pieces = total_tiles ? max(1, min((int)(count * chunks_wanted / total_tiles), count / MIN_TILES_PER_CHUNK)) : 1;
+    tiles[i] = pieces;
+    split_chunks[i] = pieces > 1 ? pieces * p.units_per_seq : 0;
+    whole_chunks[i] = pieces == 1 && count > 0 ? p.units_per_seq : 0;
+    split_units[i] = pieces > 1 ? p.units_per_seq : 0;
+  }
+  __syncthreads();
+  prefix_sums(split_chunks, n);
+  prefix_sums(whole_chunks, n);
+  prefix_sums(split_units, n);
+  const int num_split = split_chunks[n], num_chunks = num_split + whole_chunks[n];
+  if (threadIdx.x == 0) *p.header = {num_chunks, num_split, split_units[n], 0};
+
+  for (int c = threadIdx.x; c < num_chunks; c += THREADS) {
+    const bool is_whole = c >= num_split;
+    const int* starts = is_whole ? whole_chunks : split_chunks;
+    const int index = is_whole ? c - num_split : c;
+    const int seq = last_at_most(starts, n - 1, index), pieces = tiles[seq];
+    const int unit = (index - starts[seq]) / pieces, piece = (index - starts[seq]) % pieces;
+    const TileRange range(p, seq);
+    const int begin = (int)((i64)piece * range.count / pieces), end = (int)((i64)(piece + 1) * range.count / pieces);
+    const int query_start = p.query_start_loc[seq];
+    p.chunks[c] = {seq, unit, range.first + begin, end - begin, p.seq_lens[seq], query_start, p.query_start_loc[seq + 1] - query_start, is_whole ? -1 : c};
+  }
+  for (int u = threadIdx.x; u < split_units[n]; u += THREADS) {
+    const int seq = last_at_most(split_units, n - 1, u), unit = u - split_units[seq], pieces = tiles[seq];
+    const int query_start = p.query_start_loc[seq];
+    p.splits[u] = {unit, query_start, p.query_start_loc[seq + 1] - query_start, split_chunks[seq] + unit * pieces, pieces, {0, 0, 0}};
+  }
+}
