@@ -362,7 +362,8 @@ def run_append_and_gather(kernels: list[str], common: dict[str, Any]) -> list[di
     for tokens in (1, 64, 256, 8192):
         cache = PagedKVCache.allocate(layout, 4096, "cuda")
         k, v = torch.randn(2, tokens, heads, head_dim, device="cuda", dtype=torch.bfloat16)
-        slots = torch.randperm(cache.num_slots, device="cuda")[:tokens]
+        token = torch.arange(tokens, device="cuda")
+        slots = torch.randperm(4096, device="cuda")[token // page] * page + token % page  # as a prefill writes
         moved = tokens * heads * 2 * (2 * head_dim + head_dim // 2 + 4)
         runs: dict[str, Callable[[], object]] = {}
         for kernel in kernels:

@@ -8,6 +8,7 @@ vLLM's words for ours: block = page, head_size = head_dim, `[blocks, kv heads, b
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -16,6 +17,7 @@ from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import (
     AttentionBackend,
+    AttentionCGSupport,
     AttentionImpl,
     AttentionLayer,
     AttentionMetadata,
@@ -24,19 +26,24 @@ from vllm.v1.attention.backend import (
     CommonAttentionMetadata,
     MultipleOf,
 )
+from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from sawkv import ops
 from sawkv.cache import PagedKVCache
 from sawkv.errors import SawkvError, UnsupportedError
 from sawkv.integrations.vllm.config import KV_CACHE_DTYPE_CODECS, SawConfig
 from sawkv.integrations.vllm.contract import check_contract
-from sawkv.kernels import select_backend
+from sawkv.integrations.vllm.prefill import FlashPrefill, PrefillSlice, slice_prefills, workspace_tokens
+from sawkv.kernels import DecodePlan, select_backend
 from sawkv.layout import PAGE_SIZE_MULTIPLE, PageLayout
 from sawkv.spec import HEAD_DIMS, CacheFormat
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import AttentionSpec
+
+PlanKey = tuple[int, int, int]
+"""num_heads, num_kv_heads and sliding_window: what layers that share a plan have in common."""
 
 logger = init_logger(f"vllm.{__name__}")  # under vLLM's name, so that its log settings apply
 
@@ -45,29 +52,64 @@ logger = init_logger(f"vllm.{__name__}")  # under vLLM's name, so that its log s
 class SawMetadata(AttentionMetadata):
     """What one step's attention needs, for all layers of a group. Shapes as in `ops.decode_attention`."""
 
-    num_actual_tokens: int
+    num_decode_tokens: int
     max_query_len: int
     query_start_loc: torch.Tensor
     seq_lens: torch.Tensor
     block_table: torch.Tensor
+    plans: Mapping[PlanKey, DecodePlan]
+    prefills: Sequence[PrefillSlice]
 
 
 class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
-    """Builds `SawMetadata` once a step."""
+    """Builds `SawMetadata` once a step.
+
+    On a GPU, requests with few query tokens come first and are decoded from their pages, under CUDA graphs where all of a batch's are; the
+    others are prefills. On a CPU one kernel serves all.
+    """
+
+    _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
 
     def __init__(self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
+        layers = vllm_config.compilation_config.static_forward_context
+        self._impls: list[SawAttentionImpl] = [layers[name].impl for name in layer_names]
+        self._plans: dict[PlanKey, DecodePlan] = {}
+        self._workspace_tokens = workspace_tokens(vllm_config)
+        capture_sizes = vllm_config.compilation_config.cudagraph_capture_sizes or []
+        self._max_num_seqs = max([vllm_config.scheduler_config.max_num_seqs, *capture_sizes])  # a graph's batch is padded
 
     def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False) -> SawMetadata:
         common = common_attn_metadata
         if common.causal is not True:
             raise UnsupportedError("sawkv: expected causal attention, got a request for non-causal attention")
+        if self.device.type == "cpu":
+            num_decodes, num_decode_tokens, max_query_len = common.num_reqs, common.num_actual_tokens, common.max_query_len
+        else:
+            max_query_len = self.reorder_batch_threshold or 1
+            num_decodes, _, num_decode_tokens, _ = split_decodes_and_prefills(common, decode_threshold=max_query_len)
+        query_start_loc, seq_lens = common.query_start_loc[: num_decodes + 1], common.seq_lens[:num_decodes]
+        for impl in self._impls if self.device.type != "cpu" and not self._plans else ():
+            if impl.plan_key not in self._plans:
+                self._plans[impl.plan_key] = ops.make_decode_plan(
+                    impl.layout(self.kv_cache_spec.block_size),
+                    self.device,
+                    num_q_heads=impl.num_heads,
+                    max_num_seqs=self._max_num_seqs,
+                    max_query_len=max_query_len,
+                    sliding_window=impl.sliding_window,
+                )
+        for plan in self._plans.values() if num_decodes else ():
+            plan.update(seq_lens, query_start_loc)
         return SawMetadata(
-            num_actual_tokens=common.num_actual_tokens,
-            max_query_len=common.max_query_len,
-            query_start_loc=common.query_start_loc,
-            seq_lens=common.seq_lens,
-            block_table=common.block_table_tensor,
+            num_decode_tokens=num_decode_tokens,
+            max_query_len=max_query_len,
+            query_start_loc=query_start_loc,
+            seq_lens=seq_lens,
+            block_table=common.block_table_tensor[:num_decodes],
+            plans=self._plans,
+            prefills=slice_prefills(common, num_decodes, self._workspace_tokens) if num_decodes < common.num_reqs else (),
         )
 
 
@@ -100,12 +142,18 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
         self.logits_soft_cap = logits_soft_cap or 0.0
         self.kv_cache_dtype, self.attn_type, self.sinks = kv_cache_dtype, attn_type, sinks
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
+        self.plan_key: PlanKey = (self.num_heads, self.num_kv_heads, self.sliding_window)
         self._cache: PagedKVCache | None = None
         self._kv_cache: torch.Tensor | None = None
         self._format = _check_supported(
             vllm_config, config, head_size, attn_type, alibi_slopes is not None, sliding_window is not None, other_arguments
         )
         _announce(self._format, head_size, self.num_kv_heads, vllm_config)
+        self._prefill: FlashPrefill | None = None
+        if vllm_config.device_config.device_type != "cpu":
+            self._prefill = FlashPrefill(
+                vllm_config, head_size, self.num_kv_heads, self.scale, self.sliding_window, self.logits_soft_cap, sinks
+            )
 
     def do_kv_cache_update(
         self, layer: torch.nn.Module, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
@@ -127,30 +175,41 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
     ) -> torch.Tensor:
         """Attend to the pages. `query` and `output`: [num_tokens, num_heads, head_size]; rows past num_actual_tokens are padding."""
         if attn_metadata is None:  # profiling
+            if self._prefill is not None:
+                self._prefill.workspace()
             return output.zero_()
         if output_scale is not None or output_block_scale is not None:
             raise UnsupportedError("sawkv: fused quantization of the attention output is not supported")
-        num_tokens = attn_metadata.num_actual_tokens
-        ops.decode_attention(
-            query[:num_tokens],
-            self._bind(kv_cache),
-            attn_metadata.block_table,
-            attn_metadata.seq_lens,
-            attn_metadata.query_start_loc,
-            softmax_scale=self.scale,
-            max_query_len=attn_metadata.max_query_len,
-            sliding_window=self.sliding_window,
-            logit_softcap=self.logits_soft_cap,
-            sinks=self.sinks,
-            out=output[:num_tokens].view(num_tokens, self.num_heads, self.head_size),
-        )
+        cache = self._bind(kv_cache)
+        query, out = query.view(-1, self.num_heads, self.head_size), output.view(-1, self.num_heads, self.head_size)
+        num_tokens = attn_metadata.num_decode_tokens
+        if num_tokens:
+            ops.decode_attention(
+                query[:num_tokens],
+                cache,
+                attn_metadata.block_table,
+                attn_metadata.seq_lens,
+                attn_metadata.query_start_loc,
+                softmax_scale=self.scale,
+                max_query_len=attn_metadata.max_query_len,
+                sliding_window=self.sliding_window,
+                logit_softcap=self.logits_soft_cap,
+                sinks=self.sinks,
+                out=out[:num_tokens],
+                plan=attn_metadata.plans.get(self.plan_key),
+            )
+        for prefill in attn_metadata.prefills:
+            assert self._prefill is not None  # only a GPU's metadata has prefills
+            self._prefill.attend(query, cache, prefill, out)
         return output
+
+    def layout(self, block_size: int) -> PageLayout:
+        return PageLayout(self._format, self.num_kv_heads, self.head_size, block_size)
 
     def _bind(self, kv_cache: torch.Tensor) -> PagedKVCache:
         """The pages that vLLM handed over, checked once and again whenever they change (after a wake-up, say)."""
         if self._cache is None or self._kv_cache is not kv_cache:
-            layout = PageLayout(self._format, self.num_kv_heads, self.head_size, kv_cache.shape[2])
-            self._cache, self._kv_cache = PagedKVCache(kv_cache.view(torch.uint8), layout), kv_cache
+            self._cache, self._kv_cache = PagedKVCache(kv_cache.view(torch.uint8), self.layout(kv_cache.shape[2])), kv_cache
         return self._cache
 
 

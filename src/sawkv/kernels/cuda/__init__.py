@@ -28,6 +28,7 @@ ELEMENTS = {torch.bfloat16: "sawkv::Bfloat", torch.float16: "sawkv::Half", torch
 """The device code's names of dtypes."""
 MAX_CHUNKS_PER_BLOCK = 8
 MERGE_THREADS = 256
+PAGE_KERNEL_THREADS = 256
 MERGE_BLOCKS_PER_SM = 4
 LOG2_E = math.log2(math.e)
 
@@ -62,12 +63,10 @@ def append(k: torch.Tensor, v: torch.Tensor, cache: PagedKVCache, slot_mapping: 
         *v.stride()[:2],
         cache.num_slots,
         num_tokens,
-        layout.num_kv_heads,
     )
-    defines = _page_defines(layout, k.dtype, layout.k_rotation_order, layout.v_rotation_order)
-    kernel = runtime.load("append.cu", "sawkv_append", defines, k.device)
-    rows_per_block = 32
-    kernel.launch((_divide_up(num_tokens * layout.num_kv_heads, rows_per_block), 2, 1), 256, _stream(k.device), params)
+    kernel, tokens_per_block = _page_kernel("append", layout, k.dtype, layout.k_rotation_order, layout.v_rotation_order, k.device)
+    grid = (_divide_up(num_tokens, tokens_per_block), layout.num_kv_heads, 2)
+    kernel.launch(grid, PAGE_KERNEL_THREADS, _stream(k.device), params)
 
 
 def gather(
@@ -95,9 +94,9 @@ def gather(
         layout.num_kv_heads,
     )
     orders = (0, 0) if rotated else (layout.k_rotation_order, layout.v_rotation_order)
-    kernel = runtime.load("gather.cu", "sawkv_gather", _page_defines(layout, k_out.dtype, *orders), k_out.device)
-    tokens_per_block = kernel.read_constant("sawkv_tokens_per_block")
-    kernel.launch((_divide_up(k_out.shape[0], tokens_per_block), layout.num_kv_heads, 1), 256, _stream(k_out.device), params)
+    kernel, tokens_per_block = _page_kernel("gather", layout, k_out.dtype, *orders, k_out.device)
+    grid = (_divide_up(k_out.shape[0], tokens_per_block), layout.num_kv_heads, 1)
+    kernel.launch(grid, PAGE_KERNEL_THREADS, _stream(k_out.device), params)
 
 
 @dataclass(frozen=True)
@@ -127,27 +126,30 @@ class CudaPlan(DecodePlan):
     def __init__(
         self, layout: PageLayout, device: torch.device, num_q_heads: int, max_num_seqs: int, max_query_len: int, sliding_window: int
     ) -> None:
-        self.key = (layout, num_q_heads, max_query_len, sliding_window)
+        self.key = (num_q_heads, max_query_len, sliding_window)
         self.layout = layout
+        self.device = device
         self.max_num_seqs = max_num_seqs
         self.sliding_window = sliding_window
         self.shape = QueryShape.of(num_q_heads // layout.num_kv_heads, max_query_len, layout.head_dim)
         self.units_per_seq = layout.num_kv_heads * self.shape.row_groups
         self.num_blocks = torch.cuda.get_device_properties(device).multi_processor_count
-        self.tile_tokens = self.kernel("sawkv_decode", torch.bfloat16, False, device).read_constant("sawkv_tile_tokens")
+        self.kernels = functools.cache(self._load_kernels)
+        self.tile_tokens = self.kernels(torch.bfloat16, False)[0].read_constant("sawkv_tile_tokens")
         chunk_rows = 8 * self.shape.column_tiles * self.shape.row_blocks
-        max_split_chunks = self.num_blocks * MAX_CHUNKS_PER_BLOCK
+        max_split_chunks = self.num_blocks * MAX_CHUNKS_PER_BLOCK * 3 // 2  # units in two or more pieces, their number rounded: 4/3 at most
         max_chunks = max_split_chunks + max_num_seqs * self.units_per_seq + self.num_blocks  # and each block's claim beyond the last
         self.max_merge_rows = max_split_chunks // 2 * chunk_rows
 
         def words(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=device)
 
-        self.header, self.chunks, self.splits = words(4), words(max_chunks, 8), words(max_split_chunks // 2, 8)
+        self.header, self.chunks, self.splits = words(8), words(max_chunks, 8), words(max_split_chunks // 2, 8)
         self.partials = torch.empty(max_split_chunks, chunk_rows, layout.head_dim, device=device)
         self.partial_stats = torch.empty(max_split_chunks, chunk_rows, 2, device=device)
 
-    def kernel(self, kernel_name: str, dtype: torch.dtype, has_softcap: bool, device: torch.device) -> runtime.Kernel:
+    def _load_kernels(self, dtype: torch.dtype, has_softcap: bool) -> tuple[runtime.Kernel, runtime.Kernel, int, int]:
+        """Decode and merge for queries of `dtype`, threads and shared bytes of the first."""
         shape, layout = self.shape, self.layout
         defines = _page_defines(layout, dtype, layout.k_rotation_order, layout.v_rotation_order) | {
             "GROUP": shape.group,
@@ -157,7 +159,8 @@ class CudaPlan(DecodePlan):
             "ROW_GROUPS": shape.row_groups,
             "SOFTCAP": int(has_softcap),
         }
-        return runtime.load("decode.cu", kernel_name, defines, device)
+        decode, merge = (runtime.load("decode.cu", kernel, defines, self.device) for kernel in ("sawkv_decode", "sawkv_merge"))
+        return decode, merge, decode.read_constant("sawkv_threads"), decode.read_constant("sawkv_shared_bytes")
 
     def update(self, seq_lens: torch.Tensor, query_start_loc: torch.Tensor) -> None:
         """See `DecodePlan.update`."""
@@ -218,7 +221,7 @@ def decode_attention(
         capacity = max(64, 1 << (num_seqs - 1).bit_length())
         plan = _own_plan(layout, q.device, num_q_heads, capacity, max_query_len, sliding_window, stream)
         plan.update(seq_lens, query_start_loc)
-    if not isinstance(plan, CudaPlan) or plan.key != (layout, num_q_heads, max_query_len, sliding_window):
+    if not isinstance(plan, CudaPlan) or plan.key != (num_q_heads, max_query_len, sliding_window) or plan.layout != layout:
         raise LayoutError("plan: expected one made for this layout, num_q_heads, max_query_len and sliding_window")
     if not _is_vectorizable(out):
         raise LayoutError(f"out: expected rows aligned to 16 bytes, got strides {list(out.stride())} at address {out.data_ptr():#x}")
@@ -237,13 +240,20 @@ def decode_attention(
         logit_softcap * LOG2_E,
         sliding_window,
     )
-    decode = plan.kernel("sawkv_decode", q.dtype, logit_softcap > 0, q.device)
-    merge = plan.kernel("sawkv_merge", q.dtype, logit_softcap > 0, q.device)
-    threads, shared_bytes = decode.read_constant("sawkv_threads"), decode.read_constant("sawkv_shared_bytes")
+    decode, merge, threads, shared_bytes = plan.kernels(q.dtype, logit_softcap > 0)
     decode.launch((plan.num_blocks, 1, 1), threads, stream, params, shared_bytes, dependent=True)
     most_rows = min(plan.max_merge_rows, num_seqs * plan.units_per_seq * plan.partials.shape[1])
     merge_blocks = min(most_rows, MERGE_BLOCKS_PER_SM * plan.num_blocks)
     merge.launch((merge_blocks, 1, 1), MERGE_THREADS, stream, params, dependent=True)
+
+
+@functools.cache
+def _page_kernel(
+    operation: str, layout: PageLayout, dtype: torch.dtype, k_order: int, v_order: int, device: torch.device
+) -> tuple[runtime.Kernel, int]:
+    """append or gather, and the tokens that one of its blocks takes."""
+    kernel = runtime.load(f"{operation}.cu", f"sawkv_{operation}", _page_defines(layout, dtype, k_order, v_order), device)
+    return kernel, kernel.read_constant("sawkv_tokens_per_block")
 
 
 def _page_defines(layout: PageLayout, dtype: torch.dtype, k_order: int, v_order: int) -> dict[str, int | str]:
@@ -257,8 +267,9 @@ def _page_defines(layout: PageLayout, dtype: torch.dtype, k_order: int, v_order:
 
 
 def _is_vectorizable(x: torch.Tensor) -> bool:
-    """Rows aligned to 16 bytes."""
-    return x.data_ptr() % 16 == 0 and all(stride * x.element_size() % 16 == 0 for stride in x.stride()[:-1])
+    """Rows of [num_tokens, num_heads, head_dim] aligned to 16 bytes."""
+    token_stride, head_stride, _ = x.stride()
+    return not (x.data_ptr() | token_stride * x.element_size() | head_stride * x.element_size()) & 15
 
 
 def _vectorizable(x: torch.Tensor) -> torch.Tensor:
@@ -271,7 +282,7 @@ def _pointer(x: torch.Tensor | None) -> int | None:
 
 
 def _stream(device: torch.device) -> int:
-    return torch.cuda.current_stream(device).cuda_stream
+    return torch._C._cuda_getCurrentRawStream(device.index)  # what torch.cuda.current_stream wraps, at a fifth of its time
 
 
 def _divide_up(a: int, b: int) -> int:
@@ -290,7 +301,7 @@ _AppendParams = _structure(
     "k v k_center v_center slot_mapping pages",
     "page_stride k_token_stride k_head_stride v_token_stride v_head_stride num_slots",
     "",
-    "num_tokens num_kv_heads",
+    "num_tokens",
 )
 _GatherParams = _structure(
     "GatherParams",

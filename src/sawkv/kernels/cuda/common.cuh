@@ -117,10 +117,15 @@ __device__ inline void wait(u64* barrier, u32 parity) {
       "}" ::"r"(shared_address(barrier)), "r"(parity) : "memory");
 }
 
-// Bulk copy, 16-byte aligned; its bytes count on `barrier`. The cache is read once a step, so L2 may forget it first.
+// Bulk copy, 16-byte aligned; its bytes count on `barrier`.
 __device__ inline u64 evict_first_policy() {
   u64 policy;
   asm volatile("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+  return policy;
+}
+__device__ inline u64 evict_normal_policy() {
+  u64 policy;
+  asm volatile("createpolicy.fractional.L2::evict_normal.b64 %0, 1.0;" : "=l"(policy));
   return policy;
 }
 __device__ inline void copy_to_shared(void* to, const void* from, u32 bytes, u64* barrier, u64 policy) {
@@ -160,12 +165,13 @@ struct alignas(sizeof(Element) * N < 16 ? sizeof(Element) * N : 16) Vector {
 };
 
 // A row of D fp32 channels, spread over LANES neighbouring lanes so that every stride of a butterfly is either inside a lane or between
-// two lanes: lane l holds, for each block of LANES * VECTOR channels, channels l * VECTOR ... l * VECTOR + VECTOR - 1.
+// two lanes: lane l holds, for each block of LANES * VECTOR channels, channels l * VECTOR ... l * VECTOR + VECTOR - 1. Neighbouring lanes
+// load and store neighbouring vectors, of 16 bytes at 16 bits.
 template <int D, int LANES = WARP>
 struct Row {
   static_assert(D % LANES == 0 && is_power_of_two(LANES) && LANES <= WARP, "lanes hold equal parts of a row");
   static constexpr int PER_LANE = D / LANES;
-  static constexpr int VECTOR = largest_power_of_two_in(PER_LANE);
+  static constexpr int VECTOR = largest_power_of_two_in(PER_LANE) < 8 ? largest_power_of_two_in(PER_LANE) : 8;
 
   float x[PER_LANE];
 
@@ -244,14 +250,11 @@ __device__ inline void rotate(Row<D, LANES>& row) {
       const R in = row;
       if (stride >= R::VECTOR && stride < LANES * R::VECTOR) {
         const int lanes = stride / R::VECTOR;
-        const bool upper = R::lane() & lanes;
+        const float sign = R::lane() & lanes ? -1 : 1;  // a product with it is exact
 #pragma unroll
-        for (int i = 0; i < R::PER_LANE; i++) {
-          const float other = __shfl_xor_sync(ALL_LANES, in.x[i], lanes);
-          row.x[i] = upper ? other - in.x[i] : in.x[i] + other;
-        }
+        for (int i = 0; i < R::PER_LANE; i++) row.x[i] = fmaf(in.x[i], sign, __shfl_xor_sync(ALL_LANES, in.x[i], lanes));
       } else {
-        const int elements = stride < R::VECTOR ? stride : stride / LANES;
+        const int elements = stride < R::VECTOR ? stride : stride / LANES;  // apart in x
 #pragma unroll
         for (int i = 0; i < R::PER_LANE; i++) row.x[i] = i & elements ? in.x[i ^ elements] - in.x[i] : in.x[i] + in.x[i ^ elements];
       }

@@ -23,7 +23,9 @@ struct alignas(16) SplitUnit {
 
 struct alignas(16) PlanHeader {
   int num_chunks, num_split_chunks, num_split_units;
-  u32 claimed;  // chunks that blocks have taken; wraps to 0 at the end of each decode launch
+  u32 claimed;        // chunks that blocks have taken; wraps to 0 at the end of each decode launch
+  int total_tiles;    // of all units
+  int padding[3];
 };
 
 }  // namespace sawkv

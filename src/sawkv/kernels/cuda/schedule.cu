@@ -74,8 +74,8 @@ __device__ int last_at_most(const int* values, int n, int x) {
 using namespace sawkv;
 
 extern "C" __global__ void __launch_bounds__(THREADS) sawkv_schedule(const __grid_constant__ ScheduleParams p) {
-  constexpr int FEW_TILES = 400;  // a block with fewer gets fewer chunks: their cost would show
-  constexpr int MIN_TILES_PER_CHUNK = 8;
+  constexpr int TILES_PER_CHUNK = 50;     // a block gets chunks of about so many tiles, or longer ones
+  constexpr int MIN_TILES_PER_CHUNK = 8;  // one for each consumer warp
   extern __shared__ int dynamic[];
   const int n = p.num_seqs;
   int* tiles = dynamic;           // before each sequence; then, pieces that each of its units is cut into
@@ -87,12 +87,16 @@ extern "C" __global__ void __launch_bounds__(THREADS) sawkv_schedule(const __gri
   __syncthreads();
   prefix_sums(tiles, n);
   const i64 total_tiles = tiles[n];
-  const i64 chunks_wanted = (i64)p.num_blocks * (total_tiles >= (i64)FEW_TILES * p.num_blocks ? p.max_chunks_per_block : 2);
+  const int tiles_per_block = (int)(total_tiles / p.num_blocks);
+  const int chunks_per_block = max(1, min(tiles_per_block / TILES_PER_CHUNK, p.max_chunks_per_block));
+  const i64 chunks_wanted = (i64)p.num_blocks * chunks_per_block;
+  // Rounding up gives evener chunks, but where a block gets one or two, a chunk too many is a round too many.
+  const i64 rounding = chunks_per_block > 2 ? total_tiles / 2 : 0;
   __syncthreads();
 
   for (int i = threadIdx.x; i < n; i += THREADS) {
     const int count = TileRange(p, i).count;
-    const int pieces = total_tiles ? max(1, min((int)(count * chunks_wanted / total_tiles), count / MIN_TILES_PER_CHUNK)) : 1;
+    const int pieces = total_tiles ? max(1, min((int)((count * chunks_wanted + rounding) / total_tiles), count / MIN_TILES_PER_CHUNK)) : 1;
     tiles[i] = pieces;
     split_chunks[i] = pieces > 1 ? pieces * p.units_per_seq : 0;
     whole_chunks[i] = pieces == 1 && count > 0 ? p.units_per_seq : 0;
@@ -103,7 +107,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) sawkv_schedule(const __gri
   prefix_sums(whole_chunks, n);
   prefix_sums(split_units, n);
   const int num_split = split_chunks[n], num_chunks = num_split + whole_chunks[n];
-  if (threadIdx.x == 0) *p.header = {num_chunks, num_split, split_units[n], 0};
+  if (threadIdx.x == 0) *p.header = {num_chunks, num_split, split_units[n], 0, (int)total_tiles, {0, 0, 0}};
 
   for (int c = threadIdx.x; c < num_chunks; c += THREADS) {
     const bool is_whole = c >= num_split;

@@ -1,0 +1,141 @@
+"""Prefill on a GPU: pages are gathered into a 16-bit workspace, and vLLM's FlashAttention attends to that.
+
+Prefill is compute-bound, so decoding the pages first costs little (2 ns a token and layer for 8 KV heads on an H100) and attention runs at
+the engine's own speed. New tokens are read back from their pages too: a token's output does not depend on how its prompt was cut
+(docs/decisions/0002).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
+from vllm.v1.worker.workspace import current_workspace_manager
+
+from sawkv import ops
+from sawkv.cache import PagedKVCache
+from sawkv.errors import UnsupportedError
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+DTYPES = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True)
+class PrefillSlice:
+    """Requests whose contexts fit in the workspace together. Tensors are of these requests alone.
+
+    Attributes:
+        tokens: rows of query and output.
+        cu_seqlens_q, cu_seqlens_k: [num_requests + 1] int32, where each request starts in these rows and in the workspace.
+        seq_lens: [num_requests] int32.
+        block_table: [num_requests, max_blocks] int32.
+        num_keys: at least as many as the slice gathers.
+        max_query_len, max_seq_len: upper bounds.
+    """
+
+    tokens: slice
+    cu_seqlens_q: torch.Tensor
+    cu_seqlens_k: torch.Tensor
+    seq_lens: torch.Tensor
+    block_table: torch.Tensor
+    num_keys: int
+    max_query_len: int
+    max_seq_len: int
+
+
+def workspace_tokens(vllm_config: VllmConfig) -> int:
+    """Tokens that the workspace holds: any one request, and commonly all of a step's."""
+    return int(max(vllm_config.model_config.max_model_len, 2 * vllm_config.scheduler_config.max_num_batched_tokens))
+
+
+def slice_prefills(common: CommonAttentionMetadata, first: int, capacity: int) -> list[PrefillSlice]:
+    """Requests from `first` on, cut into runs of at most `capacity` tokens of context. No synchronization: lengths on the host are bounds."""
+    starts = common.query_start_loc_cpu.tolist()
+    lengths = common.seq_lens_cpu_upper_bound
+    lengths = (common.seq_lens_cpu if lengths is None else lengths).tolist()
+    slices = []
+    while first < common.num_reqs:
+        last, total = first, 0
+        while last < common.num_reqs and (last == first or total + lengths[last] <= capacity):
+            total += lengths[last]
+            last += 1
+        seq_lens = common.seq_lens[first:last]
+        cu_seqlens_k = torch.zeros(last - first + 1, dtype=torch.int32, device=seq_lens.device)
+        torch.cumsum(seq_lens, 0, dtype=torch.int32, out=cu_seqlens_k[1:])
+        slices.append(
+            PrefillSlice(
+                tokens=slice(starts[first], starts[last]),
+                cu_seqlens_q=common.query_start_loc[first : last + 1] - starts[first],
+                cu_seqlens_k=cu_seqlens_k,
+                seq_lens=seq_lens,
+                block_table=common.block_table_tensor[first:last],
+                num_keys=min(total, capacity),
+                max_query_len=max(starts[i + 1] - starts[i] for i in range(first, last)),
+                max_seq_len=max(lengths[first:last]),
+            )
+        )
+        first = last
+    return slices
+
+
+class FlashPrefill:
+    """Prefill attention of one layer."""
+
+    def __init__(
+        self,
+        vllm_config: VllmConfig,
+        head_size: int,
+        num_kv_heads: int,
+        scale: float,
+        sliding_window: int,
+        logits_soft_cap: float,
+        sinks: torch.Tensor | None,
+    ) -> None:
+        """
+        Raises:
+            UnsupportedError: vLLM has no FlashAttention for this layer here.
+        """
+        self.dtype = vllm_config.model_config.dtype
+        version = get_flash_attn_version(head_size=head_size, has_sinks=sinks is not None)
+        if version is None or self.dtype not in DTYPES:
+            raise UnsupportedError(
+                f"sawkv on a GPU: expected vLLM's FlashAttention and a model in bfloat16 or float16, got FlashAttention {version} and {self.dtype}"
+            )
+        self._shape = (workspace_tokens(vllm_config), num_kv_heads, head_size)
+        self._options: dict[str, Any] = {
+            "softmax_scale": scale,
+            "causal": True,
+            "window_size": [sliding_window - 1, 0] if sliding_window else [-1, -1],
+            "softcap": logits_soft_cap,
+            "fa_version": version,
+        }
+        self._sinks = sinks
+
+    def workspace(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of `workspace_tokens` tokens, shared by all layers. Taken first while vLLM profiles, so that it counts the memory."""
+        k, v = current_workspace_manager().get_simultaneous((self._shape, self.dtype), (self._shape, self.dtype))
+        return k, v
+
+    def attend(self, query: torch.Tensor, cache: PagedKVCache, prefill: PrefillSlice, output: torch.Tensor) -> None:
+        """Attend the queries of one slice. query, output: [num_tokens, num_heads, head_size], all tokens of the step."""
+        from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
+
+        k, v = (x[: prefill.num_keys] for x in self.workspace())
+        ops.gather(cache, prefill.block_table, prefill.seq_lens, prefill.cu_seqlens_k, k, v, rotated=False)
+        flash_attn_varlen_func(
+            q=query[prefill.tokens],
+            k=k,
+            v=v,
+            out=output[prefill.tokens],
+            cu_seqlens_q=prefill.cu_seqlens_q,
+            cu_seqlens_k=prefill.cu_seqlens_k,
+            max_seqlen_q=prefill.max_query_len,
+            max_seqlen_k=prefill.max_seq_len,
+            s_aux=self._sinks,
+            **self._options,
+        )
