@@ -4,8 +4,8 @@
     python -m benchmarks.kernels --only 64x16384 --kernels sawkv-cuda --no-write
     python -m benchmarks.kernels --check          # correctness only
 
-`ms` is the median of triton's do_bench, which empties the L2 cache by writing before each run; `graph_ms` is the replay of a CUDA graph over
-several caches, so that none is in L2 when its turn comes. The schedule, made once a step and not once a layer, is timed apart.
+`ms` is the median of triton's do_bench, which empties the L2 cache by writing before each run; `graph_ms` is the replay of a CUDA graph
+over several caches, so that none is in L2 when its turn comes. The schedule, made once a step and not once a layer, is timed apart.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from __future__ import annotations
 import argparse
 import json
 import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +185,7 @@ def peer_decode(name: str, shape: Shape, batch: Batch) -> Callable[[], torch.Ten
 
     q = batch.q
     k, v = torch.randn(2, batch.num_pages, shape.page, shape.kv_heads, shape.head_dim, device="cuda", dtype=torch.bfloat16)
-    scales = {}
+    scales: dict[str, Any] = {}
     if name == "fa3_fp8":
         q, k, v = (x.to(torch.float8_e4m3fn) for x in (q, k, v))
         one = torch.ones(len(shape.lengths), shape.kv_heads, device="cuda")
@@ -262,7 +262,7 @@ def median_ms(run: Callable[[], object]) -> float:
     return float(triton.testing.do_bench(run, warmup=20, rep=100, return_mode="median"))
 
 
-def graph_ms(runs: list[Callable[[], object]]) -> float:
+def graph_ms(runs: Sequence[Callable[[], object]]) -> float:
     """Milliseconds of one run in a CUDA graph of all of them, several times over."""
     for run in runs:
         run()
@@ -273,9 +273,9 @@ def graph_ms(runs: list[Callable[[], object]]) -> float:
         for _ in range(repeats):
             for run in runs:
                 run()
-    times = []
+    times: list[float] = []
     for _ in range(10):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         graph.replay()
         end.record()
@@ -287,14 +287,14 @@ def graph_ms(runs: list[Callable[[], object]]) -> float:
 def read_bandwidth() -> float:
     """GB/s at which this card reads 2 GiB."""
     x = torch.ones(1 << 29, device="cuda")
-    return 2**31 / 1e6 / median_ms(lambda: x.sum())
+    return 2**31 / 1e6 / median_ms(x.sum)
 
 
 def run_decode(shapes: list[Shape], kernels: list[str], only_check: bool, common: dict[str, Any]) -> list[dict[str, Any]]:
     bandwidth, records = read_bandwidth(), []
     print(f"this card reads {bandwidth:.0f} GB/s")
-    header = f"{'shape':34s} {'kernel':26s} {'ms':>8s} {'graph':>8s} {'GB/s':>6s} {'of read':>7s} {'vs FA3':>6s} {'graph':>6s} {'error':>8s}  schedule"
-    print(header)
+    columns = f"{'ms':>8s} {'graph':>8s} {'GB/s':>6s} {'of read':>7s} {'vs FA3':>6s} {'graph':>6s} {'error':>8s}  schedule"
+    print(f"{'shape':34s} {'kernel':26s} {columns}")
     for shape in shapes:
         torch.manual_seed(0)
         batch = Batch.make(shape)
@@ -344,57 +344,89 @@ def run_decode(shapes: list[Shape], kernels: list[str], only_check: bool, common
             print(
                 f"{shape.name:34s} {kernel:26s} {record['ms']:8.4f} {record['graph_ms']:8.4f} {record['useful_gb_s']:6.0f} "
                 f"{record['useful_gb_s'] / bandwidth:7.1%} {record.get('speedup_vs_fa3_bf16', 0):6.2f} "
-                f"{record.get('graph_speedup_vs_fa3_bf16', 0):6.2f} {record.get('rel_err', 0):8.1e}  {record.get('schedule_ms', 0) * 1e3:.1f} us",
+                f"{record.get('graph_speedup_vs_fa3_bf16', 0):6.2f} {record.get('rel_err', 0):8.1e}  "
+                f"{record.get('schedule_ms', 0) * 1e3:.1f} us",
                 flush=True,
             )
     return records
 
 
-def run_append_and_gather(kernels: list[str], common: dict[str, Any]) -> list[dict[str, Any]]:
-    """append beside vLLM's BF16 write; gather beside a copy of as many bytes."""
-    heads, head_dim, page = 8, 128, 16
-    records = []
+def run_append(kernels: list[str], common: dict[str, Any]) -> list[dict[str, Any]]:
+    """append beside vLLM's BF16 write, on slots as a prefill writes them."""
+    heads, head_dim, page, num_pages = 8, 128, 16, 4096
     layout = PageLayout(CacheFormat("int4"), heads, head_dim, page)
+    read_gb_s, records = read_bandwidth(), []
+
+    def sawkv_append(tokens: int, backend: str) -> Callable[[], object]:
+        cache = PagedKVCache.allocate(layout, num_pages, "cuda")
+        k, v, slots = inputs(tokens)
+        return lambda: append(k, v, cache, slots, backend=backend)
+
+    def vllm_bf16(tokens: int) -> Callable[[], object]:
+        from vllm import _custom_ops
+
+        pages = torch.empty(2, num_pages, page, heads, head_dim, device="cuda", dtype=torch.bfloat16)
+        one = torch.ones(1, device="cuda")
+        k, v, slots = inputs(tokens)
+        return lambda: _custom_ops.reshape_and_cache_flash(k, v, pages[0], pages[1], slots, "auto", one, one)
+
+    def inputs(tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        k, v = torch.randn(2, tokens, heads, head_dim, device="cuda", dtype=torch.bfloat16)
+        token = torch.arange(tokens, device="cuda")
+        return k, v, torch.randperm(num_pages, device="cuda")[token // page] * page + token % page
+
+    for tokens in (1, 64, 256, 8192):
+        byte_us = tokens * heads * 2 * (2 * head_dim + head_dim // 2 + 4) / read_gb_s / 1e3
+        for kernel in (*kernels, "vllm_bf16"):
+            backend = kernel.removeprefix("sawkv-")
+            if backend not in BACKENDS and kernel != "vllm_bf16":
+                continue
+            try:
+                run = vllm_bf16(tokens) if kernel == "vllm_bf16" else sawkv_append(tokens, backend)
+                ms, replayed = median_ms(run), graph_ms([run])
+            except Exception as error:
+                print(f"append {tokens:5d} tokens  {kernel:14s} {type(error).__name__}: {str(error)[:200]}")
+                continue
+            records.append({**common, "operation": "append", "kernel": kernel, "tokens": tokens, "ms": ms, "graph_ms": replayed})
+            print(
+                f"append {tokens:5d} tokens  {kernel:14s} {ms * 1e3:7.2f} us, graph {replayed * 1e3:7.2f} us; bytes take {byte_us:6.2f} us"
+            )
+    return records
+
+
+def run_gather(kernels: list[str], common: dict[str, Any]) -> list[dict[str, Any]]:
+    """gather beside a copy of as many bytes."""
+    shape, records = uniform(8, 16384), []
+    total = sum(shape.lengths)
     source = torch.empty(1 << 28, device="cuda", dtype=torch.uint8)
     copied = torch.empty_like(source)
     copy_gb_s = 2 * source.numel() / 1e6 / median_ms(lambda: copied.copy_(source))
-    read_gb_s = read_bandwidth()
-    for tokens in (1, 64, 256, 8192):
-        cache = PagedKVCache.allocate(layout, 4096, "cuda")
-        k, v = torch.randn(2, tokens, heads, head_dim, device="cuda", dtype=torch.bfloat16)
-        token = torch.arange(tokens, device="cuda")
-        slots = torch.randperm(4096, device="cuda")[token // page] * page + token % page  # as a prefill writes
-        moved = tokens * heads * 2 * (2 * head_dim + head_dim // 2 + 4)
-        runs: dict[str, Callable[[], object]] = {}
-        for kernel in kernels:
-            if (backend := kernel.removeprefix("sawkv-")) in BACKENDS:
-                runs[kernel] = lambda backend=backend: append(k, v, cache, slots, backend=backend)  # type: ignore[misc]
-        try:
-            from vllm import _custom_ops as ops
-
-            wide_k, wide_v = torch.empty(2, 4096, page, heads, head_dim, device="cuda", dtype=torch.bfloat16)
-            one = torch.ones(1, device="cuda")
-            runs["vllm_bf16"] = lambda: ops.reshape_and_cache_flash(k, v, wide_k, wide_v, slots, "auto", one, one)
-        except ImportError as error:
-            print(f"vllm_bf16: {error}")
-        for kernel, run in runs.items():
-            ms, replayed = median_ms(run), graph_ms([run])
-            records.append({**common, "operation": "append", "kernel": kernel, "tokens": tokens, "ms": ms, "graph_ms": replayed})
-            print(f"append {tokens:5d} tokens  {kernel:14s} {ms * 1e3:7.2f} us, graph {replayed * 1e3:7.2f} us; bytes take {moved / read_gb_s / 1e3:6.2f} us")
-    shape = uniform(8, 16384)
     batch = Batch.make(shape)
-    starts = torch.arange(0, 8 * 16384 + 1, 16384, dtype=torch.int32, device="cuda")
-    k_out, v_out = torch.empty(2, 8 * 16384, heads, head_dim, device="cuda", dtype=torch.bfloat16)
-    moved = 8 * 16384 * heads * 2 * (2 * head_dim + head_dim // 2 + 4)
+    starts = torch.arange(0, total + 1, 16384, dtype=torch.int32, device="cuda")
+    k_out, v_out = torch.empty(2, total, shape.kv_heads, shape.head_dim, device="cuda", dtype=torch.bfloat16)
+    moved = shape.useful_bytes + 2 * k_out.numel() * k_out.element_size()
     for kernel in kernels:
-        if (backend := kernel.removeprefix("sawkv-")) in BACKENDS:
-            cache = fill(batch, shape, backend)
-            for rotated in (True, False):
-                ms = median_ms(lambda: gather(cache, batch.block_table, batch.seq_lens, starts, k_out, v_out, rotated=rotated, backend=backend))
-                share = moved / 1e6 / ms / copy_gb_s
-                records.append({**common, "operation": "gather", "kernel": kernel, "rotated": rotated, "ms": ms, "of_copy_bandwidth": share})
-                print(f"gather 8x16384 {kernel:14s} rotated={rotated!s:5s} {ms * 1e3:7.1f} us, {share:.0%} of copy bandwidth ({copy_gb_s:.0f} GB/s)")
+        if (backend := kernel.removeprefix("sawkv-")) not in BACKENDS:
+            continue
+        for rotated in (True, False):
+            try:
+                cache = fill(batch, shape, backend)
+                arguments = (cache, batch.block_table, batch.seq_lens, starts, k_out, v_out)
+                ms = median_ms(partial(gather, *arguments, rotated=rotated, backend=backend))
+            except Exception as error:
+                print(f"gather 8x16384 {kernel:14s} {type(error).__name__}: {str(error)[:200]}")
+                continue
+            share = moved / 1e6 / ms / copy_gb_s
+            records.append(
+                {**common, "operation": "gather", "kernel": kernel, "rotated": rotated, "ms": ms, "of_copy_bandwidth": round(share, 4)}
+            )
+            print(f"gather 8x16384 {kernel:14s} rotated={rotated!s:5s} {ms * 1e3:7.1f} us, {share:.0%} of copy's {copy_gb_s:.0f} GB/s")
     return records
+
+
+def head_commit() -> str:
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
 
 
 def main() -> None:
@@ -405,9 +437,9 @@ def main() -> None:
     parser.add_argument("--skip", default="", help="decode or append")
     parser.add_argument("--no-write", action="store_true", help="do not append to docs/results")
     parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--commit", help="of these sources, where they are not in a git repository")
     arguments = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
-    common = {"device": torch.cuda.get_device_name(), "commit": commit or "unknown", "torch": torch.__version__}
+    common = {"device": torch.cuda.get_device_name(), "commit": arguments.commit or head_commit(), "torch": torch.__version__}
     wanted = [part for part in arguments.only.split(",") if part]
     shapes = [shape for shape in all_shapes() if not wanted or any(part in shape.name for part in wanted)]
     kernels = arguments.kernels.split(",")
@@ -415,7 +447,7 @@ def main() -> None:
     if arguments.skip != "decode":
         results["decode.jsonl"] = run_decode(shapes, kernels, arguments.check, common)
     if arguments.skip != "append" and not arguments.check:
-        results["append_gather.jsonl"] = run_append_and_gather(kernels, common)
+        results["append_gather.jsonl"] = [*run_append(kernels, common), *run_gather(kernels, common)]
     if not arguments.no_write:
         arguments.output.mkdir(parents=True, exist_ok=True)
         for name, records in results.items():
@@ -424,4 +456,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -157,8 +157,8 @@ def make_decode_plan(
 ) -> DecodePlan:
     """A schedule that the layers of one step share: call its `update` once a step, and give it to each layer's `decode_attention`.
 
-    The plan has its buffers for good, so that a CUDA graph may hold `decode_attention` while `update` runs before each replay, or is captured
-    with it. It serves one stream at a time.
+    The plan has its buffers for good, so that a CUDA graph may hold `decode_attention` while `update` runs before each replay, or is
+    captured with it. It serves one stream at a time.
 
     Args:
         layout: of the layers' pages.

@@ -23,7 +23,7 @@ PREFERENCE: Final = ("cuda", "triton", "cpu", "reference")
 
 
 class DecodePlan:
-    """A schedule of decode attention: made once, updated once a step, read by every layer. Backends that need none use this class itself."""
+    """A schedule of decode attention: made once, updated once a step, read by every layer. Backends without one use this class itself."""
 
     def update(self, seq_lens: torch.Tensor, query_start_loc: torch.Tensor) -> None:
         """Enqueue the schedule of these lengths on the current stream.

@@ -54,10 +54,10 @@ def workspace_tokens(vllm_config: VllmConfig) -> int:
 
 
 def slice_prefills(common: CommonAttentionMetadata, first: int, capacity: int) -> list[PrefillSlice]:
-    """Requests from `first` on, cut into runs of at most `capacity` tokens of context. No synchronization: lengths on the host are bounds."""
+    """Requests from `first` on, cut into runs of at most `capacity` tokens of context. No synchronization: the host knows bounds."""
     starts = common.query_start_loc_cpu.tolist()
-    lengths = common.seq_lens_cpu_upper_bound
-    lengths = (common.seq_lens_cpu if lengths is None else lengths).tolist()
+    bounds = common.seq_lens_cpu_upper_bound
+    lengths: list[int] = [common.max_seq_len] * common.num_reqs if bounds is None else bounds.tolist()
     slices = []
     while first < common.num_reqs:
         last, total = first, 0
@@ -100,11 +100,12 @@ class FlashPrefill:
         Raises:
             UnsupportedError: vLLM has no FlashAttention for this layer here.
         """
-        self.dtype = vllm_config.model_config.dtype
+        self.dtype: torch.dtype = vllm_config.model_config.dtype  # type: ignore[assignment]  # a name until vLLM has resolved it
         version = get_flash_attn_version(head_size=head_size, has_sinks=sinks is not None)
         if version is None or self.dtype not in DTYPES:
             raise UnsupportedError(
-                f"sawkv on a GPU: expected vLLM's FlashAttention and a model in bfloat16 or float16, got FlashAttention {version} and {self.dtype}"
+                "sawkv on a GPU: expected vLLM's FlashAttention and a model in bfloat16 or float16, "
+                f"got FlashAttention {version} and {self.dtype}"
             )
         self._shape = (workspace_tokens(vllm_config), num_kv_heads, head_size)
         self._options: dict[str, Any] = {
@@ -123,7 +124,7 @@ class FlashPrefill:
 
     def attend(self, query: torch.Tensor, cache: PagedKVCache, prefill: PrefillSlice, output: torch.Tensor) -> None:
         """Attend the queries of one slice. query, output: [num_tokens, num_heads, head_size], all tokens of the step."""
-        from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
+        from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func  # type: ignore[attr-defined]  # only where CUDA is
 
         k, v = (x[: prefill.num_keys] for x in self.workspace())
         ops.gather(cache, prefill.block_table, prefill.seq_lens, prefill.cu_seqlens_k, k, v, rotated=False)

@@ -1,7 +1,7 @@
 """CUDA backend for Hopper and newer: INT4 pages at the speed of memory. docs/kernels.md describes the kernels.
 
-Source is compiled at run time by NVRTC and kept on disk (`runtime`), so that installing needs no compiler. What is not covered here (INT8 and
-16-bit formats, head_dim that is not a multiple of 32, older GPUs) is the Triton backend's.
+Source is compiled at run time by NVRTC and kept on disk (`runtime`), so that installing needs no compiler. What is not covered here (INT8
+and 16-bit formats, head_dim that is not a multiple of 32, older GPUs) is the Triton backend's.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def unsupported_reason(device: torch.device, layout: PageLayout) -> str | None:
     if layout.page_size not in PAGE_SIZES:
         return f"expected page_size {', '.join(map(str, PAGE_SIZES))}, got {layout.page_size}"
     properties = torch.cuda.get_device_properties(device)
-    if (properties.major, properties.minor) < MIN_CAPABILITY or properties.shared_memory_per_block_optin < MIN_SHARED_BYTES:
+    if (properties.major, properties.minor) < MIN_CAPABILITY or getattr(properties, "shared_memory_per_block_optin", 0) < MIN_SHARED_BYTES:
         return f"expected Hopper, or newer with as much shared memory, got {properties.name}"
     return runtime.missing_reason()
 
@@ -101,7 +101,7 @@ def gather(
 
 @dataclass(frozen=True)
 class QueryShape:
-    """How the query rows of one (sequence, KV head) are spread: into groups that read the pages apart, blocks for different warps, tiles of 8."""
+    """How query rows of one (sequence, KV head) are spread: groups that read the pages apart, blocks for different warps, tiles of 8."""
 
     group: int
     rows: int

@@ -274,7 +274,14 @@ def _cache_key(source_file: str, defines: Mapping[str, int | str], arch: str) ->
     sources = _read_sources(source_file)
     version = _call(_nvrtc().nvrtcVersion)
     driver_version = _call(_driver().cuDriverGetVersion)
-    parts = [str(version), str(driver_version), arch, *_OPTIONS, *_as_options(defines), *(part for item in sorted(sources.items()) for part in item)]
+    parts = [
+        str(version),
+        str(driver_version),
+        arch,
+        *_OPTIONS,
+        *_as_options(defines),
+        *(part for item in sorted(sources.items()) for part in item),
+    ]
     return f"{Path(source_file).stem}-{hashlib.sha256(chr(0).join(parts).encode()).hexdigest()[:32]}"
 
 
