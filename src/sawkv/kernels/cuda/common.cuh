@@ -39,6 +39,18 @@ __device__ inline float log2(float x) {
   return y;
 }
 
+// Unlike fminf and fmaxf, these pass NaN on.
+__device__ inline float min_or_nan(float a, float b) {
+  float y;
+  asm("min.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+__device__ inline float max_or_nan(float a, float b) {
+  float y;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(y) : "f"(a), "f"(b));
+  return y;
+}
+
 // fp16 and bf16, held as their bits
 __device__ inline float half_to_float(u16 bits) {
   float f;
