@@ -75,7 +75,7 @@ def all_shapes() -> list[Shape]:
     generator = torch.Generator().manual_seed(0)
     log_uniform = (128 * 256 ** torch.rand(64, generator=generator)).int().tolist()
     short = torch.randint(128, 2000, (127,), generator=generator).tolist()
-    main = [(64, 16384), (32, 16384), (128, 4096), (256, 1024), (8, 16384), (1, 131072), (1, 32768)]
+    main = [(64, 16384), (32, 16384), (128, 4096), (256, 1024), (8, 16384), (1, 131072), (1, 32768), (32, 512), (1, 1024)]
     heads = [(64, 8), (96, 8), (40, 8), (16, 2), (28, 4), (32, 32)]
     return [
         *(uniform(*shape) for shape in main),
