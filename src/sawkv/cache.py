@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sawkv.counters import COLUMNS
 from sawkv.errors import LayoutError
 from sawkv.layout import PageLayout
 from sawkv.spec import FORMAT_VERSION
@@ -21,6 +22,7 @@ class PagedKVCache:
         layout: what the bytes mean.
         k_center, v_center: [num_kv_heads, head_dim] fp32 static offsets, subtracted before rotation, or None. A fixed offset of K
             changes no softmax, since it adds the same q.c to every score; V's is added back to the output.
+        counters: [2, 5] fp64, from `counters.new_counters`, which `append` updates; None counts nothing.
 
     Raises:
         LayoutError: a tensor does not fit the layout.
@@ -30,6 +32,7 @@ class PagedKVCache:
     layout: PageLayout
     k_center: torch.Tensor | None = None
     v_center: torch.Tensor | None = None
+    counters: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         layout, pages = self.layout, self.pages
@@ -50,6 +53,13 @@ class PagedKVCache:
                 raise LayoutError(f"{name}: expected contiguous float32 {list(expected)}, got {center.dtype} {list(center.shape)}")
             if center.device != pages.device:
                 raise LayoutError(f"{name}: expected device {pages.device}, got {center.device}")
+        if (counters := self.counters) is not None:
+            fits = counters.shape == (2, len(COLUMNS)) and counters.dtype == torch.float64 and counters.is_contiguous()
+            if not fits or counters.device != pages.device:
+                raise LayoutError(
+                    f"counters: expected contiguous float64 [2, {len(COLUMNS)}] on {pages.device}, "
+                    f"got {counters.dtype} {list(counters.shape)} on {counters.device}"
+                )
 
     @classmethod
     def allocate(

@@ -41,6 +41,8 @@ class Backend(Protocol):
     """What a module in this package provides."""
 
     name: str
+    counts: bool
+    """Whether `append` updates the cache's counters. Those that do not leave them as they are."""
 
     def unsupported_reason(self, device: torch.device, layout: PageLayout) -> str | None:
         """Why this backend cannot serve the layout on the device, or None if it can. Cheap, except where it builds the kernels."""

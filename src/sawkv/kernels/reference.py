@@ -5,12 +5,14 @@ from __future__ import annotations
 import torch
 
 from sawkv.cache import PagedKVCache
+from sawkv.counters import MAX_SCALE, is_sampled
 from sawkv.kernels import DecodePlan
 from sawkv.layout import SEGMENT_BYTES, PageLayout
 from sawkv.methods import CODECS
 from sawkv.rotation import rotate
 
 name = "reference"
+counts = True
 
 
 def unsupported_reason(device: torch.device, layout: PageLayout) -> str | None:
@@ -33,11 +35,24 @@ def append(k: torch.Tensor, v: torch.Tensor, cache: PagedKVCache, slot_mapping: 
         rows = x[:num_tokens][kept].float()
         rows = rotate(rows if center is None else rows - center, order)
         new_codes, new_meta = codec.encode(rows)
+        if cache.counters is not None:
+            decoded = codec.decode(new_codes, new_meta)
+            _count(cache.counters[int(codes is v_codes)], rows, decoded, new_meta, is_sampled(slot_mapping[kept]))
         if codes is v_codes:
             new_codes = swizzle_segments(new_codes, offset[:, None], layout)
         codes[page, :, offset] = new_codes
         if new_meta is not None:
             meta[page, :, offset] = new_meta.view(torch.uint8)
+
+
+def _count(counters: torch.Tensor, rows: torch.Tensor, decoded: torch.Tensor, meta: torch.Tensor | None, sampled: torch.Tensor) -> None:
+    """Add to one line of the counters. rows, decoded: [num_tokens, num_kv_heads, head_dim] fp32; sampled: [num_tokens] bool."""
+    finite = decoded.isfinite().all(-1)
+    saturated = torch.zeros_like(finite) if meta is None else meta[..., 0] == MAX_SCALE
+    used = (finite & ~saturated & sampled[:, None])[..., None]
+    error, norm = (decoded - rows).where(used, 0), rows.where(used, 0)
+    counts = (torch.ones_like(finite), ~finite, saturated, error.double() ** 2, norm.double() ** 2)
+    counters += torch.stack([count.sum(dtype=torch.float64) for count in counts])
 
 
 def decode_attention(

@@ -14,6 +14,7 @@ from sawkv.kernels.cpu.build import load_library
 from sawkv.layout import PageLayout
 
 name = "cpu"
+counts = True
 
 MAX_GROUP = 128
 _CODECS = ("int4", "int8", "bf16", "fp16", "fp32")
@@ -46,7 +47,7 @@ class _Append(Structure):
         ("cache", _Cache),
         *((field, c_void_p) for field in ("k", "v")),
         *((field, c_int64) for field in ("k_token_stride", "k_head_stride", "v_token_stride", "v_head_stride")),
-        ("slots", c_void_p),
+        *((field, c_void_p) for field in ("slots", "counters")),
         ("num_slots", c_int64),
         *((field, c_int32) for field in ("dtype", "num_threads")),
     )
@@ -86,6 +87,7 @@ def append(k: torch.Tensor, v: torch.Tensor, cache: PagedKVCache, slot_mapping: 
         *_byte_strides(k),
         *_byte_strides(v),
         slots.data_ptr(),
+        _address(cache.counters),
         slots.shape[0],
         _DTYPES.index(k.dtype),
         torch.get_num_threads(),

@@ -306,6 +306,44 @@ DecodeTokens decode_tokens_of(int codec) {
   }
 }
 
+// What append counts of the rows of K or V, in the order of sawkv.counters.COLUMNS.
+struct Counts {
+  double rows, non_finite_rows, saturated_rows, squared_error, squared_norm;
+};
+
+inline void add(Counts& to, const Counts& from) {
+  to.rows += from.rows;
+  to.non_finite_rows += from.non_finite_rows;
+  to.saturated_rows += from.saturated_rows;
+  to.squared_error += from.squared_error;
+  to.squared_norm += from.squared_norm;
+}
+
+constexpr uint16_t kNanScale = 0x7E00, kMaxScale = 0x7BFF;  // fp16
+constexpr uint32_t kSample = 1024;
+
+// Counts the row `y` after it was written to `slot`. Mirrors sawkv.counters.is_sampled and kernels.reference.
+void count_row(const Cache& cache, const float* y, const uint8_t* meta, int64_t slot, int head, bool is_v, Counts& counts) {
+  const bool quantized = cache.codec <= kInt8, sampled = uint32_t(slot) * 2654435761u < (1ull << 32) / kSample;
+  uint16_t scale = 0;
+  if (quantized) std::memcpy(&scale, meta, 2);
+  alignas(32) float stored[kMaxHeadDim];
+  if (sampled || !quantized) {
+    const int32_t page = int32_t(slot / cache.page_size);
+    decode_tokens_of(cache.codec)(cache, &page, head, int(slot % cache.page_size), 1, is_v ? nullptr : stored, is_v ? stored : nullptr);
+  }
+  const bool finite = quantized ? scale != kNanScale : all_finite(stored, cache.head_dim), saturated = scale == kMaxScale;
+  counts.rows += 1;
+  counts.non_finite_rows += !finite;
+  counts.saturated_rows += saturated;
+  if (!sampled || !finite || saturated) return;
+  for (int d = 0; d < cache.head_dim; ++d) {
+    const double error = stored[d] - y[d];
+    counts.squared_error += error * error;
+    counts.squared_norm += double(y[d]) * y[d];
+  }
+}
+
 // ------------------------------------------------------------------------------------------------------------- attention over one tile
 
 constexpr int kTile = 32;          // tokens decoded at once; at head_dim 128, K and V of a tile fill a 32 KiB L1 cache
@@ -437,33 +475,48 @@ struct AppendArguments {
   const void *k, *v;
   int64_t k_token_stride, k_head_stride, v_token_stride, v_head_stride;  // bytes
   const int64_t* slots;
+  Counts* counters;  // of K and of V, or null
   int64_t num_slots;
   int32_t dtype, num_threads;
 };
 
+namespace {
+
+void append_token(const AppendArguments& a, int64_t token, Counts counts[2]) {
+  const Cache& cache = a.cache;
+  const int64_t slot = a.slots[token];
+  if (slot < 0 || slot >= cache.num_pages * cache.page_size) return;
+  const int offset = int(slot % cache.page_size);
+  const int64_t row = int64_t(offset) * cache.row_bytes, meta = int64_t(cache.page_size) * cache.row_bytes + offset * cache.meta_bytes;
+  alignas(32) float y[kMaxHeadDim];
+  for (int head = 0; head < cache.num_kv_heads; ++head) {
+    uint8_t* span = cache.span(slot / cache.page_size, head);
+    for (int is_v = 0; is_v < 2; ++is_v) {
+      const char* x = is_v ? static_cast<const char*>(a.v) + token * a.v_token_stride + head * a.v_head_stride
+                           : static_cast<const char*>(a.k) + token * a.k_token_stride + head * a.k_head_stride;
+      const float* center = is_v ? cache.v_center : cache.k_center;
+      read_floats(x, DType(a.dtype), cache.head_dim, y);
+      if (center)
+        for (int d = 0; d < cache.head_dim; ++d) y[d] -= center[head * cache.head_dim + d];
+      rotate(y, cache.head_dim, is_v ? cache.v_order : cache.k_order);
+      encode_row(cache, y, span + row, span + meta, is_v ? cache.swizzle(offset) : 0);
+      if (a.counters) count_row(cache, y, span + meta, slot, head, is_v, counts[is_v]);
+      span += cache.v_offset();
+    }
+  }
+}
+
+}  // namespace
+
 void sawkv_append(const AppendArguments* a) {
-  const Cache& cache = a->cache;
-  const DType dtype = DType(a->dtype);
-#pragma omp parallel for num_threads(a->num_threads) schedule(static) if (a->num_slots > 4)
-  for (int64_t token = 0; token < a->num_slots; ++token) {
-    const int64_t slot = a->slots[token];
-    if (slot < 0 || slot >= cache.num_pages * cache.page_size) continue;
-    const int offset = int(slot % cache.page_size);
-    const int64_t row = int64_t(offset) * cache.row_bytes, meta = int64_t(cache.page_size) * cache.row_bytes + offset * cache.meta_bytes;
-    alignas(32) float y[kMaxHeadDim];
-    for (int head = 0; head < cache.num_kv_heads; ++head) {
-      uint8_t* span = cache.span(slot / cache.page_size, head);
-      for (int is_v = 0; is_v < 2; ++is_v) {
-        const char* x = is_v ? static_cast<const char*>(a->v) + token * a->v_token_stride + head * a->v_head_stride
-                             : static_cast<const char*>(a->k) + token * a->k_token_stride + head * a->k_head_stride;
-        const float* center = is_v ? cache.v_center : cache.k_center;
-        read_floats(x, dtype, cache.head_dim, y);
-        if (center)
-          for (int d = 0; d < cache.head_dim; ++d) y[d] -= center[head * cache.head_dim + d];
-        rotate(y, cache.head_dim, is_v ? cache.v_order : cache.k_order);
-        encode_row(cache, y, span + row, span + meta, is_v ? cache.swizzle(offset) : 0);
-        span += cache.v_offset();
-      }
+#pragma omp parallel num_threads(a->num_threads) if (a->num_slots > 4)
+  {
+    Counts counts[2] = {};
+#pragma omp for schedule(static)
+    for (int64_t token = 0; token < a->num_slots; ++token) append_token(*a, token, counts);
+    if (a->counters) {
+#pragma omp critical
+      for (int is_v = 0; is_v < 2; ++is_v) add(a->counters[is_v], counts[is_v]);
     }
   }
 }

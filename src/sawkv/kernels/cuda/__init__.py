@@ -20,6 +20,7 @@ from sawkv.kernels.cuda import runtime
 from sawkv.layout import PageLayout
 
 name = "cuda"
+counts = True
 
 MIN_CAPABILITY = (9, 0)
 MIN_SHARED_BYTES = 227 << 10
@@ -57,14 +58,15 @@ def append(k: torch.Tensor, v: torch.Tensor, cache: PagedKVCache, slot_mapping: 
         return
     k, v = _vectorizable(k), _vectorizable(v)
     params = _AppendParams(
-        *map(_pointer, (k, v, cache.k_center, cache.v_center, slot_mapping, cache.pages)),
+        *map(_pointer, (k, v, cache.k_center, cache.v_center, slot_mapping, cache.pages, cache.counters)),
         cache.pages.stride(0),
         *k.stride()[:2],
         *v.stride()[:2],
         cache.num_slots,
         num_tokens,
     )
-    kernel, tokens_per_block = _page_kernel("append", layout, k.dtype, layout.k_rotation_order, layout.v_rotation_order, k.device)
+    orders, counts = (layout.k_rotation_order, layout.v_rotation_order), cache.counters is not None
+    kernel, tokens_per_block = _page_kernel("append", layout, k.dtype, *orders, k.device, counts)
     grid = (_divide_up(num_tokens, tokens_per_block), layout.num_kv_heads, 2)
     kernel.launch(grid, PAGE_KERNEL_THREADS, _stream(k.device), params)
 
@@ -249,10 +251,11 @@ def decode_attention(
 
 @functools.cache
 def _page_kernel(
-    operation: str, layout: PageLayout, dtype: torch.dtype, k_order: int, v_order: int, device: torch.device
+    operation: str, layout: PageLayout, dtype: torch.dtype, k_order: int, v_order: int, device: torch.device, counts: bool = False
 ) -> tuple[runtime.Kernel, int]:
     """append or gather, and the tokens that one of its blocks takes."""
-    kernel = runtime.load(f"{operation}.cu", f"sawkv_{operation}", _page_defines(layout, dtype, k_order, v_order), device)
+    defines = _page_defines(layout, dtype, k_order, v_order) | {"COUNT": int(counts)}
+    kernel = runtime.load(f"{operation}.cu", f"sawkv_{operation}", defines, device)
     return kernel, kernel.read_constant("sawkv_tokens_per_block")
 
 
@@ -298,7 +301,7 @@ def _structure(struct_name: str, pointers: str, longs: str, floats: str, ints: s
 
 _AppendParams = _structure(
     "AppendParams",
-    "k v k_center v_center slot_mapping pages",
+    "k v k_center v_center slot_mapping pages counters",
     "page_stride k_token_stride k_head_stride v_token_stride v_head_stride num_slots",
     "",
     "num_tokens",

@@ -3,7 +3,7 @@
 // Equal to the reference byte for byte: docs/format.md fixes the order of operations. None of them may be contracted to fma but the one
 // written so; there is no other product that is added to anything.
 //
-// Macros: HEAD_DIM, PAGE_SIZE, K_ORDER, V_ORDER, ELEMENT (of k and v).
+// Macros: HEAD_DIM, PAGE_SIZE, K_ORDER, V_ORDER, ELEMENT (of k and v), COUNT (1: update the counters).
 #include "pages.cuh"
 
 namespace sawkv {
@@ -18,6 +18,7 @@ struct AppendParams {
   const float* v_center;
   const i64* slot_mapping;
   u8* pages;
+  double* counters;  // [2][COUNTER_COLUMNS], or null without COUNT
   i64 page_stride;  // bytes; the other strides in elements
   i64 k_token_stride, k_head_stride, v_token_stride, v_head_stride;
   i64 num_slots;
@@ -64,6 +65,35 @@ struct Quantizer {
   __device__ u32 shifted(float y) const { return __float_as_uint(fmaf(y, inverse, zero_point) + 12582912); }
 };
 
+enum { ROWS, NON_FINITE_ROWS, SATURATED_ROWS, SQUARED_ERROR, SQUARED_NORM, COUNTER_COLUMNS };  // sawkv.counters.COLUMNS
+constexpr u32 SAMPLE = 1024;
+
+// Counts a row that is about to be written. All threads of a block come here. Mirrors sawkv.counters and the reference.
+template <bool IS_V>
+__device__ inline void count_row(const AppendParams& p, const Row<D, LANES>& y, const Quantizer& quantizer, i64 slot, bool is_kept) {
+  double* counters = p.counters + (IS_V ? COUNTER_COLUMNS : 0);
+  if (blockIdx.y == 0) {  // every head keeps the same tokens
+    const int kept = __syncthreads_count(is_kept && y.lane() == 0);
+    if (threadIdx.x == 0) atomicAdd(&counters[ROWS], (double)kept * gridDim.y);
+  }
+  if (!is_kept) return;
+  const u32 scale_bits = quantizer.meta & 0xffff;
+  const bool is_finite = scale_bits != 0x7e00, is_saturated = scale_bits == 0x7bff;
+  if ((!is_finite || is_saturated) && y.lane() == 0) atomicAdd(&counters[is_finite ? SATURATED_ROWS : NON_FINITE_ROWS], 1.0);
+  if (!is_finite || is_saturated || (u32)slot * 2654435761u >= (1ull << 32) / SAMPLE) return;
+  const float scale = ptx::half_to_float(scale_bits);
+  float error = 0, norm = 0;
+#pragma unroll
+  for (int i = 0; i < y.PER_LANE; i += 2) {
+    const u32 codes = quantizer.codes(y.x[i], y.x[i + 1]);
+    const float even = ((codes & 15) - quantizer.zero_point) * scale - y.x[i], odd = ((codes >> 4 & 15) - quantizer.zero_point) * scale - y.x[i + 1];
+    error += even * even + odd * odd;
+    norm += y.x[i] * y.x[i] + y.x[i + 1] * y.x[i + 1];
+  }
+  atomicAdd(&counters[SQUARED_ERROR], (double)error);
+  atomicAdd(&counters[SQUARED_NORM], (double)norm);
+}
+
 template <int ORDER, bool IS_V>
 __device__ inline void append_row(const AppendParams& p, const ELEMENT* x, const float* center, i64 token_stride, i64 head_stride) {
   const int token = blockIdx.x * TOKENS + threadIdx.x / LANES, head = blockIdx.y;
@@ -78,6 +108,7 @@ __device__ inline void append_row(const AppendParams& p, const ELEMENT* x, const
   }
   rotate<ORDER>(y);
   const Quantizer quantizer(y);
+  if (COUNT) count_row<IS_V>(p, y, quantizer, slot, is_kept);
   if (!is_kept) return;
   const StoredRow<IS_V> stored(p.pages + slot / PAGE_SIZE * p.page_stride + head * HEAD_BYTES, slot % PAGE_SIZE);
   constexpr int VECTOR = y.VECTOR;
