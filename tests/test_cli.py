@@ -25,7 +25,7 @@ def test_serve_hands_other_options_to_vllm(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(server, "serve", lambda *arguments: seen.append(arguments) or 0)
     assert cli.main(["serve", "a/model", "--format", "int8", "--port", "9000"]) == 0
     assert cli.main(["serve", "a/model", "--max-model-len", "64", "--fo", "x"]) == 0
-    assert seen == [("a/model", "int8", ["--port", "9000"]), ("a/model", "int4", ["--max-model-len", "64", "--fo", "x"])]
+    assert seen == [("a/model", "int8", ["--port", "9000"], None), ("a/model", None, ["--max-model-len", "64", "--fo", "x"], None)]
 
 
 @pytest.mark.parametrize(

@@ -38,7 +38,8 @@ def _parser() -> argparse.ArgumentParser:
 
     serve = commands.add_parser("serve", help="serve a model with vLLM from INT4 pages; options not listed go to vLLM", allow_abbrev=False)
     serve.add_argument("model")
-    serve.add_argument("--format", default="int4", help="cache format, for example int4-k128-v128 (default: %(default)s)")
+    serve.add_argument("--format", help="cache format, for example int4-k128-v128 (default: the calibration's, or int4)")
+    serve.add_argument("--calibration", metavar="FILE", help="centers of K and V, from `sawkv calibrate`")
     serve.set_defaults(run=_serve)
 
     demo = commands.add_parser("demo", help="serve a model in 16 bits and then from INT4 pages, and compare text and capacity")
@@ -90,7 +91,7 @@ def _versions() -> list[str]:
 def _serve(args: argparse.Namespace) -> int:
     from sawkv.integrations.vllm.server import serve
 
-    return serve(args.model, args.format, args.vllm_options)
+    return serve(args.model, args.format, args.vllm_options, args.calibration)
 
 
 def _demo(args: argparse.Namespace) -> int:

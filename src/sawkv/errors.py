@@ -15,3 +15,7 @@ class LayoutError(SawkvError):
 
 class UnsupportedError(SawkvError):
     """The configuration is valid, but this version of sawkv cannot run it."""
+
+
+class CalibrationError(SawkvError):
+    """A calibration file is damaged, or was made for another model or format."""

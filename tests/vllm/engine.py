@@ -10,6 +10,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ def run_engine(
     """Generate greedily for waves of prompts (token ids) in a fresh process.
 
     Args:
-        mutate: `simulate_int4`: fp32 pages hold quantize-dequantized rows; `swap_nibbles`: int4 pages have each byte's nibbles swapped.
+        mutate: `simulate_int4`: fp32 pages hold quantize-dequantized rows; `swap_nibbles`: int4 pages have each byte's nibbles swapped;
+            `lose_v_center`: values are written without their center, which is added all the same when they are read.
         waves: batches of prompts; a wave starts when the one before has ended.
         max_tokens: tokens to generate for each prompt.
         engine_options: passed to `vllm.LLM`.
@@ -109,6 +111,9 @@ def _mutate(kind: str | None) -> None:
             codes, meta = int4.encode(y)
             return codes << 4 | codes >> 4, meta
 
+    if kind == "lose_v_center":
+        ops.append = lambda k, v, cache, slots: reference.append(k, v, replace(cache, v_center=None), slots)
+        return
     if kind == "simulate_int4":
         CODECS["fp32"] = Simulated(torch.float32)
     else:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from vllm.config import get_current_vllm_config
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -30,9 +31,11 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from sawkv import ops
 from sawkv.cache import PagedKVCache
-from sawkv.errors import SawkvError, UnsupportedError
+from sawkv.calibration import Calibration, model_id
+from sawkv.errors import CalibrationError, SawkvError, UnsupportedError
 from sawkv.integrations.vllm.config import KV_CACHE_DTYPE_CODECS, SawConfig
 from sawkv.integrations.vllm.contract import check_contract
+from sawkv.integrations.vllm.metrics import CounterReader
 from sawkv.integrations.vllm.prefill import FlashPrefill, PrefillSlice, slice_prefills, workspace_tokens
 from sawkv.kernels import DecodePlan, select_backend
 from sawkv.layout import PAGE_SIZE_MULTIPLE, PageLayout
@@ -75,13 +78,30 @@ class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         layers = vllm_config.compilation_config.static_forward_context
         self._impls: list[SawAttentionImpl] = [layers[name].impl for name in layer_names]
+        for name, impl in zip(layer_names, self._impls, strict=True):
+            impl.take_centers(name)
         self._plans: dict[PlanKey, DecodePlan] = {}
+        self._reader = self._make_reader(layers, vllm_config.parallel_config.rank)
         self._workspace_tokens = workspace_tokens(vllm_config)
         capture_sizes = vllm_config.compilation_config.cudagraph_capture_sizes or []
         self._max_num_seqs = max([vllm_config.scheduler_config.max_num_seqs, *capture_sizes])  # a graph's batch is padded
 
+    def _make_reader(self, layers: Mapping[str, Any], rank: int) -> CounterReader | None:
+        """Who reads what this group's layers count; None where the kernels count nothing."""
+        layout = self._impls[0].layout(PAGE_SIZE_MULTIPLE)
+        if not select_backend(self.device, layout).counts:
+            return None
+        first = next(layer.impl for layer in layers.values() if isinstance(getattr(layer, "impl", None), SawAttentionImpl))
+        num_layers = sum(impl.kv_sharing_target_layer_name is None for impl in self._impls)
+        reader = self._impls[0].reader or CounterReader(layout, num_layers, self.device, rank if first in self._impls else None)
+        for impl in self._impls:
+            impl.reader = reader
+        return reader
+
     def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False) -> SawMetadata:
         common = common_attn_metadata
+        if self._reader is not None:
+            self._reader.poll()
         if common.causal is not True:
             raise UnsupportedError("sawkv: expected causal attention, got a request for non-causal attention")
         if self.device.type == "cpu":
@@ -143,12 +163,19 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
         self.kv_cache_dtype, self.attn_type, self.sinks = kv_cache_dtype, attn_type, sinks
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.plan_key: PlanKey = (self.num_heads, self.num_kv_heads, self.sliding_window)
+        self.reader: CounterReader | None = None
         self._cache: PagedKVCache | None = None
         self._kv_cache: torch.Tensor | None = None
+        self._centers: tuple[torch.Tensor | None, torch.Tensor | None] | None = (None, None)
         self._format = _check_supported(
             vllm_config, config, head_size, attn_type, alibi_slopes is not None, sliding_window is not None, other_arguments
         )
-        _announce(self._format, head_size, self.num_kv_heads, vllm_config)
+        if config.calibration is not None:
+            _check_calibration(config.calibration, self, vllm_config)
+            self._centers = None  # until the layer's name is known
+        self._calibration = config.calibration
+        self._tp_rank, self._tp_size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+        _announce(self._format, head_size, self.num_kv_heads, vllm_config, config.calibration)
         self._prefill: FlashPrefill | None = None
         if vllm_config.device_config.device_type != "cpu":
             self._prefill = FlashPrefill(
@@ -206,10 +233,32 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
     def layout(self, block_size: int) -> PageLayout:
         return PageLayout(self._format, self.num_kv_heads, self.head_size, block_size)
 
+    def take_centers(self, layer_name: str) -> None:
+        """Pick this layer's and this rank's centers out of the calibration, once vLLM has told the layer's name.
+
+        Raises:
+            CalibrationError: the calibration has no such layer.
+        """
+        if self._calibration is None or self._centers is not None:
+            return
+        name = self.kv_sharing_target_layer_name or layer_name  # whose pages this layer reads
+        indices = [int(part) for part in name.split(".") if part.isdigit()]
+        if len(indices) != 1:
+            raise CalibrationError(f"sawkv calibration: expected a layer name with one index, got {name}")
+        first = self._tp_rank * self._calibration.num_kv_heads // self._tp_size  # ranks beyond the heads share one, as vLLM replicates it
+        self._centers = self._calibration.centers(indices[0], slice(first, first + self.num_kv_heads))
+
     def _bind(self, kv_cache: torch.Tensor) -> PagedKVCache:
         """The pages that vLLM handed over, checked once and again whenever they change (after a wake-up, say)."""
         if self._cache is None or self._kv_cache is not kv_cache:
-            self._cache, self._kv_cache = PagedKVCache(kv_cache.view(torch.uint8), self.layout(kv_cache.shape[2])), kv_cache
+            if self._centers is None:
+                raise CalibrationError("sawkv calibration: vLLM runs a layer that it did not name at start-up")
+            # Copied here and not at start-up: vLLM's sleep mode discards what is allocated while it loads weights or makes the cache.
+            k_center, v_center = (None if center is None else center.to(kv_cache.device) for center in self._centers)
+            self._centers = k_center, v_center
+            counters = None if self.reader is None else self.reader.counters
+            self._cache = PagedKVCache(kv_cache.view(torch.uint8), self.layout(kv_cache.shape[2]), k_center, v_center, counters)
+            self._kv_cache = kv_cache
         return self._cache
 
 
@@ -320,10 +369,26 @@ def _check_supported(
     return resolved
 
 
+def _check_calibration(calibration: Calibration, impl: SawAttentionImpl, vllm_config: VllmConfig) -> None:
+    """Refuse a calibration of another model or format, and centered keys where they would change the softmax."""
+    model_config = vllm_config.model_config
+    calibration.check(
+        cache_format=impl.layout(PAGE_SIZE_MULTIPLE).format,
+        model=model_id(model_config.hf_text_config),
+        num_layers=model_config.hf_text_config.num_hidden_layers,
+        num_kv_heads=model_config.get_total_num_kv_heads(),
+        head_dim=impl.head_size,
+    )
+    if calibration.centers_keys and (impl.sinks is not None or impl.logits_soft_cap):
+        raise UnsupportedError("sawkv calibration: centered keys change a softmax with attention sinks or a logit soft-cap")
+
+
 _announced: set[tuple[CacheFormat, int, int]] = set()
 
 
-def _announce(cache_format: CacheFormat, head_size: int, num_kv_heads: int, vllm_config: VllmConfig) -> None:
+def _announce(
+    cache_format: CacheFormat, head_size: int, num_kv_heads: int, vllm_config: VllmConfig, calibration: Calibration | None
+) -> None:
     """Say once which format and kernels run, so that a log shows that sawkv is in use. Builds the kernels, so that no request waits."""
     if (cache_format, head_size, num_kv_heads) in _announced:
         return
@@ -331,11 +396,12 @@ def _announce(cache_format: CacheFormat, head_size: int, num_kv_heads: int, vllm
     layout = PageLayout(cache_format, num_kv_heads, head_size, PAGE_SIZE_MULTIPLE)
     backend = select_backend(torch.device(vllm_config.device_config.device_type), layout)
     logger.info(
-        "sawkv: KV cache format %s, %d bytes a token, KV head and layer (16 bits: %d), %s kernels",
+        "sawkv: KV cache format %s, %d bytes a token, KV head and layer (16 bits: %d), %s kernels%s",
         cache_format,
         layout.token_bytes,
         4 * head_size,
         backend.name,
+        "" if calibration is None else f", centered by calibration {calibration.fingerprint()}",
     )
     if backend.name == "reference":
         logger.warning("sawkv: there are no fast kernels here (`sawkv info` says why): attention is correct but very slow")

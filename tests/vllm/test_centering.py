@@ -1,0 +1,71 @@
+"""Centering in real vLLM engines: it changes nothing but the error of quantization, and a file that does not fit is refused at start-up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig
+
+from sawkv import CacheFormat
+from sawkv.calibration import Calibration, model_id
+from tests.vllm.engine import MODEL, run_engine
+
+pytestmark = pytest.mark.vllm
+
+PASSTHROUGH = "fp32-k128-v128"
+TOKENS = 64
+PROMPTS = [[[300 + i * 7 % 1700 for i in range(start, start + length)] for start, length in ((0, 40), (9, 300), (5, 1))]]
+
+
+def write_calibration(folder: Path, format_name: str, *, model: str | None = None, scale: float = 3.0) -> str:
+    """A file of large random centers, different for every layer, head and channel."""
+    config = AutoConfig.from_pretrained(MODEL)
+    shape = (2, config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
+    k_center, v_center = scale * torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    path = folder / f"{format_name}.safetensors"
+    Calibration(CacheFormat.parse(format_name), model or model_id(config), k_center, v_center).save(path)
+    return str(path)
+
+
+def engine(**settings: str) -> dict[str, Any]:
+    mutate, tensor_parallel = settings.pop("mutate", None), settings.pop("tensor_parallel", None)
+    options: dict[str, Any] = {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"} if tensor_parallel else {}
+    options |= {"dtype": "float32", "max_num_batched_tokens": 128, "additional_config": {"sawkv": settings}}
+    return run_engine(waves=PROMPTS, max_tokens=TOKENS, mutate=mutate, **options)
+
+
+def agreed_tokens(a: dict[str, Any], b: dict[str, Any]) -> int:
+    """How many tokens agree before the first that differs, over all prompts; log-probabilities up to there must agree."""
+    agreed = 0
+    for i in range(len(PROMPTS[0])):
+        for t in range(TOKENS):
+            if a["tokens"][0][i][t] != b["tokens"][0][i][t]:
+                break
+            assert abs(a["logprobs"][0][i][t] - b["logprobs"][0][i][t]) < 2e-3
+            agreed += 1
+    return agreed
+
+
+def test_centers_are_taken_by_layer_and_rank_and_change_nothing_without_quantization(tmp_path: Path) -> None:
+    """Two ranks, each with its heads' centers, against one without any. A wrong layer, head or sign would move values by 3 or so."""
+    plain = engine(format=PASSTHROUGH)
+    path = write_calibration(tmp_path, PASSTHROUGH)
+    centered = engine(calibration=path, tensor_parallel="yes")  # the format is the file's
+    assert "error" not in centered, centered["error"]
+    assert plain["implementation"] == ["SawAttentionImpl"]
+    assert agreed_tokens(plain, centered) > 0.9 * TOKENS * len(PROMPTS[0])
+    # The control: values written centered and read as if they were not.
+    with pytest.raises(AssertionError):
+        assert agreed_tokens(plain, engine(calibration=path, mutate="lose_v_center")) > 0.9 * TOKENS * len(PROMPTS[0])
+
+
+def test_a_calibration_that_does_not_fit_is_refused_at_start_up(tmp_path: Path) -> None:
+    other_model = write_calibration(tmp_path, "int4-k128-v128", model="0" * 16)
+    options: dict[str, Any] = {"kv_cache_dtype": "int4_per_token_head"}
+    error = run_engine(**options, additional_config={"sawkv": {"format": "int4-k128-v0", "calibration": other_model}})["error"]
+    assert "model: expected" in error
+    assert f"got {'0' * 16}" in error
+    assert "format: expected int4-k128-v0, got int4-k128-v128" in error
