@@ -6,10 +6,19 @@ Any cache format of the product is a method too, by its own name: `int4-k64-v0`.
 from __future__ import annotations
 
 from sawkv.errors import FormatError
+from sawkv.evaluate.methods.balanced import Balanced
 from sawkv.evaluate.methods.base import LayerSample, Method, Quantizer, Reader, Sample
 from sawkv.evaluate.methods.centered import Centered
+from sawkv.evaluate.methods.float8 import Float8
+from sawkv.evaluate.methods.hessian import HessianAware
 from sawkv.evaluate.methods.integer import Coded
+from sawkv.evaluate.methods.kmeans import KMeans
+from sawkv.evaluate.methods.lloyd_max import LloydMax
+from sawkv.evaluate.methods.low_rank import LowRank
+from sawkv.evaluate.methods.outliers import Outliers
+from sawkv.evaluate.methods.range_search import RangeSearched
 from sawkv.evaluate.methods.rotated import Rotated
+from sawkv.evaluate.methods.vllm_int4 import VllmInt4
 from sawkv.spec import CacheFormat
 
 
@@ -27,17 +36,42 @@ def _both(name: str, quantizer: Quantizer, *, calibrated: bool = False, served: 
     return Method(name, quantizer, quantizer, calibrated, served)
 
 
-_ROTATED = Rotated(Coded("int4"))
+_INT4 = Coded("int4")
+_ROTATED = Rotated(_INT4)
+
+
+def _balanced(name: str, inner: Quantizer) -> Method:
+    return Method(name, Balanced(inner, paired=True, shared=True), Balanced(inner), calibrated=True)
+
 
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
         _both("default", Centered(_ROTATED), calibrated=True, served="sawkv"),
-        served_format(CacheFormat("int4", 0, 0), "int4_plain"),
+        _both("fp8", Float8(), calibrated=True, served="vllm"),
+        _both("vllm_int4_per_token_head", VllmInt4(), served="vllm"),
         served_format(CacheFormat("int8", 0, 0), "int8_plain"),
-        _both("int4_signs", Rotated(Coded("int4"), signs=True)),
+        served_format(CacheFormat("int4", 0, 0), "int4_plain"),
+        _both("int4_signs", Rotated(_INT4, signs=True)),
+        _both("int4_range_search", Rotated(RangeSearched())),
         Method("int4_center_k", Centered(_ROTATED), _ROTATED, calibrated=True, served="sawkv"),
         Method("int4_center_v", _ROTATED, Centered(_ROTATED), calibrated=True, served="sawkv"),
+        _both("int4_center_range_search", Centered(Rotated(RangeSearched())), calibrated=True),
+        _both("int4_center_plain", Centered(_INT4), calibrated=True, served="sawkv"),
+        _balanced("int4_balanced", _ROTATED),
+        _balanced("int4_center_balanced", Centered(_ROTATED)),
+        _both("int4_outliers", Outliers(_INT4, 4)),
+        _both("int4_outliers_rotated", Outliers(_ROTATED, 4)),
+        _both("kmeans", KMeans(), calibrated=True),
+        _both("kmeans_rotated", Rotated(KMeans()), calibrated=True),
+        _both("kmeans_center_rotated", Centered(Rotated(KMeans())), calibrated=True),
+        _both("hessian", HessianAware(), calibrated=True),
+        _both("hessian_rotated", Rotated(HessianAware()), calibrated=True),
+        _both("hessian_center_rotated", Centered(Rotated(HessianAware())), calibrated=True),
+        _both("svd_bf16", LowRank(Coded("bf16"), 17 / 64), calibrated=True),
+        _both("svd_int8", LowRank(Coded("int8"), 1 / 2), calibrated=True),
+        _both("lloyd_max", Rotated(LloydMax(), signs=True)),
+        _both("lloyd_max_center", Centered(Rotated(LloydMax(), signs=True)), calibrated=True),
     )
 }
 
