@@ -1,0 +1,304 @@
+"""Throughput and latency of vLLM with several KV cache formats: one engine a format, all loads in it, one after the other.
+
+    python -m benchmarks.serving                                             # Qwen3-8B's shape, random weights
+    python -m benchmarks.serving --formats int4-k128-v128 --loads 16384/512x48 --budget 240
+    python -m benchmarks.serving --table                                     # the table of what is recorded, nothing run
+
+A load is INPUT/OUTPUTxREQUESTS in tokens, all requests sent at once, or PREFIX+NEW/OUTPUTxREQUESTS where they share a prefix. Prompts are
+random tokens, the same ones for every format and no two alike, so the prefix cache serves shared prefixes only; this is checked. Each load
+is written to docs/results/serving.jsonl as it ends:
+
+    output_tok_s            output tokens of all requests / seconds from sending the first request to the last token
+    prefill_tok_s           prompt tokens of all requests, cached ones too / seconds until the last request has its first token
+    ttft_mean_s, ttft_p99_s from vLLM's RequestOutput.metrics: first token, since the request was sent
+    tpot_p50_ms, tpot_p99_ms over requests, of each one's mean time between its tokens after the first
+    kv_tokens               capacity of the KV cache
+    preemptions             requests that had to give their pages back and start again
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from benchmarks.plots import RESULTS, read_records, serving_table
+from benchmarks.shapes import SHAPES, write_config
+from sawkv.integrations.vllm.server import engine_options
+from sawkv.spec import CacheFormat
+
+if TYPE_CHECKING:
+    from vllm import LLM, RequestOutput
+
+PEERS: Final[dict[str, dict[str, Any]]] = {
+    "bf16": {},
+    "fp8": {"kv_cache_dtype": "fp8"},
+    "vllm_int4_per_token_head": {"kv_cache_dtype": "int4_per_token_head"},
+}
+"""vLLM's own formats. Any other name is one of sawkv's."""
+
+LOADS: Final = (
+    "16384/1x16",
+    "256/1024x1",
+    "256/1024x32",
+    "256/1024x256",
+    "16384/1024x8",
+    "12288+4096/512x64",
+    "16384/512x48",
+    "16384/1024x64",
+)
+MARK: Final = "RECORD "
+
+
+@dataclass(frozen=True)
+class Load:
+    """Requests that are sent at once; lengths in tokens."""
+
+    shared_prefix: int
+    new: int
+    out: int
+    requests: int
+
+    @classmethod
+    def parse(cls, name: str) -> Load:
+        match = re.fullmatch(r"(?:(\d+)\+)?(\d+)/(\d+)x(\d+)", name, re.ASCII)
+        if match is None or not all(map(int, match.groups("1"))):
+            raise argparse.ArgumentTypeError(f"load: expected INPUT/OUTPUTxREQUESTS or PREFIX+NEW/OUTPUTxREQUESTS, got {name!r}")
+        prefix, new, out, requests = map(int, match.groups("0"))
+        return cls(prefix, new, out, requests)
+
+    def __str__(self) -> str:
+        return f"{f'{self.shared_prefix}+' if self.shared_prefix else ''}{self.new}/{self.out}x{self.requests}"
+
+    @property
+    def inp(self) -> int:
+        return self.shared_prefix + self.new
+
+    def prompts(self, vocab_size: int) -> list[list[int]]:
+        """The same prompts for every format."""
+        draw = np.random.default_rng([self.shared_prefix, self.new, self.out, self.requests])
+        prefix = draw.integers(0, vocab_size, self.shared_prefix).tolist()
+        return [prefix + draw.integers(0, vocab_size, self.new).tolist() for _ in range(self.requests)]
+
+    @property
+    def record(self) -> dict[str, int]:
+        shared = {"shared_prefix": self.shared_prefix} if self.shared_prefix else {}
+        return {"inp": self.inp, "out": self.out, "requests": self.requests, **shared}
+
+
+class OutOfTimeError(Exception):
+    """A load was stopped at its deadline."""
+
+
+def main() -> None:
+    args = _arguments()
+    if args.engine_of:
+        _run_loads(args)
+        return
+    deadline, start = time.monotonic() + args.budget, 0.0
+    with tempfile.TemporaryDirectory(prefix="sawkv-serving-") as folder:
+        model = write_config(Path(folder, args.model), args.model) if args.model in SHAPES else args.model
+        for name in [] if args.table else args.formats:
+            if deadline - time.monotonic() < start:
+                print(f"{name}: skipped, the budget has no time for a start of {start:.0f} s", flush=True)
+                continue
+            for record in _run_format(args, name, model, deadline):
+                start = record.pop("start_s", start)
+                if "format" in record:
+                    args.output.parent.mkdir(parents=True, exist_ok=True)
+                    with args.output.open("a") as file:
+                        file.write(json.dumps(record) + "\n")
+    print(f"\n{serving_table(read_records(args.output))}")
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--formats", nargs="+", default=["bf16", "int4-k128-v128", "fp8", "vllm_int4_per_token_head"])
+    parser.add_argument("--loads", nargs="+", type=Load.parse, default=[Load.parse(name) for name in LOADS])
+    parser.add_argument("--model", default="qwen3-8b", help=f"a model directory, or a shape: {', '.join(SHAPES)} (default: %(default)s)")
+    parser.add_argument("--budget", type=float, default=3600, help="seconds for all of it; loads that would take longer are skipped")
+    parser.add_argument("--limit", type=float, default=600, help="seconds for one load; it is stopped then (default: %(default)s)")
+    parser.add_argument("--engine", type=json.loads, default={}, metavar="JSON", help="more arguments of vllm.LLM")
+    parser.add_argument("--commit", help="what is measured (default: git's HEAD)")
+    parser.add_argument("--output", type=Path, default=RESULTS / "serving.jsonl")
+    parser.add_argument("--log", type=Path, default=Path(tempfile.gettempdir()), help="folder for vLLM's logs (default: %(default)s)")
+    parser.add_argument("--table", action="store_true", help="print the table of what is recorded and stop")
+    parser.add_argument("--engine-of", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    for name in args.formats:
+        if name not in PEERS:
+            CacheFormat.parse(name)
+    args.commit = args.commit or _git_head()
+    return args
+
+
+def _git_head() -> str:
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def _run_format(args: argparse.Namespace, name: str, model: str, deadline: float) -> Iterator[dict[str, Any]]:
+    """Run all loads with one format in a process of its own, so that the GPU's memory is free again afterwards."""
+    log = args.log / f"serving-{name}.log"
+    left = deadline - time.monotonic()
+    options = {"--model": model, "--budget": left, "--limit": args.limit, "--engine": json.dumps(args.engine), "--commit": args.commit}
+    command = [sys.executable, "-m", "benchmarks.serving", "--engine-of", name, "--loads", *map(str, args.loads)]
+    command += [str(part) for option in options.items() for part in option]
+    env = os.environ | {"VLLM_USE_FLASHINFER_SAMPLER": "0"}  # FlashInfer's sampler is compiled at start-up, which takes minutes
+    print(f"{name}: starting vLLM, log in {log}", flush=True)
+    with (
+        log.open("w") as sink,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, start_new_session=True) as engine,
+    ):
+        assert engine.stdout is not None
+        timer = threading.Timer(left + 20, os.killpg, (engine.pid, signal.SIGKILL))  # of a start-up that does not end; loads end themselves
+        timer.start()
+        try:
+            for line in engine.stdout:
+                if line.startswith(MARK):
+                    record = json.loads(line.removeprefix(MARK))
+                    print(record.pop("say"), flush=True)
+                    yield record
+                else:
+                    sink.write(line)
+        finally:
+            timer.cancel()
+            if engine.poll() is None and engine.wait(30) is None:
+                os.killpg(engine.pid, signal.SIGKILL)
+    if engine.returncode:
+        print(f"{name}: vLLM ended with {engine.returncode}; the log's end:\n" + "\n".join(log.read_text().splitlines()[-25:]), flush=True)
+
+
+def _run_loads(args: argparse.Namespace) -> None:
+    """In the format's own process: start vLLM, run each load, print marked lines of JSON."""
+    start = time.monotonic()
+    deadline, name = start + args.budget, args.engine_of
+    import vllm
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cpu() and name == "vllm_int4_per_token_head":
+        raise SystemExit("vllm_int4_per_token_head: vLLM's CPU build has no such attention")
+    options = {
+        "model": args.model,
+        "load_format": "auto" if list(Path(args.model).glob("*.safetensors")) else "dummy",
+        "skip_tokenizer_init": True,
+        "gpu_memory_utilization": 0.90,
+        "max_model_len": max(load.inp + load.out for load in args.loads),
+        "disable_log_stats": False,  # or requests have no metrics
+        "kernel_config": {"enable_flashinfer_autotune": False},
+        **(PEERS[name] if name in PEERS else engine_options(CacheFormat.parse(name))),
+        **args.engine,
+    }
+    llm = vllm.LLM(**options)
+    config = llm.llm_engine.vllm_config
+    cache = config.cache_config
+    common = {
+        "device": current_platform.get_device_name().strip() or "cpu",
+        "commit": args.commit,
+        "vllm": vllm.__version__,
+        "model": Path(args.model).name,
+        "format": name,
+    }
+    kv_tokens = (cache.num_gpu_blocks or 0) * cache.block_size
+    try:  # compile what was not compiled at start-up
+        _run_load(llm, Load(0, max(1, options["max_model_len"] // 4 - 8), 8, 4), deadline)
+    except OutOfTimeError as error:
+        raise SystemExit(f"{name}: warm-up {error}") from None
+    seconds = time.monotonic() - start
+    _say(f"{name}: ready after {seconds:.0f} s, {kv_tokens:,} tokens of KV cache, {common['device']}", start_s=seconds)
+    done: list[dict[str, Any]] = []
+    for load in args.loads:
+        left = min(args.limit, deadline - time.monotonic())
+        if (least := _least_seconds(load, done)) > left:
+            _say(f"{name} {load}: skipped, it takes at least {least:.0f} s and {left:.0f} s are left")
+            continue
+        try:
+            record = {**common, **load.record, **_run_load(llm, load, time.monotonic() + left), "kv_tokens": kv_tokens}
+        except OutOfTimeError as error:
+            _say(f"{name} {load}: {error}")
+            continue
+        done.append(record)
+        _say(
+            f"{name} {load}: {record['seconds']:.1f} s, {record['output_tok_s']:.0f} output tok/s, first token {record['ttft_mean_s']:.2f} s,"
+            f" then {record['tpot_p50_ms'] or 0:.1f} ms a token, {record['preemptions']} preemptions",
+            **record,
+        )
+
+
+def _say(text: str, **record: Any) -> None:
+    print(f"\n{MARK}{json.dumps({'say': text, **record})}", flush=True)
+
+
+def _least_seconds(load: Load, done: Sequence[dict[str, Any]]) -> float:
+    """A lower bound of a load's time, from the fastest prefill and the fastest decode step that this engine has shown."""
+    prefill = max((record["prefill_tok_s"] for record in done), default=float("inf"))
+    step = min((record["tpot_p50_ms"] for record in done if record["tpot_p50_ms"]), default=0.0)
+    return (load.shared_prefix + load.new * load.requests) / prefill + load.out * step / 1e3
+
+
+def _run_load(llm: LLM, load: Load, deadline: float) -> dict[str, Any]:
+    """Send all requests at once and wait for the last token."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    engine = llm.llm_engine
+    prompts = load.prompts(engine.vllm_config.model_config.get_vocab_size())
+    sampling = SamplingParams(
+        temperature=0, max_tokens=load.out, ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+    )
+    preemptions = _counter(llm, "vllm:num_preemptions")
+    outputs: list[RequestOutput] = []
+    start, arrival = time.monotonic(), time.time()
+    for i, prompt in enumerate(prompts):
+        engine.add_request(f"{load}-{i}", {"prompt_token_ids": prompt}, sampling)
+    while engine.has_unfinished_requests():
+        outputs += [output for output in engine.step() if output.finished]  # type: ignore[misc]
+        if time.monotonic() > deadline and engine.has_unfinished_requests():
+            engine.abort_request([f"{load}-{i}" for i in range(load.requests)])
+            while engine.has_unfinished_requests():
+                engine.step()
+            raise OutOfTimeError(f"stopped after {time.monotonic() - start:.0f} s with {len(outputs)} of {load.requests} requests done")
+    seconds = time.monotonic() - start
+    if [len(output.outputs[0].token_ids) for output in outputs] != [load.out] * load.requests:
+        raise RuntimeError(f"{load}: a request was lost or ended early")
+    cached = sum(output.num_cached_tokens or 0 for output in outputs)
+    llm.reset_prefix_cache()
+    if cached and not load.shared_prefix:
+        raise RuntimeError(f"{load}: expected no prefix hits, got {cached} tokens")
+    metrics = [output.metrics for output in outputs if output.metrics is not None]
+    ttft = [m.first_token_latency for m in metrics]
+    last_first_token = max(m.arrival_time + m.first_token_latency for m in metrics) - arrival
+    tpot = [1e3 * (m.last_token_ts - m.first_token_ts) / (load.out - 1) for m in metrics] if load.out > 1 else []
+    return {
+        "seconds": round(seconds, 3),
+        "output_tok_s": round(load.out * load.requests / seconds, 2),
+        "prefill_tok_s": round(load.inp * load.requests / last_first_token, 1),
+        "ttft_mean_s": round(statistics.mean(ttft), 4),
+        "ttft_p99_s": round(float(np.percentile(ttft, 99)), 4),
+        "tpot_p50_ms": round(float(np.percentile(tpot, 50)), 3) if tpot else None,
+        "tpot_p99_ms": round(float(np.percentile(tpot, 99)), 3) if tpot else None,
+        "preemptions": _counter(llm, "vllm:num_preemptions") - preemptions,
+        "cached_tokens": cached,
+    }
+
+
+def _counter(llm: LLM, name: str) -> int:
+    return sum(metric.value for metric in llm.get_metrics() if metric.name == name)  # type: ignore[attr-defined]
+
+
+if __name__ == "__main__":
+    main()
