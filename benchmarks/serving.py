@@ -232,9 +232,10 @@ def _run_loads(args: argparse.Namespace) -> None:
             _say(f"{name} {load}: {error}")
             continue
         done.append(record)
+        after = f", then {record['tpot_p50_ms']:.1f} ms a token" if load.out > 1 else ""
         _say(
-            f"{name} {load}: {record['seconds']:.1f} s, {record['output_tok_s']:.0f} output tok/s, first token {record['ttft_mean_s']:.2f} s,"
-            f" then {record['tpot_p50_ms'] or 0:.1f} ms a token, {record['preemptions']} preemptions",
+            f"{name} {load}: {record['seconds']:.1f} s, {record['output_tok_s']:.0f} output tok/s, "
+            f"first token {record['ttft_mean_s']:.2f} s{after}; {record['preemptions']} preemptions",
             **record,
         )
 
