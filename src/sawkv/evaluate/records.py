@@ -168,23 +168,27 @@ class Evaluation:
             SawkvError: the text is not such a record.
         """
         try:
-            evaluation: Evaluation = _build(cls, json.loads(text))
+            evaluation: Evaluation = from_plain(cls, json.loads(text))
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise SawkvError(f"expected a record of `sawkv eval`, got one that does not parse: {error}") from error
         return evaluation
 
 
-def _build(kind: Any, value: Any) -> Any:
-    """`value`, as JSON gives it, as the type `kind` says: dataclasses, tuples of them, optional ones, and plain values."""
+def from_plain(kind: Any, value: Any) -> Any:
+    """`value`, as JSON gives it, as the type `kind` says: dataclasses, tuples of them, optional ones, and plain values.
+
+    Raises:
+        ValueError, TypeError, KeyError, AttributeError: it does not fit.
+    """
     if dataclasses.is_dataclass(kind):
         hints = typing.get_type_hints(kind)
         unknown = set(value) - set(hints)
         if unknown:
             raise ValueError(f"unknown fields {sorted(unknown)} in {getattr(kind, '__name__', kind)}")
-        return kind(**{name: _build(hints[name], item) for name, item in value.items()})  # type: ignore[operator]
+        return kind(**{name: from_plain(hints[name], item) for name, item in value.items()})  # type: ignore[operator]
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is tuple:
-        return tuple(_build(arguments[0], item) for item in value)
+        return tuple(from_plain(arguments[0], item) for item in value)
     if origin in (typing.Union, types.UnionType):
-        return None if value is None else _build(arguments[0], value)
+        return None if value is None else from_plain(arguments[0], value)
     return value
