@@ -25,6 +25,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
@@ -45,7 +46,7 @@ ACTIVE_CLIENTS = (1, 2, 4, 8, 16, 32, 64)
 KINDS = {"whole": 50, "stream": 25, "drop mid-stream": 10, "drop early": 8, "sampled": 7}
 """Weights of the kinds of requests."""
 METRICS = re.compile(
-    r"^((?:vllm:(?:num_preemptions|prefix_cache_hits|prefix_cache_queries|generation_tokens)_total|sawkv_\w+_total))\{.*\} (\S+)$",
+    r"^((?:vllm:(?:num_preemptions|prefix_cache_hits|prefix_cache_queries|generation_tokens)_total|sawkv_\w+_total))(?:\{.*\})? (\S+)$",
     re.MULTILINE,
 )
 
@@ -116,8 +117,10 @@ class Server:
 
     async def start(self) -> None:
         """Start, and wait until the server answers."""
+        self._metrics = tempfile.TemporaryDirectory(prefix="sawkv-metrics-")
+        env = os.environ | {"PROMETHEUS_MULTIPROC_DIR": self._metrics.name}
         with self.log.open("ab") as sink:
-            self._process = subprocess.Popen(self._command, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True)
+            self._process = subprocess.Popen(self._command, env=env, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True)
         timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT)
         self._session = aiohttp.ClientSession(self.url, connector=aiohttp.TCPConnector(limit=0), timeout=timeout)
         deadline = time.monotonic() + START_TIMEOUT
@@ -144,6 +147,7 @@ class Server:
             os.killpg(self._process.pid, signal.SIGKILL)
         await asyncio.to_thread(self._process.wait)
         self._process = None
+        self._metrics.cleanup()
 
     async def stream(self, prompt: Sequence[int], max_tokens: int, **options: Any) -> AsyncGenerator[list[int], None]:
         """Token ids as they come. Leaving the loop closes the connection, as a client that goes away does."""
