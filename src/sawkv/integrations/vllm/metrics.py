@@ -46,7 +46,7 @@ class CounterReader:
         self._due = self._warning_due = 0.0
 
     def poll(self) -> None:
-        """Call once a step. Most times it compares two numbers; every `INTERVAL` seconds it starts a copy, published once that has ended."""
+        """Call once a step. Most times it compares numbers; every `INTERVAL` seconds it starts a copy, published once that has ended."""
         if self._is_copying and (self._copied is None or self._copied.query()):
             self._is_copying = False
             self._publish()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,8 @@ def serve(model: str, format_name: str | None, options: Sequence[str], calibrati
         format_name = "int4" if calibration is None else str(Calibration.load(calibration).format)
     command = server_command(model, CacheFormat.parse(format_name), options, calibration)
     try:
-        return subprocess.run(command, check=False).returncode
+        with tempfile.TemporaryDirectory(prefix="sawkv-metrics-") as folder:  # through it /metrics shows what workers count
+            env = {"PROMETHEUS_MULTIPROC_DIR": folder} | os.environ
+            return subprocess.run(command, env=env, check=False).returncode
     except KeyboardInterrupt:
         return 130
