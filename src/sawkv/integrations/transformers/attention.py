@@ -1,0 +1,175 @@
+"""The attention function `sawkv`: writes new K and V into pages, then reads the pages, or decodes them for PyTorch's attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from sawkv.errors import UnsupportedError
+from sawkv.integrations.transformers.cache import CACHES, NAME, NewStates, SawLayer
+
+MAX_SCORES = 1 << 26
+"""Scores that attention with a soft-cap or sinks computes at once, where PyTorch has no kernel for it."""
+
+
+def register() -> None:
+    """Make `attn_implementation="sawkv"` known to Transformers."""
+    AttentionInterface.register(NAME, saw_attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+def saw_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor | NewStates,
+    value: torch.Tensor | NewStates,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention as Transformers' models call it.
+
+    Args:
+        query: [batch_size, num_q_heads, num_new, head_dim].
+        key, value: `NewStates` of a SawCache; or tensors [batch_size, num_kv_heads, num_keys, head_dim], without a cache or with another.
+        attention_mask: [batch_size or 1, 1, num_new, num_keys], bool or added to scores; None is causal.
+        softcap: soft-cap of scores. s_aux: [num_q_heads] sinks.
+
+    Returns:
+        [batch_size, num_new, num_q_heads, head_dim], and no weights.
+
+    Raises:
+        UnsupportedError: with a SawCache: attention that is not causal or has a position bias, or gradients. Always: attention weights.
+    """
+    if kwargs.get("output_attentions"):
+        raise UnsupportedError('sawkv: attention weights are never whole. Expected attn_implementation="eager" for output_attentions')
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if not isinstance(key, NewStates):
+        assert isinstance(value, torch.Tensor)
+        return attend_tensors(module, query, key, value, attention_mask, scale, dropout, softcap, s_aux, kwargs), None
+    if module.training and torch.is_grad_enabled():
+        raise UnsupportedError("sawkv: a SawCache has no gradients. Expected use_cache=False in training, or torch.no_grad()")
+    if not kwargs.get("is_causal", getattr(module, "is_causal", True)) or kwargs.get("position_bias") is not None:
+        raise UnsupportedError(f"sawkv: expected causal attention without position bias, got {type(module).__name__}")
+    if not torch.compiler.is_compiling():
+        return attend(module, query, key, attention_mask, scale, softcap, s_aux, kwargs), None
+    if key.layer.is_compileable and query.shape[2] == 1:
+        mask = attention_mask if key.layer.is_first else None
+        return attend_compiled(query, key.key, key.value, mask, s_aux, key.handle, key.layer_idx, scale, softcap or 0.0), None
+    return attend_uncompiled(module, query, key, attention_mask, scale, softcap, s_aux, kwargs), None
+
+
+def attend(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    new: NewStates,
+    mask: torch.Tensor | None,
+    scale: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    kwargs: dict[str, Any],
+) -> torch.Tensor:
+    """Write new K and V, and attend. Arguments and result as of `saw_attention`."""
+    layer, paging = new.layer, new.layer.paging
+    if layer.is_first:
+        layer.check(new.key)
+        paging.begin(query.shape[2], query.shape[1], mask)
+    layer.write(new.key, new.value)
+    if paging.reads_pages:
+        return layer.attend(query, scale, softcap or 0.0, sinks)
+    if layer.exact:
+        keys, values = new.key, new.value
+    else:
+        keys, values = layer.decode(query.dtype)
+    mask = paging.cut_mask(mask, query.shape[2])
+    out = attend_tensors(module, query, keys, values, mask, scale, 0.0, softcap, sinks, kwargs)
+    layer.hold(*paging.kept)
+    return out
+
+
+attend_uncompiled = torch.compiler.disable(attend)  # type: ignore[no-untyped-call]
+
+
+@torch.library.custom_op("sawkv::attend", mutates_args=())
+def attend_compiled(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    handle: int,
+    layer_idx: int,
+    scale: float,
+    softcap: float,
+) -> torch.Tensor:
+    """One decoding step of one layer inside a compiled graph. It changes the cache, which the graph does not see, and nothing else.
+
+    The order of layers is kept because each needs the output of the one before. CUDA graphs may hold it: all that is kept has a fixed
+    address, and nothing depends on lengths on the host.
+    """
+    layer = CACHES[handle].layers[layer_idx]
+    assert isinstance(layer, SawLayer)
+    if layer.is_first:
+        layer.paging.begin_compiled(query.shape[1], mask)
+    layer.write(key, value)
+    return layer.attend(query, scale, softcap, sinks)
+
+
+@attend_compiled.register_fake
+def _(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    sinks: torch.Tensor | None,
+    handle: int,
+    layer_idx: int,
+    scale: float,
+    softcap: float,
+) -> torch.Tensor:
+    return query.new_empty(query.shape[0], query.shape[2], query.shape[1], query.shape[3])
+
+
+def attend_tensors(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scale: float,
+    dropout: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+    kwargs: dict[str, Any],
+) -> torch.Tensor:
+    """Attention over K and V as tensors. Arguments and result as of `saw_attention`."""
+    if not softcap and sinks is None:
+        out: torch.Tensor = sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scale, **kwargs)[0]
+        return out
+    group = query.shape[1] // key.shape[1]
+    num_new, num_keys = query.shape[2], key.shape[2]
+    grouped = query.reshape(query.shape[0], key.shape[1], group, num_new, -1)
+    if mask is None and getattr(module, "is_causal", True):
+        mask = torch.ones(num_new, num_keys, dtype=torch.bool, device=query.device).tril(num_keys - num_new)[None, None]
+    rows = max(1, MAX_SCORES // (query.shape[0] * query.shape[1] * num_keys))
+    parts = []
+    for start in range(0, num_new, rows):
+        scores = torch.einsum("bhgqd,bhkd->bhgqk", grouped[..., start : start + rows, :], key).float() * scale
+        if softcap:
+            scores = softcap * torch.tanh(scores / softcap)
+        if mask is not None:
+            part = mask[:, :, None, start : start + rows]
+            scores = scores.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else scores + part
+        if sinks is not None:
+            scores = torch.cat([scores, sinks.float().view(1, -1, group, 1, 1).expand(*scores.shape[:-1], 1)], -1)
+        weights = torch.softmax(scores, -1).nan_to_num(0.0)[..., :num_keys].to(query.dtype)  # a row of padding sees nothing
+        weights = torch.nn.functional.dropout(weights, dropout, module.training)
+        parts.append(torch.einsum("bhgqk,bhkd->bqhgd", weights, value))
+    return torch.cat(parts, 1).flatten(2, 3)

@@ -1,0 +1,411 @@
+"""A Transformers cache over sawkv's pages."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import logging
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from transformers import PretrainedConfig
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from sawkv import ops
+from sawkv.cache import PagedKVCache
+from sawkv.errors import LayoutError, UnsupportedError
+from sawkv.integrations.transformers.pages import Paging
+from sawkv.kernels import select_backend
+from sawkv.layout import PageLayout
+from sawkv.spec import CacheFormat
+
+NAME = "sawkv"
+"""Of the attention implementation, for `attn_implementation=` and `model.set_attn_implementation()`."""
+
+PAGE_SIZE = 16
+
+logger = logging.getLogger(__name__)
+
+CACHES: weakref.WeakValueDictionary[int, SawCache] = weakref.WeakValueDictionary()
+"""By `SawCache.handle`: a compiled graph can hold a number, but not a cache."""
+
+_handles = itertools.count()
+
+
+@dataclass(eq=False)
+class _Settings:
+    """What the layers of a cache share. Arguments as of `SawCache`."""
+
+    config: PretrainedConfig
+    format: CacheFormat
+    max_len: int | None
+    exact_prefill: bool
+    backend: str | None
+    record_past: bool = False
+    pagings: dict[tuple[torch.device, PageLayout, int], Paging] = field(default_factory=dict)
+
+    @property
+    def read_by_sawkv(self) -> bool:
+        """Whether the model's attention implementation is ours."""
+        return bool(self.config._attn_implementation == NAME)
+
+
+class SawCache(Cache):
+    """A KV cache for `model.generate(..., past_key_values=SawCache(model.config))` that keeps K and V as rotated INT4 pages.
+
+    With the model's attention implementation `sawkv`, attention of up to 8 new tokens a sequence reads the pages, and 16-bit K and V never
+    exist; longer inputs are decoded, layer by layer, for PyTorch's attention. With any other implementation every step decodes the whole
+    layer first: as right, but slower. Both see the quantized K and V, those of new tokens included.
+
+    Args:
+        config: the model's own (`model.config`).
+        format: a `CacheFormat` or its name, such as `int4-k128-v128`; `int4` takes the default rotation for the model's head_dim.
+        max_cache_len: allocate for this many tokens at once, so that `generate` compiles the decoding step (to CUDA graphs, by default).
+            None grows as needed, and is not compiled.
+        exact_prefill: let the attention of a fresh prompt see its exact K and V. Its output then depends on how it was cut into passes.
+        backend: kernels by name, from `sawkv info`; None chooses the fastest.
+
+    Raises:
+        UnsupportedError: the model's layers have something other than causal self-attention, with or without a sliding window.
+        FormatError: the format is not one, or does not fit the model's head_dim.
+    """
+
+    def __init__(
+        self,
+        config: PretrainedConfig,
+        format: str | CacheFormat = "int4",
+        *,
+        max_cache_len: int | None = None,
+        exact_prefill: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        if max_cache_len is not None and max_cache_len < 1:
+            raise LayoutError(f"max_cache_len: expected at least 1, got {max_cache_len}")
+        decoder = config.get_text_config(decoder=True)
+        windows = layer_windows(config)
+        cache_format = CacheFormat.parse(format) if isinstance(format, str) else format
+        cache_format.resolve(getattr(decoder, "head_dim", None) or decoder.hidden_size // decoder.num_attention_heads)
+        self.settings = _Settings(decoder, cache_format, max_cache_len, exact_prefill, backend)
+        self._told = False
+        self._register()
+        super().__init__(layers=[SawLayer(self.settings, window) for window in windows])
+
+    def _register(self) -> None:
+        self.handle = next(_handles)
+        CACHES[self.handle] = self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SawCache:
+        """A cache with the same tokens, as for a prompt that many conversations begin with. The model's config stays shared."""
+        memo[id(self.settings.config)] = self.settings.config
+        other = object.__new__(type(self))
+        memo[id(self)] = other
+        vars(other).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
+        other._register()
+        return other
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+        """Called by the model's attention layers.
+
+        Args:
+            key_states, value_states: [batch_size, num_kv_heads, num_new, head_dim], K after RoPE.
+            layer_idx: which layer.
+
+        Returns:
+            For the attention implementation `sawkv`, the same `NewStates` twice, which it writes and reads. For others, K and V of all
+            tokens (with a sliding window: of those that its mask covers), decoded: [batch_size, num_kv_heads, num_keys, head_dim].
+
+        Raises:
+            LayoutError: not the batch, heads or head_dim that the cache holds, or no room.
+        """
+        layer = self.layers[layer_idx]
+        assert isinstance(layer, SawLayer)
+        if not layer.is_initialized:
+            layer.lazy_initialization(key_states, value_states)
+        if self.settings.read_by_sawkv:
+            states = NewStates(key_states, value_states, layer, self.handle, layer_idx)
+            return states, states
+        if not self._told:
+            self._told = True
+            logger.warning(
+                "sawkv: the model's attention implementation, %s, cannot read pages: every step decodes the whole cache first. "
+                'For speed, call model.set_attn_implementation("%s")',
+                self.settings.config._attn_implementation,
+                NAME,
+            )
+        return layer.update(key_states, value_states)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all pages."""
+        return sum(layer.pages.pages.nbytes for layer in self.layers if isinstance(layer, SawLayer) and layer.pages is not None)
+
+
+class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+    """Pages of one layer. Layers with equal pages and windows share a `Paging`, which the first of them moves on."""
+
+    is_croppable = True
+
+    def __init__(self, settings: _Settings, window: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._settings = settings
+        self.window = window
+        self.is_sliding = window > 0
+        self.is_first = False
+        self.paging: Paging
+        self.pages: PagedKVCache | None = None
+        self._held = 0, 0  # first_page and num_pages of self.pages
+
+    def __repr__(self) -> str:
+        return f"SawLayer({self._settings.format}, window={self.window})"
+
+    @property
+    def is_compileable(self) -> bool:  # type: ignore[override]  # a class attribute there
+        """Whether decoding steps can be compiled: pages that never move, read by our attention."""
+        return self._settings.max_len is not None and self._settings.read_by_sawkv
+
+    @property
+    def exact(self) -> bool:
+        """Whether the attention of this pass takes new K and V as they are, not as they were written."""
+        return self._settings.exact_prefill and self.paging.is_fresh
+
+    @property
+    def batch_size(self) -> int:
+        return self.paging.batch_size if self.is_initialized else -1
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Take heads, head_dim, batch and device from the first K and V: [batch_size, num_kv_heads, num_new, head_dim]."""
+        if key_states.shape != value_states.shape:
+            raise UnsupportedError(f"SawCache: expected K and V of one shape, got {list(key_states.shape)} and {list(value_states.shape)}")
+        batch_size, num_kv_heads, _, head_dim = key_states.shape
+        settings, device = self._settings, key_states.device
+        layout = PageLayout(settings.format, num_kv_heads, head_dim, PAGE_SIZE)
+        key = device, layout, self.window
+        self.is_first = key not in settings.pagings
+        if self.is_first:
+            if select_backend(device, layout, settings.backend).name == "reference" and settings.backend is None:
+                logger.warning("sawkv: there are no fast kernels here (`sawkv info` says why): attention is right but very slow")
+            settings.pagings[key] = Paging(layout, device, self.window, batch_size, settings.max_len, settings.backend)
+            settings.pagings[key].record_past(settings.record_past)
+        self.paging = settings.pagings[key]
+        self.hold(self.paging.first_page, self.paging.num_pages)
+        self.is_initialized = True
+
+    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Write new K and V, and decode all: for attention that reads tensors. Shapes as in `SawCache.update`."""
+        if self.is_first:
+            self.check(key_states)
+            self.paging.begin(key_states.shape[2])
+        self.write(key_states, value_states)
+        states = self.decode(key_states.dtype)
+        self.hold(*self.paging.kept)
+        return states
+
+    def check(self, key_states: torch.Tensor) -> None:
+        """
+        Raises:
+            LayoutError: not the batch or device that this layer holds.
+        """
+        got, paging = (key_states.shape[0], key_states.device), self.paging
+        if got != (paging.batch_size, paging.device):
+            raise LayoutError(f"SawCache: expected {paging.batch_size} sequences on {paging.device}, as before, got {got[0]} on {got[1]}")
+
+    def write(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Quantize new tokens into their slots, after `Paging.begin`."""
+        paging = self.paging
+        self.hold(paging.first_page, paging.num_pages)
+        assert self.pages is not None
+        ops.append(_rows(key_states.detach()), _rows(value_states.detach()), self.pages, paging.slots, backend=paging.backend)
+
+    def attend(
+        self, query: torch.Tensor, scale: float, softcap: float, sinks: torch.Tensor | None, out: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Attention of new tokens over the pages, after `write`.
+
+        Args:
+            query: [batch_size, num_q_heads, num_new, head_dim].
+            scale, softcap, sinks: as in `ops.decode_attention`.
+
+        Returns:
+            [batch_size, num_new, num_q_heads, head_dim].
+        """
+        paging = self.paging
+        batch_size, num_q_heads, num_new, head_dim = query.shape
+        assert self.pages is not None
+        attended = ops.decode_attention(
+            _rows(query.detach()),
+            self.pages,
+            paging.block_table,
+            paging.seq_lens,
+            paging.query_start_loc,
+            softmax_scale=scale,
+            max_query_len=num_new,
+            sliding_window=self.window,
+            logit_softcap=softcap,
+            sinks=sinks,
+            plan=paging.plan(num_q_heads, num_new),
+            backend=paging.backend,
+        )
+        return attended.view(batch_size, num_new, num_q_heads, head_dim)
+
+    def decode(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V of the last `paging.num_keys` tokens, zeros for padding: [batch_size, num_kv_heads, num_keys, head_dim]."""
+        paging, layout = self.paging, self.paging.layout
+        table, seq_lens = paging.tail_table(paging.num_keys)
+        # Each sequence ends at the end of its rows; those before are of the page in which its first key lies, and are cut off.
+        rows = paging.num_keys + (layout.page_size if self.window else 0)
+        ends = torch.arange(paging.batch_size + 1, dtype=torch.int32, device=paging.device) * rows
+        starts = torch.cat([ends[1:] - seq_lens, ends[-1:]])
+        shape = paging.batch_size * rows, layout.num_kv_heads, layout.head_dim
+        states = torch.zeros((2, *shape), dtype=dtype, device=paging.device)
+        assert self.pages is not None
+        ops.gather(self.pages, table, seq_lens, starts, states[0], states[1], rotated=False, backend=paging.backend)
+        k, v = states.view(2, paging.batch_size, rows, *shape[1:])[:, :, rows - paging.num_keys :].transpose(2, 3)
+        return k, v
+
+    def hold(self, first_page: int, num_pages: int) -> None:
+        """Have room for these pages of each sequence, and carry over what is held of them."""
+        if self.pages is not None and self._held == (first_page, num_pages):
+            return
+        paging = self.paging
+        pages = PagedKVCache.allocate(paging.layout, num_pages * paging.batch_size, paging.device)
+        if self.pages is not None:
+            size, first = paging.batch_size, max(first_page, self._held[0])
+            end = max(first, min(first_page + num_pages, sum(self._held)))
+            pages.pages[(first - first_page) * size : (end - first_page) * size] = self.pages.pages[
+                (first - self._held[0]) * size : (end - self._held[0]) * size
+            ]
+        self.pages, self._held = pages, (first_page, num_pages)
+
+    def get_seq_length(self) -> Any:
+        """Tokens held, padding included: an int; a tensor where pages never move, as a compiled step needs."""
+        if not self.is_initialized:
+            return 0
+        return self.paging.length if self._settings.max_len is None else self.paging.length_tensor()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """The keys that a mask covers: how many, and the index of the first."""
+        if self.is_initialized:
+            return self.paging.mask_sizes(query_length)
+        static = self._settings.max_len is not None and query_length == 1
+        return (self._settings.max_len or 0) if static else query_length, 0
+
+    def get_max_length(self) -> int:
+        return -1 if self._settings.max_len is None else self._settings.max_len
+
+    get_max_cache_shape = get_max_length  # Transformers before 5.13
+
+    def reset(self) -> None:
+        """Forget all tokens. Pages that never move are kept, with what was compiled for them."""
+        if self._settings.max_len is None:
+            self.is_initialized, self.pages, self._held = False, None, (0, 0)
+            self._settings.pagings.clear()
+        elif self.is_initialized and self.is_first:
+            self.paging.reset()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last tokens. See `Paging.crop`."""
+        if self.is_initialized and self.is_first:
+            self.paging.crop(tokens_to_remove)
+
+    @property
+    def record_past(self) -> bool:
+        """Whether a sliding window keeps what a crop may need, until the next crop. For all layers."""
+        return self._settings.record_past
+
+    @record_past.setter
+    def record_past(self, wanted: bool) -> None:
+        self._settings.record_past = wanted
+        for paging in self._settings.pagings.values():
+            paging.record_past(wanted)
+
+    def activate_past_recording(self) -> None:
+        """Transformers calls this before it drafts tokens."""
+        self.record_past = True
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Make the batch of these sequences, in this order."""
+        if not self.is_initialized:
+            return
+        paging, pages = self.paging, self.pages
+        assert pages is not None
+        index = beam_idx.to(paging.device)
+        old = pages.pages.view(self._held[1], -1, *pages.pages.shape[1:])
+        taken = old.index_select(1, index)
+        if self._settings.max_len is not None and taken.shape == old.shape:
+            old.copy_(taken)
+        else:
+            self.pages = PagedKVCache(taken.flatten(0, 1), pages.layout)
+        if self.is_first:
+            paging.take(index)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence."""
+        if self.is_initialized:
+            assert self.pages is not None
+            batch_size = self.pages.pages.shape[0] // self._held[1]  # the Paging's may be that after the repetition already
+            self.reorder_cache(torch.arange(batch_size).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep these sequences."""
+        if indices.dtype == torch.bool:
+            indices = indices.nonzero().flatten()
+        self.reorder_cache(indices)
+
+
+@dataclass(eq=False)
+class NewStates:
+    """New K and V on their way to a layer's pages: what `SawCache.update` gives to our attention function in place of K, and of V.
+
+    Attributes:
+        key, value: [batch_size, num_kv_heads, num_new, head_dim].
+        layer, handle, layer_idx: where they go.
+    """
+
+    key: torch.Tensor
+    value: torch.Tensor
+    layer: SawLayer
+    handle: int
+    layer_idx: int
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        raise UnsupportedError(
+            f'sawkv: the model\'s config says attention implementation "{NAME}", but another one got its K and V. '
+            f'Use model.set_attn_implementation("{NAME}"), and SawCache(model.config) of that same model'
+        )
+
+
+def layer_windows(config: PretrainedConfig) -> list[int]:
+    """The sliding window of each decoder layer, 0 for none.
+
+    Raises:
+        UnsupportedError: naming everything in this model that a SawCache cannot hold.
+    """
+    decoder = config.get_text_config(decoder=True)
+    window = getattr(decoder, "sliding_window", None) or 0
+    types = getattr(decoder, "layer_types", None)
+    if types is None:
+        chunked = getattr(decoder, "attention_chunk_size", None)
+        types = ["chunked_attention" if chunked else "sliding_attention" if window else "full_attention"] * decoder.num_hidden_layers
+    reasons = [f"layers of type {name}" for name in sorted(set(types) - {"full_attention", "sliding_attention"})]
+    if config.is_encoder_decoder:
+        reasons.append("an encoder and cross attention")
+    if getattr(decoder, "kv_lora_rank", None):
+        reasons.append("multi-head latent attention (kv_lora_rank)")
+    if getattr(decoder, "num_kv_shared_layers", None):
+        reasons.append("layers that share the K and V of others (num_kv_shared_layers)")
+    if "sliding_attention" in types and not window:
+        reasons.append("sliding attention without a sliding_window")
+    if reasons:
+        raise UnsupportedError(
+            f"SawCache: expected causal self-attention in all layers, got a {decoder.model_type} with {', '.join(reasons)}. "
+            "Use DynamicCache(config=model.config) for this model"
+        )
+    return [window if name == "sliding_attention" else 0 for name in types]
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """[batch_size, heads, tokens, head_dim] as [batch_size * tokens, heads, head_dim]."""
+    return x.transpose(1, 2).flatten(0, 1)

@@ -1,0 +1,288 @@
+"""Where tokens of a batch lie in the pages of layers that are alike: lengths, page table, slots and schedule, made once a forward pass."""
+
+from __future__ import annotations
+
+import torch
+
+from sawkv import ops
+from sawkv.errors import LayoutError
+from sawkv.kernels import DecodePlan
+from sawkv.layout import PageLayout
+
+MAX_PAGED_QUERIES = 8
+"""Query tokens a sequence up to which attention reads pages; longer ones are prompts, and run in the model's own 16-bit attention."""
+
+MIN_SPARE_PAGES = 8
+SPARE_SHARE = 32
+"""A layer that is full grows by this share of its pages (1/32), so that spare room costs 3 % of memory and copying is rare."""
+
+CROP_MARGIN = 64
+"""Tokens that a sliding window keeps beyond itself, so that some drafted tokens can be taken back (`crop`) at any time."""
+
+
+class Paging:
+    """What layers of one device, page layout and window have in common.
+
+    A batch's sequences have equal lengths as Transformers counts them, left padding included. Padding is not stored: the token at index t
+    of sequence b has position t - pads[b] in its pages. Page j of sequence b is page (j - first_page) * batch_size + b of each layer's tensor.
+
+    Attributes:
+        layout, device: of the pages.
+        window: tokens that a query sees, itself included; 0 is no limit. Pages before it are dropped.
+        batch_size: sequences.
+        max_len: tokens that each sequence may have, for layers whose pages never move; None for layers that grow.
+        lengths: [batch_size] int32, positions used so far: the length less the padding. Below 0 where a crop reached into the padding.
+        seq_lens: [batch_size] int32, `lengths` where that is not below 0: what kernels take.
+        pads: [batch_size] int32, left padding.
+        first_page, num_pages: of each sequence, which of its pages layers hold in this pass.
+        kept: the same two, for after the pass: a long prompt leaves a sliding window more pages than it needs.
+        block_table: [batch_size, first_page + num_pages] int32.
+        slots: [batch_size * num_new] int64, where this pass writes; -1 for padding.
+        query_start_loc: [batch_size + 1] int32, for this pass.
+        reads_pages: whether this pass's attention reads pages; else K and V are decoded for the model's own attention.
+        is_fresh: whether this pass's tokens are the first.
+        num_keys: K and V rows of each sequence that the model's own attention gets in this pass, new ones included.
+    """
+
+    def __init__(
+        self, layout: PageLayout, device: torch.device, window: int, batch_size: int, max_len: int | None, backend: str | None
+    ) -> None:
+        self.layout, self.device, self.window, self.max_len, self.backend = layout, device, window, max_len, backend
+        self.reads_pages = self.is_fresh = False
+        self.num_keys = 0
+        self._set_batch(torch.zeros(batch_size, dtype=torch.int32, device=device))
+        self.lengths = torch.zeros_like(self.pads)
+        self._length = 0
+        self._max_pad = 0
+        self._keep_from: int | None = None
+        self.kept = 0, 0
+        self._hold(0, 0 if max_len is None else -(-max_len // layout.page_size))
+
+    def _set_batch(self, pads: torch.Tensor) -> None:
+        """Make what depends on the number of sequences."""
+        self.pads, self.batch_size = pads, pads.shape[0]
+        self.seq_lens = torch.zeros_like(pads)
+        self._sequence = torch.arange(self.batch_size, device=self.device)
+        self._one_slot = torch.empty(self.batch_size, dtype=torch.int64, device=self.device)  # CUDA graphs need a fixed address
+        self.slots = self._one_slot
+        self._starts: dict[int, torch.Tensor] = {}
+        self._plans: dict[tuple[int, int], DecodePlan] = {}
+        self._start_of(1)
+
+    @property
+    def length(self) -> int:
+        """Tokens of each sequence, left padding included. Waits for the device if the pages never move: a CUDA graph may have moved on."""
+        if self.max_len is None:
+            return self._length
+        return int(self.length_tensor())
+
+    def length_tensor(self) -> torch.Tensor:
+        """`length` as a tensor without dimensions, int64."""
+        return (self.lengths[0] + self.pads[0]).long()
+
+    def mask_sizes(self, num_new: int) -> tuple[int, int]:
+        """The keys that a mask for `num_new` queries covers: how many, and the index of the first."""
+        if self.max_len is not None and num_new == 1:
+            return self.max_len, 0  # of one shape in all steps, for compiled decoding
+        length = self.length
+        past = self._past_keys(length)
+        return past + num_new, length - past
+
+    def begin(self, num_new: int, num_q_heads: int | None = None, mask: torch.Tensor | None = None) -> None:
+        """Make room for `num_new` tokens of each sequence, and everything that layers need to write and read them.
+
+        Args:
+            num_new: tokens of each sequence in this pass.
+            num_q_heads: of the attention that will read pages; None where none will.
+            mask: [batch_size or 1, 1, num_new, num_keys] bool, True where a query sees a key; or another dtype, added to scores. None is
+                causal. On the first pass, leading tokens that do not see themselves are padding.
+
+        Raises:
+            LayoutError: there is no room.
+        """
+        length = self.length
+        if self.max_len is not None and length + num_new > self.max_len:
+            raise LayoutError(f"SawCache: expected at most max_cache_len={self.max_len} tokens, got {length} and {num_new} more")
+        self.num_keys = self._past_keys(length) + num_new
+        self.is_fresh = length == 0
+        if self.is_fresh:
+            self._find_padding(num_new, mask)
+        self._length = length + num_new
+        if self.max_len is None:
+            self._make_room(length, length + num_new)
+        self.advance(num_new)
+        self.reads_pages = num_q_heads is not None and num_new <= MAX_PAGED_QUERIES
+        if self.reads_pages and mask is not None:
+            self.reads_pages = mask.dtype == torch.bool and mask.shape[1] == 1 and bool(self.agrees(mask, num_new))
+        if num_q_heads is not None and self.max_len is not None:
+            self.plan(num_q_heads, 1)  # made here, since a compiled step must not allocate what it keeps
+        if self.reads_pages and num_q_heads is not None:
+            self.plan(num_q_heads, num_new).update(self.seq_lens, self._start_of(num_new))
+        self.query_start_loc = self._start_of(num_new)
+
+    def begin_compiled(self, num_q_heads: int, mask: torch.Tensor | None) -> None:
+        """`begin` for one new token, on the device alone; `max_len` is set, and an uncompiled pass came first.
+
+        A mask that is not the causal one, or a sequence that is full, stops the device with an error: there is no way back from here.
+        """
+        self.advance(1)
+        torch._assert_async((self.lengths <= self.num_pages * self.layout.page_size).all())
+        if mask is not None:
+            torch._assert_async(self.agrees(mask, 1))
+        self.plan(num_q_heads, 1).update(self.seq_lens, self._start_of(1))
+        self.query_start_loc = self._start_of(1)
+
+    def cut_mask(self, mask: torch.Tensor | None, num_new: int) -> torch.Tensor | None:
+        """A mask for the `num_keys` keys that `SawLayer.decode` gives; None where PyTorch's causal attention is it."""
+        if mask is not None and self.max_len is not None and num_new == 1:  # it covers every index up to max_len
+            return mask[..., self.length - self.num_keys : self.length]
+        if mask is None and 1 < num_new < self.num_keys:
+            return self.visible(num_new, self.num_keys)[:, None]
+        return mask
+
+    def advance(self, num_new: int) -> None:
+        """Count `num_new` tokens and find their slots. On the device alone."""
+        size = self.layout.page_size
+        self.lengths.add_(num_new)
+        torch.clamp(self.lengths, min=0, out=self.seq_lens)
+        position = self.lengths[:, None].long() + torch.arange(-num_new, 0, device=self.device)
+        page = (position // size - self.first_page) * self.batch_size + self._sequence[:, None]
+        slots = torch.where(position >= 0, page * size + position % size, -1).flatten()
+        self.slots = self._one_slot.copy_(slots) if num_new == 1 else slots
+
+    def agrees(self, mask: torch.Tensor, num_new: int) -> torch.Tensor:
+        """Whether a bool mask shows queries exactly what reading pages shows them: a bool tensor without dimensions."""
+        return (mask[:, 0] == self.visible(num_new, mask.shape[-1])).all()
+
+    def visible(self, num_new: int, num_keys: int) -> torch.Tensor:
+        """The causal mask with padding and window, after `advance`: [batch_size, num_new, num_keys] bool."""
+        new = torch.arange(-num_new, 0, device=self.device)
+        query = (self.lengths[:, None] + new)[:, :, None]
+        if num_keys == self.max_len and num_new == 1:
+            key = torch.arange(num_keys, device=self.device) - self.pads[:, None]
+        else:
+            key = self.lengths[:, None] + torch.arange(-num_keys, 0, device=self.device)
+        key = key[:, None, :]
+        seen = (key >= 0) & (key <= query)
+        return seen & (query - key < self.window) if self.window else seen
+
+    def plan(self, num_q_heads: int, num_new: int) -> DecodePlan:
+        """The schedule that all layers share in a pass."""
+        key = num_q_heads, num_new
+        if key not in self._plans:
+            self._plans[key] = ops.make_decode_plan(
+                self.layout,
+                self.device,
+                num_q_heads=num_q_heads,
+                max_num_seqs=self.batch_size,
+                max_query_len=num_new,
+                sliding_window=self.window,
+                backend=self.backend,
+            )
+        return self._plans[key]
+
+    def tail_table(self, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Where the last `num_tokens` tokens of each sequence are, in whole pages.
+
+        Returns:
+            block_table: [batch_size, pages] int32, from the page of the first of them.
+            seq_lens: [batch_size] int32, tokens from the start of that page; at most num_tokens + page_size - 1.
+        """
+        size = self.layout.page_size
+        first = (self.lengths - num_tokens).clamp(min=0) // size
+        pages = first[:, None] - self.first_page + torch.arange(num_tokens // size + 2, device=self.device)
+        table = pages.clamp(0, self.num_pages - 1) * self.batch_size + self._sequence[:, None]
+        return table.int(), (self.seq_lens - first * size).int()
+
+    def take(self, index: torch.Tensor) -> None:
+        """Make the batch that consists of these sequences."""
+        lengths = self.lengths[index]
+        if self.max_len is not None and index.shape[0] == self.batch_size:
+            self.lengths.copy_(lengths)
+            self.pads.copy_(self.pads[index])
+            return
+        self.lengths = lengths
+        self._set_batch(self.pads[index])
+        self._hold(*self.kept)
+
+    def crop(self, tokens: int) -> None:
+        """Take back the last `-tokens` tokens, or all after the first `tokens` if that is positive (Transformers before 5.18).
+
+        Raises:
+            LayoutError: a sliding window has dropped tokens that would be in it again.
+        """
+        length = self.length
+        removed = min(-tokens, length) if tokens <= 0 else max(length - tokens, 0)
+        length -= removed
+        if self._first_needed(length) < self.kept[0]:
+            raise LayoutError(f"SawCache: expected `activate_past_recording()` before taking back {removed} tokens of a sliding window")
+        self.lengths.sub_(removed)
+        self._length = length
+        if self._keep_from is not None:
+            self._keep_from = length
+
+    def reset(self) -> None:
+        """Forget all tokens."""
+        for counter in (self.lengths, self.pads):
+            counter.zero_()
+        self._length = self._max_pad = 0
+
+    def record_past(self, wanted: bool) -> None:
+        """Keep what a crop may need, until the next crop."""
+        if wanted != (self._keep_from is not None):
+            self._keep_from = self.length if wanted else None
+
+    def __getstate__(self) -> dict[str, object]:
+        """For copies: without schedules, which serve one cache at a time."""
+        return vars(self) | {"_plans": {}}
+
+    def _past_keys(self, length: int) -> int:
+        return min(length, self.window - 1) if self.window else length
+
+    def _start_of(self, num_new: int) -> torch.Tensor:
+        if num_new not in self._starts:
+            self._starts[num_new] = torch.arange(self.batch_size + 1, dtype=torch.int32, device=self.device) * num_new
+        return self._starts[num_new]
+
+    def _find_padding(self, num_new: int, mask: torch.Tensor | None) -> None:
+        self._max_pad = 0
+        self.pads.zero_()
+        if mask is not None and mask.dtype == torch.bool:
+            sees_itself = mask[:, 0, :, :num_new].diagonal(dim1=1, dim2=2)
+            self.pads.copy_((~sees_itself).int().cumprod(-1).sum(-1))  # a mask of one row serves the whole batch
+            self._max_pad = int(self.pads.max())
+        torch.neg(self.pads, out=self.lengths)
+
+    def _first_needed(self, length: int) -> int:
+        """The first page that a sequence of this length still sees."""
+        if not self.window:
+            return 0
+        if self._keep_from is not None:
+            length = min(length, self._keep_from)
+        return max(0, length - self._max_pad - self.window + 1) // self.layout.page_size
+
+    def _make_room(self, past: int, length: int) -> None:
+        """Hold the pages from the window of the token at `past` to the end of `length`, and decide what to keep of them."""
+        needed = self._needed(past, length)
+        if (self.first_page, self.num_pages) != self.kept:
+            self._hold(*self.kept)
+        if needed[0] + needed[1] > self.first_page + self.num_pages or self.num_pages > needed[1] + 2 * _spare(needed[1]):
+            self._hold(needed[0], needed[1] + _spare(needed[1]))
+        self.kept = self.first_page, self.num_pages
+        first, count = self._needed(length, length)
+        if self.num_pages > count + 2 * _spare(count):
+            self.kept = first, count + _spare(count)
+
+    def _needed(self, past: int, length: int) -> tuple[int, int]:
+        """First page and number of pages, for queries from `past` on."""
+        first = self._first_needed(max(0, past - CROP_MARGIN))
+        return first, -(-length // self.layout.page_size) - first
+
+    def _hold(self, first_page: int, num_pages: int) -> None:
+        self.first_page, self.num_pages = self.kept = first_page, num_pages
+        page = torch.arange(first_page + num_pages, device=self.device) - first_page
+        self.block_table = (page.clamp(min=0)[None] * self.batch_size + self._sequence[:, None]).int()
+
+
+def _spare(num_pages: int) -> int:
+    return max(MIN_SPARE_PAGES, num_pages // SPARE_SHARE)
