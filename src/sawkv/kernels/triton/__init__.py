@@ -1,0 +1,305 @@
+"""Triton backend for NVIDIA GPUs from Ampere on: INT4, INT8 and 16-bit pages of any head_dim from 64 to 256.
+
+What the CUDA backend covers is faster there; this one is for all else, and is what CI runs, in Triton's interpreter (TRITON_INTERPRET=1).
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from sawkv.cache import PagedKVCache
+from sawkv.errors import LayoutError
+from sawkv.kernels import DecodePlan
+from sawkv.kernels.triton.append import append_kernel
+from sawkv.kernels.triton.common import INTERPRETED
+from sawkv.kernels.triton.decode import decode_kernel, merge_kernel, prepare_kernel, schedule_kernel
+from sawkv.kernels.triton.gather import gather_kernel
+from sawkv.layout import PageLayout
+
+name = "triton"
+counts = False
+
+MIN_CAPABILITY = (8, 0)
+HEAD_DIMS = range(64, 257, 16)
+STORED = {"int4": tl.uint8, "int8": tl.uint8, "bf16": tl.bfloat16, "fp16": tl.float16}
+"""The codecs that the kernels know, and what they load."""
+APPEND_TOKENS = 16
+GATHER_TOKENS = 16
+PREPARE_ROWS = 8
+SCHEDULE_BLOCK = 128
+MIN_TILES_PER_CHUNK = 4
+MAX_PIECES = 128
+"""Chunks of one sequence: the merge reads them one after the other."""
+CHUNKS_PER_SM = 32
+MERGE_ELEMENTS = 2048
+LOG2_E = math.log2(math.e)
+
+
+def unsupported_reason(device: torch.device, layout: PageLayout) -> str | None:
+    """None on an NVIDIA GPU from Ampere on, and on a CPU in the interpreter."""
+    if layout.format.codec not in STORED:
+        return f"expected {', '.join(STORED)}, got {layout.format.codec}"
+    if layout.head_dim not in HEAD_DIMS:
+        return f"expected head_dim from {HEAD_DIMS[0]} to {HEAD_DIMS[-1]}, got {layout.head_dim}"
+    if INTERPRETED.value:
+        return None
+    if device.type != "cuda" or torch.version.hip:
+        return f"expected an NVIDIA GPU, got {device.type}"
+    if torch.cuda.get_device_capability(device) < MIN_CAPABILITY:
+        return f"expected Ampere or newer, got {torch.cuda.get_device_name(device)}"
+    return None
+
+
+def append(k: torch.Tensor, v: torch.Tensor, cache: PagedKVCache, slot_mapping: torch.Tensor) -> None:
+    """See `sawkv.ops.append`."""
+    layout, num_tokens = cache.layout, slot_mapping.shape[0]
+    if not num_tokens:
+        return
+    append_kernel[(triton.cdiv(num_tokens, APPEND_TOKENS), layout.num_kv_heads, 2)](
+        k,
+        v,
+        cache.k_center,
+        cache.v_center,
+        slot_mapping,
+        cache.pages,
+        num_tokens,
+        cache.num_slots,
+        cache.pages.stride(0) // 16,
+        *k.stride()[:2],
+        *v.stride()[:2],
+        **_page_constants(layout),
+        K_ORDER=layout.k_rotation_order,
+        V_ORDER=layout.v_rotation_order,
+        TOKENS=APPEND_TOKENS,
+        enable_fp_fusion=False,  # every rounding is part of the format
+    )
+
+
+def gather(
+    cache: PagedKVCache,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seq_lens: torch.Tensor,
+    k_out: torch.Tensor,
+    v_out: torch.Tensor,
+    *,
+    rotated: bool,
+) -> None:
+    """See `sawkv.ops.gather`."""
+    layout, num_seqs, max_tokens = cache.layout, seq_lens.shape[0], k_out.shape[0]
+    if not num_seqs or not max_tokens:
+        return
+    gather_kernel[(triton.cdiv(max_tokens, GATHER_TOKENS), layout.num_kv_heads, 2)](
+        cache.pages,
+        block_table,
+        seq_lens,
+        cu_seq_lens,
+        None if rotated else cache.k_center,
+        None if rotated else cache.v_center,
+        k_out,
+        v_out,
+        num_seqs,
+        num_seqs.bit_length(),
+        max_tokens,
+        cache.pages.stride(0) // 16,
+        block_table.stride(0),
+        **_page_constants(layout),
+        K_ORDER=0 if rotated else layout.k_rotation_order,
+        V_ORDER=0 if rotated else layout.v_rotation_order,
+        TOKENS=GATHER_TOKENS,
+        enable_fp_fusion=False,
+    )
+
+
+class TritonPlan(DecodePlan):
+    """The chunks of a step, and room for queries and partial results. See `sawkv.ops.make_decode_plan`."""
+
+    def __init__(
+        self, layout: PageLayout, device: torch.device, num_q_heads: int, max_num_seqs: int, max_query_len: int, sliding_window: int
+    ) -> None:
+        self.key = (num_q_heads, max_query_len, sliding_window)
+        self.layout = layout
+        self.max_num_seqs = max_num_seqs
+        self.sliding_window = sliding_window
+        self.group = num_q_heads // layout.num_kv_heads
+        self.width = triton.next_power_of_2(layout.head_dim)
+        total_rows = self.group * max_query_len
+        self.block_rows = 8 if total_rows <= 8 else 16 if total_rows <= 16 or self.width > 128 else 32
+        self.rows = min(total_rows, self.block_rows)
+        self.row_groups = triton.cdiv(total_rows, self.block_rows)
+        self.units = layout.num_kv_heads * self.row_groups
+        self.tile, self.num_warps, self.stages = _tiling(layout.format.bits, self.width, self.block_rows)
+        num_sms = 4 if INTERPRETED.value else torch.cuda.get_device_properties(device).multi_processor_count
+        self.target_chunks = triton.cdiv(CHUNKS_PER_SM * num_sms, self.units)
+        max_chunks = self.max_chunks(max_num_seqs)
+
+        def words(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=torch.int32, device=device)
+
+        self.num_chunks, self.chunks, self.splits = words(1), words(max_chunks, 4), words(max_num_seqs, 2)
+        max_query_rows = max_num_seqs * max_query_len * num_q_heads
+        query_dtype = torch.bfloat16 if layout.format.codec == "bf16" else torch.float16
+        self.queries = torch.empty(max_query_rows, self.width, dtype=query_dtype, device=device)
+        self.query_stats = torch.empty(max_query_rows, 2, device=device)
+        self.partials = torch.empty(max_chunks, self.units, self.rows, self.width, device=device)
+        self.partial_stats = torch.empty(max_chunks, self.units, self.rows, 2, device=device)
+
+    def max_chunks(self, num_seqs: int) -> int:
+        """Chunks of any batch of `num_seqs`: each sequence rounds up once."""
+        return self.target_chunks + num_seqs
+
+    def update(self, seq_lens: torch.Tensor, query_start_loc: torch.Tensor) -> None:
+        """See `DecodePlan.update`."""
+        num_seqs = seq_lens.shape[0]
+        if num_seqs > self.max_num_seqs:
+            raise LayoutError(f"plan: expected at most {self.max_num_seqs} sequences, got {num_seqs}")
+        if not num_seqs:
+            return
+        schedule_kernel[(num_seqs,)](
+            seq_lens,
+            query_start_loc,
+            self.num_chunks,
+            self.chunks,
+            self.splits,
+            num_seqs,
+            self.sliding_window,
+            self.target_chunks,
+            TILE=self.tile,
+            MIN_TILES=MIN_TILES_PER_CHUNK,
+            MAX_PIECES=MAX_PIECES,
+            BLOCK=SCHEDULE_BLOCK,
+            num_warps=1,
+        )
+
+
+def make_plan(
+    layout: PageLayout, device: torch.device, num_q_heads: int, max_num_seqs: int, max_query_len: int, sliding_window: int
+) -> DecodePlan:
+    """See `sawkv.ops.make_decode_plan`."""
+    return TritonPlan(layout, device, num_q_heads, max_num_seqs, max_query_len, sliding_window)
+
+
+@functools.lru_cache(maxsize=64)
+def _own_plan(
+    layout: PageLayout, device: torch.device, num_q_heads: int, max_num_seqs: int, max_query_len: int, sliding_window: int, stream: int
+) -> TritonPlan:
+    """For callers that bring no plan. One for each stream, because a plan serves one launch at a time."""
+    return TritonPlan(layout, device, num_q_heads, max_num_seqs, max_query_len, sliding_window)
+
+
+def decode_attention(
+    q: torch.Tensor,
+    cache: PagedKVCache,
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    query_start_loc: torch.Tensor,
+    out: torch.Tensor,
+    lse: torch.Tensor | None,
+    *,
+    softmax_scale: float,
+    max_query_len: int,
+    sliding_window: int,
+    logit_softcap: float,
+    sinks: torch.Tensor | None,
+    plan: DecodePlan | None,
+) -> None:
+    """See `sawkv.ops.decode_attention`. Where pages are of 16 bits, a NaN in V reaches all queries of its sequence in the call."""
+    layout = cache.layout
+    num_seqs, num_q_heads = seq_lens.shape[0], q.shape[1]
+    if not num_seqs or not q.shape[0]:
+        return
+    if plan is None:
+        capacity = max(64, 1 << (num_seqs - 1).bit_length())
+        stream = torch.cuda.current_stream(q.device).cuda_stream if q.is_cuda else 0
+        plan = _own_plan(layout, q.device, num_q_heads, capacity, max_query_len, sliding_window, stream)
+        plan.update(seq_lens, query_start_loc)
+    if not isinstance(plan, TritonPlan) or plan.key != (num_q_heads, max_query_len, sliding_window) or plan.layout != layout:
+        raise LayoutError("plan: expected one made for this layout, num_q_heads, max_query_len and sliding_window")
+    if num_seqs > plan.max_num_seqs:
+        raise LayoutError(f"plan: expected at most {plan.max_num_seqs} sequences, got {num_seqs}")
+    pages = _page_constants(layout)
+    shape = {key: pages[key] for key in ("HEAD_DIM", "WIDTH", "BITS")}
+    rows = {"GROUP": plan.group, "ROWS": plan.rows, "ROW_GROUPS": plan.row_groups}
+    num_rows = min(q.shape[0], num_seqs * max_query_len) * num_q_heads
+    prepare_kernel[(triton.cdiv(num_rows, PREPARE_ROWS),)](
+        q,
+        plan.queries,
+        plan.query_stats,
+        num_rows,
+        num_q_heads,
+        *q.stride()[:2],
+        softmax_scale * LOG2_E,
+        **shape,
+        ORDER=layout.k_rotation_order,
+        ROWS=PREPARE_ROWS,
+    )
+    decode_kernel[(plan.max_chunks(num_seqs) * plan.units,)](
+        plan.queries,
+        plan.query_stats,
+        cache.pages,
+        block_table,
+        seq_lens,
+        query_start_loc,
+        plan.num_chunks,
+        plan.chunks,
+        plan.partials,
+        plan.partial_stats,
+        cache.pages.stride(0) // 16,
+        block_table.stride(0),
+        logit_softcap * LOG2_E,
+        sliding_window,
+        **pages,
+        **rows,
+        NUM_KV_HEADS=layout.num_kv_heads,
+        BLOCK_ROWS=plan.block_rows,
+        MAX_QUERY_LEN=max_query_len,
+        HAS_SOFTCAP=logit_softcap > 0,
+        HAS_WINDOW=sliding_window > 0,
+        TILE=plan.tile,
+        STAGES=plan.stages,
+        num_warps=plan.num_warps,
+    )
+    merge_kernel[(num_seqs, plan.units, plan.rows)](
+        plan.partials,
+        plan.partial_stats,
+        plan.splits,
+        query_start_loc,
+        cache.v_center,
+        sinks,
+        out,
+        lse,
+        *out.stride()[:2],
+        *((0, 0) if lse is None else lse.stride()),
+        **shape,
+        **rows,
+        ORDER=layout.v_rotation_order,
+        PIECES=MERGE_ELEMENTS // plan.width,
+        num_warps=1,
+    )
+
+
+def _tiling(bits: int, width: int, block_rows: int) -> tuple[int, int, int]:
+    """Tokens in a tile of the decode kernel, warps, and stages of its loop: as large as registers hold."""
+    if bits > 4:
+        return 32, 2, 3
+    return (64 if width <= 128 else 32), (1 if block_rows == 8 and width <= 128 else 2), 3
+
+
+@functools.cache
+def _page_constants(layout: PageLayout) -> dict[str, Any]:
+    multiplier, period = layout.swizzle_factors
+    return {
+        "HEAD_DIM": layout.head_dim,
+        "WIDTH": triton.next_power_of_2(layout.head_dim),
+        "BITS": layout.format.bits,
+        "STORED": STORED[layout.format.codec],
+        "PAGE_SIZE": layout.page_size,
+        "SWIZZLE_MULTIPLIER": multiplier,
+        "SWIZZLE_PERIOD": period,
+    }

@@ -1,0 +1,133 @@
+"""append: center, rotate, quantize, pack and write. A program takes TOKENS tokens of one head, of K or of V."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sawkv.kernels.triton.common import rotate, round_to, swizzled
+
+
+@triton.jit
+def append_kernel(
+    k,
+    v,
+    k_center,
+    v_center,
+    slot_mapping,
+    pages,
+    num_tokens,
+    num_slots,
+    page_stride_16,
+    k_token_stride,
+    k_head_stride,
+    v_token_stride,
+    v_head_stride,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BITS: tl.constexpr,
+    STORED: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    K_ORDER: tl.constexpr,
+    V_ORDER: tl.constexpr,
+    SWIZZLE_MULTIPLIER: tl.constexpr,
+    SWIZZLE_PERIOD: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """Grid [token blocks, num_kv_heads, 2]. `page_stride_16` counts 16 bytes, other strides elements; STORED is the type of 16-bit rows."""
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    slot = tl.load(slot_mapping + token, mask=token < num_tokens, other=-1)
+    is_kept = (slot >= 0) & (slot < num_slots)
+    slot = tl.where(is_kept, slot, 0)
+    half_span: tl.constexpr = PAGE_SIZE * (HEAD_DIM * BITS // 8 + (4 if BITS < 16 else 0))
+    head = tl.program_id(1)
+    page = pages + (slot // PAGE_SIZE) * page_stride_16 * 16 + head * (2 * half_span)
+    offset = (slot % PAGE_SIZE).to(tl.int32)
+    token = token.to(tl.int64)
+    if tl.program_id(2) == 0:
+        row, center = k + token * k_token_stride + head * k_head_stride, k_center
+        _append_rows(row, center, head, page, offset, is_kept, HEAD_DIM, WIDTH, BITS, STORED, PAGE_SIZE, K_ORDER, 0, 1)
+    else:
+        row, center = v + token * v_token_stride + head * v_head_stride, v_center
+        page += half_span
+        _append_rows(
+            row,
+            center,
+            head,
+            page,
+            offset,
+            is_kept,
+            HEAD_DIM,
+            WIDTH,
+            BITS,
+            STORED,
+            PAGE_SIZE,
+            V_ORDER,
+            SWIZZLE_MULTIPLIER,
+            SWIZZLE_PERIOD,
+        )
+
+
+@triton.jit
+def _append_rows(
+    row,
+    center,
+    head,
+    plane,
+    offset,
+    is_kept,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BITS: tl.constexpr,
+    STORED: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    ORDER: tl.constexpr,
+    SWIZZLE_MULTIPLIER: tl.constexpr,
+    SWIZZLE_PERIOD: tl.constexpr,
+):
+    channel = tl.arange(0, WIDTH)[None, :]
+    is_channel = channel < HEAD_DIM
+    y = tl.load(row[:, None] + channel, mask=is_kept[:, None] & is_channel, other=0).to(tl.float32)
+    if center is not None:
+        y = y - tl.load(center + head * HEAD_DIM + channel, mask=is_channel, other=0)
+    y = rotate(y, ORDER)
+    if BITS == 16:
+        to = (
+            plane[:, None]
+            + swizzled(channel, offset[:, None], 8, SWIZZLE_MULTIPLIER, SWIZZLE_PERIOD) * 2
+            + offset[:, None] * (2 * HEAD_DIM)
+        )
+        tl.store(to.to(tl.pointer_type(STORED)), round_to(y, STORED), mask=is_kept[:, None] & is_channel)
+    else:
+        inverse, zero_point, meta, is_finite = _quantizer(y, is_channel, BITS)
+        # Adding 2^23 rounds to an integer, half to even, and leaves it in the low bits.
+        MAX_CODE: tl.constexpr = (1 << BITS) - 1
+        shifted = tl.fma(y, tl.broadcast_to(inverse[:, None], y.shape), tl.broadcast_to(zero_point[:, None], y.shape))
+        codes = (tl.minimum(tl.maximum(shifted, 0.0), MAX_CODE * 1.0) + 8388608.0).to(tl.int32, bitcast=True) & MAX_CODE
+        codes = tl.where(is_finite[:, None], codes, 0)
+        ROW_BYTES: tl.constexpr = HEAD_DIM * BITS // 8
+        if BITS == 4:
+            even, odd = tl.split(tl.reshape(codes, (codes.shape[0], WIDTH // 2, 2)))
+            codes = even | (odd << 4)
+        byte = tl.arange(0, WIDTH * BITS // 8)[None, :]
+        place = swizzled(byte, offset[:, None], 16, SWIZZLE_MULTIPLIER, SWIZZLE_PERIOD) + offset[:, None] * ROW_BYTES
+        tl.store(plane[:, None] + place, codes.to(tl.uint8), mask=is_kept[:, None] & (byte < ROW_BYTES))
+        tl.store((plane + PAGE_SIZE * ROW_BYTES + offset * 4).to(tl.pointer_type(tl.int32)), meta, mask=is_kept)
+
+
+@triton.jit
+def _quantizer(y, is_channel, BITS: tl.constexpr):
+    """1 / scale, zero point, both packed as meta, and whether the row is finite: each [R]. See docs/format.md, steps 3 and 4."""
+    is_finite = tl.max(tl.where(tl.abs(y) < float("inf"), 0, 1), 1) == 0
+    y = tl.where(is_finite[:, None], y, 0.0)  # what such a row gives below is not used
+    low = tl.min(tl.where(is_channel, y, float("inf")), 1)
+    high = tl.max(tl.where(is_channel, y, -float("inf")), 1)
+    by_range, by_offset = (high - low) * (1 / ((1 << BITS) - 1)), tl.maximum(tl.abs(low), tl.abs(high)) * 0.0009765625
+    bound = tl.minimum(tl.maximum(tl.maximum(by_range, by_offset), 2.0**-24), 65504.0)
+    nearest = bound.to(tl.float16)
+    scale_bits = nearest.to(tl.int16, bitcast=True).to(tl.int32) + tl.where(nearest.to(tl.float32) < bound, 1, 0)  # the next fp16 up
+    scale = scale_bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    inverse = tl.math.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
+    zero_point = tl.minimum(tl.maximum(0.0 - low * inverse, -1024.0), 1024.0).to(tl.float16)
+    zero_bits = zero_point.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+    return inverse, zero_point.to(tl.float32), tl.where(is_finite, scale_bits | (zero_bits << 16), 0x7E00), is_finite

@@ -1,0 +1,374 @@
+"""Decode attention: `schedule_kernel` once a step; `prepare_kernel`, `decode_kernel` and `merge_kernel` in each layer.
+
+Keys are cut into chunks of whole tiles, as many as keep the GPU full; a program attends one chunk with the query rows of one KV head, and
+`merge_kernel` adds the chunks of a sequence. Codes are never converted, nor scaled one by one: see `common.codes_in`, and
+
+    score = k_scale * (q . n - k_zero * sum(q));    out = sum(p * v_scale * n) - sum(p * v_scale * v_zero).
+
+A row of codes is read as 16-bit words of PLANES codes each. Plane i, the i-th code of every word, holds channels c with c % PLANES == i;
+queries and partial results lie in the order of planes. Tokens are rows of the products' results, since there may be only 8 query rows.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sawkv.kernels.triton.common import (
+    INTERPRETED,
+    LN_2,
+    LOG2_E,
+    codes_in,
+    high_half,
+    low_half,
+    multiply,
+    rotate,
+    round_to,
+    swizzled,
+    widen,
+)
+
+ODD_NIBBLE = tl.constexpr(16.0)
+"""What odd nibbles, left in place, are multiplied by."""
+V_SHIFT = tl.constexpr(60)
+"""Weights are in bf16 times 2^V_SHIFT: far from both ends of the range for every fp16 scale."""
+NO_SCORE = tl.constexpr(-1e30)
+
+
+@triton.jit
+def _visible_tiles(seq_len, query_len, window, TILE: tl.constexpr):
+    """The first tile that any query sees, and how many from there."""
+    first_token = tl.where(window > 0, tl.maximum(seq_len - query_len - window + 1, 0), 0)
+    first = first_token // TILE
+    return first, tl.where(query_len > 0, (seq_len + TILE - 1) // TILE - first, 0)
+
+
+@triton.jit
+def _pieces(tiles, tiles_per_chunk, MAX_PIECES: tl.constexpr):
+    return tl.minimum((tiles + tiles_per_chunk - 1) // tiles_per_chunk, MAX_PIECES)
+
+
+@triton.jit
+def schedule_kernel(
+    seq_lens,
+    query_start_loc,
+    num_chunks,
+    chunks,
+    splits,
+    num_seqs,
+    window,
+    target_chunks,
+    TILE: tl.constexpr,
+    MIN_TILES: tl.constexpr,
+    MAX_PIECES: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid [num_seqs]. Every program adds up all lengths and then writes its own sequence's chunks.
+
+    chunks: [max_chunks, 4] int32: sequence, first tile, tiles, 0.
+    splits: [max_num_seqs, 2] int32: first chunk, chunks.
+    """
+    seq = tl.program_id(0)
+    total = 0
+    for start in range(0, num_seqs, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        query_len = tl.load(query_start_loc + i + 1, mask=i < num_seqs, other=0) - tl.load(query_start_loc + i, mask=i < num_seqs, other=0)
+        _, tiles = _visible_tiles(tl.load(seq_lens + i, mask=i < num_seqs, other=0), query_len, window, TILE)
+        total += tl.sum(tiles)
+    tiles_per_chunk = tl.maximum((total + target_chunks - 1) // target_chunks, MIN_TILES)
+    before = 0
+    for start in range(0, seq, BLOCK):
+        i = start + tl.arange(0, BLOCK)
+        query_len = tl.load(query_start_loc + i + 1, mask=i < seq, other=0) - tl.load(query_start_loc + i, mask=i < seq, other=0)
+        _, tiles = _visible_tiles(tl.load(seq_lens + i, mask=i < seq, other=0), query_len, window, TILE)
+        before += tl.sum(_pieces(tiles, tiles_per_chunk, MAX_PIECES))
+    query_len = tl.load(query_start_loc + seq + 1) - tl.load(query_start_loc + seq)
+    first, tiles = _visible_tiles(tl.load(seq_lens + seq), query_len, window, TILE)
+    pieces = _pieces(tiles, tiles_per_chunk, MAX_PIECES)
+    tl.store(splits + 2 * seq, before)
+    tl.store(splits + 2 * seq + 1, pieces)
+    if seq == num_seqs - 1:
+        tl.store(num_chunks, before + pieces)
+    for start in range(0, pieces, BLOCK):
+        piece = start + tl.arange(0, BLOCK)
+        begin, end = piece * tiles // pieces, (piece + 1) * tiles // pieces
+        chunk = chunks + 4 * (before + piece)
+        tl.store(chunk, tl.zeros_like(piece) + seq, mask=piece < pieces)
+        tl.store(chunk + 1, first + begin, mask=piece < pieces)
+        tl.store(chunk + 2, end - begin, mask=piece < pieces)
+
+
+@triton.jit
+def prepare_kernel(
+    q,
+    queries,
+    query_stats,
+    num_rows,
+    num_q_heads,
+    q_token_stride,
+    q_head_stride,
+    scale_log2,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BITS: tl.constexpr,
+    ORDER: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Rotate query rows and bring them to 16 bits in the order of planes: queries [num_rows, WIDTH], a row for each (token, query head).
+
+    query_stats: [num_rows, 2] fp32: sum of the row in units of codes, and what its scores are multiplied by (log2(e) included).
+    """
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    channel = tl.arange(0, WIDTH)[None, :]
+    token, head = row // num_q_heads, row % num_q_heads
+    at = token.to(tl.int64) * q_token_stride + head * q_head_stride
+    y = tl.load(q + at[:, None] + channel, mask=(row < num_rows)[:, None] & (channel < HEAD_DIM), other=0).to(tl.float32)
+    y = rotate(y, ORDER)
+    # To the top of fp16's range by a power of two. NaN and infinities stay what they are.
+    largest = tl.max(tl.abs(y), 1)
+    exponent = tl.minimum(tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) - 127, -100), 100)
+    y = y * ((13 - exponent + 127) << 23).to(tl.float32, bitcast=True)[:, None]
+    element = queries.dtype.element_ty
+    total = tl.sum(round_to(y, element).to(tl.float32), 1)
+    PLANES: tl.constexpr = 16 // BITS
+    if BITS == 4:
+        y = tl.where(channel % 2 == 1, y / ODD_NIBBLE, y)
+    place = channel % PLANES * (WIDTH // PLANES) + channel // PLANES
+    tl.store(queries + row[:, None].to(tl.int64) * WIDTH + place, round_to(y, element), mask=(row < num_rows)[:, None])
+    CODE_EXPONENT: tl.constexpr = 24 if BITS < 16 else 0  # codes are n * 2^-24
+    factor = scale_log2 * ((exponent - 13 + CODE_EXPONENT + 127) << 23).to(tl.float32, bitcast=True)
+    tl.store(query_stats + 2 * row, total * 2.0**-CODE_EXPONENT, mask=row < num_rows)
+    tl.store(query_stats + 2 * row + 1, factor, mask=row < num_rows)
+
+
+@triton.jit
+def decode_kernel(
+    queries,
+    query_stats,
+    pages,
+    block_table,
+    seq_lens,
+    query_start_loc,
+    num_chunks,
+    chunks,
+    partials,
+    partial_stats,
+    page_stride_16,
+    table_stride,
+    softcap_log2,
+    window,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BITS: tl.constexpr,
+    STORED: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    SWIZZLE_MULTIPLIER: tl.constexpr,
+    SWIZZLE_PERIOD: tl.constexpr,
+    NUM_KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+    ROW_GROUPS: tl.constexpr,
+    MAX_QUERY_LEN: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    TILE: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """Grid [max_chunks * NUM_KV_HEADS * ROW_GROUPS]: one chunk, KV head and row group a program.
+
+    partials: [max_chunks, NUM_KV_HEADS * ROW_GROUPS, ROWS, WIDTH] fp32 in the order of planes, not divided by the sum of the weights.
+    partial_stats: [max_chunks, NUM_KV_HEADS * ROW_GROUPS, ROWS, 2] fp32: maximum of the scores in log2, and sum of the weights.
+    """
+    UNITS: tl.constexpr = NUM_KV_HEADS * ROW_GROUPS
+    PLANES: tl.constexpr = 16 // BITS
+    COLUMNS: tl.constexpr = WIDTH // PLANES
+    WORDS: tl.constexpr = HEAD_DIM // PLANES  # of a row, the rest is padding
+    IS_CODED: tl.constexpr = BITS < 16
+    HALF_SPAN: tl.constexpr = PAGE_SIZE * (HEAD_DIM * BITS // 16 + (2 if IS_CODED else 0))  # in 16-bit words
+    K_TYPE: tl.constexpr = tl.float16 if IS_CODED else STORED
+    V_TYPE: tl.constexpr = tl.bfloat16 if IS_CODED else STORED
+
+    chunk, unit = tl.program_id(0) // UNITS, tl.program_id(0) % UNITS
+    if chunk >= tl.load(num_chunks):
+        return
+    seq, first_tile, num_tiles = tl.load(chunks + 4 * chunk), tl.load(chunks + 4 * chunk + 1), tl.load(chunks + 4 * chunk + 2)
+    length, query_start = tl.load(seq_lens + seq), tl.load(query_start_loc + seq)
+    query_len = tl.load(query_start_loc + seq + 1) - query_start
+    kv_head = unit // ROW_GROUPS
+
+    block_row = tl.arange(0, BLOCK_ROWS)
+    row = unit % ROW_GROUPS * ROWS + block_row
+    query_token = row // GROUP
+    is_row = (block_row < ROWS) & (query_token < query_len)
+    last = tl.minimum(length - query_len + query_token, length - 1)  # that the row sees
+    query = (query_start + query_token).to(tl.int64) * (NUM_KV_HEADS * GROUP) + kv_head * GROUP + row % GROUP
+    column = tl.arange(0, COLUMNS)
+    place = queries + query[None, :] * WIDTH + column[:, None]
+    q0 = tl.load(place, mask=is_row[None, :], other=0)
+    if PLANES > 1:
+        q1 = tl.load(place + COLUMNS, mask=is_row[None, :], other=0)
+    if PLANES > 2:
+        q2 = tl.load(place + 2 * COLUMNS, mask=is_row[None, :], other=0)
+        q3 = tl.load(place + 3 * COLUMNS, mask=is_row[None, :], other=0)
+    query_sum = tl.load(query_stats + 2 * query, mask=is_row, other=0)
+    query_factor = tl.load(query_stats + 2 * query + 1, mask=is_row, other=0)
+
+    maximum = tl.full([BLOCK_ROWS], NO_SCORE, tl.float32)
+    total = tl.zeros([BLOCK_ROWS], tl.float32)
+    zero = tl.zeros([BLOCK_ROWS], tl.float32)  # sum of weight * v_scale * v_zero
+    out0 = tl.zeros([COLUMNS, BLOCK_ROWS], tl.float32)
+    if PLANES > 1:
+        out1 = tl.zeros([COLUMNS, BLOCK_ROWS], tl.float32)
+    if PLANES > 2:
+        out2 = tl.zeros([COLUMNS, BLOCK_ROWS], tl.float32)
+        out3 = tl.zeros([COLUMNS, BLOCK_ROWS], tl.float32)
+
+    table = block_table + seq.to(tl.int64) * table_stride
+    head = pages.to(tl.pointer_type(tl.uint16)) + kv_head * (2 * HALF_SPAN)
+    for tile in tl.range(first_tile, first_tile + num_tiles, num_stages=STAGES):
+        token = tile * TILE + tl.arange(0, TILE)
+        is_there = token < length
+        if HAS_WINDOW:
+            is_there &= token > length - query_len - window
+        page = tl.load(table + token // PAGE_SIZE, mask=is_there, other=0)
+        k_plane = head + page.to(tl.int64) * page_stride_16 * 8
+        offset = token % PAGE_SIZE
+
+        # Scores, [TILE, BLOCK_ROWS]
+        k_place = offset[:, None] * WORDS + column[None, :]
+        words = tl.load(k_plane[:, None] + k_place, mask=is_there[:, None] & (column < WORDS)[None, :], other=0)
+        scores = multiply(codes_in(words, 0, BITS, K_TYPE), q0, tl.zeros([TILE, BLOCK_ROWS], tl.float32))
+        if PLANES > 1:
+            scores = multiply(codes_in(words, 1, BITS, K_TYPE), q1, scores)
+        if PLANES > 2:
+            scores = multiply(codes_in(words, 2, BITS, K_TYPE), q2, scores)
+            scores = multiply(codes_in(words, 3, BITS, K_TYPE), q3, scores)
+        if IS_CODED:
+            k_meta = tl.load((k_plane + PAGE_SIZE * WORDS + offset * 2).to(tl.pointer_type(tl.int32)), mask=is_there, other=0)
+            scores = (scores - high_half(k_meta)[:, None] * query_sum[None, :]) * (low_half(k_meta)[:, None] * query_factor[None, :])
+        else:
+            scores *= query_factor[None, :]
+        if HAS_SOFTCAP:  # cap * tanh(x / cap), by 1 - 2 / (1 + e^2y); score and cap are in log2, which their ratio does not see
+            scores = softcap_log2 * (1 - 2 / (1 + tl.exp2(scores / softcap_log2 * (2 * LOG2_E))))
+        scores += tl.where(is_there, 0.0, -float("inf"))[:, None]
+        if MAX_QUERY_LEN > 1:
+            is_visible = token[:, None] <= last[None, :]
+            if HAS_WINDOW:
+                is_visible &= token[:, None] > (last - window)[None, :]
+            scores = tl.where(is_visible, scores, -float("inf"))
+
+        new_maximum = tl.maximum(maximum, tl.max(scores, 0))
+        shrink = tl.exp2(maximum - new_maximum)
+        maximum = new_maximum
+        weights = tl.exp2(scores - maximum[None, :])
+        total = total * shrink + tl.sum(weights, 0)
+
+        # Output, [COLUMNS, BLOCK_ROWS]
+        v_plane = k_plane + HALF_SPAN
+        if IS_CODED:
+            v_meta = tl.load((v_plane + PAGE_SIZE * WORDS + offset * 2).to(tl.pointer_type(tl.int32)), mask=is_there, other=0)
+            weights *= (low_half(v_meta) * 2.0**V_SHIFT)[:, None]
+            if MAX_QUERY_LEN > 1:
+                weights = tl.where(is_visible, weights, 0)  # a hidden token's scale may be NaN
+        rounded = round_to(weights, V_TYPE)
+        if IS_CODED:  # from the rounded weights, so that rounding acts on n - zero and not on n and zero apart
+            zero = zero * shrink + tl.sum(widen(rounded) * high_half(v_meta)[:, None], 0)
+        v_place = swizzled(column[:, None], offset[None, :], 8, SWIZZLE_MULTIPLIER, SWIZZLE_PERIOD) + offset[None, :] * WORDS
+        if not INTERPRETED and SWIZZLE_PERIOD > 1:  # segments are whole
+            v_place = tl.max_contiguous(tl.multiple_of(v_place, (8, 1)), (8, 1))
+        words = tl.load(v_plane[None, :] + v_place, mask=is_there[None, :] & (column < WORDS)[:, None], other=0)
+        out0 = multiply(codes_in(words, 0, BITS, V_TYPE), rounded, out0 * shrink[None, :])
+        if PLANES > 1:
+            out1 = multiply(codes_in(words, 1, BITS, V_TYPE), rounded, out1 * shrink[None, :])
+        if PLANES > 2:
+            out2 = multiply(codes_in(words, 2, BITS, V_TYPE), rounded, out2 * shrink[None, :])
+            out3 = multiply(codes_in(words, 3, BITS, V_TYPE), rounded, out3 * shrink[None, :])
+
+    partial = tl.program_id(0).to(tl.int64) * ROWS + block_row
+    tl.store(partial_stats + 2 * partial, maximum, mask=is_row)
+    tl.store(partial_stats + 2 * partial + 1, total, mask=is_row)
+    to = partials + partial[None, :] * WIDTH + column[:, None]
+    if IS_CODED:
+        offset = (zero * 2.0**-V_SHIFT)[None, :]
+        EVEN: tl.constexpr = 2.0 ** (133 - V_SHIFT)  # codes are n * 2^-133
+        ODD: tl.constexpr = EVEN / ODD_NIBBLE if BITS == 4 else EVEN
+        tl.store(to, out0 * EVEN - offset, mask=is_row[None, :])
+        tl.store(to + COLUMNS, out1 * ODD - offset, mask=is_row[None, :])
+        if PLANES > 2:
+            tl.store(to + 2 * COLUMNS, out2 * EVEN - offset, mask=is_row[None, :])
+            tl.store(to + 3 * COLUMNS, out3 * ODD - offset, mask=is_row[None, :])
+    else:
+        tl.store(to, out0, mask=is_row[None, :])
+
+
+@triton.jit
+def merge_kernel(
+    partials,
+    partial_stats,
+    splits,
+    query_start_loc,
+    v_center,
+    sinks,
+    out,
+    lse,
+    out_token_stride,
+    out_head_stride,
+    lse_token_stride,
+    lse_head_stride,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BITS: tl.constexpr,
+    ORDER: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    ROW_GROUPS: tl.constexpr,
+    PIECES: tl.constexpr,
+):
+    """Grid [num_seqs, NUM_KV_HEADS * ROW_GROUPS, ROWS]: add the chunks of one row, PIECES at a time; un-rotate, and write."""
+    seq, unit = tl.program_id(0), tl.program_id(1)
+    row = unit % ROW_GROUPS * ROWS + tl.program_id(2)
+    query_start = tl.load(query_start_loc + seq)
+    query_token, kv_head = row // GROUP, unit // ROW_GROUPS
+    if query_token >= tl.load(query_start_loc + seq + 1) - query_start:
+        return
+    first, count = tl.load(splits + 2 * seq), tl.load(splits + 2 * seq + 1)
+    PLANES: tl.constexpr = 16 // BITS
+    channel = tl.arange(0, WIDTH)
+    place = channel % PLANES * (WIDTH // PLANES) + channel // PLANES
+    maximum = NO_SCORE
+    total = 0.0
+    y = tl.zeros([WIDTH], tl.float32)
+    for start in range(0, count, PIECES):
+        piece = start + tl.arange(0, PIECES)
+        is_there = piece < count
+        partial = ((first + piece).to(tl.int64) * tl.num_programs(1) + unit) * ROWS + tl.program_id(2)
+        maxima = tl.load(partial_stats + 2 * partial, mask=is_there, other=NO_SCORE)
+        sums = tl.load(partial_stats + 2 * partial + 1, mask=is_there, other=0)
+        outs = tl.load(partials + partial[:, None] * WIDTH + place[None, :], mask=is_there[:, None], other=0)
+        new_maximum = tl.maximum(maximum, tl.max(maxima, 0))
+        shrink, factor = tl.exp2(maximum - new_maximum), tl.exp2(maxima - new_maximum)
+        maximum = new_maximum
+        total = total * shrink + tl.sum(sums * factor, 0)
+        y = y * shrink + tl.sum(outs * factor[:, None], 0)
+
+    q_head = kv_head * GROUP + row % GROUP
+    with_sink = total
+    if sinks is not None:
+        sink = tl.load(sinks + q_head).to(tl.float32) * LOG2_E
+        new_maximum = tl.maximum(maximum, sink)
+        shrink = tl.exp2(maximum - new_maximum)
+        y, total = y * shrink, total * shrink
+        with_sink = total + tl.exp2(sink - new_maximum)
+        maximum = new_maximum
+    is_seen = with_sink != 0
+    inverse = 1 / tl.where(is_seen, with_sink, 1.0)
+    y = tl.reshape(rotate(tl.reshape(y * inverse, (1, WIDTH)), ORDER), (WIDTH,))
+    if v_center is not None:
+        y += tl.load(v_center + kv_head * HEAD_DIM + channel, mask=channel < HEAD_DIM, other=0) * (total * inverse)
+    token = (query_start + query_token).to(tl.int64)
+    to = out + token * out_token_stride + q_head * out_head_stride
+    tl.store(to + channel, round_to(y, out.dtype.element_ty), mask=channel < HEAD_DIM)
+    if lse is not None:
+        log2_sum = tl.where(is_seen, maximum + tl.log2(tl.where(is_seen, with_sink, 1.0)), -float("inf"))
+        tl.store(lse + token * lse_token_stride + q_head * lse_head_stride, log2_sum * LN_2)

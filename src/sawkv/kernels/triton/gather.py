@@ -1,0 +1,110 @@
+"""gather: decode the pages of many sequences into contiguous rows. A program takes K or V of TOKENS output tokens and one head."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from sawkv.kernels.triton.common import high_half, low_half, rotate, round_to, swizzled
+
+
+@triton.jit
+def gather_kernel(
+    pages,
+    block_table,
+    seq_lens,
+    cu_seq_lens,
+    k_center,
+    v_center,
+    k_out,
+    v_out,
+    num_seqs,
+    search_steps,
+    max_tokens,
+    page_stride_16,
+    table_stride,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BITS: tl.constexpr,
+    STORED: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    K_ORDER: tl.constexpr,
+    V_ORDER: tl.constexpr,
+    SWIZZLE_MULTIPLIER: tl.constexpr,
+    SWIZZLE_PERIOD: tl.constexpr,
+    TOKENS: tl.constexpr,
+):
+    """Grid [token blocks, num_kv_heads, 2]. Orders are 0 where rows stay rotated; 2^search_steps is at least num_seqs."""
+    token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    if tl.program_id(0) * TOKENS < tl.load(cu_seq_lens + num_seqs):
+        seq = tl.zeros_like(token)  # the last sequence that starts at or before the token
+        end = seq + num_seqs
+        for _ in range(search_steps):
+            middle = (seq + end) // 2
+            is_after = tl.load(cu_seq_lens + middle) <= token
+            seq, end = tl.where(is_after, middle, seq), tl.where(is_after, end, middle)
+        position = token - tl.load(cu_seq_lens + seq)
+        is_there = (token < max_tokens) & (position >= 0) & (position < tl.load(seq_lens + seq))
+        page = tl.load(block_table + seq.to(tl.int64) * table_stride + position // PAGE_SIZE, mask=is_there, other=0).to(tl.int64)
+        half_span: tl.constexpr = PAGE_SIZE * (HEAD_DIM * BITS // 8 + (4 if BITS < 16 else 0))
+        head = tl.program_id(1)
+        plane = pages + page * page_stride_16 * 16 + head * (2 * half_span)
+        offset = position % PAGE_SIZE
+        to = (token.to(tl.int64) * tl.num_programs(1) + head) * HEAD_DIM
+        if tl.program_id(2) == 0:
+            _gather_rows(plane, offset, is_there, k_center, head, k_out + to, HEAD_DIM, WIDTH, BITS, STORED, PAGE_SIZE, K_ORDER, 0, 1)
+        else:
+            _gather_rows(
+                plane + half_span,
+                offset,
+                is_there,
+                v_center,
+                head,
+                v_out + to,
+                HEAD_DIM,
+                WIDTH,
+                BITS,
+                STORED,
+                PAGE_SIZE,
+                V_ORDER,
+                SWIZZLE_MULTIPLIER,
+                SWIZZLE_PERIOD,
+            )
+
+
+@triton.jit
+def _gather_rows(
+    plane,
+    offset,
+    is_there,
+    center,
+    head,
+    to,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BITS: tl.constexpr,
+    STORED: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    ORDER: tl.constexpr,
+    SWIZZLE_MULTIPLIER: tl.constexpr,
+    SWIZZLE_PERIOD: tl.constexpr,
+):
+    ROW_BYTES: tl.constexpr = HEAD_DIM * BITS // 8
+    channel = tl.arange(0, WIDTH)[None, :]
+    is_channel = channel < HEAD_DIM
+    if BITS == 16:
+        from_ = plane[:, None] + swizzled(channel, offset[:, None], 8, SWIZZLE_MULTIPLIER, SWIZZLE_PERIOD) * 2 + offset[:, None] * ROW_BYTES
+        y = tl.load(from_.to(tl.pointer_type(STORED)), mask=is_there[:, None] & is_channel, other=0).to(tl.float32)
+    else:
+        byte = tl.arange(0, WIDTH * BITS // 8)[None, :]
+        place = swizzled(byte, offset[:, None], 16, SWIZZLE_MULTIPLIER, SWIZZLE_PERIOD) + offset[:, None] * ROW_BYTES
+        codes = tl.load(plane[:, None] + place, mask=is_there[:, None] & (byte < ROW_BYTES), other=0)
+        if BITS == 4:
+            codes = tl.reshape(tl.join(codes & 15, codes >> 4), (codes.shape[0], WIDTH))
+        meta = tl.load((plane + PAGE_SIZE * ROW_BYTES + offset * 4).to(tl.pointer_type(tl.int32)), mask=is_there, other=0)
+        y = (codes.to(tl.float32) - high_half(meta)[:, None]) * low_half(meta)[:, None]
+        y = tl.where(is_channel, y, 0.0)  # so that padding stays zero
+    y = rotate(y, ORDER)
+    if center is not None:
+        y = y + tl.load(center + head * HEAD_DIM + channel, mask=is_channel, other=0)
+    tl.store(to[:, None] + channel, round_to(y, to.dtype.element_ty), mask=is_there[:, None] & is_channel)
