@@ -122,7 +122,8 @@ class Server:
         with self.log.open("ab") as sink:
             self._process = subprocess.Popen(self._command, env=env, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True)
         timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT)
-        self._session = aiohttp.ClientSession(self.url, connector=aiohttp.TCPConnector(limit=0), timeout=timeout)
+        # A connection for each request: the server closes idle ones, and a request sent into one would look lost.
+        self._session = aiohttp.ClientSession(self.url, connector=aiohttp.TCPConnector(limit=0, force_close=True), timeout=timeout)
         deadline = time.monotonic() + START_TIMEOUT
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
