@@ -7,6 +7,7 @@ import importlib.metadata
 import platform
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from sawkv import __version__
 from sawkv.errors import SawkvError
@@ -41,6 +42,27 @@ def _parser() -> argparse.ArgumentParser:
     serve.add_argument("--format", help="cache format, for example int4-k128-v128 (default: the calibration's, or int4)")
     serve.add_argument("--calibration", metavar="FILE", help="centers of K and V, from `sawkv calibrate`")
     serve.set_defaults(run=_serve)
+
+    plan = commands.add_parser("plan", help="predict what fits on a GPU, in 16 bits and in a cache format, before anything starts")
+    plan.add_argument("model", help="a checkpoint directory, of which config.json is enough, or a model of the Hugging Face hub")
+    plan.add_argument("--format", default="int4", help="cache format to compare with 16 bits (default: %(default)s)")
+    plan.add_argument("--gpu-memory", metavar="SIZE", help="of one card as sold, for example 80GiB (default: what CUDA reports here)")
+    plan.add_argument("--context", type=int, default=16384, help="longest request in tokens, vLLM's --max-model-len (default: %(default)s)")
+    plan.add_argument("--gpu-memory-utilization", type=float, default=0.90, help="as given to vLLM (default: %(default)s)")
+    plan.add_argument("--tensor-parallel", type=int, default=1, help="cards that share the model (default: %(default)s)")
+    plan.add_argument("--max-num-batched-tokens", type=int, help="as given to vLLM (default: vLLM's for a server)")
+    plan.add_argument("--max-num-seqs", type=int, help="as given to vLLM (default: vLLM's for a server)")
+    plan.set_defaults(run=_plan)
+
+    calibrate = commands.add_parser("calibrate", help="measure the centers of a model's K and V, and write a file that engines load")
+    calibrate.add_argument("model", type=Path, help="a checkpoint directory")
+    calibrate.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to measure on (default: the model's held-out text)")
+    calibrate.add_argument("--out", type=Path, required=True, metavar="FILE", help="safetensors file to write")
+    calibrate.add_argument("--format", default="int4", help="cache format that will be served (default: %(default)s)")
+    calibrate.add_argument("--window", type=int, default=2048, metavar="TOKENS", help="length of a context (default: %(default)s)")
+    calibrate.add_argument("--windows", type=int, default=16, metavar="COUNT", help="contexts to run (default: %(default)s)")
+    calibrate.add_argument("--device", help="cpu or cuda (default: a GPU where there is one)")
+    calibrate.set_defaults(run=_calibrate)
 
     demo = commands.add_parser("demo", help="serve a model in 16 bits and then from INT4 pages, and compare text and capacity")
     demo.add_argument("model")
@@ -92,6 +114,32 @@ def _serve(args: argparse.Namespace) -> int:
     from sawkv.integrations.vllm.server import serve
 
     return serve(args.model, args.format, args.vllm_options, args.calibration)
+
+
+def _plan(args: argparse.Namespace) -> int:
+    from sawkv import plan
+    from sawkv.spec import CacheFormat
+
+    setting = plan.Setting(
+        plan.card_memory(args.gpu_memory),
+        args.context,
+        gpu_memory_utilization=args.gpu_memory_utilization,
+        tensor_parallel=args.tensor_parallel,
+        max_num_batched_tokens=args.max_num_batched_tokens,
+        max_num_seqs=args.max_num_seqs,
+    )
+    shape, weight_bytes = plan.read_model(args.model)
+    formats = [plan.WIDE, CacheFormat.parse(args.format).resolve(shape.head_dim)]
+    print(plan.report([plan.make_plan(shape, setting, cache_format, weight_bytes) for cache_format in formats], setting))
+    return 0
+
+
+def _calibrate(args: argparse.Namespace) -> int:
+    from sawkv.evaluate.calibrate import run_calibrate
+
+    return run_calibrate(
+        args.model, args.text, args.out, cache_format=args.format, window=args.window, windows=args.windows, device=args.device
+    )
 
 
 def _demo(args: argparse.Namespace) -> int:

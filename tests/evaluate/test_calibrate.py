@@ -1,0 +1,86 @@
+"""Centers measured on a model: against its own cache, and where they must help and must not be used."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from sawkv import CacheFormat, FormatError
+from sawkv.calibration import Calibration
+from sawkv.evaluate import calibrate
+from sawkv.evaluate.calibrate import Saving
+from sawkv.integrations.transformers_eval import EvalModel
+
+INT4 = CacheFormat("int4")
+
+
+def make_model(key_bias: float = 0.0, value_bias: float = 0.0) -> Qwen2ForCausalLM:
+    """Random weights; Qwen2 has biases of K and V. Keys get theirs in the pairs that RoPE turns slowest."""
+    config = Qwen2Config(
+        vocab_size=200,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        max_position_embeddings=256,
+        rope_theta=1e6,
+    )
+    model = Qwen2ForCausalLM(config).train(False)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.k_proj.bias.view(2, 32)[:, [14, 15, 30, 31]] = key_bias * torch.tensor([1.0, -1.0, 2.0, 0.5])
+            layer.self_attn.v_proj.bias.copy_(value_bias * torch.randn(64))
+    return model
+
+
+def windows(count: int) -> torch.Tensor:
+    return torch.randint(0, 200, (count, 64))
+
+
+@torch.inference_mode()
+def means_by_the_models_own_cache(model: Qwen2ForCausalLM, ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    cache = model(ids, use_cache=True).past_key_values
+    return [(layer.keys.mean((0, 2)), layer.values.mean((0, 2))) for layer in cache.layers]
+
+
+def test_centers_are_the_means_of_what_the_model_caches() -> None:
+    model, ids = make_model(8.0, 4.0), windows(3)
+    wanted = means_by_the_models_own_cache(model, ids)
+    made, savings = calibrate.calibrate(EvalModel(model), INT4, ids, windows(2))
+    assert str(made.format) == "int4-k32-v32"
+    for layer, (k, v) in enumerate(wanted):
+        torch.testing.assert_close(made.k_center[layer], k, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(made.v_center[layer], v, rtol=1e-3, atol=1e-3)
+        for saving in savings[layer]:
+            assert saving.centered < 0.5 * saving.plain, "an offset far from zero is what a center removes"
+
+
+def test_a_center_that_does_not_help_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not Saving(plain=1.0, centered=1.0).used
+    monkeypatch.setattr(calibrate.Saving, "used", property(lambda saving: False))
+    made, _ = calibrate.calibrate(EvalModel(make_model(8.0)), INT4, windows(2), windows(1))
+    assert not made.k_center.any()
+    assert made.centers(1) == (None, None)
+
+
+def test_formats_that_centers_do_not_improve_are_refused() -> None:
+    with pytest.raises(FormatError, match="expected a quantized format"):
+        calibrate.calibrate(EvalModel(make_model()), CacheFormat("bf16"), windows(1), windows(1))
+
+
+def test_the_command_writes_a_file_for_this_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = next((Path(__file__).parents[2] / "models").glob("sawkv-*"))
+    options = {"cache_format": "int4-k64-v0", "window": 256, "windows": 4, "device": "cpu"}
+    assert calibrate.run_calibrate(folder, None, tmp_path / "c.safetensors", **options) == 0
+    shown = capsys.readouterr().out
+    made = Calibration.load(tmp_path / "c.safetensors")
+    assert made.fingerprint() in shown
+    assert "layer 4" in shown
+    assert str(made.format) == "int4-k64-v0"
+    assert made.k_center.shape == (5, 2, 128)
+    assert made.centers_keys
