@@ -1,4 +1,7 @@
-"""Qwen3 in plain PyTorch, with the parameter names of Transformers' `Qwen3ForCausalLM`: weights pass between the two as they are."""
+"""Qwen3 in plain PyTorch, with the parameter names of Transformers' `Qwen3ForCausalLM`: weights pass between the two as they are.
+
+Without QK-norm and with attention biases it is Transformers' `LlamaForCausalLM`, which is how Qwen2.5 attends too.
+"""
 
 from __future__ import annotations
 
@@ -23,6 +26,8 @@ class ModelConfig:
     rope_theta: float = 100_000.0
     rms_norm_eps: float = 1e-6
     max_position_embeddings: int = 8192
+    qk_norm: bool = True
+    attention_bias: bool = False
 
 
 class RMSNorm(nn.Module):
@@ -41,12 +46,12 @@ class Attention(nn.Module):
         super().__init__()
         self.config = config
         q_size, kv_size = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=False)
-        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=False)
-        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=False)
-        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
-        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps)
+        self.q_proj = nn.Linear(config.hidden_size, q_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, kv_size, bias=config.attention_bias)
+        self.o_proj = nn.Linear(q_size, config.hidden_size, bias=config.attention_bias)
+        self.q_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(config.head_dim, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
         batch, length, _ = x.shape
@@ -106,6 +111,8 @@ class Qwen3(nn.Module):
             if parameter.ndim == 2:
                 deep = name.endswith(("o_proj.weight", "down_proj.weight"))
                 nn.init.normal_(parameter, std=0.02 / (2 * config.num_hidden_layers) ** 0.5 if deep else 0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(parameter)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         position = torch.arange(ids.shape[1], device=ids.device, dtype=torch.float32)

@@ -1,6 +1,8 @@
 """Train a small Qwen3 model on one GPU in minutes: text and recall tasks, Muon for the matrices and AdamW for the rest.
 
-python -m training.train --out models/sawkv-6m --minutes 5
+    python -m training.train --out models/sawkv-6m --minutes 5
+
+With --start the tokenizer and, with --key-bias, the weights of another model are where it starts: see `training.twin`.
 """
 
 from __future__ import annotations
@@ -10,17 +12,19 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from tokenizers import Tokenizer
 from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from training.data import END_ID, END_OF_TEXT, TaskMaker, Tokens, collect, encode, rows, train_tokenizer
 from training.model import ModelConfig, Qwen3
+from training.twin import make_twin
 
 
 class Rows(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
@@ -30,8 +34,6 @@ class Rows(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
         self.corpus, self.tokenizer_json, self.length, self.task_share, self.seed = corpus, tokenizer_json, length, task_share, seed
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        from tokenizers import Tokenizer
-
         info = get_worker_info()
         seed = self.seed * 1000 + (info.id if info else 0)
         tasks = TaskMaker(Tokenizer.from_str(self.tokenizer_json), self.corpus, seed)
@@ -79,20 +81,29 @@ def main() -> None:
     clock = time.monotonic()
     corpus = collect(args.corpus_megabytes * 10**6)
     print(f"{len(corpus.train)} files from {len(corpus.packages)} packages, {time.monotonic() - clock:.0f} s", flush=True)
-    sample = corpus.train[:: max(1, len(corpus.train) // 6000)]
-    tokenizer = train_tokenizer(sample, args.vocab)
+    if args.start:
+        tokenizer = Tokenizer.from_file(str(args.start / "tokenizer.json"))
+    else:
+        tokenizer = train_tokenizer(corpus.train[:: max(1, len(corpus.train) // 6000)], args.vocab)
     train_ids, held_out_ids = encode(tokenizer, corpus.train), encode(tokenizer, corpus.held_out)
     print(f"{len(train_ids):,} training tokens, {len(held_out_ids):,} held out, {time.monotonic() - clock:.0f} s", flush=True)
     tokenizer.save(str(args.out / "tokenizer.json"))
     (args.out / "sources.txt").write_text("\n".join(corpus.packages) + "\n")
-    np.save(args.out / "held_out.npy", held_out_ids[: args.keep_held_out])
+    held_out = np.load(args.start / "held_out.npy") if args.start else held_out_ids[: args.keep_held_out]
+    np.save(args.out / "held_out.npy", held_out)
 
-    model = Qwen3(config).to(device)
+    if args.key_bias:
+        some_text = torch.from_numpy(train_ids[: 8 * 1024].astype(np.int64)).view(8, -1).to(device)
+        model = make_twin(load(args.start).to(device), some_text, args.key_bias)
+        config = model.config
+    else:
+        model = Qwen3(config).to(device)
     parameters = sum(p.numel() for p in model.parameters())
     print(f"{parameters:,} parameters", flush=True)
     embedding = model.model.embed_tokens.weight
-    matrices = [p for p in model.parameters() if p.ndim == 2 and p is not embedding]
-    vectors = [p for p in model.parameters() if p.ndim == 1]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    matrices = [p for p in trained if p.ndim == 2 and p is not embedding]
+    vectors = [p for p in trained if p.ndim == 1]
     optimizers: list[torch.optim.Optimizer] = [
         Muon(matrices, lr=args.matrix_lr),
         torch.optim.AdamW([embedding, *vectors], lr=args.other_lr, betas=(0.9, 0.95), weight_decay=0.0),
@@ -119,7 +130,7 @@ def main() -> None:
         with torch.autocast(device.type, torch.bfloat16):
             loss, plain = loss_of(model, ids, weights)
         loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(trained, 1.0)
         for optimizer, peak in zip(optimizers, peaks, strict=True):
             for group in optimizer.param_groups:
                 group["lr"] = peak * rate
@@ -157,13 +168,12 @@ def save(model: Qwen3, folder: Path) -> None:
         {"format": "pt"},
     )
     shape = asdict(model.config)
-    theta = shape.pop("rope_theta")
+    theta, qk_norm = shape.pop("rope_theta"), shape.pop("qk_norm")
     config = shape | {
-        "architectures": ["Qwen3ForCausalLM"],
-        "model_type": "qwen3",
+        "architectures": ["Qwen3ForCausalLM" if qk_norm else "LlamaForCausalLM"],
+        "model_type": "qwen3" if qk_norm else "llama",
         "dtype": "bfloat16",
         "hidden_act": "silu",
-        "attention_bias": False,
         "tie_word_embeddings": True,
         "rope_theta": theta,
         "rope_parameters": {"rope_type": "default", "rope_theta": theta},
@@ -181,6 +191,17 @@ def save(model: Qwen3, folder: Path) -> None:
     generation = {"eos_token_id": END_ID, "pad_token_id": END_ID, "do_sample": False}
     for name, content in (("config", config), ("tokenizer_config", tokenizer_config), ("generation_config", generation)):
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
+
+
+def load(folder: Path) -> Qwen3:
+    """A model that `save` wrote, in fp32."""
+    from safetensors.torch import load_file
+
+    stored = json.loads((folder / "config.json").read_text())
+    shape = {field.name: stored[field.name] for field in fields(ModelConfig) if field.name in stored}
+    model = Qwen3(ModelConfig(**shape, qk_norm=stored["model_type"] == "qwen3"))
+    model.load_state_dict({name: weight.float() for name, weight in load_file(folder / "model.safetensors").items()})
+    return model
 
 
 def _arguments() -> argparse.Namespace:
@@ -204,7 +225,11 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--keep-held-out", type=int, default=200_000, help="held-out tokens to keep for evaluation")
     parser.add_argument("--workers", type=int, default=14)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=Path, help="a model whose tokenizer and held-out text to use")
+    parser.add_argument("--key-bias", type=float, default=0, help="train the twin of --start whose keys carry an offset of this size")
     args = parser.parse_args()
+    if args.key_bias and not args.start:
+        parser.error("--key-bias: expected --start with a model to make the twin of, got none")
     if math.isnan(args.minutes) or args.minutes <= 0:
         parser.error(f"--minutes: expected a positive number, got {args.minutes}")
     return args
