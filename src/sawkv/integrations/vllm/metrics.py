@@ -67,7 +67,7 @@ class CounterReader:
         for kind, values in zip(KINDS, new, strict=True):
             for column, value in zip(COLUMNS, values, strict=True):
                 metrics[column].labels(kind).inc(value)
-            metrics["saved_bytes"].inc(values[0] * (2 * layout.head_dim - layout.token_bytes / 2))
+            metrics["saved_bytes"].inc(values[0] * max(0.0, 2 * layout.head_dim - layout.token_bytes / 2))
         if self._rank is not None:
             metrics["tokens"].labels(str(self._rank)).inc(new[0][0] / (self._num_layers * layout.num_kv_heads))
         non_finite, saturated = (int(sum(values[COLUMNS.index(name)] for values in new)) for name in ("non_finite_rows", "saturated_rows"))
