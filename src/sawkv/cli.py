@@ -11,6 +11,7 @@ from pathlib import Path
 
 from sawkv import __version__
 from sawkv.errors import SawkvError
+from sawkv.evaluate.command import add_arguments as add_eval_arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,6 +64,10 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--windows", type=int, default=16, metavar="COUNT", help="contexts to run (default: %(default)s)")
     calibrate.add_argument("--device", help="cpu or cuda (default: a GPU where there is one)")
     calibrate.set_defaults(run=_calibrate)
+
+    evaluation = commands.add_parser("eval", help="what cache formats and other methods cost on a model: KL, perplexity, recall")
+    add_eval_arguments(evaluation)
+    evaluation.set_defaults(run=_eval)
 
     demo = commands.add_parser("demo", help="serve a model in 16 bits and then from INT4 pages, and compare text and capacity")
     demo.add_argument("model")
@@ -140,6 +145,12 @@ def _calibrate(args: argparse.Namespace) -> int:
     return run_calibrate(
         args.model, args.text, args.out, cache_format=args.format, window=args.window, windows=args.windows, device=args.device
     )
+
+
+def _eval(args: argparse.Namespace) -> int:
+    from sawkv.evaluate.command import run
+
+    return run(args)
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -69,7 +69,7 @@ def compare(
     caches: Mapping[str, Readers],
     *,
     batch: int,
-    step: Callable[[int], None] = lambda tokens: None,
+    step: Callable[[int], object] = lambda tokens: None,
 ) -> tuple[TokenScores, dict[str, TokenScores]]:
     """The reference's scores, and those of each cache.
 
@@ -94,7 +94,7 @@ def compare(
     return joined.pop(""), joined
 
 
-def compare_floor(reference: EvalModel, floor: EvalModel, windows: torch.Tensor, *, step: Callable[[int], None]) -> TokenScores:
+def compare_floor(reference: EvalModel, floor: EvalModel, windows: torch.Tensor, *, step: Callable[[int], object]) -> TokenScores:
     """The noise of 16-bit arithmetic: `floor` is the model in bf16, and attends by another backend, one window at a time."""
     rows = []
     for ids in torch.split(windows, 1):

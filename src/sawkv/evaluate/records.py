@@ -114,7 +114,11 @@ class MethodResult:
     @property
     def passkey(self) -> float | None:
         """Share of pass-keys recalled over all lengths and depths, or None if not asked."""
-        cells = [cell for cell in self.recall if cell.task == "passkey"]
+        return self.recalled("passkey")
+
+    def recalled(self, task: str) -> float | None:
+        """Share of a task's prompts answered right over all lengths and depths, or None if not asked."""
+        cells = [cell for cell in self.recall if cell.task == task]
         return sum(cell.correct for cell in cells) / sum(cell.asked for cell in cells) if cells else None
 
 

@@ -88,7 +88,7 @@ def _passage(rng: random.Random, filler: torch.Tensor, size: int) -> list[int]:
 
 
 def recall(
-    model: EvalModel, prompts: Sequence[Prompt], readers: Readers | None, *, tokens_at_once: int, step: Callable[[int], None]
+    model: EvalModel, prompts: Sequence[Prompt], readers: Readers | None, *, tokens_at_once: int, step: Callable[[int], object]
 ) -> tuple[Recall, ...]:
     """How many of the prompts are answered right, by task, length and depth."""
     cells: dict[tuple[str, int, float], list[bool]] = {}
