@@ -1,4 +1,8 @@
-"""Compile kernels.cpp at first use, and load it. The library is kept in the user's cache folder, keyed by everything that it depends on."""
+"""Compile kernels.cpp at first use, and load it.
+
+The library is kept in the user's cache folder under a key of everything that it depends on, with the SHA-256 of its content at its end:
+a damaged file is compiled anew.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,6 @@ import hashlib
 import os
 import platform
 import shutil
-import stat
 import subprocess
 import tempfile
 from functools import cache
@@ -16,6 +19,7 @@ from pathlib import Path
 import torch
 
 from sawkv.errors import UnsupportedError
+from sawkv.kernels.disk import DIGEST_BYTES, digest, private_folder
 
 SOURCE = Path(__file__).with_name("kernels.cpp")
 FLAGS = (
@@ -44,16 +48,27 @@ def load_library() -> ctypes.CDLL:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     openmp = _openmp_flags()
     key = hashlib.sha256("\0".join([SOURCE.read_text(), version, *FLAGS, *openmp, _processor()]).encode()).hexdigest()[:24]
-    library = _cache_folder() / f"{key}.so"
-    if not library.is_file():
+    library = private_folder("cpu") / f"{key}.so"
+    if not _is_whole(library):
         # Processes that start at once each build their own copy. The rename is atomic: none sees half a file, and no lock is left behind.
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             built = Path(folder, "kernels.so")
             done = subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(built), *openmp], capture_output=True, text=True, check=False)
             if done.returncode:
                 raise UnsupportedError(f"{compiler} could not compile the CPU kernels:\n{done.stderr[-2000:]}")
+            with built.open("ab") as file:
+                file.write(digest(built.read_bytes()))  # loaders ignore what follows the sections
             os.replace(built, library)
     return ctypes.CDLL(str(library))
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether the file is there and ends in the digest of the rest."""
+    try:
+        content = library.read_bytes()
+    except OSError:
+        return False
+    return digest(content[:-DIGEST_BYTES]) == content[-DIGEST_BYTES:]
 
 
 def _openmp_flags() -> list[str]:
@@ -75,14 +90,3 @@ def _processor() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     described = sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
     return "\n".join([platform.machine(), platform.processor(), *described])
-
-
-def _cache_folder() -> Path:
-    """A folder that only this user can write to, since code is loaded from it."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(root) / "sawkv" / "cpu"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    status = folder.stat()
-    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-        raise UnsupportedError(f"cache folder {folder}: expected one that this user owns and no other can write to")
-    return folder

@@ -18,7 +18,6 @@ import hashlib
 import logging
 import os
 import re
-import stat
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -28,6 +27,7 @@ from typing import Any
 import torch
 
 from sawkv.errors import UnsupportedError
+from sawkv.kernels.disk import DIGEST_BYTES, digest, private_folder
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,6 @@ DEFAULT_SHARED_BYTES = 48 << 10
 
 _OPTIONS = ("--std=c++17",)
 _INCLUDE = re.compile(r'^#include "([\w.]+)"', re.MULTILINE)
-_DIGEST_BYTES = 32
 
 
 class CudaError(RuntimeError):
@@ -286,19 +285,12 @@ def _cache_key(source_file: str, defines: Mapping[str, int | str], arch: str) ->
 
 
 def _cache_folder() -> Path | None:
-    """A folder that only this user can enter, since code is loaded from it; None, with a warning, if there can be none."""
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = Path(root) / "sawkv" / "cuda"
+    """None, with a warning, if there can be none."""
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = folder.stat()
-    except OSError as error:
+        return private_folder("cuda")
+    except (OSError, UnsupportedError) as error:
         logger.warning("sawkv: compiled kernels are not kept: %s", error)
         return None
-    if status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o077:
-        logger.warning("sawkv: compiled kernels are not kept: expected %s to belong to this user alone (mode 0700)", folder)
-        return None
-    return folder
 
 
 def _read_cached(path: Path) -> bytes | None:
@@ -307,15 +299,15 @@ def _read_cached(path: Path) -> bytes | None:
         content = path.read_bytes()
     except OSError:
         return None
-    digest, image = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
-    return image if image and hashlib.sha256(image).digest() == digest else None
+    image = content[DIGEST_BYTES:]
+    return image if image and digest(image) == content[:DIGEST_BYTES] else None
 
 
 def _write_cached(path: Path, image: bytes) -> None:
     """Write beside, then rename: another process sees the whole file or none."""
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
-            file.write(hashlib.sha256(image).digest() + image)
+            file.write(digest(image) + image)
         os.replace(file.name, path)
     except OSError as error:  # a full disk costs the next start-up a second, nothing else
         logger.warning("sawkv: a compiled kernel is not kept: %s", error)

@@ -1,0 +1,35 @@
+"""Where compiled kernels are kept between starts. Code is loaded from there, so nobody else may write to it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import stat
+from pathlib import Path
+
+from sawkv.errors import UnsupportedError
+
+DIGEST_BYTES = hashlib.sha256().digest_size
+
+
+def private_folder(name: str) -> Path:
+    """`$XDG_CACHE_HOME/sawkv/<name>`, or that below `~/.cache`; made if it is not there.
+
+    Raises:
+        UnsupportedError: another user owns it or could write to it, or could put another folder in its place.
+        OSError: it cannot be made.
+    """
+    parent = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sawkv"
+    folder = parent / name
+    parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    for path in (parent, folder):
+        status = path.stat()
+        if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise UnsupportedError(f"cache folder {path}: expected one that this user owns and no other can write to")
+    return folder
+
+
+def digest(content: bytes) -> bytes:
+    """SHA-256, which tells a damaged file."""
+    return hashlib.sha256(content).digest()
