@@ -23,6 +23,7 @@ from sawkv.kernels.triton.gather import gather_kernel
 from sawkv.layout import PageLayout
 
 name = "triton"
+counts = True
 counts = False
 
 MIN_CAPABILITY = (8, 0)
@@ -36,7 +37,10 @@ SCHEDULE_BLOCK = 128
 MIN_TILES_PER_CHUNK = 4
 MAX_PIECES = 128
 """Chunks of one sequence: the merge reads them one after the other."""
-CHUNKS_PER_SM = 32
+CHUNKS_PER_SM = 16
+"""Two rounds of what an H100's SM holds of the decode kernel; measured among 8 to 64."""
+DECODE_WARPS = 2
+DECODE_STAGES = 3
 MERGE_ELEMENTS = 2048
 LOG2_E = math.log2(math.e)
 
@@ -68,6 +72,7 @@ def append(k: torch.Tensor, v: torch.Tensor, cache: PagedKVCache, slot_mapping: 
         cache.v_center,
         slot_mapping,
         cache.pages,
+        cache.counters,
         num_tokens,
         cache.num_slots,
         cache.pages.stride(0) // 16,
@@ -134,8 +139,8 @@ class TritonPlan(DecodePlan):
         self.rows = min(total_rows, self.block_rows)
         self.row_groups = triton.cdiv(total_rows, self.block_rows)
         self.units = layout.num_kv_heads * self.row_groups
-        self.tile, self.num_warps, self.stages = _tiling(layout.format.bits, self.width, self.block_rows)
-        num_sms = 4 if INTERPRETED.value else torch.cuda.get_device_properties(device).multi_processor_count
+        self.tile = 64 if layout.format.codec == "int4" and self.width <= 128 else 32  # tokens, as many as registers hold
+        num_sms = 1 if INTERPRETED.value else torch.cuda.get_device_properties(device).multi_processor_count
         self.target_chunks = triton.cdiv(CHUNKS_PER_SM * num_sms, self.units)
         max_chunks = self.max_chunks(max_num_seqs)
 
@@ -175,6 +180,7 @@ class TritonPlan(DecodePlan):
             MAX_PIECES=MAX_PIECES,
             BLOCK=SCHEDULE_BLOCK,
             num_warps=1,
+            enable_fp_fusion=True,
         )
 
 
@@ -238,6 +244,7 @@ def decode_attention(
         **shape,
         ORDER=layout.k_rotation_order,
         ROWS=PREPARE_ROWS,
+        enable_fp_fusion=True,
     )
     decode_kernel[(plan.max_chunks(num_seqs) * plan.units,)](
         plan.queries,
@@ -262,8 +269,9 @@ def decode_attention(
         HAS_SOFTCAP=logit_softcap > 0,
         HAS_WINDOW=sliding_window > 0,
         TILE=plan.tile,
-        STAGES=plan.stages,
-        num_warps=plan.num_warps,
+        STAGES=DECODE_STAGES,
+        num_warps=DECODE_WARPS,
+        enable_fp_fusion=True,
     )
     merge_kernel[(num_seqs, plan.units, plan.rows)](
         plan.partials,
@@ -281,14 +289,8 @@ def decode_attention(
         ORDER=layout.v_rotation_order,
         PIECES=MERGE_ELEMENTS // plan.width,
         num_warps=1,
+        enable_fp_fusion=True,
     )
-
-
-def _tiling(bits: int, width: int, block_rows: int) -> tuple[int, int, int]:
-    """Tokens in a tile of the decode kernel, warps, and stages of its loop: as large as registers hold."""
-    if bits > 4:
-        return 32, 2, 3
-    return (64 if width <= 128 else 32), (1 if block_rows == 8 and width <= 128 else 2), 3
 
 
 @functools.cache

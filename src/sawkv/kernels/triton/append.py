@@ -5,7 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sawkv.kernels.triton.common import rotate, round_to, swizzled
+from sawkv.counters import COLUMNS
+from sawkv.kernels.triton.common import low_half, rotate, round_to, swizzled, widen
+
+COUNTER_COLUMNS = tl.constexpr(len(COLUMNS))
 
 
 @triton.jit
@@ -16,6 +19,7 @@ def append_kernel(
     v_center,
     slot_mapping,
     pages,
+    counters,
     num_tokens,
     num_slots,
     page_stride_16,
@@ -44,19 +48,36 @@ def append_kernel(
     page = pages + (slot // PAGE_SIZE) * page_stride_16 * 16 + head * (2 * half_span)
     offset = (slot % PAGE_SIZE).to(tl.int32)
     token = token.to(tl.int64)
+    is_counted = (slot.to(tl.uint32) * 2654435761) < 4194304  # sawkv.counters.is_sampled
     if tl.program_id(2) == 0:
-        row, center = k + token * k_token_stride + head * k_head_stride, k_center
-        _append_rows(row, center, head, page, offset, is_kept, HEAD_DIM, WIDTH, BITS, STORED, PAGE_SIZE, K_ORDER, 0, 1)
-    else:
-        row, center = v + token * v_token_stride + head * v_head_stride, v_center
-        page += half_span
         _append_rows(
-            row,
-            center,
+            k + token * k_token_stride + head * k_head_stride,
+            k_center,
             head,
             page,
             offset,
             is_kept,
+            counters,
+            is_counted,
+            HEAD_DIM,
+            WIDTH,
+            BITS,
+            STORED,
+            PAGE_SIZE,
+            K_ORDER,
+            0,
+            1,
+        )
+    else:
+        _append_rows(
+            v + token * v_token_stride + head * v_head_stride,
+            v_center,
+            head,
+            page + half_span,
+            offset,
+            is_kept,
+            counters + COUNTER_COLUMNS if counters is not None else None,
+            is_counted,
             HEAD_DIM,
             WIDTH,
             BITS,
@@ -76,6 +97,8 @@ def _append_rows(
     plane,
     offset,
     is_kept,
+    counters,
+    is_counted,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     BITS: tl.constexpr,
@@ -97,7 +120,12 @@ def _append_rows(
             + swizzled(channel, offset[:, None], 8, SWIZZLE_MULTIPLIER, SWIZZLE_PERIOD) * 2
             + offset[:, None] * (2 * HEAD_DIM)
         )
-        tl.store(to.to(tl.pointer_type(STORED)), round_to(y, STORED), mask=is_kept[:, None] & is_channel)
+        stored = round_to(y, STORED)
+        tl.store(to.to(tl.pointer_type(STORED)), stored, mask=is_kept[:, None] & is_channel)
+        if counters is not None:
+            decoded = widen(stored)
+            is_finite = tl.max(tl.where(tl.abs(decoded) < float("inf"), 0, 1), 1) == 0
+            _count(counters, y, decoded, is_kept, is_counted, is_finite, is_finite & False)
     else:
         inverse, zero_point, meta, is_finite = _quantizer(y, is_channel, BITS)
         # Adding 2^23 rounds to an integer, half to even, and leaves it in the low bits.
@@ -105,6 +133,9 @@ def _append_rows(
         shifted = tl.fma(y, tl.broadcast_to(inverse[:, None], y.shape), tl.broadcast_to(zero_point[:, None], y.shape))
         codes = (tl.minimum(tl.maximum(shifted, 0.0), MAX_CODE * 1.0) + 8388608.0).to(tl.int32, bitcast=True) & MAX_CODE
         codes = tl.where(is_finite[:, None], codes, 0)
+        if counters is not None:
+            decoded = tl.where(is_channel, (codes.to(tl.float32) - zero_point[:, None]) * low_half(meta)[:, None], 0.0)
+            _count(counters, y, decoded, is_kept, is_counted, is_finite, (meta & 0xFFFF) == 0x7BFF)
         ROW_BYTES: tl.constexpr = HEAD_DIM * BITS // 8
         if BITS == 4:
             even, odd = tl.split(tl.reshape(codes, (codes.shape[0], WIDTH // 2, 2)))
@@ -131,3 +162,15 @@ def _quantizer(y, is_channel, BITS: tl.constexpr):
     zero_point = tl.minimum(tl.maximum(0.0 - low * inverse, -1024.0), 1024.0).to(tl.float16)
     zero_bits = zero_point.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
     return inverse, zero_point.to(tl.float32), tl.where(is_finite, scale_bits | (zero_bits << 16), 0x7E00), is_finite
+
+
+@triton.jit
+def _count(counters, y, decoded, is_kept, is_counted, is_finite, is_saturated):
+    """Add rows to one line of the counters: see `sawkv.counters`, and the reference."""
+    is_used = (is_kept & is_counted & is_finite & ~is_saturated)[:, None]
+    error, norm = tl.where(is_used, decoded - y, 0.0), tl.where(is_used, y, 0.0)
+    tl.atomic_add(counters, tl.sum(is_kept.to(tl.float64)))
+    tl.atomic_add(counters + 1, tl.sum((is_kept & ~is_finite).to(tl.float64)))
+    tl.atomic_add(counters + 2, tl.sum((is_kept & is_saturated).to(tl.float64)))
+    tl.atomic_add(counters + 3, tl.sum(error * error).to(tl.float64))
+    tl.atomic_add(counters + 4, tl.sum(norm * norm).to(tl.float64))

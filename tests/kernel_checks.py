@@ -1,0 +1,121 @@
+"""Checks that every kernel backend must pass, against the reference on the same device: fresh inputs, poison where nothing may read."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import torch
+
+from sawkv import CacheFormat, PagedKVCache, PageLayout, append, decode_attention, gather
+from tests.conftest import Batch, make_batch, relative_error
+
+MAX_ERROR = 5e-3
+"""Relative, of attention from 16-bit queries: what rounding weights and output to bf16 may cost."""
+MAX_LSE_ERROR = 5e-3
+"""Absolute. Where pages are of bf16, GPUs round the rotated queries to bf16 too: four times as much."""
+
+
+def check_append(
+    backend: str,
+    device: str,
+    format_name: str,
+    head_dim: int,
+    *,
+    page_size: int = 32,
+    dtype: torch.dtype = torch.bfloat16,
+    centered: bool = False,
+) -> None:
+    """Bytes equal the reference's, from strided rows of all magnitudes, with NaN and infinities, to permuted slots."""
+    layout = PageLayout(CacheFormat.parse(format_name), 3, head_dim, page_size)
+    centers = [torch.randn(3, head_dim, device=device) if centered else None for _ in range(2)]
+    caches = [PagedKVCache.allocate(layout, 5, device, *centers) for _ in range(2)]
+    fused = torch.randn(70, 5, 3, head_dim) * torch.logspace(-8, 4, 70)[:, None, None, None] + torch.randn(70, 1, 1, 1)
+    fused[3] = 0
+    fused[4] = 7.5
+    if layout.format.quantized:  # the float formats leave the bits of a NaN open
+        fused[5, :, 1, 2] = math.nan
+        fused[6, :, 0, 0] = -math.inf
+        fused[8] = 3e38 if dtype != torch.float16 else 6e4
+    fused[7, :, 2, 0] = 1000
+    fused[9, ..., ::2] *= -0.0
+    k, v = fused.to(device, dtype)[:, 1], fused.to(device, dtype)[:, 3]  # strided views, as engines give them
+    slots = (torch.randperm(5 * page_size + 20)[:64] - 10).to(device)  # some are out of range on either side, and 6 tokens are padding
+    for cache, name in zip(caches, (backend, "reference"), strict=True):
+        cache.pages.fill_(0xAB)
+        append(k, v, cache, slots, backend=name)
+    assert torch.equal(caches[0].pages, caches[1].pages)
+    assert not (caches[0].pages == 0xAB).all()
+
+
+def starts_of(lengths: Sequence[int], device: str) -> torch.Tensor:
+    return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
+
+
+def attend(batch: Batch, q: torch.Tensor, starts: torch.Tensor, backend: str, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output and log-sum-exp, poisoned beforehand. The reference gets fp32 queries and gives fp32."""
+    if backend == "reference":
+        q = q.float()
+    out, lse = torch.full_like(q, math.nan), torch.full(q.shape[:2], math.nan, device=q.device)
+    arguments = {"softmax_scale": q.shape[-1] ** -0.5, "max_query_len": int(starts.diff().max()), "out": out, "lse": lse} | options
+    decode_attention(q, batch.cache, batch.block_table, batch.seq_lens, starts, backend=backend, **arguments)  # type: ignore[arg-type]
+    return out, lse
+
+
+def check_attention(
+    backend: str,
+    device: str,
+    format_name: str,
+    seq_lens: Sequence[int],
+    query_lens: Sequence[int],
+    *,
+    group: int = 4,
+    head_dim: int = 128,
+    page_size: int = 16,
+    dtype: torch.dtype = torch.bfloat16,
+    centered: bool = False,
+    **options: object,
+) -> None:
+    """Output and log-sum-exp of each sequence equal the reference's; rows of no sequence are left as they are."""
+    batch = make_batch(format_name, seq_lens, head_dim=head_dim, page_size=page_size, centered=centered, device=device)
+    starts = starts_of(query_lens, device)
+    used = int(starts[-1])
+    q = torch.randn(used + 2, 3, 2 * group, head_dim, device=device).to(dtype)[:, 1]  # strided
+    got, want = (attend(batch, q, starts, name, **options) for name in (backend, "reference"))
+    compare_attention(got, want, starts, MAX_LSE_ERROR * (4 if format_name.startswith("bf16") else 1))
+
+
+def compare_attention(
+    got: tuple[torch.Tensor, torch.Tensor],
+    want: tuple[torch.Tensor, torch.Tensor],
+    starts: torch.Tensor,
+    max_lse_error: float = MAX_LSE_ERROR,
+) -> None:
+    """Of two results of `attend`."""
+    bounds = starts.tolist()
+    for start, end in itertools.pairwise(bounds):
+        if want[0][start:end].any():
+            error = relative_error(got[0][start:end], want[0][start:end])
+            assert error <= MAX_ERROR, f"query rows {start} to {end}: relative error {error:.1e}"
+        else:
+            assert not got[0][start:end].any(), "a query that sees no key gives zeros"
+    torch.testing.assert_close(got[1][: bounds[-1]], want[1][: bounds[-1]], atol=max_lse_error, rtol=1e-4)
+    assert got[0][bounds[-1] :].isnan().all(), "rows of no sequence are left as they are"
+
+
+def check_gather(backend: str, device: str, format_name: str, seq_lens: Sequence[int], *, head_dim: int, page_size: int = 16) -> None:
+    """Rows equal the reference's to the last bit, rotated and not, in fp32 and bf16; nothing else is written."""
+    batch = make_batch(format_name, seq_lens, head_dim=head_dim, centered=True, page_size=page_size, device=device)
+    starts = starts_of([length + 3 * (i % 2) for i, length in enumerate(seq_lens)], device)
+    total = int(starts[-1])
+    for max_tokens in (total + 5, total - 4):  # room to spare; the last tokens do not fit and are dropped
+        for dtype in (torch.float32, torch.bfloat16):
+            for rotated in (True, False):
+                results = []
+                for name in (backend, "reference"):
+                    k, v = torch.full((2, total + 5, 2, head_dim), -7.0, dtype=dtype, device=device)
+                    rows = slice(max_tokens) if name == backend else slice(None)
+                    gather(batch.cache, batch.block_table, batch.seq_lens, starts, k[rows], v[rows], rotated=rotated, backend=name)
+                    results.append(torch.stack([k[:max_tokens], v[:max_tokens]]))
+                assert torch.equal(*results), (max_tokens, dtype, rotated)

@@ -1,0 +1,178 @@
+"""Device code compiled without a GPU, as the backends would compile it: for every architecture that they serve, without register spills."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from sawkv import CacheFormat, PagedKVCache, PageLayout
+from sawkv.counters import new_counters
+from sawkv.kernels import Backend, cuda
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What chooses a variant of the kernels."""
+
+    format_name: str = "int4"
+    q_heads: int = 32
+    kv_heads: int = 8
+    head_dim: int = 128
+    page_size: int = 16
+    query_len: int = 1
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    def __str__(self) -> str:
+        return f"{self.format_name}-{self.q_heads}/{self.kv_heads}x{self.head_dim}-page{self.page_size}-q{self.query_len}"
+
+
+MAIN = Shape()
+CUDA_SHAPES = [
+    MAIN,
+    Shape(q_heads=64, page_size=64),
+    Shape(query_len=4),
+    Shape(q_heads=64, head_dim=64),
+    Shape(head_dim=256, query_len=2, options={"logit_softcap": 30.0, "sliding_window": 1024, "sinks": torch.zeros(32)}),
+]
+TRITON_SHAPES = [
+    MAIN,
+    Shape(query_len=4),
+    Shape("int8"),
+    Shape(q_heads=40, head_dim=80, page_size=32, query_len=3, options={"sinks": torch.zeros(40)}),
+]
+
+
+def run_all(backend: Backend, shape: Shape) -> None:
+    """Call what the backend has, on a few tokens, so that it compiles what it would run; nothing is launched."""
+    layout = PageLayout(CacheFormat(shape.format_name), shape.kv_heads, shape.head_dim, shape.page_size)
+    for counters in (None, new_counters(CPU)) if shape is MAIN else (None,):
+        cache = PagedKVCache(torch.zeros(layout.pages_shape(4), dtype=torch.uint8), layout, counters=counters)
+        k, v = torch.zeros(2, 32, shape.kv_heads, shape.head_dim, dtype=torch.bfloat16)
+        backend.append(k, v, cache, torch.arange(32))
+    window = shape.options.get("sliding_window", 0)
+    plan = backend.make_plan(layout, CPU, shape.q_heads, 2, shape.query_len, window)
+    seq_lens, starts = torch.tensor([64, 64], dtype=torch.int32), torch.tensor([0, 1, 2], dtype=torch.int32) * shape.query_len
+    plan.update(seq_lens, starts)
+    block_table = torch.zeros(2, 8, dtype=torch.int32)
+    q = torch.zeros(2 * shape.query_len, shape.q_heads, shape.head_dim, dtype=torch.bfloat16)
+    options = {"sliding_window": 0, "logit_softcap": 0.0, "sinks": None} | shape.options
+    backend.decode_attention(
+        q,
+        cache,
+        block_table,
+        seq_lens,
+        starts,
+        torch.empty_like(q),
+        None,
+        softmax_scale=1.0,
+        max_query_len=shape.query_len,
+        plan=plan,
+        **options,
+    )
+    for rotated in (True, False):
+        backend.gather(cache, block_table, seq_lens, torch.tensor([0, 64, 128], dtype=torch.int32), k[:2], v[:2], rotated=rotated)
+
+
+# ---------------------------------------------------------------------------------------------------------------- CUDA C++
+@pytest.fixture
+def compile_cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], dict[str, str]]:
+    """Prepare the CUDA backend to compile for an architecture; returns the compiler's log of each kernel, filled as it is used."""
+    pytest.importorskip("cuda.bindings.nvrtc")
+
+    def prepare(arch: str) -> dict[str, str]:
+        logs: dict[str, str] = {}
+
+        def load(source_file: str, name: str, defines: dict[str, int | str], device: torch.device) -> SimpleNamespace:
+            key = f"{source_file} {sorted(defines.items())}"
+            if key not in logs:
+                logs[key] = cuda.runtime.compile_image(source_file, defines, arch, ("--ptxas-options=-v",)).log
+            return SimpleNamespace(launch=lambda *_, **__: None, read_constant=lambda _: 64)
+
+        monkeypatch.setattr(cuda.runtime, "load", load)
+        monkeypatch.setattr(cuda, "_stream", lambda _: 0)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
+        cuda._page_kernel.cache_clear()
+        return logs
+
+    return prepare
+
+
+@pytest.mark.parametrize(("arch", "shape"), [*(("sm_90", shape) for shape in CUDA_SHAPES), ("sm_100", MAIN)], ids=str)
+def test_cuda_sources(arch: str, shape: Shape, compile_cuda: Callable[[str], dict[str, str]]) -> None:
+    logs = compile_cuda(arch)
+    run_all(cuda, shape)
+    assert {key.split()[0] for key in logs} == {"append.cu", "schedule.cu", "decode.cu", "gather.cu"}
+    for key, log in logs.items():
+        spills = [int(count) for count in re.findall(r"(\d+) bytes (?:stack frame|spill)", log)]
+        assert spills, f"{key}: no report of registers in {log!r}"
+        if shape.head_dim <= 128 or key.startswith("decode"):  # append and gather of wider rows spill, and can afford it
+            assert not any(spills), f"{key}:\n{log}"
+
+
+# ---------------------------------------------------------------------------------------------------------------- Triton
+@pytest.fixture
+def compile_triton(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[int], dict[str, Any]]:
+    """Prepare Triton to compile for a compute capability and launch nothing; returns the compiled kernels, filled as they are used."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    run = JITFunction.run
+
+    def prepare(capability: int) -> dict[str, Any]:
+        kernels: dict[str, Any] = {}
+
+        def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **constants: Any) -> Any:
+            kernels[self.__name__] = run(self, *arguments, grid=grid, warmup=True, **constants)
+            return kernels[self.__name__]
+
+        monkeypatch.setattr(JITFunction, "run", compile_only)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
+        no_driver = SimpleNamespace(
+            get_current_target=lambda: GPUTarget("cuda", capability, 32),
+            get_current_device=lambda: capability,  # each has its own cache of kernels
+            get_current_stream=lambda _: 0,
+        )
+        monkeypatch.setattr(driver, "_active", no_driver)
+        return kernels
+
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    return prepare
+
+
+@pytest.mark.parametrize(("capability", "shape"), [*((90, shape) for shape in TRITON_SHAPES), (80, MAIN), (100, MAIN)], ids=str)
+def test_triton_kernels(capability: int, shape: Shape, compile_triton: Callable[[int], dict[str, Any]], tmp_path: Path) -> None:
+    from sawkv.kernels import triton
+
+    kernels = compile_triton(capability)
+    run_all(triton, shape)
+    names = {"append_kernel", "schedule_kernel", "prepare_kernel", "decode_kernel", "merge_kernel", "gather_kernel"}
+    assert kernels.keys() == names
+    for name, kernel in kernels.items():
+        image = tmp_path / f"{name}.cubin"
+        image.write_bytes(kernel.asm["cubin"])
+        usage = subprocess.run([_cuobjdump(), "-res-usage", image], check=True, capture_output=True, text=True).stdout
+        stack = re.search(rf"Function {name}:\s+REG:(\d+) STACK:(\d+)", usage)
+        assert stack is not None, usage
+        assert int(stack[2]) == 0, f"{name} spills registers: {usage}"
+    # The heart: tiny floats masked in place, on tensor cores, from copies that overlap.
+    ptx = kernels["decode_kernel"].asm["ptx"]
+    assert "mma.sync.aligned.m16n8k16" in ptx
+    assert "ldmatrix" in ptx
+    assert "cp.async" in ptx
+
+
+def _cuobjdump() -> Path:
+    import triton
+
+    return Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

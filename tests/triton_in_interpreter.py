@@ -1,0 +1,119 @@
+"""The Triton kernels in Triton's interpreter, on the CPU. `test_triton_backend.py` runs this file with TRITON_INTERPRET=1."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import sawkv.kernels.triton as triton_backend
+from sawkv import CacheFormat, LayoutError, PageLayout, append, make_decode_plan
+from sawkv.kernels import unsupported_reason
+from tests import faults
+from tests.conftest import make_batch
+from tests.kernel_checks import attend, check_append, check_attention, check_gather, compare_attention, starts_of
+
+# numpy warns of what GPUs do silently
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
+
+FORMATS = ["int4", "int8", "bf16", "fp16-k16-v16"]
+SEQ_LENS = [1, 0, 16, 17, 130]
+QUERY_LENS = [1, 1, 8, 2, 5]
+
+
+def test_the_kernels_are_interpreted() -> None:
+    """All else here would be vacuous if they were not."""
+    assert unsupported_reason("triton", torch.device("cpu"), PageLayout(CacheFormat("int4"), 1, 128, 16)) is None
+
+
+@pytest.mark.parametrize("format_name", [*FORMATS, "int4-k0-v16"])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192])
+def test_append(format_name: str, head_dim: int) -> None:
+    check_append("triton", "cpu", format_name, head_dim, centered=head_dim == 96)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_append_of_other_dtypes(dtype: torch.dtype) -> None:
+    check_append("triton", "cpu", "int4", 128, page_size=16, dtype=dtype, centered=True)
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+@pytest.mark.parametrize("head_dim", [64, 112])
+def test_attention(format_name: str, head_dim: int) -> None:
+    check_attention("triton", "cpu", format_name, SEQ_LENS, QUERY_LENS, head_dim=head_dim, centered=head_dim == 64)
+
+
+@pytest.mark.parametrize(("head_dim", "page_size"), [(80, 32), (96, 128), (128, 64), (192, 16), (256, 48)])
+def test_attention_of_other_shapes(head_dim: int, page_size: int) -> None:
+    check_attention("triton", "cpu", "int4", [5, 150], [1, 2], head_dim=head_dim, page_size=page_size)
+
+
+@pytest.mark.parametrize(("group", "query_len"), [(1, 1), (5, 1), (7, 2), (12, 1), (16, 5)])
+def test_query_shapes(group: int, query_len: int) -> None:
+    check_attention("triton", "cpu", "int4", [150, 9], [query_len, query_len], group=group)
+
+
+@pytest.mark.parametrize("query_lens", [[1, 1, 1, 1], [1, 1, 4, 3]])
+@pytest.mark.parametrize("options", [{"sliding_window": 5}, {"sliding_window": 70}, {"logit_softcap": 2.0}, {"sinks": True}])
+def test_window_softcap_and_sinks(query_lens: list[int], options: dict[str, object]) -> None:
+    if "sinks" in options:
+        options = {"sinks": torch.randn(8).bfloat16()}
+    check_attention("triton", "cpu", "int4", [1, 0, 40, 300], query_lens, dtype=torch.float16, centered=True, **options)
+
+
+def test_long_sequences_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Into several chunks; with more sequences, and more chunks, than the schedule and the merge take at once."""
+    monkeypatch.setattr(triton_backend, "SCHEDULE_BLOCK", 4)
+    monkeypatch.setattr(triton_backend, "MERGE_ELEMENTS", 128)
+    monkeypatch.setattr(triton_backend, "MIN_TILES_PER_CHUNK", 1)
+    check_attention("triton", "cpu", "int4", [3, 900, 64, 0, 400, 1, 65], [1, 2, 1, 1, 1, 0, 1], group=1, head_dim=64)
+
+
+def test_one_plan_serves_batches_of_any_lengths() -> None:
+    layout = PageLayout(CacheFormat.parse("int4-k64-v64"), 2, 64, 16)
+    plan = make_decode_plan(layout, torch.device("cpu"), num_q_heads=8, max_num_seqs=3, max_query_len=2, backend="triton")
+    for seq_lens, query_lens in (([300, 2, 40], [1, 2, 2]), ([0, 700], [0, 1]), ([5], [2])):
+        batch, starts = make_batch("int4", seq_lens, head_dim=64), starts_of(query_lens, "cpu")
+        q = torch.randn(int(starts[-1]), 8, 64).bfloat16()
+        plan.update(batch.seq_lens, starts)
+        got = attend(batch, q, starts, "triton", plan=plan, max_query_len=2)
+        compare_attention(got, attend(batch, q, starts, "reference"), starts)
+    with pytest.raises(LayoutError, match="at most 3 sequences"):
+        plan.update(torch.ones(4, dtype=torch.int32), torch.arange(5, dtype=torch.int32))
+    with pytest.raises(LayoutError, match="expected one made for this layout"):
+        attend(batch, q, starts, "triton", plan=plan, max_query_len=1)
+
+
+def test_a_broken_page_is_noticed() -> None:
+    """The control: one swapped pair of nibbles in the cache."""
+    batch = make_batch("int4", [40], head_dim=64)
+    starts, q = starts_of([1], "cpu"), torch.randn(1, 8, 64).bfloat16()
+    want = attend(batch, q, starts, "reference")
+    page = batch.cache.pages[int(batch.block_table[0, 1])]
+    page[:] = page >> 4 | page << 4
+    with pytest.raises(AssertionError):
+        compare_attention(attend(batch, q, starts, "triton"), want, starts)
+
+
+@pytest.mark.parametrize("which", ["k", "v"])
+def test_nan_stays_in_its_own_token_and_head(which: str) -> None:
+    batch = make_batch("int4", [20, 300], head_dim=64)
+    k, v = torch.randn(2, 1, 2, 64)
+    (k if which == "k" else v)[0, 1, 3] = torch.nan
+    append(k, v, batch.cache, torch.tensor([int(batch.block_table[0, 1]) * 16]), backend="triton")  # token 16 of 20
+    starts = starts_of([6, 3], "cpu")
+    out, _ = attend(batch, torch.randn(9, 4, 64).bfloat16(), starts, "triton")
+    bad = out.isnan().any(-1)
+    assert torch.equal(bad, out.isnan().all(-1))
+    assert bad[2:6, 2:].all()
+    bad[2:6, 2:] = False
+    assert not bad.any()
+
+
+def test_faults_are_counted() -> None:
+    faults.faults_are_counted("triton", "cpu")
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+@pytest.mark.parametrize("head_dim", [80, 128])
+def test_gather(format_name: str, head_dim: int) -> None:
+    check_gather("triton", "cpu", format_name, [5, 0, 33, 16, 0], head_dim=head_dim)
