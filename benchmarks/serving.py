@@ -142,11 +142,12 @@ def _arguments() -> argparse.Namespace:
     for name in args.formats:
         if name not in PEERS:
             CacheFormat.parse(name)
-    args.commit = args.commit or _git_head()
+    args.commit = args.commit or git_head()
     return args
 
 
-def _git_head() -> str:
+def git_head() -> str:
+    """The commit that is checked out, abbreviated; `unknown` outside of a repository."""
     done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown"
 

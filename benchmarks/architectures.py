@@ -1,0 +1,156 @@
+"""Architectures that vLLM serves, from their shapes with random weights, shrunk: sawkv's pages against vLLM's own attention.
+
+    python -m benchmarks.architectures                              # all of them, one engine after the other in this process
+    python -m benchmarks.architectures --only gemma-2-9b --formats int4
+
+Heads, head_dim, soft-caps, sinks and rotary embeddings are the model's; depth, width, vocabulary and experts are cut down, and windows to
+fewer tokens than the prompts have. Weights are large enough for softmax to be sharp. For each architecture:
+
+    16-bit   vLLM's own attention: what the others are compared with
+    plain    sawkv's pages, rotated but not quantized: equal up to near-ties, or the plumbing is wrong
+    int4     what users run: starts, answers, and its log-probabilities stay near (random weights make 4 bits look worse than they are)
+
+or sawkv refuses the model at start-up, by name. One line each; the exit status is the number that failed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from benchmarks.agreement import Agreement, Output, as_output
+from benchmarks.shapes import SHAPES, write_config
+from sawkv.integrations.vllm.server import engine_options
+from sawkv.spec import CacheFormat
+
+WINDOW: Final = 64
+PROMPT_LENGTHS: Final = (3, 40, 70, 200, 333)
+OUT: Final = 24
+LIMITS: Final = {"float32": (0.01, 2e-3), "float16": (0.05, 2e-2), "bfloat16": (0.2, 0.1)}
+"""Of the model's dtype: nats of a near-tie, and mean difference of log-probabilities, that rounding may cause."""
+INT4_DRIFT: Final = 0.5
+"""Nats. Of unrelated text it would be several."""
+SHRUNK: Final[dict[str, Any]] = {
+    "num_hidden_layers": 4,
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "vocab_size": 1024,
+    "max_position_embeddings": 4096,
+    "initializer_range": 0.1,  # sharp softmax
+}
+SHRUNK_BY_NAME: Final[dict[str, dict[str, Any]]] = {
+    "glm-4.7": {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "first_k_dense_replace": 1},
+    "llama-3-8b": {"head_dim": 128},
+    "qwen2.5-7b": {"hidden_size": 1792, "num_attention_heads": 14, "num_key_value_heads": 2},  # head_dim is their ratio
+    "mistral-7b": {"sliding_window": WINDOW},
+    "gemma-2-9b": {"sliding_window": WINDOW},
+    "gemma-3-1b": {"sliding_window": WINDOW, "num_hidden_layers": 6},
+    "gpt-oss-20b": {"sliding_window": WINDOW, "num_local_experts": 8, "num_experts_per_tok": 2, "intermediate_size": 256},
+}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--formats", nargs="+", choices=["plain", "int4", "int8"], default=["plain", "int4"])
+    parser.add_argument("--dtype", choices=list(LIMITS), help="of the model (default: float16 on a GPU, float32 on a CPU)")
+    args = parser.parse_args()
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine is in this process, so that it ends with its object
+    os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
+    import torch
+
+    dtype = args.dtype or ("float16" if torch.cuda.is_available() else "float32")
+    failures = 0
+    with tempfile.TemporaryDirectory(prefix="sawkv-architectures-") as folder:
+        for name in args.only:
+            failures += _check(name, args.formats, dtype, make_model(Path(folder, name), name))
+    return failures
+
+
+def make_model(folder: Path, name: str) -> str:
+    """Write a shrunk model of the architecture with random weights; returns its folder."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    config = AutoConfig.from_pretrained(write_config(folder, name, **{**SHRUNK, **SHRUNK_BY_NAME.get(name, {})}))
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter_name, parameter in model.named_parameters():
+        if parameter_name.endswith(("bias", "sinks")):  # they start as zeros, which would hide an error
+            torch.nn.init.normal_(parameter)
+    model.save_pretrained(folder)
+    return str(folder)
+
+
+def _check(name: str, formats: Sequence[str], dtype: str, model: str) -> int:
+    prompts = _prompts(SHRUNK["vocab_size"])
+    wide = _generate(model, dtype, prompts, {})
+    if isinstance(wide, str):
+        return _line(True, name, f"vLLM itself cannot serve it here: {wide}")
+    tie, drift_limit = LIMITS[dtype]
+    failures = 0
+    for kind in formats:
+        codec = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[dtype] if kind == "plain" else kind
+        head_dim = json.loads(Path(model, "config.json").read_text()).get("head_dim", 128)
+        order = head_dim & -head_dim
+        got = _generate(model, dtype, prompts, engine_options(CacheFormat(codec, min(order, 128), min(order, 128))))
+        what = f"{name}, {kind}"
+        if isinstance(got, str):
+            failures += _line("sawkv" in got, what, f"refused: {got}")
+            continue
+        agreement = Agreement.of(got, wide, tie)
+        passed = agreement.drift <= INT4_DRIFT if kind != "plain" else not agreement.wrong and agreement.drift <= drift_limit
+        failures += _line(passed, what, str(agreement))
+    return failures
+
+
+def _prompts(vocab_size: int) -> list[list[int]]:
+    return [[(i * 7919 + j * j * 31 + j) % (vocab_size - 10) + 5 for j in range(length)] for i, length in enumerate(PROMPT_LENGTHS)]
+
+
+def _generate(model: str, dtype: str, prompts: Sequence[list[int]], options: dict[str, Any]) -> list[Output] | str:
+    """Greedy outputs, or the error that stopped the start."""
+    import torch
+    from vllm import LLM, SamplingParams
+    from vllm.distributed import cleanup_dist_env_and_memory
+
+    sampling = SamplingParams(temperature=0, max_tokens=OUT, ignore_eos=True, logprobs=5, detokenize=False)
+    llm = None
+    try:
+        llm = LLM(
+            model,
+            dtype=dtype,
+            skip_tokenizer_init=True,
+            enforce_eager=True,
+            max_model_len=1024,
+            max_num_batched_tokens=256,  # the longest prompt takes two chunks
+            max_num_seqs=8,
+            kv_cache_memory_bytes=128 << 20,
+            **options,
+        )
+        return [as_output(output) for output in llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)]
+    except Exception as error:  # whatever stops vLLM is the result
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        return next((line for line in lines if "sawkv" in line), lines[0])[:300]
+    finally:
+        del llm
+        gc.collect()
+        cleanup_dist_env_and_memory()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def _line(passed: bool, what: str, detail: str) -> int:
+    print(f"{'PASS' if passed else 'FAIL'}  {what}: {detail}", flush=True)
+    return 0 if passed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
