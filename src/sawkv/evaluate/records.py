@@ -61,7 +61,7 @@ class LayerKL:
 class Recall:
     """How often a fact stated at `depth` (0 to 1) of a prompt of `length` tokens is recalled, every token of it right.
 
-    `task` is "passkey" (a number in real text) or "needle" (a sentence in real text).
+    `task` is "passkey" (a number in real text) or "needle" (one of four entries of a table in real text).
     """
 
     task: str

@@ -51,30 +51,31 @@ def make_prompts(
         for depth in DEPTHS:
             for _ in range(count):
                 for task, make in (("passkey", _pass_key), ("needle", _needle)):
-                    before, fact, after, answer = make(rng, encode)
-                    room = max(0, length - len(prefix) - len(before) - len(fact) - len(after) - len(answer))
+                    fact, question, answer = make(rng, encode)
+                    room = max(0, length - len(prefix) - len(fact) - len(question) - len(answer))
                     head = int(room * depth)
                     passages = [_passage(rng, filler, size) for size in (head, room - head)]
-                    ids = (*prefix, *before, *passages[0], *fact, *passages[1], *after, *answer)
+                    ids = (*prefix, *passages[0], *fact, *passages[1], *question, *answer)
                     prompts.append(Prompt(task, length, depth, ids, len(answer)))
     return prompts
 
 
-def _pass_key(rng: random.Random, encode: Encode) -> tuple[list[int], list[int], list[int], list[int]]:
+def _pass_key(rng: random.Random, encode: Encode) -> tuple[list[int], list[int], list[int]]:
     key = encode(f" {rng.randrange(10**5):05d}")
     fact = [*encode("\nThe pass key is"), *key, *encode(".\n")]
-    return [], fact, encode("\nWhat is the pass key? The pass key is"), key
+    return fact, encode("\nWhat is the pass key? The pass key is"), key
 
 
-def _needle(rng: random.Random, encode: Encode) -> tuple[list[int], list[int], list[int], list[int]]:
-    """Four settings, one of them asked for."""
+def _needle(rng: random.Random, encode: Encode) -> tuple[list[int], list[int], list[int]]:
+    """A table of four entries, one of them asked for."""
     names = [_word(rng) for _ in range(4)]
-    values = [encode(f" {_word(rng)}") for _ in names]
-    fact = encode("\nSettings:\n")
+    values = [encode(_word(rng)) for _ in names]
+    fact = encode("\ntable = {\n")
     for name, value in zip(names, values, strict=True):
-        fact += [*encode(f"{name}:"), *value, *encode("\n")]
+        fact += [*encode(f'    "{name}": "'), *value, *encode('",\n')]
+    fact += encode("}\n")
     asked = rng.randrange(len(names))
-    return [], fact, encode(f"\nThe value of {names[asked]} is"), values[asked]
+    return fact, encode(f'\nassert table["{names[asked]}"] == "'), values[asked]
 
 
 def _word(rng: random.Random) -> str:
