@@ -175,8 +175,8 @@ class Calibration:
     def _load(cls, path: Path) -> Calibration:
         try:
             size = path.stat().st_size
-        except OSError as error:
-            raise CalibrationError(f"cannot be read: {error.strerror}") from error
+        except (OSError, ValueError) as error:  # ValueError: a path that holds a null byte
+            raise CalibrationError(f"cannot be read: {getattr(error, 'strerror', error)}") from error
         if not path.is_file() or size > MAX_FILE_BYTES:
             raise CalibrationError(f"expected a file of at most {MAX_FILE_BYTES} bytes, got {size if path.is_file() else 'no file'}")
         try:

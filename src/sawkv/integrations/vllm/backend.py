@@ -225,9 +225,9 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
                 out=out[:num_tokens],
                 plan=attn_metadata.plans.get(self.plan_key),
             )
-        for prefill in attn_metadata.prefills:
-            assert self._prefill is not None  # only a GPU's metadata has prefills
-            self._prefill.attend(query, cache, prefill, out)
+        if self._prefill is not None:  # only a GPU's metadata has prefills
+            for prefill in attn_metadata.prefills:
+                self._prefill.attend(query, cache, prefill, out)
         return output
 
     def layout(self, block_size: int) -> PageLayout:

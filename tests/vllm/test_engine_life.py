@@ -1,0 +1,127 @@
+"""What happens to a server in its life, under real vLLM: `make soak` in short, and looks inside one engine (docs/reliability.md)."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.soak import Difference, Load, Reference, Report, Soak
+from tests.vllm.engine import MARK, MODEL, REPOSITORY, run_engine
+
+pytestmark = pytest.mark.vllm
+
+
+@pytest.fixture(scope="module")
+def soaked(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    load = Load(str(MODEL), tokens=4000, restarts=1, num_prompts=10, response_tokens=64, num_blocks=64, options=("--enforce-eager",))
+    environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        return asyncio.run(Soak(load, tmp_path_factory.mktemp("soak") / "server.log").run())
+
+
+def test_no_response_is_wrong_or_lost(soaked: Report) -> None:
+    """1 to 64 clients, dropped requests, preemption, prefix hits and a restart, each of which is asserted to have happened."""
+    assert not soaked.wrong
+    assert not soaked.lost
+    counts, metrics = soaked.counts, soaked.metrics
+    assert counts["tokens checked"] >= 4000
+    assert counts["restarts, SIGKILL"] + counts["restarts, SIGTERM"] == 1
+    assert counts["requests, drop mid-stream"] > 0
+    assert counts["requests, drop early"] > 0
+    assert metrics["vllm:num_preemptions_total"] > 0
+    assert metrics["vllm:prefix_cache_hits_total"] > 0
+
+
+def test_metrics_of_the_workers_reach_the_servers_endpoint(soaked: Report) -> None:
+    metrics = soaked.metrics
+    assert metrics["sawkv_tokens_total"] > 1000
+    assert metrics["sawkv_rows_total"] == 2 * 5 * 2 * metrics["sawkv_tokens_total"], "K and V, layers, KV heads"
+    assert metrics["sawkv_saved_bytes_total"] == metrics["sawkv_rows_total"] * (256 - 68)
+    assert metrics["sawkv_non_finite_rows_total"] == metrics["sawkv_saturated_rows_total"] == 0
+    assert 0.05 < (metrics["sawkv_squared_error_total"] / metrics["sawkv_squared_norm_total"]) ** 0.5 < 0.2
+
+
+def test_the_soak_notices_a_wrong_token() -> None:
+    """Its own control: a server that answers with one token changed, not as a near-tie."""
+
+    class Liar(Soak):
+        async def _alone(self, prompt: Any, max_tokens: int) -> list[int]:
+            return list(range(max_tokens))
+
+    soak = Liar(Load(str(MODEL), tokens=1), Path(os.devnull))
+    soak.references = [Reference([1, 2], [0, 1, 2])]
+
+    async def top_logprobs(prompt: Any, **options: Any) -> dict[str, float]:
+        return {"token_id:1": -0.1, "token_id:9": -0.1 - gap}
+
+    soak._server.top_logprobs = top_logprobs  # type: ignore[method-assign]
+    soak._differences = [Difference([1, 2], [0, 1, 2], [0, 9, 0])]
+    gap = 0.5
+    asyncio.run(soak._explain_differences())
+    assert soak.report.wrong == ["2 tokens of prompt, differs from token 1 on"]
+    gap = 0.001
+    soak.report.wrong.clear()
+    asyncio.run(soak._explain_differences())
+    assert not soak.report.wrong
+    assert soak.report.counts["responses equal up to near-ties"] == 1
+
+
+@pytest.fixture(scope="module")
+def life() -> dict[str, Any]:
+    command = [sys.executable, "-m", "tests.vllm.life"]
+    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, timeout=300)
+    results = [line.removeprefix(MARK) for line in done.stdout.splitlines() if line.startswith(MARK)]
+    assert results, done.stderr[-4000:]
+    result: dict[str, Any] = json.loads(results[-1])
+    return result
+
+
+def test_a_prefix_hit_leaves_the_bytes_of_a_miss(life: dict[str, Any]) -> None:
+    assert life["hits"] >= 128 + 128
+    assert life["whole_hit_equal"]
+    assert life["part_hit_equal"]
+    assert life["other_prompt_differs"], "the control"
+    # Cut in other pieces, a prompt's bytes are the same only if matrix products are.
+    assert life["other_pieces_equal"] or not life["matrix_products_do_not_depend_on_the_batch"]
+
+
+def test_a_nan_in_one_request_harms_no_other_and_is_counted(life: dict[str, Any]) -> None:
+    assert life["equal_to_clean_beside_a_nan"] == [False, True, True]
+    assert life["equal_to_clean_after_it"], "its pages are used again"
+    assert life["non_finite_rows"] > 0
+
+
+def test_tokens_and_rows_are_counted_exactly(life: dict[str, Any]) -> None:
+    assert life["preemptions"] == 0, "or tokens are appended again"
+    assert life["tokens_counted"] == life["tokens_appended"] > 1000
+    assert life["rows_counted"] == 2 * 5 * 2 * life["tokens_counted"]
+    assert life["saved_bytes"] == life["rows_counted"] * (256 - 68)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kv_offloading_size": 1.0},
+        {
+            "kv_transfer_config": {
+                "kv_connector": "OffloadingConnector",
+                "kv_role": "kv_both",
+                "kv_connector_extra_config": {"block_size": 128},
+            }
+        },
+    ],
+    ids=["--kv-offloading-size", "--kv-transfer-config"],
+)
+def test_offload_and_transfer_of_pages_are_refused_at_start_up(options: dict[str, Any]) -> None:
+    """Another process could read the bytes with another format: no connector carries our fingerprint."""
+    error = run_engine(kv_cache_dtype="int4_per_token_head", **options)["error"]
+    assert "KV transfer and offload connectors" in error
