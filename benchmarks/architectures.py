@@ -81,7 +81,7 @@ def make_model(folder: Path, name: str) -> str:
 
     torch.manual_seed(0)
     config = AutoConfig.from_pretrained(write_config(folder, name, **{**SHRUNK, **SHRUNK_BY_NAME.get(name, {})}))
-    model = AutoModelForCausalLM.from_config(config)
+    model = AutoModelForCausalLM.from_config(config)  # type: ignore[no-untyped-call]
     for parameter_name, parameter in model.named_parameters():
         if parameter_name.endswith(("bias", "sinks")):  # they start as zeros, which would hide an error
             torch.nn.init.normal_(parameter)
@@ -122,20 +122,21 @@ def _generate(model: str, dtype: str, prompts: Sequence[list[int]], options: dic
     from vllm.distributed import cleanup_dist_env_and_memory
 
     sampling = SamplingParams(temperature=0, max_tokens=OUT, ignore_eos=True, logprobs=5, detokenize=False)
+    common: dict[str, Any] = {
+        "model": model,
+        "dtype": dtype,
+        "skip_tokenizer_init": True,
+        "enforce_eager": True,
+        "max_model_len": 1024,
+        "max_num_batched_tokens": 256,  # the longest prompt takes two chunks
+        "max_num_seqs": 8,
+        "kv_cache_memory_bytes": 128 << 20,
+    }
+    inputs: list[Any] = [{"prompt_token_ids": prompt} for prompt in prompts]
     llm = None
     try:
-        llm = LLM(
-            model,
-            dtype=dtype,
-            skip_tokenizer_init=True,
-            enforce_eager=True,
-            max_model_len=1024,
-            max_num_batched_tokens=256,  # the longest prompt takes two chunks
-            max_num_seqs=8,
-            kv_cache_memory_bytes=128 << 20,
-            **options,
-        )
-        return [as_output(output) for output in llm.generate([{"prompt_token_ids": p} for p in prompts], sampling, use_tqdm=False)]
+        llm = LLM(**common, **options)
+        return [as_output(output) for output in llm.generate(inputs, sampling, use_tqdm=False)]
     except Exception as error:  # whatever stops vLLM is the result
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return next((line for line in lines if "sawkv" in line), lines[0])[:300]

@@ -178,7 +178,7 @@ class Engine:
                 if not output.finished or output.request_id not in running:
                     continue
                 want, length = running.pop(output.request_id)
-                tokens = list(output.outputs[0].token_ids)  # type: ignore[union-attr]
+                tokens = as_output(output)["tokens"]
                 first = first_difference(tokens, want["tokens"][:length])
                 counts["finished"] += 1
                 counts["tokens"] += len(tokens)

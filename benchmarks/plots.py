@@ -36,7 +36,7 @@ DECODE: Final = """## Decode attention
 
 One layer, bf16 queries; sawkv's time includes rotating Q and un-rotating the output. `ms` is the median of triton's do_bench, which empties
 the L2 cache before each run; `graph` is the replay of a CUDA graph over caches that are together larger than the L2 cache, which is how
-vLLM decodes. Speed-ups, in brackets, are over FlashAttention-3 in bf16 in the same run. The outputs of sawkv's kernels are first compared with
+vLLM decodes. Speed-ups, in brackets, are over FlashAttention-3 in bf16 in the same run. Outputs of sawkv's kernels are first compared with
 fp32 attention over the decoded cache. Command: `python -m benchmarks.kernels`.
 """
 ROOFLINE: Final = """![Bandwidth of decode kernels over the bytes that they must read, below the card's read bandwidth](roofline.svg)
