@@ -134,7 +134,8 @@ class SawCache(Cache):
                 self.settings.config._attn_implementation,
                 NAME,
             )
-        return layer.update(key_states, value_states)
+        keys, values = layer.update(key_states, value_states)
+        return keys, values
 
     @property
     def nbytes(self) -> int:
@@ -174,6 +175,7 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def batch_size(self) -> int:
         return self.paging.batch_size if self.is_initialized else -1
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Take heads, head_dim, batch and device from the first K and V: [batch_size, num_kv_heads, num_new, head_dim]."""
         if key_states.shape != value_states.shape:
@@ -192,6 +194,7 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.hold(self.paging.first_page, self.paging.num_pages)
         self.is_initialized = True
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Write new K and V, and decode all: for attention that reads tensors. Shapes as in `SawCache.update`."""
         if self.is_first:

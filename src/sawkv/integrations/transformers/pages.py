@@ -23,8 +23,8 @@ CROP_MARGIN = 64
 class Paging:
     """What layers of one device, page layout and window have in common.
 
-    A batch's sequences have equal lengths as Transformers counts them, left padding included. Padding is not stored: the token at index t
-    of sequence b has position t - pads[b] in its pages. Page j of sequence b is page (j - first_page) * batch_size + b of each layer's tensor.
+    All sequences of a batch have the same length as Transformers counts it, left padding included. Padding is not stored: the token at
+    index t of sequence b has position t - pads[b]. Page j of sequence b is page (j - first_page) * batch_size + b of a layer's tensor.
 
     Attributes:
         layout, device: of the pages.

@@ -1,0 +1,264 @@
+"""The cache itself: its operations, its memory, what it refuses."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, DynamicCache
+
+from sawkv import FormatError, LayoutError, SawkvError, UnsupportedError
+from sawkv.integrations.transformers import SawCache
+from sawkv.integrations.transformers.pages import CROP_MARGIN
+from tests.transformers.models import SMALL, make_model
+
+LOSSLESS = "fp32-k16-v16"
+
+
+def states(batch: int, tokens: int) -> list[torch.Tensor]:
+    return [torch.randn(batch, 2, tokens, 16) for _ in range(2)]
+
+
+def pair(kind: str = "llama", **options: Any) -> tuple[SawCache, DynamicCache]:
+    """A SawCache and a DynamicCache, both as tensors: the model's attention is not ours."""
+    config = make_model(kind, "sdpa").config
+    return SawCache(config, LOSSLESS, **options), DynamicCache(config=config)
+
+
+def update_both(caches: tuple[SawCache, DynamicCache], batch: int, tokens: int) -> None:
+    """One pass of all layers; what `update` returns must agree."""
+    for layer in range(4):
+        k, v = states(batch, tokens)
+        for got, want in zip(*(cache.update(k, v, layer) for cache in caches), strict=True):
+            torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    assert caches[0].get_seq_length() == caches[1].get_seq_length()
+    for layer in range(4):
+        assert caches[0].get_mask_sizes(1, layer) == caches[1].get_mask_sizes(1, layer)
+        assert caches[0].get_mask_sizes(6, layer) == caches[1].get_mask_sizes(6, layer)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2"])
+def test_update_returns_what_transformers_does(kind: str) -> None:
+    caches = pair(kind)
+    for tokens in (50, 1, 1, 30, 1, 700, 1, 1, 19):
+        update_both(caches, 2, tokens)
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2"])
+def test_batch_operations(kind: str) -> None:
+    caches = pair(kind)
+    update_both(caches, 3, 45)
+    for operation, argument in (
+        ("reorder_cache", torch.tensor([2, 2, 0])),
+        ("batch_repeat_interleave", 2),
+        ("batch_select_indices", torch.tensor([0, 1, 5, 3])),
+        ("batch_select_indices", torch.tensor([True, False, True, True])),
+        ("reorder_cache", torch.tensor([1, 0, 2])),
+    ):
+        for cache in caches:
+            getattr(cache, operation)(argument)
+        assert caches[0].batch_size == caches[1].layers[0].keys.shape[0]
+        update_both(caches, caches[0].batch_size, 3)
+
+
+def test_crop() -> None:
+    caches = pair()
+    update_both(caches, 2, 45)
+    for count in (-1, -20, 0, -3):
+        for cache in caches:
+            cache.crop(count)
+        update_both(caches, 2, 2)
+    length = caches[0].get_seq_length()
+    caches[0].crop(5)  # how Transformers before 5.18 says it
+    assert caches[0].get_seq_length() == 5
+    caches[0].crop(-length)
+    assert caches[0].get_seq_length() == 0
+
+
+def test_a_window_keeps_what_a_crop_may_need() -> None:
+    caches = pair("mistral")
+    for cache in caches:
+        cache.activate_past_recording()
+    update_both(caches, 2, 200)
+    for _ in range(3):
+        for cache in caches:
+            cache.crop(0)
+        update_both(caches, 2, CROP_MARGIN + 40)
+        for cache in caches:
+            cache.crop(-CROP_MARGIN - 30)
+        update_both(caches, 2, 5)
+        for cache in caches:
+            cache.crop(0)
+
+
+def test_a_window_refuses_a_crop_that_it_cannot_undo() -> None:
+    cache, _ = pair("mistral")
+    for _ in range(300):
+        for layer in range(4):
+            cache.update(*states(1, 1), layer)
+    cache.crop(-CROP_MARGIN)
+    with pytest.raises(LayoutError, match="activate_past_recording"):
+        cache.crop(-200)
+
+
+def test_reset_and_early_initialization() -> None:
+    caches = pair("gemma2")
+    update_both(caches, 3, 45)
+    for cache in caches:
+        cache.reset()
+    assert caches[0].get_seq_length() == 0
+    assert not caches[0].is_initialized
+    for cache in caches:
+        cache.early_initialization(2, 2, 16, torch.float32, torch.device("cpu"))
+    assert caches[0].is_initialized
+    update_both(caches, 2, 7)
+
+
+def test_copies_are_apart() -> None:
+    """As for a prompt that several conversations begin with."""
+    model = make_model("qwen3")
+    cache, ids = SawCache(model.config, LOSSLESS), torch.randint(1, 99, (1, 20))
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        wanted = [model(torch.cat([ids, ids[:, :count]], 1)).logits[:, -1] for count in (3, 5)]
+        copies = [copy.deepcopy(cache) for _ in wanted]
+        for other, count, want in zip(copies, (3, 5), wanted, strict=True):
+            torch.testing.assert_close(model(ids[:, :count], past_key_values=other).logits[:, -1], want, atol=1e-4, rtol=1e-4)
+    assert cache.get_seq_length() == 20
+    assert copies[0].settings.config is model.config
+    assert len({cache.handle, *(other.handle for other in copies)}) == 3
+
+
+def test_decoding_never_reads_what_was_not_written() -> None:
+    """All bytes of fresh pages are poison: NaN scales."""
+    model, ids = make_model("gemma2"), torch.randint(1, 99, (2, 30))
+    cache = SawCache(model.config)
+    for layer in cache.layers:
+        hold = layer.hold
+
+        def poisoned(first: int, count: int, layer: Any = layer, hold: Any = hold) -> None:
+            before = layer.pages
+            if before is None:
+                hold(first, count)
+                layer.pages.pages.fill_(0xFF)
+                return
+            hold(first, count)
+            if layer.pages is not before:
+                fresh = layer.pages.pages.view(count, -1)
+                kept = max(0, layer.paging.length // 16 - first)
+                fresh[kept + 1 :].fill_(0xFF)
+
+        layer.hold = poisoned
+    out = model.generate(ids, past_key_values=cache, max_new_tokens=300, output_logits=True, return_dict_in_generate=True)
+    assert torch.stack(out.logits).isfinite().all()
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_memory_is_what_the_format_says(static: bool) -> None:
+    model, ids = make_model("qwen3", head_dim=128, dtype="bfloat16").bfloat16(), torch.randint(1, 99, (2, 2000))
+    cache, theirs = SawCache(model.config, max_cache_len=2033 if static else None), DynamicCache(config=model.config)
+    for each in (cache, theirs):
+        model.generate(ids, past_key_values=each, max_new_tokens=34)
+    wide = sum(layer.keys.nbytes + layer.values.nbytes for layer in theirs.layers)
+    assert cache.nbytes >= 2 * 4 * 2 * 2033 * 136, "2 sequences, 4 layers, 2 KV heads, 136 bytes"
+    assert wide / cache.nbytes > 3.5
+
+
+def test_a_window_holds_no_more_than_it_needs() -> None:
+    model = make_model("gemma2")
+    cache, ids = SawCache(model.config), torch.randint(1, 99, (1, 3000))
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+    held = [layer.pages.pages.shape[0] * 16 for layer in cache.layers]
+    assert held[1] >= 3000
+    assert held[0] < 20 + CROP_MARGIN + 200, "already after the prompt"
+    model.generate(torch.cat([ids, ids[:, :1]], 1), past_key_values=cache, max_new_tokens=500)
+    assert max(layer.pages.pages.shape[0] * 16 for layer in cache.layers[::2]) < 20 + CROP_MARGIN + 300
+
+
+def test_two_caches_of_one_model() -> None:
+    model = make_model("mistral")
+    ids = [torch.randint(1, 99, (2, 25)), torch.randint(1, 99, (3, 60))]
+    apart = [SawCache(model.config, LOSSLESS) for _ in ids]
+    with torch.no_grad():
+        alone = [
+            [model(x, past_key_values=cache).logits, model(x[:, :1], past_key_values=cache).logits]
+            for x, cache in zip(ids, apart, strict=True)
+        ]
+        mixed = [SawCache(model.config, LOSSLESS) for _ in ids]
+        first = [model(x, past_key_values=cache).logits for x, cache in zip(ids, mixed, strict=True)]
+        second = [model(x[:, :1], past_key_values=cache).logits for x, cache in zip(ids, mixed, strict=True)]
+    for i in range(2):
+        assert torch.equal(first[i], alone[i][0])
+        assert torch.equal(second[i], alone[i][1])
+
+
+def test_the_attention_without_a_saw_cache() -> None:
+    """`attn_implementation="sawkv"` with other caches, or none, is PyTorch's attention."""
+    for kind in ("llama", "mistral", "gemma2"):
+        ids, own = torch.randint(1, 99, (2, 40)), "eager" if kind == "gemma2" else "sdpa"
+        for options in ({"use_cache": False}, {}, {"cache_implementation": "static", "disable_compile": True}):
+            got, want = (make_model(kind, name).generate(ids, max_new_tokens=5, **options) for name in ("sawkv", own))
+            assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("deepseek_v3", {}, "multi-head latent attention"),
+        ("mamba", {}, "layers of type|causal self-attention"),
+        ("t5", {}, "encoder"),
+        ("llama", {"head_dim": 24}, "head_dim: expected a multiple of 16"),
+        ("qwen3_next", {}, "linear_attention"),
+    ],
+)
+def test_models_that_cannot_be_served_are_refused_at_once(kind: str, changes: dict[str, Any], message: str) -> None:
+    config = AutoConfig.for_model(kind, **((SMALL | changes) if kind == "llama" else {}))
+    with pytest.raises(SawkvError, match=message):
+        SawCache(config)
+
+
+def test_bad_arguments() -> None:
+    config = make_model("llama").config
+    with pytest.raises(FormatError, match="expected <codec>"):
+        SawCache(config, "int4-128")
+    with pytest.raises(FormatError, match="divisor of head_dim 16"):
+        SawCache(config, "int4-k128-v128")
+    with pytest.raises(LayoutError, match="at least 1, got 0"):
+        SawCache(config, max_cache_len=0)
+    with pytest.raises(UnsupportedError, match="expected one of"):
+        SawCache(config, backend="fast").update(*states(1, 3), 0)
+
+
+def test_bad_use() -> None:
+    model, ids = make_model("llama"), torch.randint(1, 99, (2, 10))
+    cache = SawCache(model.config)
+    with torch.no_grad():
+        model(ids, past_key_values=cache)
+        with pytest.raises(LayoutError, match="expected 2 sequences"):
+            model(ids[:1], past_key_values=cache)
+        with pytest.raises(UnsupportedError, match="attention weights"):
+            model(ids, past_key_values=cache, output_attentions=True)
+    with pytest.raises(LayoutError, match="at most max_cache_len=12"):
+        model.generate(ids, past_key_values=SawCache(model.config, max_cache_len=12), max_new_tokens=8)
+    with pytest.raises(UnsupportedError, match="no gradients"):
+        model.train()(ids, past_key_values=SawCache(model.config))
+
+
+def test_the_wrong_attention_is_an_error_not_a_wrong_answer() -> None:
+    """The cache was made for another model's config."""
+    cache = SawCache(make_model("llama").config)
+    with pytest.raises((UnsupportedError, AttributeError), match=r"set_attn_implementation|NewStates"):
+        make_model("llama", "sdpa").generate(torch.randint(1, 99, (2, 10)), past_key_values=cache, max_new_tokens=2)
+
+
+def test_slow_attention_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = make_model("llama", "sdpa")
+    with caplog.at_level(logging.WARNING):
+        model.generate(torch.randint(1, 99, (2, 10)), past_key_values=SawCache(model.config), max_new_tokens=5)
+    lines = [record.getMessage() for record in caplog.records if "sawkv" in record.getMessage()]
+    assert len(lines) == 1
+    assert 'set_attn_implementation("sawkv")' in lines[0]
