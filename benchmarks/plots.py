@@ -7,8 +7,9 @@ They are made from the records in docs/results; nothing is shown that was not re
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
@@ -38,8 +39,6 @@ One layer, bf16 queries; sawkv's time includes rotating Q and un-rotating the ou
 the L2 cache before each run; `graph` is the replay of a CUDA graph over caches that are together larger than the L2 cache, which is how
 vLLM decodes. Speed-ups, in brackets, are over FlashAttention-3 in bf16 in the same run. Outputs of sawkv's kernels are first compared with
 fp32 attention over the decoded cache. Command: `python -m benchmarks.kernels`.
-"""
-ROOFLINE: Final = """![Bandwidth of decode kernels over the bytes that they must read, below the card's read bandwidth](roofline.svg)
 
 The picture shows the bytes of each kernel's own cache, divided by its time in a CUDA graph: at the dashed line a kernel runs at the speed
 of reading its cache.
@@ -73,22 +72,18 @@ WIDER: Final = {BASE: 4, "fa3_fp8": 2}
 
 def main() -> None:
     (DOCS / "performance.md").write_text(page(RESULTS))
-    if decode := read_records(RESULTS / "decode.jsonl"):
-        plot_roofline(decode, DOCS / "roofline.svg")
+    for name, (_, _, _, plot, picture) in SECTIONS.items():
+        if plot is not None and (records := read_records(RESULTS / name)):
+            plot(records, DOCS / picture)
 
 
 def page(results: Path) -> str:
     """docs/performance.md: a section for each file of records that exists."""
     parts = [INTRODUCTION]
-    for name, text, table in (
-        ("serving.jsonl", SERVING, serving_table),
-        ("load.jsonl", LOAD, load_table),
-        ("decode.jsonl", DECODE, decode_table),
-        ("append_gather.jsonl", APPEND, append_gather_table),
-    ):
+    for name, (text, table, caption, _, picture) in SECTIONS.items():
         if records := read_records(results / name):
             parts += [text, table(records) + "\n"]
-            parts += [ROOFLINE] if name == "decode.jsonl" else []
+            parts += [f"![{caption}]({picture})\n"] if picture else []
     return "\n".join(parts)
 
 
@@ -140,27 +135,63 @@ def append_gather_table(records: Iterable[Record]) -> str:
     return "\n\n".join(parts)
 
 
+def plot_serving(records: Iterable[Record], path: Path) -> None:
+    """Output tok/s of each format over that of `bf16`, for the loads of the last-named device that have both."""
+    device, found = list(_by_device(records, lambda r: (_load_name(r), r["format"])).items())[-1]
+    bases = {load: r["output_tok_s"] for (load, name), r in found.items() if name == "bf16"}
+    formats = [name for name in dict.fromkeys(name for _, name in found) if name != "bf16"]
+    with _figure(path) as axes:
+        width = 0.8 / max(1, len(formats))
+        for i, name in enumerate(formats):
+            ratios = [
+                (j, found[load, name]["output_tok_s"] / base) for j, (load, base) in enumerate(bases.items()) if (load, name) in found
+            ]
+            axes.bar([j + (i - (len(formats) - 1) / 2) * width for j, _ in ratios], [ratio for _, ratio in ratios], width, label=name)
+        axes.axhline(1, color="black", linestyle="--", linewidth=1)
+        axes.set_xticks(range(len(bases)), list(bases), rotation=20, ha="right")
+        axes.set(ylabel="output tok/s over bf16's", title=f"Whole engine, {device}")
+        axes.legend(fontsize=8)
+
+
+def plot_load(records: Iterable[Record], path: Path) -> None:
+    """Time to first token over the rate of requests, for the last-named device."""
+    device, found = list(_by_device(records, lambda r: (r["inp"], r["out"], r["rate"], r["format"])).items())[-1]
+    with _figure(path) as axes:
+        for name in dict.fromkeys(key[3] for key in found):
+            rows = sorted((r["rate"], r["p50_ttft_ms"] / 1e3, r["p99_ttft_ms"] / 1e3) for key, r in found.items() if key[3] == name)
+            rates, medians, worst = zip(*rows, strict=True)
+            (line,) = axes.plot(rates, worst, marker="o", label=f"{name}, p99")
+            axes.plot(rates, medians, marker="o", linestyle=":", color=line.get_color(), label=f"{name}, p50")
+        axes.set(yscale="log", xlabel="requests a second", ylabel="time to first token, s", title=f"Latency under load, {device}")
+        axes.legend(fontsize=8)
+
+
 def plot_roofline(records: Iterable[Record], path: Path) -> None:
-    """Bandwidth over bytes to read, for the last-named device of the records."""
+    """Bandwidth over bytes to read, for the last-named device."""
+    device, found = list(_by_device(records, lambda r: (r["shape"], r["kernel"])).items())[-1]
+    roof = max(r["read_gb_s"] for r in found.values())
+    with _figure(path) as axes:
+        for kernel in dict.fromkeys(kernel for _, kernel in found):
+            points = [_own_bytes_and_speed(r) for (_, k), r in found.items() if k == kernel and r["query_len"] == 1]
+            axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, linestyle="none", label=kernel)
+        axes.axhline(roof, color="black", linestyle="--", linewidth=1)
+        axes.annotate(f"this card reads {roof:,} GB/s", (0.98, roof), xycoords=("axes fraction", "data"), ha="right", va="bottom")
+        axes.set(xscale="log", ylim=(0, roof * 1.15), xlabel="KV cache to read, MB", ylabel="GB/s", title=f"Decode attention, {device}")
+        axes.legend(loc="center left", fontsize=8)
+
+
+@contextlib.contextmanager
+def _figure(path: Path) -> Iterator[Any]:
+    """Axes that are saved to `path` at the end, to the same bytes for the same records."""
     import matplotlib
 
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    device, found = list(_by_device(records, lambda r: (r["shape"], r["kernel"])).items())[-1]
-    pyplot.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "sawkv", "font.size": 9}  # the same file for the same records
+    pyplot.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "sawkv", "font.size": 9}
     figure, axes = pyplot.subplots(figsize=(7.5, 4.2))
-    for kernel in dict.fromkeys(kernel for _, kernel in found):
-        points = [_own_bytes_and_speed(r) for (_, k), r in found.items() if k == kernel and r["query_len"] == 1]
-        axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, linestyle="none", label=kernel)
-    roof = max(r["read_gb_s"] for r in found.values())
-    axes.axhline(roof, color="black", linestyle="--", linewidth=1)
-    axes.annotate(f"this card reads {roof:,} GB/s", (1, roof), xycoords=("axes fraction", "data"), ha="right", va="bottom")
-    axes.set(
-        xscale="log", ylim=(0, roof * 1.15), xlabel="bytes of KV cache to read, MB", ylabel="GB/s", title=f"Decode attention, {device}"
-    )
     axes.grid(alpha=0.3)
-    axes.legend(loc="center left", fontsize=8)
+    yield axes
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None})
     pyplot.close(figure)
@@ -237,6 +268,20 @@ def _load_name(record: Record) -> str:
     inp = f"{prefix}+{record['inp'] - prefix}" if prefix else f"{record['inp']}"
     return f"{inp}/{record['out']} x {record['requests']}"
 
+
+SECTIONS: Final[dict[str, tuple[str, Callable[[Iterable[Record]], str], str, Callable[[Iterable[Record], Path], None] | None, str]]] = {
+    "serving.jsonl": (
+        SERVING,
+        serving_table,
+        "Output tokens a second of each cache format over those of bf16",
+        plot_serving,
+        "serving.svg",
+    ),
+    "load.jsonl": (LOAD, load_table, "Time to first token over the rate of requests", plot_load, "load.svg"),
+    "decode.jsonl": (DECODE, decode_table, "Bandwidth of decode kernels over the bytes that they must read", plot_roofline, "roofline.svg"),
+    "append_gather.jsonl": (APPEND, append_gather_table, "", None, ""),
+}
+"""For each file of records: text, table, and where there is one, the picture's caption, plot and file."""
 
 if __name__ == "__main__":
     main()
