@@ -69,6 +69,22 @@ def _parser() -> argparse.ArgumentParser:
     add_eval_arguments(evaluation)
     evaluation.set_defaults(run=_eval)
 
+    analyze = commands.add_parser("analyze", help="statistics of a model's K and V, what each format does to attention, and which to take")
+    analyze.add_argument("model", type=Path, help="a checkpoint directory")
+    analyze.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to run (default: the model's held-out text)")
+    analyze.add_argument("--out", type=Path, metavar="FILE", help="JSON to write, for `sawkv report`")
+    analyze.add_argument("--methods", metavar="NAMES", help="formats and methods, by comma (default: those to choose from, and peers)")
+    analyze.add_argument("--window", type=int, default=2048, metavar="TOKENS", help="length of a context (default: %(default)s)")
+    analyze.add_argument("--windows", type=int, default=4, metavar="COUNT", help="contexts to run (default: %(default)s)")
+    analyze.add_argument("--stress", type=int, default=1, help="scale some key channels by this power of two (default: %(default)s)")
+    analyze.add_argument("--device", help="cpu or cuda (default: a GPU where there is one)")
+    analyze.set_defaults(run=_analyze)
+
+    report = commands.add_parser("report", help="one HTML page of what `sawkv eval` and `sawkv analyze` wrote")
+    report.add_argument("records", type=Path, nargs="+", help="their JSON files")
+    report.add_argument("--out", type=Path, default=Path("report.html"), metavar="FILE", help="page to write (default: %(default)s)")
+    report.set_defaults(run=_report)
+
     demo = commands.add_parser("demo", help="serve a model in 16 bits and then from INT4 pages, and compare text and capacity")
     demo.add_argument("model")
     demo.add_argument("--format", default="int4", help="cache format to compare with 16 bits (default: %(default)s)")
@@ -151,6 +167,27 @@ def _eval(args: argparse.Namespace) -> int:
     from sawkv.evaluate.command import run
 
     return run(args)
+
+
+def _analyze(args: argparse.Namespace) -> int:
+    from sawkv.evaluate.analyze import run_analyze
+
+    return run_analyze(
+        args.model,
+        args.text,
+        args.out,
+        methods=args.methods.split(",") if args.methods else None,
+        window=args.window,
+        windows=args.windows,
+        stress=args.stress,
+        device=args.device,
+    )
+
+
+def _report(args: argparse.Namespace) -> int:
+    from sawkv.evaluate.report import run_report
+
+    return run_report(args.records, args.out)
 
 
 def _demo(args: argparse.Namespace) -> int:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from sawkv.calibration import Calibration, model_id
 from sawkv.errors import FormatError, SawkvError, UnsupportedError
+from sawkv.evaluate.run import default_device, default_dtype
 from sawkv.evaluate.text import load_text
 from sawkv.integrations.transformers_eval import EvalModel
 from sawkv.methods import CODECS
@@ -60,9 +61,9 @@ def run_calibrate(
     text = load_text(model_folder, text_file)
     for_judging = max(1, windows // JUDGED_SHARE)
     judged, fitted = text.split(window, for_judging, max(1, windows - for_judging))  # from the end, as `sawkv eval` calibrates
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = EvalModel.load(model_folder, device, torch.bfloat16 if device.startswith("cuda") else torch.float32)
-    print(f"model   {model_folder.name}: {len(model.layers)} layers, {model.shape[1]} KV heads of {model.shape[2]}")
+    where = torch.device(device) if device else default_device()
+    model = EvalModel.load(model_folder, where, default_dtype(where))
+    print(f"model   {model_folder.resolve().name}: {len(model.layers)} layers, {model.shape[1]} KV heads of {model.shape[2]}")
     print(f"text    {text.name}: {len(fitted)} windows of {window:,} tokens to measure, {len(judged)} others to judge")
     calibration, savings = calibrate(model, wanted, fitted, judged)
     calibration.save(out)
