@@ -3,7 +3,8 @@
 //   scheduler warp   takes chunks from the plan; loads, rotates and normalizes their queries
 //   2 producer warps bring tiles of pages into a ring in shared memory, one bulk copy for each page and KV head
 //   8 consumer warps attend: tile i goes to consumer group i % GROUPS
-//   merge warp       adds the groups' results of a finished chunk while the consumers go on with the next
+//   merge warp       adds the groups' results of a finished chunk while the consumers go on with the next; the rows of a block's last chunk are
+//                    shared by all warps that are not consumers, which have nothing else to do by then
 //
 // The codes are never converted. A nibble n, masked in place, *is* the 16-bit float n * 2^-24 (fp16) or n * 2^-133 (bf16), so it goes to the
 // tensor cores as it is; scale and zero point act on scores and on weights:
@@ -27,11 +28,11 @@ constexpr int SPAN = PAGE_SIZE < TILE ? PAGE_SIZE : TILE;
 constexpr int SPAN_BYTES = SPAN * TOKEN_BYTES, SPANS = TILE / SPAN;
 constexpr int K_META = SPAN * ROW_BYTES, V_CODES = SPAN * (ROW_BYTES + META_BYTES), V_META = SPAN * (2 * ROW_BYTES + META_BYTES);
 
-constexpr int CONSUMERS = 8, PRODUCERS = 2;
+constexpr int CONSUMERS = 8, PRODUCERS = 2, HELPERS = PRODUCERS + 2;  // helpers: all but the consumers
 constexpr int GROUPS = CONSUMERS / ROW_BLOCKS;             // the warps of a group share a tile, each with its own query rows
 constexpr int BLOCK_ROWS = 8 * COLUMN_TILES;               // rows of a row block, with padding
 constexpr int CHUNK_ROWS = ROW_BLOCKS * BLOCK_ROWS;
-constexpr int THREADS = (CONSUMERS + PRODUCERS + 2) * WARP;
+constexpr int THREADS = (CONSUMERS + HELPERS) * WARP;
 static_assert(CONSUMERS % ROW_BLOCKS == 0 && ROWS <= BLOCK_ROWS, "row blocks are dealt evenly");
 
 constexpr int SHARED_LIMIT = 227 << 10;
@@ -53,12 +54,14 @@ struct Shared {
   u64 tile_full[STAGES], tile_empty[STAGES];
   u64 chunk_full[CHUNK_SLOTS], queries_full[CHUNK_SLOTS], chunk_empty[CHUNK_SLOTS];
   u64 results_full[RESULT_SLOTS], results_empty[RESULT_SLOTS];
+  u64 last_results_full;  // those of the block's last chunk
 
   __device__ void init_barriers() {
     for (int i = 0; i < STAGES; i++) ptx::init_barrier(&tile_full[i], 1), ptx::init_barrier(&tile_empty[i], ROW_BLOCKS);
     for (int i = 0; i < CHUNK_SLOTS; i++)
       ptx::init_barrier(&chunk_full[i], 1), ptx::init_barrier(&queries_full[i], 1), ptx::init_barrier(&chunk_empty[i], 1);
     for (int i = 0; i < RESULT_SLOTS; i++) ptx::init_barrier(&results_full[i], CONSUMERS), ptx::init_barrier(&results_empty[i], 1);
+    ptx::init_barrier(&last_results_full, 1);
     ptx::publish_barriers();
   }
 };
@@ -176,7 +179,7 @@ __device__ void store_query(Shared& s, const DecodeParams& p, int slot, int r, R
 }
 
 __device__ void prepare_queries(Shared& s, const DecodeParams& p, const Chunk& chunk, int slot) {
-  constexpr int AT_ONCE = 4;  // loads in flight
+  constexpr int AT_ONCE = ROWS <= 4 ? 4 : 8;  // loads in flight
   for (int first = 0; first < CHUNK_ROWS; first += AT_ONCE) {
     if (is_padding(first)) continue;
     Row<D> rows[AT_ONCE];
@@ -192,7 +195,8 @@ __device__ void prepare_queries(Shared& s, const DecodeParams& p, const Chunk& c
   }
 }
 
-__device__ void run_scheduler(Shared& s, const DecodeParams& p) {
+// The run_... of helpers return the number of the block's chunks.
+__device__ int run_scheduler(Shared& s, const DecodeParams& p) {
   const int num_chunks = p.header->num_chunks;
   int next = blockIdx.x;  // the first chunk is fixed, the others are claimed
   for (int n = 0;; n++) {
@@ -210,7 +214,7 @@ __device__ void run_scheduler(Shared& s, const DecodeParams& p) {
     if (chunk.num_tiles) prepare_queries(s, p, chunk, slot);
     __syncwarp();
     if (lane_index() == 0) ptx::arrive(&s.queries_full[slot]);
-    if (!chunk.num_tiles) return;
+    if (!chunk.num_tiles) return n;
     next = __shfl_sync(ALL_LANES, next, 0);
   }
 }
@@ -224,7 +228,7 @@ __device__ int load_page(const DecodeParams& p, const Chunk& chunk, int first_ti
   return is_needed ? p.block_table[chunk.sequence * p.table_stride + span * SPAN / PAGE_SIZE] : 0;
 }
 
-__device__ void run_producer(Shared& s, const DecodeParams& p, int producer) {
+__device__ int run_producer(Shared& s, const DecodeParams& p, int producer) {
   // Pages are read once a step. If they are few, let L2 forget them first and keep what others left there; if they are many, all is forgotten
   // anyway, and ordinary replacement was measured 2% faster.
   constexpr i64 MANY_BYTES = 400ll << 20;
@@ -236,7 +240,7 @@ __device__ void run_producer(Shared& s, const DecodeParams& p, int producer) {
     const Turn<CHUNK_SLOTS> turn{n};
     ptx::wait(&s.chunk_full[turn.slot()], turn.phase());
     const Chunk chunk = s.chunks[turn.slot()];
-    if (!chunk.num_tiles) return;
+    if (!chunk.num_tiles) return n;
     const u8* head = p.pages + (i64)(chunk.unit / ROW_GROUPS) * HEAD_BYTES;
     int pages = 0, next_pages = load_page(p, chunk, 0), batch = -1;
     for (int tile = (producer + PRODUCERS - tiles_before % PRODUCERS) % PRODUCERS; tile < chunk.num_tiles; tile += PRODUCERS) {
@@ -537,39 +541,56 @@ __device__ void run_consumer(Shared& s, const DecodeParams& p, int warp) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------- merge
-__device__ void run_merger(Shared& s, const DecodeParams& p) {
-  for (int n = 0;; n++) {
-    const Turn<CHUNK_SLOTS> turn{n};
-    const Turn<RESULT_SLOTS> result{n};
-    ptx::wait(&s.chunk_full[turn.slot()], turn.phase());
-    const Chunk chunk = s.chunks[turn.slot()];
-    if (!chunk.num_tiles) return;
-    ptx::wait(&s.results_full[result.slot()], result.phase());
-    for (int r = 0; r < CHUNK_ROWS; r++) {
-      const QueryRow row(chunk.unit, r);
-      if (is_padding(r) || row.token >= chunk.query_len) continue;
-      Row<D> outs[GROUPS];
-      float2 stats[GROUPS];
+// Add the groups' results of rows first, first + step, ... of the n-th chunk. They are there.
+__device__ void merge_rows(const Shared& s, const DecodeParams& p, int n, int first, int step) {
+  const Chunk chunk = s.chunks[Turn<CHUNK_SLOTS>{n}.slot()];
+  const int slot = Turn<RESULT_SLOTS>{n}.slot();
+  for (int r = first; r < CHUNK_ROWS; r += step) {
+    const QueryRow row(chunk.unit, r);
+    if (is_padding(r) || row.token >= chunk.query_len) continue;
+    Row<D> outs[GROUPS];
+    float2 stats[GROUPS];
 #pragma unroll
-      for (int group = 0; group < GROUPS; group++) {
-        const int warp = group * ROW_BLOCKS + r / BLOCK_ROWS;
-        outs[group] = Row<D>::load(s.results[result.slot()][warp][r % BLOCK_ROWS]);
-        stats[group] = s.result_stats[result.slot()][warp][r % BLOCK_ROWS];
-      }
-      Result merged = Result::none();
-      merged.add(outs, stats);
-      if (chunk.partial < 0) {
-        merged.write(p, chunk.query_start, row);
-      } else {
-        const i64 index = (i64)chunk.partial * CHUNK_ROWS + r;
-        merged.out.store(p.partials + index * D);
-        if (lane_index() == 0) p.partial_stats[index] = {merged.maximum, merged.sum};
-      }
+    for (int group = 0; group < GROUPS; group++) {
+      const int warp = group * ROW_BLOCKS + r / BLOCK_ROWS;
+      outs[group] = Row<D>::load(s.results[slot][warp][r % BLOCK_ROWS]);
+      stats[group] = s.result_stats[slot][warp][r % BLOCK_ROWS];
     }
+    Result merged = Result::none();
+    merged.add(outs, stats);
+    if (chunk.partial < 0) {
+      merged.write(p, chunk.query_start, row);
+    } else {
+      const i64 index = (i64)chunk.partial * CHUNK_ROWS + r;
+      merged.out.store(p.partials + index * D);
+      if (lane_index() == 0) p.partial_stats[index] = {merged.maximum, merged.sum};
+    }
+  }
+}
+
+// Whether the n-th chunk, once it is known, turns out to be none.
+__device__ bool is_end(Shared& s, int n) {
+  const Turn<CHUNK_SLOTS> turn{n};
+  ptx::wait(&s.chunk_full[turn.slot()], turn.phase());
+  return s.chunks[turn.slot()].num_tiles == 0;
+}
+
+// Merges all chunks but the last, whose results it announces to the other helpers.
+__device__ int run_merger(Shared& s, const DecodeParams& p) {
+  if (is_end(s, 0)) return 0;
+  for (int n = 0;; n++) {
+    const bool is_last = is_end(s, n + 1);
+    const Turn<RESULT_SLOTS> result{n};
+    ptx::wait(&s.results_full[result.slot()], result.phase());
+    if (is_last) {
+      if (lane_index() == 0) ptx::arrive(&s.last_results_full);
+      return n + 1;
+    }
+    merge_rows(s, p, n, 0, 1);
     __syncwarp();
     if (lane_index() == 0) {
       ptx::arrive(&s.results_empty[result.slot()]);
-      ptx::arrive(&s.chunk_empty[turn.slot()]);
+      ptx::arrive(&s.chunk_empty[Turn<CHUNK_SLOTS>{n}.slot()]);
     }
   }
 }
@@ -599,13 +620,13 @@ __global__ void __launch_bounds__(THREADS, 1) sawkv_decode(const __grid_constant
   const int warp = warp_index();
   if (warp < CONSUMERS) {
     run_consumer(s, p, warp);
-  } else if (warp < CONSUMERS + PRODUCERS) {
-    run_producer(s, p, warp - CONSUMERS);
-  } else if (warp == CONSUMERS + PRODUCERS) {
-    run_scheduler(s, p);
-  } else {
-    run_merger(s, p);
+    return;
   }
+  const int helper = warp - CONSUMERS;
+  const int chunks = helper < PRODUCERS ? run_producer(s, p, helper) : helper == PRODUCERS ? run_scheduler(s, p) : run_merger(s, p);
+  if (chunks == 0) return;
+  ptx::wait(&s.last_results_full, 0);
+  merge_rows(s, p, chunks - 1, helper, HELPERS);
 }
 
 // Add the chunks of each split unit. A warp takes a row where there are few chunks; all warps of a block share one where there are many.
