@@ -65,6 +65,13 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--device", help="cpu or cuda (default: a GPU where there is one)")
     calibrate.set_defaults(run=_calibrate)
 
+    balance = commands.add_parser("balance", help="write a copy of a model that computes the same, with keys and values easier to quantize")
+    balance.add_argument("model", type=Path, help="a checkpoint directory")
+    balance.add_argument("--out", type=Path, required=True, metavar="DIR", help="new directory for the copy")
+    balance.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to measure on (default: the model's held-out text)")
+    balance.add_argument("--device", help="cpu or cuda (default: a GPU where there is one)")
+    balance.set_defaults(run=_balance)
+
     evaluation = commands.add_parser("eval", help="what cache formats and other methods cost on a model: KL, perplexity, recall")
     add_eval_arguments(evaluation)
     evaluation.set_defaults(run=_eval)
@@ -161,6 +168,17 @@ def _calibrate(args: argparse.Namespace) -> int:
     return run_calibrate(
         args.model, args.text, args.out, cache_format=args.format, window=args.window, windows=args.windows, device=args.device
     )
+
+
+def _balance(args: argparse.Namespace) -> int:
+    import torch
+
+    from sawkv.evaluate.folding import write_balanced
+    from sawkv.evaluate.run import default_device
+
+    write_balanced(args.model, args.text, args.out, device=torch.device(args.device) if args.device else default_device())
+    print(f"written: {args.out}; its logits equal those of {args.model} to the last bit")
+    return 0
 
 
 def _eval(args: argparse.Namespace) -> int:

@@ -95,7 +95,7 @@ def test_served_formats_read_what_pages_give_back(name: str) -> None:
         assert torch.equal(read(part.rows), want)
 
 
-def test_default_is_the_centered_format() -> None:
+def test_centered_formats_read_what_pages_with_centers_give_back() -> None:
     sample = make_sample(num_tokens=40, offset=20.0)
     centers = [part.rows.mean(0) for part in (sample.k, sample.v)]
     cache = PagedKVCache.allocate(PageLayout(CacheFormat.parse("int4"), 2, 128, 16), 3, "cpu", *centers)
@@ -104,14 +104,14 @@ def test_default_is_the_centered_format() -> None:
     one = torch.tensor([40], dtype=torch.int32)
     pages = torch.arange(3, dtype=torch.int32)[None]
     gather(cache, pages, one, torch.tensor([0, 40], dtype=torch.int32), out[0], out[1], rotated=False, backend="reference")
-    for read, part, want in zip(fitted("default", sample), (sample.k, sample.v), out, strict=True):
+    for read, part, want in zip(fitted("int4_center", sample), (sample.k, sample.v), out, strict=True):
         assert torch.equal(read(part.rows), want)
 
 
 def test_centering_removes_an_offset_that_rotation_spreads() -> None:
     sample = make_sample(offset=60.0)
-    error = {name: relative_error(fitted(name, sample)[0](sample.k.rows), sample.k.rows) for name in ("default", "int4-k128-v128")}
-    assert error["default"] < 0.3 * error["int4-k128-v128"]
+    error = {name: relative_error(fitted(name, sample)[0](sample.k.rows), sample.k.rows) for name in ("int4_center", "int4-k128-v128")}
+    assert error["int4_center"] < 0.3 * error["int4-k128-v128"]
 
 
 def test_range_search_beats_min_and_max() -> None:

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qw
 
 from sawkv import CacheFormat, PagedKVCache, PageLayout, SawkvError, UnsupportedError, append, decode_attention
 from sawkv.evaluate.divergence import compare, compare_floor, reading_only, score
+from sawkv.evaluate.folding import balance, scale_values, write_balanced
 from sawkv.evaluate.methods import find_method
 from sawkv.evaluate.samples import collect_samples, fit, layer_sample
 from sawkv.evaluate.stress import apply_stress, stressed_pairs
@@ -179,6 +180,44 @@ def test_stress_of_a_model_without_qk_norm() -> None:
     ids = torch.randint(0, 512, (1, 20))
     before = logits(model, ids)
     apply_stress(model.layers, 64, 16)
+    assert torch.equal(logits(model, ids), before)
+
+
+def test_balance_undoes_stress_and_changes_no_logit(tmp_path: Path) -> None:
+    """Written to a checkpoint, the stressed model is as easy to quantize as before the stress, and still bit-identical in 16 bits."""
+    model = EvalModel.load(MODEL, "cpu", torch.bfloat16)
+    windows, calibration = load_text(MODEL, None).split(256, 1, 4)
+    before = logits(model, windows)
+    apply_stress(model.layers, 128, 64)
+    model.model.save_pretrained(tmp_path / "stressed")
+    for name in ("tokenizer.json", "tokenizer_config.json", "held_out.npy"):
+        (tmp_path / "stressed" / name).symlink_to((MODEL / name).resolve())
+    write_balanced(tmp_path / "stressed", None, tmp_path / "balanced", device=torch.device("cpu"), window=256, num_windows=4)
+    balanced = EvalModel.load(tmp_path / "balanced", "cpu", torch.bfloat16)
+    assert torch.equal(logits(balanced, windows), before)
+    assert load_text(tmp_path / "balanced", None).name == "held-out"
+    kl = {}
+    for name, each in (("stressed", model), ("balanced", balanced)):
+        readers = fit(find_method("int4"), collect_samples(each, calibration))
+        kl[name] = compare(each, windows, {"int4": readers}, batch=1)[1]["int4"].divergence().mean_kl
+    assert kl["balanced"] < kl["stressed"] / 3
+    with pytest.raises(SawkvError, match="new or empty directory"):
+        write_balanced(tmp_path / "stressed", None, tmp_path / "balanced", device=torch.device("cpu"))
+
+
+def test_folded_factors_follow_grouped_heads() -> None:
+    """Without QK-norm, with biases, four query heads to a KV head, other factors for each KV head."""
+    model = small_model("llama", attention_bias=True, num_attention_heads=8)
+    for layer in model.layers:
+        torch.nn.init.normal_(layer.v_proj.bias)
+    ids = torch.randint(0, 512, (1, 20))
+    before, values = logits(model, ids), model.states(ids)[1].v
+    samples = collect_samples(model, ids)
+    factors = torch.randint(-3, 4, (2, 64)).float().exp2()
+    scale_values(model.layers[1], factors)
+    assert torch.equal(logits(model, ids), before)
+    assert torch.equal(model.states(ids)[1].v, values * factors)
+    balance(model.layers, samples)
     assert torch.equal(logits(model, ids), before)
 
 

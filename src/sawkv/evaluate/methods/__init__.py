@@ -41,25 +41,27 @@ _ROTATED = Rotated(_INT4)
 
 
 def _balanced(name: str, inner: Quantizer) -> Method:
-    return Method(name, Balanced(inner, paired=True, shared=True), Balanced(inner), calibrated=True)
+    return Method(name, Balanced(inner, paired=True, shared=True), Balanced(inner), calibrated=True, served="sawkv")
 
 
+# `default`: the format served by default, int4-k128-v128 at head_dim 128, with the centers of `sawkv calibrate`, from a checkpoint that
+# `sawkv balance` wrote. Without the latter it is `int4_center`, without either `int4`.
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        _both("default", Centered(_ROTATED), calibrated=True, served="sawkv"),
+        _balanced("default", Centered(_ROTATED)),
         _both("fp8", Float8(), calibrated=True, served="vllm"),
         _both("vllm_int4_per_token_head", VllmInt4(), served="vllm"),
         served_format(CacheFormat("int8", 0, 0), "int8_plain"),
         served_format(CacheFormat("int4", 0, 0), "int4_plain"),
         _both("int4_signs", Rotated(_INT4, signs=True)),
         _both("int4_range_search", Rotated(RangeSearched())),
+        _both("int4_center", Centered(_ROTATED), calibrated=True, served="sawkv"),
         Method("int4_center_k", Centered(_ROTATED), _ROTATED, calibrated=True, served="sawkv"),
         Method("int4_center_v", _ROTATED, Centered(_ROTATED), calibrated=True, served="sawkv"),
         _both("int4_center_range_search", Centered(Rotated(RangeSearched())), calibrated=True),
         _both("int4_center_plain", Centered(_INT4), calibrated=True, served="sawkv"),
         _balanced("int4_balanced", _ROTATED),
-        _balanced("int4_center_balanced", Centered(_ROTATED)),
         _both("int4_outliers", Outliers(_INT4, 4)),
         _both("int4_outliers_rotated", Outliers(_ROTATED, 4)),
         _both("kmeans", KMeans(), calibrated=True),

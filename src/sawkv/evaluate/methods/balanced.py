@@ -5,7 +5,7 @@ that. The product is least at s_i^4 = mean(x_i^2) / hessian_ii (Cauchy-Schwarz).
 scaling commutes with RoPE and can be folded into q_proj and k_proj, or into the QK-norms, once and for all: nothing is left to do at run
 time, and powers of two keep the 16-bit model bit-identical. For V it folds into v_proj and o_proj. Source: SmoothQuant, arXiv 2211.10438,
 balances activations and weights so; QServe, arXiv 2405.04532, smooths K so. Here for scores. Served fast by any engine that loads the
-folded weights.
+folded weights: `sawkv balance` writes them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,10 @@ from dataclasses import dataclass
 import torch
 
 from sawkv.evaluate.methods.base import Quantizer, Reader, Sample
+
+
+DEAD_ZONE = 0.75
+"""Channels that are off by less than 2 to this power are left alone: rounding to powers of two would gain nothing there."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +53,8 @@ class Balanced:
         if self.shared:
             size, weight = size.mean(0, keepdim=True).expand_as(size), weight.mean(0, keepdim=True).expand_as(weight)
         exact = (size.clamp_min(1e-12) / weight.clamp_min(1e-12)).log2() / 4
-        exact = exact - exact.mean(-1, keepdim=True)  # a common factor changes nothing
-        scales: torch.Tensor = exact.round().clamp(-12, 12).exp2()
+        exact = exact - exact.median(-1, keepdim=True).values  # a common factor changes nothing
+        scales: torch.Tensor = exact.round().where(exact.abs() > DEAD_ZONE, 0.0).clamp(-12, 12).exp2()
         return scales
 
 

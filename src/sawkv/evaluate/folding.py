@@ -1,0 +1,105 @@
+"""Static factors of key and value channels, folded into a model's weights: nothing is left to do at run time.
+
+K by f and Q by 1 / f changes no score. With f the same for channels i and i + head_dim / 2 it commutes with RoPE, so it can go into the
+QK-norms where the model has them, else into q_proj and k_proj. V by g goes into v_proj and 1 / g into o_proj. With powers of two every
+product in bf16 is exact, and the 16-bit model stays bit-identical. `stress` makes keys worse this way, `balance` makes them better.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from sawkv.errors import SawkvError, UnsupportedError
+from sawkv.evaluate.methods.balanced import Balanced
+from sawkv.evaluate.methods.base import LayerSample
+from sawkv.evaluate.methods.integer import Coded
+from sawkv.evaluate.samples import collect_samples
+from sawkv.evaluate.text import load_text
+from sawkv.integrations.transformers_eval import EvalModel
+
+PLAIN = Coded("int4")
+
+
+@torch.no_grad()
+def scale_keys(layer: nn.Module, factors: torch.Tensor) -> None:
+    """Scale key channels by `factors`, [head_dim], and those of queries by their inverse, for all heads of an attention module, in place.
+
+    Raises:
+        UnsupportedError: the module has neither QK-norms over head_dim nor q_proj and k_proj.
+    """
+    head_dim = factors.numel()
+    for side, by in (("q", 1 / factors), ("k", factors)):
+        norm, projection = getattr(layer, f"{side}_norm", None), getattr(layer, f"{side}_proj", None)
+        if norm is not None:
+            if norm.weight.shape != factors.shape:
+                raise UnsupportedError(f"keys: expected a {side}_norm over head_dim {head_dim}, got {list(norm.weight.shape)}")
+            norm.weight.mul_(by.to(norm.weight))
+        elif isinstance(projection, nn.Linear) and projection.out_features % head_dim == 0:
+            _scale_rows(projection, by.repeat(projection.out_features // head_dim))
+        else:
+            raise UnsupportedError(f"keys: expected attention with {side}_proj or {side}_norm, got {type(layer).__name__}")
+
+
+@torch.no_grad()
+def scale_values(layer: nn.Module, factors: torch.Tensor) -> None:
+    """Scale value channels by `factors`, [num_kv_heads, head_dim], in v_proj, and undo it in o_proj, in place.
+
+    Raises:
+        UnsupportedError: the module has no v_proj and o_proj that fit.
+    """
+    v_proj, o_proj = getattr(layer, "v_proj", None), getattr(layer, "o_proj", None)
+    if not isinstance(v_proj, nn.Linear) or not isinstance(o_proj, nn.Linear) or v_proj.out_features != factors.numel():
+        raise UnsupportedError(f"values: expected attention with v_proj and o_proj, got {type(layer).__name__}")
+    _scale_rows(v_proj, factors.flatten())
+    group = o_proj.in_features // factors.numel()
+    o_proj.weight.div_(factors.repeat_interleave(group, 0).flatten().to(o_proj.weight))
+
+
+def _scale_rows(projection: nn.Linear, by: torch.Tensor) -> None:
+    projection.weight.mul_(by.to(projection.weight)[:, None])
+    if projection.bias is not None:
+        projection.bias.mul_(by.to(projection.bias))
+
+
+def balance(layers: Sequence[nn.Module], samples: Sequence[LayerSample]) -> None:
+    """Even out key and value channels, as `methods.balanced` says, in place."""
+    for layer, sample in zip(layers, samples, strict=True):
+        scale_keys(layer, 1 / Balanced(PLAIN, paired=True, shared=True).scales(sample.k)[0])
+        scale_values(layer, 1 / Balanced(PLAIN).scales(sample.v))
+
+
+def write_balanced(folder: Path, text: Path | None, out: Path, *, device: torch.device, window: int = 1024, num_windows: int = 8) -> None:
+    """Write a copy of a checkpoint, in bf16, with evened-out keys and values; it computes exactly what the original does.
+
+    Args:
+        folder: the checkpoint's directory.
+        text: UTF-8 file to measure on; None for the model's held-out text.
+        out: a new directory.
+        device: where to run the model.
+        window, num_windows: how much of the text.
+
+    Raises:
+        SawkvError: `out` holds files already.
+        UnsupportedError: the model's attention is not built so that this changes nothing; for example, its RoPE pairs other channels.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise SawkvError(f"out: expected a new or empty directory, got {out}")
+    _, calibration = load_text(folder, text).split(window, 1, num_windows)
+    model = EvalModel.load(folder, device, torch.bfloat16)
+    probe = calibration[:1, : min(window, 256)]
+    before = model.logits(model.hidden(probe))
+    samples = collect_samples(model, calibration)
+    balance(model.layers, samples)
+    if not torch.equal(model.logits(model.hidden(probe)), before):
+        raise UnsupportedError("balance: expected the same logits to the last bit, got others; this model's RoPE pairs other channels")
+    out.mkdir(parents=True, exist_ok=True)
+    model.model.save_pretrained(out)
+    for file in folder.iterdir():  # the tokenizer, and what else lies beside the weights
+        of_weights = file.suffix in {".safetensors", ".bin", ".pt"} or file.name.endswith(".index.json")
+        if file.is_file() and not of_weights and not (out / file.name).exists():
+            shutil.copyfile(file, out / file.name)
