@@ -19,12 +19,14 @@ class Agreement:
     Attributes:
         equal, ties: requests that agree to the last token, and up to a near-tie.
         wrong: descriptions of the others.
-        drift: mean |difference| of log-probabilities over the tokens that agree, in nats.
+        tokens: how many agree.
+        drift: mean |difference| of their log-probabilities, in nats.
     """
 
     equal: int
     ties: int
     wrong: list[str]
+    tokens: int
     drift: float
 
     @classmethod
@@ -42,7 +44,7 @@ class Agreement:
                 ties += 1
             else:
                 wrong.append(f"request {i} of {len(b['prompt'])} tokens, at token {first}")
-        return cls(equal, ties, wrong, float(np.mean(drift)) if drift else float("inf"))
+        return cls(equal, ties, wrong, len(drift), float(np.mean(drift)) if drift else float("inf"))
 
     def __str__(self) -> str:
         named = f" ({'; '.join(self.wrong[:3])})" if self.wrong else ""

@@ -35,8 +35,8 @@ PROMPT_LENGTHS: Final = (3, 40, 70, 200, 333)
 OUT: Final = 24
 LIMITS: Final = {"float32": (0.01, 2e-3), "float16": (0.05, 2e-2), "bfloat16": (0.2, 0.1)}
 """Of the model's dtype: nats of a near-tie, and mean difference of log-probabilities, that rounding may cause."""
-INT4_DRIFT: Final = 0.5
-"""Nats. Of unrelated text it would be several."""
+QUANTIZED_DRIFT: Final = 0.5
+"""Nats. Seen: 0.1 to 0.2. The logits of these models have a standard deviation of some 1.6, so unrelated ones differ by more than 1."""
 SHRUNK: Final[dict[str, Any]] = {
     "num_hidden_layers": 4,
     "hidden_size": 256,
@@ -64,6 +64,7 @@ def main() -> int:
     args = parser.parse_args()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine is in this process, so that it ends with its object
     os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     import torch
 
     dtype = args.dtype or ("float16" if torch.cuda.is_available() else "float32")
@@ -106,8 +107,11 @@ def _check(name: str, formats: Sequence[str], dtype: str, model: str) -> int:
             failures += _line("sawkv" in got, what, f"refused: {got}")
             continue
         agreement = Agreement.of(got, wide, tie)
-        passed = agreement.drift <= INT4_DRIFT if kind != "plain" else not agreement.wrong and agreement.drift <= drift_limit
-        failures += _line(passed, what, str(agreement))
+        if kind == "plain":
+            failures += _line(not agreement.wrong and agreement.drift <= drift_limit, what, str(agreement))
+        else:
+            near = f"log-probabilities within {agreement.drift:.3f} on average, over {agreement.tokens} tokens before the texts part"
+            failures += _line(agreement.drift <= QUANTIZED_DRIFT, what, near)
     return failures
 
 
