@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from functools import cache
-from typing import Final
+from typing import Any, Final
 
 import prometheus_client
 import torch
@@ -40,7 +40,7 @@ class CounterReader:
         """Made by the first `poll`, and not earlier: vLLM's sleep mode discards what is allocated while it makes the cache."""
         self._layout, self._num_layers, self._device, self._rank = layout, num_layers, device, rank
         self._copy = torch.zeros(2, len(COLUMNS), dtype=torch.float64, pin_memory=device.type == "cuda")
-        self._copied = torch.cuda.Event() if device.type == "cuda" else None
+        self._copied: Any = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._is_copying = False
         self._published = torch.zeros_like(self._copy)
         self._due = self._warning_due = 0.0
