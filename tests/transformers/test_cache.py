@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import copy
 import logging
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import AutoConfig, DynamicCache
 
-from sawkv import FormatError, LayoutError, SawkvError, UnsupportedError
+from sawkv import CacheFormat, FormatError, LayoutError, SawkvError, UnsupportedError
+from sawkv.calibration import Calibration, model_id
+from sawkv.errors import CalibrationError
 from sawkv.integrations.transformers import SawCache
 from sawkv.integrations.transformers.pages import CROP_MARGIN
-from tests.transformers.models import SMALL, make_model
+from tests.transformers.models import SMALL, make_model, plain_attention
 
 LOSSLESS = "fp32-k16-v16"
 
@@ -24,7 +27,7 @@ def states(batch: int, tokens: int) -> list[torch.Tensor]:
 
 def pair(kind: str = "llama", **options: Any) -> tuple[SawCache, DynamicCache]:
     """A SawCache and a DynamicCache, both as tensors: the model's attention is not ours."""
-    config = make_model(kind, "sdpa").config
+    config = make_model(kind, plain_attention(kind)).config
     return SawCache(config, LOSSLESS, **options), DynamicCache(config=config)
 
 
@@ -60,16 +63,18 @@ def test_batch_operations(kind: str) -> None:
     ):
         for cache in caches:
             getattr(cache, operation)(argument)
-        assert caches[0].batch_size == caches[1].layers[0].keys.shape[0]
-        update_both(caches, caches[0].batch_size, 3)
+        batch = caches[1].layers[0].keys.shape[0]
+        assert caches[0].layers[0].batch_size == batch
+        update_both(caches, batch, 3)
 
 
 def test_crop() -> None:
     caches = pair()
     update_both(caches, 2, 45)
-    for count in (-1, -20, 0, -3):
+    for count in (-1, -20, -3):
         for cache in caches:
             cache.crop(count)
+        caches[0].crop(0)
         update_both(caches, 2, 2)
     length = caches[0].get_seq_length()
     caches[0].crop(5)  # how Transformers before 5.18 says it
@@ -80,6 +85,8 @@ def test_crop() -> None:
 
 def test_a_window_keeps_what_a_crop_may_need() -> None:
     caches = pair("mistral")
+    if not hasattr(caches[1], "activate_past_recording"):
+        pytest.skip("Transformers before 5.8 does not draft with windows")
     for cache in caches:
         cache.activate_past_recording()
     update_both(caches, 2, 200)
@@ -169,14 +176,14 @@ def test_memory_is_what_the_format_says(static: bool) -> None:
 
 def test_a_window_holds_no_more_than_it_needs() -> None:
     model = make_model("gemma2")
-    cache, ids = SawCache(model.config), torch.randint(1, 99, (1, 3000))
+    cache, ids = SawCache(model.config), torch.randint(1, 99, (1, 1500))
     with torch.no_grad():
         model(ids, past_key_values=cache)
     held = [layer.pages.pages.shape[0] * 16 for layer in cache.layers]
-    assert held[1] >= 3000
+    assert held[1] >= 1500
     assert held[0] < 20 + CROP_MARGIN + 200, "already after the prompt"
-    model.generate(torch.cat([ids, ids[:, :1]], 1), past_key_values=cache, max_new_tokens=500)
-    assert max(layer.pages.pages.shape[0] * 16 for layer in cache.layers[::2]) < 20 + CROP_MARGIN + 300
+    model.generate(torch.cat([ids, ids[:, :1]], 1), past_key_values=cache, max_new_tokens=150)
+    assert max(layer.pages.pages.shape[0] * 16 for layer in cache.layers[::2]) < 20 + CROP_MARGIN + 200
 
 
 def test_two_caches_of_one_model() -> None:
@@ -219,6 +226,29 @@ def test_models_that_cannot_be_served_are_refused_at_once(kind: str, changes: di
     config = AutoConfig.for_model(kind, **((SMALL | changes) if kind == "llama" else {}))
     with pytest.raises(SawkvError, match=message):
         SawCache(config)
+
+
+@pytest.mark.parametrize("attention", ["sawkv", "sdpa"])
+def test_calibration(attention: str, tmp_path: Path) -> None:
+    """Centers cost nothing under a format that loses nothing, and are kept through all that moves pages."""
+    model, ids = make_model("qwen3", attention), torch.randint(1, 99, (2, 20))
+    centers = torch.randn(2, 4, 2, 16)
+    for name in (LOSSLESS, "int4-k16-v16"):
+        Calibration(CacheFormat.parse(name), model_id(model.config), *centers).save(tmp_path / name)
+    with torch.no_grad():
+        cache = SawCache(model.config, LOSSLESS, calibration=tmp_path / LOSSLESS)
+        model(ids, past_key_values=cache)
+        cache.reorder_cache(torch.tensor([1, 0]))
+        more = torch.randint(1, 99, (2, 300))
+        got = [model(more, past_key_values=cache).logits, model(ids[:, :1], past_key_values=cache).logits]
+        whole = model(torch.cat([ids.flip(0), more, ids[:, :1]], 1), use_cache=False).logits
+        torch.testing.assert_close(torch.cat(got, 1), whole[:, 20:], atol=1e-3, rtol=1e-3)
+        with pytest.raises(CalibrationError, match="format: expected fp32-k16-v16"):
+            model(ids, past_key_values=SawCache(model.config, LOSSLESS, calibration=tmp_path / "int4-k16-v16"))
+        plain, centered = (SawCache(model.config, calibration=c) for c in (None, tmp_path / "int4-k16-v16"))
+        for each in (plain, centered):
+            model(ids, past_key_values=each)
+        assert not torch.equal(plain.layers[0].pages.pages, centered.layers[0].pages.pages)
 
 
 def test_bad_arguments() -> None:

@@ -62,7 +62,7 @@ def saw_attention(
         return attend(module, query, key, attention_mask, scale, softcap, s_aux, kwargs), None
     if key.layer.is_compileable and query.shape[2] == 1:
         mask = attention_mask if key.layer.is_first else None
-        return attend_compiled(query, key.key, key.value, mask, s_aux, key.handle, key.layer_idx, scale, softcap or 0.0), None
+        return attend_compiled(query, key.key, key.value, mask, s_aux, key.handle, key.layer.index, scale, softcap or 0.0), None
     return attend_uncompiled(module, query, key, attention_mask, scale, softcap, s_aux, kwargs), None
 
 

@@ -7,6 +7,7 @@ import itertools
 import logging
 import weakref
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from sawkv import ops
 from sawkv.cache import PagedKVCache
+from sawkv.calibration import Calibration, model_id
 from sawkv.errors import LayoutError, UnsupportedError
 from sawkv.integrations.transformers.pages import Paging
 from sawkv.kernels import select_backend
@@ -43,6 +45,7 @@ class _Settings:
     max_len: int | None
     exact_prefill: bool
     backend: str | None
+    calibration: Calibration | None
     record_past: bool = False
     pagings: dict[tuple[torch.device, PageLayout, int], Paging] = field(default_factory=dict)
 
@@ -65,9 +68,11 @@ class SawCache(Cache):
         max_cache_len: allocate for this many tokens at once, so that `generate` compiles the decoding step (to CUDA graphs, by default).
             None grows as needed, and is not compiled.
         exact_prefill: let the attention of a fresh prompt see its exact K and V. Its output then depends on how it was cut into passes.
+        calibration: centers of this model, from `sawkv calibrate`, or their file.
         backend: kernels by name, from `sawkv info`; None chooses the fastest.
 
     Raises:
+        CalibrationError: the calibration cannot be read; or, at the first pass, is of another model or format.
         UnsupportedError: the model's layers have something other than causal self-attention, with or without a sliding window.
         FormatError: the format is not one, or does not fit the model's head_dim.
     """
@@ -79,6 +84,7 @@ class SawCache(Cache):
         *,
         max_cache_len: int | None = None,
         exact_prefill: bool = False,
+        calibration: Calibration | str | Path | None = None,
         backend: str | None = None,
     ) -> None:
         if max_cache_len is not None and max_cache_len < 1:
@@ -87,10 +93,12 @@ class SawCache(Cache):
         windows = layer_windows(config)
         cache_format = CacheFormat.parse(format) if isinstance(format, str) else format
         cache_format.resolve(getattr(decoder, "head_dim", None) or decoder.hidden_size // decoder.num_attention_heads)
-        self.settings = _Settings(decoder, cache_format, max_cache_len, exact_prefill, backend)
+        if isinstance(calibration, (str, Path)):
+            calibration = Calibration.load(calibration)
+        self.settings = _Settings(decoder, cache_format, max_cache_len, exact_prefill, backend, calibration)
         self._told = False
         self._register()
-        super().__init__(layers=[SawLayer(self.settings, window) for window in windows])
+        super().__init__(layers=[SawLayer(self.settings, index, window) for index, window in enumerate(windows)])
 
     def _register(self) -> None:
         self.handle = next(_handles)
@@ -118,13 +126,14 @@ class SawCache(Cache):
 
         Raises:
             LayoutError: not the batch, heads or head_dim that the cache holds, or no room.
+        UnsupportedError: K and V of unlike shapes, or no kernels for them.
         """
         layer = self.layers[layer_idx]
         assert isinstance(layer, SawLayer)
         if not layer.is_initialized:
             layer.lazy_initialization(key_states, value_states)
         if self.settings.read_by_sawkv:
-            states = NewStates(key_states, value_states, layer, self.handle, layer_idx)
+            states = NewStates(key_states, value_states, layer, self.handle)
             return states, states
         if not self._told:
             self._told = True
@@ -148,15 +157,16 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     is_croppable = True
 
-    def __init__(self, settings: _Settings, window: int) -> None:
+    def __init__(self, settings: _Settings, index: int, window: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._settings = settings
-        self.window = window
+        self.index, self.window = index, window
         self.is_sliding = window > 0
         self.is_first = False
         self.paging: Paging
         self.pages: PagedKVCache | None = None
         self._held = 0, 0  # first_page and num_pages of self.pages
+        self._centers: tuple[torch.Tensor | None, torch.Tensor | None] = None, None
 
     def __repr__(self) -> str:
         return f"SawLayer({self._settings.format}, window={self.window})"
@@ -191,6 +201,16 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             settings.pagings[key] = Paging(layout, device, self.window, batch_size, settings.max_len, settings.backend)
             settings.pagings[key].record_past(settings.record_past)
         self.paging = settings.pagings[key]
+        if settings.calibration is not None:
+            settings.calibration.check(
+                cache_format=layout.format,
+                model=model_id(settings.config),
+                num_layers=settings.config.num_hidden_layers,
+                num_kv_heads=num_kv_heads,
+                head_dim=head_dim,
+            )
+            k_center, v_center = settings.calibration.centers(self.index)
+            self._centers = (None if k_center is None else k_center.to(device)), (None if v_center is None else v_center.to(device))
         self.hold(self.paging.first_page, self.paging.num_pages)
         self.is_initialized = True
 
@@ -221,9 +241,7 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         assert self.pages is not None
         ops.append(_rows(key_states.detach()), _rows(value_states.detach()), self.pages, paging.slots, backend=paging.backend)
 
-    def attend(
-        self, query: torch.Tensor, scale: float, softcap: float, sinks: torch.Tensor | None, out: torch.Tensor | None = None
-    ) -> torch.Tensor:
+    def attend(self, query: torch.Tensor, scale: float, softcap: float, sinks: torch.Tensor | None) -> torch.Tensor:
         """Attention of new tokens over the pages, after `write`.
 
         Args:
@@ -232,8 +250,13 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
         Returns:
             [batch_size, num_new, num_q_heads, head_dim].
+
+        Raises:
+            UnsupportedError: centered keys, which a soft-cap or sinks would notice.
         """
         paging = self.paging
+        if self._centers[0] is not None and (softcap or sinks is not None):
+            raise UnsupportedError("sawkv calibration: centered keys change a softmax with attention sinks or a logit soft-cap")
         batch_size, num_q_heads, num_new, head_dim = query.shape
         assert self.pages is not None
         attended = ops.decode_attention(
@@ -272,7 +295,7 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if self.pages is not None and self._held == (first_page, num_pages):
             return
         paging = self.paging
-        pages = PagedKVCache.allocate(paging.layout, num_pages * paging.batch_size, paging.device)
+        pages = PagedKVCache.allocate(paging.layout, num_pages * paging.batch_size, paging.device, *self._centers)
         if self.pages is not None:
             size, first = paging.batch_size, max(first_page, self._held[0])
             end = max(first, min(first_page + num_pages, sum(self._held)))
@@ -339,7 +362,7 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if self._settings.max_len is not None and taken.shape == old.shape:
             old.copy_(taken)
         else:
-            self.pages = PagedKVCache(taken.flatten(0, 1), pages.layout)
+            self.pages = PagedKVCache(taken.flatten(0, 1), pages.layout, *self._centers)
         if self.is_first:
             paging.take(index)
 
@@ -363,14 +386,13 @@ class NewStates:
 
     Attributes:
         key, value: [batch_size, num_kv_heads, num_new, head_dim].
-        layer, handle, layer_idx: where they go.
+        layer, handle: where they go, and the cache that it is of.
     """
 
     key: torch.Tensor
     value: torch.Tensor
     layer: SawLayer
     handle: int
-    layer_idx: int
 
     @classmethod
     def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
