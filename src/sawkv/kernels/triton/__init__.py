@@ -65,7 +65,7 @@ def append(k: torch.Tensor, v: torch.Tensor, cache: PagedKVCache, slot_mapping: 
     layout, num_tokens = cache.layout, slot_mapping.shape[0]
     if not num_tokens:
         return
-    append_kernel[(triton.cdiv(num_tokens, APPEND_TOKENS), layout.num_kv_heads, 2)](
+    append_kernel[(_divide_up(num_tokens, APPEND_TOKENS), layout.num_kv_heads, 2)](
         k,
         v,
         cache.k_center,
@@ -100,7 +100,7 @@ def gather(
     layout, num_seqs, max_tokens = cache.layout, seq_lens.shape[0], k_out.shape[0]
     if not num_seqs or not max_tokens:
         return
-    gather_kernel[(triton.cdiv(max_tokens, GATHER_TOKENS), layout.num_kv_heads, 2)](
+    gather_kernel[(_divide_up(max_tokens, GATHER_TOKENS), layout.num_kv_heads, 2)](
         cache.pages,
         block_table,
         seq_lens,
@@ -137,11 +137,11 @@ class TritonPlan(DecodePlan):
         total_rows = self.group * max_query_len
         self.block_rows = 8 if total_rows <= 8 else 16 if total_rows <= 16 or self.width > 128 else 32
         self.rows = min(total_rows, self.block_rows)
-        self.row_groups = triton.cdiv(total_rows, self.block_rows)
+        self.row_groups = _divide_up(total_rows, self.block_rows)
         self.units = layout.num_kv_heads * self.row_groups
         self.tile = 64 if layout.format.codec == "int4" and self.width <= 128 else 32  # tokens, as many as registers hold
         num_sms = 1 if INTERPRETED.value else torch.cuda.get_device_properties(device).multi_processor_count
-        self.target_chunks = triton.cdiv(CHUNKS_PER_SM * num_sms, self.units)
+        self.target_chunks = _divide_up(CHUNKS_PER_SM * num_sms, self.units)
         max_chunks = self.max_chunks(max_num_seqs)
 
         def words(*shape: int) -> torch.Tensor:
@@ -233,7 +233,7 @@ def decode_attention(
     shape = {key: pages[key] for key in ("HEAD_DIM", "WIDTH", "BITS")}
     rows = {"GROUP": plan.group, "ROWS": plan.rows, "ROW_GROUPS": plan.row_groups}
     num_rows = min(q.shape[0], num_seqs * max_query_len) * num_q_heads
-    prepare_kernel[(triton.cdiv(num_rows, PREPARE_ROWS),)](
+    prepare_kernel[(_divide_up(num_rows, PREPARE_ROWS),)](
         q,
         plan.queries,
         plan.query_stats,
@@ -305,3 +305,7 @@ def _page_constants(layout: PageLayout) -> dict[str, Any]:
         "SWIZZLE_MULTIPLIER": multiplier,
         "SWIZZLE_PERIOD": period,
     }
+
+
+def _divide_up(a: int, b: int) -> int:
+    return -(-a // b)

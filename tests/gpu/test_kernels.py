@@ -1,0 +1,188 @@
+"""The GPU backends against the reference: `pytest -m gpu tests/gpu`. With SAWKV_DRY_RUN=1, the CPU backend instead, on smaller shapes."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import pytest
+import torch
+
+from sawkv import CacheFormat, PagedKVCache, PageLayout, append, decode_attention, make_decode_plan
+from sawkv.kernels import unsupported_reason
+from tests.conftest import Batch, make_batch
+from tests.kernel_checks import attend, check_append, check_attention, check_gather, compare_attention, starts_of
+
+DRY_RUN = bool(os.environ.get("SAWKV_DRY_RUN"))
+DEVICE = "cpu" if DRY_RUN else "cuda"
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not DRY_RUN and not torch.cuda.is_available(), reason="no CUDA device")]
+
+LONG = 3000 if DRY_RUN else 20_000
+SEQ_LENS = [0, 1, 15, 16, 17, 1000, LONG]
+
+
+@pytest.fixture(params=["cpu"] if DRY_RUN else ["cuda", "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+def skip_unless_supported(backend: str, format_name: str, head_dim: int, page_size: int = 16) -> None:
+    """The CUDA backend leaves some layouts to the Triton one, which takes all of this file."""
+    device = torch.device(DEVICE, 0 if DEVICE == "cuda" else None)
+    reason = unsupported_reason(backend, device, PageLayout(CacheFormat.parse(format_name), 2, head_dim, page_size))
+    if reason is not None and backend == "cuda":
+        pytest.skip(reason)
+    assert reason is None
+
+
+@pytest.mark.skipif(not DRY_RUN and torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0), reason="older than Hopper")
+def test_the_backends_are_there(backend: str) -> None:
+    """All else here would be vacuous if they were passed over."""
+    layout = PageLayout(CacheFormat("int4"), 8, 128, 16)
+    assert unsupported_reason(backend, torch.device(DEVICE, 0 if DEVICE == "cuda" else None), layout) is None
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 112, 128, 192, 256])
+@pytest.mark.parametrize("format_name", ["int4", "int8", "bf16", "fp16-k16-v16", "int4-k0-v16"])
+def test_append(backend: str, format_name: str, head_dim: int) -> None:
+    skip_unless_supported(backend, format_name, head_dim, 32)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        check_append(backend, DEVICE, format_name, head_dim, dtype=dtype, centered=dtype == torch.float16)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 112, 128, 192, 256])
+@pytest.mark.parametrize("format_name", ["int4", "int8", "bf16", "fp16-k16-v16"])
+def test_attention(backend: str, format_name: str, head_dim: int) -> None:
+    """Ragged lengths, and every query length from 1 to 8."""
+    skip_unless_supported(backend, format_name, head_dim)
+    for query_lens in ([1] * 7, [1, 1, 8, 3, 2, 5, 7], [0, 1, 4, 6, 1, 0, 3]):
+        check_attention(backend, DEVICE, format_name, SEQ_LENS, query_lens, head_dim=head_dim, centered=query_lens[0] == 0)
+
+
+@pytest.mark.parametrize("group", [1, 4, 5, 7, 8, 12, 16])
+@pytest.mark.parametrize("query_len", [1, 2, 4, 8])
+def test_query_shapes(backend: str, group: int, query_len: int) -> None:
+    check_attention(backend, DEVICE, "int4", [33, 1000, 9, 4000], [query_len] * 4, group=group)
+
+
+@pytest.mark.parametrize("page_size", [16, 32, 48, 64, 128])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+def test_page_sizes(backend: str, page_size: int, head_dim: int) -> None:
+    skip_unless_supported(backend, "int4", head_dim, page_size)
+    check_attention(backend, DEVICE, "int4", SEQ_LENS, [1, 1, 2, 1, 3, 1, 1], page_size=page_size, head_dim=head_dim)
+
+
+@pytest.mark.parametrize("query_lens", [[1] * 7, [1, 1, 8, 3, 2, 5, 7]])
+@pytest.mark.parametrize(
+    "options", [{"sliding_window": 5}, {"sliding_window": 700}, {"logit_softcap": 2.0}, {"sinks": True}, {"softmax_scale": 0.02}], ids=str
+)
+def test_options(backend: str, query_lens: list[int], options: dict[str, object]) -> None:
+    if "sinks" in options:
+        options = {"sinks": torch.randn(8, device=DEVICE).bfloat16()}
+    check_attention(backend, DEVICE, "int4", SEQ_LENS, query_lens, dtype=torch.float16, centered=True, **options)
+
+
+def test_many_sequences(backend: str) -> None:
+    """More than the schedule takes at once, one far longer than the others, some empty."""
+    seq_lens = (torch.rand(1500 if not DRY_RUN else 150) * 40).int().tolist()
+    seq_lens[70] = LONG
+    check_attention(backend, DEVICE, "int4", seq_lens, [1] * len(seq_lens), group=2, head_dim=64)
+
+
+def test_nothing_to_do(backend: str) -> None:
+    """Empty batches, and batches of empty sequences."""
+    check_attention(backend, DEVICE, "int4", [0, 0], [1, 0])
+    batch = make_batch("int4", [40], device=DEVICE)
+    nothing = Batch(batch.cache, [], [], batch.block_table[:0], batch.seq_lens[:0])
+    q = torch.zeros(3, 8, 128, dtype=torch.bfloat16, device=DEVICE)
+    out, _ = attend(nothing, q, torch.zeros(1, dtype=torch.int32, device=DEVICE), backend, max_query_len=1)
+    assert out.isnan().all()
+    before = batch.cache.pages.clone()
+    append(*torch.zeros(2, 0, 2, 128, device=DEVICE), batch.cache, torch.zeros(0, dtype=torch.int64, device=DEVICE), backend=backend)
+    append(*torch.ones(2, 4, 2, 128, device=DEVICE), batch.cache, torch.full((4,), -1, device=DEVICE), backend=backend)
+    assert torch.equal(batch.cache.pages, before)
+
+
+@pytest.mark.parametrize("query_len", [1, 3])
+def test_one_graph_serves_any_lengths(backend: str, query_len: int) -> None:
+    """Captured once with its schedule, replayed with other lengths, queries and pages."""
+    batches = [
+        make_batch("int4", seq_lens, device=DEVICE)
+        for seq_lens in ([3, 3, 3, 3], [LONG, 70, 4, 1000], [5, 0, LONG // 2, 64], [2500, 3, 3, 8])
+    ]
+    most_pages = max(batch.cache.pages.shape[0] for batch in batches)
+    cache = PagedKVCache.allocate(batches[0].cache.layout, most_pages, DEVICE)
+    table = torch.zeros(4, max(batch.block_table.shape[1] for batch in batches), dtype=torch.int32, device=DEVICE)
+    seq_lens, starts = torch.zeros(4, dtype=torch.int32, device=DEVICE), starts_of([query_len] * 4, DEVICE)
+    q = torch.zeros(4 * query_len, 8, 128, dtype=torch.bfloat16, device=DEVICE)
+    out, lse = torch.empty_like(q), torch.empty(q.shape[:2], device=DEVICE)
+    options = {"num_q_heads": 8, "max_num_seqs": 4, "max_query_len": query_len}
+    plan = make_decode_plan(cache.layout, cache.pages.device, backend=backend, **options)
+
+    def step() -> None:
+        plan.update(seq_lens, starts)
+        arguments = {"softmax_scale": 0.1, "max_query_len": query_len, "out": out, "lse": lse, "plan": plan, "backend": backend}
+        decode_attention(q, cache, table, seq_lens, starts, **arguments)  # type: ignore[arg-type]
+
+    replay = step
+    if not DRY_RUN:
+        step()  # compiles
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        replay = graph.replay
+    for batch in batches:
+        cache.pages.fill_(0xFF)[: batch.cache.pages.shape[0]] = batch.cache.pages
+        table.fill_(2**30)[:, : batch.block_table.shape[1]] = batch.block_table
+        seq_lens.copy_(batch.seq_lens)
+        q.normal_()
+        for x in (out, lse):
+            x.fill_(math.nan)
+        replay()
+        replay()
+        compare_attention((out, lse), attend(batch, q, starts, "reference", softmax_scale=0.1), starts)
+
+
+def test_results_do_not_change_from_run_to_run(backend: str) -> None:
+    batch = make_batch("int4", SEQ_LENS, device=DEVICE)
+    q, starts = torch.randn(7, 8, 128, device=DEVICE).bfloat16(), starts_of([1] * 7, DEVICE)
+    first, _ = attend(batch, q, starts, backend)
+    for _ in range(5):
+        again, _ = attend(batch, q, starts, backend)
+        torch.testing.assert_close(again, first, rtol=2e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize(("format_name", "head_dim"), [("int4", 128), ("int4", 80), ("int4", 192), ("int8", 112), ("bf16", 64)])
+def test_gather(backend: str, format_name: str, head_dim: int) -> None:
+    skip_unless_supported(backend, format_name, head_dim)
+    check_gather(backend, DEVICE, format_name, [5, 0, 33, 16, 1000, 0, 2, 700], head_dim=head_dim)
+
+
+@pytest.mark.skipif(DRY_RUN, reason="takes 5 GB")
+def test_offsets_beyond_32_bits(backend: str) -> None:
+    """The last pages of a cache of more than 4 GiB hold what a small cache does."""
+    small = make_batch("int4", [700, 33], num_kv_heads=8, device=DEVICE)
+    layout = small.cache.layout
+    pages = torch.empty(layout.pages_shape(4_600_000_000 // (8 * layout.span_bytes)), dtype=torch.uint8, device=DEVICE)
+    moved_by = pages.shape[0] - small.cache.pages.shape[0]
+    pages[moved_by:] = 0xFF
+    table = torch.where(small.block_table < 2**30, small.block_table + moved_by, 2**30).int()
+    big = Batch(PagedKVCache(pages, layout), small.k, small.v, table, small.seq_lens)
+    position = torch.cat([torch.arange(700), torch.arange(33)]).to(DEVICE)
+    rows = torch.cat([table[0, position[:700] // 16], table[1, position[700:] // 16]]).long()
+    append(torch.cat(small.k), torch.cat(small.v), big.cache, rows * 16 + position % 16, backend=backend)
+    assert torch.equal(pages[moved_by:], small.cache.pages)
+    q, starts = torch.randn(2, 32, 128, device=DEVICE).bfloat16(), starts_of([1, 1], DEVICE)
+    compare_attention(attend(big, q, starts, backend), attend(small, q, starts, "reference"), starts)
+
+
+def test_a_broken_page_is_noticed(backend: str) -> None:
+    """The control: one page of twenty has its nibbles swapped."""
+    batch = make_batch("int4", [320], device=DEVICE)
+    q, starts = torch.randn(1, 8, 128, device=DEVICE).bfloat16(), starts_of([1], DEVICE)
+    want = attend(batch, q, starts, "reference")
+    page = batch.cache.pages[int(batch.block_table[0, 7])]
+    page[:] = page >> 4 | page << 4
+    with pytest.raises(AssertionError):
+        compare_attention(attend(batch, q, starts, backend), want, starts)
