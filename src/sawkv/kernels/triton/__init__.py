@@ -24,7 +24,6 @@ from sawkv.layout import PageLayout
 
 name = "triton"
 counts = True
-counts = False
 
 MIN_CAPABILITY = (8, 0)
 HEAD_DIMS = range(64, 257, 16)
