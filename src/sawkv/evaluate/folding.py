@@ -16,7 +16,7 @@ from torch import nn
 
 from sawkv.errors import SawkvError, UnsupportedError
 from sawkv.evaluate.methods.balanced import Balanced
-from sawkv.evaluate.methods.base import LayerSample
+from sawkv.evaluate.methods.base import LayerSample, Sample
 from sawkv.evaluate.methods.integer import Coded
 from sawkv.evaluate.samples import collect_samples
 from sawkv.evaluate.text import load_text
@@ -67,10 +67,11 @@ def _scale_rows(projection: nn.Linear, by: torch.Tensor) -> None:
 
 
 def balance(layers: Sequence[nn.Module], samples: Sequence[LayerSample]) -> None:
-    """Even out key and value channels, as `methods.balanced` says, in place."""
+    """Even out what key and value channels hold beside their centers, as `methods.balanced` says, in place."""
     for layer, sample in zip(layers, samples, strict=True):
-        scale_keys(layer, 1 / Balanced(PLAIN, paired=True, shared=True).scales(sample.k)[0])
-        scale_values(layer, 1 / Balanced(PLAIN).scales(sample.v))
+        k, v = (Sample(part.rows - part.rows.mean(0), part.hessian) for part in (sample.k, sample.v))
+        scale_keys(layer, 1 / Balanced(PLAIN, paired=True, shared=True).scales(k)[0])
+        scale_values(layer, 1 / Balanced(PLAIN).scales(v))
 
 
 def write_balanced(folder: Path, text: Path | None, out: Path, *, device: torch.device, window: int = 1024, num_windows: int = 8) -> None:

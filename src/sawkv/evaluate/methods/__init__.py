@@ -40,8 +40,7 @@ _INT4 = Coded("int4")
 _ROTATED = Rotated(_INT4)
 
 
-def _balanced(name: str, inner: Quantizer) -> Method:
-    return Method(name, Balanced(inner, paired=True, shared=True), Balanced(inner), calibrated=True, served="sawkv")
+_BALANCED = (Balanced(_ROTATED, paired=True, shared=True), Balanced(_ROTATED))
 
 
 # `default`: the format served by default, int4-k128-v128 at head_dim 128, with the centers of `sawkv calibrate`, from a checkpoint that
@@ -49,7 +48,7 @@ def _balanced(name: str, inner: Quantizer) -> Method:
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        _balanced("default", Centered(_ROTATED)),
+        Method("default", Centered(_BALANCED[0]), Centered(_BALANCED[1]), calibrated=True, served="sawkv"),
         _both("fp8", Float8(), calibrated=True, served="vllm"),
         _both("vllm_int4_per_token_head", VllmInt4(), served="vllm"),
         served_format(CacheFormat("int8", 0, 0), "int8_plain"),
@@ -61,7 +60,7 @@ METHODS: dict[str, Method] = {
         Method("int4_center_v", _ROTATED, Centered(_ROTATED), calibrated=True, served="sawkv"),
         _both("int4_center_range_search", Centered(Rotated(RangeSearched())), calibrated=True),
         _both("int4_center_plain", Centered(_INT4), calibrated=True, served="sawkv"),
-        _balanced("int4_balanced", _ROTATED),
+        Method("int4_balanced", *_BALANCED, calibrated=True, served="sawkv"),
         _both("int4_outliers", Outliers(_INT4, 4)),
         _both("int4_outliers_rotated", Outliers(_ROTATED, 4)),
         _both("kmeans", KMeans(), calibrated=True),

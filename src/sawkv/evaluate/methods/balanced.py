@@ -16,7 +16,6 @@ import torch
 
 from sawkv.evaluate.methods.base import Quantizer, Reader, Sample
 
-
 DEAD_ZONE = 0.75
 """Channels that are off by less than 2 to this power are left alone: rounding to powers of two would gain nothing there."""
 

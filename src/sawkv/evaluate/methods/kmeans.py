@@ -58,7 +58,7 @@ class KMeans:
         except ImportError as error:
             raise UnsupportedError("k-means: expected scikit-learn, got none; install sawkv[eval]") from error
         picked = torch.randperm(points.shape[0], generator=torch.Generator().manual_seed(0))[:FIT_POINTS]
-        fitted = MiniBatchKMeans(self.centroids, n_init=1, max_iter=60, batch_size=4096, random_state=0)
+        fitted = MiniBatchKMeans(self.centroids, n_init=1, max_iter=20, batch_size=4096, random_state=0)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # fewer distinct points than centroids, on tiny samples
             fitted.fit(points[picked.to(points.device)].cpu().numpy())
