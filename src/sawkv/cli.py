@@ -60,8 +60,11 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to measure on (default: the model's held-out text)")
     calibrate.add_argument("--out", type=Path, required=True, metavar="FILE", help="safetensors file to write")
     calibrate.add_argument("--format", default="int4", help="cache format that will be served (default: %(default)s)")
-    calibrate.add_argument("--window", type=int, default=2048, metavar="TOKENS", help="length of a context (default: %(default)s)")
-    calibrate.add_argument("--windows", type=int, default=16, metavar="COUNT", help="contexts to run (default: %(default)s)")
+    calibrate.add_argument("--context", type=int, default=4096, metavar="TOKENS", help="length of what is served (default: %(default)s)")
+    calibrate.add_argument("--window", type=int, default=1024, metavar="TOKENS", help="tokens in one pass (default: %(default)s)")
+    calibrate.add_argument(
+        "--windows", type=int, default=32, metavar="COUNT", help="passes, spread over the context (default: %(default)s)"
+    )
     calibrate.add_argument("--device", help="cpu or cuda (default: a GPU where there is one)")
     calibrate.set_defaults(run=_calibrate)
 
@@ -166,7 +169,14 @@ def _calibrate(args: argparse.Namespace) -> int:
     from sawkv.evaluate.calibrate import run_calibrate
 
     return run_calibrate(
-        args.model, args.text, args.out, cache_format=args.format, window=args.window, windows=args.windows, device=args.device
+        args.model,
+        args.text,
+        args.out,
+        cache_format=args.format,
+        context=args.context,
+        window=args.window,
+        windows=args.windows,
+        device=args.device,
     )
 
 

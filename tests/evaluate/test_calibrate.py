@@ -13,6 +13,7 @@ from sawkv.calibration import Calibration
 from sawkv.evaluate import calibrate
 from sawkv.evaluate.calibrate import Saving
 from sawkv.integrations.transformers_eval import EvalModel
+from tests.conftest import relative_error
 
 INT4 = CacheFormat("int4")
 
@@ -28,7 +29,7 @@ def make_model(key_bias: float = 0.0, value_bias: float = 0.0) -> Qwen2ForCausal
         num_key_value_heads=2,
         head_dim=32,
         max_position_embeddings=256,
-        rope_theta=1e6,
+        rope_theta=1e3,
     )
     model = Qwen2ForCausalLM(config).train(False)
     with torch.no_grad():
@@ -51,7 +52,7 @@ def means_by_the_models_own_cache(model: Qwen2ForCausalLM, ids: torch.Tensor) ->
 def test_centers_are_the_means_of_what_the_model_caches() -> None:
     model, ids = make_model(8.0, 4.0), windows(3)
     wanted = means_by_the_models_own_cache(model, ids)
-    made, savings = calibrate.calibrate(EvalModel(model), INT4, ids, windows(2))
+    made, savings = calibrate.calibrate(EvalModel(model), INT4, ids, windows(2), 64)
     assert str(made.format) == "int4-k32-v32"
     for layer, (k, v) in enumerate(wanted):
         torch.testing.assert_close(made.k_center[layer], k, rtol=1e-3, atol=1e-3)
@@ -63,19 +64,30 @@ def test_centers_are_the_means_of_what_the_model_caches() -> None:
 def test_a_center_that_does_not_help_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not Saving(plain=1.0, centered=1.0).used
     monkeypatch.setattr(calibrate.Saving, "used", property(lambda saving: False))
-    made, _ = calibrate.calibrate(EvalModel(make_model(8.0)), INT4, windows(2), windows(1))
+    made, _ = calibrate.calibrate(EvalModel(make_model(8.0)), INT4, windows(2), windows(1), 64)
     assert not made.k_center.any()
     assert made.centers(1) == (None, None)
 
 
+def test_short_windows_spread_over_a_context_give_its_centers() -> None:
+    """Rotary embeddings turn an offset of keys with the position, so where the windows stand decides their mean."""
+    model, text = make_model(8.0), torch.randint(0, 200, (8, 8)).repeat(1, 32)  # 256 tokens of eight, over and over
+    wanted = means_by_the_models_own_cache(model, text)
+    spread, _ = calibrate.calibrate(EvalModel(model), INT4, text[:, :32].repeat(4, 1), text, 256)
+    at_start, _ = calibrate.calibrate(EvalModel(model), INT4, text[:, :32], text[:, :32], 32)
+    for layer, (k, _) in enumerate(wanted):
+        assert relative_error(spread.k_center[layer], k) < 0.02
+        assert relative_error(at_start.k_center[layer], k) > 0.1
+
+
 def test_formats_that_centers_do_not_improve_are_refused() -> None:
     with pytest.raises(FormatError, match="expected a quantized format"):
-        calibrate.calibrate(EvalModel(make_model()), CacheFormat("bf16"), windows(1), windows(1))
+        calibrate.calibrate(EvalModel(make_model()), CacheFormat("bf16"), windows(1), windows(1), 64)
 
 
 def test_the_command_writes_a_file_for_this_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = next((Path(__file__).parents[2] / "models").glob("sawkv-*"))
-    options = {"cache_format": "int4-k64-v0", "window": 256, "windows": 4, "device": "cpu"}
+    options = {"cache_format": "int4-k64-v0", "context": 512, "window": 256, "windows": 4, "device": "cpu"}
     assert calibrate.run_calibrate(folder, None, tmp_path / "c.safetensors", **options) == 0
     shown = capsys.readouterr().out
     made = Calibration.load(tmp_path / "c.safetensors")

@@ -3,6 +3,9 @@
 The center is the mean of the head's rows. The median, the middle of the range before or after rotation, and centers fitted to the codec's
 range by gradient were tried beside it and are not better (docs/calibration.md). A layer's K or V is left as it is where the mean does not
 lower its error on the text it is judged on.
+
+Keys turn with their position, so their mean is that of a context's length: centers measured at positions 0 to 255 make 4,096 tokens worse,
+not better. The windows of text are therefore placed at positions spread over the context that is to be served.
 """
 
 from __future__ import annotations
@@ -41,7 +44,15 @@ class Saving:
 
 
 def run_calibrate(
-    model_folder: Path, text_file: Path | None, out: Path, *, cache_format: str, window: int, windows: int, device: str | None
+    model_folder: Path,
+    text_file: Path | None,
+    out: Path,
+    *,
+    cache_format: str,
+    context: int,
+    window: int,
+    windows: int,
+    device: str | None,
 ) -> int:
     """Measure, write `out`, and print what it saves. Returns 0.
 
@@ -50,7 +61,8 @@ def run_calibrate(
         text_file: UTF-8 text; None is the model's own held-out text.
         out: the file to write.
         cache_format: name of the format that will be served.
-        window: tokens read from an empty cache at a time. Keys turn with their position, so it should be as long as what will be served.
+        context: tokens of the sequences that will be served.
+        window: tokens read from an empty cache at a time, at positions somewhere in that context.
         windows: how many, a quarter of them to judge the centers on.
         device: None is a GPU where there is one.
 
@@ -58,6 +70,7 @@ def run_calibrate(
         SawkvError: bad input, by name.
     """
     wanted = CacheFormat.parse(cache_format)
+    window = min(window, context)
     text = load_text(model_folder, text_file)
     for_judging = max(1, windows // JUDGED_SHARE)
     judged, fitted = text.split(window, for_judging, max(1, windows - for_judging))  # from the end, as `sawkv eval` calibrates
@@ -65,7 +78,8 @@ def run_calibrate(
     model = EvalModel.load(model_folder, where, default_dtype(where))
     print(f"model   {model_folder.resolve().name}: {len(model.layers)} layers, {model.shape[1]} KV heads of {model.shape[2]}")
     print(f"text    {text.name}: {len(fitted)} windows of {window:,} tokens to measure, {len(judged)} others to judge")
-    calibration, savings = calibrate(model, wanted, fitted, judged)
+    print(f"context {context:,} tokens, over which the windows are spread")
+    calibration, savings = calibrate(model, wanted, fitted, judged, context)
     calibration.save(out)
     print(f"format  {calibration.format}\n")
     _print(savings)
@@ -75,7 +89,7 @@ def run_calibrate(
 
 
 def calibrate(
-    model: EvalModel, cache_format: CacheFormat, fitted: torch.Tensor, judged: torch.Tensor
+    model: EvalModel, cache_format: CacheFormat, fitted: torch.Tensor, judged: torch.Tensor, context: int
 ) -> tuple[Calibration, list[tuple[Saving, Saving]]]:
     """Centers of all layers, and what they save of K and of V in each.
 
@@ -83,6 +97,7 @@ def calibrate(
         model: its attention is as `EvalModel` needs it.
         cache_format: a quantized one.
         fitted, judged: [num_windows, window] token ids.
+        context: tokens over which these windows are spread, at least `window`.
 
     Raises:
         FormatError: the format does not quantize, or does not fit the model.
@@ -94,7 +109,7 @@ def calibrate(
         raise FormatError(f"calibrate: expected a quantized format such as int4-k128-v128, got {resolved}, which centers do not improve")
     shape = (len(model.layers), 2, num_kv_heads, head_dim)
     total = torch.zeros(shape, dtype=torch.float64, device=model.device)
-    for rows in _rows(model, fitted, "measuring"):
+    for rows in _rows(model, fitted, context, "measuring"):
         for layer, pair in enumerate(rows):
             for kind, x in enumerate(pair):
                 if x.shape[1:] != shape[2:]:
@@ -107,14 +122,17 @@ def calibrate(
     if not bool(centers.isfinite().all()):
         raise SawkvError("calibrate: expected finite K and V, got NaN or infinity")
     orders = (resolved.k_rotation_order or 0, resolved.v_rotation_order or 0)
-    found = torch.zeros(*shape[:2], 3, dtype=torch.float64, device=model.device)  # error plain, error centered, variance
-    for rows in _rows(model, judged, "judging"):
+    found = torch.zeros(*shape[:2], 2, dtype=torch.float64, device=model.device)  # squared error, plain and centered
+    sums = torch.zeros(2, *shape, dtype=torch.float64, device=model.device)  # of rows and of their squares
+    for rows in _rows(model, judged, context, "judging"):
         for layer, pair in enumerate(rows):
             for kind, x in enumerate(pair):
                 found[layer, kind, 0] += _squared_error(x, resolved.codec, orders[kind])
                 found[layer, kind, 1] += _squared_error(x - centers[layer, kind], resolved.codec, orders[kind])
-                found[layer, kind, 2] += (x - x.mean(0)).square().sum(dtype=torch.float64)
-    shares = (found[..., :2] / found[..., 2:].clamp_min(torch.finfo(torch.float64).tiny)).tolist()
+                sums[0, layer, kind] += x.sum(0, dtype=torch.float64)
+                sums[1, layer, kind] += x.double().square().sum(0)
+    variance = (sums[1] - sums[0].square() / judged.numel()).sum((-1, -2)).clamp_min(torch.finfo(torch.float64).tiny)
+    shares = (found / variance[..., None]).tolist()
     savings = [(Saving(*k), Saving(*v)) for k, v in shares]
     config = model.model.config.get_text_config()
     chosen = torch.zeros(2, config.num_hidden_layers, num_kv_heads, head_dim)
@@ -126,10 +144,12 @@ def calibrate(
     return Calibration(resolved, model_id(config), chosen[0], chosen[1]), savings
 
 
-def _rows(model: EvalModel, windows: torch.Tensor, what: str) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
+def _rows(model: EvalModel, windows: torch.Tensor, context: int, what: str) -> Iterator[list[tuple[torch.Tensor, torch.Tensor]]]:
     """K and V of all layers, one window at a time, [num_tokens, num_kv_heads, head_dim] fp32."""
-    for ids in tqdm(torch.split(windows, 1), desc=what, unit="window", leave=False, disable=None):
-        yield [(states.k, states.v) for states in model.states(ids)]
+    firsts = torch.linspace(0, context - windows.shape[1], len(windows)).long().tolist() if len(windows) > 1 else [0]
+    pairs = zip(torch.split(windows, 1), firsts, strict=True)
+    for ids, first in tqdm(pairs, total=len(firsts), desc=what, unit="window", leave=False, disable=None):
+        yield [(states.k, states.v) for states in model.states(ids, first)]
 
 
 def _squared_error(x: torch.Tensor, codec: str, order: int) -> torch.Tensor:

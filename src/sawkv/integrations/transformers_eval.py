@@ -95,13 +95,19 @@ class EvalModel:
         return device
 
     @torch.inference_mode()
-    def hidden(self, ids: torch.Tensor) -> torch.Tensor:
-        """Token ids [num_rows, length] to the states that `logits` takes, [num_rows, length, size]; each row from an empty cache."""
+    def hidden(self, ids: torch.Tensor, first_position: int = 0) -> torch.Tensor:
+        """Token ids [num_rows, length] to the states that `logits` takes, [num_rows, length, size]; each row from an empty cache.
+
+        Rows stand at positions from `first_position` on; with rotary embeddings that turns Q and K, and changes nothing else.
+        """
         ids = ids.to(self.device)
+        options: dict[str, Any] = {"use_cache": False}
+        if first_position:
+            options["position_ids"] = torch.arange(first_position, first_position + ids.shape[1], device=self.device)[None]
         if self._head is None:
-            whole: torch.Tensor = self.model(ids, use_cache=False).logits
+            whole: torch.Tensor = self.model(ids, **options).logits
             return whole
-        states: torch.Tensor = self.model.base_model(ids, use_cache=False).last_hidden_state
+        states: torch.Tensor = self.model.base_model(ids, **options).last_hidden_state
         return states
 
     @torch.inference_mode()
@@ -135,14 +141,14 @@ class EvalModel:
         finally:
             self.model.set_attn_implementation(ATTENTION)
 
-    def states(self, ids: torch.Tensor) -> list[LayerStates]:
-        """What each layer's attention gets on token ids [num_rows, length]."""
+    def states(self, ids: torch.Tensor, first_position: int = 0) -> list[LayerStates]:
+        """What each layer's attention gets on token ids [num_rows, length], at positions as in `hidden`."""
         recorders = [_Recording() for _ in self.layers]
         for layer, recorder in zip(self.layers, recorders, strict=True):
             setattr(layer, _HOOK, recorder)
         try:
             for row in torch.split(ids, 1):
-                self.hidden(row)
+                self.hidden(row, first_position)
         finally:
             for layer in self.layers:
                 setattr(layer, _HOOK, None)
