@@ -58,7 +58,9 @@ def attend(batch: Batch, q: torch.Tensor, starts: torch.Tensor, backend: str, **
     if backend == "reference":
         q = q.float()
     out, lse = torch.full_like(q, math.nan), torch.full(q.shape[:2], math.nan, device=q.device)
-    arguments = {"softmax_scale": q.shape[-1] ** -0.5, "max_query_len": int(starts.diff().max()), "out": out, "lse": lse} | options
+    arguments = {"softmax_scale": q.shape[-1] ** -0.5, "out": out, "lse": lse} | options
+    if "max_query_len" not in arguments:
+        arguments["max_query_len"] = int(starts.diff().max())
     decode_attention(q, batch.cache, batch.block_table, batch.seq_lens, starts, backend=backend, **arguments)  # type: ignore[arg-type]
     return out, lse
 

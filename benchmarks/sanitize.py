@@ -1,0 +1,116 @@
+"""The GPU kernels under compute-sanitizer, on small shapes: memory errors and races in shared memory.
+
+    python -m benchmarks.sanitize                     # memcheck and racecheck, cuda and triton backends
+    python -m benchmarks.sanitize --tools memcheck --backends cuda
+
+Exits with 1 if a tool reports an error. Tensors come straight from cudaMalloc, so that memcheck sees each one's end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from sawkv import CacheFormat, PagedKVCache, PageLayout, append, decode_attention, gather
+from sawkv.kernels import unsupported_reason
+
+USUAL_PLACE = "/usr/local/cuda/bin"
+
+
+@dataclass(frozen=True)
+class Case:
+    """One batch; each takes another path through the kernels."""
+
+    lengths: tuple[int, ...] = (0, 1, 17, 700)
+    query_len: int = 1
+    group: int = 4
+    head_dim: int = 128
+    page_size: int = 16
+    options: dict[str, Any] = field(default_factory=dict, hash=False)
+
+
+CASES = (
+    Case(),
+    Case(lengths=(9000, 40, 3)),  # a sequence cut into chunks, merged by the second kernel
+    Case(query_len=4, group=8),
+    Case(query_len=8, group=16),
+    Case(head_dim=64, page_size=32),
+    Case(head_dim=96, group=1),
+    Case(head_dim=256, page_size=128, query_len=2),
+    Case(options={"sliding_window": 100, "logit_softcap": 5.0}),
+)
+
+
+def run_cases(backend: str) -> None:
+    """What runs under the tool."""
+    device = torch.device("cuda", 0)
+    for case in CASES:
+        layout = PageLayout(CacheFormat("int4"), 2, case.head_dim, case.page_size)
+        if reason := unsupported_reason(backend, device, layout):
+            print(f"{backend}: {case}: {reason}")
+            continue
+        counts = [-(-length // case.page_size) for length in case.lengths]
+        cache = PagedKVCache.allocate(layout, sum(counts), device)
+        table = torch.full((len(counts), max(counts)), 2**30, dtype=torch.int32)
+        starts = torch.tensor([0, *counts]).cumsum(0).tolist()
+        for i, count in enumerate(counts):
+            table[i, :count] = torch.arange(starts[i], starts[i + 1])
+        slots = torch.cat([torch.arange(length) + start * case.page_size for length, start in zip(case.lengths, starts, strict=False)])
+        k, v = torch.randn(2, len(slots), 2, case.head_dim).to(device, torch.bfloat16)
+        append(k, v, cache, slots.to(device), backend=backend)
+        seq_lens = torch.tensor(case.lengths, dtype=torch.int32)
+        query_start = torch.arange(len(counts) + 1, dtype=torch.int32) * case.query_len
+        q = torch.randn(len(counts) * case.query_len, 2 * case.group, case.head_dim).to(device, torch.bfloat16)
+        where = table.to(device), seq_lens.to(device)
+        out = decode_attention(
+            q,
+            cache,
+            *where,
+            query_start.to(device),
+            softmax_scale=case.head_dim**-0.5,
+            max_query_len=case.query_len,
+            backend=backend,
+            **case.options,
+        )
+        cu_seq_lens = torch.tensor([0, *case.lengths]).cumsum(0).int().to(device)
+        for rotated in (True, False):
+            gather(cache, *where, cu_seq_lens, k, v, rotated=rotated, backend=backend)
+        if not bool(out.isfinite().all()):
+            sys.exit(f"{backend}: {case}: the output is not finite")
+        print(f"{backend}: {case}: ran", flush=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tools", nargs="+", default=["memcheck", "racecheck"], help="of compute-sanitizer (default: %(default)s)")
+    parser.add_argument("--backends", nargs="+", default=["cuda", "triton"])
+    parser.add_argument("--inside", metavar="BACKEND", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.inside:
+        run_cases(args.inside)
+        return 0
+    sanitizer = shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH', '')}:{USUAL_PLACE}")
+    if sanitizer is None:
+        print(f"expected compute-sanitizer, of the CUDA toolkit, on PATH or in {USUAL_PLACE}", file=sys.stderr)
+        return 2
+    failed = []
+    for backend in args.backends:
+        for tool in args.tools:
+            inside = [sys.executable, "-m", "benchmarks.sanitize", "--inside", backend]
+            print(f"--- {tool}, {backend}", flush=True)
+            environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+            if subprocess.run([sanitizer, "--tool", tool, "--error-exitcode", "1", *inside], check=False, env=environment).returncode:
+                failed.append(f"{tool} of {backend}")
+    print(f"failed: {', '.join(failed)}" if failed else "clean")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
