@@ -139,7 +139,6 @@ class Server:
         """Signal the server, and its children too if it is to be killed; wait for its end."""
         if self._process is None or self._session is None:
             return
-        await self._session.close()
         if how == signal.SIGTERM:
             self._process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
@@ -147,6 +146,8 @@ class Server:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self._process.pid, signal.SIGKILL)
         await asyncio.to_thread(self._process.wait)
+        await asyncio.sleep(0.1)  # requests in flight see their connections end
+        await self._session.close()
         self._process = None
         self._metrics.cleanup()
 
@@ -245,7 +246,7 @@ class Soak:
         return f"alone-{self._salts}"
 
     async def _client(self, index: int) -> None:
-        while self.report.counts["tokens checked"] < self.load.tokens:
+        while self._goes_on():
             if index >= self._active:
                 await asyncio.sleep(0.5)
                 continue
@@ -260,6 +261,10 @@ class Soak:
                     await asyncio.sleep(1)
                 else:
                     self.report.counts["interrupted by a restart"] += 1
+
+    def _goes_on(self) -> bool:
+        """Until all tokens have come and all restarts are over."""
+        return self.report.counts["tokens checked"] < self.load.tokens or self._lives < self.load.restarts or not self._serving.is_set()
 
     async def _request(self) -> None:
         draw, counts = self._random, self.report.counts
