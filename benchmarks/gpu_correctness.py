@@ -44,7 +44,6 @@ TIE: Final = 0.15
 DRIFT: Final = 0.02
 """Nats, mean over tokens of |difference| of log-probabilities."""
 ENGINES: Final = ("reference", "serving", "cache", "ngram", "draft", "control")
-OUT: Final = 64
 LORA_RANK: Final = 8
 
 
@@ -78,6 +77,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--format", default="int4", help="cache format (default: %(default)s)")
     parser.add_argument("--dtype", default="float16", help="of the model; less rounding than bfloat16 (default: %(default)s)")
     parser.add_argument("--requests", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=64, help="to generate for each request (default: %(default)s)")
     parser.add_argument("--longest", type=int, default=2048, help="tokens of a prompt (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=1, help="of the soak, with random aborts (default: %(default)s)")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir(), "sawkv-gpu-correctness"), help="default: %(default)s")
@@ -145,7 +145,7 @@ class Engine:
 
         lora = None if adapter is None else LoRARequest("adapter", 1, str(adapter))
         inputs: list[Any] = [{"prompt_token_ids": prompt} for prompt in prompts]
-        outputs = self.llm.generate(inputs, _sampling(OUT), use_tqdm=False, lora_request=lora)
+        outputs = self.llm.generate(inputs, _sampling(self.args.tokens), use_tqdm=False, lora_request=lora)
         return [as_output(output) for output in outputs]
 
     def _sleep_and_wake(self, prompts: Sequence[list[int]]) -> None:
@@ -166,7 +166,7 @@ class Engine:
         deadline, sent = time.monotonic() + 60 * self.args.minutes, 0
         while running or time.monotonic() < deadline:
             while len(running) < self.args.requests and time.monotonic() < deadline and draw.random() < 0.7:
-                want, length = draw.choice(reference), draw.randint(1, OUT)
+                want, length = draw.choice(reference), draw.randint(1, self.args.tokens)
                 engine.add_request(f"soak-{sent}", {"prompt_token_ids": want["prompt"]}, _sampling(length))
                 running[f"soak-{sent}"] = want, length
                 sent += 1

@@ -46,6 +46,7 @@ FIELDS: Final = ("p50_ttft_ms", "p99_ttft_ms", "p50_tpot_ms", "p99_tpot_ms")
 def main() -> None:
     args = _arguments()
     deadline = time.monotonic() + args.budget
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the server must not outlive this process
     said = subprocess.run([sys.executable, "-c", DEVICE], check=True, capture_output=True, text=True).stdout
     version, device = said.strip().splitlines()[-1].split("|")
     with tempfile.TemporaryDirectory(prefix="sawkv-load-") as folder:

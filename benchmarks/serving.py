@@ -19,6 +19,7 @@ is written to docs/results/serving.jsonl as it ends:
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import re
@@ -110,6 +111,7 @@ def main() -> None:
         _run_loads(args)
         return
     deadline, start = time.monotonic() + args.budget, 0.0
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # vLLM must not outlive this process
     with tempfile.TemporaryDirectory(prefix="sawkv-serving-") as folder:
         model = write_config(Path(folder, args.model), args.model) if args.model in SHAPES else args.model
         for name in [] if args.table else args.formats:
@@ -168,6 +170,7 @@ def _run_format(args: argparse.Namespace, name: str, model: str, deadline: float
         assert engine.stdout is not None
         timer = threading.Timer(left + 20, os.killpg, (engine.pid, signal.SIGKILL))  # of a start-up that does not end; loads end themselves
         timer.start()
+        grace = 0
         try:
             for line in engine.stdout:
                 if line.startswith(MARK):
@@ -176,10 +179,13 @@ def _run_format(args: argparse.Namespace, name: str, model: str, deadline: float
                     yield record
                 else:
                     sink.write(line)
+            grace = 30
         finally:
             timer.cancel()
-            if engine.poll() is None and engine.wait(30) is None:
-                os.killpg(engine.pid, signal.SIGKILL)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                engine.wait(grace)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(engine.pid, signal.SIGKILL)  # what is left of it must not keep the GPU
     if engine.returncode:
         print(f"{name}: vLLM ended with {engine.returncode}; the log's end:\n" + "\n".join(log.read_text().splitlines()[-25:]), flush=True)
 
