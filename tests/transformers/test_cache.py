@@ -16,7 +16,7 @@ from sawkv.calibration import Calibration, model_id
 from sawkv.errors import CalibrationError
 from sawkv.integrations.transformers import SawCache
 from sawkv.integrations.transformers.pages import CROP_MARGIN
-from tests.transformers.models import SMALL, make_model, plain_attention
+from tests.transformers.models import SMALL, make_model, plain_attention, using
 
 LOSSLESS = "fp32-k16-v16"
 
@@ -129,11 +129,11 @@ def test_copies_are_apart() -> None:
     model = make_model("qwen3")
     cache, ids = SawCache(model.config, LOSSLESS), torch.randint(1, 99, (1, 20))
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **using(cache))
         wanted = [model(torch.cat([ids, ids[:, :count]], 1)).logits[:, -1] for count in (3, 5)]
         copies = [copy.deepcopy(cache) for _ in wanted]
         for other, count, want in zip(copies, (3, 5), wanted, strict=True):
-            torch.testing.assert_close(model(ids[:, :count], past_key_values=other).logits[:, -1], want, atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(model(ids[:, :count], **using(other)).logits[:, -1], want, atol=1e-4, rtol=1e-4)
     assert cache.get_seq_length() == 20
     assert copies[0].settings.config is model.config
     assert len({cache.handle, *(other.handle for other in copies)}) == 3
@@ -159,7 +159,7 @@ def test_decoding_never_reads_what_was_not_written() -> None:
                 fresh[kept + 1 :].fill_(0xFF)
 
         layer.hold = poisoned
-    out = model.generate(ids, past_key_values=cache, max_new_tokens=300, output_logits=True, return_dict_in_generate=True)
+    out = model.generate(ids, **using(cache), max_new_tokens=300, output_logits=True, return_dict_in_generate=True)
     assert torch.stack(out.logits).isfinite().all()
 
 
@@ -168,7 +168,7 @@ def test_memory_is_what_the_format_says(static: bool) -> None:
     model, ids = make_model("qwen3", head_dim=128, dtype="bfloat16").bfloat16(), torch.randint(1, 99, (2, 2000))
     cache, theirs = SawCache(model.config, max_cache_len=2033 if static else None), DynamicCache(config=model.config)
     for each in (cache, theirs):
-        model.generate(ids, past_key_values=each, max_new_tokens=34)
+        model.generate(ids, **using(each), max_new_tokens=34)
     wide = sum(layer.keys.nbytes + layer.values.nbytes for layer in theirs.layers)
     assert cache.nbytes >= 2 * 4 * 2 * 2033 * 136, "2 sequences, 4 layers, 2 KV heads, 136 bytes"
     assert wide / cache.nbytes > 3.5
@@ -178,11 +178,11 @@ def test_a_window_holds_no_more_than_it_needs() -> None:
     model = make_model("gemma2")
     cache, ids = SawCache(model.config), torch.randint(1, 99, (1, 1500))
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **using(cache))
     held = [layer.pages.pages.shape[0] * 16 for layer in cache.layers]
     assert held[1] >= 1500
     assert held[0] < 20 + CROP_MARGIN + 200, "already after the prompt"
-    model.generate(torch.cat([ids, ids[:, :1]], 1), past_key_values=cache, max_new_tokens=150)
+    model.generate(torch.cat([ids, ids[:, :1]], 1), **using(cache), max_new_tokens=150)
     assert max(layer.pages.pages.shape[0] * 16 for layer in cache.layers[::2]) < 20 + CROP_MARGIN + 200
 
 
@@ -191,13 +191,10 @@ def test_two_caches_of_one_model() -> None:
     ids = [torch.randint(1, 99, (2, 25)), torch.randint(1, 99, (3, 60))]
     apart = [SawCache(model.config, LOSSLESS) for _ in ids]
     with torch.no_grad():
-        alone = [
-            [model(x, past_key_values=cache).logits, model(x[:, :1], past_key_values=cache).logits]
-            for x, cache in zip(ids, apart, strict=True)
-        ]
+        alone = [[model(x, **using(cache)).logits, model(x[:, :1], **using(cache)).logits] for x, cache in zip(ids, apart, strict=True)]
         mixed = [SawCache(model.config, LOSSLESS) for _ in ids]
-        first = [model(x, past_key_values=cache).logits for x, cache in zip(ids, mixed, strict=True)]
-        second = [model(x[:, :1], past_key_values=cache).logits for x, cache in zip(ids, mixed, strict=True)]
+        first = [model(x, **using(cache)).logits for x, cache in zip(ids, mixed, strict=True)]
+        second = [model(x[:, :1], **using(cache)).logits for x, cache in zip(ids, mixed, strict=True)]
     for i in range(2):
         assert torch.equal(first[i], alone[i][0])
         assert torch.equal(second[i], alone[i][1])
@@ -237,17 +234,17 @@ def test_calibration(attention: str, tmp_path: Path) -> None:
         Calibration(CacheFormat.parse(name), model_id(model.config), *centers).save(tmp_path / name)
     with torch.no_grad():
         cache = SawCache(model.config, LOSSLESS, calibration=tmp_path / LOSSLESS)
-        model(ids, past_key_values=cache)
+        model(ids, **using(cache))
         cache.reorder_cache(torch.tensor([1, 0]))
         more = torch.randint(1, 99, (2, 300))
-        got = [model(more, past_key_values=cache).logits, model(ids[:, :1], past_key_values=cache).logits]
+        got = [model(more, **using(cache)).logits, model(ids[:, :1], **using(cache)).logits]
         whole = model(torch.cat([ids.flip(0), more, ids[:, :1]], 1), use_cache=False).logits
         torch.testing.assert_close(torch.cat(got, 1), whole[:, 20:], atol=1e-3, rtol=1e-3)
         with pytest.raises(CalibrationError, match="format: expected fp32-k16-v16"):
-            model(ids, past_key_values=SawCache(model.config, LOSSLESS, calibration=tmp_path / "int4-k16-v16"))
+            model(ids, **using(SawCache(model.config, LOSSLESS, calibration=tmp_path / "int4-k16-v16")))
         plain, centered = (SawCache(model.config, calibration=c) for c in (None, tmp_path / "int4-k16-v16"))
         for each in (plain, centered):
-            model(ids, past_key_values=each)
+            model(ids, **using(each))
         assert not torch.equal(plain.layers[0].pages.pages, centered.layers[0].pages.pages)
 
 
@@ -267,28 +264,28 @@ def test_bad_use() -> None:
     model, ids = make_model("llama"), torch.randint(1, 99, (2, 10))
     cache = SawCache(model.config)
     with torch.no_grad():
-        model(ids, past_key_values=cache)
+        model(ids, **using(cache))
         with pytest.raises(LayoutError, match="expected 2 sequences"):
-            model(ids[:1], past_key_values=cache)
+            model(ids[:1], **using(cache))
         with pytest.raises(UnsupportedError, match="attention weights"):
-            model(ids, past_key_values=cache, output_attentions=True)
+            model(ids, **using(cache), output_attentions=True)
     with pytest.raises(LayoutError, match="at most max_cache_len=12"):
-        model.generate(ids, past_key_values=SawCache(model.config, max_cache_len=12), max_new_tokens=8)
+        model.generate(ids, **using(SawCache(model.config, max_cache_len=12)), max_new_tokens=8)
     with pytest.raises(UnsupportedError, match="no gradients"):
-        model.train()(ids, past_key_values=SawCache(model.config))
+        model.train()(ids, **using(SawCache(model.config)))
 
 
 def test_the_wrong_attention_is_an_error_not_a_wrong_answer() -> None:
     """The cache was made for another model's config."""
     cache = SawCache(make_model("llama").config)
     with pytest.raises((UnsupportedError, AttributeError), match=r"set_attn_implementation|NewStates"):
-        make_model("llama", "sdpa").generate(torch.randint(1, 99, (2, 10)), past_key_values=cache, max_new_tokens=2)
+        make_model("llama", "sdpa").generate(torch.randint(1, 99, (2, 10)), **using(cache), max_new_tokens=2)
 
 
 def test_slow_attention_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
     model = make_model("llama", "sdpa")
     with caplog.at_level(logging.WARNING):
-        model.generate(torch.randint(1, 99, (2, 10)), past_key_values=SawCache(model.config), max_new_tokens=5)
+        model.generate(torch.randint(1, 99, (2, 10)), **using(SawCache(model.config)), max_new_tokens=5)
     lines = [record.getMessage() for record in caplog.records if "sawkv" in record.getMessage()]
     assert len(lines) == 1
     assert 'set_attn_implementation("sawkv")' in lines[0]

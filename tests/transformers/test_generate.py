@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from sawkv.integrations.transformers import SawCache
 from sawkv.integrations.transformers.cache import SawLayer
-from tests.transformers.models import MODELS, SimulatedCache, make_model, plain_attention
+from tests.transformers.models import MODELS, SimulatedCache, make_model, plain_attention, using
 
 LOSSLESS = "fp32-k16-v16"
 
@@ -30,7 +30,7 @@ def prompt(rows: int = 3, tokens: int = 30) -> torch.Tensor:
 def generate(model: PreTrainedModel, cache: Any, ids: torch.Tensor, **options: Any) -> Any:
     settings = {"max_new_tokens": 24, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     torch.manual_seed(7)
-    return model.generate(ids, past_key_values=cache, **(settings | options))
+    return model.generate(ids, **using(cache), **(settings | options))
 
 
 def both(kind: str, run: Callable[[PreTrainedModel, Callable[[PreTrainedModel], Any]], Any], attention: str = "sawkv") -> list[Any]:
@@ -139,8 +139,8 @@ def test_a_mask_that_changes_its_mind(kind: str) -> None:
     def run(model: PreTrainedModel, new_cache: Callable[[PreTrainedModel], Any]) -> Any:
         cache = new_cache(model)
         with torch.no_grad():
-            model(ids, past_key_values=cache)
-            return model(more, past_key_values=cache, attention_mask=torch.cat([PADDED, PADDED[:, -4:]], 1)).logits
+            model(ids, **using(cache))
+            return model(more, **using(cache), attention_mask=torch.cat([PADDED, PADDED[:, -4:]], 1)).logits
 
     torch.testing.assert_close(*both(kind, run), atol=1e-4, rtol=1e-4)
 
@@ -163,7 +163,7 @@ def test_passes_of_any_length(kind: str, lengths: list[int]) -> None:
     def run(model: PreTrainedModel, new_cache: Callable[[PreTrainedModel], Any]) -> Any:
         cache = new_cache(model)
         with torch.no_grad():
-            return torch.cat([model(piece, past_key_values=cache).logits for piece in pieces], 1)
+            return torch.cat([model(piece, **using(cache)).logits for piece in pieces], 1)
 
     torch.testing.assert_close(*both(kind, run), atol=1e-4, rtol=1e-4)
 
