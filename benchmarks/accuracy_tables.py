@@ -1,0 +1,81 @@
+"""The tables of docs/accuracy.md, from the records of `benchmarks.accuracy`.
+
+python -m benchmarks.accuracy_tables docs/results/accuracy.jsonl
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+DEFAULT, PEER = "default", "vllm_int4_per_token_head"
+CONTROLS = ("reference", "bf16_floor", "bf16", "int8", "int8_plain", "fp8")
+Record = dict[str, Any]
+Cell = tuple[str, int]
+
+
+def main() -> None:
+    if len(sys.argv) != 2:
+        raise SystemExit(f"expected one file of records, got {sys.argv[1:]}")
+    records: list[Record] = [json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]
+    cells = list(dict.fromkeys((record["model"], record["stress"]) for record in records))
+    by_cell = {cell: {r["method"]: r for r in records if (r["model"], r["stress"]) == cell} for cell in cells}
+    print(kl_table(by_cell), peer_table(by_cell), worst_table(by_cell), sep="\n\n")
+
+
+def kl_table(by_cell: dict[Cell, dict[str, Record]]) -> str:
+    """Mean KL of every method in every cell; the methods in the order of their bits, then of their largest KL."""
+    methods: dict[str, float] = {}
+    for records in by_cell.values():
+        methods |= {name: record["bits"] for name, record in records.items() if name != "reference"}
+    worst = {name: max(records[name]["mean_kl"] for records in by_cell.values() if name in records) for name in methods}
+    heads = [f"{model} s={stress}" for model, stress in by_cell]
+    lines = [f"| method | bits | {' | '.join(heads)} |", f"|-|-|{'-|' * len(heads)}"]
+    for name in sorted(methods, key=lambda name: (name not in CONTROLS, worst[name])):
+        values = [_kl(records.get(name)) for records in by_cell.values()]
+        bold = "**" if name == DEFAULT else ""
+        lines.append(f"| {bold}{name}{bold} | {methods[name]:g} | {' | '.join(values)} |")
+    return "\n".join(lines)
+
+
+def peer_table(by_cell: dict[Cell, dict[str, Record]]) -> str:
+    """The default against the peer, and against the best method that takes no more bits."""
+    lines = [
+        "| cell | default | vLLM's INT4 | ratio | best at no more bits | its KL | ratio | pass-key: 16 bits, default, vLLM's INT4 |",
+        "|-|-|-|-|-|-|-|-|",
+    ]
+    for (model, stress), records in by_cell.items():
+        default, peer = records[DEFAULT], records[PEER]
+        rivals = [r for r in records.values() if r["bits"] <= default["bits"] and r["method"] != DEFAULT]
+        best = min(rivals, key=lambda record: float(record["mean_kl"]))
+        recalled = [f"{records[name]['passkey']:.1%}" for name in ("reference", DEFAULT, PEER)]
+        lines.append(
+            f"| {model} s={stress} | {_kl(default)} | {_kl(peer)} | {default['mean_kl'] / peer['mean_kl']:.2f} "
+            f"| {best['method']} | {_kl(best)} | {default['mean_kl'] / best['mean_kl']:.2f} | {', '.join(recalled)} |"
+        )
+    return "\n".join(lines)
+
+
+def worst_table(by_cell: dict[Cell, dict[str, Record]]) -> str:
+    """The default's tail, cell by cell."""
+    lines = ["| cell | mean KL | +- | p99.9 | max | same top-1 | ppl | ppl in 16 bits |", "|-|-|-|-|-|-|-|-|"]
+    for (model, stress), records in by_cell.items():
+        r = records[DEFAULT]
+        lines.append(
+            f"| {model} s={stress} | {_kl(r)} | {r['kl_se']:.4f} | {r['kl_p999']:.3f} | {r['kl_max']:.2f} | {r['same_top1']:.2%} "
+            f"| {r['ppl']:.3f} | {records['reference']['ppl']:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def _kl(record: Record | None) -> str:
+    if record is None:
+        return "-"
+    value = float(record["mean_kl"])
+    return f"{value:.5f}" if value < 0.01 else f"{value:.4f}" if value < 1 else f"{value:.2f}"
+
+
+if __name__ == "__main__":
+    main()
