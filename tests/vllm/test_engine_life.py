@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -48,6 +49,14 @@ def test_metrics_of_the_workers_reach_the_servers_endpoint(soaked: Report) -> No
     assert metrics["sawkv_saved_bytes_total"] == metrics["sawkv_rows_total"] * (256 - 68)
     assert metrics["sawkv_non_finite_rows_total"] == metrics["sawkv_saturated_rows_total"] == 0
     assert 0.05 < (metrics["sawkv_squared_error_total"] / metrics["sawkv_squared_norm_total"]) ** 0.5 < 0.2
+
+
+def test_the_dashboard_and_its_page_name_metrics_that_exist(soaked: Report) -> None:
+    for document in ("docs/grafana/sawkv.json", "docs/observability.md"):
+        named = set(re.findall(r"sawkv_\w+_total", (REPOSITORY / document).read_text()))
+        assert named
+        assert named <= set(soaked.metrics)
+    json.loads((REPOSITORY / "docs/grafana/sawkv.json").read_text())
 
 
 def test_the_soak_notices_a_wrong_token() -> None:
