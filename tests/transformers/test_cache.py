@@ -50,9 +50,10 @@ def test_update_returns_what_transformers_does(kind: str) -> None:
         update_both(caches, 2, tokens)
 
 
+@pytest.mark.parametrize("offload", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "gemma2"])
-def test_batch_operations(kind: str) -> None:
-    caches = pair(kind)
+def test_batch_operations(kind: str, offload: bool) -> None:
+    caches = pair(kind, offload=offload)
     update_both(caches, 3, 45)
     for operation, argument in (
         ("reorder_cache", torch.tensor([2, 2, 0])),
@@ -256,6 +257,8 @@ def test_bad_arguments() -> None:
         SawCache(config, "int4-k128-v128")
     with pytest.raises(LayoutError, match="at least 1, got 0"):
         SawCache(config, max_cache_len=0)
+    with pytest.raises(UnsupportedError, match="expected max_cache_len or offload"):
+        SawCache(config, max_cache_len=10, offload=True)
     with pytest.raises(UnsupportedError, match="expected one of"):
         SawCache(config, backend="fast").update(*states(1, 3), 0)
 

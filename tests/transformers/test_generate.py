@@ -185,6 +185,29 @@ def test_int4_equals_its_simulation(kind: str, attention: str) -> None:
     assert (got.sequences == want.sequences).float().mean() > 0.75
 
 
+@pytest.mark.parametrize("kind", ["qwen3", "gemma2"])
+@pytest.mark.parametrize("mode", ["padded", "beams", "prompt lookup", "two turns"])
+def test_offloaded_pages_are_the_same_pages(kind: str, mode: str) -> None:
+    """On a CPU they are copied to and fro all the same."""
+    options: dict[str, Any] = {
+        "padded": {"attention_mask": PADDED},
+        "beams": {"num_beams": 3},
+        "prompt lookup": {"prompt_lookup_num_tokens": 7},
+        "two turns": {},
+    }[mode]
+    ids, model = prompt(1 if mode == "prompt lookup" else 3), make_model(kind)
+    texts = []
+    for offload in (False, True):
+        cache = SawCache(model.config, offload=offload)
+        text = generate(model, cache, ids, max_new_tokens=150, **options).sequences
+        if mode == "two turns":
+            text = generate(model, cache, torch.cat([text, ids], 1)).sequences
+        texts.append(text)
+        assert all((layer.pages is None) == offload for layer in cache.layers)
+        assert cache.nbytes > 0
+    assert torch.equal(*texts)
+
+
 def test_exact_prefill_is_a_choice() -> None:
     ids, model = prompt(), make_model("qwen3")
     got = generate(model, SawCache(model.config, exact_prefill=True), ids)

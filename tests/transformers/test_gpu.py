@@ -98,10 +98,18 @@ def test_layers_on_two_devices() -> None:
     assert {layer.pages.pages.device.type for layer in cache.layers} == {"cpu", "cuda"}
 
 
-def test_a_decoding_step_never_waits_for_the_gpu() -> None:
+@pytest.mark.parametrize("options", [{}, {"num_beams": 3}])
+def test_offloaded_pages_are_the_same_pages(options: dict[str, Any]) -> None:
+    model, ids = on_gpu("gemma2"), prompt().cuda()
+    texts = [generate(model, SawCache(model.config, offload=offload), ids, max_new_tokens=200, **options) for offload in (False, True)]
+    assert_close(texts[1], texts[0], 0.01)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_a_decoding_step_never_waits_for_the_gpu(offload: bool) -> None:
     """Of our own accord: the step's work is enqueued, and the host goes on."""
     model, ids = on_gpu("qwen3"), prompt().cuda()
-    cache = SawCache(model.config)
+    cache = SawCache(model.config, offload=offload)
     with torch.no_grad():
         model(ids, **using(cache))
         for _ in range(2):  # the first makes the plan and loads kernels

@@ -83,14 +83,16 @@ def attend(
         paging.begin(query.shape[2], query.shape[1], mask)
     layer.write(new.key, new.value)
     if paging.reads_pages:
-        return layer.attend(query, scale, softcap or 0.0, sinks)
+        out = layer.attend(query, scale, softcap or 0.0, sinks)
+        layer.settle()
+        return out
     if layer.exact:
         keys, values = new.key, new.value
     else:
         keys, values = layer.decode(query.dtype)
     mask = paging.cut_mask(mask, query.shape[2])
     out = attend_tensors(module, query, keys, values, mask, scale, 0.0, softcap, sinks, kwargs)
-    layer.hold(*paging.kept)
+    layer.settle()
     return out
 
 

@@ -46,6 +46,7 @@ class _Settings:
     exact_prefill: bool
     backend: str | None
     calibration: Calibration | None
+    offload: bool
     record_past: bool = False
     pagings: dict[tuple[torch.device, PageLayout, int], Paging] = field(default_factory=dict)
 
@@ -69,6 +70,7 @@ class SawCache(Cache):
             None grows as needed, and is not compiled.
         exact_prefill: let the attention of a fresh prompt see its exact K and V. Its output then depends on how it was cut into passes.
         calibration: centers of this model, from `sawkv calibrate`, or their file.
+        offload: keep pages in the host's memory, and bring those of one layer at a time to the device.
         backend: kernels by name, from `sawkv info`; None chooses the fastest.
 
     Raises:
@@ -85,17 +87,20 @@ class SawCache(Cache):
         max_cache_len: int | None = None,
         exact_prefill: bool = False,
         calibration: Calibration | str | Path | None = None,
+        offload: bool = False,
         backend: str | None = None,
     ) -> None:
         if max_cache_len is not None and max_cache_len < 1:
             raise LayoutError(f"max_cache_len: expected at least 1, got {max_cache_len}")
+        if max_cache_len is not None and offload:
+            raise UnsupportedError("SawCache: expected max_cache_len or offload, got both: pages that come and go cannot be compiled")
         decoder = config.get_text_config(decoder=True)
         windows = layer_windows(config)
         cache_format = CacheFormat.parse(format) if isinstance(format, str) else format
         cache_format.resolve(getattr(decoder, "head_dim", None) or decoder.hidden_size // decoder.num_attention_heads)
         if isinstance(calibration, (str, Path)):
             calibration = Calibration.load(calibration)
-        self.settings = _Settings(decoder, cache_format, max_cache_len, exact_prefill, backend, calibration)
+        self.settings = _Settings(decoder, cache_format, max_cache_len, exact_prefill, backend, calibration, offload)
         self._told = False
         self._register()
         super().__init__(layers=[SawLayer(self.settings, index, window) for index, window in enumerate(windows)])
@@ -107,6 +112,8 @@ class SawCache(Cache):
     def __deepcopy__(self, memo: dict[int, Any]) -> SawCache:
         """A cache with the same tokens, as for a prompt that many conversations begin with. The model's config stays shared."""
         memo[id(self.settings.config)] = self.settings.config
+        if self.settings.offload and torch.cuda.is_available():
+            torch.cuda.synchronize()  # pages may be on their way to the host
         other = object.__new__(type(self))
         memo[id(self)] = other
         vars(other).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
@@ -148,8 +155,8 @@ class SawCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all pages."""
-        return sum(layer.pages.pages.nbytes for layer in self.layers if isinstance(layer, SawLayer) and layer.pages is not None)
+        """Bytes of all pages, wherever they are."""
+        return sum(layer.nbytes for layer in self.layers if isinstance(layer, SawLayer))
 
 
 class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -166,6 +173,8 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.paging: Paging
         self.pages: PagedKVCache | None = None
         self._held = 0, 0  # first_page and num_pages of self.pages
+        self._home: torch.Tensor | None = None  # bytes of offloaded pages between passes, and which they are
+        self._home_held = 0, 0
         self._centers: tuple[torch.Tensor | None, torch.Tensor | None] = None, None
 
     def __repr__(self) -> str:
@@ -180,6 +189,12 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def exact(self) -> bool:
         """Whether the attention of this pass takes new K and V as they are, not as they were written."""
         return self._settings.exact_prefill and self.paging.is_fresh
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its pages."""
+        pages = self._home if self.pages is None else self.pages.pages
+        return 0 if pages is None else pages.nbytes
 
     @property
     def batch_size(self) -> int:
@@ -212,6 +227,8 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             k_center, v_center = settings.calibration.centers(self.index)
             self._centers = (None if k_center is None else k_center.to(device)), (None if v_center is None else v_center.to(device))
         self.hold(self.paging.first_page, self.paging.num_pages)
+        if settings.offload:
+            self._store(0)
         self.is_initialized = True
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -222,7 +239,7 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self.paging.begin(key_states.shape[2])
         self.write(key_states, value_states)
         states = self.decode(key_states.dtype)
-        self.hold(*self.paging.kept)
+        self.settle()
         return states
 
     def check(self, key_states: torch.Tensor) -> None:
@@ -237,6 +254,7 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def write(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Quantize new tokens into their slots, after `Paging.begin`."""
         paging = self.paging
+        self._fetch()
         self.hold(paging.first_page, paging.num_pages)
         assert self.pages is not None
         ops.append(_rows(key_states.detach()), _rows(value_states.detach()), self.pages, paging.slots, backend=paging.backend)
@@ -304,6 +322,27 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             ]
         self.pages, self._held = pages, (first_page, num_pages)
 
+    def settle(self) -> None:
+        """The end of a pass: keep what later passes need, where it belongs."""
+        self.hold(*self.paging.kept)
+        if self._settings.offload:
+            self._store(max(0, self.paging.first_written - self._held[0]) * self.paging.batch_size)
+
+    def _fetch(self) -> None:
+        """Bring offloaded pages to the device. Like `_store` in the order of its stream, so nothing waits."""
+        if self.pages is None and self._home is not None:
+            pages = torch.empty_like(self._home, device=self.paging.device).copy_(self._home, non_blocking=True)
+            self.pages = PagedKVCache(pages, self.paging.layout, *self._centers)
+
+    def _store(self, first_row: int) -> None:
+        """Bring pages to the host, those from `first_row` of the tensor on, and leave none on the device."""
+        assert self.pages is not None
+        pages = self.pages.pages
+        if self._home is None or self._home.shape != pages.shape or self._home_held != self._held:
+            self._home, first_row = torch.empty_like(pages, device="cpu", pin_memory=pages.is_cuda), 0
+        self._home[first_row:].copy_(pages[first_row:], non_blocking=True)
+        self.pages, self._home_held = None, self._held
+
     def get_seq_length(self) -> Any:
         """Tokens held, padding included: an int; a tensor where pages never move, as a compiled step needs."""
         if not self.is_initialized:
@@ -325,7 +364,7 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def reset(self) -> None:
         """Forget all tokens. Pages that never move are kept, with what was compiled for them."""
         if self._settings.max_len is None:
-            self.is_initialized, self.pages, self._held = False, None, (0, 0)
+            self.is_initialized, self.pages, self._home, self._held = False, None, None, (0, 0)
             self._settings.pagings.clear()
         elif self.is_initialized and self.is_first:
             self.paging.reset()
@@ -354,6 +393,7 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Make the batch of these sequences, in this order."""
         if not self.is_initialized:
             return
+        self._fetch()
         paging, pages = self.paging, self.pages
         assert pages is not None
         index = beam_idx.to(paging.device)
@@ -363,12 +403,15 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             old.copy_(taken)
         else:
             self.pages = PagedKVCache(taken.flatten(0, 1), pages.layout, *self._centers)
+        if self._settings.offload:
+            self._store(0)
         if self.is_first:
             paging.take(index)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sequence."""
         if self.is_initialized:
+            self._fetch()
             assert self.pages is not None
             batch_size = self.pages.pages.shape[0] // self._held[1]  # the Paging's may be that after the repetition already
             self.reorder_cache(torch.arange(batch_size).repeat_interleave(repeats))

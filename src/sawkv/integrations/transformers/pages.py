@@ -36,6 +36,7 @@ class Paging:
         pads: [batch_size] int32, left padding.
         first_page, num_pages: of each sequence, which of its pages layers hold in this pass.
         kept: the same two, for after the pass: a long prompt leaves a sliding window more pages than it needs.
+        first_written: the first page that this pass writes to, if pages grow.
         block_table: [batch_size, first_page + num_pages] int32.
         slots: [batch_size * num_new] int64, where this pass writes; -1 for padding.
         query_start_loc: [batch_size + 1] int32, for this pass.
@@ -49,7 +50,7 @@ class Paging:
     ) -> None:
         self.layout, self.device, self.window, self.max_len, self.backend = layout, device, window, max_len, backend
         self.reads_pages = self.is_fresh = False
-        self.num_keys = 0
+        self.num_keys = self.first_written = 0
         self._set_batch(torch.zeros(batch_size, dtype=torch.int32, device=device))
         self.lengths = torch.zeros_like(self.pads)
         self._length = 0
@@ -107,6 +108,7 @@ class Paging:
         self.is_fresh = length == 0
         if self.is_fresh:
             self._find_padding(num_new, mask)
+        self.first_written = max(0, length - self._max_pad) // self.layout.page_size
         self._length = length + num_new
         if self.max_len is None:
             self._make_room(length, length + num_new)
@@ -185,7 +187,8 @@ class Paging:
         """Where the last `num_tokens` tokens of each sequence are, in whole pages.
 
         Returns:
-            block_table: [batch_size, pages] int32, from the page of the first of them.
+            first_written: the first page that this pass writes to, if pages grow.
+        block_table: [batch_size, pages] int32, from the page of the first of them.
             seq_lens: [batch_size] int32, tokens from the start of that page; at most num_tokens + page_size - 1.
         """
         size = self.layout.page_size
