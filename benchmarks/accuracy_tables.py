@@ -5,24 +5,38 @@ python -m benchmarks.accuracy_tables docs/results/accuracy.jsonl
 
 from __future__ import annotations
 
+import argparse
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
 DEFAULT, PEER = "default", "vllm_int4_per_token_head"
 CONTROLS = ("reference", "bf16_floor", "bf16", "int8", "int8_plain", "fp8")
+MODELS = ("sawkv-6m", "sawkv-6m-bias", "sawkv-30m")
+BEGIN, END = "<!-- tables -->", "<!-- end of tables -->"
 Record = dict[str, Any]
 Cell = tuple[str, int]
 
 
 def main() -> None:
-    if len(sys.argv) != 2:
-        raise SystemExit(f"expected one file of records, got {sys.argv[1:]}")
-    records: list[Record] = [json.loads(line) for line in Path(sys.argv[1]).read_text().splitlines()]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("records", type=Path)
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the tables into this page; default: print them")
+    args = parser.parse_args()
+    records: list[Record] = [json.loads(line) for line in args.records.read_text().splitlines()]
     cells = list(dict.fromkeys((record["model"], record["stress"]) for record in records))
+    cells.sort(key=lambda cell: (MODELS.index(cell[0]) if cell[0] in MODELS else len(MODELS), cell[1]))
     by_cell = {cell: {r["method"]: r for r in records if (r["model"], r["stress"]) == cell} for cell in cells}
-    print(kl_table(by_cell), peer_table(by_cell), worst_table(by_cell), sep="\n\n")
+    tables = "\n\n".join((kl_table(by_cell), peer_table(by_cell), worst_table(by_cell)))
+    if args.write is None:
+        print(tables)
+        return
+    page = args.write.read_text()
+    before, mark, rest = page.partition(BEGIN)
+    _, end_mark, after = rest.partition(END)
+    if not mark or not end_mark:
+        raise SystemExit(f"{args.write}: expected the marks {BEGIN} and {END}")
+    args.write.write_text(f"{before}{BEGIN}\n{tables}\n{END}{after}")
 
 
 def kl_table(by_cell: dict[Cell, dict[str, Record]]) -> str:
@@ -50,7 +64,7 @@ def peer_table(by_cell: dict[Cell, dict[str, Record]]) -> str:
         default, peer = records[DEFAULT], records[PEER]
         rivals = [r for r in records.values() if r["bits"] <= default["bits"] and r["method"] != DEFAULT]
         best = min(rivals, key=lambda record: float(record["mean_kl"]))
-        recalled = [f"{records[name]['passkey']:.1%}" for name in ("reference", DEFAULT, PEER)]
+        recalled = [_share(records[name]["passkey"]) for name in ("reference", DEFAULT, PEER)]
         lines.append(
             f"| {model} s={stress} | {_kl(default)} | {_kl(peer)} | {default['mean_kl'] / peer['mean_kl']:.2f} "
             f"| {best['method']} | {_kl(best)} | {default['mean_kl'] / best['mean_kl']:.2f} | {', '.join(recalled)} |"
@@ -68,6 +82,10 @@ def worst_table(by_cell: dict[Cell, dict[str, Record]]) -> str:
             f"| {r['ppl']:.3f} | {records['reference']['ppl']:.3f} |"
         )
     return "\n".join(lines)
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1%}"
 
 
 def _kl(record: Record | None) -> str:
