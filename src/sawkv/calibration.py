@@ -7,6 +7,7 @@ the same for every key, and V's center is added back to the output. `sawkv calib
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -145,8 +146,6 @@ class Calibration:
 
     def save(self, path: str | Path) -> None:
         """Write the file."""
-        from sawkv import __version__
-
         metadata = {
             "version": VERSION,
             "format": str(self.format),
@@ -155,7 +154,7 @@ class Calibration:
             "num_kv_heads": str(self.num_kv_heads),
             "head_dim": str(self.head_dim),
             "fingerprint": self.fingerprint(),
-            "made_by": f"sawkv {__version__}",
+            "made_by": f"sawkv {importlib.metadata.version('sawkv')}",
         }
         save_file({"k_center": self.k_center.contiguous(), "v_center": self.v_center.contiguous()}, path, metadata)
 
