@@ -50,7 +50,7 @@ def heat_map(
     Args:
         values: [rows][columns]; NaN is an empty cell.
         rows, columns: labels.
-        show: a value as text, in the cell where it fits and in its tooltip.
+        show: a value as text, in the cell if all fit and in its tooltip.
         title: for those who cannot see it.
         column_title: under the column labels.
         low, high: ends of the colour scale; None takes those of the values.
@@ -62,6 +62,7 @@ def heat_map(
     high = max(known, default=1.0) if high is None else high
     width = cell_width or max(9, min(58, 900 // max(1, len(columns))))
     height = 26 if width >= 40 else 20
+    fits = all(7.5 * len(show(value)) <= width - 4 for value in known)  # all cells have their text, or none
     left = 12 + max((len(row) for row in rows), default=0) * 7
     parts = []
     for i, row in enumerate(values):
@@ -77,7 +78,7 @@ def heat_map(
                 f"<g><title>{escape(rows[i])}, {escape(column_title)} {escape(columns[j])}: {escape(label)}</title>"
                 f'<rect x="{x}" y="{y}" width="{width - 1}" height="{height - 1}" rx="2" style="--heat:{100 * share:.0f}%"/>'
             )
-            if 7 * len(label) <= width - 2:
+            if fits:
                 parts.append(_text(x + width / 2, y + height / 2, label, "middle", "over" if share > 0.55 else "under"))
             parts.append("</g>")
     every = max(1, math.ceil(max((len(column) for column in columns), default=0) * 7.5 / width))
