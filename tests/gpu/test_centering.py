@@ -1,0 +1,57 @@
+"""Centered pages in vLLM on a GPU, under CUDA graphs and compilation: `pytest -m gpu tests/gpu/test_centering.py`. Needs vLLM.
+
+With SAWKV_DRY_RUN=1, on the CPU.
+
+INT8 pages, whose error is small, so that greedy text with and without centers is the same nearly everywhere; random centers larger than K
+and V themselves, so that a lost one changes it. Prompts go through the prefill that restores centers, and continue through decoding.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.vllm.engine import run_engine
+from tests.vllm.test_centering import PROMPTS, TOKENS, write_calibration
+
+DRY_RUN = os.environ.get("SAWKV_DRY_RUN") == "1"
+
+pytestmark = [pytest.mark.gpu, pytest.mark.vllm, pytest.mark.skipif(not DRY_RUN and not torch.cuda.is_available(), reason="no CUDA device")]
+
+FORMAT = "int8-k128-v128"
+
+
+def engine(mutate: str | None = None, **settings: str) -> dict[str, Any]:
+    backend: dict[str, Any] = {} if DRY_RUN else {"attention_backend": "CUSTOM"}
+    result = run_engine(
+        waves=PROMPTS,
+        max_tokens=TOKENS,
+        mutate=mutate,
+        kv_cache_dtype="int8_per_token_head",
+        enforce_eager=DRY_RUN or mutate is not None,
+        additional_config={"sawkv": settings},
+        **backend,
+    )
+    assert "error" not in result, result["error"]
+    assert result["implementation"] == ["SawAttentionImpl"]
+    return result
+
+
+def share_before_the_first_difference(a: dict[str, Any], b: dict[str, Any]) -> float:
+    """Over all prompts, of tokens that agree before the first that differs."""
+    agreed = 0
+    for x, y in zip(a["tokens"][0], b["tokens"][0], strict=True):
+        agreed += next((t for t in range(TOKENS) if x[t] != y[t]), TOKENS)
+    return agreed / (TOKENS * len(a["tokens"][0]))
+
+
+def test_centers_change_nothing_but_rounding(tmp_path: Path) -> None:
+    plain = engine(format=FORMAT)
+    path = write_calibration(tmp_path, FORMAT, scale=1.0)
+    assert share_before_the_first_difference(plain, engine(calibration=path)) > 0.6
+    lost = engine("lose_v_center", calibration=path)  # the control: written without the center that reading adds
+    assert share_before_the_first_difference(plain, lost) < 0.2
