@@ -29,9 +29,11 @@ MIN_CAPABILITY = (8, 0)
 HEAD_DIMS = range(64, 257, 16)
 STORED = {"int4": tl.uint8, "int8": tl.uint8, "bf16": tl.bfloat16, "fp16": tl.float16}
 """The codecs that the kernels know, and what they load."""
-APPEND_TOKENS = 16
-GATHER_TOKENS = 16
-PREPARE_ROWS = 8
+ROTATE_TOKENS = 8
+"""Tokens of a program that rotates, with one warp: then a butterfly needs shuffles, and no shared memory."""
+COPY_TOKENS = 16
+"""Tokens of a program that only decodes, with four warps."""
+PREPARE_ROWS = 4
 SCHEDULE_BLOCK = 128
 MIN_TILES_PER_CHUNK = 4
 MAX_PIECES = 128
@@ -64,7 +66,7 @@ def append(k: torch.Tensor, v: torch.Tensor, cache: PagedKVCache, slot_mapping: 
     layout, num_tokens = cache.layout, slot_mapping.shape[0]
     if not num_tokens:
         return
-    append_kernel[(_divide_up(num_tokens, APPEND_TOKENS), layout.num_kv_heads, 2)](
+    append_kernel[(_divide_up(num_tokens, ROTATE_TOKENS), layout.num_kv_heads, 2)](
         k,
         v,
         cache.k_center,
@@ -80,7 +82,8 @@ def append(k: torch.Tensor, v: torch.Tensor, cache: PagedKVCache, slot_mapping: 
         **_page_constants(layout),
         K_ORDER=layout.k_rotation_order,
         V_ORDER=layout.v_rotation_order,
-        TOKENS=APPEND_TOKENS,
+        TOKENS=ROTATE_TOKENS,
+        num_warps=1,
         enable_fp_fusion=False,  # every rounding is part of the format
     )
 
@@ -99,7 +102,8 @@ def gather(
     layout, num_seqs, max_tokens = cache.layout, seq_lens.shape[0], k_out.shape[0]
     if not num_seqs or not max_tokens:
         return
-    gather_kernel[(_divide_up(max_tokens, GATHER_TOKENS), layout.num_kv_heads, 2)](
+    tokens, num_warps = (COPY_TOKENS, 4) if rotated else (ROTATE_TOKENS, 1)
+    gather_kernel[(_divide_up(max_tokens, tokens), layout.num_kv_heads, 2)](
         cache.pages,
         block_table,
         seq_lens,
@@ -116,7 +120,8 @@ def gather(
         **_page_constants(layout),
         K_ORDER=0 if rotated else layout.k_rotation_order,
         V_ORDER=0 if rotated else layout.v_rotation_order,
-        TOKENS=GATHER_TOKENS,
+        TOKENS=tokens,
+        num_warps=num_warps,
         enable_fp_fusion=False,
     )
 
@@ -243,6 +248,7 @@ def decode_attention(
         **shape,
         ORDER=layout.k_rotation_order,
         ROWS=PREPARE_ROWS,
+        num_warps=1,
         enable_fp_fusion=True,
     )
     decode_kernel[(plan.max_chunks(num_seqs) * plan.units,)](
