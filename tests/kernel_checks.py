@@ -106,8 +106,13 @@ def compare_attention(
     assert got[0][bounds[-1] :].isnan().all(), "rows of no sequence are left as they are"
 
 
-def check_gather(backend: str, device: str, format_name: str, seq_lens: Sequence[int], *, head_dim: int, page_size: int = 16) -> None:
-    """Rows equal the reference's to the last bit, rotated and not, in fp32 and bf16; nothing else is written."""
+def check_gather(
+    backend: str, device: str, format_name: str, seq_lens: Sequence[int], *, head_dim: int, page_size: int = 16, exact: bool = True
+) -> None:
+    """Rows equal the reference's, rotated and not, in fp32 and bf16; nothing else is written.
+
+    exact: un-rotated rows too are equal to the last bit. Otherwise products and sums of the rotation may be contracted to fma.
+    """
     batch = make_batch(format_name, seq_lens, head_dim=head_dim, centered=True, page_size=page_size, device=device)
     starts = starts_of([length + 3 * (i % 2) for i, length in enumerate(seq_lens)], device)
     total = int(starts[-1])
@@ -120,4 +125,8 @@ def check_gather(backend: str, device: str, format_name: str, seq_lens: Sequence
                     rows = slice(max_tokens) if name == backend else slice(None)
                     gather(batch.cache, batch.block_table, batch.seq_lens, starts, k[rows], v[rows], rotated=rotated, backend=name)
                     results.append(torch.stack([k[:max_tokens], v[:max_tokens]]))
-                assert torch.equal(*results), (max_tokens, dtype, rotated)
+                if exact or rotated:
+                    assert torch.equal(*results), (max_tokens, dtype, rotated)
+                else:
+                    assert torch.equal(*(result == -7 for result in results)), "rows of no sequence are left as they are"
+                    assert relative_error(*results) < (1e-6 if dtype == torch.float32 else 2e-4), (max_tokens, dtype)

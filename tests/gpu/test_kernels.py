@@ -156,7 +156,7 @@ def test_results_do_not_change_from_run_to_run(backend: str) -> None:
 @pytest.mark.parametrize(("format_name", "head_dim"), [("int4", 128), ("int4", 80), ("int4", 192), ("int8", 112), ("bf16", 64)])
 def test_gather(backend: str, format_name: str, head_dim: int) -> None:
     skip_unless_supported(backend, format_name, head_dim)
-    check_gather(backend, DEVICE, format_name, [5, 0, 33, 16, 1000, 0, 2, 700], head_dim=head_dim)
+    check_gather(backend, DEVICE, format_name, [5, 0, 33, 16, 1000, 0, 2, 700], head_dim=head_dim, exact=backend != "cuda")
 
 
 @pytest.mark.skipif(DRY_RUN, reason="takes 5 GB")
