@@ -30,8 +30,6 @@ from sawkv.spec import CacheFormat
 CALIBRATION_WINDOWS = 2
 QUERIES = 256
 """Queries of each window and head at which attention is compared."""
-CENTERED = "default"
-"""The method that is the default format with centers of K and V."""
 TOLERANCE = 1.05
 """A simpler format is taken if its error is at most this many times the least."""
 MAX_OUTPUT_ERROR = 0.1
@@ -40,9 +38,11 @@ MAX_OUTPUT_ERROR = 0.1
 MIN_ORDER = 16
 """The smallest rotation compared."""
 NAMES = {
-    CENTERED: "rotated and centered",
-    "int4_plain": "plain int4",
+    "default": "default: balanced, centered",
+    "int4_center": "centered",
     "int4_center_plain": "centered, not rotated",
+    "int4_balanced": "balanced",
+    "int4_plain": "plain int4",
     "reference": "unquantized",
     "bf16_floor": "16-bit noise",
 }
@@ -115,11 +115,36 @@ class MethodError:
 
 @dataclass(frozen=True)
 class Recommendation:
-    """`format` is a cache format's name, `calibrate` whether centers are worth their file, `reason` one sentence an entry."""
+    """What to serve.
+
+    Attributes:
+        format: name of a cache format.
+        balance: whether `sawkv balance` should rewrite the checkpoint first.
+        calibrate: whether centers are worth their file.
+        method: the method measured that this is, or "".
+        reason: one sentence an entry.
+    """
 
     format: str
+    balance: bool
     calibrate: bool
+    method: str
     reason: tuple[str, ...]
+
+    @property
+    def extras(self) -> str:
+        """What goes with the format, for people."""
+        parts = ["balanced channels"] * self.balance + ["centers of K and V"] * self.calibrate
+        return f", with {' and '.join(parts)}" if parts else ""
+
+    def commands(self) -> list[str]:
+        """What to type."""
+        model = "BALANCED" if self.balance else "MODEL"
+        return [
+            *(["sawkv balance MODEL --out BALANCED"] if self.balance else []),
+            *([f"sawkv calibrate {model} --format {self.format} --out centers.safetensors"] if self.calibrate else []),
+            f"sawkv serve {model} {'--calibration centers.safetensors' if self.calibrate else f'--format {self.format}'}",
+        ]
 
 
 @dataclass(frozen=True)
@@ -286,32 +311,31 @@ def default_methods(head_dim: int) -> list[Method]:
     return [METHODS["fp8"], METHODS["vllm_int4_per_token_head"], *(find_method(name) for name in _candidates(head_dim))]
 
 
-def _candidates(head_dim: int) -> list[str]:
-    """Served formats, those that ask for less first."""
+def _candidates(head_dim: int) -> dict[str, tuple[str, bool, bool]]:
+    """Methods that sawkv serves, those that ask for less first: the format, whether to balance and whether to calibrate."""
     order = CacheFormat("int4").resolve(head_dim).k_rotation_order
-    return [
-        f"int4-k{order}-v{order}",
-        f"int4-k{order}-v0",
-        f"int4-k{MIN_ORDER}-v{MIN_ORDER}",
-        "int4_plain",
-        CENTERED,
-        "int4_center_plain",
-        f"int8-k{order}-v{order}",
-    ]
+    rotated, wide = f"int4-k{order}-v{order}", f"int8-k{order}-v{order}"
+    found = {name: (name, False, False) for name in (rotated, f"int4-k{order}-v0", f"int4-k{MIN_ORDER}-v{MIN_ORDER}")}
+    return found | {
+        "int4_plain": ("int4-k0-v0", False, False),
+        "int4_center": (rotated, False, True),
+        "int4_center_plain": ("int4-k0-v0", False, True),
+        "int4_balanced": (rotated, True, False),
+        "default": (rotated, True, True),
+        wide: (wide, False, False),
+    }
 
 
 def recommend(errors: Sequence[MethodError], head_dim: int) -> Recommendation:
     """The 4-bit format that disturbs attention least, or 8 bits where every one disturbs it much; simple rules, said in the reason."""
-    order = CacheFormat("int4").resolve(head_dim).k_rotation_order
-    default = f"int4-k{order}-v{order}"
-    names = {CENTERED: (default, True), "int4_center_plain": ("int4-k0-v0", True), "int4_plain": ("int4-k0-v0", False)}
+    candidates = _candidates(head_dim)
     known = {error.method: error for error in errors}
-    narrow = [known[name] for name in _candidates(head_dim) if name in known and not name.startswith("int8")]
+    narrow = [known[name] for name in candidates if name in known and not name.startswith("int8")]
     if not narrow:
-        return Recommendation(default, False, ("The default: no 4-bit format of sawkv was among the methods measured.",))
+        rotated = next(iter(candidates))
+        return Recommendation(rotated, False, False, "", ("The default: no 4-bit format of sawkv was among the methods measured.",))
     least = min(error.mean_output for error in narrow)
     best = next(error for error in narrow if error.mean_output <= TOLERANCE * least)
-    cache_format, calibrate = names.get(best.method, (best.method, False))
     others = sorted((error for error in narrow if error is not best), key=lambda error: error.mean_output)
     lost = f"an error of {best.mean_output:.2%} of the variance of the attention output"
     if best.mean_output == least:
@@ -322,15 +346,16 @@ def recommend(errors: Sequence[MethodError], head_dim: int) -> Recommendation:
         reason.append("Others: " + ", ".join(f"{label(error.method)} {error.mean_output:.2%}" for error in others) + ".")
     layer, worst = best.worst
     reason.append(f"Its worst layer is {layer}, at {worst:.2%}.")
+    method = best.method
     if worst > MAX_OUTPUT_ERROR:
-        cache_format, calibrate = f"int8-k{order}-v{order}", False
+        method = next(name for name in candidates if name.startswith("int8"))
         reason = [
             f"No 4-bit format keeps the error of every layer's attention output under {MAX_OUTPUT_ERROR:.0%} of its variance: "
             f"{label(best.method)} errs by {worst:.2%} in layer {layer}.",
-            *(f"At 8 bits it is {known[cache_format].mean_output:.2%} over all." for _ in range(cache_format in known)),
+            *(f"At 8 bits it is {known[method].mean_output:.2%} over all." for _ in range(method in known)),
         ]
     reason.append("How far the model's predictions move is for `sawkv eval` to measure.")
-    return Recommendation(cache_format, calibrate, tuple(reason))
+    return Recommendation(*candidates[method], method, tuple(reason))
 
 
 def label(method: str) -> str:
@@ -463,10 +488,9 @@ def describe(analysis: Analysis) -> str:
         "",
         f"{'stored as':<28}{'bits':>6}{'error of K':>13}{'of V':>10}{'of scores':>13}{'of attention':>15}{'worst layer':>15}",
     ]
-    chosen = chosen_method(analysis)
     for error in sorted(analysis.methods, key=lambda error: (error.bits, error.mean_output)):
         worst_layer, worst = error.worst
-        mark = "->" if error.method == chosen else "  "
+        mark = "->" if error.method == analysis.recommendation.method else "  "
         lines.append(
             f"{mark} {label(error.method):<25}{error.bits:>6.2f}{mean(error.k):>13.3%}{mean(error.v):>10.3%}{mean(error.score):>8.4f} nats"
             f"{error.mean_output:>15.3%}{worst:>10.3%} in {worst_layer}"
@@ -475,19 +499,11 @@ def describe(analysis: Analysis) -> str:
     lines += [
         "errors are squared, as shares of the variance of K, of V and of the attention output",
         "",
-        f"Recommended: {advice.format}{', with centers from `sawkv calibrate`' if advice.calibrate else ''}",
+        f"Recommended: {advice.format}{advice.extras}",
         *(f"  {sentence}" for sentence in advice.reason),
+        *(f"  $ {command}" for command in advice.commands()),
     ]
     return "\n".join(lines)
-
-
-def chosen_method(analysis: Analysis) -> str:
-    """The method that the recommendation is."""
-    advice = analysis.recommendation
-    plain = advice.format.endswith("-k0-v0")
-    if advice.calibrate:
-        return "int4_center_plain" if plain else CENTERED
-    return "int4_plain" if plain else advice.format
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from sawkv.errors import SawkvError
 from sawkv.evaluate import svg
-from sawkv.evaluate.analyze import Analysis, Grid, chosen_method, label, mean, pair_energy
+from sawkv.evaluate.analyze import Analysis, Grid, label, mean, pair_energy
 from sawkv.evaluate.records import Evaluation, MethodResult, ModelShape, Recall
 
 MAX_FILE_BYTES = 256 << 20
@@ -338,7 +338,7 @@ def _analysis(analysis: Analysis) -> str:
     shape, advice = analysis.shape, analysis.recommendation
     layers = [str(i) for i in range(shape.num_layers)]
     heads = [f"KV head {i}" for i in range(shape.num_kv_heads)]
-    chosen = chosen_method(analysis)
+    chosen = advice.method
     shown = next((error for error in analysis.methods if error.method == chosen), analysis.methods[0])
 
     def by_head(grid: Grid, title: str, note: str, show: str, high: float | None = None) -> str:
@@ -354,16 +354,15 @@ def _analysis(analysis: Analysis) -> str:
         )
         return f"<figure><h3>{_e(title)}</h3><p class='note'>{_e(note)}</p>{_scroll(drawn)}</figure>"
 
-    centers = ", with centers of K and V" if advice.calibrate else ""
-    command = "sawkv calibrate MODEL --out centers.safetensors" if advice.calibrate else f"sawkv serve MODEL --format {advice.format}"
+    commands = " ".join(f"<code>{_e(command)}</code>" for command in advice.commands())
     return "".join(
         [
             f'<p class="setting">{_shape(shape)} '
             f"{analysis.windows} windows of {analysis.window:,} tokens of {_e(analysis.text)} text; "
             f"{_e(analysis.dtype)} on {_e(analysis.device)}; {analysis.seconds:,.0f} s.</p>",
-            f'<div class="advice"><b>Recommended: {_e(advice.format)}{centers}</b>',
+            f'<div class="advice"><b>Recommended: {_e(advice.format)}{advice.extras}</b>',
             *(f"<p>{_prose(sentence)}</p>" for sentence in advice.reason),
-            f"<p class='note'>Next: <code>{_e(command)}</code></p></div>",
+            f"<p class='note'>Next: {commands}</p></div>",
             "<h3>What each way of storing does to attention</h3>",
             _errors_table(analysis, chosen),
             '<div class="maps">',
