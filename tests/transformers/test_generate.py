@@ -33,9 +33,11 @@ def generate(model: PreTrainedModel, cache: Any, ids: torch.Tensor, **options: A
     return model.generate(ids, **using(cache), **(settings | options))
 
 
-def both(kind: str, run: Callable[[PreTrainedModel, Callable[[PreTrainedModel], Any]], Any], attention: str = "sawkv") -> list[Any]:
+def both(
+    kind: str, run: Callable[[PreTrainedModel, Callable[[PreTrainedModel], Any]], Any], attention: str = "sawkv", **options: Any
+) -> list[Any]:
     """`run(model, new_cache)` with a SawCache, and with a DynamicCache and the model's own attention."""
-    ours = run(make_model(kind, attention), lambda model: SawCache(model.config, LOSSLESS))
+    ours = run(make_model(kind, attention), lambda model: SawCache(model.config, LOSSLESS, **options))
     theirs = run(make_model(kind, plain_attention(kind)), lambda model: DynamicCache(config=model.config))
     return [ours, theirs]
 
@@ -104,7 +106,8 @@ def test_speculation_changes_nothing(kind: str, how: str) -> None:
 
 @pytest.mark.parametrize("kind", ["qwen3", "mistral"])
 @pytest.mark.parametrize("padded", [False, True])
-def test_a_conversation_goes_on(kind: str, padded: bool) -> None:
+@pytest.mark.parametrize("length", [None, 100])
+def test_a_conversation_goes_on(kind: str, padded: bool, length: int | None) -> None:
     ids, more = prompt(), prompt(3, 9)
     mask = PADDED if padded else torch.ones_like(PADDED)
 
@@ -115,7 +118,7 @@ def test_a_conversation_goes_on(kind: str, padded: bool) -> None:
         longer_mask = torch.cat([mask, mask.new_ones(3, 24 + 9)], 1)
         return generate(model, cache, longer, attention_mask=longer_mask)
 
-    assert_same(*both(kind, run))
+    assert_same(*both(kind, run, max_cache_len=length))
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "gemma2"])

@@ -78,21 +78,18 @@ def attend(
 ) -> torch.Tensor:
     """Write new K and V, and attend. Arguments and result as of `saw_attention`."""
     layer, paging = new.layer, new.layer.paging
-    if layer.is_first:
-        layer.check(new.key)
-        paging.begin(query.shape[2], query.shape[1], mask)
-    layer.write(new.key, new.value)
-    if paging.reads_pages:
-        out = layer.attend(query, scale, softcap or 0.0, sinks)
+    with paging.on_device():
+        if layer.is_first:
+            layer.check(new.key)
+            paging.begin(query.shape[2], query.shape[1], mask)
+        layer.write(new.key, new.value)
+        if paging.reads_pages:
+            out = layer.attend(query, scale, softcap or 0.0, sinks)
+        else:
+            keys, values = (new.key, new.value) if layer.exact else layer.decode(query.dtype)
+            mask = paging.cut_mask(mask, query.shape[2])
+            out = attend_tensors(module, query, keys, values, mask, scale, 0.0, softcap, sinks, kwargs)
         layer.settle()
-        return out
-    if layer.exact:
-        keys, values = new.key, new.value
-    else:
-        keys, values = layer.decode(query.dtype)
-    mask = paging.cut_mask(mask, query.shape[2])
-    out = attend_tensors(module, query, keys, values, mask, scale, 0.0, softcap, sinks, kwargs)
-    layer.settle()
     return out
 
 
@@ -118,10 +115,11 @@ def attend_compiled(
     """
     layer = CACHES[handle].layers[layer_idx]
     assert isinstance(layer, SawLayer)
-    if layer.is_first:
-        layer.paging.begin_compiled(query.shape[1], mask)
-    layer.write(key, value)
-    return layer.attend(query, scale, softcap, sinks)
+    with layer.paging.on_device():
+        if layer.is_first:
+            layer.paging.begin_compiled(query.shape[1], mask)
+        layer.write(key, value)
+        return layer.attend(query, scale, softcap, sinks)
 
 
 @attend_compiled.register_fake

@@ -234,12 +234,13 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Write new K and V, and decode all: for attention that reads tensors. Shapes as in `SawCache.update`."""
-        if self.is_first:
-            self.check(key_states)
-            self.paging.begin(key_states.shape[2])
-        self.write(key_states, value_states)
-        states = self.decode(key_states.dtype)
-        self.settle()
+        with self.paging.on_device():
+            if self.is_first:
+                self.check(key_states)
+                self.paging.begin(key_states.shape[2])
+            self.write(key_states, value_states)
+            states = self.decode(key_states.dtype)
+            self.settle()
         return states
 
     def check(self, key_states: torch.Tensor) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 
 from sawkv import ops
@@ -77,6 +79,11 @@ class Paging:
             return self._length
         return int(self.length_tensor())
 
+    def on_device(self) -> AbstractContextManager[object]:
+        """For calls of kernels, which run on the current GPU: with a model over several, that need not be this one."""
+        several = self.device.type == "cuda" and torch.cuda.device_count() > 1
+        return torch.cuda.device(self.device) if several else nullcontext()
+
     def length_tensor(self) -> torch.Tensor:
         """`length` as a tensor without dimensions, int64."""
         return (self.lengths[0] + self.pads[0]).long()
@@ -127,8 +134,9 @@ class Paging:
 
         A mask that is not the causal one, or a sequence that is full, stops the device with an error: there is no way back from here.
         """
+        assert self.max_len is not None
         self.advance(1)
-        torch._assert_async((self.lengths <= self.num_pages * self.layout.page_size).all())
+        torch._assert_async((self.lengths + self.pads <= self.max_len).all())
         if mask is not None:
             torch._assert_async(self.agrees(mask, 1))
         self.plan(num_q_heads, 1).update(self.seq_lens, self._start_of(1))
