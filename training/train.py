@@ -109,7 +109,7 @@ def main() -> None:
         torch.optim.AdamW([embedding, *vectors], lr=args.other_lr, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     peaks = [args.matrix_lr, args.other_lr]
-    loss_of = torch.compile(_weighted_loss) if device.type == "cuda" else _weighted_loss
+    loss_of = torch.compile(_weighted_loss) if device.type == "cuda" and not args.eager else _weighted_loss
     data = DataLoader(
         Rows(train_ids, tokenizer.to_str(), args.length, args.task_share, args.seed),
         batch_size=args.rows,
@@ -225,6 +225,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--keep-held-out", type=int, default=200_000, help="held-out tokens to keep for evaluation")
     parser.add_argument("--workers", type=int, default=14)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--eager", action="store_true", help="do not compile: pays for runs of under a minute")
     parser.add_argument("--start", type=Path, help="a model whose tokenizer and held-out text to use")
     parser.add_argument("--key-bias", type=float, default=0, help="train the twin of --start whose keys carry an offset of this size")
     args = parser.parse_args()
