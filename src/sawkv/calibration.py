@@ -208,7 +208,7 @@ def model_id(config: object) -> str:
     """16 hex digits that tell models apart by their configuration.
 
     It covers the shape of the language model, which engines and versions of Transformers agree upon, and not the weights: a fine-tuned or
-    quantized copy has the same identity. Another model's centers would cost accuracy, never correctness.
+    quantized copy has the same identity, except what `sawkv balance` writes. Another model's centers cost accuracy, never correctness.
 
     Args:
         config: a Transformers configuration, of the text model where there are several.
@@ -221,6 +221,7 @@ def model_id(config: object) -> str:
         "num_hidden_layers",
         "num_attention_heads",
         "num_key_value_heads",
+        "sawkv_balanced",
     )
     fields = {name: getattr(config, name, None) for name in names}
     return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -38,9 +38,9 @@ MAX_OUTPUT_ERROR = 0.1
 MIN_ORDER = 16
 """The smallest rotation compared."""
 NAMES = {
-    "default": "default: balanced, centered",
+    "default": "balanced and centered",
     "int4_center": "centered",
-    "int4_center_plain": "centered, not rotated",
+    "int4_center_plain": "centered without rotation",
     "int4_balanced": "balanced",
     "int4_plain": "plain int4",
     "reference": "unquantized",

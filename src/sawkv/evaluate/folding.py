@@ -7,6 +7,7 @@ product in bf16 is exact, and the 16-bit model stays bit-identical. `stress` mak
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -99,8 +100,19 @@ def write_balanced(folder: Path, text: Path | None, out: Path, *, device: torch.
     if not torch.equal(model.logits(model.hidden(probe)), before):
         raise UnsupportedError("balance: expected the same logits to the last bit, got others; this model's RoPE pairs other channels")
     out.mkdir(parents=True, exist_ok=True)
+    model.model.config.get_text_config().sawkv_balanced = _digest(model.layers)  # part of `calibration.model_id`
     model.model.save_pretrained(out)
     for file in folder.iterdir():  # the tokenizer, and what else lies beside the weights
         of_weights = file.suffix in {".safetensors", ".bin", ".pt"} or file.name.endswith(".index.json")
         if file.is_file() and not of_weights and not (out / file.name).exists():
             shutil.copyfile(file, out / file.name)
+
+
+def _digest(layers: Sequence[nn.Module]) -> str:
+    """16 hex digits over the weights that keys and values are made by, so that centers of the original, or of another copy, are refused."""
+    digest = hashlib.sha256()
+    for layer in layers:
+        for name, weight in layer.named_parameters():
+            if name.startswith(("k_", "v_")):
+                digest.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()[:16]

@@ -277,8 +277,9 @@ def _recall(evaluation: Evaluation) -> str:
     parts = []
     for task in tasks:
         asked = max(cell.asked for result in results for cell in result.recall if cell.task == task)
+        prompts = f"{asked} prompt{'s' if asked != 1 else ''}"
         parts.append(f"<h3>Recall: {_e({'passkey': 'a pass-key', 'needle': 'a sentence'}.get(task, task))} hidden in text</h3>")
-        parts.append(f'<p class="note">Share recalled with every token right, {asked} prompts a cell.{_worst_recall(evaluation, task)}</p>')
+        parts.append(f'<p class="note">Share recalled with every token right, {prompts} a cell.{_worst_recall(evaluation, task)}</p>')
         maps = {
             result.method: f"<figure><figcaption>{_e(label(result.method))}</figcaption>{_recall_map(cells)}</figure>"
             for result in results
@@ -354,7 +355,7 @@ def _analysis(analysis: Analysis) -> str:
         )
         return f"<figure><h3>{_e(title)}</h3><p class='note'>{_e(note)}</p>{_scroll(drawn)}</figure>"
 
-    commands = " ".join(f"<code>{_e(command)}</code>" for command in advice.commands())
+    commands = "<br>".join(f"<code>{_e(command)}</code>" for command in advice.commands())
     return "".join(
         [
             f'<p class="setting">{_shape(shape)} '
@@ -362,7 +363,7 @@ def _analysis(analysis: Analysis) -> str:
             f"{_e(analysis.dtype)} on {_e(analysis.device)}; {analysis.seconds:,.0f} s.</p>",
             f'<div class="advice"><b>Recommended: {_e(advice.format)}{advice.extras}</b>',
             *(f"<p>{_prose(sentence)}</p>" for sentence in advice.reason),
-            f"<p class='note'>Next: {commands}</p></div>",
+            f"<p class='note'>Next:<br>{commands}</p></div>",
             "<h3>What each way of storing does to attention</h3>",
             _errors_table(analysis, chosen),
             '<div class="maps">',

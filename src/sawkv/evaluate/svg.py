@@ -86,7 +86,10 @@ def heat_map(
     parts += [_text(left + j * width + width / 2, bottom + 11, column, "middle") for j, column in enumerate(columns) if j % every == 0]
     if column_title:
         parts.append(_text(left + len(columns) * width / 2, bottom + 28, column_title, "middle", "axis"))
-    return _svg("heat", left + len(columns) * width, bottom + (36 if column_title else 20), parts, title)
+    middle = left + len(columns) * width / 2
+    return _svg(
+        "heat", max(left + len(columns) * width, middle + 3.5 * len(column_title)), bottom + (36 if column_title else 20), parts, title
+    )
 
 
 def line_chart(
