@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.soak import Difference, Load, Reference, Report, Soak
+from sawkv import CacheFormat, PageLayout
 from tests.vllm.engine import MARK, MODEL, REPOSITORY, run_engine
 
 pytestmark = pytest.mark.vllm
@@ -120,3 +122,19 @@ def test_offload_and_transfer_of_pages_are_refused_at_start_up() -> None:
     """Who reads the bytes may take them for another format: no connector carries our fingerprint. vLLM makes a connector of this option."""
     error = run_engine(kv_cache_dtype="int4_per_token_head", kv_offloading_size=1.0)["error"]
     assert "KV transfer and offload connectors" in error
+
+
+def test_bad_rows_are_a_warning_but_not_a_flood(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sawkv.integrations.vllm import metrics
+
+    monkeypatch.setattr(metrics, "INTERVAL", 0.0)
+    warnings: list[tuple[Any, ...]] = []
+    monkeypatch.setattr(metrics.logger, "warning", lambda *arguments: warnings.append(arguments[1:]))
+    reader = metrics.CounterReader(PageLayout(CacheFormat("int4"), 2, 128, 16), 1, torch.device("cpu"), None)
+    reader.poll()
+    assert reader.counters is not None
+    for non_finite in (0, 3, 5):  # of K; counted up
+        reader.counters[0, :2] = torch.tensor([100.0, non_finite])
+        reader.poll()
+        reader.poll()
+    assert warnings == [(3, 0)]
