@@ -187,6 +187,24 @@ def test_a_window_holds_no_more_than_it_needs() -> None:
     assert max(layer.pages.pages.shape[0] * 16 for layer in cache.layers[::2]) < 20 + CROP_MARGIN + 200
 
 
+@pytest.mark.parametrize("options", [{}, {"max_cache_len": 200}, {"offload": True}])
+def test_inference_mode_comes_and_goes(options: dict[str, Any]) -> None:
+    """A prompt in inference mode, text without it, beams within it again."""
+    model, ids = make_model("gemma2"), torch.randint(1, 99, (2, 20))
+    cache = SawCache(model.config, LOSSLESS, **options)
+    with torch.inference_mode():
+        model(ids[:, :-1], **using(cache))
+        cache.reorder_cache(torch.tensor([1, 0]))
+    with torch.no_grad():
+        longer = model.generate(ids.flip(0), **using(cache), max_new_tokens=100, num_beams=1)
+        assert torch.equal(longer, make_model("gemma2", "eager").generate(ids.flip(0), max_new_tokens=100))
+        cache.reorder_cache(torch.tensor([1, 0]))
+    with torch.inference_mode():
+        got = model(ids[:, :1], **using(cache)).logits
+        want = model(torch.cat([longer.flip(0)[:, :-1], ids[:, :1]], 1), use_cache=False).logits[:, -1:]
+    torch.testing.assert_close(got, want, atol=1e-3, rtol=1e-3)
+
+
 def test_two_caches_of_one_model() -> None:
     model = make_model("mistral")
     ids = [torch.randint(1, 99, (2, 25)), torch.randint(1, 99, (3, 60))]

@@ -133,7 +133,7 @@ class SawCache(Cache):
 
         Raises:
             LayoutError: not the batch, heads or head_dim that the cache holds, or no room.
-        UnsupportedError: K and V of unlike shapes, or no kernels for them.
+            UnsupportedError: K and V of unlike shapes, or no kernels for them.
         """
         layer = self.layers[layer_idx]
         assert isinstance(layer, SawLayer)
@@ -309,6 +309,7 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         k, v = states.view(2, paging.batch_size, rows, *shape[1:])[:, :, rows - paging.num_keys :].transpose(2, 3)
         return k, v
 
+    @torch.inference_mode(False)
     def hold(self, first_page: int, num_pages: int) -> None:
         """Have room for these pages of each sequence, and carry over what is held of them."""
         if self.pages is not None and self._held == (first_page, num_pages):
@@ -335,6 +336,7 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             pages = torch.empty_like(self._home, device=self.paging.device).copy_(self._home, non_blocking=True)
             self.pages = PagedKVCache(pages, self.paging.layout, *self._centers)
 
+    @torch.inference_mode(False)
     def _store(self, first_row: int) -> None:
         """Bring pages to the host, those from `first_row` of the tensor on, and leave none on the device."""
         assert self.pages is not None

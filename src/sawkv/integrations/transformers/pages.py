@@ -47,6 +47,7 @@ class Paging:
         num_keys: K and V rows of each sequence that the model's own attention gets in this pass, new ones included.
     """
 
+    @torch.inference_mode(False)  # what is made here outlives a pass, and the mode of that pass
     def __init__(
         self, layout: PageLayout, device: torch.device, window: int, batch_size: int, max_len: int | None, backend: str | None
     ) -> None:
@@ -205,6 +206,7 @@ class Paging:
         table = pages.clamp(0, self.num_pages - 1) * self.batch_size + self._sequence[:, None]
         return table.int(), (self.seq_lens - first * size).int()
 
+    @torch.inference_mode(False)
     def take(self, index: torch.Tensor) -> None:
         """Make the batch that consists of these sequences."""
         lengths = self.lengths[index]
