@@ -130,7 +130,7 @@ extern "C" {
 
 __device__ int sawkv_tokens_per_block = TOKENS;
 
-__global__ void __launch_bounds__(THREADS, 4) sawkv_append(const __grid_constant__ AppendParams p) {
+__global__ void __launch_bounds__(THREADS, D <= 128 ? 4 : 2) sawkv_append(const __grid_constant__ AppendParams p) {
   if (blockIdx.z == 0) {
     append_row<K_ORDER, false>(p, p.k, p.k_center, p.k_token_stride, p.k_head_stride);
   } else {

@@ -221,7 +221,7 @@ struct Row {
   }
   __device__ void scale(float factor) {
 #pragma unroll
-    for (int i = 0; i < PER_LANE; i++) x[i] *= factor;
+    for (int i = 0; i < PER_LANE; i++) x[i] = __fmul_rn(x[i], factor);  // never a part of an fma: docs/format.md fixes the rounding
   }
   // this = this * own + other * weight
   __device__ void blend(float own, const Row& other, float weight) {

@@ -32,7 +32,10 @@ __device__ inline void decode_row(u8* page_head, int offset, bool is_there, cons
     for (int i = 0; i < y.PER_LANE; i += VECTOR) {
       const auto packed = *(const Vector<u8, VECTOR / 2>*)stored.at(y.channel(i));
 #pragma unroll
-      for (int e = 0; e < VECTOR; e++) y.x[i + e] = ((float)(packed.x[e / 2] >> e % 2 * 4 & 15) - zero_point) * scale;
+      for (int e = 0; e < VECTOR; e++) {
+        const float code = packed.x[e / 2] >> e % 2 * 4 & 15;
+        y.x[i + e] = __fmul_rn(code - zero_point, scale);  // rounded before it is added to anything, as the reference does
+      }
     }
   }
   rotate<ORDER>(y);
