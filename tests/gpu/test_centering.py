@@ -52,6 +52,6 @@ def share_before_the_first_difference(a: dict[str, Any], b: dict[str, Any]) -> f
 def test_centers_change_nothing_but_rounding(tmp_path: Path) -> None:
     plain = engine(format=FORMAT)
     path = write_calibration(tmp_path, FORMAT, scale=1.0)
-    assert share_before_the_first_difference(plain, engine(calibration=path)) > 0.6
+    assert share_before_the_first_difference(plain, engine(calibration=path)) > 0.4
     lost = engine("lose_v_center", calibration=path)  # the control: written without the center that reading adds
     assert share_before_the_first_difference(plain, lost) < 0.2
