@@ -155,9 +155,7 @@ def main() -> None:
         if args.static:
             static = StaticCache(config=config, max_cache_len=longest)
             rows["StaticCache, compiled"] = ("sdpa", lambda: static, compiled)
-    print(
-        f"\n{'context':>8}  {'cache':<22}{'ms a step':>10}{'tok/s':>8}{'ratio':>7}{'prefill s':>11}{'KV MiB':>9}{'ratio':>7}"
-    )
+    print(f"\n{'context':>8}  {'cache':<22}{'ms a step':>10}{'tok/s':>8}{'ratio':>7}{'prefill s':>11}{'KV MiB':>9}{'ratio':>7}")
     for context in args.contexts:
         base: dict[str, Any] = {}
         for name, (attention, new_cache, compile_config) in rows.items():
