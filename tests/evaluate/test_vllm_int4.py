@@ -74,6 +74,7 @@ def test_the_zero_point_saturates_as_theirs_does() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_port_equals_the_compiled_kernel() -> None:
     """Its rotation on a GPU is in bf16 and its division approximate, so codes may differ by one in a few places."""
     device = torch.device("cuda")
