@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,10 +21,11 @@ from typing import Any
 import torch
 import triton.testing
 
+from benchmarks.plots import RESULTS
+from benchmarks.serving import git_head
 from sawkv import CacheFormat, PagedKVCache, PageLayout, append, decode_attention, gather, make_decode_plan
 from sawkv.kernels import reference, unsupported_reason
 
-RESULTS = Path(__file__).parent.parent / "docs" / "results"
 PEERS = ("fa3_bf16", "fa3_fp8", "vllm_int4_per_token_head")
 BACKENDS = ("cuda", "triton")
 COLD_BYTES = 400_000_000  # caches of a graph hold more than this together, several times the L2 cache
@@ -430,11 +430,6 @@ def run_gather(kernels: list[str], common: dict[str, Any]) -> list[dict[str, Any
     return records
 
 
-def head_commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="shapes whose names contain one of these, comma-separated")
@@ -445,7 +440,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--commit", help="of these sources, where they are not in a git repository")
     arguments = parser.parse_args()
-    common = {"device": torch.cuda.get_device_name(), "commit": arguments.commit or head_commit(), "torch": torch.__version__}
+    common = {"device": torch.cuda.get_device_name(), "commit": arguments.commit or git_head(), "torch": torch.__version__}
     wanted = [part for part in arguments.only.split(",") if part]
     shapes = [shape for shape in all_shapes() if not wanted or any(part in shape.name for part in wanted)]
     kernels = arguments.kernels.split(",")

@@ -15,7 +15,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -29,7 +28,7 @@ from typing import Any, Final
 from benchmarks.plots import RESULTS, load_table, read_records
 from benchmarks.serving import git_head
 from benchmarks.shapes import SHAPES, write_config
-from sawkv.integrations.vllm.server import server_command
+from sawkv.integrations.vllm.server import free_port, server_command
 from sawkv.spec import CacheFormat
 
 GENERATOR: Final = (
@@ -91,7 +90,7 @@ def _write_model(folder: Path, name: str) -> str:
 
 def _run_format(args: argparse.Namespace, name: str, model: str, deadline: float, version: str, device: str) -> None:
     cache_format = None if name == "bf16" else CacheFormat.parse(name)
-    port = _free_port()
+    port = free_port()
     options = ["--port", str(port), "--host", "127.0.0.1", "--max-model-len", str(args.input + args.output_tokens + 8)]
     if not list(Path(model).glob("*.safetensors")):
         options += ["--load-format", "dummy"]
@@ -190,13 +189,6 @@ def _wait_until_ready(server: subprocess.Popen[bytes], port: int, deadline: floa
             return True
         time.sleep(0.5)
     return False
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 if __name__ == "__main__":

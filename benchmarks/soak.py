@@ -22,7 +22,6 @@ import os
 import random
 import re
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -35,7 +34,7 @@ from typing import Any
 
 import aiohttp
 
-from sawkv.integrations.vllm.server import server_command
+from sawkv.integrations.vllm.server import free_port, server_command
 from sawkv.spec import CacheFormat
 
 TIE = 0.01
@@ -103,9 +102,7 @@ class Server:
     """vLLM's server as a process group of its own, and requests to it."""
 
     def __init__(self, load: Load, log: Path) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.log = log
         limits = ["--max-model-len", "1024", "--max-num-seqs", str(load.clients), "--max-num-batched-tokens", "256", "--block-size", "32"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import re
-import socket
 import subprocess
 import tempfile
 import textwrap
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sawkv.errors import UnsupportedError
-from sawkv.integrations.vllm.server import server_command
+from sawkv.integrations.vllm.server import free_port, server_command
 from sawkv.spec import CacheFormat
 
 if TYPE_CHECKING:
@@ -72,7 +71,7 @@ def _measure(name: str, command: Sequence[str], max_tokens: int) -> Outcome:
     from openai import OpenAI
 
     with tempfile.TemporaryDirectory(prefix="sawkv-demo-") as folder:
-        log, port = Path(folder, "server.log"), _free_port()
+        log, port = Path(folder, "server.log"), free_port()
         with _running([*command, "--host", "127.0.0.1", "--port", str(port)], log) as server:
             client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=600)
             _wait_until_ready(client, server, log)
@@ -170,10 +169,3 @@ def _lines(text: str, width: int) -> list[str]:
 def _last_lines(text: str, count: int) -> str:
     lines = text.rstrip("\n").split("\n")
     return "\n".join([*([f"... {len(lines) - count} lines before ..."] if len(lines) > count + 1 else lines[:-count]), *lines[-count:]])
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -17,9 +17,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from sawkv.errors import SawkvError
 from sawkv.evaluate.methods import METHODS, Method, Reader, find_method
-from sawkv.evaluate.records import ModelShape, from_plain
+from sawkv.evaluate.records import ModelShape, parse_record
 from sawkv.evaluate.run import default_device, default_dtype
 from sawkv.evaluate.samples import collect_samples, fit
 from sawkv.evaluate.stress import apply_stress
@@ -186,11 +185,7 @@ class Analysis:
         Raises:
             SawkvError: the text is not such a record.
         """
-        try:
-            analysis: Analysis = from_plain(cls, json.loads(text))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise SawkvError(f"expected a record of `sawkv analyze`, got one that does not parse: {error}") from error
-        return analysis
+        return parse_record(cls, text, "sawkv analyze")
 
 
 def mean(grid: Grid) -> float:

@@ -11,9 +11,11 @@ import json
 import types
 import typing
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from sawkv.errors import SawkvError
+
+R = TypeVar("R")
 
 
 @dataclass(frozen=True)
@@ -171,11 +173,20 @@ class Evaluation:
         Raises:
             SawkvError: the text is not such a record.
         """
-        try:
-            evaluation: Evaluation = from_plain(cls, json.loads(text))
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise SawkvError(f"expected a record of `sawkv eval`, got one that does not parse: {error}") from error
-        return evaluation
+        return parse_record(cls, text, "sawkv eval")
+
+
+def parse_record(kind: type[R], text: str, command: str) -> R:
+    """The JSON text of a record that `command` wrote.
+
+    Raises:
+        SawkvError: the text is not such a record.
+    """
+    try:
+        record: R = from_plain(kind, json.loads(text))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise SawkvError(f"expected a record of `{command}`, got one that does not parse: {error}") from error
+    return record
 
 
 def from_plain(kind: Any, value: Any) -> Any:

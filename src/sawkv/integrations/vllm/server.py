@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
@@ -59,3 +60,11 @@ def serve(model: str, format_name: str | None, options: Sequence[str], calibrati
             return subprocess.run(command, env=env, check=False).returncode
     except KeyboardInterrupt:
         return 130
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

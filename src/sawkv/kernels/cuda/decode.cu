@@ -602,7 +602,6 @@ using namespace sawkv;
 extern "C" {
 
 __device__ int sawkv_tile_tokens = TILE;
-__device__ int sawkv_chunk_rows = CHUNK_ROWS;
 __device__ int sawkv_threads = THREADS;
 __device__ int sawkv_shared_bytes = sizeof(Shared);
 
