@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from sawkv.counters import COLUMNS
 from sawkv.errors import LayoutError
+from sawkv.feedback import Feedback
 from sawkv.layout import PageLayout
 from sawkv.spec import FORMAT_VERSION
 
@@ -22,6 +24,7 @@ class PagedKVCache:
         layout: what the bytes mean.
         k_center, v_center: [num_kv_heads, head_dim] fp32 static offsets, subtracted before rotation, or None. A fixed offset of K
             changes no softmax, since it adds the same q.c to every score; V's is added back to the output.
+        k_feedback, v_feedback: how `append` passes on the errors of codes, or None. For int4 alone; readers need not know of it.
         counters: [2, 5] fp64, from `counters.new_counters`, which `append` updates; None counts nothing.
 
     Raises:
@@ -32,6 +35,8 @@ class PagedKVCache:
     layout: PageLayout
     k_center: torch.Tensor | None = None
     v_center: torch.Tensor | None = None
+    k_feedback: Feedback | None = None
+    v_feedback: Feedback | None = None
     counters: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
@@ -53,6 +58,17 @@ class PagedKVCache:
                 raise LayoutError(f"{name}: expected contiguous float32 {list(expected)}, got {center.dtype} {list(center.shape)}")
             if center.device != pages.device:
                 raise LayoutError(f"{name}: expected device {pages.device}, got {center.device}")
+        for name, feedback in (("k_feedback", self.k_feedback), ("v_feedback", self.v_feedback)):
+            if feedback is None:
+                continue
+            if layout.format.codec != "int4":
+                raise LayoutError(f"{name}: expected an int4 format, got {layout.format}")
+            expected = (layout.num_kv_heads, layout.head_dim, layout.head_dim)
+            if feedback.weights.shape != expected or feedback.weights.device != pages.device:
+                raise LayoutError(
+                    f"{name}: expected weights {list(expected)} on {pages.device}, "
+                    f"got {list(feedback.weights.shape)} on {feedback.weights.device}"
+                )
         if (counters := self.counters) is not None:
             fits = counters.shape == (2, len(COLUMNS)) and counters.dtype == torch.float64 and counters.is_contiguous()
             if not fits or counters.device != pages.device:
@@ -89,9 +105,16 @@ class PagedKVCache:
             f"page_size={layout.page_size}",
             f"k_center={_digest(self.k_center)}",
             f"v_center={_digest(self.v_center)}",
+            *(f"{name}={_digest(part)}" for name, part in self._feedback_parts()),
         ]
         return hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
 
+    def _feedback_parts(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, feedback in (("k", self.k_feedback), ("v", self.v_feedback)):
+            if feedback is not None:
+                yield f"{name}_feedback", feedback.weights
+                yield f"{name}_step", feedback.step
 
-def _digest(center: torch.Tensor | None) -> str:
-    return "-" if center is None else hashlib.sha256(center.cpu().numpy().tobytes()).hexdigest()
+
+def _digest(x: torch.Tensor | None) -> str:
+    return "-" if x is None else hashlib.sha256(x.cpu().numpy().tobytes()).hexdigest()

@@ -28,13 +28,13 @@ def append(k: torch.Tensor, v: torch.Tensor, cache: PagedKVCache, slot_mapping: 
     page, offset = slot_mapping[kept] // layout.page_size, slot_mapping[kept] % layout.page_size
     codec = CODECS[layout.format.codec]
     k_codes, k_meta, v_codes, v_meta = planes(cache)
-    for x, center, order, codes, meta in (
-        (k, cache.k_center, layout.k_rotation_order, k_codes, k_meta),
-        (v, cache.v_center, layout.v_rotation_order, v_codes, v_meta),
+    for x, center, order, feedback, codes, meta in (
+        (k, cache.k_center, layout.k_rotation_order, cache.k_feedback, k_codes, k_meta),
+        (v, cache.v_center, layout.v_rotation_order, cache.v_feedback, v_codes, v_meta),
     ):
         rows = x[:num_tokens][kept].float()
         rows = rotate(rows if center is None else rows - center, order)
-        new_codes, new_meta = codec.encode(rows)
+        new_codes, new_meta = codec.encode(rows, feedback)
         if cache.counters is not None:
             decoded = codec.decode(new_codes, new_meta)
             _count(cache.counters[int(codes is v_codes)], rows, decoded, new_meta, is_sampled(slot_mapping[kept]))

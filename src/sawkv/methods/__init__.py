@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -13,8 +13,11 @@ from sawkv.methods.passthrough import PassthroughCodec
 class Codec(Protocol):
     """Encodes rows along the last dimension; knows nothing of pages."""
 
-    def encode(self, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Rows [..., head_dim] fp32 to codes [..., row_bytes] uint8 and meta [..., 2] fp16 (scale, zero_point), or no meta."""
+    def encode(self, y: torch.Tensor, feedback: Any = None) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Rows [..., head_dim] fp32 to codes [..., row_bytes] uint8 and meta [..., 2] fp16 (scale, zero_point), or no meta.
+
+        `feedback` is a `Feedback` or None, for rows [..., num_kv_heads, head_dim]; codecs that `PagedKVCache` refuses it for take None alone.
+        """
         ...
 
     def decode(self, codes: torch.Tensor, meta: torch.Tensor | None) -> torch.Tensor:

@@ -1,0 +1,73 @@
+"""Error feedback at write: a row's codes are chosen so that what attention makes of their errors is small, not the errors themselves.
+
+Channels are coded in blocks. The error of those that are coded is passed on to those that are not yet, by weights that know what an error
+of each channel costs: the rule of GPTQ, arXiv 2210.17323, for blocks of channels of K (the cost is that of scores, from the mean of
+q q^T) and of V (that of the output, from o_proj). Errors and weights are 8-bit integers, so their sums are exact and every backend writes
+the same bytes. Reading does not know of it: pages, `decode_attention` and `gather` are the same. Bytes: docs/format.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+
+from sawkv.errors import LayoutError
+
+ERROR_STEPS: Final = 64
+"""Steps of a passed-on error in one code."""
+MAX_WEIGHT: Final = 127
+"""The largest 8-bit integer: of weights, and of errors in their steps."""
+
+
+@dataclass(frozen=True, eq=False)
+class Feedback:
+    """Weights of all KV heads, for K or for V, in the basis that is coded (centered and rotated).
+
+    Attributes:
+        weights: [num_kv_heads, head_dim, head_dim] int8; weights[h, j, i] is what channel j takes of the error of channel i. Zero unless
+            channel i's block comes before channel j's.
+        step: [num_kv_heads] fp32: channel j is moved by step * (sum of weights * errors), in codes, errors in steps of 1 / ERROR_STEPS.
+
+    Raises:
+        LayoutError: a tensor is not as said.
+    """
+
+    weights: torch.Tensor
+    step: torch.Tensor
+
+    def __post_init__(self) -> None:
+        weights, step = self.weights, self.step
+        if weights.dtype != torch.int8 or weights.ndim != 3 or weights.shape[1] != weights.shape[2] or not weights.is_contiguous():
+            raise LayoutError(
+                f"feedback weights: expected contiguous int8 [num_kv_heads, head_dim, head_dim], got {weights.dtype} {list(weights.shape)}"
+            )
+        if step.dtype != torch.float32 or step.shape != weights.shape[:1] or not step.is_contiguous():
+            raise LayoutError(f"feedback step: expected contiguous float32 [{weights.shape[0]}], got {step.dtype} {list(step.shape)}")
+        if step.device != weights.device:
+            raise LayoutError(f"feedback: expected weights and step on one device, got {weights.device} and {step.device}")
+
+    def move(self, codes: torch.Tensor, max_code: int) -> torch.Tensor:
+        """Codes that are not rounded yet, [..., num_kv_heads, head_dim] fp32, each moved by the errors of the blocks before its own."""
+        blocks = channel_blocks(codes.shape[-1]).to(codes.device)
+        moved, errors = codes.clone(), torch.zeros_like(codes, dtype=torch.float64)
+        for block in range(int(blocks.max()) + 1):
+            here = blocks == block
+            taken = torch.einsum("...hi,hji->...hj", errors, self.weights[:, here].double())  # of integers: exact
+            # fp64 holds the product and the sum exactly enough that one rounding to fp32 gives what fma gives.
+            part = (taken * self.step[:, None].double() + codes[..., here].double()).float()
+            moved[..., here] = part
+            steps = (part - part.round().clamp(0, max_code)) * ERROR_STEPS
+            errors[..., here] = steps.round().clamp(-MAX_WEIGHT, MAX_WEIGHT).double()
+        return moved
+
+
+def channel_blocks(head_dim: int) -> torch.Tensor:
+    """[head_dim] int64: the block of each channel, in the order of coding.
+
+    Of every 32 channels, the first four of each eight are one block and the last four the next. So a GPU's lane that holds eight
+    neighbouring channels has an equal part of every block.
+    """
+    channel = torch.arange(head_dim)
+    return channel // 32 * 2 + channel // 4 % 2
