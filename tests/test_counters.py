@@ -20,7 +20,7 @@ def counting_cache(format_name: str, head_dim: int = 64) -> PagedKVCache:
     layout = PageLayout(CacheFormat.parse(format_name), 2, head_dim, 16)
     pages = torch.full(layout.pages_shape(PAGES), 0xFF, dtype=torch.uint8)
     center = torch.randn(2, head_dim)
-    return PagedKVCache(pages, layout, center, None, new_counters("cpu"))
+    return PagedKVCache(pages, layout, center, counters=new_counters("cpu"))
 
 
 def column(cache: PagedKVCache, name: str) -> list[float]:

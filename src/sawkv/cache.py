@@ -63,10 +63,10 @@ class PagedKVCache:
                 continue
             if layout.format.codec != "int4":
                 raise LayoutError(f"{name}: expected an int4 format, got {layout.format}")
-            expected = (layout.num_kv_heads, layout.head_dim, layout.head_dim)
-            if feedback.weights.shape != expected or feedback.weights.device != pages.device:
+            square = (layout.num_kv_heads, layout.head_dim, layout.head_dim)
+            if feedback.weights.shape != square or feedback.weights.device != pages.device:
                 raise LayoutError(
-                    f"{name}: expected weights {list(expected)} on {pages.device}, "
+                    f"{name}: expected weights {list(square)} on {pages.device}, "
                     f"got {list(feedback.weights.shape)} on {feedback.weights.device}"
                 )
         if (counters := self.counters) is not None:

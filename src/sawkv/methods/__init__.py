@@ -16,7 +16,7 @@ class Codec(Protocol):
     def encode(self, y: torch.Tensor, feedback: Any = None) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Rows [..., head_dim] fp32 to codes [..., row_bytes] uint8 and meta [..., 2] fp16 (scale, zero_point), or no meta.
 
-        `feedback` is a `Feedback` or None, for rows [..., num_kv_heads, head_dim]; codecs that `PagedKVCache` refuses it for take None alone.
+        `feedback` is a `Feedback` or None, for rows [..., num_kv_heads, head_dim]; codecs that a cache refuses it for take None alone.
         """
         ...
 

@@ -257,7 +257,7 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
             k_center, v_center = (None if center is None else center.to(kv_cache.device) for center in self._centers)
             self._centers = k_center, v_center
             counters = None if self.reader is None else self.reader.counters
-            self._cache = PagedKVCache(kv_cache.view(torch.uint8), self.layout(kv_cache.shape[2]), k_center, v_center, counters)
+            self._cache = PagedKVCache(kv_cache.view(torch.uint8), self.layout(kv_cache.shape[2]), k_center, v_center, counters=counters)
             self._kv_cache = kv_cache
         return self._cache
 
