@@ -57,16 +57,20 @@ def append(k: torch.Tensor, v: torch.Tensor, cache: PagedKVCache, slot_mapping: 
     if not num_tokens:
         return
     k, v = _vectorizable(k), _vectorizable(v)
+    feedbacks = cache.k_feedback, cache.v_feedback
     params = _AppendParams(
-        *map(_pointer, (k, v, cache.k_center, cache.v_center, slot_mapping, cache.pages, cache.counters)),
+        *map(_pointer, (k, v, cache.k_center, cache.v_center, slot_mapping, cache.pages)),
+        *(_pointer(x) for feedback in feedbacks for x in ((None, None) if feedback is None else (feedback.weights, feedback.step))),
+        _pointer(cache.counters),
         cache.pages.stride(0),
         *k.stride()[:2],
         *v.stride()[:2],
         cache.num_slots,
         num_tokens,
     )
-    orders, counts = (layout.k_rotation_order, layout.v_rotation_order), cache.counters is not None
-    kernel, tokens_per_block = _page_kernel("append", layout, k.dtype, *orders, k.device, counts)
+    orders = layout.k_rotation_order, layout.v_rotation_order
+    does = cache.counters is not None, feedbacks != (None, None)
+    kernel, tokens_per_block = _page_kernel("append", layout, k.dtype, *orders, k.device, *does)
     grid = (_divide_up(num_tokens, tokens_per_block), layout.num_kv_heads, 2)
     kernel.launch(grid, PAGE_KERNEL_THREADS, _stream(k.device), params)
 
@@ -251,10 +255,17 @@ def decode_attention(
 
 @functools.cache
 def _page_kernel(
-    operation: str, layout: PageLayout, dtype: torch.dtype, k_order: int, v_order: int, device: torch.device, counts: bool = False
+    operation: str,
+    layout: PageLayout,
+    dtype: torch.dtype,
+    k_order: int,
+    v_order: int,
+    device: torch.device,
+    counts: bool = False,
+    feeds_back: bool = False,
 ) -> tuple[runtime.Kernel, int]:
     """append or gather, and the tokens that one of its blocks takes."""
-    defines = _page_defines(layout, dtype, k_order, v_order) | {"COUNT": int(counts)}
+    defines = _page_defines(layout, dtype, k_order, v_order) | {"COUNT": int(counts), "FEEDBACK": int(feeds_back)}
     kernel = runtime.load(f"{operation}.cu", f"sawkv_{operation}", defines, device)
     return kernel, kernel.read_constant("sawkv_tokens_per_block")
 
@@ -301,7 +312,7 @@ def _structure(struct_name: str, pointers: str, longs: str, floats: str, ints: s
 
 _AppendParams = _structure(
     "AppendParams",
-    "k v k_center v_center slot_mapping pages counters",
+    "k v k_center v_center slot_mapping pages k_weights k_step v_weights v_step counters",
     "page_stride k_token_stride k_head_stride v_token_stride v_head_stride num_slots",
     "",
     "num_tokens",

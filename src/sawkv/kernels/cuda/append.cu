@@ -3,13 +3,13 @@
 // Equal to the reference byte for byte: docs/format.md fixes the order of operations. None of them may be contracted to fma but the one
 // written so; there is no other product that is added to anything.
 //
-// Macros: HEAD_DIM, PAGE_SIZE, K_ORDER, V_ORDER, ELEMENT (of k and v), COUNT (1: update the counters).
+// Macros: HEAD_DIM, PAGE_SIZE, K_ORDER, V_ORDER, ELEMENT (of k and v), COUNT (1: update the counters), FEEDBACK (1: of K or V, or both).
 #include "pages.cuh"
 
 namespace sawkv {
 
 constexpr int THREADS = 256, LANES = 4, TOKENS = THREADS / LANES;  // lanes of a row: few, since they spend their time exchanging values
-constexpr float MAX_CODE = 15;
+constexpr float MAX_CODE = 15, ERROR_STEPS = 64, MAX_WEIGHT = 127;  // the last two: sawkv.feedback
 
 struct AppendParams {
   const ELEMENT* k;
@@ -18,6 +18,10 @@ struct AppendParams {
   const float* v_center;
   const i64* slot_mapping;
   u8* pages;
+  const u8* k_weights;  // of the feedback, signed: [num_kv_heads][D][D], or null without it
+  const float* k_step;  // [num_kv_heads]
+  const u8* v_weights;
+  const float* v_step;
   double* counters;  // [2][COUNTER_COLUMNS], or null without COUNT
   i64 page_stride;  // bytes; the other strides in elements
   i64 k_token_stride, k_head_stride, v_token_stride, v_head_stride;
@@ -26,11 +30,22 @@ struct AppendParams {
 };
 
 constexpr float MAX_SCALE = 65504;
+constexpr float ROUNDER = 12582912;  // 1.5 * 2^23: adding it rounds to an integer, half to even, and leaves it in the low bits
+
+// For the counters: of a lane's channels, squared, errors in codes and values.
+struct Sums {
+  float error, norm;
+  __device__ void add(float code_error, float y) {
+    error += code_error * code_error;
+    norm += y * y;
+  }
+};
 
 // How a row becomes codes. The constructor may change the row.
 struct Quantizer {
   float inverse, zero_point;
   u32 meta;
+  bool is_bounded;  // neither non-finite nor saturated
 
   __device__ explicit Quantizer(Row<D, LANES>& y) {
     float low = y.x[0], high = y.x[0];
@@ -50,52 +65,97 @@ struct Quantizer {
     const u16 zero_bits = ptx::float_to_half(fminf(fmaxf(__fsub_rn(0, __fmul_rn(low, inverse)), -1024), 1024));
     zero_point = ptx::half_to_float(zero_bits);
     meta = is_finite ? scale | (u32)zero_bits << 16 : 0x7e00u;
-    if (!is_finite || wanted > MAX_SCALE) {  // rare: codes beyond their range, or none. Let the row hold its codes already.
+    is_bounded = is_finite && wanted <= MAX_SCALE;
+    if (!is_bounded) {  // rare: codes beyond their range, or none. Let the row hold its codes already.
 #pragma unroll
       for (int i = 0; i < y.PER_LANE; i++) y.x[i] = is_finite ? fminf(fmaxf(fmaf(y.x[i], inverse, zero_point), 0), MAX_CODE) : 0;
       inverse = 1;
       zero_point = 0;
     }
   }
-  // Two codes in the low byte. fma(y, inverse, zero_point) lies between -0.26 and 15.26, so nothing has to be clamped. Adding 1.5 * 2^23 rounds to
-  // an integer, half to even, and leaves it in the low bits of a number whose other low bits are 0. (Conversions run at a quarter of the speed.)
+  // Two codes in the low byte. fma(y, inverse, zero_point) lies between -0.26 and 15.26, so nothing has to be clamped. ROUNDER's other low bits
+  // are 0. (Conversions run at a quarter of the speed.)
   __device__ u32 codes(float even, float odd) const { return shifted(odd) * 16 + shifted(even); }
 
+  __device__ Sums sums(const Row<D, LANES>& y) const {
+    Sums sums{};
+#pragma unroll
+    for (int i = 0; i < y.PER_LANE; i++) {
+      const float wanted = fmaf(y.x[i], inverse, zero_point);
+      sums.add(wanted + ROUNDER - ROUNDER - wanted, y.x[i]);
+    }
+    return sums;
+  }
+
+  // Let the row hold its codes already, the error of each block of channels passed on to the blocks after it: docs/format.md, step 5.
+  // The eight rows of a warp are rows of a product of 8-bit integers. A lane's four channels of a block are four of its 16 columns, and their
+  // errors are then the lane's part of an operand as they are: no value changes lanes.
+  __device__ Sums feed_back(Row<D, LANES>& y, const u8* weights, float step) {
+    static_assert(LANES == 4 && Row<D, LANES>::VECTOR == 8, "a lane holds four neighbouring channels of each block");
+    const int lane = lane_index(), column = lane / 4, quad = lane % 4;
+    if (!is_bounded) step = 0;
+    Sums sums{};
+    u32 errors[D / 32][2] = {};  // of the two blocks in 32 channels
+#pragma unroll
+    for (int block = 0; block < D / 16; block++) {
+      int taken[2][4] = {};
+#pragma unroll
+      for (int k = 0; k < (block + 1) / 2; k++)
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+          const int channel = block / 2 * 32 + column / 2 * 8 + block % 2 * 4 + half * 2 + column % 2;
+          ptx::mma_int8(taken[half], errors[k], *(const uint2*)(weights + channel * D + k * 32 + quad * 8));
+        }
+      u32 packed = 0;
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        // An integer below 2^22, added to ROUNDER's bits, makes a float of it.
+        const float sum = __int_as_float(__float_as_int(ROUNDER) + taken[i / 2][i % 2]) - ROUNDER;
+        float& x = y.x[4 * block + i];
+        const float wanted = fmaf(x, inverse, zero_point), moved = fmaf(sum, step, wanted);
+        const float code = fminf(fmaxf(moved, 0), MAX_CODE) + ROUNDER - ROUNDER;
+        const float error = fminf(fmaxf((moved - code) * ERROR_STEPS, -MAX_WEIGHT), MAX_WEIGHT) + ROUNDER;
+        packed |= (__float_as_uint(error) & 0xff) << 8 * i;
+        sums.add(code - wanted, x);
+        x = code;
+      }
+      errors[block / 2][block % 2] = packed;
+    }
+    inverse = 1;
+    zero_point = 0;
+    return sums;
+  }
+
  private:
-  __device__ u32 shifted(float y) const { return __float_as_uint(fmaf(y, inverse, zero_point) + 12582912); }
+  __device__ u32 shifted(float y) const { return __float_as_uint(fmaf(y, inverse, zero_point) + ROUNDER); }
 };
 
 enum { ROWS, NON_FINITE_ROWS, SATURATED_ROWS, SQUARED_ERROR, SQUARED_NORM, COUNTER_COLUMNS };  // sawkv.counters.COLUMNS
 constexpr u32 SAMPLE = 1024;
 
+__device__ inline bool is_sampled(i64 slot) { return (u32)slot * 2654435761u < (1ull << 32) / SAMPLE; }
+
 // Counts a row that is about to be written. All threads of a block come here. Mirrors sawkv.counters and the reference.
 template <bool IS_V>
-__device__ inline void count_row(const AppendParams& p, const Row<D, LANES>& y, const Quantizer& quantizer, i64 slot, bool is_kept) {
+__device__ inline void count_row(const AppendParams& p, u32 meta, Sums sums, i64 slot, bool is_kept, bool is_first_lane) {
   double* counters = p.counters + (IS_V ? COUNTER_COLUMNS : 0);
   if (blockIdx.y == 0) {  // every head keeps the same tokens
-    const int kept = __syncthreads_count(is_kept && y.lane() == 0);
+    const int kept = __syncthreads_count(is_kept && is_first_lane);
     if (threadIdx.x == 0) atomicAdd(&counters[ROWS], (double)kept * gridDim.y);
   }
   if (!is_kept) return;
-  const u32 scale_bits = quantizer.meta & 0xffff;
+  const u32 scale_bits = meta & 0xffff;
   const bool is_finite = scale_bits != 0x7e00, is_saturated = scale_bits == 0x7bff;
-  if ((!is_finite || is_saturated) && y.lane() == 0) atomicAdd(&counters[is_finite ? SATURATED_ROWS : NON_FINITE_ROWS], 1.0);
-  if (!is_finite || is_saturated || (u32)slot * 2654435761u >= (1ull << 32) / SAMPLE) return;
-  const float scale = ptx::half_to_float(scale_bits);
-  float error = 0, norm = 0;
-#pragma unroll
-  for (int i = 0; i < y.PER_LANE; i += 2) {
-    const u32 codes = quantizer.codes(y.x[i], y.x[i + 1]);
-    const float even = ((codes & 15) - quantizer.zero_point) * scale - y.x[i], odd = ((codes >> 4 & 15) - quantizer.zero_point) * scale - y.x[i + 1];
-    error += even * even + odd * odd;
-    norm += y.x[i] * y.x[i] + y.x[i + 1] * y.x[i + 1];
-  }
-  atomicAdd(&counters[SQUARED_ERROR], (double)error);
-  atomicAdd(&counters[SQUARED_NORM], (double)norm);
+  if ((!is_finite || is_saturated) && is_first_lane) atomicAdd(&counters[is_finite ? SATURATED_ROWS : NON_FINITE_ROWS], 1.0);
+  if (!is_finite || is_saturated || !is_sampled(slot)) return;
+  const double scale = ptx::half_to_float(scale_bits);
+  atomicAdd(&counters[SQUARED_ERROR], sums.error * scale * scale);
+  atomicAdd(&counters[SQUARED_NORM], (double)sums.norm);
 }
 
 template <int ORDER, bool IS_V>
-__device__ inline void append_row(const AppendParams& p, const ELEMENT* x, const float* center, i64 token_stride, i64 head_stride) {
+__device__ inline void append_row(
+    const AppendParams& p, const ELEMENT* x, const float* center, const u8* weights, const float* step, i64 token_stride, i64 head_stride) {
   const int token = blockIdx.x * TOKENS + threadIdx.x / LANES, head = blockIdx.y;
   const i64 slot = token < p.num_tokens ? p.slot_mapping[token] : -1;
   const bool is_kept = slot >= 0 && slot < p.num_slots;  // all lanes go on: they exchange values
@@ -107,8 +167,14 @@ __device__ inline void append_row(const AppendParams& p, const ELEMENT* x, const
     for (int i = 0; i < y.PER_LANE; i++) y.x[i] -= c.x[i];
   }
   rotate<ORDER>(y);
-  const Quantizer quantizer(y);
-  if (COUNT) count_row<IS_V>(p, y, quantizer, slot, is_kept);
+  Quantizer quantizer(y);
+  Sums sums{};
+  if (FEEDBACK && weights) {
+    sums = quantizer.feed_back(y, weights + head * D * D, step[head]);
+  } else if (COUNT && is_sampled(slot)) {
+    sums = quantizer.sums(y);
+  }
+  if (COUNT) count_row<IS_V>(p, quantizer.meta, sums, slot, is_kept, y.lane() == 0);
   if (!is_kept) return;
   const StoredRow<IS_V> stored(p.pages + slot / PAGE_SIZE * p.page_stride + head * HEAD_BYTES, slot % PAGE_SIZE);
   constexpr int VECTOR = y.VECTOR;
@@ -130,11 +196,11 @@ extern "C" {
 
 __device__ int sawkv_tokens_per_block = TOKENS;
 
-__global__ void __launch_bounds__(THREADS, D <= 128 ? 4 : 2) sawkv_append(const __grid_constant__ AppendParams p) {
+__global__ void __launch_bounds__(THREADS, (D <= 128 ? 4 : 2) >> FEEDBACK) sawkv_append(const __grid_constant__ AppendParams p) {
   if (blockIdx.z == 0) {
-    append_row<K_ORDER, false>(p, p.k, p.k_center, p.k_token_stride, p.k_head_stride);
+    append_row<K_ORDER, false>(p, p.k, p.k_center, p.k_weights, p.k_step, p.k_token_stride, p.k_head_stride);
   } else {
-    append_row<V_ORDER, true>(p, p.v, p.v_center, p.v_token_stride, p.v_head_stride);
+    append_row<V_ORDER, true>(p, p.v, p.v_center, p.v_weights, p.v_step, p.v_token_stride, p.v_head_stride);
   }
 }
 

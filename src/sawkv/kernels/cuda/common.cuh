@@ -103,6 +103,12 @@ __device__ inline void mma_bfloat(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3,
                : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
                : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b[0]), "r"(b[1]));
 }
+// c[16 x 8] += a[16 x 32] b[32 x 8] in 8-bit integers; a's lower eight rows are zero
+__device__ inline void mma_int8(int (&c)[4], const u32 (&a)[2], uint2 b) {
+  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %6, %5, %6}, {%7, %8}, {%0, %1, %2, %3};"
+               : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+               : "r"(a[0]), "r"(a[1]), "r"(0), "r"(b.x), "r"(b.y));
+}
 
 // Barriers in shared memory
 __device__ inline void init_barrier(u64* barrier, u32 arrivals) {
