@@ -135,6 +135,7 @@ def _generate(model: str, dtype: str, prompts: Sequence[list[int]], options: dic
         "max_num_batched_tokens": 256,  # the longest prompt takes two chunks
         "max_num_seqs": 8,
         "kv_cache_memory_bytes": 128 << 20,
+        "gpu_memory_utilization": 0.3,  # must be free, though the cache takes what the line above says
     }
     inputs: list[Any] = [{"prompt_token_ids": prompt} for prompt in prompts]
     llm = None

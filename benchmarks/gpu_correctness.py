@@ -100,6 +100,7 @@ class Engine:
             "max_num_batched_tokens": 1024,  # the longest prompts take several chunks
             "max_num_seqs": args.requests,
             "kv_cache_memory_bytes": 256 << 20,
+            "gpu_memory_utilization": 0.3,  # must be free, though the cache takes what the line above says
             "disable_log_stats": False,
             "kernel_config": {"enable_flashinfer_autotune": False},
             **engine_options(CacheFormat.parse("int4-k0-v0" if self.name == "control" else args.format)),

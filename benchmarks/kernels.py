@@ -24,6 +24,7 @@ import triton.testing
 from benchmarks.plots import RESULTS
 from benchmarks.serving import git_head
 from sawkv import CacheFormat, PagedKVCache, PageLayout, append, decode_attention, gather, make_decode_plan
+from sawkv.feedback import ERROR_STEPS, MAX_WEIGHT, Feedback, channel_blocks
 from sawkv.kernels import reference, unsupported_reason
 
 PEERS = ("fa3_bf16", "fa3_fp8", "vllm_int4_per_token_head")
@@ -362,8 +363,15 @@ def run_append(kernels: list[str], common: dict[str, Any]) -> list[dict[str, Any
         token = torch.arange(tokens, device="cuda")
         return k, v, torch.randperm(num_pages, device="cuda")[token // page] * page + token % page
 
-    def sawkv_append(tokens: int, backend: str) -> Callable[[], object]:
-        caches = [PagedKVCache.allocate(layout, num_pages, "cuda") for _ in range(2)]
+    earlier, later = channel_blocks(head_dim), channel_blocks(head_dim)[:, None]
+    weights = torch.randint(-MAX_WEIGHT, MAX_WEIGHT + 1, (heads, head_dim, head_dim)) * (earlier < later)
+    feedback = Feedback(weights.to("cuda", torch.int8), torch.full((heads,), 1 / MAX_WEIGHT / ERROR_STEPS, device="cuda"))
+
+    def sawkv_append(tokens: int, name: str) -> Callable[[], object]:
+        backend, _, extra = name.partition("+")
+        k_feedback = v_feedback = feedback if extra else None
+        pages = [torch.empty(layout.pages_shape(num_pages), dtype=torch.uint8, device="cuda") for _ in range(2)]
+        caches = [PagedKVCache(x, layout, k_feedback=k_feedback, v_feedback=v_feedback) for x in pages]
         k, v, slots = inputs(tokens)
         for cache, name in zip(caches, (backend, "reference"), strict=True):
             cache.pages.fill_(0xA5)
@@ -386,17 +394,18 @@ def run_append(kernels: list[str], common: dict[str, Any]) -> list[dict[str, Any
         return lambda: y.copy_(x)
 
     peers = {"copy_of_as_many_bytes": copy, "vllm_bf16": vllm_bf16}
+    own = [kernel for kernel in kernels if kernel.removeprefix("sawkv-") in BACKENDS]
     for tokens in (1, 64, 256, 8192):
-        for kernel in (*peers, *(kernel for kernel in kernels if kernel.removeprefix("sawkv-") in BACKENDS)):
-            make = peers.get(kernel) or partial(sawkv_append, backend=kernel.removeprefix("sawkv-"))
+        for kernel in (*peers, *own, *(f"{kernel}+feedback" for kernel in own)):
+            make = peers.get(kernel) or partial(sawkv_append, name=kernel.removeprefix("sawkv-"))
             try:
                 runs = [make(tokens) for _ in range(8)]  # 8 sets of inputs together outgrow the L2 cache at 8,192 tokens
                 ms, replayed = median_ms(runs[0]), graph_ms(runs)
             except Exception as error:
-                print(f"append {tokens:5d} tokens  {kernel:22s} {type(error).__name__}: {str(error)[:200]}")
+                print(f"append {tokens:5d} tokens  {kernel:24s} {type(error).__name__}: {str(error)[:200]}")
                 continue
             records.append({**common, "operation": "append", "kernel": kernel, "tokens": tokens, "ms": ms, "graph_ms": replayed})
-            print(f"append {tokens:5d} tokens  {kernel:22s} {ms * 1e3:7.2f} us, graph {replayed * 1e3:7.2f} us", flush=True)
+            print(f"append {tokens:5d} tokens  {kernel:24s} {ms * 1e3:7.2f} us, graph {replayed * 1e3:7.2f} us", flush=True)
     return records
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import subprocess
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import torch
 
 from sawkv import CacheFormat, PagedKVCache, PageLayout
 from sawkv.counters import new_counters
+from sawkv.feedback import Feedback
 from sawkv.kernels import Backend, cuda
 
 CPU = torch.device("cpu")
@@ -55,8 +57,11 @@ TRITON_SHAPES = [
 def run_all(backend: Backend, shape: Shape) -> None:
     """Call what the backend has, on a few tokens, so that it compiles what it would run; nothing is launched."""
     layout = PageLayout(CacheFormat(shape.format_name), shape.kv_heads, shape.head_dim, shape.page_size)
-    for counters in (None, new_counters(CPU)) if shape is MAIN else (None,):
-        cache = PagedKVCache(torch.zeros(layout.pages_shape(4), dtype=torch.uint8), layout, counters=counters)
+    pages = torch.zeros(layout.pages_shape(4), dtype=torch.uint8)
+    square = (shape.kv_heads, shape.head_dim, shape.head_dim)
+    feedback = Feedback(torch.zeros(square, dtype=torch.int8), torch.zeros(shape.kv_heads)) if layout.format.codec == "int4" else None
+    for counters, fed in itertools.product((None, new_counters(CPU)) if shape is MAIN else (None,), {None, feedback}):
+        cache = PagedKVCache(pages, layout, counters=counters, k_feedback=fed)
         k, v = torch.zeros(2, 32, shape.kv_heads, shape.head_dim, dtype=torch.bfloat16)
         backend.append(k, v, cache, torch.arange(32))
     window = shape.options.get("sliding_window", 0)

@@ -26,7 +26,7 @@ FORMAT = "int8-k128-v128"
 
 
 def engine(mutate: str | None = None, **settings: str) -> dict[str, Any]:
-    backend: dict[str, Any] = {} if DRY_RUN else {"attention_backend": "CUSTOM"}
+    backend: dict[str, Any] = {} if DRY_RUN else {"attention_backend": "CUSTOM", "gpu_memory_utilization": 0.3}
     result = run_engine(
         waves=PROMPTS,
         max_tokens=TOKENS,
