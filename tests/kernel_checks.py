@@ -9,12 +9,21 @@ from collections.abc import Sequence
 import torch
 
 from sawkv import CacheFormat, PagedKVCache, PageLayout, append, decode_attention, gather
+from sawkv.feedback import Feedback, channel_blocks
 from tests.conftest import Batch, make_batch, relative_error
 
 MAX_ERROR = 5e-3
 """Relative, of attention from 16-bit queries: what rounding weights and output to bf16 may cost."""
 MAX_LSE_ERROR = 5e-3
 """Absolute. Where pages are of bf16, GPUs round the rotated queries to bf16 too: four times as much."""
+
+
+def random_feedback(num_kv_heads: int, head_dim: int, device: str) -> Feedback:
+    """Weights of any 8 bits where there may be some. Heads in turn are moved by tenths of a code, by codes, and far beyond all codes."""
+    block = channel_blocks(head_dim)
+    weights = torch.randint(-128, 128, (num_kv_heads, head_dim, head_dim)) * (block[:, None] > block)
+    step = torch.tensor([1e-5, 3e-4, 1e-2])[torch.arange(num_kv_heads) % 3] * (0.5 + torch.rand(num_kv_heads))
+    return Feedback(weights.to(device, torch.int8), step.to(device))
 
 
 def check_append(
@@ -26,11 +35,17 @@ def check_append(
     page_size: int = 32,
     dtype: torch.dtype = torch.bfloat16,
     centered: bool = False,
+    feedback: str = "",
 ) -> None:
-    """Bytes equal the reference's, from strided rows of all magnitudes, with NaN and infinities, to permuted slots."""
+    """Bytes equal the reference's, from strided rows of all magnitudes, with NaN and infinities, to permuted slots.
+
+    feedback: which of K and V have it: "", "k", "v" or "kv".
+    """
     layout = PageLayout(CacheFormat.parse(format_name), 3, head_dim, page_size)
     centers = [torch.randn(3, head_dim, device=device) if centered else None for _ in range(2)]
-    caches = [PagedKVCache.allocate(layout, 5, device, *centers) for _ in range(2)]
+    feedbacks = [random_feedback(3, head_dim, device) if which in feedback else None for which in "kv"]
+    pages = torch.empty(2, *layout.pages_shape(5), dtype=torch.uint8, device=device)
+    caches = [PagedKVCache(pages[i], layout, *centers, *feedbacks) for i in range(2)]
     fused = torch.randn(70, 5, 3, head_dim) * torch.logspace(-8, 4, 70)[:, None, None, None] + torch.randn(70, 1, 1, 1)
     fused[3] = 0
     fused[4] = 7.5
@@ -47,6 +62,35 @@ def check_append(
         append(k, v, cache, slots, backend=name)
     assert torch.equal(caches[0].pages, caches[1].pages)
     assert not (caches[0].pages == 0xAB).all()
+
+
+def check_wrong_feedback_is_noticed(backend: str, device: str) -> None:
+    """The control of `check_append`: with weights that are not quite those of the reference, bytes differ from its."""
+    layout = PageLayout(CacheFormat("int4"), 2, 128, 16)
+    right = random_feedback(2, 128, device)
+    right = Feedback(right.weights, right.step[:1].repeat(2))  # tenths of a code
+    k, v = torch.randn(2, 64, 2, 128, device=device)
+
+    def written(feedback: Feedback | None, name: str) -> torch.Tensor:
+        pages = torch.zeros(layout.pages_shape(4), dtype=torch.uint8, device=device)
+        append(k, v, PagedKVCache(pages, layout, None, None, feedback, feedback), torch.arange(64, device=device), backend=name)
+        return pages
+
+    want = written(right, "reference")
+    assert torch.equal(written(right, backend), want)
+    weights, last = right.weights, right.weights.clone()
+    last[:, channel_blocks(128) == 7] = 0
+    wrong = {
+        "none": None,
+        "transposed": Feedback(weights.mT.contiguous(), right.step),
+        "of the other head": Feedback(weights.flip(0), right.step),
+        "one block further": Feedback(weights.roll(32, 1), right.step),
+        "half a block of sources further": Feedback(weights.roll(8, 2), right.step),
+        "without the last block": Feedback(last, right.step),
+        "a little longer": Feedback(weights, right.step * 1.02),
+    }
+    for name, feedback in wrong.items():
+        assert not torch.equal(written(feedback, backend), want), name
 
 
 def starts_of(lengths: Sequence[int], device: str) -> torch.Tensor:

@@ -12,6 +12,7 @@ from sawkv import CacheFormat, PagedKVCache, PageLayout, UnsupportedError, appen
 from sawkv.kernels import reference, unsupported_reason
 from sawkv.kernels.cpu import build
 from tests.conftest import Batch, make_batch, relative_error
+from tests.kernel_checks import check_append, check_wrong_feedback_is_noticed
 
 HEAD_DIMS = [16, 64, 80, 96, 112, 128, 192, 256]
 FORMATS = ["int4", "int8", "bf16", "fp16-k16-v16", "fp32-k16-v0"]
@@ -45,6 +46,17 @@ def test_append_writes_the_bytes_of_the_reference(head_dim: int, format_name: st
         append(k, v, cache, slots, backend=backend)
     assert torch.equal(caches[0].pages, caches[1].pages)
     assert not (caches[0].pages == 0xAB).all()
+
+
+@pytest.mark.parametrize("feedback", ["k", "v", "kv"])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_append_with_feedback(head_dim: int, dtype: torch.dtype, feedback: str) -> None:
+    check_append("cpu", "cpu", "int4", head_dim, dtype=dtype, centered=dtype == torch.float16, feedback=feedback)
+
+
+def test_wrong_feedback_is_noticed() -> None:
+    check_wrong_feedback_is_noticed("cpu", "cpu")
 
 
 def attend(batch: Batch, q: torch.Tensor, starts: torch.Tensor, backend: str, **options: object) -> tuple[torch.Tensor, torch.Tensor]:

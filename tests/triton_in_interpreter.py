@@ -6,11 +6,21 @@ import pytest
 import torch
 
 import sawkv.kernels.triton as triton_backend
-from sawkv import CacheFormat, LayoutError, PageLayout, append, make_decode_plan
+from sawkv import CacheFormat, LayoutError, PagedKVCache, PageLayout, append, make_decode_plan
+from sawkv.counters import is_sampled, new_counters
 from sawkv.kernels import unsupported_reason
 from tests import faults
 from tests.conftest import make_batch
-from tests.kernel_checks import attend, check_append, check_attention, check_gather, compare_attention, starts_of
+from tests.kernel_checks import (
+    attend,
+    check_append,
+    check_attention,
+    check_gather,
+    check_wrong_feedback_is_noticed,
+    compare_attention,
+    random_feedback,
+    starts_of,
+)
 
 # numpy warns of what GPUs do silently
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
@@ -23,7 +33,7 @@ QUERY_LENS = [1, 1, 8, 2, 5]
 @pytest.fixture(autouse=True)
 def _fewer_programs(monkeypatch: pytest.MonkeyPatch) -> None:
     """The interpreter takes milliseconds for each, whatever its size."""
-    for name in ("ROTATE_TOKENS", "COPY_TOKENS", "PREPARE_ROWS"):
+    for name in ("ROTATE_TOKENS", "COPY_TOKENS", "FEEDBACK_TOKENS", "PREPARE_ROWS"):
         monkeypatch.setattr(triton_backend, name, 64)
     monkeypatch.setattr(triton_backend, "CHUNKS_PER_SM", 8)
 
@@ -42,6 +52,45 @@ def test_append(format_name: str, head_dim: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_append_of_other_dtypes(dtype: torch.dtype) -> None:
     check_append("triton", "cpu", "int4", 128, page_size=16, dtype=dtype, centered=True)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "dtype", "feedback"),
+    [
+        (64, torch.float32, "k"),
+        (80, torch.bfloat16, "v"),
+        (96, torch.float32, "kv"),
+        (112, torch.bfloat16, "kv"),
+        (128, torch.bfloat16, "kv"),
+        (128, torch.float16, "v"),
+        (192, torch.float32, "k"),
+        (256, torch.bfloat16, "kv"),
+    ],
+)
+def test_append_with_feedback(head_dim: int, dtype: torch.dtype, feedback: str) -> None:
+    check_append("triton", "cpu", "int4", head_dim, dtype=dtype, centered=head_dim == 96, feedback=feedback)
+
+
+def test_wrong_feedback_is_noticed() -> None:
+    check_wrong_feedback_is_noticed("triton", "cpu")
+
+
+@pytest.mark.parametrize("head_dim", [80, 128])
+def test_the_error_that_is_counted_is_that_of_moved_codes(head_dim: int) -> None:
+    layout, feedback = PageLayout(CacheFormat("int4"), 2, head_dim, 16), random_feedback(2, head_dim, "cpu")
+    slots = torch.arange(1200 * 16)
+    slots = slots[is_sampled(slots)]
+    k, v = torch.randn(2, len(slots), 2, head_dim)
+    k[0, 1, 3], v[1, 0, 5] = torch.nan, 1e9
+    counters = []
+    for backend, used in (("triton", feedback), ("reference", feedback), ("reference", None)):
+        pages = torch.zeros(layout.pages_shape(1200), dtype=torch.uint8)
+        cache = PagedKVCache(pages, layout, None, None, used, used, new_counters("cpu"))
+        append(k, v, cache, slots, backend=backend)
+        counters.append(cache.counters)
+    got, want, without = counters
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=0)
+    assert (want[:, 3] > 2 * without[:, 3]).all(), "the control"
 
 
 @pytest.mark.parametrize("format_name", FORMATS)

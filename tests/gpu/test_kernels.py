@@ -11,7 +11,15 @@ import torch
 from sawkv import CacheFormat, PagedKVCache, PageLayout, append, decode_attention, make_decode_plan
 from sawkv.kernels import unsupported_reason
 from tests.conftest import Batch, make_batch
-from tests.kernel_checks import attend, check_append, check_attention, check_gather, compare_attention, starts_of
+from tests.kernel_checks import (
+    attend,
+    check_append,
+    check_attention,
+    check_gather,
+    check_wrong_feedback_is_noticed,
+    compare_attention,
+    starts_of,
+)
 
 DRY_RUN = bool(os.environ.get("SAWKV_DRY_RUN"))
 DEVICE = "cpu" if DRY_RUN else "cuda"
@@ -49,6 +57,18 @@ def test_append(backend: str, format_name: str, head_dim: int) -> None:
     skip_unless_supported(backend, format_name, head_dim, 32)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         check_append(backend, DEVICE, format_name, head_dim, dtype=dtype, centered=dtype == torch.float16)
+
+
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 112, 128, 192, 256])
+@pytest.mark.parametrize("feedback", ["k", "v", "kv"])
+def test_append_with_feedback(backend: str, feedback: str, head_dim: int) -> None:
+    skip_unless_supported(backend, "int4", head_dim, 32)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        check_append(backend, DEVICE, "int4", head_dim, dtype=dtype, centered=dtype == torch.float16, feedback=feedback)
+
+
+def test_wrong_feedback_is_noticed(backend: str) -> None:
+    check_wrong_feedback_is_noticed(backend, DEVICE)
 
 
 @pytest.mark.parametrize(

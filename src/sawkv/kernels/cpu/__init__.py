@@ -9,6 +9,7 @@ import torch
 
 from sawkv.cache import PagedKVCache
 from sawkv.errors import UnsupportedError
+from sawkv.feedback import Feedback
 from sawkv.kernels import DecodePlan
 from sawkv.kernels.cpu.build import load_library
 from sawkv.layout import PageLayout
@@ -38,7 +39,7 @@ class _Cache(Structure):
         *((field, c_int64) for field in ("page_stride", "num_pages")),
         *((field, c_int32) for field in ("codec", "num_kv_heads", "head_dim", "page_size", "row_bytes", "meta_bytes")),
         *((field, c_int32) for field in ("k_order", "v_order", "swizzle_multiplier", "swizzle_period")),
-        *((field, c_void_p) for field in ("k_center", "v_center")),
+        *((field, c_void_p) for field in ("k_center", "v_center", "k_weights", "k_step", "v_weights", "v_step")),
     )
 
 
@@ -200,7 +201,13 @@ def _describe(cache: PagedKVCache) -> _Cache:
         *layout.swizzle_factors,
         _address(cache.k_center),
         _address(cache.v_center),
+        *_feedback_addresses(cache.k_feedback),
+        *_feedback_addresses(cache.v_feedback),
     )
+
+
+def _feedback_addresses(feedback: Feedback | None) -> tuple[int | None, int | None]:
+    return (None, None) if feedback is None else (feedback.weights.data_ptr(), feedback.step.data_ptr())
 
 
 def _byte_strides(x: torch.Tensor) -> tuple[int, int]:

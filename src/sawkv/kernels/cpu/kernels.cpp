@@ -166,12 +166,19 @@ constexpr int kSegment = 16;
 
 enum Codec : int32_t { kInt4, kInt8, kCodecBf16, kCodecFp16, kCodecFp32 };
 
+// Mirrors sawkv.feedback.Feedback.
+struct Feedback {
+  const int8_t* weights;  // [num_kv_heads, head_dim, head_dim] or null
+  const float* step;      // [num_kv_heads]
+};
+
 // Mirrors sawkv.layout.PageLayout; docs/format.md explains the fields.
 struct Cache {
   uint8_t* pages;
   int64_t page_stride, num_pages;
   int32_t codec, num_kv_heads, head_dim, page_size, row_bytes, meta_bytes, k_order, v_order, swizzle_multiplier, swizzle_period;
   const float *k_center, *v_center;
+  Feedback k_feedback, v_feedback;
 
   uint8_t* span(int64_t page, int head) const { return pages + page * page_stride + int64_t(head) * page_size * 2 * (row_bytes + meta_bytes); }
   int64_t v_offset() const { return int64_t(page_size) * (row_bytes + meta_bytes); }
@@ -211,8 +218,35 @@ inline uint16_t fp16_up(float x) {
   return nearest + (from_fp16(nearest) < x);
 }
 
-// Codes of a row of 4- or 8-bit integers, one in a byte, and their scale and zero point.
-Meta quantize(const float* y, int head_dim, int max_code, uint8_t* codes) {
+constexpr float kErrorSteps = 64;  // in one code
+
+inline float round_clamped(float x, float low, float high) { return std::nearbyint(std::min(std::max(low, x), high)); }
+
+// Codes of a finite row, with the errors of each block of channels passed on to the blocks after it: docs/format.md, step 5.
+// t: the codes before rounding. weights: [head_dim, head_dim], of one head.
+void code_with_feedback(float* t, int head_dim, float max_code, const int8_t* weights, float step, uint8_t* codes) {
+  alignas(32) int16_t errors[kMaxHeadDim] = {};  // of 8 bits, which multiply faster as 16; zero where not coded yet
+  for (int start = 0; start < head_dim; start += 32) {
+    const int end = std::min(start + 32, head_dim);
+    for (int first : {start, start + 4}) {  // of a block, which is four of each eight channels
+      for (int four = first; four < end; four += 8)
+        for (int j = four; j < four + 4; ++j) {
+          int32_t taken = 0;
+          for (int i = 0; i < end; ++i) taken += int32_t(weights[j * head_dim + i]) * errors[i];
+          t[j] = __builtin_fmaf(float(taken), step, t[j]);
+        }
+      for (int four = first; four < end; four += 8)
+        for (int j = four; j < four + 4; ++j) {
+          const float code = round_clamped(t[j], 0, max_code);
+          codes[j] = uint8_t(code);
+          errors[j] = int16_t(round_clamped((t[j] - code) * kErrorSteps, -127, 127));
+        }
+    }
+  }
+}
+
+// Codes of a row of 4- or 8-bit integers, one in a byte, and their scale and zero point. weights: of the head's feedback, or null.
+Meta quantize(const float* y, int head_dim, int max_code, const int8_t* weights, float step, uint8_t* codes) {
   if (!all_finite(y, head_dim)) {
     std::memset(codes, 0, head_dim);
     return {0x7E00, 0};
@@ -226,10 +260,17 @@ Meta quantize(const float* y, int head_dim, int max_code, uint8_t* codes) {
   for (int j = 1; j < W; ++j) lo = std::min(lo, low[j]), hi = std::max(hi, high[j]);
   const float by_range = (hi - lo) * float(1.0 / max_code);
   const float by_offset = std::max(std::fabs(lo), std::fabs(hi)) * 0x1p-10f;
-  const uint16_t scale = fp16_up(std::min(std::max(std::max(by_range, by_offset), 0x1p-24f), 65504.f));
+  const float wanted = std::max(std::max(by_range, by_offset), 0x1p-24f);
+  const uint16_t scale = fp16_up(std::min(wanted, 65504.f));
   const float inv = 1.f / from_fp16(scale);
   const uint16_t zero_point = to_fp16(std::min(std::max(0.f - lo * inv, -1024.f), 1024.f));
   const vec inv_v = splat(inv), zero_v = splat(from_fp16(zero_point)), top = splat(float(max_code));
+  if (weights && wanted <= 65504.f) {
+    alignas(32) float t[kMaxHeadDim];
+    for (int i = 0; i < head_dim; i += W) store(t + i, fma(load(y + i), inv_v, zero_v));
+    code_with_feedback(t, head_dim, float(max_code), weights, step, codes);
+    return {scale, zero_point};
+  }
   for (int i = 0; i < head_dim; i += W) {
     const vec shifted = min(max(fma(load(y + i), inv_v, zero_v), splat(-1.f)), top);  // clamping first keeps round_even in its range
     const ivec code = __builtin_convertvector(max(round_even(shifted), splat(0.f)), ivec);
@@ -241,11 +282,12 @@ Meta quantize(const float* y, int head_dim, int max_code, uint8_t* codes) {
 // Position of a row's byte `b`: segments of V rows are XORed with the token's swizzle, those of K rows (swizzle 0) are in order.
 inline int place(int b, int swizzle) { return b ^ (swizzle * kSegment); }
 
-void encode_row(const Cache& cache, float* y, uint8_t* row, uint8_t* meta_out, int swizzle) {
+void encode_row(const Cache& cache, float* y, const Feedback& feedback, int head, uint8_t* row, uint8_t* meta_out, int swizzle) {
   const int n = cache.head_dim;
   alignas(32) uint8_t bytes[4 * kMaxHeadDim], codes[kMaxHeadDim];
   if (cache.codec <= kInt8) {
-    const Meta meta = quantize(y, n, cache.codec == kInt4 ? 15 : 255, codes);
+    const int8_t* weights = feedback.weights ? feedback.weights + int64_t(head) * n * n : nullptr;
+    const Meta meta = quantize(y, n, cache.codec == kInt4 ? 15 : 255, weights, weights ? feedback.step[head] : 0, codes);
     std::memcpy(meta_out, &meta, 4);
     if (cache.codec == kInt4)
       for (int i = 0; i < n / 2; ++i) bytes[i] = uint8_t(codes[2 * i] | codes[2 * i + 1] << 4);
@@ -499,7 +541,7 @@ void append_token(const AppendArguments& a, int64_t token, Counts counts[2]) {
       if (center)
         for (int d = 0; d < cache.head_dim; ++d) y[d] -= center[head * cache.head_dim + d];
       rotate(y, cache.head_dim, is_v ? cache.v_order : cache.k_order);
-      encode_row(cache, y, span + row, span + meta, is_v ? cache.swizzle(offset) : 0);
+      encode_row(cache, y, is_v ? cache.v_feedback : cache.k_feedback, head, span + row, span + meta, is_v ? cache.swizzle(offset) : 0);
       if (a.counters) count_row(cache, y, span + meta, slot, head, is_v, counts[is_v]);
       span += cache.v_offset();
     }

@@ -33,6 +33,8 @@ ROTATE_TOKENS = 8
 """Tokens of a program that rotates, with one warp: then a butterfly needs shuffles, and no shared memory."""
 COPY_TOKENS = 16
 """Tokens of a program that only decodes, with four warps."""
+FEEDBACK_TOKENS = 16
+"""Tokens of a program that passes errors on, with four warps: rows of a tensor core's tile, and few enough registers."""
 PREPARE_ROWS = 4
 SCHEDULE_BLOCK = 128
 MIN_TILES_PER_CHUNK = 4
@@ -66,11 +68,15 @@ def append(k: torch.Tensor, v: torch.Tensor, cache: PagedKVCache, slot_mapping: 
     layout, num_tokens = cache.layout, slot_mapping.shape[0]
     if not num_tokens:
         return
-    append_kernel[(_divide_up(num_tokens, ROTATE_TOKENS), layout.num_kv_heads, 2)](
+    feedbacks = cache.k_feedback, cache.v_feedback
+    tokens, num_warps = (ROTATE_TOKENS, 1) if feedbacks == (None, None) else (FEEDBACK_TOKENS, 4)
+    append_kernel[(_divide_up(num_tokens, tokens), layout.num_kv_heads, 2)](
         k,
         v,
         cache.k_center,
         cache.v_center,
+        *(None if feedback is None else feedback.weights for feedback in feedbacks),
+        *(None if feedback is None else feedback.step for feedback in feedbacks),
         slot_mapping,
         cache.pages,
         cache.counters,
@@ -82,8 +88,8 @@ def append(k: torch.Tensor, v: torch.Tensor, cache: PagedKVCache, slot_mapping: 
         **_page_constants(layout),
         K_ORDER=layout.k_rotation_order,
         V_ORDER=layout.v_rotation_order,
-        TOKENS=ROTATE_TOKENS,
-        num_warps=1,
+        TOKENS=tokens,
+        num_warps=num_warps,
         enable_fp_fusion=False,  # every rounding is part of the format
     )
 

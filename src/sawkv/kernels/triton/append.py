@@ -17,6 +17,10 @@ def append_kernel(
     v,
     k_center,
     v_center,
+    k_weights,
+    v_weights,
+    k_step,
+    v_step,
     slot_mapping,
     pages,
     counters,
@@ -53,6 +57,8 @@ def append_kernel(
         _append_rows(
             k + token * k_token_stride + head * k_head_stride,
             k_center,
+            k_weights,
+            k_step,
             head,
             page,
             offset,
@@ -72,6 +78,8 @@ def append_kernel(
         _append_rows(
             v + token * v_token_stride + head * v_head_stride,
             v_center,
+            v_weights,
+            v_step,
             head,
             page + half_span,
             offset,
@@ -93,6 +101,8 @@ def append_kernel(
 def _append_rows(
     row,
     center,
+    weights,
+    step,
     head,
     plane,
     offset,
@@ -127,11 +137,13 @@ def _append_rows(
             is_finite = tl.max(tl.where(tl.abs(decoded) < float("inf"), 0, 1), 1) == 0
             _count(counters, y, decoded, is_kept, is_counted, is_finite, is_finite & False)
     else:
-        inverse, zero_point, meta, is_finite = _quantizer(y, is_channel, BITS)
-        # Adding 2^23 rounds to an integer, half to even, and leaves it in the low bits.
+        inverse, zero_point, meta, is_finite, is_saturated = _quantizer(y, is_channel, BITS)
         MAX_CODE: tl.constexpr = (1 << BITS) - 1
         shifted = tl.fma(y, tl.broadcast_to(inverse[:, None], y.shape), tl.broadcast_to(zero_point[:, None], y.shape))
-        codes = (tl.minimum(tl.maximum(shifted, 0.0), MAX_CODE * 1.0) + 8388608.0).to(tl.int32, bitcast=True) & MAX_CODE
+        if weights is not None:
+            moved = _with_feedback(shifted, weights + head * (HEAD_DIM * HEAD_DIM), tl.load(step + head), HEAD_DIM, MAX_CODE)
+            shifted = tl.where(is_saturated[:, None], shifted, moved)
+        codes = _round_clamped(shifted, 0.0, MAX_CODE * 1.0)
         codes = tl.where(is_finite[:, None], codes, 0)
         if counters is not None:
             decoded = tl.where(is_channel, (codes.to(tl.float32) - zero_point[:, None]) * low_half(meta)[:, None], 0.0)
@@ -147,21 +159,58 @@ def _append_rows(
 
 
 @triton.jit
+def _round_clamped(x, low, high):
+    """To an integer, half to even, as int32. Adding 1.5 * 2^23 leaves it in the low bits."""
+    return (tl.minimum(tl.maximum(x, low), high) + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
+
+
+@triton.jit
+def _with_feedback(t, weights, step, HEAD_DIM: tl.constexpr, MAX_CODE: tl.constexpr):
+    """Codes before rounding, [R, WIDTH] fp32, moved by the errors of the blocks of channels before their own: docs/format.md, step 5.
+
+    A block's sums are complete when it is coded, and stay as they are: it has no weights of itself or of later blocks.
+    """
+    R: tl.constexpr = t.shape[0]
+    WIDTH: tl.constexpr = t.shape[1]
+    SPANS: tl.constexpr = WIDTH // 32  # of two blocks, in turns of four channels
+    target = tl.arange(0, WIDTH)[None, :]
+    source = tl.arange(0, 32)
+    sums = tl.zeros([R, WIDTH], tl.int32)
+    for span in range((HEAD_DIM + 31) // 32):
+        is_span = (tl.arange(0, SPANS) == span)[None, :, None]
+        channel = span * 32 + source[:, None]
+        passed = tl.load(weights + target * HEAD_DIM + channel, mask=(target < HEAD_DIM) & (channel < HEAD_DIM), other=0)
+        t_here = tl.sum(tl.where(is_span, tl.reshape(t, (R, SPANS, 32)), 0.0), 1)
+        for half in tl.static_range(2):
+            sums_here = tl.sum(tl.where(is_span, tl.reshape(sums, (R, SPANS, 32)), 0), 1)
+            moved = tl.fma(sums_here.to(tl.float32), tl.broadcast_to(step, t_here.shape), t_here)
+            code = _round_clamped(moved, 0.0, MAX_CODE * 1.0).to(tl.float32)
+            errors = tl.where((source // 4 % 2 == half)[None, :], _round_clamped((moved - code) * 64.0, -127.0, 127.0), 0)
+            sums = tl.dot(errors.to(tl.int8), passed, sums)
+    return tl.fma(sums.to(tl.float32), tl.broadcast_to(step, t.shape), t)
+
+
+@triton.jit
 def _quantizer(y, is_channel, BITS: tl.constexpr):
-    """1 / scale, zero point, both packed as meta, and whether the row is finite: each [R]. See docs/format.md, steps 3 and 4."""
+    """1 / scale, zero point, both packed as meta, whether the row is finite, and whether its scale saturates: each [R].
+
+    See docs/format.md, steps 3 and 4.
+    """
     is_finite = tl.max(tl.where(tl.abs(y) < float("inf"), 0, 1), 1) == 0
     y = tl.where(is_finite[:, None], y, 0.0)  # what such a row gives below is not used
     low = tl.min(tl.where(is_channel, y, float("inf")), 1)
     high = tl.max(tl.where(is_channel, y, -float("inf")), 1)
     by_range, by_offset = (high - low) * (1 / ((1 << BITS) - 1)), tl.maximum(tl.abs(low), tl.abs(high)) * 0.0009765625
-    bound = tl.minimum(tl.maximum(tl.maximum(by_range, by_offset), 2.0**-24), 65504.0)
+    wanted = tl.maximum(tl.maximum(by_range, by_offset), 2.0**-24)
+    bound = tl.minimum(wanted, 65504.0)
     nearest = bound.to(tl.float16)
     scale_bits = nearest.to(tl.int16, bitcast=True).to(tl.int32) + tl.where(nearest.to(tl.float32) < bound, 1, 0)  # the next fp16 up
     scale = scale_bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     inverse = tl.math.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
     zero_point = tl.minimum(tl.maximum(0.0 - low * inverse, -1024.0), 1024.0).to(tl.float16)
     zero_bits = zero_point.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-    return inverse, zero_point.to(tl.float32), tl.where(is_finite, scale_bits | (zero_bits << 16), 0x7E00), is_finite
+    packed = tl.where(is_finite, scale_bits | (zero_bits << 16), 0x7E00)
+    return inverse, zero_point.to(tl.float32), packed, is_finite, wanted > 65504.0
 
 
 @triton.jit
