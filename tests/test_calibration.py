@@ -15,9 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from sawkv import CacheFormat, SawkvError, calibration
+from sawkv import CacheFormat, PagedKVCache, PageLayout, SawkvError, calibration
 from sawkv.calibration import Calibration, model_id
 from sawkv.errors import CalibrationError
+from sawkv.feedback import takes_from
 
 FORMAT = CacheFormat.parse("int4-k128-v128")
 
@@ -27,10 +28,29 @@ def make(num_layers: int = 3, num_kv_heads: int = 2, head_dim: int = 128) -> Cal
     return Calibration(FORMAT, "a model", k_center, v_center)
 
 
+def make_fed(num_layers: int = 3, num_kv_heads: int = 2, head_dim: int = 128) -> Calibration:
+    """With feedback of random weights, other ones in every layer and head."""
+    shape = (num_layers, num_kv_heads)
+    weights = torch.randint(-127, 128, (2, *shape, head_dim, head_dim), dtype=torch.int8) * takes_from(head_dim).to(torch.int8)
+    step = torch.rand(2, *shape) / 1e4
+    made = make(num_layers, num_kv_heads, head_dim)
+    return replace(made, k_feedback=weights[0], k_feedback_step=step[0], v_feedback=weights[1], v_feedback_step=step[1])
+
+
 @pytest.fixture(scope="module")
 def content(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     path = tmp_path_factory.mktemp("calibration") / "good.safetensors"
     Calibration(FORMAT, "a model", *torch.ones(2, 2, 1, 128)).save(path)
+    return path.read_bytes()
+
+
+@pytest.fixture(scope="module")
+def fed_content(tmp_path_factory: pytest.TempPathFactory) -> bytes:
+    """Small, so that damage often hits the header; all weights that may be are 1."""
+    path = tmp_path_factory.mktemp("calibration") / "fed.safetensors"
+    weights, step = takes_from(16).to(torch.int8).expand(2, 1, 16, 16), torch.full((2, 1), 1e-4)
+    fed = {"k_feedback": weights, "k_feedback_step": step, "v_feedback": weights, "v_feedback_step": step}
+    Calibration(CacheFormat.parse("int4-k16-v16"), "a model", *torch.ones(2, 2, 1, 16), **fed).save(path)
     return path.read_bytes()
 
 
@@ -39,25 +59,47 @@ def load_bytes(path: Path, content: bytes) -> Calibration:
     return Calibration.load(path)
 
 
-def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
-    made = make()
+TENSORS = ("k_center", "v_center", "k_feedback", "k_feedback_step", "v_feedback", "v_feedback_step")
+
+
+@pytest.mark.parametrize("made", [make(), make_fed(), replace(make_fed(), k_feedback=None, k_feedback_step=None)])
+def test_what_is_saved_is_loaded(made: Calibration, tmp_path: Path) -> None:
     made.save(tmp_path / "c.safetensors")
     loaded = Calibration.load(tmp_path / "c.safetensors")
     assert (loaded.format, loaded.model, loaded.fingerprint()) == (FORMAT, "a model", made.fingerprint())
-    assert torch.equal(loaded.k_center, made.k_center)
-    assert torch.equal(loaded.v_center, made.v_center)
+    for name in TENSORS:
+        got, want = getattr(loaded, name), getattr(made, name)
+        assert (got is None) == (want is None), name
+        assert want is None or torch.equal(got, want), name
 
 
-def test_centers_of_a_rank_and_none_where_there_is_nothing_to_subtract() -> None:
-    made = make(num_kv_heads=4)
+def test_a_file_of_centers_alone_is_what_it_was_before_there_was_feedback() -> None:
+    made = Calibration(FORMAT, "a model", *torch.ones(2, 2, 1, 128))
+    assert made.fingerprint() == "bfd63fbf1a79fb52"
+
+
+def test_what_a_rank_gets_and_none_where_there_is_nothing_to_do() -> None:
+    made = make_fed(num_kv_heads=4)
+    assert made.k_feedback is not None
+    assert made.k_feedback_step is not None
+    assert made.v_feedback is not None
     made.v_center[1] = 0
-    k, v = made.centers(1, slice(2, 4))
-    assert k is not None
-    assert torch.equal(k, made.k_center[1, 2:4])
-    assert v is None
-    for layer, heads in ((3, slice(0, 1)), (-1, slice(0, 1)), (0, slice(3, 5))):
+    made.v_feedback[1] = 0
+    layer = made.layer(1, slice(2, 4))
+    assert layer.k_center is not None
+    assert torch.equal(layer.k_center, made.k_center[1, 2:4])
+    assert layer.v_center is None
+    assert layer.k_feedback is not None
+    assert torch.equal(layer.k_feedback.weights, made.k_feedback[1, 2:4])
+    assert torch.equal(layer.k_feedback.step, made.k_feedback_step[1, 2:4])
+    assert layer.v_feedback is None
+    assert made.layer(0).v_feedback is not None
+    cache = PagedKVCache.allocate(PageLayout(FORMAT, 2, 128, 16), 1, "cpu", **vars(layer.to("cpu")))
+    bare = replace(cache, k_feedback=None)
+    assert cache.fingerprint() != bare.fingerprint()
+    for index, heads in ((3, slice(0, 1)), (-1, slice(0, 1)), (0, slice(3, 5))):
         with pytest.raises(CalibrationError, match="expected"):
-            made.centers(layer, heads)
+            made.layer(index, heads)
 
 
 def test_the_fingerprint_covers_all_that_changes_the_bytes() -> None:
@@ -71,7 +113,19 @@ def test_the_fingerprint_covers_all_that_changes_the_bytes() -> None:
         replace(made, k_center=made.v_center, v_center=made.k_center),
         replace(made, k_center=made.k_center.view(2, 3, 128), v_center=made.v_center.view(2, 3, 128)),
     ]
-    assert len({made.fingerprint(), *(other.fingerprint() for other in others)}) == len(others) + 1
+    fed = make_fed()
+    assert fed.k_feedback is not None
+    assert fed.v_feedback_step is not None
+    turned = fed.k_feedback.clone()
+    turned[2, 1, 127, 0] ^= 1
+    fed_others = [
+        replace(fed, k_feedback=turned),
+        replace(fed, v_feedback_step=fed.v_feedback_step * 2),
+        replace(fed, v_feedback=None, v_feedback_step=None),
+        replace(fed, k_feedback=fed.v_feedback, v_feedback=fed.k_feedback),
+    ]
+    all_of_them = [made, *others, fed, *fed_others]
+    assert len({each.fingerprint() for each in all_of_them}) == len(all_of_them)
 
 
 def test_a_misfit_names_all_that_differs() -> None:
@@ -102,6 +156,32 @@ def test_a_misfit_names_all_that_differs() -> None:
 def test_bad_centers_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(CalibrationError, match=message):
         replace(make(), **change)
+
+
+WEIGHTS, STEP = torch.zeros(3, 2, 128, 128, dtype=torch.int8), torch.zeros(3, 2)
+UPPER = torch.ones(128, 128, dtype=torch.int8).triu(1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"k_feedback": None}, "k_feedback: expected weights and steps, got steps alone"),
+        ({"v_feedback_step": None}, "v_feedback: expected weights and steps, got weights alone"),
+        ({"k_feedback": WEIGHTS.float()}, r"k_feedback: expected torch.int8 \[3, 2, 128, 128\]"),
+        ({"k_feedback": WEIGHTS[:, :1]}, r"got torch.int8 \[3, 1, 128, 128\]"),
+        ({"v_feedback_step": STEP.double()}, r"v_feedback_step: expected torch.float32 \[3, 2\]"),
+        ({"v_feedback_step": STEP.T}, r"v_feedback_step: expected torch.float32 \[3, 2\]"),
+        ({"k_feedback_step": STEP + torch.nan}, "from 0 to 1, got NaN"),
+        ({"k_feedback_step": STEP - 1}, "from 0 to 1"),
+        ({"v_feedback_step": STEP + 1.5}, "from 0 to 1"),
+        ({"v_feedback": UPPER.expand(3, 2, -1, -1)}, "v_feedback: expected weights of 0"),
+        ({"v_feedback": torch.eye(128, dtype=torch.int8).expand(3, 2, -1, -1)}, "v_feedback: expected weights of 0"),
+        ({"format": CacheFormat.parse("int8-k128-v128")}, "k_feedback: expected an int4 format, got int8-k128-v128"),
+    ],
+)
+def test_bad_feedback_is_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(CalibrationError, match=message):
+        replace(make_fed(), **change)
 
 
 def rewritten(content: bytes, **changes: Any) -> bytes:
@@ -142,7 +222,7 @@ def test_metadata_that_does_not_fit_is_refused(content: bytes, change: dict[str,
         load_bytes(tmp_path / "c.safetensors", rewritten(content, **metadata(content, **change)))
 
 
-def test_headers_that_lie_are_refused(content: bytes, tmp_path: Path) -> None:
+def test_headers_that_lie_are_refused(content: bytes, fed_content: bytes, tmp_path: Path) -> None:
     size = 2 * 128 * 4
     lies = [
         {"k_center": None},
@@ -159,6 +239,17 @@ def test_headers_that_lie_are_refused(content: bytes, tmp_path: Path) -> None:
     for lie in lies:
         with pytest.raises(CalibrationError):
             load_bytes(tmp_path / "c.safetensors", rewritten(content, **lie))
+    for lie in (
+        {"k_feedback": None},
+        {"k_feedback_step": None},
+        {"w_feedback": {"dtype": "I8", "shape": [2, 1, 16, 16], "data_offsets": [0, 512]}},
+        {"k_feedback": {"dtype": "U8", "shape": [2, 1, 16, 16], "data_offsets": [272, 784]}},
+        {"k_feedback": {"dtype": "I8", "shape": [2, 1, 32, 8], "data_offsets": [272, 784]}},
+        {"k_feedback": {"dtype": "I8", "shape": [1 << 40, 1, 16, 16], "data_offsets": [272, 784]}},
+    ):
+        with pytest.raises(CalibrationError):
+            load_bytes(tmp_path / "c.safetensors", rewritten(fed_content, **lie))
+    assert load_bytes(tmp_path / "c.safetensors", rewritten(fed_content)).k_feedback is not None, "the control"
     for header in (b"[" * 100_000, b"{" * 100_000, b'{"a":' * 100_000, b"\xff" * 100, b""):
         with pytest.raises(CalibrationError, match="cannot be parsed"):
             load_bytes(tmp_path / "c.safetensors", struct.pack("<Q", len(header)) + header)
@@ -180,9 +271,12 @@ def test_what_is_no_calibration_is_named(tmp_path: Path, monkeypatch: pytest.Mon
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_damage_is_an_error_of_ours_and_never_another_center(content: bytes, tmp_path: Path, data: st.DataObject) -> None:
-    """Bytes changed, cut off or added anywhere: either a CalibrationError, or the same centers (where JSON's spelling alone changed)."""
-    damaged = bytearray(content)
+def test_damage_is_an_error_of_ours_and_never_another_center(
+    content: bytes, fed_content: bytes, tmp_path: Path, data: st.DataObject
+) -> None:
+    """Bytes changed, cut off or added anywhere: either a CalibrationError, or the same content (where JSON's spelling alone changed)."""
+    whole = data.draw(st.sampled_from([content, fed_content]))
+    damaged = bytearray(whole)
     for _ in range(data.draw(st.integers(1, 3))):
         at = data.draw(st.integers(0, len(damaged) - 1))
         kind = data.draw(st.sampled_from(["change", "cut", "insert"]))
@@ -197,9 +291,12 @@ def test_damage_is_an_error_of_ours_and_never_another_center(content: bytes, tmp
         loaded = load_bytes(tmp_path / "damaged.safetensors", bytes(damaged))
     except CalibrationError:
         return
-    assert torch.equal(loaded.k_center, torch.ones(2, 1, 128))
-    assert torch.equal(loaded.v_center, torch.ones(2, 1, 128))
-    assert (loaded.format, loaded.model) == (FORMAT, "a model")
+    assert loaded.fingerprint() == load_bytes(tmp_path / "whole.safetensors", whole).fingerprint()
+    assert torch.equal(loaded.k_center, torch.ones_like(loaded.k_center))
+    assert torch.equal(loaded.v_center, torch.ones_like(loaded.v_center))
+    for weights in (loaded.k_feedback, loaded.v_feedback):
+        assert (weights is None) == (whole is content)
+        assert weights is None or torch.equal(weights, takes_from(16).to(torch.int8).expand(2, 1, 16, 16))
 
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -85,10 +85,12 @@ class PagedKVCache:
         device: torch.device | str = "cpu",
         k_center: torch.Tensor | None = None,
         v_center: torch.Tensor | None = None,
+        k_feedback: Feedback | None = None,
+        v_feedback: Feedback | None = None,
     ) -> PagedKVCache:
         """A cache with `num_pages` fresh pages, their bytes not initialized."""
         pages = torch.empty(layout.pages_shape(num_pages), dtype=torch.uint8, device=device)
-        return cls(pages, layout, k_center, v_center)
+        return cls(pages, layout, k_center, v_center, k_feedback, v_feedback)
 
     @property
     def num_slots(self) -> int:

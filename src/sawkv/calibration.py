@@ -1,7 +1,8 @@
-"""The calibration file: static centers of K and V for one model and one format, as safetensors. See docs/calibration.md.
+"""The calibration file: static centers and error feedback of K and V for one model and one format, as safetensors. See docs/calibration.md.
 
 A center c is subtracted before rotation. It changes nothing but the error of quantization: softmax(q.(k - c)) = softmax(q.k), since q.c is
-the same for every key, and V's center is added back to the output. `sawkv calibrate` makes the file; the engines load it.
+the same for every key, and V's center is added back to the output. Feedback (`sawkv.feedback`) chooses codes whose errors attention feels
+less; nothing that reads pages knows of it. `sawkv calibrate` makes the file; the engines load it.
 """
 
 from __future__ import annotations
@@ -18,26 +19,47 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from sawkv.errors import CalibrationError, FormatError
+from sawkv.feedback import Feedback, takes_from
 from sawkv.spec import FORMAT_VERSION, CacheFormat
 
 VERSION: Final = "1"
-MAX_FILE_BYTES: Final = 64 << 20
-"""More than the largest model of today needs: 128 layers of 128 KV heads of 256 channels take half of it."""
+MAX_FILE_BYTES: Final = 512 << 20
+"""More than the models of today need. Feedback of 80 layers of 8 KV heads of 128 channels takes 21 MB, of 64 KV heads 168 MB."""
 MAX_CENTER: Final = 65504.0
 """The largest fp16: what a 16-bit model may compute."""
+MAX_STEP: Final = 1.0
+"""Of feedback. A fitted one is near 1e-4."""
 
-_TENSORS: Final = ("k_center", "v_center")
+_CENTERS: Final = ("k_center", "v_center")
+_FEEDBACK: Final = ("k_feedback", "k_feedback_step", "v_feedback", "v_feedback_step")
 _KEYS: Final = ("version", "format", "model", "num_layers", "num_kv_heads", "head_dim", "fingerprint", "made_by")
 
 
 @dataclass(frozen=True, eq=False)
+class LayerCalibration:
+    """What one layer's pages are written with. The fields are those of `PagedKVCache`, which takes `**vars(self)`; None is for nothing."""
+
+    k_center: torch.Tensor | None = None
+    v_center: torch.Tensor | None = None
+    k_feedback: Feedback | None = None
+    v_feedback: Feedback | None = None
+
+    def to(self, device: torch.device | str) -> LayerCalibration:
+        """The same on a device."""
+        return LayerCalibration(**{name: None if part is None else part.to(device) for name, part in vars(self).items()})
+
+
+@dataclass(frozen=True, eq=False)
 class Calibration:
-    """Centers of all layers.
+    """Centers and feedback of all layers.
 
     Attributes:
-        format: what the centers were fitted for, with its rotation orders.
+        format: what they were fitted for, with its rotation orders.
         model: `model_id` of the model they were measured on.
         k_center, v_center: [num_layers, num_kv_heads, head_dim] fp32 on the CPU, for the whole model. Zeros center nothing.
+        k_feedback, v_feedback: [num_layers, num_kv_heads, head_dim, head_dim] int8, weights as in `Feedback`, for int4 alone; None, or
+            zeros in all of a layer, pass on nothing.
+        k_feedback_step, v_feedback_step: [num_layers, num_kv_heads] fp32, as in `Feedback`; None where the weights are.
 
     Raises:
         CalibrationError: a tensor or the format is not as said.
@@ -47,6 +69,10 @@ class Calibration:
     model: str
     k_center: torch.Tensor
     v_center: torch.Tensor
+    k_feedback: torch.Tensor | None = None
+    k_feedback_step: torch.Tensor | None = None
+    v_feedback: torch.Tensor | None = None
+    v_feedback_step: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         for name, center in (("k_center", self.k_center), ("v_center", self.v_center)):
@@ -67,6 +93,25 @@ class Calibration:
             raise CalibrationError(f"format {self.format}: {error}") from error
         if resolved != self.format:
             raise CalibrationError(f"format: expected rotation orders, for example {resolved}, got {self.format}")
+        for name in ("k_feedback", "v_feedback"):
+            self._check_feedback(name, getattr(self, name), getattr(self, f"{name}_step"))
+
+    def _check_feedback(self, name: str, weights: torch.Tensor | None, step: torch.Tensor | None) -> None:
+        if weights is None and step is None:
+            return
+        if weights is None or step is None:
+            raise CalibrationError(f"{name}: expected weights and steps, got {'steps' if weights is None else 'weights'} alone")
+        if self.format.codec != "int4":
+            raise CalibrationError(f"{name}: expected an int4 format, got {self.format}")
+        shape = list(self.k_center.shape)
+        for part, x, dtype, wanted in (("", weights, torch.int8, [*shape, shape[-1]]), ("_step", step, torch.float32, shape[:-1])):
+            if x.dtype != dtype or list(x.shape) != wanted or x.device.type != "cpu":
+                raise CalibrationError(f"{name}{part}: expected {dtype} {wanted} on the CPU, got {x.dtype} {list(x.shape)} on {x.device}")
+        if not bool(((step >= 0) & (step <= MAX_STEP)).all()):  # NaN fails too
+            raise CalibrationError(f"{name}_step: expected values from 0 to {MAX_STEP:g}, got NaN or others")
+        never = ~takes_from(self.head_dim)
+        if any(bool(layer[:, never].any()) for layer in weights):  # layer by layer, to hold no copy of all
+            raise CalibrationError(f"{name}: expected weights of 0 for channels whose block is not coded before, got others")
 
     @property
     def num_layers(self) -> int:
@@ -87,7 +132,6 @@ class Calibration:
 
     def fingerprint(self) -> str:
         """16 hex digits over all that changes the bytes of a cache, and over the model."""
-        digests = [hashlib.sha256(center.contiguous().numpy().tobytes()).hexdigest() for center in (self.k_center, self.v_center)]
         text = "|".join(
             [
                 f"sawkv/{FORMAT_VERSION}",
@@ -95,14 +139,17 @@ class Calibration:
                 str(self.format),
                 f"model={self.model}",
                 f"shape={'x'.join(map(str, self.k_center.shape))}",
-                f"k_center={digests[0]}",
-                f"v_center={digests[1]}",
+                *(f"{name}={hashlib.sha256(x.contiguous().numpy().data).hexdigest()}" for name, x in self._tensors().items()),
             ]
         )
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """Those that there are, by their names in the file, always in the same order."""
+        return {name: x for name in (*_CENTERS, *_FEEDBACK) if (x := getattr(self, name)) is not None}
+
     def check(self, *, cache_format: CacheFormat, model: str, num_layers: int, num_kv_heads: int, head_dim: int) -> None:
-        """Refuse a cache or a model that the centers were not made for.
+        """Refuse a cache or a model that the calibration was not made for.
 
         Args:
             cache_format: of the cache.
@@ -131,18 +178,25 @@ class Calibration:
         if wrong:
             raise CalibrationError(f"the calibration file is made for something else; {'; '.join(wrong)}. `sawkv calibrate` makes one")
 
-    def centers(self, layer: int, heads: slice = slice(None)) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        """Centers of K and V for a layer's KV heads, two of [heads, head_dim] fp32 on the CPU; None where nothing is to be subtracted.
+    def layer(self, index: int, heads: slice = slice(None)) -> LayerCalibration:
+        """What a layer's KV heads are written with, copies on the CPU; None where there is nothing to subtract or to pass on.
 
         Raises:
             CalibrationError: there is no such layer or head.
         """
-        if not 0 <= layer < self.num_layers:
-            raise CalibrationError(f"layer: expected 0 to {self.num_layers - 1}, as the calibration file has them, got {layer}")
+        if not 0 <= index < self.num_layers:
+            raise CalibrationError(f"layer: expected 0 to {self.num_layers - 1}, as the calibration file has them, got {index}")
         if heads.stop is not None and heads.stop > self.num_kv_heads:
             raise CalibrationError(f"KV heads: expected up to {self.num_kv_heads}, as the calibration file has them, got {heads.stop}")
-        k, v = (center[layer, heads].clone() for center in (self.k_center, self.v_center))
-        return k if k.any() else None, v if v.any() else None
+        taken = {name: x[index, heads].clone() for name, x in self._tensors().items()}
+
+        def center(name: str) -> torch.Tensor | None:
+            return taken[name] if taken[name].any() else None
+
+        def feedback(name: str) -> Feedback | None:
+            return Feedback(taken[name], taken[f"{name}_step"]) if name in taken and taken[name].any() else None
+
+        return LayerCalibration(center("k_center"), center("v_center"), feedback("k_feedback"), feedback("v_feedback"))
 
     def save(self, path: str | Path) -> None:
         """Write the file."""
@@ -156,7 +210,7 @@ class Calibration:
             "fingerprint": self.fingerprint(),
             "made_by": f"sawkv {importlib.metadata.version('sawkv')}",
         }
-        save_file({"k_center": self.k_center.contiguous(), "v_center": self.v_center.contiguous()}, path, metadata)
+        save_file({name: x.clone(memory_format=torch.contiguous_format) for name, x in self._tensors().items()}, path, metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
@@ -182,21 +236,28 @@ class Calibration:
             with safe_open(path, framework="pt") as file:
                 metadata, names = file.metadata() or {}, sorted(file.keys())
                 _check_metadata(metadata)
-                if names != sorted(_TENSORS):
-                    raise CalibrationError(f"tensors: expected {' and '.join(_TENSORS)}, got {_show(', '.join(names) or 'none')}")
+                wrong = set(_CENTERS) - set(names) or set(names) - {*_CENTERS, *_FEEDBACK}
+                if wrong:
+                    raise CalibrationError(
+                        f"tensors: expected {' and '.join(_CENTERS)}, and {', '.join(_FEEDBACK)} where there is feedback, "
+                        f"got {_show(', '.join(names) or 'none')}"
+                    )
                 shape = [_whole(metadata, key) for key in ("num_layers", "num_kv_heads", "head_dim")]
-                for name in _TENSORS:
+                for name in names:
+                    wanted = ("F32", shape if name in _CENTERS else shape[:-1])
+                    if name in ("k_feedback", "v_feedback"):
+                        wanted = ("I8", [*shape, shape[-1]])
                     part = file.get_slice(name)
-                    if part.get_dtype() != "F32" or part.get_shape() != shape:
-                        raise CalibrationError(f"{name}: expected F32 {shape}, got {part.get_dtype()} {part.get_shape()}")
-                k_center, v_center = (file.get_tensor(name).clone() for name in _TENSORS)
+                    if (part.get_dtype(), part.get_shape()) != wanted:
+                        raise CalibrationError(f"{name}: expected {wanted[0]} {wanted[1]}, got {part.get_dtype()} {part.get_shape()}")
+                tensors = {name: file.get_tensor(name).clone() for name in names}
         except (SafetensorError, OSError) as error:
             raise CalibrationError(f"expected safetensors, got what cannot be parsed: {_show(str(error))}") from error
         try:
             cache_format = CacheFormat.parse(metadata["format"])
         except FormatError as error:
             raise CalibrationError(str(error)) from error
-        calibration = cls(cache_format, metadata["model"], k_center, v_center)
+        calibration = cls(cache_format, metadata["model"], **tensors)
         if calibration.fingerprint() != metadata["fingerprint"]:
             raise CalibrationError(
                 f"fingerprint: expected {calibration.fingerprint()}, that of the contents, got {_show(metadata['fingerprint'])}"
@@ -208,7 +269,7 @@ def model_id(config: object) -> str:
     """16 hex digits that tell models apart by their configuration.
 
     It covers the shape of the language model, which engines and versions of Transformers agree upon, and not the weights: a fine-tuned or
-    quantized copy has the same identity, except what `sawkv balance` writes. Another model's centers cost accuracy, never correctness.
+    quantized copy has the same identity, except what `sawkv balance` writes. Another model's calibration costs accuracy, never correctness.
 
     Args:
         config: a Transformers configuration, of the text model where there are several.

@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     serve = commands.add_parser("serve", help="serve a model with vLLM from INT4 pages; options not listed go to vLLM", allow_abbrev=False)
     serve.add_argument("model")
     serve.add_argument("--format", help="cache format, for example int4-k128-v128 (default: the calibration's, or int4)")
-    serve.add_argument("--calibration", metavar="FILE", help="centers of K and V, from `sawkv calibrate`")
+    serve.add_argument("--calibration", metavar="FILE", help="centers and feedback of K and V, from `sawkv calibrate`")
     serve.set_defaults(run=_serve)
 
     plan = commands.add_parser("plan", help="predict what fits on a GPU, in 16 bits and in a cache format, before anything starts")
@@ -55,7 +55,9 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--max-num-seqs", type=int, help="as given to vLLM (default: vLLM's for a server)")
     plan.set_defaults(run=_plan)
 
-    calibrate = commands.add_parser("calibrate", help="measure the centers of a model's K and V, and write a file that engines load")
+    calibrate = commands.add_parser(
+        "calibrate", help="measure centers and error feedback of a model's K and V, and write a file that engines load"
+    )
     calibrate.add_argument("model", type=Path, help="a checkpoint directory")
     calibrate.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to measure on (default: the model's held-out text)")
     calibrate.add_argument("--out", type=Path, required=True, metavar="FILE", help="safetensors file to write")
@@ -65,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument(
         "--windows", type=int, default=32, metavar="COUNT", help="passes, spread over the context (default: %(default)s)"
     )
+    calibrate.add_argument("--no-feedback", action="store_true", help="write centers alone")
     calibrate.add_argument("--device", help="cpu or cuda (default: a GPU where there is one)")
     calibrate.set_defaults(run=_calibrate)
 
@@ -177,6 +180,7 @@ def _calibrate(args: argparse.Namespace) -> int:
         window=args.window,
         windows=args.windows,
         device=args.device,
+        feedback=not args.no_feedback,
     )
 
 

@@ -19,6 +19,8 @@ ERROR_STEPS: Final = 64
 """Steps of a passed-on error in one code."""
 MAX_WEIGHT: Final = 127
 """The largest 8-bit integer: of weights, and of errors in their steps."""
+DAMPING: Final = 0.01
+"""Added to a hessian's diagonal, as a share of its mean: channels that nothing was measured of take and pass on little."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +50,10 @@ class Feedback:
         if step.device != weights.device:
             raise LayoutError(f"feedback: expected weights and step on one device, got {weights.device} and {step.device}")
 
+    def to(self, device: torch.device | str) -> Feedback:
+        """The same on a device."""
+        return Feedback(self.weights.to(device), self.step.to(device))
+
     def move(self, codes: torch.Tensor, max_code: int) -> torch.Tensor:
         """Codes that are not rounded yet, [..., num_kv_heads, head_dim] fp32, each moved by the errors of the blocks before its own."""
         blocks = channel_blocks(codes.shape[-1]).to(codes.device)
@@ -61,6 +67,45 @@ class Feedback:
             steps = (part - part.round().clamp(0, max_code)) * ERROR_STEPS
             errors[..., here] = steps.round().clamp(-MAX_WEIGHT, MAX_WEIGHT).double()
         return moved
+
+
+def fit_feedback(hessian: torch.Tensor) -> Feedback:
+    """The feedback that keeps the cost e^T hessian e of a row's error e small, in fp64.
+
+    When the channels B of a block err by e_B, the cost is least if those after it, R, err by -A_RR^-1 A_RB e_B, with A the damped hessian.
+    So R is moved by A_RR^-1 A_RB times what the codes of B fell short.
+
+    Args:
+        hessian: [num_kv_heads, head_dim, head_dim], symmetric and positive semi-definite, in the basis that is coded.
+
+    Returns:
+        Weights on the hessian's device; zeros for a head whose channels do not share a cost.
+
+    Raises:
+        LayoutError: the hessian is not as said, or not finite.
+    """
+    if hessian.ndim != 3 or hessian.shape[1] != hessian.shape[2] or not hessian.is_floating_point():
+        raise LayoutError(f"hessian: expected floats [num_kv_heads, head_dim, head_dim], got {hessian.dtype} {list(hessian.shape)}")
+    if not bool(hessian.isfinite().all()):
+        raise LayoutError("hessian: expected finite values, got NaN or infinity")
+    damped = hessian.double()
+    diagonal = damped.diagonal(dim1=-2, dim2=-1)
+    tiny = torch.finfo(torch.float64).tiny
+    damped = damped + torch.diag_embed((DAMPING * diagonal.mean(-1, keepdim=True)).clamp_min(tiny).expand_as(diagonal))
+    blocks = channel_blocks(hessian.shape[-1]).to(hessian.device)
+    exact = torch.zeros_like(damped, memory_format=torch.contiguous_format)
+    for block in range(int(blocks.max())):
+        here, after = (blocks == block).nonzero()[:, 0], (blocks > block).nonzero()[:, 0]
+        exact[:, after[:, None], here] = torch.linalg.solve(damped[:, after[:, None], after], damped[:, after[:, None], here])
+    top = exact.abs().amax((-2, -1))
+    weights = (exact / top.clamp_min(tiny)[:, None, None] * MAX_WEIGHT).round().to(torch.int8)
+    return Feedback(weights, (top / MAX_WEIGHT / ERROR_STEPS).float())
+
+
+def takes_from(head_dim: int) -> torch.Tensor:
+    """[head_dim, head_dim] bool: whether channel j (row) may take of the error of channel i (column), whose block comes before j's."""
+    blocks = channel_blocks(head_dim)
+    return blocks[:, None] > blocks
 
 
 def channel_blocks(head_dim: int) -> torch.Tensor:

@@ -121,7 +121,7 @@ def test_a_whole_analysis() -> None:
 
 def test_the_selection_runs_on_any_head_dim_and_recommends_centers_for_biased_keys() -> None:
     found = run()
-    assert {"fp8", "vllm_int4_per_token_head", "int4_plain", "int4-k32-v32", "int4_center", "default"} <= {
+    assert {"fp8", "vllm_int4_per_token_head", "int4_plain", "int4-k32-v32", "int4_center_feedback", "default"} <= {
         error.method for error in found.methods
     }
     assert (found.recommendation.format, found.recommendation.calibrate) == ("int4-k32-v32", True)
@@ -136,9 +136,9 @@ def method_error(name: str, *output: float, bits: float = 4.25) -> MethodError:
 @pytest.mark.parametrize(
     ("errors", "wanted", "extras"),
     [
-        ([method_error("int4-k128-v128", 0.010, 0.012), method_error("int4_center", 0.010, 0.0119)], "int4-k128-v128", ""),
-        ([method_error("int4-k128-v128", 0.010, 0.012), method_error("int4_center", 0.005, 0.006)], "int4-k128-v128", "calibrate"),
-        ([method_error("int4_center", 0.010), method_error("default", 0.005)], "int4-k128-v128", "balance calibrate"),
+        ([method_error("int4-k128-v128", 0.010, 0.012), method_error("int4_center_feedback", 0.010, 0.0119)], "int4-k128-v128", ""),
+        ([method_error("int4-k128-v128", 0.010, 0.012), method_error("int4_center_feedback", 0.005, 0.006)], "int4-k128-v128", "calibrate"),
+        ([method_error("int4_center_feedback", 0.010), method_error("default", 0.005)], "int4-k128-v128", "balance calibrate"),
         ([method_error("int4_plain", 0.001), method_error("default", 0.005)], "int4-k0-v0", ""),
         ([method_error("int4-k16-v16", 0.01), method_error("default", 0.9), method_error("fp8", 0.0)], "int4-k16-v16", ""),
         ([method_error("default", 0.01, 0.3), method_error("int8-k128-v128", 0.001, 0.002, bits=8.25)], "int8-k128-v128", ""),

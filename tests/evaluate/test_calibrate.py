@@ -1,14 +1,15 @@
-"""Centers measured on a model: against its own cache, and where they must help and must not be used."""
+"""Centers and feedback measured on a model: against its own cache, and where they must help and must not be used."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from sawkv import CacheFormat, FormatError
+from sawkv import CacheFormat, FormatError, PagedKVCache, PageLayout, append, gather
 from sawkv.calibration import Calibration
 from sawkv.evaluate import calibrate
 from sawkv.evaluate.calibrate import Saving
@@ -61,12 +62,53 @@ def test_centers_are_the_means_of_what_the_model_caches() -> None:
             assert saving.centered < 0.5 * saving.plain, "an offset far from zero is what a center removes"
 
 
-def test_a_center_that_does_not_help_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert not Saving(plain=1.0, centered=1.0).used
-    monkeypatch.setattr(calibrate.Saving, "used", property(lambda saving: False))
+def test_what_does_not_help_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    equal = Saving(plain=1.0, centered=1.0, cost_plain=1.0, cost_centered=0.5, cost_fed_back=1.0)
+    assert not equal.centers
+    assert not equal.feeds_back, "0.5 is of centered rows, which these will not be; 1.0 is of plain ones"
+    assert equal.cost_used == 1.0
+    assert Saving(plain=1.0, centered=0.9, cost_plain=1.0, cost_centered=0.5, cost_fed_back=0.4).feeds_back
+    assert not Saving(plain=1.0, centered=0.9, cost_plain=1.0, cost_centered=0.3, cost_fed_back=0.4).feeds_back
+    assert not Saving(plain=1.0, centered=0.9, cost_plain=1.0, cost_centered=0.3).feeds_back
+    monkeypatch.setattr(calibrate.Saving, "centers", property(lambda saving: False))
+    monkeypatch.setattr(calibrate.Saving, "feeds_back", property(lambda saving: False))
     made, _ = calibrate.calibrate(EvalModel(make_model(8.0)), INT4, windows(2), windows(1), 64)
     assert not made.k_center.any()
-    assert made.centers(1) == (None, None)
+    assert made.k_feedback is made.v_feedback is None
+    assert set(vars(made.layer(1)).values()) == {None}
+
+
+@torch.inference_mode()
+def test_feedback_lowers_the_error_of_scores_and_outputs_read_from_pages() -> None:
+    """Held-out rows through pages, with and without the feedback of the file; costs by their definitions, from the model's own modules."""
+    model, ids = EvalModel(make_model(8.0, 4.0)), windows(1)
+    for module in model.layers:  # outputs of few directions, as trained models have them
+        weight = module.get_parameter("o_proj.weight")
+        weight.copy_(weight[:, :8] @ torch.randn(8, 128) / 4)
+    made, savings = calibrate.calibrate(model, INT4, windows(8), windows(2), 64)
+    bare, _ = calibrate.calibrate(model, INT4, windows(8), windows(2), 64, feedback=False)
+    assert bare.k_feedback is bare.v_feedback is None
+    for layer, (module, states) in enumerate(zip(model.layers, model.states(ids), strict=True)):
+        weight = module.get_parameter("o_proj.weight").view(64, 4, 32)  # [hidden, query head, channel]
+        lost = []
+        for given in (made.layer(layer), replace(made.layer(layer), k_feedback=None, v_feedback=None)):
+            cache = PagedKVCache.allocate(PageLayout(made.format, 2, 32, 16), 4, **vars(given))
+            append(states.k, states.v, cache, torch.arange(64), backend="reference")
+            k, v = torch.empty(2, 64, 2, 32)
+            ends = torch.tensor([0, 64], dtype=torch.int32)
+            gather(cache, torch.arange(4, dtype=torch.int32)[None], ends[1:], ends, k, v, rotated=False, backend="reference")
+            scores = torch.einsum("qghd,khd->ghqk", states.q.view(64, 2, 2, 32).transpose(1, 2), k - states.k)
+            outputs = torch.einsum("ohgd,khd->khgo", weight.view(64, 2, 2, 32), v - states.v)
+            lost.append((float(scores.square().sum()), float(outputs.square().sum())))
+        for kind in range(2):
+            assert savings[layer][kind].feeds_back
+            assert lost[0][kind] < 0.9 * lost[1][kind]
+
+
+def test_only_int4_gets_feedback() -> None:
+    made, savings = calibrate.calibrate(EvalModel(make_model(8.0)), CacheFormat("int8"), windows(2), windows(1), 64)
+    assert made.k_feedback is made.v_feedback is None
+    assert savings[0][0].cost_fed_back is None
 
 
 def test_short_windows_spread_over_a_context_give_its_centers() -> None:
@@ -96,3 +138,11 @@ def test_the_command_writes_a_file_for_this_model(tmp_path: Path, capsys: pytest
     assert str(made.format) == "int4-k64-v0"
     assert made.k_center.shape == (5, 2, 128)
     assert made.centers_keys
+    assert made.k_feedback is not None
+    assert made.v_feedback is not None
+    assert "with feedback" in shown
+    again = options | {"feedback": False}
+    assert calibrate.run_calibrate(folder, None, tmp_path / "centers.safetensors", **again) == 0
+    bare = Calibration.load(tmp_path / "centers.safetensors")
+    assert bare.k_feedback is None
+    assert torch.equal(bare.k_center, made.k_center)

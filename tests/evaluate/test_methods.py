@@ -8,6 +8,7 @@ import torch
 from sawkv import CacheFormat, FormatError, PagedKVCache, PageLayout, append, gather
 from sawkv.evaluate.methods import METHODS, LayerSample, Reader, Sample, find_method
 from sawkv.evaluate.methods.balanced import Balanced
+from sawkv.evaluate.methods.feedback import FedBack
 from sawkv.evaluate.methods.hessian import HessianAware
 from sawkv.evaluate.methods.integer import Coded
 from sawkv.evaluate.methods.kmeans import KMeans
@@ -15,6 +16,8 @@ from sawkv.evaluate.methods.lloyd_max import LloydMax, gaussian_levels
 from sawkv.evaluate.methods.low_rank import LowRank
 from sawkv.evaluate.methods.outliers import Outliers
 from sawkv.evaluate.methods.range_search import RangeSearched
+from sawkv.feedback import fit_feedback
+from sawkv.rotation import rotate
 from tests.conftest import relative_error
 
 NAMES = [*METHODS, "bf16", "int8", "int4-k16-v0", "int4-k64-v64"]
@@ -108,6 +111,23 @@ def test_centered_formats_read_what_pages_with_centers_give_back() -> None:
         assert torch.equal(read(part.rows), want)
 
 
+def test_feedback_reads_what_pages_written_with_it_give_back() -> None:
+    sample = make_sample(num_tokens=40, offset=20.0)
+    parts = [sample.k, sample.v]
+    feedback = [fit_feedback(rotate(rotate(part.hessian, 128).mT, 128)) for part in parts]
+    centers = [part.rows.mean(0) for part in parts]
+    cache = PagedKVCache.allocate(PageLayout(CacheFormat.parse("int4"), 2, 128, 16), 3, "cpu", *centers, *feedback)
+    append(sample.k.rows, sample.v.rows, cache, torch.arange(40), backend="reference")
+    out = torch.empty(2, 40, 2, 128)
+    one = torch.tensor([40], dtype=torch.int32)
+    pages = torch.arange(3, dtype=torch.int32)[None]
+    gather(cache, pages, one, torch.tensor([0, 40], dtype=torch.int32), out[0], out[1], rotated=False, backend="reference")
+    plain = fitted("int4_center", sample)
+    for read, without, part, want in zip(fitted("int4_center_feedback", sample), plain, parts, out, strict=True):
+        assert torch.equal(read(part.rows), want)
+        assert not torch.equal(without(part.rows), want)
+
+
 def test_centering_removes_an_offset_that_rotation_spreads() -> None:
     sample = make_sample(offset=60.0)
     error = {name: relative_error(fitted(name, sample)[0](sample.k.rows), sample.k.rows) for name in ("int4_center", "int4-k128-v128")}
@@ -138,10 +158,11 @@ def test_lloyd_max_levels_are_the_known_ones() -> None:
 def test_error_feedback_lowers_the_cost_it_is_given() -> None:
     sample = make_sample(num_tokens=200).k
     cost = {}
-    for name, quantizer in (("plain", Coded("int4")), ("aware", HessianAware())):
+    for name, quantizer in (("plain", Coded("int4")), ("aware", HessianAware()), ("served", FedBack())):
         error = quantizer.fit(sample)(sample.rows) - sample.rows
         cost[name] = float(torch.einsum("thd,hde,the->", error, sample.hessian, error))
     assert cost["aware"] < 0.7 * cost["plain"]
+    assert cost["served"] < 0.75 * cost["plain"], "blocks of 16 channels and 8-bit integers lose little"
 
 
 def test_balancing_undoes_a_scaled_pair() -> None:

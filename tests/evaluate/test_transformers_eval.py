@@ -98,6 +98,21 @@ def test_readers_see_all_tokens_of_all_layers_and_go_away() -> None:
     assert len(rows_read) == 6
 
 
+def test_samples_stand_at_positions_over_the_context() -> None:
+    """The first window at 0, the last at the context's end; a shorter context, as none, leaves all at 0."""
+    model, ids = small_model(), torch.randint(0, 512, (3, 20))
+    samples = collect_samples(model, ids, 200)
+    for i, first in enumerate((0, 90, 180)):
+        for sample, states in zip(samples, model.states(ids[i : i + 1], first), strict=True):
+            torch.testing.assert_close(sample.k.rows[20 * i : 20 * i + 20], states.k, rtol=0, atol=0)
+            torch.testing.assert_close(sample.v.rows[20 * i : 20 * i + 20], states.v, rtol=0, atol=0)
+    queries = torch.cat([model.states(ids[i : i + 1], first)[0].q for i, first in enumerate((0, 90, 180))]).view(60, 2, 2, 64)
+    torch.testing.assert_close(samples[0].k.hessian, torch.einsum("thgd,thgc->hdc", queries, queries) / 120, rtol=1e-4, atol=1e-5)
+    near, at_start = collect_samples(model, ids, 10), collect_samples(model, ids)
+    assert torch.equal(near[1].k.rows, at_start[1].k.rows)
+    assert not torch.allclose(samples[1].k.rows, at_start[1].k.rows, atol=0.1)
+
+
 def test_later_tokens_change_nothing() -> None:
     model = small_model()
     ids = torch.randint(0, 512, (1, 24))

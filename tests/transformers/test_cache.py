@@ -11,9 +11,10 @@ import pytest
 import torch
 from transformers import AutoConfig, DynamicCache
 
-from sawkv import CacheFormat, FormatError, LayoutError, SawkvError, UnsupportedError
-from sawkv.calibration import Calibration, model_id
+from sawkv import CacheFormat, FormatError, LayoutError, PagedKVCache, PageLayout, SawkvError, UnsupportedError, append
+from sawkv.calibration import Calibration, LayerCalibration, model_id
 from sawkv.errors import CalibrationError
+from sawkv.feedback import takes_from
 from sawkv.integrations.transformers import SawCache
 from sawkv.integrations.transformers.pages import CROP_MARGIN
 from tests.transformers.models import SMALL, make_model, plain_attention, using
@@ -265,6 +266,35 @@ def test_calibration(attention: str, tmp_path: Path) -> None:
         for each in (plain, centered):
             model(ids, **using(each))
         assert not torch.equal(plain.layers[0].pages.pages, centered.layers[0].pages.pages)
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_feedback_is_in_the_bytes_and_kept(offload: bool) -> None:
+    """Pages of each layer as the reference writes them, with that layer's weights, before and after the batch is reordered."""
+    config = make_model("llama", "sdpa").config
+    weights = torch.randint(-127, 128, (2, 4, 2, 16, 16), dtype=torch.int8) * takes_from(16).to(torch.int8)
+    step = torch.full((4, 2), 1e-3)
+    cache_format = CacheFormat.parse("int4-k16-v16")
+    made = Calibration(cache_format, model_id(config), *torch.randn(2, 4, 2, 16), weights[0], step, weights[1], step)
+    cache = SawCache(config, cache_format, calibration=made, offload=offload)
+    layout = PageLayout(cache_format, 2, 16, 16)
+    written = [[states(2, tokens) for _ in range(4)] for tokens in (32, 16)]
+    for i, layers in enumerate(written):
+        for layer, (k, v) in enumerate(layers):
+            cache.update(k, v, layer)
+        if i == 0:
+            cache.reorder_cache(torch.tensor([1, 0]))
+    for layer, (before, after) in enumerate(zip(*written, strict=True)):
+        wanted = [PagedKVCache.allocate(layout, 3, **vars(given)) for given in (made.layer(layer), LayerCalibration())]
+        for each in wanted:
+            rows = [torch.cat([old[1], new[0]], 1).transpose(0, 1) for old, new in zip(before, after, strict=True)]
+            append(*rows, each, torch.arange(48), backend="reference")
+        cache.layers[layer]._fetch()
+        held = cache.layers[layer].pages
+        got = held.pages.unflatten(0, (-1, 2))[:3, 0]  # pages of the first sequence
+        assert torch.equal(got, wanted[0].pages)
+        assert not torch.equal(got, wanted[1].pages)
+        assert held.fingerprint() == wanted[0].fingerprint()
 
 
 def test_bad_arguments() -> None:

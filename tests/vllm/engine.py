@@ -26,7 +26,8 @@ def run_engine(
 
     Args:
         mutate: `simulate_int4`: fp32 pages hold quantize-dequantized rows; `swap_nibbles`: int4 pages have each byte's nibbles swapped;
-            `lose_v_center`: values are written without their center, which is added all the same when they are read.
+            `lose_v_center`: values are written without their center, which is added all the same when they are read;
+            `by_reference`: the reference writes the pages; `lose_feedback`: it does, without feedback.
         waves: batches of prompts; a wave starts when the one before has ended.
         max_tokens: tokens to generate for each prompt.
         engine_options: passed to `vllm.LLM`.
@@ -97,22 +98,29 @@ def _mutate(kind: str | None) -> None:
     import torch
 
     from sawkv import ops
+    from sawkv.feedback import Feedback
     from sawkv.kernels import reference
     from sawkv.methods import CODECS, IntegerCodec, PassthroughCodec
 
     int4, fp32 = IntegerCodec(4), PassthroughCodec(torch.float32)
 
     class Simulated(PassthroughCodec):
-        def encode(self, y: torch.Tensor) -> tuple[torch.Tensor, None]:
-            return fp32.encode(int4.decode(*int4.encode(y)))
+        def encode(self, y: torch.Tensor, feedback: Feedback | None = None) -> tuple[torch.Tensor, None]:
+            return fp32.encode(int4.decode(*int4.encode(y, feedback)))
 
     class Swapped(IntegerCodec):
-        def encode(self, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-            codes, meta = int4.encode(y)
+        def encode(self, y: torch.Tensor, feedback: Feedback | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+            codes, meta = int4.encode(y, feedback)
             return codes << 4 | codes >> 4, meta
 
     if kind == "lose_v_center":
         ops.append = lambda k, v, cache, slots: reference.append(k, v, replace(cache, v_center=None), slots)
+        return
+    if kind == "lose_feedback":
+        ops.append = lambda k, v, cache, slots: reference.append(k, v, replace(cache, k_feedback=None, v_feedback=None), slots)
+        return
+    if kind == "by_reference":
+        ops.append = reference.append
         return
     if kind == "simulate_int4":
         CODECS["fp32"] = Simulated(torch.float32)

@@ -1,4 +1,5 @@
-"""Centering in real vLLM engines: it changes nothing but the error of quantization, and a file that does not fit is refused at start-up."""
+"""Calibration in real vLLM engines: centers change nothing but the error of quantization, feedback reaches the bytes, and a file that
+does not fit is refused at start-up."""
 
 from __future__ import annotations
 
@@ -11,6 +12,7 @@ from transformers import AutoConfig
 
 from sawkv import CacheFormat
 from sawkv.calibration import Calibration, model_id
+from sawkv.feedback import takes_from
 from tests.vllm.engine import MODEL, run_engine
 
 pytestmark = pytest.mark.vllm
@@ -20,13 +22,18 @@ TOKENS = 64
 PROMPTS = [[[300 + i * 7 % 1700 for i in range(start, start + length)] for start, length in ((0, 40), (9, 300), (5, 1))]]
 
 
-def write_calibration(folder: Path, format_name: str, *, model: str | None = None, scale: float = 3.0) -> str:
-    """A file of large random centers, different for every layer, head and channel."""
+def write_calibration(folder: Path, format_name: str, *, model: str | None = None, scale: float = 3.0, feedback: bool = False) -> str:
+    """A file of large random centers, and if asked for of random feedback, different for every layer, head and channel."""
     config = AutoConfig.from_pretrained(MODEL)
     shape = (2, config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
-    k_center, v_center = scale * torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    random = torch.Generator().manual_seed(1)
+    k_center, v_center = scale * torch.randn(shape, generator=random)
+    fed: dict[str, torch.Tensor] = {}
+    for name in ("k_feedback", "v_feedback") if feedback else ():
+        weights = torch.randint(-127, 128, (*shape[1:], config.head_dim), dtype=torch.int8, generator=random)
+        fed |= {name: weights * takes_from(config.head_dim).to(torch.int8), f"{name}_step": torch.full(shape[1:3], 2e-5)}
     path = folder / f"{format_name}.safetensors"
-    Calibration(CacheFormat.parse(format_name), model or model_id(config), k_center, v_center).save(path)
+    Calibration(CacheFormat.parse(format_name), model or model_id(config), k_center, v_center, **fed).save(path)
     return str(path)
 
 
@@ -60,6 +67,22 @@ def test_centers_are_taken_by_layer_and_rank_and_change_nothing_without_quantiza
     # The control: values written centered and read as if they were not.
     with pytest.raises(AssertionError):
         assert agreed_tokens(plain, engine(calibration=path, mutate="lose_v_center")) > 0.9 * TOKENS * len(PROMPTS[0])
+
+
+def test_feedback_reaches_the_bytes_that_the_engine_writes(tmp_path: Path) -> None:
+    """Log-probabilities to the last bit as where the reference writes, layer by layer and head by head; and others without feedback."""
+    path = write_calibration(tmp_path, "int4-k128-v128", scale=0.1, feedback=True)
+    settings: dict[str, Any] = {
+        "dtype": "float32",
+        "kv_cache_dtype": "int4_per_token_head",
+        "additional_config": {"sawkv": {"calibration": path}},
+    }
+    served, by_reference, without = (
+        run_engine(waves=PROMPTS, max_tokens=12, mutate=mutate, **settings) for mutate in (None, "by_reference", "lose_feedback")
+    )
+    assert "error" not in served, served["error"]
+    assert served["logprobs"] == by_reference["logprobs"]
+    assert served["logprobs"] != without["logprobs"]
 
 
 def test_a_calibration_that_does_not_fit_is_refused_at_start_up(tmp_path: Path) -> None:

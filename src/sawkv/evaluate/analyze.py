@@ -37,8 +37,9 @@ MAX_OUTPUT_ERROR = 0.1
 MIN_ORDER = 16
 """The smallest rotation compared."""
 NAMES = {
-    "default": "balanced and centered",
+    "default": "balanced, centered, with feedback",
     "int4_center": "centered",
+    "int4_center_feedback": "centered, with feedback",
     "int4_center_plain": "centered without rotation",
     "int4_balanced": "balanced",
     "int4_plain": "plain int4",
@@ -119,7 +120,7 @@ class Recommendation:
     Attributes:
         format: name of a cache format.
         balance: whether `sawkv balance` should rewrite the checkpoint first.
-        calibrate: whether centers are worth their file.
+        calibrate: whether centers and feedback are worth their file.
         method: the method measured that this is, or "".
         reason: one sentence an entry.
     """
@@ -133,7 +134,7 @@ class Recommendation:
     @property
     def extras(self) -> str:
         """What goes with the format, for people."""
-        parts = ["balanced channels"] * self.balance + ["centers of K and V"] * self.calibrate
+        parts = ["balanced channels"] * self.balance + ["centers and feedback of K and V"] * self.calibrate
         return f", with {' and '.join(parts)}" if parts else ""
 
     def commands(self) -> list[str]:
@@ -313,7 +314,7 @@ def _candidates(head_dim: int) -> dict[str, tuple[str, bool, bool]]:
     found = {name: (name, False, False) for name in (rotated, f"int4-k{order}-v0", f"int4-k{MIN_ORDER}-v{MIN_ORDER}")}
     return found | {
         "int4_plain": ("int4-k0-v0", False, False),
-        "int4_center": (rotated, False, True),
+        "int4_center_feedback": (rotated, False, True),
         "int4_center_plain": ("int4-k0-v0", False, True),
         "int4_balanced": (rotated, True, False),
         "default": (rotated, True, True),

@@ -41,3 +41,8 @@ class Plan:
                 raise SawkvError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if self.window < 32:
             raise SawkvError(f"window: expected at least 32 tokens, got {self.window}")
+
+    @property
+    def context(self) -> int:
+        """Tokens of the longest sequence that is read: what is learned must hold at all of its positions."""
+        return max([self.window, *(self.recall_lengths if self.recall_count else ())])

@@ -68,7 +68,7 @@ def evaluate(
     if plan.stress > 1:
         apply_stress(loaded.layers, head_dim, plan.stress)
     windows, calibration = source.split(plan.window, -(-plan.tokens // plan.window), -(-plan.calibration_tokens // plan.window))
-    samples = collect_samples(loaded, calibration)
+    samples = collect_samples(loaded, calibration, plan.context)
     caches = {method.name: fit(method, samples) for method in methods}
     del samples
     prompts = _prompts(source, plan)

@@ -9,6 +9,7 @@ from sawkv.errors import FormatError
 from sawkv.evaluate.methods.balanced import Balanced
 from sawkv.evaluate.methods.base import LayerSample, Method, Quantizer, Reader, Sample
 from sawkv.evaluate.methods.centered import Centered
+from sawkv.evaluate.methods.feedback import FedBack
 from sawkv.evaluate.methods.float8 import Float8
 from sawkv.evaluate.methods.hessian import HessianAware
 from sawkv.evaluate.methods.integer import Coded
@@ -38,17 +39,23 @@ def _both(name: str, quantizer: Quantizer, *, calibrated: bool = False, served: 
 
 _INT4 = Coded("int4")
 _ROTATED = Rotated(_INT4)
+_FED_BACK = Rotated(FedBack())
 
 
-_BALANCED = (Balanced(_ROTATED, paired=True, shared=True), Balanced(_ROTATED))
+def _balanced(rotated: Quantizer) -> tuple[Quantizer, Quantizer]:
+    """Of K and of V."""
+    return Balanced(rotated, paired=True, shared=True), Balanced(rotated)
 
 
-# `default`: the format served by default, int4-k128-v128 at head_dim 128, with the centers of `sawkv calibrate`, from a checkpoint that
-# `sawkv balance` wrote. Without the latter it is `int4_center`, without either `int4`.
+_BALANCED = _balanced(_ROTATED)
+_BALANCED_FED_BACK = _balanced(_FED_BACK)
+
+# `default`: the format served by default, int4-k128-v128 at head_dim 128, with the centers and the feedback of `sawkv calibrate`, from a
+# checkpoint that `sawkv balance` wrote. Without the latter it is `int4_center_feedback`, without either `int4`.
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("default", Centered(_BALANCED[0]), Centered(_BALANCED[1]), calibrated=True, served="sawkv"),
+        Method("default", Centered(_BALANCED_FED_BACK[0]), Centered(_BALANCED_FED_BACK[1]), calibrated=True, served="sawkv"),
         _both("fp8", Float8(), calibrated=True, served="vllm"),
         _both("vllm_int4_per_token_head", VllmInt4(), served="vllm"),
         served_format(CacheFormat("int8", 0, 0), "int8_plain"),
@@ -56,6 +63,7 @@ METHODS: dict[str, Method] = {
         _both("int4_signs", Rotated(_INT4, signs=True)),
         _both("int4_range_search", Rotated(RangeSearched())),
         _both("int4_center", Centered(_ROTATED), calibrated=True, served="sawkv"),
+        _both("int4_center_feedback", Centered(_FED_BACK), calibrated=True, served="sawkv"),
         Method("int4_center_k", Centered(_ROTATED), _ROTATED, calibrated=True, served="sawkv"),
         Method("int4_center_v", _ROTATED, Centered(_ROTATED), calibrated=True, served="sawkv"),
         _both("int4_center_range_search", Centered(Rotated(RangeSearched())), calibrated=True),

@@ -16,7 +16,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from sawkv import ops
 from sawkv.cache import PagedKVCache
-from sawkv.calibration import Calibration, model_id
+from sawkv.calibration import Calibration, LayerCalibration, model_id
 from sawkv.errors import LayoutError, UnsupportedError
 from sawkv.integrations.transformers.pages import Paging
 from sawkv.kernels import select_backend
@@ -69,7 +69,7 @@ class SawCache(Cache):
         max_cache_len: allocate for this many tokens at once, so that `generate` compiles the decoding step (to CUDA graphs, by default).
             None grows as needed, and is not compiled.
         exact_prefill: let the attention of a fresh prompt see its exact K and V. Its output then depends on how it was cut into passes.
-        calibration: centers of this model, from `sawkv calibrate`, or their file.
+        calibration: centers and feedback of this model, from `sawkv calibrate`, or their file.
         offload: keep pages in the host's memory, and bring those of one layer at a time to the device.
         backend: kernels by name, from `sawkv info`; None chooses the fastest.
 
@@ -175,7 +175,7 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self._held = 0, 0  # first_page and num_pages of self.pages
         self._home: torch.Tensor | None = None  # bytes of offloaded pages between passes, and which they are
         self._home_held = 0, 0
-        self._centers: tuple[torch.Tensor | None, torch.Tensor | None] = None, None
+        self._calibration = LayerCalibration()
 
     def __repr__(self) -> str:
         return f"SawLayer({self._settings.format}, window={self.window})"
@@ -224,8 +224,7 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
                 num_kv_heads=num_kv_heads,
                 head_dim=head_dim,
             )
-            k_center, v_center = settings.calibration.centers(self.index)
-            self._centers = (None if k_center is None else k_center.to(device)), (None if v_center is None else v_center.to(device))
+            self._calibration = settings.calibration.layer(self.index).to(device)
         self.hold(self.paging.first_page, self.paging.num_pages)
         if settings.offload:
             self._store(0)
@@ -274,7 +273,7 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             UnsupportedError: centered keys, which a soft-cap or sinks would notice.
         """
         paging = self.paging
-        if self._centers[0] is not None and (softcap or sinks is not None):
+        if self._calibration.k_center is not None and (softcap or sinks is not None):
             raise UnsupportedError("sawkv calibration: centered keys change a softmax with attention sinks or a logit soft-cap")
         batch_size, num_q_heads, num_new, head_dim = query.shape
         assert self.pages is not None
@@ -315,7 +314,7 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if self.pages is not None and self._held == (first_page, num_pages):
             return
         paging = self.paging
-        pages = PagedKVCache.allocate(paging.layout, num_pages * paging.batch_size, paging.device, *self._centers)
+        pages = PagedKVCache.allocate(paging.layout, num_pages * paging.batch_size, paging.device, **vars(self._calibration))
         if self.pages is not None:
             size, first = paging.batch_size, max(first_page, self._held[0])
             end = max(first, min(first_page + num_pages, sum(self._held)))
@@ -334,7 +333,7 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Bring offloaded pages to the device. Like `_store` in the order of its stream, so nothing waits."""
         if self.pages is None and self._home is not None:
             pages = torch.empty_like(self._home, device=self.paging.device).copy_(self._home, non_blocking=True)
-            self.pages = PagedKVCache(pages, self.paging.layout, *self._centers)
+            self.pages = PagedKVCache(pages, self.paging.layout, **vars(self._calibration))
 
     @torch.inference_mode(False)
     def _store(self, first_row: int) -> None:
@@ -405,7 +404,7 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if self._settings.max_len is not None and taken.shape == old.shape:
             old.copy_(taken)
         else:
-            self.pages = PagedKVCache(taken.flatten(0, 1), pages.layout, *self._centers)
+            self.pages = PagedKVCache(taken.flatten(0, 1), pages.layout, **vars(self._calibration))
         if self._settings.offload:
             self._store(0)
         if self.is_first:

@@ -31,7 +31,7 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from sawkv import ops
 from sawkv.cache import PagedKVCache
-from sawkv.calibration import Calibration, model_id
+from sawkv.calibration import Calibration, LayerCalibration, model_id
 from sawkv.errors import CalibrationError, SawkvError, UnsupportedError
 from sawkv.integrations.vllm.config import KV_CACHE_DTYPE_CODECS, SawConfig
 from sawkv.integrations.vllm.contract import check_contract
@@ -79,7 +79,7 @@ class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
         layers = vllm_config.compilation_config.static_forward_context
         self._impls: list[SawAttentionImpl] = [layers[name].impl for name in layer_names]
         for name, impl in zip(layer_names, self._impls, strict=True):
-            impl.take_centers(name)
+            impl.take_calibration(name)
         self._plans: dict[PlanKey, DecodePlan] = {}
         self._reader = self._make_reader(layers, vllm_config.parallel_config.rank)
         self._workspace_tokens = workspace_tokens(vllm_config)
@@ -166,13 +166,13 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
         self.reader: CounterReader | None = None
         self._cache: PagedKVCache | None = None
         self._kv_cache: torch.Tensor | None = None
-        self._centers: tuple[torch.Tensor | None, torch.Tensor | None] | None = (None, None)
+        self._layer_calibration: LayerCalibration | None = LayerCalibration()
         self._format = _check_supported(
             vllm_config, config, head_size, attn_type, alibi_slopes is not None, sliding_window is not None, other_arguments
         )
         if config.calibration is not None:
             _check_calibration(config.calibration, self, vllm_config)
-            self._centers = None  # until the layer's name is known
+            self._layer_calibration = None  # until the layer's name is known
         self._calibration = config.calibration
         self._tp_rank, self._tp_size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
         _announce(self._format, head_size, self.num_kv_heads, vllm_config, config.calibration)
@@ -233,31 +233,31 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
     def layout(self, block_size: int) -> PageLayout:
         return PageLayout(self._format, self.num_kv_heads, self.head_size, block_size)
 
-    def take_centers(self, layer_name: str) -> None:
-        """Pick this layer's and this rank's centers out of the calibration, once vLLM has told the layer's name.
+    def take_calibration(self, layer_name: str) -> None:
+        """Pick what is this layer's and this rank's out of the calibration, once vLLM has told the layer's name.
 
         Raises:
             CalibrationError: the calibration has no such layer.
         """
-        if self._calibration is None or self._centers is not None:
+        if self._calibration is None or self._layer_calibration is not None:
             return
         name = self.kv_sharing_target_layer_name or layer_name  # whose pages this layer reads
         indices = [int(part) for part in name.split(".") if part.isdigit()]
         if len(indices) != 1:
             raise CalibrationError(f"sawkv calibration: expected a layer name with one index, got {name}")
         first = self._tp_rank * self._calibration.num_kv_heads // self._tp_size  # ranks beyond the heads share one, as vLLM replicates it
-        self._centers = self._calibration.centers(indices[0], slice(first, first + self.num_kv_heads))
+        self._layer_calibration = self._calibration.layer(indices[0], slice(first, first + self.num_kv_heads))
 
     def _bind(self, kv_cache: torch.Tensor) -> PagedKVCache:
         """The pages that vLLM handed over, checked once and again whenever they change (after a wake-up, say)."""
         if self._cache is None or self._kv_cache is not kv_cache:
-            if self._centers is None:
+            if self._layer_calibration is None:
                 raise CalibrationError("sawkv calibration: vLLM runs a layer that it did not name at start-up")
             # Copied here and not at start-up: vLLM's sleep mode discards what is allocated while it loads weights or makes the cache.
-            k_center, v_center = (None if center is None else center.to(kv_cache.device) for center in self._centers)
-            self._centers = k_center, v_center
+            self._layer_calibration = self._layer_calibration.to(kv_cache.device)
             counters = None if self.reader is None else self.reader.counters
-            self._cache = PagedKVCache(kv_cache.view(torch.uint8), self.layout(kv_cache.shape[2]), k_center, v_center, counters=counters)
+            layout = self.layout(kv_cache.shape[2])
+            self._cache = PagedKVCache(kv_cache.view(torch.uint8), layout, **vars(self._layer_calibration), counters=counters)
             self._kv_cache = kv_cache
         return self._cache
 
@@ -401,7 +401,7 @@ def _announce(
         layout.token_bytes,
         4 * head_size,
         backend.name,
-        "" if calibration is None else f", centered by calibration {calibration.fingerprint()}",
+        "" if calibration is None else f", calibrated by {calibration.fingerprint()}",
     )
     if backend.name == "reference":
         logger.warning("sawkv: there are no fast kernels here (`sawkv info` says why): attention is correct but very slow")

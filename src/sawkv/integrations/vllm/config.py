@@ -28,7 +28,7 @@ class SawConfig:
 
     Attributes:
         format: the cache format; without one, that of the calibration, or the default of int4 or int8 as `--kv-cache-dtype` says.
-        calibration: centers of K and V, from the file that the key `calibration` names; None centers nothing.
+        calibration: centers and feedback of K and V, from the file that the key `calibration` names, or None.
     """
 
     format: CacheFormat

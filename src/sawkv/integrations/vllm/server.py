@@ -20,7 +20,7 @@ from sawkv.spec import CacheFormat
 
 
 def engine_options(cache_format: CacheFormat, calibration: str | Path | None = None) -> dict[str, Any]:
-    """Arguments of `vllm.LLM`, or of its server with dashes, that store KV caches in `cache_format`, centered by a calibration file."""
+    """Arguments of `vllm.LLM`, or of its server with dashes, that store KV caches in `cache_format`, with what a calibration file says."""
     dtype = next((dtype for dtype, codec in KV_CACHE_DTYPE_CODECS.items() if codec == cache_format.codec), "auto")
     settings = {"format": str(cache_format)} | ({} if calibration is None else {"calibration": str(Path(calibration).resolve())})
     options: dict[str, Any] = {"kv_cache_dtype": dtype, "additional_config": {"sawkv": settings}}
