@@ -82,9 +82,10 @@ def test_what_does_not_help_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None
 def test_feedback_lowers_the_error_of_scores_and_outputs_read_from_pages() -> None:
     """Held-out rows through pages, with and without the feedback of the file; costs by their definitions, from the model's own modules."""
     model, ids = EvalModel(make_model(8.0, 4.0)), windows(1)
-    for module in model.layers:  # outputs of few directions, as trained models have them
-        weight = module.get_parameter("o_proj.weight")
-        weight.copy_(weight[:, :8] @ torch.randn(8, 128) / 4)
+    for module in model.layers:  # queries and outputs of few directions, as trained models have them
+        for name in ("q_proj.weight", "o_proj.weight"):
+            weight = module.get_parameter(name)
+            weight.copy_(torch.randn(weight.shape[0], 4) @ torch.randn(4, weight.shape[1]) / 16)
     made, savings = calibrate.calibrate(model, INT4, windows(8), windows(2), 64)
     bare, _ = calibrate.calibrate(model, INT4, windows(8), windows(2), 64, feedback=False)
     assert bare.k_feedback is bare.v_feedback is None
