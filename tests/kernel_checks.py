@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from sawkv import CacheFormat, PagedKVCache, PageLayout, append, decode_attention, gather
-from sawkv.feedback import Feedback, channel_blocks
+from sawkv.feedback import Feedback, channel_blocks, takes_from
 from tests.conftest import Batch, make_batch, relative_error
 
 MAX_ERROR = 5e-3
@@ -20,8 +20,7 @@ MAX_LSE_ERROR = 5e-3
 
 def random_feedback(num_kv_heads: int, head_dim: int, device: str) -> Feedback:
     """Weights of any 8 bits where there may be some. Heads in turn are moved by tenths of a code, by codes, and far beyond all codes."""
-    block = channel_blocks(head_dim)
-    weights = torch.randint(-128, 128, (num_kv_heads, head_dim, head_dim)) * (block[:, None] > block)
+    weights = torch.randint(-128, 128, (num_kv_heads, head_dim, head_dim)) * takes_from(head_dim)
     step = torch.tensor([1e-5, 3e-4, 1e-2])[torch.arange(num_kv_heads) % 3] * (0.5 + torch.rand(num_kv_heads))
     return Feedback(weights.to(device, torch.int8), step.to(device))
 
@@ -91,6 +90,24 @@ def check_wrong_feedback_is_noticed(backend: str, device: str) -> None:
     }
     for name, feedback in wrong.items():
         assert not torch.equal(written(feedback, backend), want), name
+
+
+def check_feedback_ends_where_scales_saturate(backend: str, device: str) -> None:
+    """Of rows whose largest scale is that of fp16, those within it take feedback, and those beyond do not."""
+    layout = PageLayout(CacheFormat.parse("int4-k0-v0"), 2, 64, 16)
+    scales = torch.tensor([65473, 65503, 65504 * (1 + 2**-20), 65510, 1e6], device=device)
+    k, v = torch.rand(2, 5, 2, 64, device=device).clamp(0.02, 0.98)
+    k[..., 3] = v[..., 5] = 0
+    k[..., 9] = v[..., 8] = 1  # so that the range is 15 scales
+    k, v = (x * (15 * scales)[:, None, None] for x in (k, v))
+    pages = torch.zeros(3, *layout.pages_shape(1), dtype=torch.uint8, device=device)
+    feedback = random_feedback(2, 64, device)
+    for i, (name, used) in enumerate(((backend, feedback), ("reference", feedback), (backend, None))):
+        append(k, v, PagedKVCache(pages[i], layout, None, None, used, used), torch.arange(5, device=device), backend=name)
+    assert torch.equal(pages[0], pages[1])
+    k_plane = slice(0, 16 * layout.row_bytes)
+    differ = (pages[0] != pages[2])[0, :, :].flatten(1)[:, k_plane].view(2, 16, -1).any(-1)[:, :5]
+    assert differ.tolist() == [[True, True, False, False, False]] * 2
 
 
 def starts_of(lengths: Sequence[int], device: str) -> torch.Tensor:

@@ -11,16 +11,18 @@ from sawkv import CacheFormat, LayoutError, PagedKVCache, PageLayout, append, ga
 from sawkv.counters import COLUMNS, SAMPLE, is_sampled, new_counters
 from sawkv.rotation import rotate
 from tests.conftest import relative_error
+from tests.kernel_checks import random_feedback
 
 PAGES = 1200  # enough slots for some twenty sampled ones
 BAD_SLOTS = torch.tensor([1, 17, 34, 51, 68])  # not sampled
 
 
-def counting_cache(format_name: str, head_dim: int = 64) -> PagedKVCache:
+def counting_cache(format_name: str, head_dim: int = 64, *, fed_back: bool = False) -> PagedKVCache:
     layout = PageLayout(CacheFormat.parse(format_name), 2, head_dim, 16)
     pages = torch.full(layout.pages_shape(PAGES), 0xFF, dtype=torch.uint8)
     center = torch.randn(2, head_dim)
-    return PagedKVCache(pages, layout, center, counters=new_counters("cpu"))
+    feedbacks = [random_feedback(2, head_dim, "cpu") if fed_back else None for _ in range(2)]
+    return PagedKVCache(pages, layout, center, None, *feedbacks, new_counters("cpu"))
 
 
 def column(cache: PagedKVCache, name: str) -> list[float]:
@@ -39,9 +41,9 @@ def test_a_slot_in_1024_is_sampled_in_any_range_and_at_any_offset() -> None:
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize("format_name", ["int4", "int8", "fp16-k16-v16"])
-def test_counts_are_those_of_the_rows_written(format_name: str, backend: str) -> None:
-    cache = counting_cache(format_name)
+@pytest.mark.parametrize(("format_name", "fed_back"), [("int4", False), ("int4", True), ("int8", False), ("fp16-k16-v16", False)])
+def test_counts_are_those_of_the_rows_written(format_name: str, fed_back: bool, backend: str) -> None:
+    cache = counting_cache(format_name, fed_back=fed_back)
     slots = torch.randperm(PAGES * 16 + 500)[: PAGES * 16] - 250  # some are out of range on either side
     k, v = torch.randn(2, PAGES * 16, 2, 64) + 2
     k[3, 0, 5], k[5, 1, 6], v[7] = math.nan, math.inf, -math.inf
@@ -70,6 +72,8 @@ def test_counts_are_those_of_the_rows_written(format_name: str, backend: str) ->
         error, norm = read[line][slots[used]] - x[used], x[used] - center  # type: ignore[operator]
         assert column(cache, "squared_error")[line] == pytest.approx(float(error.double().square().sum()), rel=1e-3)
         assert column(cache, "squared_norm")[line] == pytest.approx(float(norm.double().square().sum()), rel=1e-5)
+        if fed_back:  # codes that are moved far err by more than half a scale
+            assert column(cache, "squared_error")[line] > 0.1 * column(cache, "squared_norm")[line]
 
 
 def test_the_sampled_error_is_that_of_the_format() -> None:

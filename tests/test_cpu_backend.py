@@ -12,7 +12,7 @@ from sawkv import CacheFormat, PagedKVCache, PageLayout, UnsupportedError, appen
 from sawkv.kernels import reference, unsupported_reason
 from sawkv.kernels.cpu import build
 from tests.conftest import Batch, make_batch, relative_error
-from tests.kernel_checks import check_append, check_wrong_feedback_is_noticed
+from tests.kernel_checks import check_append, check_feedback_ends_where_scales_saturate, check_wrong_feedback_is_noticed
 
 HEAD_DIMS = [16, 64, 80, 96, 112, 128, 192, 256]
 FORMATS = ["int4", "int8", "bf16", "fp16-k16-v16", "fp32-k16-v0"]
@@ -57,6 +57,10 @@ def test_append_with_feedback(head_dim: int, dtype: torch.dtype, feedback: str) 
 
 def test_wrong_feedback_is_noticed() -> None:
     check_wrong_feedback_is_noticed("cpu", "cpu")
+
+
+def test_feedback_ends_where_scales_saturate() -> None:
+    check_feedback_ends_where_scales_saturate("cpu", "cpu")
 
 
 def attend(batch: Batch, q: torch.Tensor, starts: torch.Tensor, backend: str, **options: object) -> tuple[torch.Tensor, torch.Tensor]:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sawkv import CacheFormat, FormatError, PagedKVCache, PageLayout, append
+from sawkv.feedback import Feedback
 from sawkv.kernels import reference
 from sawkv.methods import CODECS, IntegerCodec
 from sawkv.rotation import hadamard_matrix, rotate
@@ -169,6 +170,25 @@ def test_golden_bytes() -> None:
     assert not cache.pages[0].any()
 
 
+def test_golden_feedback() -> None:
+    """The hand-computed row 0..15, but 1.25 in channels 1 and 2: both have code 1, and an error of 16 steps."""
+    layout = PageLayout(CacheFormat.parse("int4-k0-v0"), 1, 16, 16)
+    weights = torch.zeros(1, 16, 16, dtype=torch.int8)
+    weights[0, 4, 1] = 64  # channel 4 takes 16 * 64 / 512 = 2 codes of channel 1,
+    weights[0, 12, 1], weights[0, 12, 2] = -127, 7  # channel 12 takes 16 * (7 - 127) / 512 = -3.75,
+    weights[0, 13, 2] = 127  # and channel 13 takes 3.97, which leads beyond 15
+    weights[0, 6, 8] = 100  # channel 8 has no error
+    feedback = Feedback(weights, torch.tensor([1 / 512]))
+    cache = PagedKVCache.allocate(layout, 1, v_feedback=feedback)
+    row = torch.arange(16.0).view(1, 1, 16)
+    row[..., 1:3] = 1.25
+    append(row, row, cache, torch.tensor([0]), backend="reference")
+    k_codes, k_meta, v_codes, v_meta = (plane[0, 0, 0].tolist() for plane in reference.planes(cache))
+    assert k_meta == v_meta == [0x00, 0x3C, 0x00, 0x00]  # fp16 1.0, then 0.0
+    assert k_codes == [0x10, 0x31, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE]
+    assert v_codes == [0x10, 0x31, 0x56, 0x76, 0x98, 0xBA, 0xF8, 0xFE]
+
+
 def test_golden_rotation_and_swizzle() -> None:
     """A unit vector rotates to the constant 128 ** -0.5, whose bytes are known; V's segments of token 2 are stored at s ^ 1."""
     layout = PageLayout(CacheFormat.parse("int4-k128-v0"), 1, 128, 16)
@@ -215,10 +235,15 @@ def test_slots_are_a_bijection_onto_page_and_offset(page: int, offset: int) -> N
 
 
 def test_fingerprint_changes_with_everything_that_changes_the_bytes() -> None:
-    def fingerprint(name: str = "int4-k64-v64", head_dim: int = 64, page_size: int = 16, k_center: float | None = None) -> str:
+    def fingerprint(
+        name: str = "int4-k64-v64", head_dim: int = 64, page_size: int = 16, k_center: float | None = None, **feedbacks: Feedback
+    ) -> str:
         layout = PageLayout(CacheFormat.parse(name), 2, head_dim, page_size)
         center = None if k_center is None else torch.full((2, head_dim), k_center)
-        return PagedKVCache.allocate(layout, 1, k_center=center).fingerprint()
+        return PagedKVCache.allocate(layout, 1, k_center=center, **feedbacks).fingerprint()
+
+    weights, step = torch.zeros(2, 64, 64, dtype=torch.int8), torch.ones(2)
+    feedback = Feedback(weights, step)
 
     same = fingerprint("int4")
     assert same == fingerprint()
@@ -230,5 +255,10 @@ def test_fingerprint_changes_with_everything_that_changes_the_bytes() -> None:
         fingerprint(page_size=32),
         fingerprint(k_center=0.0),
         fingerprint(k_center=1.0),
+        fingerprint(k_feedback=feedback),
+        fingerprint(v_feedback=feedback),
+        fingerprint(k_feedback=feedback, v_feedback=feedback),
+        fingerprint(k_feedback=Feedback(weights + 1, step)),
+        fingerprint(k_feedback=Feedback(weights, 2 * step)),
     ]
     assert len({same, *others}) == len(others) + 1

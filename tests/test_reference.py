@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
-from sawkv import LayoutError, PagedKVCache, UnsupportedError, append, decode_attention, gather
-from sawkv.rotation import rotate
+from sawkv import CacheFormat, LayoutError, PagedKVCache, PageLayout, UnsupportedError, append, decode_attention, gather
+from sawkv.feedback import Feedback, fit_feedback
+from sawkv.kernels import reference
+from sawkv.rotation import hadamard_matrix, rotate
 from tests.conftest import Batch, make_batch, relative_error
+from tests.kernel_checks import random_feedback
 
 LENGTHS = [1, 0, 15, 16, 17, 33, 64]
 
@@ -121,6 +127,123 @@ def test_nan_stays_in_its_own_token_and_head() -> None:
     assert bad[10:20, 2:].all(), "queries at and after the token, in the heads of its KV head"
     bad[10:20, 2:] = False
     assert not bad.any()
+
+
+def nearest_fp32(x: Fraction) -> float:
+    """Rounded once, half to even."""
+    about = np.float32(float(x))
+    near = (np.nextafter(about, np.float32(-np.inf)), about, np.nextafter(about, np.float32(np.inf)))
+    return float(min(near, key=lambda y: (abs(Fraction(float(y)) - x), int(y.view(np.uint32)) % 2)))
+
+
+def codes_by_the_rule(y: list[float], scale: float, zero_point: float, weights: list[list[int]], step: float) -> list[int]:
+    """Step 5 of docs/format.md, one channel after the other, in exact arithmetic."""
+    inverse, codes, errors = nearest_fp32(1 / Fraction(scale)), [0] * len(y), [0] * len(y)
+    block_of = [2 * (c // 32) + (c % 8) // 4 for c in range(len(y))]
+    for j in sorted(range(len(y)), key=lambda c: block_of[c]):
+        total = sum(weights[j][i] * errors[i] for i in range(len(y)) if block_of[i] < block_of[j])
+        t = nearest_fp32(Fraction(y[j]) * Fraction(inverse) + Fraction(zero_point))
+        t = nearest_fp32(total * Fraction(step) + Fraction(t))
+        codes[j] = min(max(round(Fraction(t)), 0), 15)  # half to even
+        errors[j] = min(max(round((Fraction(t) - codes[j]) * 64), -127), 127)
+    return codes
+
+
+@pytest.mark.parametrize("head_dim", [16, 48, 80, 128])
+def test_feedback_is_the_rule(head_dim: int) -> None:
+    layout = PageLayout(CacheFormat.parse("int4-k0-v0"), 3, head_dim, 16)
+    feedback = random_feedback(3, head_dim, "cpu")
+    cache = PagedKVCache.allocate(layout, 1, k_feedback=feedback)
+    k = torch.randn(4, 3, head_dim) * torch.tensor([1e-6, 1, 30, 1e5])[:, None, None] + torch.randn(4, 3, 1)
+    append(k, k, cache, torch.arange(4), backend="reference")
+    k_codes, k_meta, v_codes, v_meta = (plane[0, :, :4] for plane in reference.planes(cache))
+    assert torch.equal(k_meta, v_meta), "scale and zero point know of no feedback"
+    v_codes = reference.swizzle_segments(v_codes, torch.arange(4), layout)
+    as_v = 0
+    for head in range(3):
+        weights, step = feedback.weights[head].tolist(), float(feedback.step[head])
+        for token in range(4):
+            scale, zero_point = k_meta[head, token].view(torch.float16).tolist()
+            codes = codes_by_the_rule(k[token, head].tolist(), scale, zero_point, weights, step)
+            want = torch.tensor([low | high << 4 for low, high in zip(codes[::2], codes[1::2], strict=True)], dtype=torch.uint8)
+            assert torch.equal(k_codes[head, token], want)
+            as_v += torch.equal(v_codes[head, token], want)
+    assert as_v < 6, "the control: V has no feedback"
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf, 1e30])
+def test_rows_that_take_no_feedback(poison: float) -> None:
+    """Those that are not finite, or whose scale saturates; and they change no row beside them."""
+    layout = PageLayout(CacheFormat("int4"), 2, 64, 16)
+    feedback = random_feedback(2, 64, "cpu")
+    plain, moved = (PagedKVCache(torch.zeros(layout.pages_shape(1), dtype=torch.uint8), layout, None, None, f, f) for f in (None, feedback))
+    clean = replace(moved, pages=moved.pages.clone())
+    k = torch.randn(3, 2, 64)
+    append(k, k, clean, torch.arange(3), backend="reference")
+    k[1, 0, 5] = poison
+    for cache in (plain, moved):
+        append(k, k, cache, torch.arange(3), backend="reference")
+    for poisoned, alone, without in zip(*map(reference.planes, (moved, clean, plain)), strict=True):
+        assert torch.equal(poisoned[0, 0, 1], without[0, 0, 1])
+        others = torch.ones(2, 16, dtype=torch.bool)
+        others[0, 1] = False
+        assert torch.equal(poisoned[0][others], alone[0][others])
+
+
+@pytest.mark.parametrize("head_dim", [80, 128])
+def test_fitted_feedback_makes_errors_cost_less(head_dim: int) -> None:
+    """Errors of scores of queries that lie mostly in some directions. What reads the pages knows of no feedback."""
+    layout = PageLayout(CacheFormat("int4").resolve(head_dim), 2, head_dim, 16)
+    spread = torch.logspace(0, -2, head_dim)[:, None] * torch.linalg.qr(torch.randn(2, head_dim, head_dim))[0]
+    q = torch.randn(2, 4000, head_dim) @ spread
+    h = torch.block_diag(*[hadamard_matrix(layout.k_rotation_order)] * (head_dim // layout.k_rotation_order))
+    feedback = fit_feedback(h @ (q.mT @ q / 4000).double() @ h)
+    backwards = Feedback(-feedback.weights, feedback.step)
+    k = torch.randn(512, 2, head_dim) * (0.2 + torch.rand(head_dim))
+    table, length, start = torch.arange(32, dtype=torch.int32)[None], torch.tensor([512]).int(), torch.tensor([0, 512]).int()
+    costs, errors, values = [], [], []
+    for used in (None, feedback, backwards):
+        cache = PagedKVCache(torch.zeros(layout.pages_shape(32), dtype=torch.uint8), layout, k_feedback=used)
+        append(k, k, cache, torch.arange(512), backend="reference")
+        read = torch.empty(2, 512, 2, head_dim)
+        gather(PagedKVCache(cache.pages, layout), table, length, start, *read, rotated=False, backend="reference")
+        costs.append(float(torch.einsum("hqd,khd->hqk", q, read[0] - k).square().mean()))
+        errors.append(relative_error(read[0], k))
+        values.append(read[1])
+    assert costs[1] < 0.5 * costs[0]
+    assert costs[2] > costs[0], "the control"
+    assert errors[0] < errors[1] < 2 * errors[0], "the errors themselves grow"
+    assert torch.equal(values[0], values[1]), "V has no feedback"
+
+
+def test_feedback_of_no_weight_changes_no_byte() -> None:
+    batch = make_batch("int4", [40])
+    pages = torch.full_like(batch.cache.pages, 0xFF)
+    nothing = Feedback(torch.zeros(2, 128, 128, dtype=torch.int8), torch.ones(2))
+    position = torch.arange(40)
+    slots = batch.block_table[0, position // 16].long() * 16 + position % 16
+    append(batch.k[0], batch.v[0], PagedKVCache(pages, batch.cache.layout, None, None, nothing, nothing), slots, backend="reference")
+    assert torch.equal(pages, batch.cache.pages)
+
+
+def test_feedback_that_does_not_fit_is_refused() -> None:
+    weights, step = torch.zeros(2, 128, 128, dtype=torch.int8), torch.zeros(2)
+    for wrong in (weights.float(), weights[0], weights[:, :64], weights.mT):
+        with pytest.raises(LayoutError, match="feedback weights: expected contiguous int8"):
+            Feedback(wrong, step)
+    for wrong in (step.double(), torch.zeros(3), torch.zeros(2, 1), torch.zeros(4)[::2]):
+        with pytest.raises(LayoutError, match="feedback step: expected contiguous float32 \\[2\\]"):
+            Feedback(weights, wrong)
+    with pytest.raises(LayoutError, match="on one device, got cpu and meta"):
+        Feedback(weights, step.to("meta"))
+    for name, (codec, head_dim), message in (
+        ("k_feedback", ("int8", 128), "k_feedback: expected an int4 format, got int8-k128-v128"),
+        ("v_feedback", ("bf16", 128), "v_feedback: expected an int4 format, got bf16"),
+        ("v_feedback", ("int4", 64), "v_feedback: expected weights \\[2, 64, 64\\] on cpu, got \\[2, 128, 128\\]"),
+    ):
+        cache = PagedKVCache.allocate(PageLayout(CacheFormat(codec), 2, head_dim, 16), 1)
+        with pytest.raises(LayoutError, match=message):
+            replace(cache, **{name: Feedback(weights, step)})
 
 
 @pytest.mark.parametrize("slot", [-1, -7, 3 * 16, 2**40])

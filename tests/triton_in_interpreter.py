@@ -15,6 +15,7 @@ from tests.kernel_checks import (
     attend,
     check_append,
     check_attention,
+    check_feedback_ends_where_scales_saturate,
     check_gather,
     check_wrong_feedback_is_noticed,
     compare_attention,
@@ -73,6 +74,10 @@ def test_append_with_feedback(head_dim: int, dtype: torch.dtype, feedback: str) 
 
 def test_wrong_feedback_is_noticed() -> None:
     check_wrong_feedback_is_noticed("triton", "cpu")
+
+
+def test_feedback_ends_where_scales_saturate() -> None:
+    check_feedback_ends_where_scales_saturate("triton", "cpu")
 
 
 @pytest.mark.parametrize("head_dim", [80, 128])

@@ -15,6 +15,7 @@ from tests.kernel_checks import (
     attend,
     check_append,
     check_attention,
+    check_feedback_ends_where_scales_saturate,
     check_gather,
     check_wrong_feedback_is_noticed,
     compare_attention,
@@ -69,6 +70,11 @@ def test_append_with_feedback(backend: str, feedback: str, head_dim: int) -> Non
 
 def test_wrong_feedback_is_noticed(backend: str) -> None:
     check_wrong_feedback_is_noticed(backend, DEVICE)
+
+
+def test_feedback_ends_where_scales_saturate(backend: str) -> None:
+    skip_unless_supported(backend, "int4-k0-v0", 64)
+    check_feedback_ends_where_scales_saturate(backend, DEVICE)
 
 
 @pytest.mark.parametrize(
