@@ -195,7 +195,7 @@ class Engine:
 def _has_gpu() -> bool:
     import torch
 
-    return torch.cuda.is_available()
+    return torch.cuda.device_count() > 0  # is_available() would start CUDA here, and vLLM could not fork
 
 
 def _sampling(max_tokens: int) -> Any:
