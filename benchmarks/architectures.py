@@ -48,7 +48,8 @@ SHRUNK: Final[dict[str, Any]] = {
 SHRUNK_BY_NAME: Final[dict[str, dict[str, Any]]] = {
     "glm-4.7": {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "first_k_dense_replace": 1},
     "llama-3-8b": {"head_dim": 128},
-    "qwen2.5-7b": {"hidden_size": 1792, "num_attention_heads": 14, "num_key_value_heads": 2},  # head_dim is their ratio
+    # head_dim is the ratio of these; scores as large as the other models'
+    "qwen2.5-7b": {"hidden_size": 1792, "num_attention_heads": 14, "num_key_value_heads": 2, "initializer_range": 0.1 * (256 / 1792) ** 0.5},
     "mistral-7b": {"sliding_window": WINDOW},
     "gemma-2-9b": {"sliding_window": WINDOW},
     "gemma-3-1b": {"sliding_window": WINDOW, "num_hidden_layers": 6},
