@@ -52,6 +52,7 @@ def check_append(
         fused[5, :, 1, 2] = math.nan
         fused[6, :, 0, 0] = -math.inf
         fused[8] = 3e38 if dtype != torch.float16 else 6e4
+        fused[10] = 1e30 * torch.randn(5, 3, head_dim)
     fused[7, :, 2, 0] = 1000
     fused[9, ..., ::2] *= -0.0
     k, v = fused.to(device, dtype)[:, 1], fused.to(device, dtype)[:, 3]  # strided views, as engines give them
@@ -101,12 +102,12 @@ def check_feedback_ends_where_scales_saturate(backend: str, device: str) -> None
     k[..., 9] = v[..., 8] = 1  # so that the range is 15 scales
     k, v = (x * (15 * scales)[:, None, None] for x in (k, v))
     pages = torch.zeros(3, *layout.pages_shape(1), dtype=torch.uint8, device=device)
-    feedback = random_feedback(2, 64, device)
+    feedback = Feedback(random_feedback(2, 64, device).weights, torch.full((2,), 1e-3, device=device))  # by codes
     for i, (name, used) in enumerate(((backend, feedback), ("reference", feedback), (backend, None))):
         append(k, v, PagedKVCache(pages[i], layout, None, None, used, used), torch.arange(5, device=device), backend=name)
     assert torch.equal(pages[0], pages[1])
     k_plane = slice(0, 16 * layout.row_bytes)
-    differ = (pages[0] != pages[2])[0, :, :].flatten(1)[:, k_plane].view(2, 16, -1).any(-1)[:, :5]
+    differ = (pages[0] != pages[2])[0].flatten(1)[:, k_plane].view(2, 16, -1)[:, :5].any(-1)
     assert differ.tolist() == [[True, True, False, False, False]] * 2
 
 

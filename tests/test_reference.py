@@ -168,7 +168,7 @@ def test_feedback_is_the_rule(head_dim: int) -> None:
             want = torch.tensor([low | high << 4 for low, high in zip(codes[::2], codes[1::2], strict=True)], dtype=torch.uint8)
             assert torch.equal(k_codes[head, token], want)
             as_v += torch.equal(v_codes[head, token], want)
-    assert as_v < 6, "the control: V has no feedback"
+    assert as_v < 9, "the control: V has no feedback"
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf, 1e30])
