@@ -108,11 +108,19 @@ def test_a_page_holds_every_method_and_asks_for_nothing() -> None:
     page = report.render([make_evaluation(), make_evaluation("a-model", 16)], [make_analysis()])
     checker = check(page)
     text = " ".join(checker.text)
-    for name in ("balanced and centered", "plain int4", "kmeans_rotated", "svd_int8", "16-bit noise", "stress 16", "All evaluations"):
+    for name in (
+        "balanced and calibrated",
+        "plain int4",
+        "kmeans_rotated",
+        "svd_int8",
+        "16-bit noise",
+        "stress 16",
+        "All evaluations",
+    ):
         assert name in text
     assert checker.tags.count("svg") > 20
     assert "0.0100 ± 0.0005" in re.sub("<.*?>", "", page)
-    assert "Worst cell of balanced and centered: 512 tokens, 0% deep, 9 of 10 right where the unquantized model has 10." in text
+    assert "Worst cell of balanced and calibrated: 512 tokens, 0% deep, 9 of 10 right where the unquantized model has 10." in text
     assert re.search("Recommended: int4-k32-v32, with .*centers of K and V", text)
 
 

@@ -37,16 +37,16 @@ MAX_OUTPUT_ERROR = 0.1
 MIN_ORDER = 16
 """The smallest rotation compared."""
 NAMES = {
-    "default": "balanced, centered, with feedback",
+    "default": "balanced and calibrated",
     "int4_center": "centered",
-    "int4_center_feedback": "centered, with feedback",
+    "int4_center_feedback": "calibrated",
     "int4_center_plain": "centered without rotation",
     "int4_balanced": "balanced",
     "int4_plain": "plain int4",
     "reference": "unquantized",
     "bf16_floor": "16-bit noise",
 }
-"""What people read in place of some methods' names."""
+"""What people read in place of some methods' names; calibrated is centered and with feedback, as `sawkv calibrate` does it."""
 
 Grid = tuple[tuple[float, ...], ...]
 
