@@ -121,7 +121,7 @@ def test_a_page_holds_every_method_and_asks_for_nothing() -> None:
     assert checker.tags.count("svg") > 20
     assert "0.0100 ± 0.0005" in re.sub("<.*?>", "", page)
     assert "Worst cell of balanced and calibrated: 512 tokens, 0% deep, 9 of 10 right where the unquantized model has 10." in text
-    assert re.search("Recommended: int4-k32-v32, with .*centers of K and V", text)
+    assert re.search("Recommended: int4-k32-v32, with .*centers and feedback of K and V", text)
 
 
 def test_a_hostile_name_stays_text() -> None:
