@@ -32,7 +32,7 @@ def test_serve_hands_other_options_to_vllm(monkeypatch: pytest.MonkeyPatch) -> N
     ("name", "dtype"), [("int4-k128-v0", "int4_per_token_head"), ("int8", "int8_per_token_head"), ("bf16-k128-v128", "auto")]
 )
 def test_the_servers_command(name: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(server.torch.cuda, "device_count", lambda: 1)
     command = server.server_command("m", CacheFormat.parse(name), ["--port", "1"])
     assert command[:5] == [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", "m"]
     assert command[command.index("--kv-cache-dtype") + 1] == dtype

@@ -24,7 +24,8 @@ def value_hessian(states: LayerStates) -> torch.Tensor:
     _, num_kv_heads, head_dim = states.v.shape
     if states.output_weight is None:
         return torch.eye(head_dim, device=states.v.device).expand(num_kv_heads, -1, -1)
-    columns = states.output_weight.view(-1, num_kv_heads, states.q.shape[1] // num_kv_heads, head_dim).permute(1, 2, 0, 3).flatten(1, 2)
+    weight = states.output_weight.float().view(-1, num_kv_heads, states.q.shape[1] // num_kv_heads, head_dim)
+    columns = weight.permute(1, 2, 0, 3).flatten(1, 2)
     return columns.mT @ columns
 
 

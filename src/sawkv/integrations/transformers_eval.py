@@ -37,7 +37,7 @@ class LayerStates:
     Attributes:
         q: [num_tokens, num_q_heads, head_dim] fp32, after RoPE.
         k, v: [num_tokens, num_kv_heads, head_dim] fp32, K after RoPE. Windows follow each other.
-        output_weight: [hidden_size, num_q_heads * head_dim] fp32, the projection that follows; None if the model's is not found.
+        output_weight: [hidden_size, num_q_heads * head_dim], the projection that follows, as the model holds it; None if it is not found.
         softmax_scale: factor of q.k.
     """
 
@@ -229,7 +229,7 @@ class _Recording:
         projections = [m for m in layer.children() if isinstance(m, nn.Linear) and m.in_features == width]
         named = [m for name, m in layer.named_children() if name in ("o_proj", "out_proj", "dense", "c_proj") and m in projections]
         scale = getattr(layer, "scaling", None)
-        weight = named[0].weight.detach().float() if named else None
+        weight = named[0].weight.detach() if named else None
         return LayerStates(q, k, v, weight, float(k.shape[2] ** -0.5 if scale is None else scale))
 
 
