@@ -188,7 +188,7 @@ class Calibration:
             raise CalibrationError(f"layer: expected 0 to {self.num_layers - 1}, as the calibration file has them, got {index}")
         if heads.stop is not None and heads.stop > self.num_kv_heads:
             raise CalibrationError(f"KV heads: expected up to {self.num_kv_heads}, as the calibration file has them, got {heads.stop}")
-        taken = {name: x[index, heads].clone() for name, x in self._tensors().items()}
+        taken = {name: x[index, heads].clone(memory_format=torch.contiguous_format) for name, x in self._tensors().items()}
 
         def center(name: str) -> torch.Tensor | None:
             return taken[name] if taken[name].any() else None

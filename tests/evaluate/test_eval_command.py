@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from sawkv import SawkvError, cli
+from sawkv.evaluate import run
 from sawkv.evaluate.divergence import mean_and_error
+from sawkv.evaluate.methods import find_method
+from sawkv.evaluate.plan import Plan
 from sawkv.evaluate.records import Evaluation
 from sawkv.evaluate.tasks import DEPTHS, free_run, make_prompts, recall
 from sawkv.evaluate.text import Text, load_text
@@ -38,6 +42,23 @@ def test_eval_writes_records_and_a_table(tmp_path: Path, capsys: pytest.CaptureF
     assert evaluation.reference.passkey == 1.0
     assert default.free_run is not None
     assert 0 <= default.free_run.mean <= default.free_run.limit
+
+
+@pytest.mark.parametrize(("plan", "context"), [({"recall_count": 1}, 160), ({"recall_count": 0}, 64), ({"recall_lengths": ()}, 64)])
+def test_methods_learn_at_the_positions_that_are_read(plan: dict[str, Any], context: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recall prompts are longer than windows: what learns must have seen their positions."""
+    asked = []
+
+    def stop(*arguments: Any) -> None:
+        asked.append(arguments[-1])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "collect_samples", stop)
+    with pytest.raises(KeyboardInterrupt):
+        run.evaluate(
+            MODEL, [find_method("default")], plan=Plan(window=64, **({"recall_lengths": (96, 160)} | plan)), device=torch.device("cpu")
+        )
+    assert asked == [context]
 
 
 def test_another_model_needs_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -255,11 +255,11 @@ def _print(savings: list[tuple[Saving, Saving]]) -> None:
         print(f"{'':<18}{'plain':>10}{'centered':>10}{'plain':>16}{'centered':>10}{'with feedback':>15}")
         for layer, saving in enumerate(column):
             fed = "" if saving.cost_fed_back is None else f"{100 * saving.cost_fed_back:>15.3f}"
-            unused = [*(["center"] if not saving.centers else []), *(["feedback"] if fed and not saving.feeds_back else [])]
+            unused = ["center"] * (not saving.centers) + ["feedback"] * (bool(fed) and not saving.feeds_back)
+            note = f"   left out: {' and '.join(unused)}" if unused else ""
             print(
                 f"{f'layer {layer}':<18}{100 * saving.plain:>10.3f}{100 * saving.centered:>10.3f}"
-                f"{100 * saving.cost_plain:>16.3f}{100 * saving.cost_centered:>10.3f}{fed}"
-                f"{f'   left out: {chr(32).join(unused)}' if unused else ''}"
+                f"{100 * saving.cost_plain:>16.3f}{100 * saving.cost_centered:>10.3f}{fed}{note}"
             )
         plain, used = (sum(costs) / len(column) for costs in zip(*((s.cost_plain, s.cost_used) for s in column), strict=True))
         print(f"mean of {cost}: {100 * plain:.3f} % before, {100 * used:.3f} % with what is written\n")
