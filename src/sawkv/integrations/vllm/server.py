@@ -24,7 +24,7 @@ def engine_options(cache_format: CacheFormat, calibration: str | Path | None = N
     dtype = next((dtype for dtype, codec in KV_CACHE_DTYPE_CODECS.items() if codec == cache_format.codec), "auto")
     settings = {"format": str(cache_format)} | ({} if calibration is None else {"calibration": str(Path(calibration).resolve())})
     options: dict[str, Any] = {"kv_cache_dtype": dtype, "additional_config": {"sawkv": settings}}
-    # Not is_available(): it may start CUDA in this process, and vLLM could not fork. On the CPU vLLM has one backend, for which sawkv stands in.
+    # Not is_available(): it may start CUDA in this process, and vLLM could not fork. On the CPU vLLM has one backend, which sawkv replaces.
     if torch.cuda.device_count():
         options["attention_backend"] = "CUSTOM"
     return options
