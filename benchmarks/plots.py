@@ -26,8 +26,9 @@ vLLM and commit. What was tried, and why it did or did not work, is in [log.md](
 SERVING: Final = """## Whole engine
 
 Qwen3-8B's shape with random weights in vLLM, `gpu_memory_utilization` 0.90, all requests of a load sent at once: INPUT/OUTPUT x REQUESTS,
-and PREFIX+NEW where requests share a prefix. Ratios are to vLLM's own 16-bit cache (`bf16`) on the same card; `fp8` and
-`vllm_int4_per_token_head` are vLLM's own too. `benchmarks/serving.py` says what each column is. Command: `python -m benchmarks.serving`.
+and PREFIX+NEW where requests share a prefix. Ratios are to vLLM's own 16-bit cache (`bf16`) on the same model of card; rows whose
+commits differ were measured on different cards of it. `fp8` and `vllm_int4_per_token_head` are vLLM's own too. `benchmarks/serving.py` says
+what each column is. Command: `python -m benchmarks.serving`.
 """
 LOAD: Final = """## Latency under load
 
