@@ -186,7 +186,7 @@ def _with_feedback(t, weights, step, HEAD_DIM: tl.constexpr, MAX_CODE: tl.conste
             moved = tl.fma(sums_here.to(tl.float32), tl.broadcast_to(step, t_here.shape), t_here)
             code = _round_clamped(moved, 0.0, MAX_CODE * 1.0).to(tl.float32)
             errors = tl.where((source // 4 % 2 == half)[None, :], _round_clamped((moved - code) * 64.0, -127.0, 127.0), 0)
-            sums = tl.dot(errors.to(tl.int8), passed, sums)
+            sums = tl.dot(errors.to(tl.int8), passed, sums, out_dtype=tl.int32)  # which Triton 3.6 does not infer
     return tl.fma(sums.to(tl.float32), tl.broadcast_to(step, t.shape), t)
 
 
