@@ -1,10 +1,12 @@
-"""Whether two engines gave the same greedy outputs, where rounding may decide between tokens that are almost equally likely."""
+"""Whether two engines agree: on greedy outputs, where rounding may decide between tokens that are almost equally likely; and on how likely
+a given text is, token by token, where rounding also decides codes and so moves every log-probability a little.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -50,6 +52,69 @@ class Agreement:
         named = f" ({'; '.join(self.wrong[:3])})" if self.wrong else ""
         counts = f"{self.equal} equal, {self.ties} up to a near-tie, {len(self.wrong)} wrong{named}"
         return f"{counts}; log-probabilities within {self.drift:.4f} on average"
+
+
+class Follower:
+    """One request that follows a given text: where its own greedy token is another, it starts again from the text.
+
+    So each token of the text gets its log-probability in the text's own context, mostly from decoding steps, whatever the engine prefers.
+
+    Attributes:
+        logprobs: of the text's tokens so far, in nats; where a token is not among the engine's best few, that of the last of these.
+        departures: how often its own token was another.
+    """
+
+    def __init__(self, prompt: Sequence[int], text: Sequence[int]) -> None:
+        self._prompt, self._text = list(prompt), list(text)
+        self.logprobs: list[float] = []
+        self.departures = 0
+
+    @property
+    def prompt(self) -> list[int]:
+        """What to send next."""
+        return self._prompt + self._text[: len(self.logprobs)]
+
+    @property
+    def left(self) -> int:
+        """Tokens of the text that are still to come."""
+        return len(self._text) - len(self.logprobs)
+
+    def take(self, output: Output) -> None:
+        """The answer to `prompt`, of at most `left` tokens, with log-probabilities of the best few."""
+        for token, top in zip(output["tokens"], output["top"], strict=True):
+            want = self._text[len(self.logprobs)]
+            self.logprobs.append(top.get(str(want), min(top.values())))
+            if token != want:
+                self.departures += 1
+                return
+
+
+@dataclass(frozen=True)
+class Nearness:
+    """Log-probabilities of the same texts by two engines.
+
+    Attributes:
+        mean: of |difference|, nats a token.
+        worst: the largest of one request, its sum over `LEAST_TOKENS` tokens at least, so that one token does not condemn a short one.
+        tokens: how many were compared.
+    """
+
+    mean: float
+    worst: float
+    tokens: int
+
+    LEAST_TOKENS: ClassVar[int] = 16
+
+    @classmethod
+    def of(cls, got: Sequence[Sequence[float]], want: Sequence[Sequence[float]]) -> Nearness:
+        apart = [np.abs(np.subtract(a, b)) for a, b in zip(got, want, strict=True)]
+        worst = max(float(a.sum()) / max(len(a), cls.LEAST_TOKENS) for a in apart)
+        return cls(float(np.concatenate(apart).mean()), worst, sum(map(len, apart)))
+
+
+def logprobs_of(output: Output) -> list[float]:
+    """Log-probabilities of an output's own tokens."""
+    return [top[str(token)] for token, top in zip(output["tokens"], output["top"], strict=True)]
 
 
 def first_difference(got: Sequence[int], want: Sequence[int]) -> int | None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.agreement import Agreement, first_difference
+from benchmarks.agreement import Agreement, Follower, Nearness, first_difference
 
 
 def output(tokens: list[int], *top: dict[str, float]) -> dict[str, Any]:
@@ -30,6 +30,21 @@ def test_agreement(got: dict[str, Any], equal: int, ties: int, wrong: int, drift
     agreement = Agreement.of([got], [WANT], tie=0.1)
     assert (agreement.equal, agreement.ties, len(agreement.wrong)) == (equal, ties, wrong)
     assert agreement.drift == pytest.approx(drift)
+
+
+def test_a_follower_comes_back_to_its_text() -> None:
+    follower = Follower([1, 2], [5, 6, 7])
+    follower.take(output([5, 9, 9], {"5": -0.1, "4": -2.0}, {"9": -0.2, "6": -1.0}, {"9": 0.0}))
+    assert (follower.prompt, follower.left, follower.departures) == ([1, 2, 5, 6], 1, 1)
+    follower.take(output([8], {"8": -0.3, "3": -4.0}))  # the text's token is not among the best: as likely as the last of them
+    assert (follower.logprobs, follower.left, follower.departures) == ([-0.1, -1.0, -4.0], 0, 2)
+
+
+def test_nearness() -> None:
+    near = Nearness.of([[-1.0] * 20, [-3.0]], [[-1.5] * 20, [-1.0]])
+    assert near.mean == pytest.approx(12 / 21)
+    assert near.worst == pytest.approx(0.5)  # one token, 2 nats off, is not 16 of them
+    assert near.tokens == 21
 
 
 def test_first_difference() -> None:
