@@ -20,11 +20,11 @@ import torch
 
 from sawkv import CacheFormat, PagedKVCache, PageLayout, append, decode_attention, gather
 from sawkv.feedback import Feedback
-from sawkv.kernels import unsupported_reason
+from sawkv.kernels import cuda, unsupported_reason
 
 OPTIONS = {
     "memcheck": ["--report-api-errors", "no"],  # the driver's bindings ask for functions that older drivers do not have
-    "racecheck": ["--num-cuda-barriers", "256"],  # it must know how many barriers to follow: those of PTX are not counted for it
+    "racecheck": ["--num-cuda-barriers", "256"],  # how many to follow: those of PTX are not counted by itself
 }
 USUAL_PLACE = "/usr/local/cuda/bin"
 
@@ -55,6 +55,7 @@ CASES = (
 
 def run_cases(backend: str) -> None:
     """What runs under the tool."""
+    cuda.DEBUG_DEFINES["EVERY_LANE_ARRIVES"] = 1  # or racecheck knows nothing of what other lanes did before one arrived for them
     device = torch.device("cuda", 0)
     for case in CASES:
         layout = PageLayout(CacheFormat("int4"), 2, case.head_dim, case.page_size)

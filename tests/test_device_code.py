@@ -123,6 +123,13 @@ def test_cuda_sources(arch: str, shape: Shape, compile_cuda: Callable[[str], dic
         assert not any(spills), f"{key}:\n{log}"
 
 
+def test_the_sanitizers_build_compiles(compile_cuda: Callable[[str], dict[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(cuda.DEBUG_DEFINES, "EVERY_LANE_ARRIVES", 1)
+    logs = compile_cuda("sm_90")
+    run_all(cuda, MAIN)
+    assert any("EVERY_LANE_ARRIVES" in key for key in logs)
+
+
 # ---------------------------------------------------------------------------------------------------------------- Triton
 @pytest.fixture
 def compile_triton(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[int], dict[str, Any]]:

@@ -32,6 +32,8 @@ MERGE_THREADS = 256
 PAGE_KERNEL_THREADS = 256
 MERGE_BLOCKS_PER_SM = 4
 LOG2_E = math.log2(math.e)
+DEBUG_DEFINES: dict[str, int | str] = {}
+"""More macros of decode.cu, for `benchmarks.sanitize`."""
 
 
 def unsupported_reason(device: torch.device, layout: PageLayout) -> str | None:
@@ -164,6 +166,7 @@ class CudaPlan(DecodePlan):
             "ROW_BLOCKS": shape.row_blocks,
             "ROW_GROUPS": shape.row_groups,
             "SOFTCAP": int(has_softcap),
+            **DEBUG_DEFINES,
         }
         decode, merge = (runtime.load("decode.cu", kernel, defines, self.device) for kernel in ("sawkv_decode", "sawkv_merge"))
         return decode, merge, decode.read_constant("sawkv_threads"), decode.read_constant("sawkv_shared_bytes")

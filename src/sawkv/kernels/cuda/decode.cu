@@ -44,6 +44,15 @@ constexpr int STAGES_THAT_FIT = (SHARED_LIMIT - 4096 - RESULT_SLOTS * RESULT_BYT
 constexpr int STAGES = STAGES_THAT_FIT >= 24 ? 24 : STAGES_THAT_FIT >= 16 ? 16 : 8;
 static_assert(STAGES_THAT_FIT >= 8, "no room for the ring");
 
+// A lane of each warp arrives at barriers for all of them, after __syncwarp. compute-sanitizer's racecheck follows only lanes that arrive
+// themselves; EVERY_LANE_ARRIVES is for it.
+#ifdef EVERY_LANE_ARRIVES
+constexpr int WARP_ARRIVALS = WARP;
+#else
+constexpr int WARP_ARRIVALS = 1;
+#endif
+__device__ inline bool arrives() { return lane_index() < WARP_ARRIVALS; }
+
 struct Shared {
   u8 tiles[STAGES][TILE_BYTES];
   u16 queries[CHUNK_SLOTS][CHUNK_ROWS * D];         // fp16, rotated and normalized, in the order of `fragment_index`
@@ -57,11 +66,13 @@ struct Shared {
   u64 last_results_full;  // those of the block's last chunk
 
   __device__ void init_barriers() {
-    for (int i = 0; i < STAGES; i++) ptx::init_barrier(&tile_full[i], 1), ptx::init_barrier(&tile_empty[i], ROW_BLOCKS);
+    for (int i = 0; i < STAGES; i++) ptx::init_barrier(&tile_full[i], 1), ptx::init_barrier(&tile_empty[i], ROW_BLOCKS * WARP_ARRIVALS);
     for (int i = 0; i < CHUNK_SLOTS; i++)
-      ptx::init_barrier(&chunk_full[i], 1), ptx::init_barrier(&queries_full[i], 1), ptx::init_barrier(&chunk_empty[i], 1);
-    for (int i = 0; i < RESULT_SLOTS; i++) ptx::init_barrier(&results_full[i], CONSUMERS), ptx::init_barrier(&results_empty[i], 1);
-    ptx::init_barrier(&last_results_full, 1);
+      ptx::init_barrier(&chunk_full[i], WARP_ARRIVALS), ptx::init_barrier(&queries_full[i], WARP_ARRIVALS),
+          ptx::init_barrier(&chunk_empty[i], WARP_ARRIVALS);
+    for (int i = 0; i < RESULT_SLOTS; i++)
+      ptx::init_barrier(&results_full[i], CONSUMERS * WARP_ARRIVALS), ptx::init_barrier(&results_empty[i], WARP_ARRIVALS);
+    ptx::init_barrier(&last_results_full, WARP_ARRIVALS);
     ptx::publish_barriers();
   }
 };
@@ -205,15 +216,15 @@ __device__ int run_scheduler(Shared& s, const DecodeParams& p) {
     Chunk chunk = p.chunks[next];  // the plan has room for a block's claim beyond the last
     if (next >= num_chunks) chunk.num_tiles = 0;
     ptx::wait(&s.chunk_empty[slot], turn.phase() ^ 1);
-    if (lane_index() == 0) {
-      s.chunks[slot] = chunk;
+    if (arrives()) {
+      if (lane_index() == 0) s.chunks[slot] = chunk;
       ptx::arrive(&s.chunk_full[slot]);
       // Each block's last claim finds nothing, so there are as many claims as chunks, and the counter wraps to 0 for the next launch.
-      if (chunk.num_tiles) next = gridDim.x + atomicInc(&p.header->claimed, num_chunks - 1);
+      if (lane_index() == 0 && chunk.num_tiles) next = gridDim.x + atomicInc(&p.header->claimed, num_chunks - 1);
     }
     if (chunk.num_tiles) prepare_queries(s, p, chunk, slot);
     __syncwarp();
-    if (lane_index() == 0) ptx::arrive(&s.queries_full[slot]);
+    if (arrives()) ptx::arrive(&s.queries_full[slot]);
     if (!chunk.num_tiles) return n;
     next = __shfl_sync(ALL_LANES, next, 0);
   }
@@ -529,14 +540,14 @@ __device__ void run_consumer(Shared& s, const DecodeParams& p, int warp) {
       for (int part = 0; part < TILE; part += Consumer::PART)
         consumer.attend(s.tiles[stage.slot()], part, s, turn.slot(), chunk, p, first_row, (chunk.first_tile + tile) * TILE);
       __syncwarp();
-      if (lane_index() == 0) ptx::arrive(&s.tile_empty[stage.slot()]);
+      if (arrives()) ptx::arrive(&s.tile_empty[stage.slot()]);
     }
     tiles_before += chunk.num_tiles;
     const Turn<RESULT_SLOTS> result{n};
     ptx::wait(&s.results_empty[result.slot()], result.phase() ^ 1);
     consumer.store(s, result.slot(), warp);
     __syncwarp();
-    if (lane_index() == 0) ptx::arrive(&s.results_full[result.slot()]);
+    if (arrives()) ptx::arrive(&s.results_full[result.slot()]);
   }
 }
 
@@ -583,12 +594,12 @@ __device__ int run_merger(Shared& s, const DecodeParams& p) {
     const Turn<RESULT_SLOTS> result{n};
     ptx::wait(&s.results_full[result.slot()], result.phase());
     if (is_last) {
-      if (lane_index() == 0) ptx::arrive(&s.last_results_full);
+      if (arrives()) ptx::arrive(&s.last_results_full);
       return n + 1;
     }
     merge_rows(s, p, n, 0, 1);
     __syncwarp();
-    if (lane_index() == 0) {
+    if (arrives()) {
       ptx::arrive(&s.results_empty[result.slot()]);
       ptx::arrive(&s.chunk_empty[Turn<CHUNK_SLOTS>{n}.slot()]);
     }
