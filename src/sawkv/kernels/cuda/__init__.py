@@ -147,7 +147,6 @@ class CudaPlan(DecodePlan):
         chunk_rows = 8 * self.shape.column_tiles * self.shape.row_blocks
         max_split_chunks = self.num_blocks * MAX_CHUNKS_PER_BLOCK * 3 // 2  # units in two or more pieces, their number rounded: 4/3 at most
         max_chunks = max_split_chunks + max_num_seqs * self.units_per_seq + self.num_blocks  # and each block's claim beyond the last
-        self.max_merge_rows = max_split_chunks // 2 * chunk_rows
 
         def words(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.int32, device=device)
@@ -251,7 +250,7 @@ def decode_attention(
     )
     decode, merge, threads, shared_bytes = plan.kernels(q.dtype, logit_softcap > 0)
     decode.launch((plan.num_blocks, 1, 1), threads, stream, params, shared_bytes, dependent=True)
-    most_rows = min(plan.max_merge_rows, num_seqs * plan.units_per_seq * plan.partials.shape[1])
+    most_rows = num_seqs * plan.units_per_seq * plan.shape.rows * plan.shape.row_blocks
     merge_blocks = min(most_rows, MERGE_BLOCKS_PER_SM * plan.num_blocks)
     merge.launch((merge_blocks, 1, 1), MERGE_THREADS, stream, params, dependent=True)
 
