@@ -37,6 +37,7 @@ from sawkv.integrations.vllm.config import KV_CACHE_DTYPE_CODECS, SawConfig
 from sawkv.integrations.vllm.contract import check_contract
 from sawkv.integrations.vllm.metrics import CounterReader
 from sawkv.integrations.vllm.prefill import FlashPrefill, PrefillSlice, slice_prefills, workspace_tokens
+from sawkv.integrations.vllm.windows import VLLM_SIZES_WINDOWS, pack_windows
 from sawkv.kernels import DecodePlan, select_backend
 from sawkv.layout import PAGE_SIZE_MULTIPLE, PageLayout
 from sawkv.spec import HEAD_DIMS, CacheFormat
@@ -79,6 +80,7 @@ class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
         layers = vllm_config.compilation_config.static_forward_context
         self._impls: list[SawAttentionImpl] = [layers[name].impl for name in layer_names]
         for name, impl in zip(layer_names, self._impls, strict=True):
+            impl.check_page_size(kv_cache_spec)
             impl.take_calibration(name)
         self._plans: dict[PlanKey, DecodePlan] = {}
         self._reader = self._make_reader(layers, vllm_config.parallel_config.rank)
@@ -167,9 +169,8 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
         self._cache: PagedKVCache | None = None
         self._kv_cache: torch.Tensor | None = None
         self._layer_calibration: LayerCalibration | None = LayerCalibration()
-        self._format = _check_supported(
-            vllm_config, config, head_size, attn_type, alibi_slopes is not None, sliding_window is not None, other_arguments
-        )
+        self._format = _check_supported(vllm_config, config, head_size, attn_type, alibi_slopes is not None, other_arguments)
+        self._layers = vllm_config.compilation_config.static_forward_context
         if config.calibration is not None:
             _check_calibration(config.calibration, self, vllm_config)
             self._layer_calibration = None  # until the layer's name is known
@@ -181,6 +182,13 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
             self._prefill = FlashPrefill(
                 vllm_config, head_size, self.num_kv_heads, self.scale, self.sliding_window, self.logits_soft_cap, sinks
             )
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """vLLM's first call after it has made the layer of this implementation, before it asks for page sizes; again at every reload."""
+        if self.sliding_window and self._format.codec == "int4" and not VLLM_SIZES_WINDOWS:
+            for layer in self._layers.values():
+                if getattr(layer, "impl", None) is self:
+                    pack_windows(layer)
 
     def do_kv_cache_update(
         self, layer: torch.nn.Module, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
@@ -232,6 +240,20 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
 
     def layout(self, block_size: int) -> PageLayout:
         return PageLayout(self._format, self.num_kv_heads, self.head_size, block_size)
+
+    def check_page_size(self, spec: AttentionSpec) -> None:
+        """Refuse pages of another size than this layer's format takes.
+
+        Raises:
+            UnsupportedError: vLLM's size differs; it would read as garbage, or fail where nobody can tell why.
+        """
+        layout = self.layout(spec.block_size)
+        expected = layout.num_kv_heads * layout.span_bytes
+        if spec.unpadded_page_size_bytes != expected:
+            raise UnsupportedError(
+                f"sawkv: expected pages of {expected} bytes for {spec.block_size} tokens and {self.num_kv_heads} KV heads "
+                f"in {self._format}, got {spec.unpadded_page_size_bytes} of {type(spec).__name__}"
+            )
 
     def take_calibration(self, layer_name: str) -> None:
         """Pick what is this layer's and this rank's out of the calibration, once vLLM has told the layer's name.
@@ -341,7 +363,6 @@ def _check_supported(
     head_size: int,
     attn_type: str,
     has_alibi: bool,
-    has_sliding_window: bool,
     other_arguments: dict[str, Any],
 ) -> CacheFormat:
     """The format with its rotation orders, or one error that names everything this model and configuration need and sawkv lacks."""
@@ -354,8 +375,6 @@ def _check_supported(
         reasons.append(f"attention type {attn_type} (only decoder self-attention)")
     if has_alibi:
         reasons.append("ALiBi")
-    if has_sliding_window and resolved.quantized and not hasattr(AttentionBackend, "customize_spec"):
-        reasons.append("sliding window attention with vLLM before 0.28, which sizes its quantized pages wrongly")
     if getattr(parallel, "decode_context_parallel_size", 1) > 1 or getattr(parallel, "prefill_context_parallel_size", 1) > 1:
         reasons.append("context parallelism")
     if vllm_config.kv_transfer_config is not None:
