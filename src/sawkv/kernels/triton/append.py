@@ -135,19 +135,24 @@ def _append_rows(
         if counters is not None:
             decoded = widen(stored)
             is_finite = tl.max(tl.where(tl.abs(decoded) < float("inf"), 0, 1), 1) == 0
-            _count(counters, y, decoded, is_kept, is_counted, is_finite, is_finite & False)
+            error = decoded - y
+            _count(counters, tl.sum(error * error, 1), tl.sum(y * y, 1), is_kept, is_counted, is_finite, is_finite & False)
     else:
         inverse, zero_point, meta, is_finite, is_saturated = _quantizer(y, is_channel, BITS)
         MAX_CODE: tl.constexpr = (1 << BITS) - 1
+        if counters is not None:
+            squared_norm = tl.sum(y * y, 1)  # here, so that y takes no registers while errors are passed on
         shifted = tl.fma(y, tl.broadcast_to(inverse[:, None], y.shape), tl.broadcast_to(zero_point[:, None], y.shape))
+        moved = shifted
         if weights is not None:
             moved = _with_feedback(shifted, weights + head * (HEAD_DIM * HEAD_DIM), tl.load(step + head), HEAD_DIM, MAX_CODE)
-            shifted = tl.where(is_saturated[:, None], shifted, moved)
-        codes = _round_clamped(shifted, 0.0, MAX_CODE * 1.0)
+            moved = tl.where(is_saturated[:, None], shifted, moved)
+        codes = _round_clamped(moved, 0.0, MAX_CODE * 1.0)
         codes = tl.where(is_finite[:, None], codes, 0)
         if counters is not None:
-            decoded = tl.where(is_channel, (codes.to(tl.float32) - zero_point[:, None]) * low_half(meta)[:, None], 0.0)
-            _count(counters, y, decoded, is_kept, is_counted, is_finite, (meta & 0xFFFF) == 0x7BFF)
+            error, scale = tl.where(is_channel, codes.to(tl.float32) - shifted, 0.0), low_half(meta)  # in codes
+            squared_error = tl.sum(error * error, 1) * (scale * scale)
+            _count(counters, squared_error, squared_norm, is_kept, is_counted, is_finite, (meta & 0xFFFF) == 0x7BFF)
         ROW_BYTES: tl.constexpr = HEAD_DIM * BITS // 8
         if BITS == 4:
             even, odd = tl.split(tl.reshape(codes, (codes.shape[0], WIDTH // 2, 2)))
@@ -214,12 +219,11 @@ def _quantizer(y, is_channel, BITS: tl.constexpr):
 
 
 @triton.jit
-def _count(counters, y, decoded, is_kept, is_counted, is_finite, is_saturated):
-    """Add rows to one line of the counters: see `sawkv.counters`, and the reference."""
-    is_used = (is_kept & is_counted & is_finite & ~is_saturated)[:, None]
-    error, norm = tl.where(is_used, decoded - y, 0.0), tl.where(is_used, y, 0.0)
+def _count(counters, squared_error, squared_norm, is_kept, is_counted, is_finite, is_saturated):
+    """Add rows, of which all arguments are [R], to one line of the counters: see `sawkv.counters`, and the reference."""
+    is_used = is_kept & is_counted & is_finite & ~is_saturated
     tl.atomic_add(counters, tl.sum(is_kept.to(tl.float64)))
     tl.atomic_add(counters + 1, tl.sum((is_kept & ~is_finite).to(tl.float64)))
     tl.atomic_add(counters + 2, tl.sum((is_kept & is_saturated).to(tl.float64)))
-    tl.atomic_add(counters + 3, tl.sum(error * error).to(tl.float64))
-    tl.atomic_add(counters + 4, tl.sum(norm * norm).to(tl.float64))
+    tl.atomic_add(counters + 3, tl.sum(tl.where(is_used, squared_error, 0.0)).to(tl.float64))
+    tl.atomic_add(counters + 4, tl.sum(tl.where(is_used, squared_norm, 0.0)).to(tl.float64))

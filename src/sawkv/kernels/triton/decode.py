@@ -335,7 +335,6 @@ def merge_kernel(
     first, count = tl.load(splits + 2 * seq), tl.load(splits + 2 * seq + 1)
     PLANES: tl.constexpr = 16 // BITS
     channel = tl.arange(0, WIDTH)
-    place = channel % PLANES * (WIDTH // PLANES) + channel // PLANES
     maximum = NO_SCORE
     total = 0.0
     y = tl.zeros([WIDTH], tl.float32)
@@ -345,7 +344,7 @@ def merge_kernel(
         partial = ((first + piece).to(tl.int64) * tl.num_programs(1) + unit) * ROWS + tl.program_id(2)
         maxima = tl.load(partial_stats + 2 * partial, mask=is_there, other=NO_SCORE)
         sums = tl.load(partial_stats + 2 * partial + 1, mask=is_there, other=0)
-        outs = tl.load(partials + partial[:, None] * WIDTH + place[None, :], mask=is_there[:, None], other=0)
+        outs = tl.load(partials + partial[:, None] * WIDTH + channel[None, :], mask=is_there[:, None], other=0)
         new_maximum = tl.maximum(maximum, tl.max(maxima, 0))
         shrink, factor = tl.exp2(maximum - new_maximum), tl.exp2(maxima - new_maximum)
         maximum = new_maximum
@@ -363,7 +362,8 @@ def merge_kernel(
         maximum = new_maximum
     is_seen = with_sink != 0
     inverse = 1 / tl.where(is_seen, with_sink, 1.0)
-    y = tl.reshape(rotate(tl.reshape(y * inverse, (1, WIDTH)), ORDER), (WIDTH,))
+    y = tl.permute(tl.reshape(y * inverse, (PLANES, WIDTH // PLANES)), (1, 0))  # to the order of channels
+    y = tl.reshape(rotate(tl.reshape(y, (1, WIDTH)), ORDER), (WIDTH,))
     if v_center is not None:
         y += tl.load(v_center + kv_head * HEAD_DIM + channel, mask=channel < HEAD_DIM, other=0) * (total * inverse)
     token = (query_start + query_token).to(tl.int64)
