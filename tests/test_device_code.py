@@ -32,22 +32,30 @@ class Shape:
     head_dim: int = 128
     page_size: int = 16
     query_len: int = 1
+    counted: bool = False
     options: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __str__(self) -> str:
         return f"{self.format_name}-{self.q_heads}/{self.kv_heads}x{self.head_dim}-page{self.page_size}-q{self.query_len}"
 
 
-MAIN = Shape()
+MAIN = Shape(counted=True)
+WIDE = Shape(
+    head_dim=256,
+    query_len=2,
+    counted=True,
+    options={"logit_softcap": 30.0, "sliding_window": 1024, "sinks": torch.zeros(32)},
+)
 CUDA_SHAPES = [
     MAIN,
     Shape(q_heads=64, page_size=64),
     Shape(query_len=4),
     Shape(q_heads=64, head_dim=64),
-    Shape(head_dim=256, query_len=2, options={"logit_softcap": 30.0, "sliding_window": 1024, "sinks": torch.zeros(32)}),
+    WIDE,
 ]
 TRITON_SHAPES = [
     MAIN,
+    WIDE,
     Shape(query_len=4),
     Shape("int8"),
     Shape(q_heads=40, head_dim=80, page_size=32, query_len=3, options={"sinks": torch.zeros(40)}),
@@ -60,7 +68,7 @@ def run_all(backend: Backend, shape: Shape) -> None:
     pages = torch.zeros(layout.pages_shape(4), dtype=torch.uint8)
     square = (shape.kv_heads, shape.head_dim, shape.head_dim)
     feedback = Feedback(torch.zeros(square, dtype=torch.int8), torch.zeros(shape.kv_heads)) if layout.format.codec == "int4" else None
-    for counters, fed in itertools.product((None, new_counters(CPU)) if shape is MAIN else (None,), {None, feedback}):
+    for counters, fed in itertools.product((None, new_counters(CPU)) if shape.counted else (None,), {None, feedback}):
         cache = PagedKVCache(pages, layout, counters=counters, k_feedback=fed)
         k, v = torch.zeros(2, 32, shape.kv_heads, shape.head_dim, dtype=torch.bfloat16)
         backend.append(k, v, cache, torch.arange(32))
@@ -132,20 +140,21 @@ def test_the_sanitizers_build_compiles(compile_cuda: Callable[[str], dict[str, s
 
 # ---------------------------------------------------------------------------------------------------------------- Triton
 @pytest.fixture
-def compile_triton(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[int], dict[str, Any]]:
-    """Prepare Triton to compile for a compute capability and launch nothing; returns the compiled kernels, filled as they are used."""
+def compile_triton(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[int], dict[str, list[Any]]]:
+    """Prepare Triton to compile for a compute capability and launch nothing; returns each kernel's variants, filled as they are used."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
     run = JITFunction.run
 
-    def prepare(capability: int) -> dict[str, Any]:
-        kernels: dict[str, Any] = {}
+    def prepare(capability: int) -> dict[str, list[Any]]:
+        kernels: dict[str, list[Any]] = {}
 
         def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **constants: Any) -> Any:
-            kernels[self.__name__] = run(self, *arguments, grid=grid, warmup=True, **constants)
-            return kernels[self.__name__]
+            kernel = run(self, *arguments, grid=grid, warmup=True, **constants)
+            kernels.setdefault(self.__name__, []).append(kernel)
+            return kernel
 
         monkeypatch.setattr(JITFunction, "run", compile_only)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
@@ -161,15 +170,17 @@ def compile_triton(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[
     return prepare
 
 
-@pytest.mark.parametrize(("capability", "shape"), [*((90, shape) for shape in TRITON_SHAPES), (80, MAIN), (100, MAIN)], ids=str)
-def test_triton_kernels(capability: int, shape: Shape, compile_triton: Callable[[int], dict[str, Any]], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("capability", "shape"), [*((90, shape) for shape in TRITON_SHAPES), (80, MAIN), (100, MAIN), (100, WIDE)], ids=str
+)
+def test_triton_kernels(capability: int, shape: Shape, compile_triton: Callable[[int], dict[str, list[Any]]], tmp_path: Path) -> None:
     from sawkv.kernels import triton
 
     kernels = compile_triton(capability)
     run_all(triton, shape)
     names = {"append_kernel", "schedule_kernel", "prepare_kernel", "decode_kernel", "merge_kernel", "gather_kernel"}
     assert kernels.keys() == names
-    for name, kernel in kernels.items():
+    for name, kernel in ((name, kernel) for name, variants in kernels.items() for kernel in variants):
         image = tmp_path / f"{name}.cubin"
         image.write_bytes(kernel.asm["cubin"])
         usage = subprocess.run([_cuobjdump(), "-res-usage", image], check=True, capture_output=True, text=True).stdout
@@ -177,7 +188,7 @@ def test_triton_kernels(capability: int, shape: Shape, compile_triton: Callable[
         assert stack is not None, usage
         assert int(stack[2]) == 0, f"{name} spills registers: {usage}"
     # The heart: tiny floats masked in place, on tensor cores, from copies that overlap.
-    ptx = kernels["decode_kernel"].asm["ptx"]
+    ptx = kernels["decode_kernel"][0].asm["ptx"]
     assert "mma.sync.aligned.m16n8k16" in ptx
     assert "ldmatrix" in ptx
     assert "cp.async" in ptx
