@@ -27,7 +27,8 @@ def run_engine(
     Args:
         mutate: `simulate_int4`: fp32 pages hold quantize-dequantized rows; `swap_nibbles`: int4 pages have each byte's nibbles swapped;
             `lose_v_center`: values are written without their center, which is added all the same when they are read;
-            `by_reference`: the reference writes the pages; `lose_feedback`: it does, without feedback.
+            `by_reference`: the reference writes the pages; `lose_feedback`: it does, without feedback;
+            `leave_windows`: vLLM before 0.28 sizes the pages of windows as it does alone.
         waves: batches of prompts; a wave starts when the one before has ended.
         max_tokens: tokens to generate for each prompt.
         engine_options: passed to `vllm.LLM`.
@@ -121,6 +122,11 @@ def _mutate(kind: str | None) -> None:
         return
     if kind == "by_reference":
         ops.append = reference.append
+        return
+    if kind == "leave_windows":
+        from sawkv.integrations.vllm import backend
+
+        backend.VLLM_SIZES_WINDOWS = True  # type: ignore[misc]
         return
     if kind == "simulate_int4":
         CODECS["fp32"] = Simulated(torch.float32)

@@ -70,10 +70,14 @@ def test_a_head_dim_that_does_not_fit_is_refused_at_start_up(tmp_path: Path) -> 
     assert "head_dim: expected a multiple of 16" in error or "head_size" in error
 
 
-def test_a_sliding_window_is_served_or_refused_at_start_up(tmp_path: Path) -> None:
-    window = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 64}
-    result = run_engine(waves=PROMPT, **shrunk_model(tmp_path, **window))
-    assert "sliding window" in result.get("error", "") or result["implementation"] == ["SawAttentionImpl"]
+@pytest.mark.parametrize(
+    "options", [{"kv_cache_dtype": "int8_per_token_head"}, {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}]
+)
+def test_sliding_windows_are_served_in_int8_and_by_several_workers(options: dict[str, Any], tmp_path: Path) -> None:
+    """`test_windows.py` has the rest."""
+    window = {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 16}
+    result = run_engine(waves=PROMPT, **shrunk_model(tmp_path, **window) | options)
+    assert len(result["tokens"][0][0]) == 32, result
 
 
 def test_mla_is_refused_at_start_up(tmp_path: Path) -> None:
