@@ -2,7 +2,7 @@
 
 `--kv-cache-dtype int4_per_token_head` then means sawkv's rotated INT4 pages; `docs/vllm.md` has the options.
 Reading order: `config` (what the user asked for), `backend` (the attention backend), `cpu` (how vLLM's CPU platform reaches it),
-`windows` (their page size on vLLM before 0.28), `contract` (what we need of vLLM).
+`windows` (the page size of windowed layers on vLLM before 0.28), `contract` (what we need of vLLM).
 """
 
 from __future__ import annotations
