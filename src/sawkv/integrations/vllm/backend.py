@@ -62,7 +62,7 @@ class SawMetadata(AttentionMetadata):
     seq_lens: torch.Tensor
     block_table: torch.Tensor
     plans: Mapping[PlanKey, DecodePlan]
-    prefills: Sequence[PrefillSlice]
+    prefills: Mapping[int, Sequence[PrefillSlice]]
 
 
 class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
@@ -131,8 +131,13 @@ class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
             seq_lens=seq_lens,
             block_table=common.block_table_tensor[:num_decodes],
             plans=self._plans,
-            prefills=slice_prefills(common, num_decodes, self._workspace_tokens) if num_decodes < common.num_reqs else (),
+            prefills=self._slice_prefills(common, num_decodes) if num_decodes < common.num_reqs else {},
         )
+
+    def _slice_prefills(self, common: CommonAttentionMetadata, first: int) -> dict[int, list[PrefillSlice]]:
+        """Requests from `first` on, by the window of the layers that attend them."""
+        page_size, windows = self.kv_cache_spec.block_size, {impl.sliding_window for impl in self._impls}
+        return {window: slice_prefills(common, first, self._workspace_tokens, window, page_size) for window in windows}
 
 
 class SawAttentionImpl(AttentionImpl[SawMetadata]):
@@ -234,7 +239,7 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
                 plan=attn_metadata.plans.get(self.plan_key),
             )
         if self._prefill is not None:  # only a GPU's metadata has prefills
-            for prefill in attn_metadata.prefills:
+            for prefill in attn_metadata.prefills.get(self.sliding_window, ()):
                 self._prefill.attend(query, cache, prefill, out)
         return output
 

@@ -32,8 +32,8 @@ class PrefillSlice:
     Attributes:
         tokens: rows of query and output.
         cu_seqlens_q, cu_seqlens_k: [num_requests + 1] int32, where each request starts in these rows and in the workspace.
-        seq_lens: [num_requests] int32.
-        block_table: [num_requests, max_blocks] int32.
+        seq_lens: [num_requests] int32, tokens to gather, the last of each context.
+        block_table: [num_requests, max_blocks] int32, their pages.
         num_keys: at least as many as the slice gathers.
         max_query_len, max_seq_len: upper bounds.
     """
@@ -53,18 +53,29 @@ def workspace_tokens(vllm_config: VllmConfig) -> int:
     return int(max(vllm_config.model_config.max_model_len, 2 * vllm_config.scheduler_config.max_num_batched_tokens))
 
 
-def slice_prefills(common: CommonAttentionMetadata, first: int, capacity: int) -> list[PrefillSlice]:
-    """Requests from `first` on, cut into runs of at most `capacity` tokens of context. No synchronization: the host knows bounds."""
+def slice_prefills(common: CommonAttentionMetadata, first: int, capacity: int, window: int, page_size: int) -> list[PrefillSlice]:
+    """Requests from `first` on, cut into runs of at most `capacity` tokens of context. No synchronization: the host knows bounds.
+
+    With a sliding `window` the context starts at the page of the first key that a query sees: vLLM may have given those before to others.
+    """
     starts = common.query_start_loc_cpu.tolist()
     bounds = common.seq_lens_cpu_upper_bound
     lengths: list[int] = [common.max_seq_len] * common.num_reqs if bounds is None else bounds.tolist()
+    if window:
+        lengths = [min(lengths[i], starts[i + 1] - starts[i] + window + page_size - 2) for i in range(common.num_reqs)]
     slices = []
     while first < common.num_reqs:
         last, total = first, 0
         while last < common.num_reqs and (last == first or total + lengths[last] <= capacity):
             total += lengths[last]
             last += 1
-        seq_lens = common.seq_lens[first:last]
+        seq_lens, block_table = common.seq_lens[first:last], common.block_table_tensor[first:last]
+        if window:
+            first_keys = seq_lens - common.query_start_loc[first : last + 1].diff() - window + 1
+            skipped = first_keys.clamp_min(0) // page_size
+            pages = torch.arange(-(-max(lengths[first:last]) // page_size), device=seq_lens.device)
+            block_table = block_table.gather(1, (skipped[:, None] + pages).clamp_max(block_table.shape[1] - 1))
+            seq_lens = seq_lens - skipped * page_size
         cu_seqlens_k = torch.zeros(last - first + 1, dtype=torch.int32, device=seq_lens.device)
         torch.cumsum(seq_lens, 0, dtype=torch.int32, out=cu_seqlens_k[1:])
         slices.append(
@@ -73,7 +84,7 @@ def slice_prefills(common: CommonAttentionMetadata, first: int, capacity: int) -
                 cu_seqlens_q=common.query_start_loc[first : last + 1] - starts[first],
                 cu_seqlens_k=cu_seqlens_k,
                 seq_lens=seq_lens,
-                block_table=common.block_table_tensor[first:last],
+                block_table=block_table,
                 num_keys=min(total, capacity),
                 max_query_len=max(starts[i + 1] - starts[i] for i in range(first, last)),
                 max_seq_len=max(lengths[first:last]),

@@ -1,0 +1,91 @@
+"""What a GPU's prefill gathers, on the CPU: attention over it must be attention over the whole context."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from sawkv import CacheFormat, PagedKVCache, PageLayout, append, gather
+
+pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore::DeprecationWarning")]  # of torch.jit, as vLLM is imported
+
+LAYOUT = PageLayout(CacheFormat("int4"), 2, 64, 16)
+CONTEXTS, QUERIES = (5, 40, 200, 333, 64, 500), (1, 40, 17, 300, 64, 9)
+"""Tokens in the cache, and how many of them are new; the first is a decode."""
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
+    """Causal, aligned at the end, as FlashAttention's varlen function does it; every head its own keys. A NaN that is not seen is seen."""
+    last = torch.arange(len(q))[:, None] + len(k) - len(q)
+    key = torch.arange(len(k))
+    seen = (key <= last) & ((key > last - window) if window else torch.ones(1, 1, dtype=torch.bool))
+    scores = torch.einsum("qhd,khd->hqk", q, k).masked_fill(~seen, -torch.inf)
+    return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
+
+
+@pytest.mark.parametrize("window", [0, 1, 30, 64, 1000])
+@pytest.mark.parametrize("capacity", [700, 100_000])
+@pytest.mark.parametrize("host_knows_lengths", [True, False])
+def test_what_is_gathered(window: int, capacity: int, host_knows_lengths: bool) -> None:
+    check(window, capacity, host_knows_lengths, begins_with=window)
+
+
+def test_pages_behind_the_window_are_noticed() -> None:
+    with pytest.raises(AssertionError, match="not close"):
+        check(30, 100_000, True, begins_with=0)
+
+
+def check(window: int, capacity: int, host_knows_lengths: bool, begins_with: int) -> None:
+    """`begins_with`: the window that the slices are made for."""
+    from sawkv.integrations.vllm.prefill import slice_prefills
+
+    size = LAYOUT.page_size
+    pages = [-(-n // size) for n in CONTEXTS]
+    table = torch.full((len(CONTEXTS), max(pages) + 2), 2**30, dtype=torch.int32)
+    order = torch.randperm(sum(pages)).int()
+    for i, (start, count) in enumerate(zip(torch.tensor([0, *pages]).cumsum(0).tolist(), pages, strict=False)):
+        table[i, :count] = order[start : start + count]
+    cache = PagedKVCache.allocate(LAYOUT, sum(pages))
+    cache.pages.fill_(0xFF)  # NaN scales
+    whole = []
+    for i, n in enumerate(CONTEXTS):
+        k, v = torch.randn(2, n, 2, 64)
+        slots = table[i, torch.arange(n) // size].long() * size + torch.arange(n) % size
+        append(k, v, cache, slots)
+        states = torch.empty(2, n, 2, 64)
+        gather(
+            cache, table[i : i + 1], torch.tensor([n], dtype=torch.int32), torch.tensor([0, n], dtype=torch.int32), *states, rotated=False
+        )
+        whole.append(states)
+        if window:  # pages behind the window are another request's by now
+            cache.pages[table[i, : max(0, n - QUERIES[i] - window + 1) // size].long()] = 0xFF
+    q = torch.randn(sum(QUERIES), 2, 64)
+    starts = torch.tensor([0, *QUERIES]).cumsum(0).int()
+    lengths = torch.tensor(CONTEXTS, dtype=torch.int32)
+    common: Any = SimpleNamespace(
+        num_reqs=len(CONTEXTS),
+        query_start_loc=starts,
+        query_start_loc_cpu=starts,
+        seq_lens=lengths,
+        seq_lens_cpu_upper_bound=lengths if host_knows_lengths else None,
+        max_seq_len=max(CONTEXTS),
+        block_table_tensor=table,
+    )
+    done = 1
+    slices = slice_prefills(common, 1, capacity, begins_with, size)
+    for piece in slices:
+        states = torch.full((2, piece.num_keys, 2, 64), torch.nan)
+        gather(cache, piece.block_table, piece.seq_lens, piece.cu_seqlens_k, *states, rotated=False)
+        assert int(piece.seq_lens.max()) <= piece.max_seq_len
+        for j in range(len(piece.seq_lens)):
+            rows, keys = (slice(*cu[j : j + 2].tolist()) for cu in (piece.cu_seqlens_q, piece.cu_seqlens_k))
+            got = attend(q[piece.tokens][rows], *states[:, keys], window)
+            want = attend(q[starts[done] : starts[done + 1]], *whole[done], window)
+            torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
+            done += 1
+    assert done == len(CONTEXTS)
+    if capacity > 700 or window == 0:
+        assert (len(slices) > 1) == (capacity == 700)
