@@ -136,15 +136,14 @@ class Engine:
         self.llm: LLM = LLM(**(options | args.options))
 
     def run(self) -> None:
-        lora = _adapter(self.args.model, self.args.work / "adapter")
         if self.name == "reference":
             main, again = _prompts(self.args.model, self.args.requests, self.args.longest)
-            self.results |= {"main": self.generate(main), "hits": self.generate(again), "lora": self.generate(main[:8], lora)}
+            self.results |= {"main": self.generate(main), "hits": self.generate(again), "lora": self.generate(main[:8], self._adapter())}
         else:
             texts = json.loads((self.args.work / "reference.json").read_text())
             self.results["main"] = self.follow(texts["main"])
             if self.name == "serving":
-                self.results |= {"hits": self.follow(texts["hits"]), "lora": self.follow(texts["lora"], lora)}
+                self.results |= {"hits": self.follow(texts["hits"]), "lora": self.follow(texts["lora"], self._adapter())}
                 mixed_up = [{**text, "prompt": texts["main"][i - 1]["prompt"]} for i, text in enumerate(texts["main"][:16])]
                 self.results |= {"soak": self._soak(texts["main"]), "mixed up": self.follow(mixed_up)}
             if self.name == "cache" and not self.on_cpu:
@@ -152,6 +151,9 @@ class Engine:
         counters = {metric.name.removeprefix("vllm:"): getattr(metric, "value", None) for metric in self.llm.get_metrics()}
         self.results["metrics"] = {name: value for name, value in counters.items() if value is not None}
         (self.args.work / f"{self.name}.json").write_text(json.dumps(self.results))
+
+    def _adapter(self) -> Path:
+        return _adapter(self.args.model, self.args.work / "adapter")
 
     def generate(self, prompts: Sequence[list[int]], adapter: Path | None = None) -> list[Output]:
         return self._generate(prompts, [self.args.tokens] * len(prompts), adapter)
@@ -163,7 +165,7 @@ class Engine:
             outputs = self._generate([f.prompt for f in under_way], [f.left for f in under_way], adapter)
             for follower, output in zip(under_way, outputs, strict=True):
                 follower.take(output)
-        self.results["departures"] = self.results.get("departures", 0) + sum(follower.departures for follower in followers)
+        self.results.setdefault("departures", sum(follower.departures for follower in followers))  # of the main texts, which are first
         return [follower.logprobs for follower in followers]
 
     def _generate(self, prompts: Sequence[list[int]], lengths: Sequence[int], adapter: Path | None) -> list[Output]:
@@ -289,7 +291,10 @@ def _judge(name: str, args: argparse.Namespace) -> int:
         failed = _line(texts["lora"][0]["tokens"] != texts["main"][0]["tokens"], "reference: the adapter changes the text")
         hits = sum(output["cached"] for output in texts["hits"])
         return failed + _line(hits > 0, "reference: prefix hits", f"{hits} tokens")
-    judge = Judge(texts, found["wide"]["main"] if CacheFormat.parse(args.format).quantized and "wide" in found else None)
+    is_quantized = CacheFormat.parse(args.format).quantized
+    if is_quantized and "wide" not in found:
+        return _line(False, f"{name}: no scale to compare by", "run the engine `wide` first")
+    judge = Judge(texts, found["wide"]["main"] if is_quantized else None)
     if name == "wide":
         return _line(True, "wide: how far the format moves log-probabilities", f"{judge.scale:.4f} nats a token")
     if name == "control":

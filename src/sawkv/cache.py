@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +12,9 @@ from sawkv.errors import LayoutError
 from sawkv.feedback import Feedback
 from sawkv.layout import PageLayout
 from sawkv.spec import FORMAT_VERSION
+
+FEEDBACK_NAMES = ("k_feedback", "k_step", "v_feedback", "v_step")
+"""Of `PagedKVCache.feedback_tensors`, in the fingerprint."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,12 @@ class PagedKVCache:
         """Tokens that the pages can hold."""
         return self.pages.shape[0] * self.layout.page_size
 
+    @property
+    def feedback_tensors(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Weights and step of K's feedback, then those of V's; None where there is none."""
+        k, v = self.k_feedback, self.v_feedback
+        return (*((None, None) if k is None else (k.weights, k.step)), *((None, None) if v is None else (v.weights, v.step)))
+
     def fingerprint(self) -> str:
         """16 hex digits over everything that changes the bytes; caches may exchange pages only if theirs are equal."""
         layout = self.layout
@@ -107,15 +115,9 @@ class PagedKVCache:
             f"page_size={layout.page_size}",
             f"k_center={_digest(self.k_center)}",
             f"v_center={_digest(self.v_center)}",
-            *(f"{name}={_digest(part)}" for name, part in self._feedback_parts()),
+            *(f"{name}={_digest(x)}" for name, x in zip(FEEDBACK_NAMES, self.feedback_tensors, strict=True) if x is not None),
         ]
         return hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
-
-    def _feedback_parts(self) -> Iterator[tuple[str, torch.Tensor]]:
-        for name, feedback in (("k", self.k_feedback), ("v", self.v_feedback)):
-            if feedback is not None:
-                yield f"{name}_feedback", feedback.weights
-                yield f"{name}_step", feedback.step
 
 
 def _digest(x: torch.Tensor | None) -> str:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from sawkv.evaluate.methods.base import Reader, Sample
+from sawkv.evaluate.methods.integer import META_BITS
 from sawkv.feedback import fit_feedback
 from sawkv.methods import IntegerCodec
 
@@ -22,7 +23,7 @@ class FedBack:
     """The product's INT4 codec, given the feedback that `sawkv calibrate` would fit."""
 
     def bits(self, head_dim: int) -> float:
-        return 4 + 32 / head_dim
+        return 4 + META_BITS / head_dim
 
     def fit(self, sample: Sample) -> Reader:
         codec, feedback = IntegerCodec(4), fit_feedback(sample.hessian)

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 
 from sawkv.evaluate.methods.base import Reader, Sample
+from sawkv.evaluate.methods.integer import META_BITS
+from sawkv.feedback import DAMPING
 from sawkv.methods import IntegerCodec
-
-DAMPING = 0.01
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class HessianAware:
     bits_per_code: int = 4
 
     def bits(self, head_dim: int) -> float:
-        return self.bits_per_code + 32 / head_dim
+        return self.bits_per_code + META_BITS / head_dim
 
     def fit(self, sample: Sample) -> Reader:
         hessian = sample.hessian.double()

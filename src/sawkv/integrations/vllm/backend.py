@@ -85,6 +85,7 @@ class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
         self._plans: dict[PlanKey, DecodePlan] = {}
         self._reader = self._make_reader(layers, vllm_config.parallel_config.rank)
         self._workspace_tokens = workspace_tokens(vllm_config)
+        self._windows = {impl.sliding_window for impl in self._impls}
         capture_sizes = vllm_config.compilation_config.cudagraph_capture_sizes or []
         self._max_num_seqs = max([vllm_config.scheduler_config.max_num_seqs, *capture_sizes])  # a graph's batch is padded
 
@@ -136,8 +137,8 @@ class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
 
     def _slice_prefills(self, common: CommonAttentionMetadata, first: int) -> dict[int, list[PrefillSlice]]:
         """Requests from `first` on, by the window of the layers that attend them."""
-        page_size, windows = self.kv_cache_spec.block_size, {impl.sliding_window for impl in self._impls}
-        return {window: slice_prefills(common, first, self._workspace_tokens, window, page_size) for window in windows}
+        page_size = self.kv_cache_spec.block_size
+        return {window: slice_prefills(common, first, self._workspace_tokens, window, page_size) for window in self._windows}
 
 
 class SawAttentionImpl(AttentionImpl[SawMetadata]):

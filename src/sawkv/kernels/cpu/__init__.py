@@ -9,7 +9,6 @@ import torch
 
 from sawkv.cache import PagedKVCache
 from sawkv.errors import UnsupportedError
-from sawkv.feedback import Feedback
 from sawkv.kernels import DecodePlan
 from sawkv.kernels.cpu.build import load_library
 from sawkv.layout import PageLayout
@@ -201,13 +200,8 @@ def _describe(cache: PagedKVCache) -> _Cache:
         *layout.swizzle_factors,
         _address(cache.k_center),
         _address(cache.v_center),
-        *_feedback_addresses(cache.k_feedback),
-        *_feedback_addresses(cache.v_feedback),
+        *map(_address, cache.feedback_tensors),
     )
-
-
-def _feedback_addresses(feedback: Feedback | None) -> tuple[int | None, int | None]:
-    return (None, None) if feedback is None else (feedback.weights.data_ptr(), feedback.step.data_ptr())
 
 
 def _byte_strides(x: torch.Tensor) -> tuple[int, int]:

@@ -59,11 +59,9 @@ def append(k: torch.Tensor, v: torch.Tensor, cache: PagedKVCache, slot_mapping: 
     if not num_tokens:
         return
     k, v = _vectorizable(k), _vectorizable(v)
-    feedbacks = cache.k_feedback, cache.v_feedback
+    feedback = cache.feedback_tensors
     params = _AppendParams(
-        *map(_pointer, (k, v, cache.k_center, cache.v_center, slot_mapping, cache.pages)),
-        *(_pointer(x) for feedback in feedbacks for x in ((None, None) if feedback is None else (feedback.weights, feedback.step))),
-        _pointer(cache.counters),
+        *map(_pointer, (k, v, cache.k_center, cache.v_center, slot_mapping, cache.pages, *feedback, cache.counters)),
         cache.pages.stride(0),
         *k.stride()[:2],
         *v.stride()[:2],
@@ -71,7 +69,7 @@ def append(k: torch.Tensor, v: torch.Tensor, cache: PagedKVCache, slot_mapping: 
         num_tokens,
     )
     orders = layout.k_rotation_order, layout.v_rotation_order
-    does = cache.counters is not None, feedbacks != (None, None)
+    does = cache.counters is not None, any(x is not None for x in feedback)
     kernel, tokens_per_block = _page_kernel("append", layout, k.dtype, *orders, k.device, *does)
     grid = (_divide_up(num_tokens, tokens_per_block), layout.num_kv_heads, 2)
     kernel.launch(grid, PAGE_KERNEL_THREADS, _stream(k.device), params)

@@ -68,15 +68,14 @@ def append(k: torch.Tensor, v: torch.Tensor, cache: PagedKVCache, slot_mapping: 
     layout, num_tokens = cache.layout, slot_mapping.shape[0]
     if not num_tokens:
         return
-    feedbacks = cache.k_feedback, cache.v_feedback
-    tokens, num_warps = (ROTATE_TOKENS, 1) if feedbacks == (None, None) else (FEEDBACK_TOKENS, 4)
+    feedback = cache.feedback_tensors
+    tokens, num_warps = (FEEDBACK_TOKENS, 4) if any(x is not None for x in feedback) else (ROTATE_TOKENS, 1)
     append_kernel[(_divide_up(num_tokens, tokens), layout.num_kv_heads, 2)](
         k,
         v,
         cache.k_center,
         cache.v_center,
-        *(None if feedback is None else feedback.weights for feedback in feedbacks),
-        *(None if feedback is None else feedback.step for feedback in feedbacks),
+        *feedback,
         slot_mapping,
         cache.pages,
         cache.counters,
