@@ -65,15 +65,14 @@ struct Shared {
   u64 results_full[RESULT_SLOTS], results_empty[RESULT_SLOTS];
   u64 last_results_full;  // those of the block's last chunk
 
-  // One warp does
   __device__ void init_barriers() {
-    const auto init = [](u64* barriers, int count, u32 arrivals) {
-      for (int i = lane_index(); i < count; i += WARP) ptx::init_barrier(&barriers[i], arrivals);
-    };
-    init(tile_full, STAGES, 1), init(tile_empty, STAGES, ROW_BLOCKS * WARP_ARRIVALS);
-    init(chunk_full, CHUNK_SLOTS, WARP_ARRIVALS), init(queries_full, CHUNK_SLOTS, WARP_ARRIVALS), init(chunk_empty, CHUNK_SLOTS, WARP_ARRIVALS);
-    init(results_full, RESULT_SLOTS, CONSUMERS * WARP_ARRIVALS), init(results_empty, RESULT_SLOTS, WARP_ARRIVALS);
-    init(&last_results_full, 1, WARP_ARRIVALS);
+    for (int i = 0; i < STAGES; i++) ptx::init_barrier(&tile_full[i], 1), ptx::init_barrier(&tile_empty[i], ROW_BLOCKS * WARP_ARRIVALS);
+    for (int i = 0; i < CHUNK_SLOTS; i++)
+      ptx::init_barrier(&chunk_full[i], WARP_ARRIVALS), ptx::init_barrier(&queries_full[i], WARP_ARRIVALS),
+          ptx::init_barrier(&chunk_empty[i], WARP_ARRIVALS);
+    for (int i = 0; i < RESULT_SLOTS; i++)
+      ptx::init_barrier(&results_full[i], CONSUMERS * WARP_ARRIVALS), ptx::init_barrier(&results_empty[i], WARP_ARRIVALS);
+    ptx::init_barrier(&last_results_full, WARP_ARRIVALS);
     ptx::publish_barriers();
   }
 };
@@ -620,7 +619,7 @@ __device__ int sawkv_shared_bytes = sizeof(Shared);
 __global__ void __launch_bounds__(THREADS, 1) sawkv_decode(const __grid_constant__ DecodeParams p) {
   extern __shared__ __align__(128) u8 dynamic[];
   Shared& s = *(Shared*)dynamic;
-  if (warp_index() == 0) s.init_barriers();
+  if (threadIdx.x == 0) s.init_barriers();
   if constexpr (ROWS < BLOCK_ROWS) {  // rows of padding stay zero
     for (int i = threadIdx.x; i < (int)sizeof(s.queries) / 16; i += THREADS) ((uint4*)s.queries)[i] = {0, 0, 0, 0};
     for (int i = threadIdx.x; i < (int)sizeof(s.query_stats) / 8; i += THREADS) ((float2*)s.query_stats)[i] = {0, 0};
