@@ -29,6 +29,7 @@ constexpr int SPAN_BYTES = SPAN * TOKEN_BYTES, SPANS = TILE / SPAN;
 constexpr int K_META = SPAN * ROW_BYTES, V_CODES = SPAN * (ROW_BYTES + META_BYTES), V_META = SPAN * (2 * ROW_BYTES + META_BYTES);
 
 constexpr int CONSUMERS = 8, PRODUCERS = 2, HELPERS = PRODUCERS + 2;  // helpers: all but the consumers
+constexpr int MERGER = HELPERS - 1;                        // the merge warp, among helpers
 constexpr int GROUPS = CONSUMERS / ROW_BLOCKS;             // the warps of a group share a tile, each with its own query rows
 constexpr int BLOCK_ROWS = 8 * COLUMN_TILES;               // rows of a row block, with padding
 constexpr int CHUNK_ROWS = ROW_BLOCKS * BLOCK_ROWS;
@@ -254,6 +255,7 @@ __device__ int run_producer(Shared& s, const DecodeParams& p, int producer) {
     if (!chunk.num_tiles) return n;
     const u8* head = p.pages + (i64)(chunk.unit / ROW_GROUPS) * HEAD_BYTES;
     int pages = 0, next_pages = load_page(p, chunk, 0), batch = -1;
+#pragma unroll 1
     for (int tile = (producer + PRODUCERS - tiles_before % PRODUCERS) % PRODUCERS; tile < chunk.num_tiles; tile += PRODUCERS) {
       if (tile / TILES_PER_BATCH != batch) {
         batch = tile / TILES_PER_BATCH;
@@ -586,18 +588,19 @@ __device__ bool is_end(Shared& s, int n) {
   return s.chunks[turn.slot()].num_tiles == 0;
 }
 
-// Merges all chunks but the last, whose results it announces to the other helpers.
-__device__ int run_merger(Shared& s, const DecodeParams& p) {
-  if (is_end(s, 0)) return 0;
-  for (int n = 0;; n++) {
-    const bool is_last = is_end(s, n + 1);
+// Where all helpers end. The merge warp takes every chunk from the first on; the others come for the last one, n, which all share.
+__device__ void run_merger(Shared& s, const DecodeParams& p, int helper, int n) {
+  for (;; n++) {
+    const bool is_last = helper != MERGER || is_end(s, n + 1);
     const Turn<RESULT_SLOTS> result{n};
-    ptx::wait(&s.results_full[result.slot()], result.phase());
-    if (is_last) {
-      if (arrives()) ptx::arrive(&s.last_results_full);
-      return n + 1;
+    if (helper == MERGER) {
+      ptx::wait(&s.results_full[result.slot()], result.phase());
+      if (is_last && arrives()) ptx::arrive(&s.last_results_full);
+    } else {
+      ptx::wait(&s.last_results_full, 0);
     }
-    merge_rows(s, p, n, 0, 1);
+    merge_rows(s, p, n, is_last ? helper : 0, is_last ? HELPERS : 1);
+    if (is_last) return;
     __syncwarp();
     if (arrives()) {
       ptx::arrive(&s.results_empty[result.slot()]);
@@ -621,7 +624,9 @@ __global__ void __launch_bounds__(THREADS, 1) sawkv_decode(const __grid_constant
   Shared& s = *(Shared*)dynamic;
   if (threadIdx.x == 0) s.init_barriers();
   if constexpr (ROWS < BLOCK_ROWS) {  // rows of padding stay zero
+#pragma unroll 1  // code is read from memory too, and nothing runs beside this
     for (int i = threadIdx.x; i < (int)sizeof(s.queries) / 16; i += THREADS) ((uint4*)s.queries)[i] = {0, 0, 0, 0};
+#pragma unroll 1
     for (int i = threadIdx.x; i < (int)sizeof(s.query_stats) / 8; i += THREADS) ((float2*)s.query_stats)[i] = {0, 0};
   }
   __syncthreads();
@@ -633,10 +638,11 @@ __global__ void __launch_bounds__(THREADS, 1) sawkv_decode(const __grid_constant
     return;
   }
   const int helper = warp - CONSUMERS;
-  const int chunks = helper < PRODUCERS ? run_producer(s, p, helper) : helper == PRODUCERS ? run_scheduler(s, p) : run_merger(s, p);
-  if (chunks == 0) return;
-  ptx::wait(&s.last_results_full, 0);
-  merge_rows(s, p, chunks - 1, helper, HELPERS);
+  int chunk = 0;
+  if (helper < PRODUCERS) chunk = run_producer(s, p, helper) - 1;
+  else if (helper < MERGER) chunk = run_scheduler(s, p) - 1;
+  else if (is_end(s, 0)) return;
+  if (chunk >= 0) run_merger(s, p, helper, chunk);
 }
 
 // Add the chunks of each split unit. A warp takes a row where there are few chunks; all warps of a block share one where there are many.
