@@ -4,7 +4,7 @@ a given text is, token by token, where rounding also decides codes and so moves 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -87,6 +87,16 @@ class Follower:
             if token != want:
                 self.departures += 1
                 return
+
+
+def follow(texts: Sequence[Output], generate: Callable[[list[list[int]], list[int]], Sequence[Output]]) -> list[Follower]:
+    """Let an engine follow the tokens of `texts`; `generate` takes prompts and how many tokens to add to each."""
+    followers = [Follower(text["prompt"], text["tokens"]) for text in texts]
+    while under_way := [follower for follower in followers if follower.left]:
+        outputs = generate([f.prompt for f in under_way], [f.left for f in under_way])
+        for follower, output in zip(under_way, outputs, strict=True):
+            follower.take(output)
+    return followers
 
 
 @dataclass(frozen=True)

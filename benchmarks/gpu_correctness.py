@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from benchmarks.agreement import Follower, Nearness, Output, as_output, logprobs_of
+from benchmarks.agreement import Follower, Nearness, Output, as_output, follow, logprobs_of
 from sawkv.integrations.vllm.server import engine_options
 from sawkv.spec import CacheFormat
 
@@ -144,7 +144,8 @@ class Engine:
             self.results["main"] = self.follow(texts["main"])
             if self.name == "serving":
                 self.results |= {"hits": self.follow(texts["hits"]), "lora": self.follow(texts["lora"], self._adapter())}
-                mixed_up = [{**text, "prompt": texts["main"][i - 1]["prompt"]} for i, text in enumerate(texts["main"][:16])]
+                # Four further on, prompts share no prefix.
+                mixed_up = [{**text, "prompt": texts["main"][i + 4]["prompt"]} for i, text in enumerate(texts["main"][:16])]
                 self.results |= {"soak": self._soak(texts["main"]), "mixed up": self.follow(mixed_up)}
             if self.name == "cache" and not self.on_cpu:
                 self._sleep_and_wake(texts["main"][:16])
@@ -160,11 +161,7 @@ class Engine:
 
     def follow(self, texts: Sequence[Output], adapter: Path | None = None) -> list[list[float]]:
         """Log-probabilities of the tokens of each text."""
-        followers = [Follower(text["prompt"], text["tokens"]) for text in texts]
-        while under_way := [follower for follower in followers if follower.left]:
-            outputs = self._generate([f.prompt for f in under_way], [f.left for f in under_way], adapter)
-            for follower, output in zip(under_way, outputs, strict=True):
-                follower.take(output)
+        followers = follow(texts, lambda prompts, lengths: self._generate(prompts, lengths, adapter))
         self.results.setdefault("departures", sum(follower.departures for follower in followers))  # of the main texts, which are first
         return [follower.logprobs for follower in followers]
 

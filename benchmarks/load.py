@@ -79,8 +79,9 @@ def _write_model(folder: Path, name: str) -> str:
     """A shape with a tokenizer of one word a token, so that prompts have the length that is asked for and every token has a text."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    vocabulary = {f"w{i}": i for i in range(SHAPES[name]["vocab_size"])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    vocabulary = {f"w{i}": i for i in range(1, SHAPES[name]["vocab_size"])}
+    unknown = "w" + "0" * 15  # vLLM refuses texts of more characters than the longest word would give, which has no space
+    tokenizer = Tokenizer(models.WordLevel({unknown: 0, **vocabulary}, unk_token=unknown))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     write_config(folder, name)
     tokenizer.save(str(folder / "tokenizer.json"))
@@ -166,6 +167,9 @@ def _generate(args: argparse.Namespace, model: str, port: int, rate: float, requ
             print(f"{rate:g} requests/s: the load generator ended with {done.returncode}\n{done.stderr[-3000:]}", flush=True)
             return None
         result: dict[str, Any] = json.loads(Path(folder, "result.json").read_text())
+        if result["completed"] != requests:
+            print(f"{rate:g} requests/s: {requests} requests were sent, {result['completed']} were answered: not recorded", flush=True)
+            return None
         return result
 
 
