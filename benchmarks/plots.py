@@ -26,9 +26,8 @@ vLLM and commit. What was tried, and why it did or did not work, is in [log.md](
 SERVING: Final = """## Whole engine
 
 Qwen3-8B's shape with random weights in vLLM, `gpu_memory_utilization` 0.90, all requests of a load sent at once: INPUT/OUTPUT x REQUESTS,
-and PREFIX+NEW where requests share a prefix. Ratios are to vLLM's own 16-bit cache (`bf16`) on the same model of card; rows whose
-commits differ were measured on different cards of it. `fp8` and `vllm_int4_per_token_head` are vLLM's own too. `benchmarks/serving.py` says
-what each column is. Command: `python -m benchmarks.serving`.
+and PREFIX+NEW where requests share a prefix. Ratios are to vLLM's own 16-bit cache (`bf16`); rows of one commit were measured on one card,
+one format after the other. `benchmarks/serving.py` says what each column is. Command: `python -m benchmarks.serving`.
 """
 LOAD: Final = """## Latency under load
 
@@ -216,7 +215,7 @@ def _tables(
         for load in dict.fromkeys(key[2] for key in latest if key[:2] == (device, model)):
             group = {key[3]: r for key, r in latest.items() if key[:3] == (device, model, load)}
             base = group.get("bf16", {})
-            for name, r in group.items():
+            for name, r in sorted(group.items(), key=lambda item: item[0] != "bf16"):
                 cells = [_cell(r.get(field), None if name == "bf16" else base.get(field), form) for field, (_, form) in columns.items()]
                 rows.append([load, name, *cells, r["commit"]])
         header = [first_column, "KV cache", *(name for name, _ in columns.values()), "commit"]
