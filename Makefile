@@ -22,6 +22,8 @@ demo: setup
 serve: setup
 	$(BIN)/sawkv serve $(MODEL) --max-model-len 4096 --kv-cache-memory-bytes 268435456
 
+# Threads that spin while they wait would keep the cores from the other process of tests.
+test: export OMP_WAIT_POLICY := passive
 test: setup check setup-oldest $(TRANSFORMERS:%=.venv/transformers-%) $(TRITON:%=.venv/triton-%)
 	$(BIN)/$(PYTEST)
 	.venv-oldest/bin/$(PYTEST) -m vllm
