@@ -14,6 +14,9 @@ MODEL  := $(firstword $(wildcard models/sawkv-*))
 BIN    := .venv/bin
 PYTEST := python -m pytest --numprocesses 2 --dist loadfile
 
+# Two environments are set up at once, as pip uses one core.
+MAKEFLAGS += --jobs=2
+
 .PHONY: demo serve test check soak audit setup setup-oldest clean
 
 demo: setup
