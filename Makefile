@@ -14,6 +14,9 @@ MODEL  := $(firstword $(wildcard models/sawkv-*))
 BIN    := .venv/bin
 PYTEST := python -m pytest --numprocesses 2 --dist loadfile
 
+# Two environments are set up at once, as pip uses one core.
+MAKEFLAGS += --jobs=2
+
 .PHONY: demo serve test check soak audit setup setup-oldest clean
 
 demo: setup
@@ -22,6 +25,8 @@ demo: setup
 serve: setup
 	$(BIN)/sawkv serve $(MODEL) --max-model-len 4096 --kv-cache-memory-bytes 268435456
 
+# Threads that spin while they wait would keep the cores from the other process of tests.
+test: export OMP_WAIT_POLICY := passive
 test: setup check setup-oldest $(TRANSFORMERS:%=.venv/transformers-%) $(TRITON:%=.venv/triton-%)
 	$(BIN)/$(PYTEST)
 	.venv-oldest/bin/$(PYTEST) -m vllm

@@ -1,4 +1,4 @@
-"""Run one vLLM engine in a process of its own: a JSON job on standard input, its JSON result as a marked line of standard output.
+"""Run one vLLM engine in a process of its own.
 
 In-process scheduling (no engine-core process) makes a run deterministic, so two formats can be compared bit for bit.
 """
@@ -7,16 +7,23 @@ from __future__ import annotations
 
 import functools
 import json
+import multiprocessing
 import os
-import subprocess
-import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 REPOSITORY = Path(__file__).parents[2]
-MARK = "RESULT "
 MODEL = next((REPOSITORY / "models").glob("sawkv-*"), REPOSITORY / "models")
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",  # models this small run several times as fast without threads that wait for each other
+    "PYTHONHASHSEED": "0",
+}
 
 
 def run_engine(
@@ -42,55 +49,61 @@ def run_engine(
 
 @functools.cache  # runs are deterministic, and a start takes many seconds
 def _run(job: str) -> dict[str, Any]:
-    env = os.environ | {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-        "OMP_NUM_THREADS": "1",  # models this small run several times as fast without threads that wait for each other
-        "PYTHONHASHSEED": "0",
-        "PYTHONPATH": "",
-    }
-    done = subprocess.run([sys.executable, __file__], input=job, capture_output=True, text=True, env=env, check=False, timeout=600)
-    results = [line.removeprefix(MARK) for line in done.stdout.splitlines() if line.startswith(MARK)]
-    if done.returncode or not results:
-        raise AssertionError(f"engine process ended with {done.returncode}:\n{done.stdout[-4000:]}\n{done.stderr[-6000:]}")
-    result: dict[str, Any] = json.loads(results[-1])
+    context = multiprocessing.get_context("forkserver")
+    # Processes are forked from one that has imported vLLM, and nothing of sawkv: the import takes most of a start.
+    context.set_forkserver_preload(["vllm.entrypoints.llm"])
+    with tempfile.TemporaryDirectory() as folder:
+        with pytest.MonkeyPatch.context() as patch:  # the first start makes that process, with this environment
+            for name, value in ENVIRONMENT.items():
+                patch.setenv(name, value)
+            process = context.Process(target=_main, args=(job, folder))
+            process.start()
+        process.join(600)
+        if process.exitcode != 0:
+            process.kill()
+            raise AssertionError(f"engine process ended with {process.exitcode}:\n{Path(folder, 'printed').read_text()[-10000:]}")
+        result: dict[str, Any] = json.loads(Path(folder, "result").read_text())
     return result
 
 
-def _main() -> None:
-    job = json.loads(sys.stdin.read())
+def _main(job: str, folder: str) -> None:
+    with open(Path(folder, "printed"), "w") as file:
+        for stream in (1, 2):
+            os.dup2(file.fileno(), stream)
+    Path(folder, "result").write_text(json.dumps(_generate(**json.loads(job))))
+
+
+def _generate(mutate: str | None, waves: list[list[list[int]]], max_tokens: int, options: dict[str, Any]) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
-    _mutate(job["mutate"])
+    _mutate(mutate)
     options = {
         "model": str(MODEL),
         "enforce_eager": True,
         "max_model_len": 2048,
         "disable_log_stats": False,
         "kv_cache_memory_bytes": 64 << 20,
-    } | job["options"]
+    } | options
     try:
         llm = LLM(**options)
     except Exception as error:
-        print(f"\n{MARK}{json.dumps({'error': str(error)})}")
-        return
-    sampling = SamplingParams(temperature=0, max_tokens=job["max_tokens"], ignore_eos=True, logprobs=0)
+        return {"error": str(error)}
+    sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=0)
     tokens, logprobs = [], []
-    for wave in job["waves"]:
+    for wave in waves:
         outputs = [o.outputs[0] for o in llm.generate([{"prompt_token_ids": p} for p in wave], sampling, use_tqdm=False)]
         tokens.append([list(o.token_ids) for o in outputs])
         logprobs.append([[step[token].logprob for step, token in zip(o.logprobs, o.token_ids, strict=True)] for o in outputs])
     metrics = {m.name.removeprefix("vllm:"): m.value for m in llm.get_metrics() if hasattr(m, "value")}
     config = llm.llm_engine.vllm_config
     layers = config.compilation_config.static_forward_context.values()
-    result = {
+    return {
         "tokens": tokens,
         "logprobs": logprobs,
         "metrics": metrics,
         "kv_tokens": config.cache_config.num_gpu_blocks * config.cache_config.block_size,
         "implementation": sorted({type(layer.impl).__name__ for layer in layers}),
     }
-    print(f"\n{MARK}{json.dumps(result)}")
 
 
 def _mutate(kind: str | None) -> None:
@@ -135,7 +148,3 @@ def _mutate(kind: str | None) -> None:
         CODECS["int4"] = Swapped(4)
     # The mutated codec is Python's, so the reference writes; the backend under test still reads.
     ops.append = reference.append
-
-
-if __name__ == "__main__":
-    _main()

@@ -6,8 +6,9 @@ import json
 import os
 from typing import Any
 
-from tests.vllm.engine import MARK, MODEL
+from tests.vllm.engine import MODEL
 
+MARK = "RESULT "
 CHUNK, BLOCK = 64, 32
 PROMPT = [300 + i * 7919 % 3000 for i in range(200)]
 OTHER = [300 + i * 104729 % 3000 for i in range(200)]

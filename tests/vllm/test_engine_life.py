@@ -16,7 +16,8 @@ import torch
 
 from benchmarks.soak import Difference, Load, Reference, Report, Soak
 from sawkv import CacheFormat, PageLayout
-from tests.vllm.engine import MARK, MODEL, REPOSITORY, run_engine
+from tests.vllm.engine import MODEL, REPOSITORY, run_engine
+from tests.vllm.life import MARK
 
 pytestmark = pytest.mark.vllm
 
