@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 REPOSITORY = Path(__file__).parents[2]
 MODEL = next((REPOSITORY / "models").glob("sawkv-*"), REPOSITORY / "models")
@@ -50,8 +51,9 @@ def run_engine(
 @functools.cache  # runs are deterministic, and a start takes many seconds
 def _run(job: str) -> dict[str, Any]:
     context = multiprocessing.get_context("forkserver")
-    # Processes are forked from one that has imported vLLM, and nothing of sawkv: the import takes most of a start.
-    context.set_forkserver_preload(["vllm.entrypoints.llm"])
+    # Processes are forked from one that has imported vLLM, and nothing of sawkv: the import takes most of a start. It may also start CUDA,
+    # which does not survive a fork.
+    context.set_forkserver_preload([] if torch.cuda.device_count() else ["vllm.entrypoints.llm"])
     with tempfile.TemporaryDirectory() as folder:
         with pytest.MonkeyPatch.context() as patch:  # the first start makes that process, with this environment
             for name, value in ENVIRONMENT.items():
