@@ -50,7 +50,7 @@ def main() -> None:
     python = str(args.folder / "bin" / "python")
 
     def install(what: str, *arguments: str) -> None:
-        print(f"  {time.monotonic() - started:4.0f} s  installing {what} ...", flush=True)
+        print(f"  {time.monotonic() - started:4.0f} s  {args.folder}: installing {what} ...", flush=True)
         subprocess.run(
             [python, "-m", "pip", "install", "-qq", "--no-warn-conflicts", "--disable-pip-version-check", *arguments], check=True
         )
@@ -64,7 +64,7 @@ def main() -> None:
         install("what vLLM needs", CPU_TORCH, *listed.split("\n")[:-1])
     install("sawkv and its development tools", "--editable", f"{REPOSITORY}[cpu,dev,eval]")
     stamp.write_text(digest)
-    print(f"  {time.monotonic() - started:4.0f} s  done", flush=True)
+    print(f"  {time.monotonic() - started:4.0f} s  {args.folder}: done", flush=True)
 
 
 if __name__ == "__main__":
