@@ -6,9 +6,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from vllm import LLM, SamplingParams
 
 Output = dict[str, Any]
 """Of one request: `prompt`, `tokens`, `top` (for each token, log-probabilities of the best few, by token) and `cached` prompt tokens."""
@@ -87,6 +90,23 @@ class Follower:
             if token != want:
                 self.departures += 1
                 return
+
+
+def sampling(max_tokens: int) -> SamplingParams:
+    """Greedy, with the log-probabilities that `as_output` and `Follower` read."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=20, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+    )
+
+
+def generate(llm: LLM, prompts: Sequence[list[int]], lengths: Sequence[int], lora_request: Any = None) -> list[Output]:
+    """Greedy outputs of `lengths` tokens."""
+    inputs: list[Any] = [{"prompt_token_ids": prompt} for prompt in prompts]
+    outputs = llm.generate(inputs, [sampling(length) for length in lengths], use_tqdm=False, lora_request=lora_request)
+    return [as_output(output) for output in outputs]
 
 
 def follow(texts: Sequence[Output], generate: Callable[[list[list[int]], list[int]], Sequence[Output]]) -> list[Follower]:

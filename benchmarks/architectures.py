@@ -22,17 +22,19 @@ import os
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
-from benchmarks.agreement import Agreement, Follower, Nearness, Output, as_output, follow, logprobs_of
+from benchmarks.agreement import Agreement, Follower, Nearness, Output, follow, generate, logprobs_of
 from benchmarks.shapes import SHAPES, write_config
 from sawkv.integrations.vllm.server import engine_options
 from sawkv.spec import CacheFormat
 
+if TYPE_CHECKING:
+    from vllm import LLM
+
 T = TypeVar("T")
-Generate = Callable[[Sequence[list[int]], Sequence[int]], list[Output]]
-"""Prompts, and how many tokens to add to each."""
 
 WINDOW: Final = 64
 PROMPT_LENGTHS: Final = (3, 40, 70, 200, 333)
@@ -107,7 +109,11 @@ def make_model(folder: Path, name: str) -> str:
 
 def _check(name: str, formats: Sequence[str], dtype: str, model: str) -> int:
     prompts = _prompts(SHRUNK["vocab_size"])
-    wide = _with_engine(model, dtype, {}, lambda generate: generate(prompts, [OUT] * len(prompts)))
+
+    def write(llm: LLM) -> list[Output]:
+        return generate(llm, prompts, [OUT] * len(prompts))
+
+    wide = _with_engine(model, dtype, {}, write)
     if isinstance(wide, str):
         return _line(True, name, f"vLLM itself cannot serve it here: {wide}")
     failures = 0
@@ -118,9 +124,9 @@ def _check(name: str, formats: Sequence[str], dtype: str, model: str) -> int:
         options = engine_options(CacheFormat(codec, min(order, 128), min(order, 128)))
         what = f"{name}, {kind}"
         if kind == "plain":
-            said = _with_engine(model, dtype, options, lambda generate: _equality(generate(prompts, [OUT] * len(prompts)), wide, dtype))
+            said = _with_engine(model, dtype, options, lambda llm: _equality(write(llm), wide, dtype))
         else:
-            said = _with_engine(model, dtype, options, lambda generate: _nearness(follow(wide, generate), wide))
+            said = _with_engine(model, dtype, options, lambda llm: _nearness(follow(wide, partial(generate, llm)), wide))
         passed, detail = ("sawkv" in said, f"refused: {said}") if isinstance(said, str) else said
         failures += _line(passed, what, detail)
     return failures
@@ -141,10 +147,10 @@ def _prompts(vocab_size: int) -> list[list[int]]:
     return [[(i * 7919 + j * j * 31 + j) % (vocab_size - 10) + 5 for j in range(length)] for i, length in enumerate(PROMPT_LENGTHS)]
 
 
-def _with_engine(model: str, dtype: str, options: dict[str, Any], work: Callable[[Generate], T]) -> T | str:
-    """What `work` makes with an engine's `generate`, or the error that stopped it."""
+def _with_engine(model: str, dtype: str, options: dict[str, Any], work: Callable[[LLM], T]) -> T | str:
+    """What `work` makes with an engine, or the error that stopped it."""
     import torch
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
     from vllm.distributed import cleanup_dist_env_and_memory
 
     common: dict[str, Any] = {
@@ -158,22 +164,15 @@ def _with_engine(model: str, dtype: str, options: dict[str, Any], work: Callable
         "kv_cache_memory_bytes": 128 << 20,
         "gpu_memory_utilization": 0.3,  # must be free, though the cache takes what the line above says
     }
-    llm: LLM | None = None
-
-    def generate(prompts: Sequence[list[int]], lengths: Sequence[int]) -> list[Output]:
-        inputs: list[Any] = [{"prompt_token_ids": prompt} for prompt in prompts]
-        greedy = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, logprobs=20, detokenize=False) for n in lengths]
-        assert llm is not None
-        return [as_output(output) for output in llm.generate(inputs, greedy, use_tqdm=False)]
-
+    llm = None
     try:
         llm = LLM(**common, **options)
-        return work(generate)
+        return work(llm)
     except Exception as error:  # whatever stops vLLM is the result
         lines = str(error).strip().splitlines() or [type(error).__name__]
         return next((line for line in lines if "sawkv" in line), lines[0])[:300]
     finally:
-        llm = None
+        del llm
         gc.collect()
         cleanup_dist_env_and_memory()
         if torch.cuda.is_available():

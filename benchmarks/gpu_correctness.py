@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from benchmarks.agreement import Follower, Nearness, Output, as_output, follow, logprobs_of
+from benchmarks.agreement import Follower, Nearness, Output, as_output, follow, generate, logprobs_of, sampling
 from sawkv.integrations.vllm.server import engine_options
 from sawkv.spec import CacheFormat
 
@@ -144,8 +144,8 @@ class Engine:
             self.results["main"] = self.follow(texts["main"])
             if self.name == "serving":
                 self.results |= {"hits": self.follow(texts["hits"]), "lora": self.follow(texts["lora"], self._adapter())}
-                # Four further on, prompts share no prefix.
-                mixed_up = [{**text, "prompt": texts["main"][i + 4]["prompt"]} for i, text in enumerate(texts["main"][:16])]
+                main = texts["main"]  # four further on, prompts share no prefix
+                mixed_up = [{**text, "prompt": main[(i + 4) % len(main)]["prompt"]} for i, text in enumerate(main[:16])]
                 self.results |= {"soak": self._soak(texts["main"]), "mixed up": self.follow(mixed_up)}
             if self.name == "cache" and not self.on_cpu:
                 self._sleep_and_wake(texts["main"][:16])
@@ -169,9 +169,7 @@ class Engine:
         from vllm.lora.request import LoRARequest
 
         lora = None if adapter is None else LoRARequest("adapter", 1, str(adapter))
-        inputs: list[Any] = [{"prompt_token_ids": prompt} for prompt in prompts]
-        outputs = self.llm.generate(inputs, [_sampling(length) for length in lengths], use_tqdm=False, lora_request=lora)
-        return [as_output(output) for output in outputs]
+        return generate(self.llm, prompts, lengths, lora)
 
     def _sleep_and_wake(self, texts: Sequence[Output]) -> None:
         for level in (1, 2):
@@ -191,7 +189,7 @@ class Engine:
 
         def send(index: int, follower: Follower) -> None:
             nonlocal sent
-            engine.add_request(f"soak-{sent}", {"prompt_token_ids": follower.prompt}, _sampling(follower.left))
+            engine.add_request(f"soak-{sent}", {"prompt_token_ids": follower.prompt}, sampling(follower.left))
             running[f"soak-{sent}"] = index, follower
             sent += 1
 
@@ -224,15 +222,6 @@ def _has_gpu() -> bool:
     import torch
 
     return torch.cuda.device_count() > 0  # is_available() would start CUDA here, and vLLM could not fork
-
-
-def _sampling(max_tokens: int) -> Any:
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    return SamplingParams(
-        temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=20, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
-    )
 
 
 def _use_reference_kernels() -> None:
