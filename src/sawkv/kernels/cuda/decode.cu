@@ -207,7 +207,7 @@ __device__ void prepare_queries(Shared& s, const DecodeParams& p, const Chunk& c
   }
 }
 
-// The run_... of helpers return the number of the block's chunks.
+// run_scheduler and run_producer return the number of the block's chunks.
 __device__ int run_scheduler(Shared& s, const DecodeParams& p) {
   const int num_chunks = p.header->num_chunks;
   int next = blockIdx.x;  // the first chunk is fixed, the others are claimed
@@ -255,7 +255,7 @@ __device__ int run_producer(Shared& s, const DecodeParams& p, int producer) {
     if (!chunk.num_tiles) return n;
     const u8* head = p.pages + (i64)(chunk.unit / ROW_GROUPS) * HEAD_BYTES;
     int pages = 0, next_pages = load_page(p, chunk, 0), batch = -1;
-#pragma unroll 1
+#pragma unroll 1  // three copies of it are three times as much code to fetch
     for (int tile = (producer + PRODUCERS - tiles_before % PRODUCERS) % PRODUCERS; tile < chunk.num_tiles; tile += PRODUCERS) {
       if (tile / TILES_PER_BATCH != batch) {
         batch = tile / TILES_PER_BATCH;
