@@ -72,7 +72,7 @@ def append(k: torch.Tensor, v: torch.Tensor, cache: PagedKVCache, slot_mapping: 
     does = cache.counters is not None, any(x is not None for x in feedback)
     kernel, tokens_per_block = _page_kernel("append", layout, k.dtype, *orders, k.device, *does)
     grid = (_divide_up(num_tokens, tokens_per_block), layout.num_kv_heads, 2)
-    kernel.launch(grid, PAGE_KERNEL_THREADS, _stream(k.device), params)
+    kernel.launch(grid, PAGE_KERNEL_THREADS, _stream(k.device), params, dependent=True)
 
 
 def gather(

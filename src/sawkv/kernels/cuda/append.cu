@@ -197,6 +197,8 @@ extern "C" {
 __device__ int sawkv_tokens_per_block = TOKENS;
 
 __global__ void __launch_bounds__(THREADS, (D <= 128 ? 4 : 2) >> FEEDBACK) sawkv_append(const __grid_constant__ AppendParams p) {
+  ptx::wait_for_prerequisites();
+  ptx::let_dependents_launch();  // decode gets ready meanwhile
   if (blockIdx.z == 0) {
     append_row<K_ORDER, false>(p, p.k, p.k_center, p.k_weights, p.k_step, p.k_token_stride, p.k_head_stride);
   } else {

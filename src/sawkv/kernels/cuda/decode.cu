@@ -2,7 +2,7 @@
 //
 //   scheduler warp   takes chunks from the plan; loads, rotates and normalizes their queries
 //   2 producer warps bring tiles of pages into a ring in shared memory, one bulk copy for each page and KV head
-//   8 consumer warps attend: tile i goes to consumer group i % GROUPS
+//   consumer warps   12 or 8, attend: share i of the tiles goes to consumer group i % GROUPS
 //   merge warp       adds the groups' results of a finished chunk while the consumers go on with the next; the rows of a block's last chunk are
 //                    shared by all warps that are not consumers, which have nothing else to do by then
 //
@@ -28,9 +28,13 @@ constexpr int SPAN = PAGE_SIZE < TILE ? PAGE_SIZE : TILE;
 constexpr int SPAN_BYTES = SPAN * TOKEN_BYTES, SPANS = TILE / SPAN;
 constexpr int K_META = SPAN * ROW_BYTES, V_CODES = SPAN * (ROW_BYTES + META_BYTES), V_META = SPAN * (2 * ROW_BYTES + META_BYTES);
 
-constexpr int CONSUMERS = 8, PRODUCERS = 2, HELPERS = PRODUCERS + 2;  // helpers: all but the consumers
+// One tile of query rows leaves registers for 12 consumers, which take half a tile each. Otherwise there are 8, which take whole ones.
+constexpr bool HAS_FEW_ROWS = D <= 128 && COLUMN_TILES == 1 && ROW_BLOCKS == 1;
+constexpr int CONSUMERS = HAS_FEW_ROWS ? 12 : 8, SHARES = HAS_FEW_ROWS ? 2 : 1;  // of a tile, for different groups
+constexpr int SHARE = TILE / SHARES;                       // tokens
+constexpr int PRODUCERS = 2, HELPERS = PRODUCERS + 2;      // helpers: all but the consumers
 constexpr int MERGER = HELPERS - 1;                        // the merge warp, among helpers
-constexpr int GROUPS = CONSUMERS / ROW_BLOCKS;             // the warps of a group share a tile, each with its own query rows
+constexpr int GROUPS = CONSUMERS / ROW_BLOCKS;             // the warps of a group attend the same tokens, each with its own query rows
 constexpr int BLOCK_ROWS = 8 * COLUMN_TILES;               // rows of a row block, with padding
 constexpr int CHUNK_ROWS = ROW_BLOCKS * BLOCK_ROWS;
 constexpr int THREADS = (CONSUMERS + HELPERS) * WARP;
@@ -42,8 +46,8 @@ constexpr int RESULT_BYTES = CONSUMERS * ROWS * (D + 2) * 4;
 constexpr int RESULT_SLOTS = RESULT_BYTES <= 36 << 10 ? 2 : 1;
 constexpr int STAGES_THAT_FIT = (SHARED_LIMIT - 4096 - RESULT_SLOTS * RESULT_BYTES - CHUNK_SLOTS * CHUNK_ROWS * (2 * D + 8)) / TILE_BYTES;
 // A stage must always belong to the same group and producer: a warp that skipped a phase of its barrier would misread the parity.
-constexpr int STAGES = STAGES_THAT_FIT >= 24 ? 24 : STAGES_THAT_FIT >= 16 ? 16 : 8;
-static_assert(STAGES_THAT_FIT >= 8, "no room for the ring");
+constexpr int STAGES = STAGES_THAT_FIT >= 24 ? 24 : STAGES_THAT_FIT / (CONSUMERS / SHARES) * (CONSUMERS / SHARES);
+static_assert(STAGES > 0 && STAGES * SHARES % GROUPS == 0 && STAGES % PRODUCERS == 0, "no room for the ring");
 
 // A lane of each warp arrives at barriers for all of them, after __syncwarp. compute-sanitizer's racecheck follows only lanes that arrive
 // themselves; EVERY_LANE_ARRIVES is for it.
@@ -67,7 +71,7 @@ struct Shared {
   u64 last_results_full;  // those of the block's last chunk
 
   __device__ void init_barriers() {
-    for (int i = 0; i < STAGES; i++) ptx::init_barrier(&tile_full[i], 1), ptx::init_barrier(&tile_empty[i], ROW_BLOCKS * WARP_ARRIVALS);
+    for (int i = 0; i < STAGES; i++) ptx::init_barrier(&tile_full[i], 1), ptx::init_barrier(&tile_empty[i], SHARES * ROW_BLOCKS * WARP_ARRIVALS);
     for (int i = 0; i < CHUNK_SLOTS; i++)
       ptx::init_barrier(&chunk_full[i], WARP_ARRIVALS), ptx::init_barrier(&queries_full[i], WARP_ARRIVALS),
           ptx::init_barrier(&chunk_empty[i], WARP_ARRIVALS);
@@ -294,7 +298,7 @@ constexpr int V_SHIFT = 60;  // weights are stored in bf16 times 2^60: far from 
 
 struct Consumer {
   static constexpr int WORDS = D / 32;         // of K codes that a lane holds of one token
-  static constexpr int PART = TILE / COLUMN_TILES;  // tokens attended at once: as many as registers hold scores for
+  static constexpr int PART = SHARE / COLUMN_TILES;  // tokens attended at once: as many as registers hold scores for
   static constexpr int BLOCKS = PART / 16;
 
   float maximum[COLUMN_TILES][2], sum[COLUMN_TILES][2];
@@ -535,11 +539,12 @@ __device__ void run_consumer(Shared& s, const DecodeParams& p, int warp) {
     if (!chunk.num_tiles) return;
     Consumer consumer;
     consumer.start();
-    for (int tile = (group + GROUPS - tiles_before % GROUPS) % GROUPS; tile < chunk.num_tiles; tile += GROUPS) {
+    for (int share = (group + GROUPS - tiles_before * SHARES % GROUPS) % GROUPS; share < chunk.num_tiles * SHARES; share += GROUPS) {
+      const int tile = share / SHARES, begin = share % SHARES * SHARE;
       const Turn<STAGES> stage{tiles_before + tile};
       ptx::wait(&s.tile_full[stage.slot()], stage.phase());
 #pragma unroll 1
-      for (int part = 0; part < TILE; part += Consumer::PART)
+      for (int part = begin; part < begin + SHARE; part += Consumer::PART)
         consumer.attend(s.tiles[stage.slot()], part, s, turn.slot(), chunk, p, first_row, (chunk.first_tile + tile) * TILE);
       __syncwarp();
       if (arrives()) ptx::arrive(&s.tile_empty[stage.slot()]);

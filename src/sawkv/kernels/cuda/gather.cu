@@ -5,7 +5,7 @@
 
 namespace sawkv {
 
-constexpr int THREADS = 256, LANES = 16, AT_ONCE = THREADS / LANES, TOKENS = 64;
+constexpr int THREADS = 256, LANES = 4, TOKENS = THREADS / LANES;  // lanes of a row: few, since rotation exchanges values between them
 
 struct GatherParams {
   u8* pages;
@@ -60,18 +60,15 @@ __global__ void __launch_bounds__(THREADS) sawkv_gather(const __grid_constant__ 
     const int middle = (seq + high + 1) / 2;
     if (p.cu_seq_lens[middle] <= first) seq = middle; else high = middle - 1;
   }
-#pragma unroll
-  for (int i = 0; i < TOKENS / AT_ONCE; i++) {
-    const int token = first + i * AT_ONCE + threadIdx.x / LANES;
-    while (seq + 1 < p.num_seqs && p.cu_seq_lens[seq + 1] <= token) seq++;
-    const int position = token - p.cu_seq_lens[seq];
-    const bool is_there = token < p.max_tokens && position >= 0 && position < p.seq_lens[seq];
-    const i64 page = is_there ? p.block_table[seq * p.table_stride + position / PAGE_SIZE] : 0;
-    u8* page_head = p.pages + page * p.page_stride + head * HEAD_BYTES;
-    const i64 to = ((i64)token * p.num_kv_heads + head) * D;
-    decode_row<K_ORDER, false>(page_head, position % PAGE_SIZE, is_there, p.k_center ? p.k_center + head * D : nullptr, p.k_out + to);
-    decode_row<V_ORDER, true>(page_head, position % PAGE_SIZE, is_there, p.v_center ? p.v_center + head * D : nullptr, p.v_out + to);
-  }
+  const int token = first + threadIdx.x / LANES;
+  while (seq + 1 < p.num_seqs && p.cu_seq_lens[seq + 1] <= token) seq++;
+  const int position = token - p.cu_seq_lens[seq];
+  const bool is_there = token < p.max_tokens && position >= 0 && position < p.seq_lens[seq];
+  const i64 page = is_there ? p.block_table[seq * p.table_stride + position / PAGE_SIZE] : 0;
+  u8* page_head = p.pages + page * p.page_stride + head * HEAD_BYTES;
+  const i64 to = ((i64)token * p.num_kv_heads + head) * D;
+  decode_row<K_ORDER, false>(page_head, position % PAGE_SIZE, is_there, p.k_center ? p.k_center + head * D : nullptr, p.k_out + to);
+  decode_row<V_ORDER, true>(page_head, position % PAGE_SIZE, is_there, p.v_center ? p.v_center + head * D : nullptr, p.v_out + to);
 }
 
 }  // extern "C"

@@ -74,8 +74,8 @@ __device__ int last_at_most(const int* values, int n, int x) {
 using namespace sawkv;
 
 extern "C" __global__ void __launch_bounds__(THREADS) sawkv_schedule(const __grid_constant__ ScheduleParams p) {
-  constexpr int TILES_PER_CHUNK = 50;     // a block gets chunks of about so many tiles, or longer ones
-  constexpr int MIN_TILES_PER_CHUNK = 8;  // one for each consumer warp
+  constexpr int TILES_PER_CHUNK = 50;     // where blocks get few chunks
+  constexpr int MIN_TILES_PER_CHUNK = 8;  // about one for each consumer warp
   extern __shared__ int dynamic[];
   const int n = p.num_seqs;
   int* tiles = dynamic;           // before each sequence; then, pieces that each of its units is cut into
@@ -88,7 +88,8 @@ extern "C" __global__ void __launch_bounds__(THREADS) sawkv_schedule(const __gri
   prefix_sums(tiles, n);
   const i64 total_tiles = tiles[n];
   const int tiles_per_block = (int)(total_tiles / p.num_blocks);
-  const int chunks_per_block = max(1, min(tiles_per_block / TILES_PER_CHUNK, p.max_chunks_per_block));
+  // Long chunks where there are few, or merging costs too much; many where there are some, or blocks do not end together.
+  const int chunks_per_block = tiles_per_block < 4 * TILES_PER_CHUNK ? max(1, tiles_per_block / TILES_PER_CHUNK) : p.max_chunks_per_block;
   const i64 chunks_wanted = (i64)p.num_blocks * chunks_per_block;
   // Rounding up gives evener chunks, but where a block gets one or two, a chunk too many is a round too many.
   const i64 rounding = chunks_per_block > 2 ? total_tiles / 2 : 0;
