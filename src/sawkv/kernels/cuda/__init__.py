@@ -141,7 +141,8 @@ class CudaPlan(DecodePlan):
         self.units_per_seq = layout.num_kv_heads * self.shape.row_groups
         self.num_blocks = torch.cuda.get_device_properties(device).multi_processor_count
         self.kernels = functools.cache(self._load_kernels)
-        self.tile_tokens = self.kernels(torch.bfloat16, False)[0].read_constant("sawkv_tile_tokens")
+        decode = self.kernels(torch.bfloat16, False)[0]
+        self.tile_tokens, self.tiles_per_chunk = map(decode.read_constant, ("sawkv_tile_tokens", "sawkv_tiles_per_chunk"))
         chunk_rows = 8 * self.shape.column_tiles * self.shape.row_blocks
         max_split_chunks = self.num_blocks * MAX_CHUNKS_PER_BLOCK * 3 // 2  # units in two or more pieces, their number rounded: 4/3 at most
         max_chunks = max_split_chunks + max_num_seqs * self.units_per_seq + self.num_blocks  # and each block's claim beyond the last
@@ -178,6 +179,7 @@ class CudaPlan(DecodePlan):
             num_seqs,
             self.units_per_seq,
             self.tile_tokens,
+            self.tiles_per_chunk,
             self.sliding_window,
             self.num_blocks,
             MAX_CHUNKS_PER_BLOCK,
@@ -329,7 +331,7 @@ _ScheduleParams = _structure(
     "seq_lens query_start_loc header chunks splits",
     "",
     "",
-    "num_seqs units_per_seq tile_tokens window num_blocks max_chunks_per_block",
+    "num_seqs units_per_seq tile_tokens tiles_per_chunk window num_blocks max_chunks_per_block",
 )
 _DecodeParams = _structure(
     "DecodeParams",

@@ -2,7 +2,7 @@
 //
 //   scheduler warp   takes chunks from the plan; loads, rotates and normalizes their queries
 //   2 producer warps bring tiles of pages into a ring in shared memory, one bulk copy for each page and KV head
-//   consumer warps   12 or 8, attend: share i of the tiles goes to consumer group i % GROUPS
+//   consumer warps   12 or 8, attend: tile i goes to consumer group i % GROUPS
 //   merge warp       adds the groups' results of a finished chunk while the consumers go on with the next; the rows of a block's last chunk are
 //                    shared by all warps that are not consumers, which have nothing else to do by then
 //
@@ -19,7 +19,9 @@
 namespace sawkv {
 
 // ---------------------------------------------------------------------------------------------------------------- geometry
-constexpr int TILE = D <= 64 ? 128 : D <= 128 ? 64 : 32;  // tokens
+// One tile of query rows leaves registers for more warps, and they wait less at the end of smaller tiles. Large pages are not cut for it.
+constexpr bool HAS_MANY_WARPS = D <= 128 && COLUMN_TILES == 1 && ROW_BLOCKS == 1 && PAGE_SIZE <= 32;
+constexpr int TILE = (D <= 64 ? 128 : D <= 128 ? 64 : 32) / (HAS_MANY_WARPS ? 2 : 1);  // tokens
 constexpr int TILE_BYTES = TILE * TOKEN_BYTES;
 static_assert(PAGE_SIZE % TILE == 0 || TILE % PAGE_SIZE == 0, "tiles are whole pages, or the reverse");
 
@@ -28,14 +30,9 @@ constexpr int SPAN = PAGE_SIZE < TILE ? PAGE_SIZE : TILE;
 constexpr int SPAN_BYTES = SPAN * TOKEN_BYTES, SPANS = TILE / SPAN;
 constexpr int K_META = SPAN * ROW_BYTES, V_CODES = SPAN * (ROW_BYTES + META_BYTES), V_META = SPAN * (2 * ROW_BYTES + META_BYTES);
 
-// One tile of query rows leaves registers for 12 consumers, which take half a tile each. Otherwise there are 8, which take whole ones.
-constexpr bool HAS_FEW_ROWS = D <= 128 && COLUMN_TILES == 1 && ROW_BLOCKS == 1;
-constexpr int CONSUMERS = HAS_FEW_ROWS ? 12 : 8, SHARES = HAS_FEW_ROWS ? 2 : 1;  // of a tile, for different groups
-constexpr int SHARE = TILE / SHARES;                       // tokens
-constexpr int ARRIVALS = SPANS % SHARES == 0 ? SHARES : 1;  // the shares arrive apart if their pages are
-constexpr int PRODUCERS = 2, HELPERS = PRODUCERS + 2;      // helpers: all but the consumers
+constexpr int CONSUMERS = HAS_MANY_WARPS ? 12 : 8, PRODUCERS = 2, HELPERS = PRODUCERS + 2;  // helpers: all but the consumers
 constexpr int MERGER = HELPERS - 1;                        // the merge warp, among helpers
-constexpr int GROUPS = CONSUMERS / ROW_BLOCKS;             // the warps of a group attend the same tokens, each with its own query rows
+constexpr int GROUPS = CONSUMERS / ROW_BLOCKS;             // the warps of a group share a tile, each with its own query rows
 constexpr int BLOCK_ROWS = 8 * COLUMN_TILES;               // rows of a row block, with padding
 constexpr int CHUNK_ROWS = ROW_BLOCKS * BLOCK_ROWS;
 constexpr int THREADS = (CONSUMERS + HELPERS) * WARP;
@@ -47,9 +44,8 @@ constexpr int RESULT_BYTES = CONSUMERS * ROWS * (D + 2) * 4;
 constexpr int RESULT_SLOTS = RESULT_BYTES <= 36 << 10 ? 2 : 1;
 constexpr int STAGES_THAT_FIT = (SHARED_LIMIT - 4096 - RESULT_SLOTS * RESULT_BYTES - CHUNK_SLOTS * CHUNK_ROWS * (2 * D + 8)) / TILE_BYTES;
 // A stage must always belong to the same group and producer: a warp that skipped a phase of its barrier would misread the parity.
-constexpr int MAX_STAGES = HAS_FEW_ROWS ? 12 : 24;
-constexpr int STAGES = STAGES_THAT_FIT >= MAX_STAGES ? MAX_STAGES : STAGES_THAT_FIT / (CONSUMERS / SHARES) * (CONSUMERS / SHARES);
-static_assert(STAGES > 0 && STAGES * SHARES % GROUPS == 0 && STAGES % PRODUCERS == 0, "no room for the ring");
+constexpr int STAGES = STAGES_THAT_FIT >= 24 ? 24 : STAGES_THAT_FIT / CONSUMERS * CONSUMERS;
+static_assert(STAGES > 0, "no room for the ring");
 
 // A lane of each warp arrives at barriers for all of them, after __syncwarp. compute-sanitizer's racecheck follows only lanes that arrive
 // themselves; EVERY_LANE_ARRIVES is for it.
@@ -67,14 +63,13 @@ struct Shared {
   float results[RESULT_SLOTS][CONSUMERS][ROWS][D];
   float2 result_stats[RESULT_SLOTS][CONSUMERS][ROWS];  // x: maximum of the scores in log2; y: sum of the weights
   Chunk chunks[CHUNK_SLOTS];
-  u64 tile_full[STAGES][ARRIVALS], tile_empty[STAGES];
+  u64 tile_full[STAGES], tile_empty[STAGES];
   u64 chunk_full[CHUNK_SLOTS], queries_full[CHUNK_SLOTS], chunk_empty[CHUNK_SLOTS];
   u64 results_full[RESULT_SLOTS], results_empty[RESULT_SLOTS];
   u64 last_results_full;  // those of the block's last chunk
 
   __device__ void init_barriers() {
-    for (int i = 0; i < STAGES * ARRIVALS; i++) ptx::init_barrier(&tile_full[0][i], 1);
-    for (int i = 0; i < STAGES; i++) ptx::init_barrier(&tile_empty[i], SHARES * ROW_BLOCKS * WARP_ARRIVALS);
+    for (int i = 0; i < STAGES; i++) ptx::init_barrier(&tile_full[i], 1), ptx::init_barrier(&tile_empty[i], ROW_BLOCKS * WARP_ARRIVALS);
     for (int i = 0; i < CHUNK_SLOTS; i++)
       ptx::init_barrier(&chunk_full[i], WARP_ARRIVALS), ptx::init_barrier(&queries_full[i], WARP_ARRIVALS),
           ptx::init_barrier(&chunk_empty[i], WARP_ARRIVALS);
@@ -270,16 +265,16 @@ __device__ int run_producer(Shared& s, const DecodeParams& p, int producer) {
         next_pages = load_page(p, chunk, (batch + 1) * TILES_PER_BATCH);
       }
       const Turn<STAGES> stage{tiles_before + tile};
-      u64* full = s.tile_full[stage.slot()];
+      u64* full = &s.tile_full[stage.slot()];
       u8* to = s.tiles[stage.slot()];
       const int token = (chunk.first_tile + tile) * TILE, spans = max(0, min(SPANS, divide_up(chunk.length - token, SPAN)));
       const i64 page = __shfl_sync(ALL_LANES, pages, tile % TILES_PER_BATCH * SPANS + lane % SPANS);
       ptx::wait(&s.tile_empty[stage.slot()], stage.phase() ^ 1);
-      if (lane < ARRIVALS) ptx::arrive_expecting(full + lane, max(0, min(spans - lane * (SPANS / ARRIVALS), SPANS / ARRIVALS)) * SPAN_BYTES);
+      if (lane == 0) ptx::arrive_expecting(full, spans * SPAN_BYTES);
       __syncwarp();
       const u8* from = head + page * p.page_stride;
       if constexpr (PAGE_SIZE == SPAN) {
-        if (lane < spans) ptx::copy_to_shared(to + lane * SPAN_BYTES, from, SPAN_BYTES, full + lane / (SPANS / ARRIVALS), policy);
+        if (lane < spans) ptx::copy_to_shared(to + lane * SPAN_BYTES, from, SPAN_BYTES, full, policy);
       } else if (spans && lane < 4) {  // a part of a page: one copy for each of its planes
         const int offset = token % PAGE_SIZE, plane = lane / 2 * (ROW_BYTES + META_BYTES) + lane % 2 * ROW_BYTES;
         const int bytes = lane % 2 ? META_BYTES : ROW_BYTES;
@@ -301,7 +296,7 @@ constexpr int V_SHIFT = 60;  // weights are stored in bf16 times 2^60: far from 
 
 struct Consumer {
   static constexpr int WORDS = D / 32;         // of K codes that a lane holds of one token
-  static constexpr int PART = SHARE / COLUMN_TILES;  // tokens attended at once: as many as registers hold scores for
+  static constexpr int PART = TILE / COLUMN_TILES;  // tokens attended at once: as many as registers hold scores for
   static constexpr int BLOCKS = PART / 16;
 
   float maximum[COLUMN_TILES][2], sum[COLUMN_TILES][2];
@@ -542,12 +537,11 @@ __device__ void run_consumer(Shared& s, const DecodeParams& p, int warp) {
     if (!chunk.num_tiles) return;
     Consumer consumer;
     consumer.start();
-    for (int share = (group + GROUPS - tiles_before * SHARES % GROUPS) % GROUPS; share < chunk.num_tiles * SHARES; share += GROUPS) {
-      const int tile = share / SHARES, begin = share % SHARES * SHARE;
+    for (int tile = (group + GROUPS - tiles_before % GROUPS) % GROUPS; tile < chunk.num_tiles; tile += GROUPS) {
       const Turn<STAGES> stage{tiles_before + tile};
-      ptx::wait(&s.tile_full[stage.slot()][share % ARRIVALS], stage.phase());
+      ptx::wait(&s.tile_full[stage.slot()], stage.phase());
 #pragma unroll 1
-      for (int part = begin; part < begin + SHARE; part += Consumer::PART)
+      for (int part = 0; part < TILE; part += Consumer::PART)
         consumer.attend(s.tiles[stage.slot()], part, s, turn.slot(), chunk, p, first_row, (chunk.first_tile + tile) * TILE);
       __syncwarp();
       if (arrives()) ptx::arrive(&s.tile_empty[stage.slot()]);
@@ -624,6 +618,7 @@ using namespace sawkv;
 extern "C" {
 
 __device__ int sawkv_tile_tokens = TILE;
+__device__ int sawkv_tiles_per_chunk = HAS_MANY_WARPS ? 100 : 50;
 __device__ int sawkv_threads = THREADS;
 __device__ int sawkv_shared_bytes = sizeof(Shared);
 

@@ -15,6 +15,7 @@ struct ScheduleParams {
   int num_seqs;
   int units_per_seq;       // KV heads * row groups
   int tile_tokens;
+  int tiles_per_chunk;     // where blocks get few chunks
   int window;              // 0: none
   int num_blocks;          // of the decode kernel
   int max_chunks_per_block;
@@ -74,8 +75,6 @@ __device__ int last_at_most(const int* values, int n, int x) {
 using namespace sawkv;
 
 extern "C" __global__ void __launch_bounds__(THREADS) sawkv_schedule(const __grid_constant__ ScheduleParams p) {
-  constexpr int TILES_PER_CHUNK = 50;     // where blocks get few chunks
-  constexpr int MIN_TILES_PER_CHUNK = 8;  // about one for each consumer warp
   extern __shared__ int dynamic[];
   const int n = p.num_seqs;
   int* tiles = dynamic;           // before each sequence; then, pieces that each of its units is cut into
@@ -88,8 +87,9 @@ extern "C" __global__ void __launch_bounds__(THREADS) sawkv_schedule(const __gri
   prefix_sums(tiles, n);
   const i64 total_tiles = tiles[n];
   const int tiles_per_block = (int)(total_tiles / p.num_blocks);
-  // Long chunks where there are few, or merging costs too much; many where there are some, or blocks do not end together.
-  const int chunks_per_block = tiles_per_block < 4 * TILES_PER_CHUNK ? max(1, tiles_per_block / TILES_PER_CHUNK) : p.max_chunks_per_block;
+  // Few and long where there is little, or merging costs too much; many where there is more, or blocks do not end together.
+  const int chunks_per_block = tiles_per_block < 4 * p.tiles_per_chunk ? max(1, tiles_per_block / p.tiles_per_chunk) : p.max_chunks_per_block;
+  const int min_tiles = p.tiles_per_chunk / 6;  // more than one for each consumer warp
   const i64 chunks_wanted = (i64)p.num_blocks * chunks_per_block;
   // Rounding up gives evener chunks, but where a block gets one or two, a chunk too many is a round too many.
   const i64 rounding = chunks_per_block > 2 ? total_tiles / 2 : 0;
@@ -97,7 +97,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) sawkv_schedule(const __gri
 
   for (int i = threadIdx.x; i < n; i += THREADS) {
     const int count = TileRange(p, i).count;
-    const int pieces = total_tiles ? max(1, min((int)((count * chunks_wanted + rounding) / total_tiles), count / MIN_TILES_PER_CHUNK)) : 1;
+    const int pieces = total_tiles ? max(1, min((int)((count * chunks_wanted + rounding) / total_tiles), count / min_tiles)) : 1;
     tiles[i] = pieces;
     split_chunks[i] = pieces > 1 ? pieces * p.units_per_seq : 0;
     whole_chunks[i] = pieces == 1 && count > 0 ? p.units_per_seq : 0;
