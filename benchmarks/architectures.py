@@ -115,7 +115,7 @@ def _check(name: str, formats: Sequence[str], dtype: str, model: str) -> int:
 
     wide = _with_engine(model, dtype, {}, write)
     if isinstance(wide, str):
-        return _line(True, name, f"vLLM itself cannot serve it here: {wide}")
+        return _line("memory" not in wide, name, f"vLLM itself cannot serve it here: {wide}")  # a full GPU is no answer
     failures = 0
     for kind in formats:
         codec = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[dtype] if kind == "plain" else kind
