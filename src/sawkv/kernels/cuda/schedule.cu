@@ -89,7 +89,7 @@ extern "C" __global__ void __launch_bounds__(THREADS) sawkv_schedule(const __gri
   const int tiles_per_block = (int)(total_tiles / p.num_blocks);
   // Few and long where there is little, or merging costs too much; many where there is more, or blocks do not end together.
   const int chunks_per_block = tiles_per_block < 4 * p.tiles_per_chunk ? max(1, tiles_per_block / p.tiles_per_chunk) : p.max_chunks_per_block;
-  const int min_tiles = p.tiles_per_chunk / 6;  // more than one for each consumer warp
+  const int min_tiles = p.tiles_per_chunk / 6;  // one or more for each consumer warp
   const i64 chunks_wanted = (i64)p.num_blocks * chunks_per_block;
   // Rounding up gives evener chunks, but where a block gets one or two, a chunk too many is a round too many.
   const i64 rounding = chunks_per_block > 2 ? total_tiles / 2 : 0;
