@@ -77,6 +77,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--formats", nargs="+", choices=["plain", "int4", "int8"], default=["plain", "int4"])
     parser.add_argument("--dtype", choices=list(LIMITS), help="of the model (default: float16 on a GPU, float32 on a CPU)")
+    parser.add_argument("--graphs", action="store_true", help="compile and capture CUDA graphs, as vLLM does unless told otherwise")
     args = parser.parse_args()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine is in this process, so that it ends with its object
     os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
@@ -88,7 +89,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="sawkv-architectures-") as folder:
         for name in args.only:
             suits = "bfloat16" if dtype == "float16" and name in NEEDS_BFLOAT16 else dtype
-            failures += _check(name, args.formats, suits, make_model(Path(folder, name), name))
+            failures += _check(name, args.formats, suits, make_model(Path(folder, name), name), not args.graphs)
     return failures
 
 
@@ -107,13 +108,13 @@ def make_model(folder: Path, name: str) -> str:
     return str(folder)
 
 
-def _check(name: str, formats: Sequence[str], dtype: str, model: str) -> int:
+def _check(name: str, formats: Sequence[str], dtype: str, model: str, eager: bool) -> int:
     prompts = _prompts(SHRUNK["vocab_size"])
 
     def write(llm: LLM) -> list[Output]:
         return generate(llm, prompts, [OUT] * len(prompts))
 
-    wide = _with_engine(model, dtype, {}, write)
+    wide = _with_engine(model, dtype, {"enforce_eager": eager}, write)
     if isinstance(wide, str):
         return _line("memory" not in wide, name, f"vLLM itself cannot serve it here: {wide}")  # a full GPU is no answer
     failures = 0
@@ -121,7 +122,7 @@ def _check(name: str, formats: Sequence[str], dtype: str, model: str) -> int:
         codec = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[dtype] if kind == "plain" else kind
         head_dim = json.loads(Path(model, "config.json").read_text()).get("head_dim", 128)
         order = head_dim & -head_dim
-        options = engine_options(CacheFormat(codec, min(order, 128), min(order, 128)))
+        options = engine_options(CacheFormat(codec, min(order, 128), min(order, 128))) | {"enforce_eager": eager}
         what = f"{name}, {kind}"
         if kind == "plain":
             said = _with_engine(model, dtype, options, lambda llm: _equality(write(llm), wide, dtype))
@@ -157,7 +158,6 @@ def _with_engine(model: str, dtype: str, options: dict[str, Any], work: Callable
         "model": model,
         "dtype": dtype,
         "skip_tokenizer_init": True,
-        "enforce_eager": True,
         "max_model_len": 1024,
         "max_num_batched_tokens": 256,  # the longest prompt takes two chunks
         "max_num_seqs": 8,

@@ -38,6 +38,7 @@ import numpy as np
 
 from benchmarks.agreement import Follower, Nearness, Output, as_output, follow, generate, logprobs_of, sampling
 from sawkv.integrations.vllm.server import engine_options
+from sawkv.layout import ENGINE_PAGE_SIZE
 from sawkv.spec import CacheFormat
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ class Engine:
             _use_reference_kernels()
             options["enforce_eager"] = True
         if self.name == "cache":
-            block_size = 128 if self.on_cpu else 16
+            block_size = 128 if self.on_cpu else ENGINE_PAGE_SIZE
             options |= {"num_gpu_blocks_override": 8192 // block_size, "enable_sleep_mode": not self.on_cpu}
         if self.name == "ngram":
             options["speculative_config"] = {

@@ -83,7 +83,7 @@ def all_shapes() -> list[Shape]:
         *(uniform(32, 16384, q_heads=q, kv_heads=kv) for q, kv in heads),
         *(uniform(32, 16384, head_dim=d) for d in (64, 96, 256)),
         uniform(32, 16384, query_len=4),
-        uniform(32, 16384, page=64),
+        *(uniform(32, 16384, page=page) for page in (32, 64)),
         Shape("64 log-uniform 128..32768", tuple(log_uniform)),
         Shape("120000 beside 127 short", (*short[:64], 120_000, *short[64:])),
     ]

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from sawkv.errors import SawkvError, UnsupportedError
-from sawkv.layout import PageLayout
+from sawkv.layout import ENGINE_PAGE_SIZE, PageLayout
 from sawkv.spec import CacheFormat
 
 GIB: Final = 1 << 30
@@ -133,6 +133,7 @@ class Setting:
         gpu_memory: bytes of one card, as CUDA reports them.
         context: `--max-model-len`, in tokens.
         max_num_batched_tokens, max_num_seqs: None for vLLM's default on a card of this size.
+        block_size: None for what a GPU gets: 16 in 16 bits, 32 in sawkv's formats.
 
     Raises:
         SawkvError: a value is out of range.
@@ -144,7 +145,7 @@ class Setting:
     tensor_parallel: int = 1
     max_num_batched_tokens: int | None = None
     max_num_seqs: int | None = None
-    block_size: int = 16
+    block_size: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("context", "tensor_parallel", "max_num_batched_tokens", "max_num_seqs"):
@@ -161,6 +162,9 @@ class Setting:
     @property
     def seqs(self) -> int:
         return self.max_num_seqs or (1024 if self.gpu_memory >= LARGE_CARD else 256)
+
+    def page_size(self, cache_format: CacheFormat) -> int:
+        return self.block_size or (16 if cache_format == WIDE else ENGINE_PAGE_SIZE)
 
 
 @dataclass(frozen=True)
@@ -211,16 +215,17 @@ def kv_capacity(shape: ModelShape, cache_format: CacheFormat, kv_bytes: int, set
     vLLM splits layers of unlike windows into groups of equally many layers, which share memory: a page serves one layer of each group.
     """
     kv_heads = max(1, shape.num_kv_heads // setting.tensor_parallel)
-    page_bytes = PageLayout(cache_format, kv_heads, shape.head_dim, setting.block_size).span_bytes * kv_heads
+    page_size = setting.page_size(cache_format)
+    page_bytes = PageLayout(cache_format, kv_heads, shape.head_dim, page_size).span_bytes * kv_heads
     layers = [shape.windows.count(window) for window in dict.fromkeys(shape.windows)]
     group_size = min(layers) if max(layers) >= 1.5 * min(layers) else max(layers)
     blocks = kv_bytes // (page_bytes * group_size)
     in_flight = CONCURRENT_STEPS * setting.batched_tokens
     blocks_of_request = 0
     for window, count in zip(dict.fromkeys(shape.windows), layers, strict=True):
-        needed = -(-setting.context // setting.block_size)
+        needed = -(-setting.context // page_size)
         if window:
-            needed = -(-min(window - 1 + in_flight, setting.context) // setting.block_size) + 1
+            needed = -(-min(window - 1 + in_flight, setting.context) // page_size) + 1
         blocks_of_request += -(-count // group_size) * needed
     requests = blocks / blocks_of_request
     return int(requests * setting.context), requests
@@ -280,11 +285,12 @@ def report(plans: list[Plan], setting: Setting) -> str:
     lines += [f"{name:<30}" + "".join(f"{cell:>18}" for cell in cells) for name, cells in rows]
     if plans[0].kv_tokens:
         lines.append(f"{'tokens, ratio':<30}" + "".join(f"{plan.kv_tokens / plans[0].kv_tokens:>17.2f}x" for plan in plans))
+    page_sizes = ", ".join(str(setting.page_size(plan.cache_format)) for plan in plans)
     memory, share = f"{setting.gpu_memory / GIB:.1f} GiB", f"{setting.gpu_memory_utilization:.0%}"
     lines += [
         "",
         f"Assumed: {memory} reported by CUDA, {share} of it for vLLM and no other program;",
-        f"--max-num-batched-tokens {setting.batched_tokens}, --max-num-seqs {setting.seqs}, --block-size {setting.block_size};",
+        f"--max-num-batched-tokens {setting.batched_tokens}, --max-num-seqs {setting.seqs}, --block-size {page_sizes};",
         "no LoRA, no speculative decoding; activations as in vLLM's profiling step (the larger of an MLP's and the logits);",
         "outside of torch as measured once on an H100.",
     ]

@@ -39,7 +39,7 @@ from sawkv.integrations.vllm.metrics import CounterReader
 from sawkv.integrations.vllm.prefill import FlashPrefill, PrefillSlice, slice_prefills, workspace_tokens
 from sawkv.integrations.vllm.windows import VLLM_SIZES_WINDOWS, pack_windows
 from sawkv.kernels import DecodePlan, select_backend
-from sawkv.layout import PAGE_SIZE_MULTIPLE, PageLayout
+from sawkv.layout import ENGINE_PAGE_SIZE, PAGE_SIZE_MULTIPLE, PageLayout
 from sawkv.spec import HEAD_DIMS, CacheFormat
 
 if TYPE_CHECKING:
@@ -313,6 +313,11 @@ class SawAttentionBackend(AttentionBackend):
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: object = None) -> list[int | MultipleOf]:
         return [MultipleOf(PAGE_SIZE_MULTIPLE)]
+
+    @classmethod
+    def get_preferred_block_size(cls, default_block_size: int) -> int:
+        """What a user gets who does not choose with `--block-size`."""
+        return ENGINE_PAGE_SIZE
 
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
