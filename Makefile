@@ -12,7 +12,7 @@ TRANSFORMERS := 5.5.0 5.24.0  # the oldest and the newest; vLLM's environments b
 TRITON := 3.6.0  # the oldest, that of torch 2.11; the environments have the newest
 MODEL  := $(firstword $(wildcard models/sawkv-*))
 BIN    := .venv/bin
-PYTEST := python -m pytest --numprocesses 2 --dist loadfile
+PYTEST := python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # Two environments are set up at once, as pip uses one core.
 MAKEFLAGS += --jobs=2

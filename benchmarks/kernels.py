@@ -44,12 +44,14 @@ class Shape:
     head_dim: int = 128
     page: int = 16
     query_len: int = 1
+    shared_prefix: int = 0  # tokens, whole pages, that all sequences have in common
     options: dict[str, Any] = field(default_factory=dict, hash=False)
 
     @property
     def useful_bytes(self) -> int:
-        """INT4 codes and meta that a decode step must read."""
-        return sum(self.lengths) * self.kv_heads * 2 * (self.head_dim // 2 + 4)
+        """INT4 codes and meta that a decode step must read, shared pages once."""
+        tokens = sum(self.lengths) - (len(self.lengths) - 1) * self.shared_prefix
+        return tokens * self.kv_heads * 2 * (self.head_dim // 2 + 4)
 
     @property
     def record(self) -> dict[str, Any]:
@@ -64,6 +66,7 @@ class Shape:
             "head_dim": self.head_dim,
             "page": self.page,
             "query_len": self.query_len,
+            **({"shared_prefix": self.shared_prefix} if self.shared_prefix else {}),
         }
 
 
@@ -76,7 +79,7 @@ def all_shapes() -> list[Shape]:
     generator = torch.Generator().manual_seed(0)
     log_uniform = (128 * 256 ** torch.rand(64, generator=generator)).int().tolist()
     short = torch.randint(128, 2000, (127,), generator=generator).tolist()
-    main = [(64, 16384), (32, 16384), (128, 4096), (256, 1024), (8, 16384), (1, 131072), (1, 32768), (32, 512), (1, 1024)]
+    main = [(64, 16384), (32, 16384), (128, 4096), (256, 1024), (8, 16384), (1, 131072), (1, 32768), (256, 256), (32, 512), (1, 1024)]
     heads = [(64, 8), (96, 8), (40, 8), (16, 2), (28, 4), (32, 32)]
     return [
         *(uniform(*shape) for shape in main),
@@ -84,6 +87,7 @@ def all_shapes() -> list[Shape]:
         *(uniform(32, 16384, head_dim=d) for d in (64, 96, 256)),
         uniform(32, 16384, query_len=4),
         *(uniform(32, 16384, page=page) for page in (32, 64)),
+        uniform(64, 16384, shared_prefix=12288),
         Shape("64 log-uniform 128..32768", tuple(log_uniform)),
         Shape("120000 beside 127 short", (*short[:64], 120_000, *short[64:])),
     ]
@@ -109,6 +113,8 @@ class Batch:
         for i, count in enumerate(pages):
             table[i, :count] = permuted[start : start + count]
             start += count
+        shared = shape.shared_prefix // shape.page
+        table[:, :shared] = table[0, :shared]
         batch, n = len(shape.lengths), shape.query_len
         return cls(
             torch.randn(batch * n, shape.q_heads, shape.head_dim, device="cuda", dtype=torch.bfloat16) * 1.5,

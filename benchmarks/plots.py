@@ -163,6 +163,9 @@ def plot_load(records: Iterable[Record], path: Path) -> None:
             (line,) = axes.plot(rates, worst, marker="o", label=f"{name}, p99")
             axes.plot(rates, medians, marker="o", linestyle=":", color=line.get_color(), label=f"{name}, p50")
         axes.set(yscale="log", xlabel="requests a second", ylabel="time to first token, s", title=f"Latency under load, {device}")
+        axes.set_xticks(sorted({key[2] for key in found}))
+        for which in ("major", "minor"):
+            getattr(axes.yaxis, f"set_{which}_formatter")("{x:g}")
         axes.legend(fontsize=8)
 
 
@@ -172,7 +175,8 @@ def plot_roofline(records: Iterable[Record], path: Path) -> None:
     roof = max(r["read_gb_s"] for r in found.values())
     with _figure(path) as axes:
         for kernel in dict.fromkeys(kernel for _, kernel in found):
-            points = [_own_bytes_and_speed(r) for (_, k), r in found.items() if k == kernel and r["query_len"] == 1]
+            shown = [r for (_, k), r in found.items() if k == kernel and r["query_len"] == 1 and "shared_prefix" not in r]
+            points = [_own_bytes_and_speed(r) for r in shown]
             axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, linestyle="none", label=kernel)
         axes.axhline(roof, color="black", linestyle="--", linewidth=1)
         axes.annotate(f"this card reads {roof:,} GB/s", (0.98, roof), xycoords=("axes fraction", "data"), ha="right", va="bottom")
