@@ -29,7 +29,7 @@ serve: setup
 test: export OMP_WAIT_POLICY := passive
 test: setup check setup-oldest $(TRANSFORMERS:%=.venv/transformers-%) $(TRITON:%=.venv/triton-%)
 	$(BIN)/$(PYTEST)
-	.venv-oldest/bin/$(PYTEST) -m vllm
+	.venv-oldest/bin/$(PYTEST) -m "vllm and not soak"
 	for version in $(TRANSFORMERS); do \
 		PYTHONPATH=.venv/transformers-$$version $(BIN)/$(PYTEST) tests/transformers --deselect tests/transformers/test_compile.py || exit; \
 	done

@@ -32,6 +32,7 @@ def soaked(tmp_path_factory: pytest.TempPathFactory) -> Report:
         return asyncio.run(Soak(load, tmp_path_factory.mktemp("soak") / "server.log").run())
 
 
+@pytest.mark.soak
 def test_no_response_is_wrong_or_lost(soaked: Report) -> None:
     """1 to 64 clients, dropped requests, preemption, prefix hits and a restart, each of which is asserted to have happened."""
     assert not soaked.wrong
@@ -45,6 +46,7 @@ def test_no_response_is_wrong_or_lost(soaked: Report) -> None:
     assert metrics["vllm:prefix_cache_hits_total"] > 0
 
 
+@pytest.mark.soak
 def test_metrics_of_the_workers_reach_the_servers_endpoint(soaked: Report) -> None:
     metrics = soaked.metrics
     assert metrics["sawkv_tokens_total"] > 1000
@@ -54,6 +56,7 @@ def test_metrics_of_the_workers_reach_the_servers_endpoint(soaked: Report) -> No
     assert 0.05 < (metrics["sawkv_squared_error_total"] / metrics["sawkv_squared_norm_total"]) ** 0.5 < 0.2
 
 
+@pytest.mark.soak
 def test_the_dashboard_and_its_page_name_metrics_that_exist(soaked: Report) -> None:
     for document in ("docs/grafana/sawkv.json", "docs/observability.md"):
         named = set(re.findall(r"sawkv_\w+_total", (REPOSITORY / document).read_text()))
