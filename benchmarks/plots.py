@@ -164,8 +164,7 @@ def plot_load(records: Iterable[Record], path: Path) -> None:
             axes.plot(rates, medians, marker="o", linestyle=":", color=line.get_color(), label=f"{name}, p50")
         axes.set(yscale="log", xlabel="requests a second", ylabel="time to first token, s", title=f"Latency under load, {device}")
         axes.set_xticks(sorted({key[2] for key in found}))
-        for which in ("major", "minor"):
-            getattr(axes.yaxis, f"set_{which}_formatter")("{x:g}")
+        axes.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
         axes.legend(fontsize=8)
 
 
