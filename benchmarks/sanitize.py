@@ -43,7 +43,7 @@ class Case:
 
 CASES = (
     Case(),
-    Case(lengths=(9000, 40, 3), page_size=32),  # a sequence cut into chunks, merged by the second kernel
+    Case(lengths=(9000, 40, 3), page_size=64),  # a sequence cut into chunks, merged by the second kernel
     Case(query_len=4, group=8),
     Case(query_len=8, group=16),
     Case(head_dim=64, page_size=32),

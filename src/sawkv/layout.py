@@ -9,7 +9,7 @@ from sawkv.errors import FormatError
 from sawkv.spec import CacheFormat
 
 PAGE_SIZE_MULTIPLE = 16
-ENGINE_PAGE_SIZE = 32
+ENGINE_PAGE_SIZE = 64
 """What engines are asked to use: docs/decisions/0009-page-size.md."""
 SEGMENT_BYTES = 16
 

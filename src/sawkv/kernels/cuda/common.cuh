@@ -123,7 +123,21 @@ __device__ inline void arrive(u64* barrier) {
 __device__ inline void arrive_expecting(u64* barrier, u32 bytes) {
   asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
 }
-// Waits until the phase of this parity has ended. A fresh barrier is in phase 0, and phase -1 (parity 1) has ended.
+// Whether the phase of this parity has ended. A fresh barrier is in phase 0, and phase -1 (parity 1) has ended.
+__device__ inline bool has_ended(u64* barrier, u32 parity) {
+  u32 has;
+  asm volatile(
+      "{\n"
+      ".reg .pred done;\n"
+      "mbarrier.test_wait.parity.shared::cta.b64 done, [%1], %2;\n"
+      "selp.u32 %0, 1, 0, done;\n"
+      "}"
+      : "=r"(has)
+      : "r"(shared_address(barrier)), "r"(parity)
+      : "memory");
+  return has;
+}
+// Waits until it has ended.
 __device__ inline void wait(u64* barrier, u32 parity) {
   asm volatile(
       "{\n"

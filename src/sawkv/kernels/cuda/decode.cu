@@ -1,9 +1,9 @@
 // Decode attention over INT4 pages for Hopper: one persistent block per SM. docs/kernels.md draws it.
 //
 //   scheduler warp   takes chunks from the plan; loads, rotates and normalizes their queries
-//   2 producer warps bring tiles of pages into a ring in shared memory, one bulk copy for each page and KV head
-//   consumer warps   12 or 8, attend: tile i goes to consumer group i % GROUPS
-//   merge warp       adds the groups' results of a finished chunk while the consumers go on with the next; the rows of a block's last chunk are
+//   producer warp    brings tiles of pages into a ring in shared memory, one bulk copy for each page and KV head
+//   8 consumer warps attend: tile i goes to consumer group i % GROUPS
+//   2 merge warps    add the groups' results of a finished chunk while the consumers go on with the next; the rows of a block's last chunk are
 //                    shared by all warps that are not consumers, which have nothing else to do by then
 //
 // The codes are never converted. A nibble n, masked in place, *is* the 16-bit float n * 2^-24 (fp16) or n * 2^-133 (bf16), so it goes to the
@@ -19,9 +19,7 @@
 namespace sawkv {
 
 // ---------------------------------------------------------------------------------------------------------------- geometry
-// One tile of query rows leaves registers for more warps, and they wait less at the end of smaller tiles. Large pages are not cut for it.
-constexpr bool HAS_MANY_WARPS = D <= 128 && COLUMN_TILES == 1 && ROW_BLOCKS == 1 && PAGE_SIZE <= 32;
-constexpr int TILE = (D <= 64 ? 128 : D <= 128 ? 64 : 32) / (HAS_MANY_WARPS ? 2 : 1);  // tokens
+constexpr int TILE = D <= 64 ? 128 : D <= 128 ? 64 : 32;  // tokens
 constexpr int TILE_BYTES = TILE * TOKEN_BYTES;
 static_assert(PAGE_SIZE % TILE == 0 || TILE % PAGE_SIZE == 0, "tiles are whole pages, or the reverse");
 
@@ -30,8 +28,8 @@ constexpr int SPAN = PAGE_SIZE < TILE ? PAGE_SIZE : TILE;
 constexpr int SPAN_BYTES = SPAN * TOKEN_BYTES, SPANS = TILE / SPAN;
 constexpr int K_META = SPAN * ROW_BYTES, V_CODES = SPAN * (ROW_BYTES + META_BYTES), V_META = SPAN * (2 * ROW_BYTES + META_BYTES);
 
-constexpr int CONSUMERS = HAS_MANY_WARPS ? 12 : 8, PRODUCERS = 2, HELPERS = PRODUCERS + 2;  // helpers: all but the consumers
-constexpr int MERGER = HELPERS - 1;                        // the merge warp, among helpers
+constexpr int CONSUMERS = 8, MERGERS = 2, HELPERS = 2 + MERGERS;  // helpers: all but the consumers
+constexpr int PRODUCER = 0, SCHEDULER = 1, FIRST_MERGER = 2;      // among helpers
 constexpr int GROUPS = CONSUMERS / ROW_BLOCKS;             // the warps of a group share a tile, each with its own query rows
 constexpr int BLOCK_ROWS = 8 * COLUMN_TILES;               // rows of a row block, with padding
 constexpr int CHUNK_ROWS = ROW_BLOCKS * BLOCK_ROWS;
@@ -43,7 +41,7 @@ constexpr int CHUNK_SLOTS = CHUNK_ROWS <= 16 ? 4 : 2;
 constexpr int RESULT_BYTES = CONSUMERS * ROWS * (D + 2) * 4;
 constexpr int RESULT_SLOTS = RESULT_BYTES <= 36 << 10 ? 2 : 1;
 constexpr int STAGES_THAT_FIT = (SHARED_LIMIT - 4096 - RESULT_SLOTS * RESULT_BYTES - CHUNK_SLOTS * CHUNK_ROWS * (2 * D + 8)) / TILE_BYTES;
-// A stage must always belong to the same group and producer: a warp that skipped a phase of its barrier would misread the parity.
+// A stage must always belong to the same group: a warp that skipped a phase of its barrier would misread the parity.
 constexpr int STAGES = STAGES_THAT_FIT >= 24 ? 24 : STAGES_THAT_FIT / CONSUMERS * CONSUMERS;
 static_assert(STAGES > 0, "no room for the ring");
 
@@ -72,9 +70,9 @@ struct Shared {
     for (int i = 0; i < STAGES; i++) ptx::init_barrier(&tile_full[i], 1), ptx::init_barrier(&tile_empty[i], ROW_BLOCKS * WARP_ARRIVALS);
     for (int i = 0; i < CHUNK_SLOTS; i++)
       ptx::init_barrier(&chunk_full[i], WARP_ARRIVALS), ptx::init_barrier(&queries_full[i], WARP_ARRIVALS),
-          ptx::init_barrier(&chunk_empty[i], WARP_ARRIVALS);
+          ptx::init_barrier(&chunk_empty[i], MERGERS * WARP_ARRIVALS);
     for (int i = 0; i < RESULT_SLOTS; i++)
-      ptx::init_barrier(&results_full[i], CONSUMERS * WARP_ARRIVALS), ptx::init_barrier(&results_empty[i], WARP_ARRIVALS);
+      ptx::init_barrier(&results_full[i], CONSUMERS * WARP_ARRIVALS), ptx::init_barrier(&results_empty[i], MERGERS * WARP_ARRIVALS);
     ptx::init_barrier(&last_results_full, WARP_ARRIVALS);
     ptx::publish_barriers();
   }
@@ -233,22 +231,42 @@ __device__ int run_scheduler(Shared& s, const DecodeParams& p) {
   }
 }
 
-// ---------------------------------------------------------------------------------------------------------------- producers
-constexpr int TILES_PER_BATCH = WARP / SPANS;  // a lane holds the page of one span
+// ---------------------------------------------------------------------------------------------------------------- producer
+// Copies under way at once, in tiles of some 9 KB. The memory serves more of them in a worse order: without this bound, decode is 1 to 3% slower.
+constexpr int MOST_UNDER_WAY = 8;
+static_assert(MOST_UNDER_WAY <= STAGES && STAGES <= WARP, "a lane for each stage");
 
-__device__ int load_page(const DecodeParams& p, const Chunk& chunk, int first_tile) {
-  const int span = (chunk.first_tile + first_tile) * SPANS + lane_index();
-  const bool is_needed = span * SPAN < chunk.length && span < (chunk.first_tile + chunk.num_tiles) * SPANS;
-  return is_needed ? p.block_table[chunk.sequence * p.table_stride + span * SPAN / PAGE_SIZE] : 0;
+// Ids of the pages that a tile's spans lie in
+struct TilePages {
+  int ids[SPANS];
+  __device__ TilePages(const DecodeParams& p, const Chunk& chunk, int tile) {
+#pragma unroll
+    for (int i = 0; i < SPANS; i++) {
+      const int token = (chunk.first_tile + tile) * TILE + i * SPAN;
+      const bool is_needed = tile < chunk.num_tiles && token < chunk.length;
+      ids[i] = is_needed ? p.block_table[chunk.sequence * p.table_stride + token / PAGE_SIZE] : 0;
+    }
+  }
+};
+
+// A tile may be brought when its stage is empty and the tile MOST_UNDER_WAY before it has come.
+__device__ void wait_for_room(Shared& s, Turn<STAGES> stage) {
+  const Turn<STAGES> earlier{stage.n - MOST_UNDER_WAY};
+  ptx::wait(&s.tile_empty[stage.slot()], stage.phase() ^ 1);
+  if (earlier.n >= 0) ptx::wait(&s.tile_full[earlier.slot()], earlier.phase());
+}
+__device__ bool has_room(Shared& s, Turn<STAGES> stage) {
+  const Turn<STAGES> earlier{stage.n - MOST_UNDER_WAY};
+  return ptx::has_ended(&s.tile_empty[stage.slot()], stage.phase() ^ 1) &&
+         (earlier.n < 0 || ptx::has_ended(&s.tile_full[earlier.slot()], earlier.phase()));
 }
 
-__device__ int run_producer(Shared& s, const DecodeParams& p, int producer) {
+__device__ int run_producer(Shared& s, const DecodeParams& p) {
   // Pages are read once a step. If they are few, let L2 forget them first and keep what others left there; if they are many, all is forgotten
   // anyway, and ordinary replacement was measured 2% faster.
   constexpr i64 MANY_BYTES = 400ll << 20;
   const bool is_many = p.header->total_tiles > MANY_BYTES / TILE_BYTES;
   const u64 policy = is_many ? ptx::evict_normal_policy() : ptx::evict_first_policy();
-  const int lane = lane_index();
   int tiles_before = 0;
   for (int n = 0;; n++) {
     const Turn<CHUNK_SLOTS> turn{n};
@@ -256,29 +274,41 @@ __device__ int run_producer(Shared& s, const DecodeParams& p, int producer) {
     const Chunk chunk = s.chunks[turn.slot()];
     if (!chunk.num_tiles) return n;
     const u8* head = p.pages + (i64)(chunk.unit / ROW_GROUPS) * HEAD_BYTES;
-    int pages = 0, next_pages = load_page(p, chunk, 0), batch = -1;
-#pragma unroll 1  // three copies of it are three times as much code to fetch
-    for (int tile = (producer + PRODUCERS - tiles_before % PRODUCERS) % PRODUCERS; tile < chunk.num_tiles; tile += PRODUCERS) {
-      if (tile / TILES_PER_BATCH != batch) {
-        batch = tile / TILES_PER_BATCH;
-        pages = next_pages;
-        next_pages = load_page(p, chunk, (batch + 1) * TILES_PER_BATCH);
-      }
+    TilePages next_pages(p, chunk, lane_index());
+    // Once around the ring, a lane for each tile: what a copy needs is worked out for all of them at once, before any stage is free.
+#pragma unroll 1
+    for (int round = 0; round < chunk.num_tiles; round += STAGES) {
+      const TilePages pages = next_pages;
+      const int tile = round + lane_index(), token = (chunk.first_tile + tile) * TILE;
+      next_pages = TilePages(p, chunk, tile + STAGES);
       const Turn<STAGES> stage{tiles_before + tile};
-      u64* full = &s.tile_full[stage.slot()];
+      const int spans = max(0, min(SPANS, divide_up(chunk.length - token, SPAN)));
+      const u8* from[SPANS];
+#pragma unroll
+      for (int i = 0; i < SPANS; i++) from[i] = head + pages.ids[i] * p.page_stride;
       u8* to = s.tiles[stage.slot()];
-      const int token = (chunk.first_tile + tile) * TILE, spans = max(0, min(SPANS, divide_up(chunk.length - token, SPAN)));
-      const i64 page = __shfl_sync(ALL_LANES, pages, tile % TILES_PER_BATCH * SPANS + lane % SPANS);
-      ptx::wait(&s.tile_empty[stage.slot()], stage.phase() ^ 1);
-      if (lane == 0) ptx::arrive_expecting(full, spans * SPAN_BYTES);
-      __syncwarp();
-      const u8* from = head + page * p.page_stride;
-      if constexpr (PAGE_SIZE == SPAN) {
-        if (lane < spans) ptx::copy_to_shared(to + lane * SPAN_BYTES, from, SPAN_BYTES, full, policy);
-      } else if (spans && lane < 4) {  // a part of a page: one copy for each of its planes
-        const int offset = token % PAGE_SIZE, plane = lane / 2 * (ROW_BYTES + META_BYTES) + lane % 2 * ROW_BYTES;
-        const int bytes = lane % 2 ? META_BYTES : ROW_BYTES;
-        ptx::copy_to_shared(to + SPAN * plane, from + PAGE_SIZE * plane + offset * bytes, SPAN * bytes, full, policy);
+      u64* full = &s.tile_full[stage.slot()];
+
+      u32 due = __ballot_sync(ALL_LANES, lane_index() < STAGES && tile < chunk.num_tiles);
+#pragma unroll 1
+      while (due) {
+        wait_for_room(s, {tiles_before + round + __ffs(due) - 1});
+        const u32 blocked = due & ~__ballot_sync(ALL_LANES, has_room(s, stage)), ready = due & ((blocked & -blocked) - 1);  // in order
+        if (ready >> lane_index() & 1) {
+          ptx::arrive_expecting(full, spans * SPAN_BYTES);
+          if constexpr (PAGE_SIZE == SPAN) {
+#pragma unroll
+            for (int i = 0; i < SPANS; i++)
+              if (i < spans) ptx::copy_to_shared(to + i * SPAN_BYTES, from[i], SPAN_BYTES, full, policy);
+          } else if (spans) {  // a part of a page: one copy for each of its planes
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+              const int plane = i / 2 * (ROW_BYTES + META_BYTES) + i % 2 * ROW_BYTES, bytes = i % 2 ? META_BYTES : ROW_BYTES;
+              ptx::copy_to_shared(to + SPAN * plane, from[0] + PAGE_SIZE * plane + token % PAGE_SIZE * bytes, SPAN * bytes, full, policy);
+            }
+          }
+        }
+        due &= ~ready;
       }
     }
     tiles_before += chunk.num_tiles;
@@ -590,18 +620,18 @@ __device__ bool is_end(Shared& s, int n) {
   return s.chunks[turn.slot()].num_tiles == 0;
 }
 
-// Where all helpers end. The merge warp takes every chunk from the first on; the others come for the last one, n, which all share.
+// Where all helpers end. Merge warps share the rows of every chunk from the first on; the others come for the last one, n, which all share.
 __device__ void run_merger(Shared& s, const DecodeParams& p, int helper, int n) {
   for (;; n++) {
-    const bool is_last = helper != MERGER || is_end(s, n + 1);
+    const bool is_last = helper < FIRST_MERGER || is_end(s, n + 1);
     const Turn<RESULT_SLOTS> result{n};
-    if (helper == MERGER) {
+    if (helper >= FIRST_MERGER) {
       ptx::wait(&s.results_full[result.slot()], result.phase());
-      if (is_last && arrives()) ptx::arrive(&s.last_results_full);
+      if (is_last && helper == FIRST_MERGER && arrives()) ptx::arrive(&s.last_results_full);
     } else {
       ptx::wait(&s.last_results_full, 0);
     }
-    merge_rows(s, p, n, is_last ? helper : 0, is_last ? HELPERS : 1);
+    merge_rows(s, p, n, is_last ? helper : helper - FIRST_MERGER, is_last ? HELPERS : MERGERS);
     if (is_last) return;
     __syncwarp();
     if (arrives()) {
@@ -618,7 +648,7 @@ using namespace sawkv;
 extern "C" {
 
 __device__ int sawkv_tile_tokens = TILE;
-__device__ int sawkv_tiles_per_chunk = HAS_MANY_WARPS ? 100 : 50;
+__device__ int sawkv_tiles_per_chunk = 50;
 __device__ int sawkv_threads = THREADS;
 __device__ int sawkv_shared_bytes = sizeof(Shared);
 
@@ -642,8 +672,8 @@ __global__ void __launch_bounds__(THREADS, 1) sawkv_decode(const __grid_constant
   }
   const int helper = warp - CONSUMERS;
   int chunk = 0;
-  if (helper < PRODUCERS) chunk = run_producer(s, p, helper) - 1;
-  else if (helper < MERGER) chunk = run_scheduler(s, p) - 1;
+  if (helper == PRODUCER) chunk = run_producer(s, p) - 1;
+  else if (helper == SCHEDULER) chunk = run_scheduler(s, p) - 1;
   else if (is_end(s, 0)) return;
   if (chunk >= 0) run_merger(s, p, helper, chunk);
 }
