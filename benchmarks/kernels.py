@@ -26,6 +26,7 @@ from benchmarks.serving import git_head
 from sawkv import CacheFormat, PagedKVCache, PageLayout, append, decode_attention, gather, make_decode_plan
 from sawkv.feedback import ERROR_STEPS, MAX_WEIGHT, Feedback, channel_blocks
 from sawkv.kernels import reference, unsupported_reason
+from sawkv.layout import ENGINE_PAGE_SIZE
 
 PEERS = ("fa3_bf16", "fa3_fp8", "vllm_int4_per_token_head")
 BACKENDS = ("cuda", "triton")
@@ -42,7 +43,7 @@ class Shape:
     q_heads: int = 32
     kv_heads: int = 8
     head_dim: int = 128
-    page: int = 16
+    page: int = ENGINE_PAGE_SIZE
     query_len: int = 1
     shared_prefix: int = 0  # tokens, whole pages, that all sequences have in common
     options: dict[str, Any] = field(default_factory=dict, hash=False)
@@ -86,7 +87,8 @@ def all_shapes() -> list[Shape]:
         *(uniform(32, 16384, q_heads=q, kv_heads=kv) for q, kv in heads),
         *(uniform(32, 16384, head_dim=d) for d in (64, 96, 256)),
         uniform(32, 16384, query_len=4),
-        *(uniform(32, 16384, page=page) for page in (32, 64)),
+        *(uniform(32, 16384, page=page) for page in (16, 32)),
+        uniform(32, 16384, head_dim=64, page=16),
         uniform(64, 16384, shared_prefix=12288),
         Shape("64 log-uniform 128..32768", tuple(log_uniform)),
         Shape("120000 beside 127 short", (*short[:64], 120_000, *short[64:])),
@@ -360,7 +362,7 @@ def run_decode(shapes: list[Shape], kernels: list[str], only_check: bool, common
 
 def run_append(kernels: list[str], common: dict[str, Any]) -> list[dict[str, Any]]:
     """append beside vLLM's BF16 write and a copy of as many bytes, on slots as a prefill writes them; bytes are checked first."""
-    heads, head_dim, page, num_pages = 8, 128, 16, 4096
+    heads, head_dim, page, num_pages = 8, 128, ENGINE_PAGE_SIZE, 1024
     layout = PageLayout(CacheFormat("int4"), heads, head_dim, page)
     records = []
 

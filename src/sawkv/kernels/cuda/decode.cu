@@ -1,10 +1,10 @@
 // Decode attention over INT4 pages for Hopper: one persistent block per SM. docs/kernels.md draws it.
 //
 //   scheduler warp   takes chunks from the plan; loads, rotates and normalizes their queries
-//   producer warp    brings tiles of pages into a ring in shared memory, one bulk copy for each page and KV head
+//   producer warp    brings tiles of pages into a ring in shared memory, one bulk copy for each page and KV head; two where pages are small
 //   8 consumer warps attend: tile i goes to consumer group i % GROUPS
-//   2 merge warps    add the groups' results of a finished chunk while the consumers go on with the next; the rows of a block's last chunk are
-//                    shared by all warps that are not consumers, which have nothing else to do by then
+//   merge warps      2 or 1, add the groups' results of a finished chunk while the consumers go on with the next; the rows of a block's last chunk
+//                    are shared by all warps that are not consumers, which have nothing else to do by then
 //
 // The codes are never converted. A nibble n, masked in place, *is* the 16-bit float n * 2^-24 (fp16) or n * 2^-133 (bf16), so it goes to the
 // tensor cores as it is; scale and zero point act on scores and on weights:
@@ -28,8 +28,8 @@ constexpr int SPAN = PAGE_SIZE < TILE ? PAGE_SIZE : TILE;
 constexpr int SPAN_BYTES = SPAN * TOKEN_BYTES, SPANS = TILE / SPAN;
 constexpr int K_META = SPAN * ROW_BYTES, V_CODES = SPAN * (ROW_BYTES + META_BYTES), V_META = SPAN * (2 * ROW_BYTES + META_BYTES);
 
-constexpr int CONSUMERS = 8, MERGERS = 2, HELPERS = 2 + MERGERS;  // helpers: all but the consumers
-constexpr int PRODUCER = 0, SCHEDULER = 1, FIRST_MERGER = 2;      // among helpers
+constexpr int CONSUMERS = 8, HELPERS = 4;                  // helpers: all but the consumers, producers first
+constexpr int PRODUCERS = SPANS < 4 ? 1 : 2, SCHEDULER = PRODUCERS, FIRST_MERGER = SCHEDULER + 1, MERGERS = HELPERS - FIRST_MERGER;
 constexpr int GROUPS = CONSUMERS / ROW_BLOCKS;             // the warps of a group share a tile, each with its own query rows
 constexpr int BLOCK_ROWS = 8 * COLUMN_TILES;               // rows of a row block, with padding
 constexpr int CHUNK_ROWS = ROW_BLOCKS * BLOCK_ROWS;
@@ -41,7 +41,7 @@ constexpr int CHUNK_SLOTS = CHUNK_ROWS <= 16 ? 4 : 2;
 constexpr int RESULT_BYTES = CONSUMERS * ROWS * (D + 2) * 4;
 constexpr int RESULT_SLOTS = RESULT_BYTES <= 36 << 10 ? 2 : 1;
 constexpr int STAGES_THAT_FIT = (SHARED_LIMIT - 4096 - RESULT_SLOTS * RESULT_BYTES - CHUNK_SLOTS * CHUNK_ROWS * (2 * D + 8)) / TILE_BYTES;
-// A stage must always belong to the same group: a warp that skipped a phase of its barrier would misread the parity.
+// A stage must always belong to the same group and producer: a warp that skipped a phase of its barrier would misread the parity.
 constexpr int STAGES = STAGES_THAT_FIT >= 24 ? 24 : STAGES_THAT_FIT / CONSUMERS * CONSUMERS;
 static_assert(STAGES > 0, "no room for the ring");
 
@@ -234,7 +234,7 @@ __device__ int run_scheduler(Shared& s, const DecodeParams& p) {
 // ---------------------------------------------------------------------------------------------------------------- producer
 // Copies under way at once, in tiles of some 9 KB. The memory serves more of them in a worse order: without this bound, decode is 1 to 3% slower.
 constexpr int MOST_UNDER_WAY = 8;
-static_assert(MOST_UNDER_WAY <= STAGES && STAGES <= WARP, "a lane for each stage");
+static_assert(MOST_UNDER_WAY <= STAGES && STAGES <= WARP && MOST_UNDER_WAY % PRODUCERS == 0 && STAGES % PRODUCERS == 0, "a lane for each stage");
 
 // Ids of the pages that a tile's spans lie in
 struct TilePages {
@@ -261,7 +261,7 @@ __device__ bool has_room(Shared& s, Turn<STAGES> stage) {
          (earlier.n < 0 || ptx::has_ended(&s.tile_full[earlier.slot()], earlier.phase()));
 }
 
-__device__ int run_producer(Shared& s, const DecodeParams& p) {
+__device__ int run_producer(Shared& s, const DecodeParams& p, int producer) {
   // Pages are read once a step. If they are few, let L2 forget them first and keep what others left there; if they are many, all is forgotten
   // anyway, and ordinary replacement was measured 2% faster.
   constexpr i64 MANY_BYTES = 400ll << 20;
@@ -274,12 +274,13 @@ __device__ int run_producer(Shared& s, const DecodeParams& p) {
     const Chunk chunk = s.chunks[turn.slot()];
     if (!chunk.num_tiles) return n;
     const u8* head = p.pages + (i64)(chunk.unit / ROW_GROUPS) * HEAD_BYTES;
-    TilePages next_pages(p, chunk, lane_index());
+    int first = (producer + PRODUCERS - tiles_before % PRODUCERS) % PRODUCERS;
+    TilePages next_pages(p, chunk, first + lane_index() * PRODUCERS);
     // Once around the ring, a lane for each tile: what a copy needs is worked out for all of them at once, before any stage is free.
 #pragma unroll 1
-    for (int round = 0; round < chunk.num_tiles; round += STAGES) {
+    for (; first < chunk.num_tiles; first += STAGES) {
       const TilePages pages = next_pages;
-      const int tile = round + lane_index(), token = (chunk.first_tile + tile) * TILE;
+      const int tile = first + lane_index() * PRODUCERS, token = (chunk.first_tile + tile) * TILE;
       next_pages = TilePages(p, chunk, tile + STAGES);
       const Turn<STAGES> stage{tiles_before + tile};
       const int spans = max(0, min(SPANS, divide_up(chunk.length - token, SPAN)));
@@ -289,10 +290,10 @@ __device__ int run_producer(Shared& s, const DecodeParams& p) {
       u8* to = s.tiles[stage.slot()];
       u64* full = &s.tile_full[stage.slot()];
 
-      u32 due = __ballot_sync(ALL_LANES, lane_index() < STAGES && tile < chunk.num_tiles);
+      u32 due = __ballot_sync(ALL_LANES, lane_index() < STAGES / PRODUCERS && tile < chunk.num_tiles);
 #pragma unroll 1
       while (due) {
-        wait_for_room(s, {tiles_before + round + __ffs(due) - 1});
+        wait_for_room(s, {tiles_before + first + (__ffs(due) - 1) * PRODUCERS});
         const u32 blocked = due & ~__ballot_sync(ALL_LANES, has_room(s, stage)), ready = due & ((blocked & -blocked) - 1);  // in order
         if (ready >> lane_index() & 1) {
           ptx::arrive_expecting(full, spans * SPAN_BYTES);
@@ -672,7 +673,7 @@ __global__ void __launch_bounds__(THREADS, 1) sawkv_decode(const __grid_constant
   }
   const int helper = warp - CONSUMERS;
   int chunk = 0;
-  if (helper == PRODUCER) chunk = run_producer(s, p) - 1;
+  if (helper < PRODUCERS) chunk = run_producer(s, p, helper) - 1;
   else if (helper == SCHEDULER) chunk = run_scheduler(s, p) - 1;
   else if (is_end(s, 0)) return;
   if (chunk >= 0) run_merger(s, p, helper, chunk);
