@@ -73,6 +73,18 @@ def test_what_is_saved_is_loaded(made: Calibration, tmp_path: Path) -> None:
         assert want is None or torch.equal(got, want), name
 
 
+def test_loading_does_not_follow_the_default_device(tmp_path: Path) -> None:
+    made = make_fed()
+    made.save(tmp_path / "c.safetensors")
+    with torch.device("meta"):  # vLLM makes its layers under that of the GPU
+        loaded = Calibration.load(tmp_path / "c.safetensors")
+        layer = loaded.layer(1)
+    assert loaded.fingerprint() == made.fingerprint()
+    assert layer.k_feedback is not None
+    assert layer.k_feedback.weights.device.type == "cpu"
+    assert torch.equal(layer.k_feedback.weights, made.layer(1).k_feedback.weights)  # type: ignore[union-attr]
+
+
 def test_a_file_of_centers_alone_is_what_it_was_before_there_was_feedback() -> None:
     made = Calibration(FORMAT, "a model", *torch.ones(2, 2, 1, 128))
     assert made.fingerprint() == "bfd63fbf1a79fb52"

@@ -109,10 +109,10 @@ def takes_from(head_dim: int) -> torch.Tensor:
 
 
 def channel_blocks(head_dim: int) -> torch.Tensor:
-    """[head_dim] int64: the block of each channel, in the order of coding.
+    """[head_dim] int64 on the CPU: the block of each channel, in the order of coding.
 
     Of every 32 channels, the first four of each eight are one block and the last four the next. So a GPU's lane that holds eight
     neighbouring channels has an equal part of every block.
     """
-    channel = torch.arange(head_dim)
+    channel = torch.arange(head_dim, device="cpu")  # whatever the default device is: vLLM's is the GPU while it makes layers
     return channel // 32 * 2 + channel // 4 % 2
