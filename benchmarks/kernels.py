@@ -3,6 +3,7 @@
     python -m benchmarks.kernels                  # all shapes and peers, appended to docs/results/decode.jsonl
     python -m benchmarks.kernels --only 64x16384 --kernels sawkv-cuda --no-write
     python -m benchmarks.kernels --check          # correctness only
+    PYTHONPATH=OTHER/src python -m benchmarks.kernels --kernels sawkv-cuda --no-write    # another build of the kernels
 
 `ms` is the median of triton's do_bench, which empties the L2 cache by writing before each run; `graph_ms` is the replay of a CUDA graph
 over several caches, so that none is in L2 when its turn comes. The schedule, made once a step and not once a layer, is timed apart.
@@ -46,6 +47,7 @@ class Shape:
     page: int = ENGINE_PAGE_SIZE
     query_len: int = 1
     shared_prefix: int = 0  # tokens, whole pages, that all sequences have in common
+    in_order: bool = False  # pages follow each other, as a new engine hands them out; else they are permuted
     options: dict[str, Any] = field(default_factory=dict, hash=False)
 
     @property
@@ -68,11 +70,12 @@ class Shape:
             "page": self.page,
             "query_len": self.query_len,
             **({"shared_prefix": self.shared_prefix} if self.shared_prefix else {}),
+            **({"in_order": True} if self.in_order else {}),
         }
 
 
 def uniform(batch: int, context: int, **changes: Any) -> Shape:
-    suffix = "".join(f" {key} {value}" for key, value in changes.items())
+    suffix = "".join(f" {key}" if value is True else f" {key} {value}" for key, value in changes.items())
     return Shape(f"{batch}x{context}{suffix}", (context,) * batch, **changes)
 
 
@@ -89,6 +92,9 @@ def all_shapes() -> list[Shape]:
         uniform(32, 16384, query_len=4),
         *(uniform(32, 16384, page=page) for page in (16, 32)),
         uniform(32, 16384, head_dim=64, page=16),
+        uniform(48, 16640),
+        uniform(48, 16640, in_order=True),
+        uniform(20, 8192),
         uniform(64, 16384, shared_prefix=12288),
         Shape("64 log-uniform 128..32768", tuple(log_uniform)),
         Shape("120000 beside 127 short", (*short[:64], 120_000, *short[64:])),
@@ -109,11 +115,11 @@ class Batch:
     def make(cls, shape: Shape) -> Batch:
         pages = [-(-length // shape.page) for length in shape.lengths]
         num_pages = sum(pages) + 1
-        permuted = torch.randperm(num_pages, device="cuda", dtype=torch.int32)
+        ids = (torch.arange if shape.in_order else torch.randperm)(num_pages, device="cuda", dtype=torch.int32)
         table = torch.full((len(pages), max(pages)), 2**30, dtype=torch.int32, device="cuda")  # a kernel that reads too far faults
         start = 0
         for i, count in enumerate(pages):
-            table[i, :count] = permuted[start : start + count]
+            table[i, :count] = ids[start : start + count]
             start += count
         shared = shape.shared_prefix // shape.page
         table[:, :shared] = table[0, :shared]

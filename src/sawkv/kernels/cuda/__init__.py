@@ -28,6 +28,7 @@ PAGE_SIZES = (16, 32, 64, 128, 256)
 ELEMENTS = {torch.bfloat16: "sawkv::Bfloat", torch.float16: "sawkv::Half", torch.float32: "float"}
 """The device code's names of dtypes."""
 MAX_CHUNKS_PER_BLOCK = 8
+TILES_PER_CHUNK = 50  # where blocks get few
 MERGE_THREADS = 256
 PAGE_KERNEL_THREADS = 256
 MERGE_BLOCKS_PER_SM = 4
@@ -142,7 +143,7 @@ class CudaPlan(DecodePlan):
         self.num_blocks = torch.cuda.get_device_properties(device).multi_processor_count
         self.kernels = functools.cache(self._load_kernels)
         decode = self.kernels(torch.bfloat16, False)[0]
-        self.tile_tokens, self.tiles_per_chunk = map(decode.read_constant, ("sawkv_tile_tokens", "sawkv_tiles_per_chunk"))
+        self.tile_tokens = decode.read_constant("sawkv_tile_tokens")
         chunk_rows = 8 * self.shape.column_tiles * self.shape.row_blocks
         max_split_chunks = self.num_blocks * MAX_CHUNKS_PER_BLOCK * 3 // 2  # units in two or more pieces, their number rounded: 4/3 at most
         max_chunks = max_split_chunks + max_num_seqs * self.units_per_seq + self.num_blocks  # and each block's claim beyond the last
@@ -179,7 +180,7 @@ class CudaPlan(DecodePlan):
             num_seqs,
             self.units_per_seq,
             self.tile_tokens,
-            self.tiles_per_chunk,
+            TILES_PER_CHUNK,
             self.sliding_window,
             self.num_blocks,
             MAX_CHUNKS_PER_BLOCK,

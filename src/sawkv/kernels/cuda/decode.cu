@@ -295,7 +295,8 @@ __device__ int run_producer(Shared& s, const DecodeParams& p, int producer) {
 #pragma unroll 1
       while (due) {
         wait_for_room(s, {tiles_before + first + (__ffs(due) - 1) * PRODUCERS});
-        const u32 blocked = due & ~__ballot_sync(ALL_LANES, has_room(s, stage)), ready = due & ((blocked & -blocked) - 1);  // in order
+        // In order: a tile must not fill a stage anew while an earlier one waits to see that stage full.
+        const u32 blocked = due & ~__ballot_sync(ALL_LANES, has_room(s, stage)), ready = due & ((blocked & -blocked) - 1);
         if (ready >> lane_index() & 1) {
           ptx::arrive_expecting(full, spans * SPAN_BYTES);
           if constexpr (PAGE_SIZE == SPAN) {
@@ -650,7 +651,6 @@ using namespace sawkv;
 extern "C" {
 
 __device__ int sawkv_tile_tokens = TILE;
-__device__ int sawkv_tiles_per_chunk = 50;
 __device__ int sawkv_threads = THREADS;
 __device__ int sawkv_shared_bytes = sizeof(Shared);
 
