@@ -232,7 +232,7 @@ __device__ int run_scheduler(Shared& s, const DecodeParams& p) {
 }
 
 // ---------------------------------------------------------------------------------------------------------------- producers
-// Copies under way at once, in tiles of some 9 KB. The memory serves more of them in a worse order: without this bound, decode is 1 to 3% slower.
+// Copies under way at once, in tiles of some 9 KB. The memory serves more of them in a worse order: without this bound, decode is 1 to 4% slower.
 constexpr int MOST_UNDER_WAY = 8;
 static_assert(STAGES <= WARP, "a lane for each stage");
 static_assert(MOST_UNDER_WAY <= STAGES && MOST_UNDER_WAY % PRODUCERS == 0 && STAGES % PRODUCERS == 0, "each tile's earlier ones are its producer's");
