@@ -30,7 +30,6 @@ ELEMENTS = {torch.bfloat16: "sawkv::Bfloat", torch.float16: "sawkv::Half", torch
 MAX_CHUNKS_PER_BLOCK = 8
 TILES_PER_CHUNK = 50  # where blocks get few
 MERGE_THREADS = 256
-PAGE_KERNEL_THREADS = 256
 MERGE_BLOCKS_PER_SM = 4
 LOG2_E = math.log2(math.e)
 DEBUG_DEFINES: dict[str, int | str] = {}
@@ -68,12 +67,13 @@ def append(k: torch.Tensor, v: torch.Tensor, cache: PagedKVCache, slot_mapping: 
         *v.stride()[:2],
         cache.num_slots,
         num_tokens,
+        layout.num_kv_heads,
     )
     orders = layout.k_rotation_order, layout.v_rotation_order
     does = cache.counters is not None, any(x is not None for x in feedback)
-    kernel, tokens_per_block = _page_kernel("append", layout, k.dtype, *orders, k.device, *does)
-    grid = (_divide_up(num_tokens, tokens_per_block), layout.num_kv_heads, 2)
-    kernel.launch(grid, PAGE_KERNEL_THREADS, _stream(k.device), params, dependent=True)
+    kernel, threads, tokens_per_block = _page_kernel("append", layout, k.dtype, *orders, k.device, *does)
+    grid = (_divide_up(num_tokens, tokens_per_block) * layout.num_kv_heads, 2, 1)
+    kernel.launch(grid, threads, _stream(k.device), params, dependent=True)
 
 
 def gather(
@@ -101,9 +101,9 @@ def gather(
         layout.num_kv_heads,
     )
     orders = (0, 0) if rotated else (layout.k_rotation_order, layout.v_rotation_order)
-    kernel, tokens_per_block = _page_kernel("gather", layout, k_out.dtype, *orders, k_out.device)
-    grid = (_divide_up(k_out.shape[0], tokens_per_block), layout.num_kv_heads, 1)
-    kernel.launch(grid, PAGE_KERNEL_THREADS, _stream(k_out.device), params)
+    kernel, threads, tokens_per_block = _page_kernel("gather", layout, k_out.dtype, *orders, k_out.device)
+    grid = (_divide_up(k_out.shape[0], tokens_per_block) * layout.num_kv_heads, 1, 1)
+    kernel.launch(grid, threads, _stream(k_out.device), params, dependent=True)
 
 
 @dataclass(frozen=True)
@@ -266,11 +266,11 @@ def _page_kernel(
     device: torch.device,
     counts: bool = False,
     feeds_back: bool = False,
-) -> tuple[runtime.Kernel, int]:
-    """append or gather, and the tokens that one of its blocks takes."""
+) -> tuple[runtime.Kernel, int, int]:
+    """append or gather, its threads a block, and the tokens that a block takes."""
     defines = _page_defines(layout, dtype, k_order, v_order) | {"COUNT": int(counts), "FEEDBACK": int(feeds_back)}
     kernel = runtime.load(f"{operation}.cu", f"sawkv_{operation}", defines, device)
-    return kernel, kernel.read_constant("sawkv_tokens_per_block")
+    return kernel, kernel.read_constant("sawkv_threads"), kernel.read_constant("sawkv_tokens_per_block")
 
 
 def _page_defines(layout: PageLayout, dtype: torch.dtype, k_order: int, v_order: int) -> dict[str, int | str]:
@@ -318,7 +318,7 @@ _AppendParams = _structure(
     "k v k_center v_center slot_mapping pages k_weights k_step v_weights v_step counters",
     "page_stride k_token_stride k_head_stride v_token_stride v_head_stride num_slots",
     "",
-    "num_tokens",
+    "num_tokens num_kv_heads",
 )
 _GatherParams = _structure(
     "GatherParams",

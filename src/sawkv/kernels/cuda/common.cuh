@@ -242,6 +242,12 @@ struct Row {
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) x[i] = __fmul_rn(x[i], factor);  // never a part of an fma: docs/format.md fixes the rounding
   }
+  // The stage of a Hadamard transform whose pairs are this many elements of a lane apart
+  __device__ void add_pairs(int elements) {
+    const Row in = *this;
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++) x[i] = i & elements ? in.x[i ^ elements] - in.x[i] : in.x[i] + in.x[i ^ elements];
+  }
   // this = this * own + other * weight
   __device__ void blend(float own, const Row& other, float weight) {
 #pragma unroll
@@ -278,16 +284,13 @@ __device__ inline void rotate(Row<D, LANES>& row) {
     using R = Row<D, LANES>;
 #pragma unroll
     for (int stride = 1; stride < ORDER; stride *= 2) {
-      const R in = row;
       if (stride >= R::VECTOR && stride < LANES * R::VECTOR) {
         const int lanes = stride / R::VECTOR;
         const float sign = R::lane() & lanes ? -1 : 1;  // a product with it is exact
 #pragma unroll
-        for (int i = 0; i < R::PER_LANE; i++) row.x[i] = fmaf(in.x[i], sign, __shfl_xor_sync(ALL_LANES, in.x[i], lanes));
+        for (int i = 0; i < R::PER_LANE; i++) row.x[i] = fmaf(row.x[i], sign, __shfl_xor_sync(ALL_LANES, row.x[i], lanes));
       } else {
-        const int elements = stride < R::VECTOR ? stride : stride / LANES;  // apart in x
-#pragma unroll
-        for (int i = 0; i < R::PER_LANE; i++) row.x[i] = i & elements ? in.x[i ^ elements] - in.x[i] : in.x[i] + in.x[i ^ elements];
+        row.add_pairs(stride < R::VECTOR ? stride : stride / LANES);
       }
     }
     row.scale(inverse_root(ORDER));

@@ -322,9 +322,6 @@ __device__ int run_producer(Shared& s, const DecodeParams& p, int producer) {
 // Fragment layouts of mma.m16n8k16 give lane l the row l / 4 of A and the columns 2 (l % 4) and + 1 of the result. Scores are S^T = K Q^T
 // (tokens by queries), the output is O^T = V^T P^T (channels by queries).
 
-// The nibbles s and s + 4 of a word as two 16-bit floats; `high` is the word shifted right by 8.
-__device__ inline u32 nibbles(u32 word, u32 high, int s) { return (s < 2 ? word : high) & (s % 2 ? 0x00f000f0u : 0x000f000fu); }
-
 constexpr int V_SHIFT = 60;  // weights are stored in bf16 times 2^60: far from both ends of the range for every fp16 scale
 
 struct Consumer {

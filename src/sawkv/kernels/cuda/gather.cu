@@ -1,11 +1,17 @@
-// gather: decode the pages of many sequences into contiguous 16- or 32-bit rows. A block decodes K and V of one KV head for TOKENS output tokens.
+// gather: decode the pages of many sequences into contiguous 16- or 32-bit rows. A block decodes one KV head for TOKENS output tokens, a warp
+// K or V of TILE of them.
+//
+// Codes are small integers, and so is their Hadamard transform: exact in fp32, whatever the order of the sums. Tensor cores make four of its
+// stages, out of masked nibbles as in decode; the others are sums inside a lane. Scale and zero point act at the end: the transform of a constant is
+// ORDER times it in a block's first channel, and 0 in the others.
 //
 // Macros: HEAD_DIM, PAGE_SIZE, K_ORDER and V_ORDER (0: rows stay rotated), ELEMENT (of the output).
 #include "pages.cuh"
 
 namespace sawkv {
 
-constexpr int THREADS = 256, LANES = 4, TOKENS = THREADS / LANES;  // lanes of a row: few, since rotation exchanges values between them
+constexpr int THREADS = 128, LANES = 4, TILE = 16, TOKENS = THREADS / WARP / 2 * TILE;  // LANES: of a row
+constexpr int LANE_ROWS = 2;                                                           // rows that a lane has a part of, 8 tokens apart
 
 struct GatherParams {
   u8* pages;
@@ -20,28 +26,102 @@ struct GatherParams {
   int num_seqs, max_tokens, num_kv_heads;
 };
 
+// Where an output token's row of one KV head is stored, if it is to be written.
+struct Source {
+  bool is_there;
+  int offset;
+  u8* page_head;
+
+  // `seq`: a sequence that starts at or before the token
+  __device__ Source(const GatherParams& p, int token, int head, int seq) {
+    while (seq + 1 < p.num_seqs && p.cu_seq_lens[seq + 1] <= token) seq++;
+    const int position = token - p.cu_seq_lens[seq];
+    is_there = token < p.max_tokens && position >= 0 && position < p.seq_lens[seq];
+    const i64 page = is_there ? p.block_table[seq * p.table_stride + position / PAGE_SIZE] : 0;
+    offset = position % PAGE_SIZE;
+    page_head = p.pages + page * p.page_stride + head * HEAD_BYTES;
+  }
+};
+
+// An element of the Hadamard matrix as fp16. `in` and `out` are channels. Odd nibbles come 16 times as large.
+template <int BLOCK>
+__device__ inline u32 hadamard(int in, int out) {
+  if ((in ^ out) & ~(BLOCK - 1)) return 0;  // not of one block
+  const u32 one = in % 2 ? 0x2c00 : 0x3c00;
+  return one | (__popc(in & out & (BLOCK - 1)) & 1) << 15;
+}
+
+// Vector by vector, since registers are few.
+__device__ inline void store_centered(Row<D, LANES>& row, const float* center, ELEMENT* to) {
+  using R = Row<D, LANES>;
+#pragma unroll
+  for (int i = 0; i < R::PER_LANE; i += R::VECTOR) {
+    if (center) {
+      const auto c = *(const Vector<float, R::VECTOR>*)(center + R::channel(i));
+#pragma unroll
+      for (int e = 0; e < R::VECTOR; e++) row.x[i + e] += c.x[e];
+    }
+    Vector<ELEMENT, R::VECTOR> v;
+#pragma unroll
+    for (int e = 0; e < R::VECTOR; e++) v.x[e] = ELEMENT(row.x[i + e]);
+    *(Vector<ELEMENT, R::VECTOR>*)(to + R::channel(i)) = v;
+  }
+}
+
+// Of a channel's bits, tensor cores transform 0 (odd nibbles), 2 (half of a word) and 3 and 4 (lane), and lanes themselves 1 and those from 5 on.
 template <int ORDER, bool IS_V>
-__device__ inline void decode_row(u8* page_head, int offset, bool is_there, const float* center, ELEMENT* to) {
-  const StoredRow<IS_V> stored(page_head, offset);
-  auto y = Row<D, LANES>::filled(0);
-  constexpr int VECTOR = y.VECTOR;
-  if (is_there) {
-    const u32 meta = *stored.meta;
-    const float scale = ptx::low_half_to_float(meta), zero_point = ptx::high_half_to_float(meta);
+__device__ inline void decode_rows(const Source (&sources)[LANE_ROWS], const float* center, ELEMENT* const (&to)[LANE_ROWS]) {
+  using R = Row<D, LANES>;
+  static_assert(R::VECTOR == 8, "a lane's vector is a word of codes");
+  constexpr int BLOCK = ORDER ? ORDER : 1;
+  u32 words[LANE_ROWS][D / 32], meta[LANE_ROWS];
 #pragma unroll
-    for (int i = 0; i < y.PER_LANE; i += VECTOR) {
-      const auto packed = *(const Vector<u8, VECTOR / 2>*)stored.at(y.channel(i));
+  for (int r = 0; r < LANE_ROWS; r++) {
+    const StoredRow<IS_V> stored(sources[r].page_head, sources[r].offset);
+    meta[r] = sources[r].is_there ? *stored.meta : 0;
 #pragma unroll
-      for (int e = 0; e < VECTOR; e++) {
-        const float code = packed.x[e / 2] >> e % 2 * 4 & 15;
-        y.x[i + e] = __fmul_rn(code - zero_point, scale);  // rounded before it is added to anything, as the reference does
+    for (int w = 0; w < D / 32; w++) words[r][w] = sources[r].is_there ? *(const u32*)stored.at(R::channel(8 * w)) : 0;
+  }
+
+  const int lane = lane_index() % LANES, column = lane_index() / LANES;
+  u32 matrix[2][2];  // operand B, for outputs with bit 2 off and on
+#pragma unroll
+  for (int half = 0; half < 2; half++)
+#pragma unroll
+    for (int odd = 0; odd < 2; odd++) {
+      const int in = lane << 3 | odd, out = column >> 1 << 3 | half << 2 | column % 2;
+      matrix[half][odd] = hadamard<BLOCK>(in, out) | hadamard<BLOCK>(in | 1 << 2, out) << 16;
+    }
+  R rows[LANE_ROWS];
+#pragma unroll
+  for (int w = 0; w < D / 32; w++) {
+    const u32 x = words[0][w], y = words[1][w], x_high = x >> 8, y_high = y >> 8;
+#pragma unroll
+    for (int k = 0; k < 2; k++) {
+      const u32 a0 = nibbles(x, x_high, 2 * k), a1 = nibbles(y, y_high, 2 * k);
+      const u32 a2 = nibbles(x, x_high, 2 * k + 1), a3 = nibbles(y, y_high, 2 * k + 1);
+#pragma unroll
+      for (int half = 0; half < 2; half++) {
+        float sums[4] = {};
+        ptx::mma_half(sums, a0, a1, a2, a3, matrix[half]);
+#pragma unroll
+        for (int e = 0; e < 4; e++) rows[e / 2].x[8 * w + 4 * half + 2 * k + e % 2] = sums[e];
       }
     }
   }
-  rotate<ORDER>(y);
-  if (!is_there) return;
-  if (center) y.blend(1, Row<D, LANES>::load(center), 1);
-  y.store(to);
+#pragma unroll
+  for (int r = 0; r < LANE_ROWS; r++) {
+    R& row = rows[r];
+    if (ORDER) row.add_pairs(2);
+#pragma unroll
+    for (int stride = 32; stride < ORDER; stride *= 2) row.add_pairs(stride / LANES);
+    const float zero_point = ptx::high_half_to_float(meta[r]) * (BLOCK * power_of_two(-24));
+#pragma unroll
+    for (int i = 0; i < R::PER_LANE; i++)
+      if (R::channel(i) % BLOCK == 0) row.x[i] -= zero_point;
+    row.scale(ptx::low_half_to_float(meta[r]) * (inverse_root(BLOCK) * power_of_two(24)));
+    if (sources[r].is_there) store_centered(row, center, to[r]);
+  }
 }
 
 }  // namespace sawkv
@@ -50,25 +130,28 @@ using namespace sawkv;
 
 extern "C" {
 
+__device__ int sawkv_threads = THREADS;
 __device__ int sawkv_tokens_per_block = TOKENS;
 
-__global__ void __launch_bounds__(THREADS) sawkv_gather(const __grid_constant__ GatherParams p) {
-  const int head = blockIdx.y, first = blockIdx.x * TOKENS;
+__global__ void __launch_bounds__(THREADS, D <= 128 ? 4 : 2) sawkv_gather(const __grid_constant__ GatherParams p) {
+  ptx::wait_for_prerequisites();
+  const int head = blockIdx.x % p.num_kv_heads, first = blockIdx.x / p.num_kv_heads * TOKENS;  // heads are neighbours in memory
   if (first >= p.cu_seq_lens[p.num_seqs]) return;
   int seq = 0;  // the last sequence that starts at or before `first`
   for (int high = p.num_seqs - 1; seq < high;) {
     const int middle = (seq + high + 1) / 2;
     if (p.cu_seq_lens[middle] <= first) seq = middle; else high = middle - 1;
   }
-  const int token = first + threadIdx.x / LANES;
-  while (seq + 1 < p.num_seqs && p.cu_seq_lens[seq + 1] <= token) seq++;
-  const int position = token - p.cu_seq_lens[seq];
-  const bool is_there = token < p.max_tokens && position >= 0 && position < p.seq_lens[seq];
-  const i64 page = is_there ? p.block_table[seq * p.table_stride + position / PAGE_SIZE] : 0;
-  u8* page_head = p.pages + page * p.page_stride + head * HEAD_BYTES;
-  const i64 to = ((i64)token * p.num_kv_heads + head) * D;
-  decode_row<K_ORDER, false>(page_head, position % PAGE_SIZE, is_there, p.k_center ? p.k_center + head * D : nullptr, p.k_out + to);
-  decode_row<V_ORDER, true>(page_head, position % PAGE_SIZE, is_there, p.v_center ? p.v_center + head * D : nullptr, p.v_out + to);
+  const bool is_v = warp_index() >= TOKENS / TILE;
+  const int token = first + warp_index() % (TOKENS / TILE) * TILE + lane_index() / LANES;
+  const Source sources[LANE_ROWS] = {{p, token, head, seq}, {p, token + TILE / LANE_ROWS, head, seq}};
+  ELEMENT* start = (is_v ? p.v_out : p.k_out) + ((i64)token * p.num_kv_heads + head) * D;
+  ELEMENT* const to[LANE_ROWS] = {start, start + (i64)TILE / LANE_ROWS * p.num_kv_heads * D};
+  if (is_v) {
+    decode_rows<V_ORDER, true>(sources, p.v_center ? p.v_center + head * D : nullptr, to);
+  } else {
+    decode_rows<K_ORDER, false>(sources, p.k_center ? p.k_center + head * D : nullptr, to);
+  }
 }
 
 }  // extern "C"

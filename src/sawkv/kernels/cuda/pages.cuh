@@ -15,6 +15,9 @@ constexpr int ODD_SEGMENTS = SEGMENTS / largest_power_of_two_in(SEGMENTS);
 constexpr int SWIZZLE_PERIOD = largest_power_of_two_in(SEGMENTS) < 8 ? largest_power_of_two_in(SEGMENTS) : 8;
 static_assert(D % 32 == 0, "rows are whole segments");
 
+// The nibbles s and s + 4 of a word of codes as two 16-bit floats, odd nibbles 16 times as large; `high` is the word shifted right by 8.
+__device__ inline u32 nibbles(u32 word, u32 high, int s) { return (s < 2 ? word : high) & (s % 2 ? 0x00f000f0u : 0x000f000fu); }
+
 // One row's codes and meta.
 template <bool IS_V>
 struct StoredRow {
