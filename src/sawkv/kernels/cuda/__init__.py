@@ -67,12 +67,11 @@ def append(k: torch.Tensor, v: torch.Tensor, cache: PagedKVCache, slot_mapping: 
         *v.stride()[:2],
         cache.num_slots,
         num_tokens,
-        layout.num_kv_heads,
     )
     orders = layout.k_rotation_order, layout.v_rotation_order
     does = cache.counters is not None, any(x is not None for x in feedback)
     kernel, threads, tokens_per_block = _page_kernel("append", layout, k.dtype, *orders, k.device, *does)
-    grid = (_divide_up(num_tokens, tokens_per_block) * layout.num_kv_heads, 2, 1)
+    grid = (_divide_up(num_tokens, tokens_per_block), layout.num_kv_heads, 2)
     kernel.launch(grid, threads, _stream(k.device), params, dependent=True)
 
 
@@ -318,7 +317,7 @@ _AppendParams = _structure(
     "k v k_center v_center slot_mapping pages k_weights k_step v_weights v_step counters",
     "page_stride k_token_stride k_head_stride v_token_stride v_head_stride num_slots",
     "",
-    "num_tokens num_kv_heads",
+    "num_tokens",
 )
 _GatherParams = _structure(
     "GatherParams",

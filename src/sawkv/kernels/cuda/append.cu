@@ -26,7 +26,7 @@ struct AppendParams {
   i64 page_stride;  // bytes; the other strides in elements
   i64 k_token_stride, k_head_stride, v_token_stride, v_head_stride;
   i64 num_slots;
-  int num_tokens, num_kv_heads;
+  int num_tokens;
 };
 
 constexpr float MAX_SCALE = 65504;
@@ -139,9 +139,9 @@ __device__ inline bool is_sampled(i64 slot) { return (u32)slot * 2654435761u < (
 template <bool IS_V>
 __device__ inline void count_row(const AppendParams& p, u32 meta, Sums sums, i64 slot, bool is_kept, bool is_first_lane) {
   double* counters = p.counters + (IS_V ? COUNTER_COLUMNS : 0);
-  if (blockIdx.x % p.num_kv_heads == 0) {  // every head keeps the same tokens
+  if (blockIdx.y == 0) {  // every head keeps the same tokens
     const int kept = __syncthreads_count(is_kept && is_first_lane);
-    if (threadIdx.x == 0) atomicAdd(&counters[ROWS], (double)kept * p.num_kv_heads);
+    if (threadIdx.x == 0) atomicAdd(&counters[ROWS], (double)kept * gridDim.y);
   }
   if (!is_kept) return;
   const u32 scale_bits = meta & 0xffff;
@@ -156,8 +156,7 @@ __device__ inline void count_row(const AppendParams& p, u32 meta, Sums sums, i64
 template <int ORDER, bool IS_V>
 __device__ inline void append_row(
     const AppendParams& p, const ELEMENT* x, const float* center, const u8* weights, const float* step, i64 token_stride, i64 head_stride) {
-  // Heads of one token are neighbours in memory, so they are taken at the same time.
-  const int head = blockIdx.x % p.num_kv_heads, token = blockIdx.x / p.num_kv_heads * TOKENS + threadIdx.x / LANES;
+  const int token = blockIdx.x * TOKENS + threadIdx.x / LANES, head = blockIdx.y;
   const i64 slot = token < p.num_tokens ? p.slot_mapping[token] : -1;
   const bool is_kept = slot >= 0 && slot < p.num_slots;  // all lanes go on: they exchange values
   auto y = Row<D, LANES>::filled(0);
@@ -201,7 +200,7 @@ __device__ int sawkv_tokens_per_block = TOKENS;
 __global__ void __launch_bounds__(THREADS, (D <= 128 ? 4 : 2) >> FEEDBACK) sawkv_append(const __grid_constant__ AppendParams p) {
   ptx::wait_for_prerequisites();
   ptx::let_dependents_launch();  // decode gets ready meanwhile
-  if (blockIdx.y == 0) {
+  if (blockIdx.z == 0) {
     append_row<K_ORDER, false>(p, p.k, p.k_center, p.k_weights, p.k_step, p.k_token_stride, p.k_head_stride);
   } else {
     append_row<V_ORDER, true>(p, p.v, p.v_center, p.v_weights, p.v_step, p.v_token_stride, p.v_head_stride);
