@@ -173,7 +173,7 @@ def check_gather(
 ) -> None:
     """Rows equal the reference's, rotated and not, in fp32 and bf16; nothing else is written.
 
-    exact: un-rotated rows too are equal to the last bit. Otherwise products and sums of the rotation may be contracted to fma.
+    exact: un-rotated rows too are equal to the last bit. Otherwise the rotation's sums may be taken in another order.
     """
     batch = make_batch(format_name, seq_lens, head_dim=head_dim, centered=True, page_size=page_size, device=device)
     starts = starts_of([length + 3 * (i % 2) for i, length in enumerate(seq_lens)], device)
