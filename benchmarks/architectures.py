@@ -2,6 +2,7 @@
 
     python -m benchmarks.architectures                              # all of them, one engine after the other in this process
     python -m benchmarks.architectures --only gemma-2-9b --formats int4
+    python -m benchmarks.architectures --only qwen3-8b --weights fp8   # made so by vLLM; int8: a checkpoint of compressed-tensors
 
 Heads, head_dim, soft-caps, sinks and rotary embeddings are the model's; depth, width, vocabulary and experts are cut down, and windows to
 fewer tokens than the prompts have. Weights are large enough for softmax to be sharp. For each architecture:
@@ -32,6 +33,7 @@ from sawkv.integrations.vllm.server import engine_options
 from sawkv.spec import CacheFormat
 
 if TYPE_CHECKING:
+    import torch
     from vllm import LLM
 
 T = TypeVar("T")
@@ -77,6 +79,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--formats", nargs="+", choices=["plain", "int4", "int8"], default=["plain", "int4"])
     parser.add_argument("--dtype", choices=list(LIMITS), help="of the model (default: float16 on a GPU, float32 on a CPU)")
+    parser.add_argument("--weights", choices=["fp8", "int8"], help="quantized weights and activations, for all engines; dense models only")
     parser.add_argument("--graphs", action="store_true", help="compile and capture CUDA graphs, as vLLM does unless told otherwise")
     args = parser.parse_args()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine is in this process, so that it ends with its object
@@ -89,7 +92,11 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="sawkv-architectures-") as folder:
         for name in args.only:
             suits = "bfloat16" if dtype == "float16" and name in NEEDS_BFLOAT16 else dtype
-            failures += _check(name, args.formats, suits, make_model(Path(folder, name), name), not args.graphs)
+            model = make_model(Path(folder, name), name)
+            options = {"enforce_eager": not args.graphs} | ({"quantization": "fp8"} if args.weights == "fp8" else {})
+            if args.weights == "int8":
+                quantize_checkpoint(Path(model))
+            failures += _check(name, args.formats, suits, model, options)
     return failures
 
 
@@ -108,13 +115,49 @@ def make_model(folder: Path, name: str) -> str:
     return str(folder)
 
 
-def _check(name: str, formats: Sequence[str], dtype: str, model: str, eager: bool) -> int:
+def quantize_checkpoint(folder: Path, **scheme: Any) -> None:
+    """Make it one of compressed-tensors: INT8 weights, a scale for each output; activations INT8 too, a scale for each token.
+
+    Args:
+        folder: a model of one file of weights, whose linear layers are called `..._proj`.
+        scheme: more of `quantization_config`.
+    """
+    from safetensors.torch import load_file, save_file
+
+    path = folder / "model.safetensors"
+    tensors: dict[str, torch.Tensor] = {}
+    for name, x in load_file(path).items():
+        if name.endswith("_proj.weight"):
+            scale = x.float().abs().amax(1, keepdim=True) / 127
+            tensors |= {name: (x.float() / scale).round().char(), f"{name}_scale": scale}
+        else:
+            tensors[name] = x
+    save_file(tensors, path)
+    numbers = {"num_bits": 8, "type": "int", "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": {**numbers, "strategy": "channel", "dynamic": False},
+        "input_activations": {**numbers, "strategy": "token", "dynamic": True},
+    }
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "ignore": ["lm_head"],
+        "config_groups": {"group_0": group},
+        **scheme,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def _check(name: str, formats: Sequence[str], dtype: str, model: str, common: dict[str, Any]) -> int:
+    """`common`: what all engines get."""
     prompts = _prompts(SHRUNK["vocab_size"])
 
     def write(llm: LLM) -> list[Output]:
         return generate(llm, prompts, [OUT] * len(prompts))
 
-    wide = _with_engine(model, dtype, {"enforce_eager": eager}, write)
+    wide = _with_engine(model, dtype, common, write)
     if isinstance(wide, str):
         return _line("memory" not in wide, name, f"vLLM itself cannot serve it here: {wide}")  # a full GPU is no answer
     failures = 0
@@ -122,7 +165,7 @@ def _check(name: str, formats: Sequence[str], dtype: str, model: str, eager: boo
         codec = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[dtype] if kind == "plain" else kind
         head_dim = json.loads(Path(model, "config.json").read_text()).get("head_dim", 128)
         order = head_dim & -head_dim
-        options = engine_options(CacheFormat(codec, min(order, 128), min(order, 128))) | {"enforce_eager": eager}
+        options = engine_options(CacheFormat(codec, min(order, 128), min(order, 128))) | common
         what = f"{name}, {kind}"
         if kind == "plain":
             said = _with_engine(model, dtype, options, lambda llm: _equality(write(llm), wide, dtype))
