@@ -83,13 +83,13 @@ __device__ inline void decode_rows(const Source (&sources)[LANE_ROWS], const flo
     for (int w = 0; w < D / 32; w++) words[r][w] = sources[r].is_there ? *(const u32*)stored.at(R::channel(8 * w)) : 0;
   }
 
-  const int lane = lane_index() % LANES, column = lane_index() / LANES;
+  const int column = lane_index() / LANES;
   u32 matrix[2][2];  // operand B, for outputs with bit 2 off and on
 #pragma unroll
   for (int half = 0; half < 2; half++)
 #pragma unroll
     for (int odd = 0; odd < 2; odd++) {
-      const int in = lane << 3 | odd, out = column >> 1 << 3 | half << 2 | column % 2;
+      const int in = R::lane() << 3 | odd, out = column >> 1 << 3 | half << 2 | column % 2;
       matrix[half][odd] = hadamard<BLOCK>(in, out) | hadamard<BLOCK>(in | 1 << 2, out) << 16;
     }
   R rows[LANE_ROWS];
