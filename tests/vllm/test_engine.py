@@ -63,6 +63,8 @@ def test_a_wrong_format_is_refused_at_start_up() -> None:
     for format_name, message in (("int4-k48-v0", "power of two"), ("int8-k0-v0", "expected --kv-cache-dtype int8_per_token_head")):
         assert message in run_engine(**INT4, additional_config={"sawkv": {"format": format_name}})["error"]
     assert "got colour" in run_engine(**INT4, additional_config={"sawkv": {"colour": 1}})["error"]
+    wide = run_engine(kv_cache_dtype="fp8", additional_config={"sawkv": {"format": "bf16-k128-v128"}})
+    assert "expected --kv-cache-dtype bfloat16, got fp8" in wide["error"]
 
 
 def test_a_head_dim_that_does_not_fit_is_refused_at_start_up(tmp_path: Path) -> None:

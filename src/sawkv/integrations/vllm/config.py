@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 KV_CACHE_DTYPE_CODECS: Final = {"int4_per_token_head": "int4", "int8_per_token_head": "int8"}
 """The names of vLLM that sawkv takes over, since vLLM before 0.33 accepts no new ones. They size pages as our formats do."""
 
+_FLOAT_DTYPE_CODECS: Final = {"bfloat16": "bf16", "float16": "fp16"}
 _FLOAT_CODECS: Final[dict[object, str]] = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
@@ -56,10 +57,10 @@ class SawConfig:
             raise FormatError(f"sawkv format: expected a name such as int4-k128-v128, got {name!r}")
         cache_format = CacheFormat.parse(name)
         if cache_format.codec != (codec or _float_codec(vllm_config, kv_cache_dtype)):
-            wanted = next((dtype for dtype, c in KV_CACHE_DTYPE_CODECS.items() if c == cache_format.codec), "auto")
+            dtypes = {c: dtype for dtype, c in (KV_CACHE_DTYPE_CODECS | _FLOAT_DTYPE_CODECS).items()}
+            wanted = dtypes.get(cache_format.codec, f"auto and a model dtype of {cache_format.codec}")
             raise UnsupportedError(
-                f"sawkv format {cache_format} needs pages of its own size: expected --kv-cache-dtype {wanted}"
-                f"{'' if wanted != 'auto' else f' and a model dtype of {cache_format.codec}'}, got {kv_cache_dtype}"
+                f"sawkv format {cache_format} needs pages of its own size: expected --kv-cache-dtype {wanted}, got {kv_cache_dtype}"
             )
         return cls(cache_format, calibration)
 
@@ -83,4 +84,4 @@ def _options(vllm_config: VllmConfig) -> Mapping[str, Any]:
 def _float_codec(vllm_config: VllmConfig, kv_cache_dtype: str) -> str | None:
     if kv_cache_dtype == "auto":
         return _FLOAT_CODECS.get(vllm_config.model_config.dtype)
-    return {"bfloat16": "bf16", "float16": "fp16"}.get(kv_cache_dtype)
+    return _FLOAT_DTYPE_CODECS.get(kv_cache_dtype)
