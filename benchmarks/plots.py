@@ -31,6 +31,11 @@ Qwen3-8B's shape with random weights in vLLM, `gpu_memory_utilization` 0.90, all
 and PREFIX+NEW where requests share a prefix. Ratios are to vLLM's own 16-bit cache (`bf16`); rows of one commit were measured on one card,
 one format after the other. `benchmarks/serving.py` says what each column is. Command: `python -m benchmarks.serving`.
 """
+FP8_WEIGHTS: Final = """## Whole engine, FP8 weights
+
+The same with weights and activations in FP8: products take less of a step, and the cache more. Command: `python -m benchmarks.serving
+--formats bf16 int4-k128-v128 --engine '{"quantization": "fp8"}' --loads 256/1024x256 16384/1024x8 --output docs/results/fp8_weights.jsonl`.
+"""
 LOAD: Final = """## Latency under load
 
 vLLM's load generator against its server; requests arrive at random (Poisson). Command: `python -m benchmarks.load`.
@@ -288,6 +293,7 @@ SECTIONS: Final[dict[str, tuple[str, Callable[[Iterable[Record]], str], str, Cal
         plot_serving,
         "serving.svg",
     ),
+    "fp8_weights.jsonl": (FP8_WEIGHTS, serving_table, "", None, ""),
     "load.jsonl": (LOAD, load_table, "Time to first token over the rate of requests", plot_load, "load.svg"),
     "decode.jsonl": (DECODE, decode_table, "Bandwidth of decode kernels over the bytes that they must read", plot_roofline, "roofline.svg"),
     "append_gather.jsonl": (APPEND, append_gather_table, "", None, ""),
