@@ -100,6 +100,24 @@ def test_mla_is_refused_at_start_up(tmp_path: Path) -> None:
     assert "MLA" in result.get("error", "no error")
 
 
+def test_attention_in_chunks_is_refused_at_start_up(tmp_path: Path) -> None:
+    llama4 = {
+        "architectures": ["Llama4ForCausalLM"],
+        "model_type": "llama4_text",
+        "attention_chunk_size": 64,
+        "no_rope_layers": [1],
+        "intermediate_size_mlp": 256,
+        "interleave_moe_layer_step": 1,
+        "moe_layers": [],
+        "num_local_experts": 2,
+        "use_qk_norm": False,
+        "max_position_embeddings": 4096,
+    }
+    error = run_engine(waves=PROMPT, **shrunk_model(tmp_path, **llama4))["error"]
+    assert "expected plain causal attention, got a layer of vLLM's ChunkedLocalAttentionBuilder" in error
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit, as vLLM is imported
 def test_a_changed_vllm_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.v1.attention.backend import CommonAttentionMetadata
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sawkv import CacheFormat, PagedKVCache, PageLayout, append, gather
+from sawkv.errors import UnsupportedError
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore::DeprecationWarning")]  # of torch.jit, as vLLM is imported
 
@@ -33,13 +34,25 @@ def test_what_is_gathered(window: int, capacity: int, host_knows_lengths: bool) 
     check(window, capacity, host_knows_lengths, begins_with=window)
 
 
+@pytest.mark.parametrize("window", [0, 30])
+def test_bounds_that_a_draft_model_outgrew(window: int) -> None:
+    check(window, 100_000, True, begins_with=window, short_by=3)
+    with pytest.raises(AssertionError):
+        check(window, 100_000, True, begins_with=window, short_by=3, slack=0)
+
+
+def test_a_context_beyond_the_workspace_is_refused() -> None:
+    with pytest.raises(UnsupportedError, match="contexts of at most 499 tokens, got 500"):
+        check(0, 499, True, begins_with=0)
+
+
 def test_pages_behind_the_window_are_noticed() -> None:
     with pytest.raises(AssertionError, match="not close"):
         check(30, 100_000, True, begins_with=0)
 
 
-def check(window: int, capacity: int, host_knows_lengths: bool, begins_with: int) -> None:
-    """`begins_with`: the window that the slices are made for."""
+def check(window: int, capacity: int, host_knows_lengths: bool, begins_with: int, short_by: int = 0, slack: int | None = None) -> None:
+    """`begins_with`: the window that the slices are made for; `short_by`: tokens that the host's bounds lack, `slack`: as is said."""
     from sawkv.integrations.vllm.prefill import slice_prefills
 
     size = LAYOUT.page_size
@@ -70,12 +83,12 @@ def check(window: int, capacity: int, host_knows_lengths: bool, begins_with: int
         query_start_loc=starts,
         query_start_loc_cpu=starts,
         seq_lens=lengths,
-        seq_lens_cpu_upper_bound=lengths if host_knows_lengths else None,
+        seq_lens_cpu_upper_bound=lengths - short_by if host_knows_lengths else None,
         max_seq_len=max(CONTEXTS),
         block_table_tensor=table,
     )
     done = 1
-    slices = slice_prefills(common, 1, capacity, begins_with, size)
+    slices = slice_prefills(common, 1, capacity, begins_with, size, short_by if slack is None else slack)
     for piece in slices:
         states = torch.full((2, piece.num_keys, 2, 64), torch.nan)
         gather(cache, piece.block_table, piece.seq_lens, piece.cu_seqlens_k, *states, rotated=False)

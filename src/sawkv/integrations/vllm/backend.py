@@ -36,7 +36,7 @@ from sawkv.errors import CalibrationError, SawkvError, UnsupportedError
 from sawkv.integrations.vllm.config import KV_CACHE_DTYPE_CODECS, SawConfig
 from sawkv.integrations.vllm.contract import check_contract
 from sawkv.integrations.vllm.metrics import CounterReader
-from sawkv.integrations.vllm.prefill import FlashPrefill, PrefillSlice, slice_prefills, workspace_tokens
+from sawkv.integrations.vllm.prefill import FlashPrefill, PrefillSlice, slice_prefills, speculated_tokens
 from sawkv.integrations.vllm.windows import VLLM_SIZES_WINDOWS, pack_windows
 from sawkv.kernels import DecodePlan, select_backend
 from sawkv.layout import ENGINE_PAGE_SIZE, PAGE_SIZE_MULTIPLE, PageLayout
@@ -48,6 +48,8 @@ if TYPE_CHECKING:
 
 PlanKey = tuple[int, int, int]
 """num_heads, num_kv_heads and sliding_window: what layers that share a plan have in common."""
+
+IN_16_BITS = "To serve it in 16 bits, drop --kv-cache-dtype and --attention-backend."
 
 logger = init_logger(f"vllm.{__name__}")  # under vLLM's name, so that its log settings apply
 
@@ -75,6 +77,7 @@ class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
     _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
 
     def __init__(self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device) -> None:
+        refuse_subclass(type(self), SawMetadataBuilder)
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         layers = vllm_config.compilation_config.static_forward_context
@@ -84,7 +87,11 @@ class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
             impl.take_calibration(name)
         self._plans: dict[PlanKey, DecodePlan] = {}
         self._reader = self._make_reader(layers, vllm_config.parallel_config.rank)
-        self._workspace_tokens = workspace_tokens(vllm_config)
+        prefills = [impl.prefill for impl in self._impls if impl.prefill is not None]
+        self._workspace_tokens = min(
+            (prefill.capacity for prefill in prefills), default=0
+        )  # a draft model's layers have a config of their own
+        self._bound_slack = speculated_tokens(vllm_config)
         self._windows = {impl.sliding_window for impl in self._impls}
         capture_sizes = vllm_config.compilation_config.cudagraph_capture_sizes or []
         self._max_num_seqs = max([vllm_config.scheduler_config.max_num_seqs, *capture_sizes])  # a graph's batch is padded
@@ -138,7 +145,8 @@ class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
     def _slice_prefills(self, common: CommonAttentionMetadata, first: int) -> dict[int, list[PrefillSlice]]:
         """Requests from `first` on, by the window of the layers that attend them."""
         page_size = self.kv_cache_spec.block_size
-        return {window: slice_prefills(common, first, self._workspace_tokens, window, page_size) for window in self._windows}
+        capacity, slack = self._workspace_tokens, self._bound_slack
+        return {window: slice_prefills(common, first, capacity, window, page_size, slack) for window in self._windows}
 
 
 class SawAttentionImpl(AttentionImpl[SawMetadata]):
@@ -183,9 +191,9 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
         self._calibration = config.calibration
         self._tp_rank, self._tp_size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
         _announce(self._format, head_size, self.num_kv_heads, vllm_config, config.calibration)
-        self._prefill: FlashPrefill | None = None
+        self.prefill: FlashPrefill | None = None
         if vllm_config.device_config.device_type != "cpu":
-            self._prefill = FlashPrefill(
+            self.prefill = FlashPrefill(
                 vllm_config, head_size, self.num_kv_heads, self.scale, self.sliding_window, self.logits_soft_cap, sinks
             )
 
@@ -216,8 +224,8 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
     ) -> torch.Tensor:
         """Attend to the pages. `query` and `output`: [num_tokens, num_heads, head_size]; rows past num_actual_tokens are padding."""
         if attn_metadata is None:  # profiling
-            if self._prefill is not None:
-                self._prefill.workspace()
+            if self.prefill is not None:
+                self.prefill.workspace()
             return output.zero_()
         if output_scale is not None or output_block_scale is not None:
             raise UnsupportedError("sawkv: fused quantization of the attention output is not supported")
@@ -239,9 +247,9 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
                 out=out[:num_tokens],
                 plan=attn_metadata.plans.get(self.plan_key),
             )
-        if self._prefill is not None:  # only a GPU's metadata has prefills
+        if self.prefill is not None:  # only a GPU's metadata has prefills
             for prefill in attn_metadata.prefills.get(self.sliding_window, ()):
-                self._prefill.attend(query, cache, prefill, out)
+                self.prefill.attend(query, cache, prefill, out)
         return output
 
     def layout(self, block_size: int) -> PageLayout:
@@ -363,6 +371,16 @@ class SawAttentionBackend(AttentionBackend):
         return KVCacheLayout.LBHNC, KVCacheLayout.BLHNC
 
 
+def refuse_subclass(cls: type, ours: type) -> None:
+    """vLLM subclasses a backend's classes for layers whose attention is another: of encoders, in chunks, with sinks in the cache.
+
+    Raises:
+        UnsupportedError: `cls` is not `ours`.
+    """
+    if cls is not ours:
+        raise UnsupportedError(f"sawkv: expected plain causal attention, got a layer of vLLM's {cls.__name__}")
+
+
 def token_bytes(codec: str, head_size: int) -> int:
     """Bytes that K and V of one token take for one KV head."""
     return PageLayout(CacheFormat(codec), 1, head_size, PAGE_SIZE_MULTIPLE).token_bytes
@@ -395,7 +413,7 @@ def _check_supported(
         reasons.append(f"head_dim {head_size_v} of V apart from {head_size} of K")
     reasons += [f"attention argument {name}={value!r}" for name, value in other_arguments.items() if value is not None]
     if reasons:
-        raise UnsupportedError(f"sawkv cannot serve this configuration: {'; '.join(reasons)}. Drop --kv-cache-dtype to serve in 16 bits.")
+        raise UnsupportedError(f"sawkv cannot serve this configuration: {'; '.join(reasons)}. {IN_16_BITS}")
     return resolved
 
 

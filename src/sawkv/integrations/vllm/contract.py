@@ -18,6 +18,7 @@ def check_contract() -> None:
         UnsupportedError: this vLLM lacks something; the message names it.
     """
     import vllm
+    from vllm.model_executor.layers.attention import attention
     from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder, CommonAttentionMetadata
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
 
@@ -27,8 +28,12 @@ def check_contract() -> None:
         missing.append(f"vLLM {'.'.join(map(str, OLDEST_VLLM))} or newer")
     if not (hasattr(AttentionBackend, "customize_spec") or hasattr(AttentionBackend, "get_kv_cache_shape")):
         missing.append("AttentionBackend.customize_spec")
+    # How vLLM is told to have us write the pages that we read, and what then calls us.
+    if not hasattr(AttentionBackend, "forward_includes_kv_cache_update") or not hasattr(attention, "unified_kv_cache_update"):
+        missing.append("AttentionBackend.forward_includes_kv_cache_update and unified_kv_cache_update")
     fields = set(getattr(CommonAttentionMetadata, "__dataclass_fields__", ()))
-    needed = {"query_start_loc", "seq_lens", "num_actual_tokens", "max_query_len", "block_table_tensor", "causal"}
+    needed = {"query_start_loc", "query_start_loc_cpu", "seq_lens", "seq_lens_cpu_upper_bound", "max_seq_len", "num_reqs"}
+    needed |= {"num_actual_tokens", "max_query_len", "block_table_tensor", "causal"}
     missing += [f"CommonAttentionMetadata.{name}" for name in sorted(needed - fields)]
     build = list(inspect.signature(AttentionMetadataBuilder.build).parameters)
     if build[:4] != ["self", "common_prefix_len", "common_attn_metadata", "fast_build"]:

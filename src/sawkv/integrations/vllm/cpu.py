@@ -1,7 +1,8 @@
 """vLLM's CPU backend, with our layers among its own.
 
 vLLM's CPU platform selects `CPU_ATTN` whatever the command line says, so the class registered under that name must serve both kinds of
-layers. vLLM instantiates what `get_impl_cls` and `get_builder_cls` return; `__new__` of the two classes below makes ours or vLLM's.
+layers. vLLM instantiates what `get_impl_cls` and `get_builder_cls` return, or its own subclasses of these (for encoders, cross attention,
+attention in chunks): `__new__` of the two classes below makes ours where the cache is ours, and otherwise leaves all as it is.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from vllm.v1.attention.backends.cpu_attn import (
     CPUAttentionMetadataBuilder,
 )
 
-from sawkv.integrations.vllm.backend import SawAttentionBackend, SawAttentionImpl, SawMetadataBuilder
+from sawkv.integrations.vllm.backend import SawAttentionBackend, SawAttentionImpl, SawMetadataBuilder, refuse_subclass
 from sawkv.integrations.vllm.config import KV_CACHE_DTYPE_CODECS, SawConfig
 
 if TYPE_CHECKING:
@@ -26,21 +27,25 @@ if TYPE_CHECKING:
 
 
 class DispatchingImpl(CPUAttentionBackendImpl):
-    """Makes a `SawAttentionImpl` where the cache is ours, and vLLM's own otherwise."""
+    """Makes a `SawAttentionImpl` where the cache is ours."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         kv_cache_dtype = kwargs["kv_cache_dtype"] if "kv_cache_dtype" in kwargs else args[6]
-        ours = SawConfig.from_vllm(get_current_vllm_config(), kv_cache_dtype) is not None
-        return (SawAttentionImpl if ours else CPUAttentionBackendImpl)(*args, **kwargs)
+        if SawConfig.from_vllm(get_current_vllm_config(), kv_cache_dtype) is None:
+            return super().__new__(cls)  # type: ignore[no-untyped-call]
+        refuse_subclass(cls, DispatchingImpl)
+        return SawAttentionImpl(*args, **kwargs)
 
 
 class DispatchingBuilder(CPUAttentionMetadataBuilder):
-    """Makes the builder that the group's layers need."""
+    """Makes a `SawMetadataBuilder` where the group's layers are ours."""
 
     def __new__(cls, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device) -> Any:
         layers = vllm_config.compilation_config.static_forward_context
-        ours = isinstance(layers[layer_names[0]].impl, SawAttentionImpl)
-        return (SawMetadataBuilder if ours else CPUAttentionMetadataBuilder)(kv_cache_spec, layer_names, vllm_config, device)
+        if not isinstance(layers[layer_names[0]].impl, SawAttentionImpl):
+            return super().__new__(cls)
+        refuse_subclass(cls, DispatchingBuilder)
+        return SawMetadataBuilder(kv_cache_spec, layer_names, vllm_config, device)
 
 
 class DispatchingCPUBackend(CPUAttentionBackend):

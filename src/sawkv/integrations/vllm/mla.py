@@ -19,7 +19,7 @@ def _refuse_our_cache() -> None:
     vllm_config = get_current_vllm_config()
     if SawConfig.from_vllm(vllm_config, vllm_config.cache_config.cache_dtype) is not None:
         raise UnsupportedError(
-            "sawkv cannot serve this configuration: MLA (multi-head latent attention). Drop --kv-cache-dtype to serve in 16 bits."
+            "sawkv cannot serve this configuration: MLA (multi-head latent attention). To serve it in 16 bits, drop --kv-cache-dtype."
         )
 
 

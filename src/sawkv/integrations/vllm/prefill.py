@@ -50,19 +50,34 @@ class PrefillSlice:
 
 def workspace_tokens(vllm_config: VllmConfig) -> int:
     """Tokens that the workspace holds: any one request, and commonly all of a step's."""
-    return int(max(vllm_config.model_config.max_model_len, 2 * vllm_config.scheduler_config.max_num_batched_tokens))
+    longest = vllm_config.model_config.max_model_len + speculated_tokens(vllm_config)
+    return int(max(longest, 2 * vllm_config.scheduler_config.max_num_batched_tokens))
 
 
-def slice_prefills(common: CommonAttentionMetadata, first: int, capacity: int, window: int, page_size: int) -> list[PrefillSlice]:
+def speculated_tokens(vllm_config: VllmConfig) -> int:
+    """Tokens by which bounds of lengths may be short in a draft model's passes: vLLM lengthens requests there, but not their bounds."""
+    speculative = vllm_config.speculative_config
+    return 0 if speculative is None else int(speculative.num_speculative_tokens or 0) + 1
+
+
+def slice_prefills(
+    common: CommonAttentionMetadata, first: int, capacity: int, window: int, page_size: int, slack: int = 0
+) -> list[PrefillSlice]:
     """Requests from `first` on, cut into runs of at most `capacity` tokens of context. No synchronization: the host knows bounds.
 
-    With a sliding `window` the context starts at the page of the first key that a query sees: vLLM may have given those before to others.
+    The bounds may be short by `slack` tokens. With a sliding `window` the context starts at the page of the first key that a query sees:
+    vLLM may have given those before to others.
+
+    Raises:
+        UnsupportedError: a request does not fit in the workspace. vLLM's limit of a request's length has it fit.
     """
     starts = common.query_start_loc_cpu.tolist()
     bounds = common.seq_lens_cpu_upper_bound
-    lengths: list[int] = [common.max_seq_len] * common.num_reqs if bounds is None else bounds.tolist()
+    lengths: list[int] = [common.max_seq_len] * common.num_reqs if bounds is None else [bound + slack for bound in bounds.tolist()]
     if window:
         lengths = [min(lengths[i], starts[i + 1] - starts[i] + window + page_size - 2) for i in range(common.num_reqs)]
+    if max(lengths[first:]) > capacity + slack:
+        raise UnsupportedError(f"sawkv: expected contexts of at most {capacity} tokens, got {max(lengths[first:])}")
     slices = []
     while first < common.num_reqs:
         last, total = first, 0
@@ -118,7 +133,8 @@ class FlashPrefill:
                 "sawkv on a GPU: expected vLLM's FlashAttention and a model in bfloat16 or float16, "
                 f"got FlashAttention {version} and {self.dtype}"
             )
-        self._shape = (workspace_tokens(vllm_config), num_kv_heads, head_size)
+        self.capacity = workspace_tokens(vllm_config)
+        self._shape = (self.capacity, num_kv_heads, head_size)
         self._options: dict[str, Any] = {
             "softmax_scale": scale,
             "causal": True,
