@@ -263,7 +263,8 @@ def test_bad_arguments_are_named() -> None:
         ("k: expected .* got float64", (k.double(), k.double(), cache, slots)),
         ("slot_mapping: expected int64", (k, k, cache, slots.int())),
         ("at most 4 slots", (k, k, cache, torch.arange(5))),
-        ("contiguous channels", (k.mT.contiguous().mT, k, cache, slots)),
+        ("k: expected a contiguous last dimension", (k.mT.contiguous().mT, k, cache, slots)),
+        ("slot_mapping: expected a contiguous last dimension", (k, k, cache, torch.arange(8).view(4, 2)[:, 0])),
         ("equal shapes", (k, k[:3], cache, slots)),
     ]
     for message, args in bad_appends:
@@ -274,6 +275,9 @@ def test_bad_arguments_are_named() -> None:
         decode_attention(
             q, cache, batch.block_table, batch.seq_lens, torch.tensor([0, 1], dtype=torch.int32), softmax_scale=1, max_query_len=1
         )
+    starts = torch.tensor([[0, 0], [1, 0]], dtype=torch.int32)[:, 0]
+    with pytest.raises(LayoutError, match="query_start_loc: expected a contiguous last dimension"):
+        decode_attention(torch.randn(1, 2, 128), cache, batch.block_table, batch.seq_lens, starts, softmax_scale=1, max_query_len=1)
     with pytest.raises(LayoutError, match="16-byte aligned"):
         PagedKVCache(cache.pages.flatten()[8 : -cache.layout.span_bytes * 2 + 8].view(-1, *cache.pages.shape[1:]), cache.layout)
     with pytest.raises(UnsupportedError, match="expected one of cuda, triton, cpu, reference, got 'fast'"):

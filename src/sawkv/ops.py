@@ -45,8 +45,6 @@ def append(
     layout = cache.layout
     for name, x in (("k", k), ("v", v)):
         _check(name, x, (None, layout.num_kv_heads, layout.head_dim), FLOAT_DTYPES, cache)
-        if x.stride(-1) != 1 and x.numel():
-            raise LayoutError(f"{name}: expected contiguous channels, got strides {list(x.stride())}")
     if k.shape != v.shape or k.dtype != v.dtype:
         raise LayoutError(f"k and v: expected equal shapes and dtypes, got {_show(k)} and {_show(v)}")
     _check("slot_mapping", slot_mapping, (None,), (torch.int64,), cache)
@@ -83,7 +81,7 @@ def decode_attention(
         cache: read only.
         block_table: [num_seqs, max_pages] int32, page of each `page_size` tokens. Entries past a sequence's length may hold anything.
         seq_lens: [num_seqs] int32, tokens in the cache, query tokens included. 0 is allowed.
-        query_start_loc: [num_seqs + 1] int32, non-decreasing.
+        query_start_loc: [num_seqs + 1] int32, non-decreasing from 0.
         softmax_scale: usually head_dim ** -0.5.
         max_query_len: the most query tokens any sequence has. GPU backends take 1 to 8; CPU backends any number.
         sliding_window: a query sees this many tokens, itself included; 0 is no limit.
@@ -115,13 +113,10 @@ def decode_attention(
     if out is None:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     _check("out", out, (num_tokens, num_q_heads, layout.head_dim), (q.dtype,), cache)
-    for name, x in (("q", q), ("out", out), ("block_table", block_table)):
-        if x.numel() and x.stride(-1) != 1:
-            raise LayoutError(f"{name}: expected a contiguous last dimension, got strides {list(x.stride())}")
     if sinks is not None:
         _check("sinks", sinks, (num_q_heads,), FLOAT_DTYPES, cache)
     if lse is not None:
-        _check("lse", lse, (num_tokens, num_q_heads), (torch.float32,), cache)
+        _check("lse", lse, (num_tokens, num_q_heads), (torch.float32,), cache, any_strides=True)
     if max_query_len < 1 or sliding_window < 0 or logit_softcap < 0:
         raise LayoutError(
             "expected max_query_len >= 1, sliding_window >= 0 and logit_softcap >= 0, "
@@ -228,9 +223,12 @@ def _check(
     shape: tuple[int | None, ...],
     dtypes: tuple[torch.dtype, ...],
     cache: PagedKVCache,
+    any_strides: bool = False,
 ) -> None:
     if x.dtype in dtypes and x.device == cache.pages.device and _fits(x.shape, shape):
-        return
+        if x.stride(-1) == 1 or any_strides or x.shape[-1] < 2 or not x.numel():
+            return
+        raise LayoutError(f"{name}: expected a contiguous last dimension, got strides {list(x.stride())}")
     if not _fits(x.shape, shape) or x.dtype not in dtypes:
         wanted_shape = ", ".join("*" if size is None else str(size) for size in shape)
         wanted_dtype = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)

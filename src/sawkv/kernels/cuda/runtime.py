@@ -32,8 +32,8 @@ from sawkv.kernels.disk import DIGEST_BYTES, digest, private_folder
 logger = logging.getLogger(__name__)
 
 SOURCE_FOLDER = Path(__file__).parent
-DEFAULT_SHARED_BYTES = 48 << 10
-"""Shared memory that a block may have without asking for more."""
+DEFAULT_SHARED_BYTES = 47 << 10
+"""Dynamic shared memory that a block may have without asking for more: 48 KiB, less what a kernel has of static."""
 
 _OPTIONS = ("--std=c++17",)
 _INCLUDE = re.compile(r'^#include "([\w.]+)"', re.MULTILINE)
@@ -111,7 +111,7 @@ class Kernel:
         self.name = name
         self._module = module
         self._function = _call(driver.cuModuleGetFunction, module, name.encode())
-        self._handle = int(self._function)
+        self._handle = ctypes.c_void_p(int(self._function))  # of a bare int ctypes would pass 32 bits
         self._allowed_shared_bytes = DEFAULT_SHARED_BYTES
         self._constants: dict[str, int] = {}
 
