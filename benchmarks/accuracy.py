@@ -19,7 +19,7 @@ from sawkv.evaluate.command import table
 from sawkv.evaluate.methods import METHODS, find_method
 from sawkv.evaluate.plan import Plan
 from sawkv.evaluate.records import Evaluation, MethodResult
-from sawkv.evaluate.run import default_device, evaluate
+from sawkv.evaluate.run import evaluate
 
 FORMATS = (
     "bf16",
@@ -64,7 +64,7 @@ def main() -> None:
                 free_runs=0,
                 stress=stress,
             )
-            evaluation = evaluate(model, methods, plan=plan, device=default_device(), dtype=getattr(torch, args.dtype))
+            evaluation = evaluate(model, methods, plan=plan, dtype=getattr(torch, args.dtype))
             print(table(evaluation), flush=True)
             add_lines(args.out, lines(evaluation))
             if args.records:

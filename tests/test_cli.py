@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -28,6 +30,39 @@ def test_serve_hands_other_options_to_vllm(monkeypatch: pytest.MonkeyPatch) -> N
     assert seen == [("a/model", "int8", ["--port", "9000"], None), ("a/model", None, ["--max-model-len", "64", "--fo", "x"], None)]
 
 
+def test_serve_takes_no_word_of_an_option_for_the_model(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["serve", "--max-model-len", "4096", "a/model"])
+    assert "expected MODEL before vLLM's options, got --max-model-len" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--additional-config", "--additional_config={}"])
+def test_settings_that_would_replace_ours_are_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["serve", "m", option, "{}"]) == 2
+    assert "expected --format and --calibration" in capsys.readouterr().err
+
+
+def test_sigterm_ends_the_server_too(tmp_path: Path) -> None:
+    server = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(open("ended", "w").close()))
+print("up", flush=True)
+time.sleep(60)
+"""
+    script = f"""
+from sawkv import cli
+from sawkv.integrations.vllm import server
+server.server_command = lambda *_: [{sys.executable!r}, "-c", {server!r}]
+cli.main()
+"""
+    with subprocess.Popen([sys.executable, "-c", script, "serve", "m"], cwd=tmp_path, stdout=subprocess.PIPE) as command:
+        assert command.stdout is not None
+        assert command.stdout.readline() == b"up\n"
+        command.terminate()
+        assert command.wait(30) == 143
+    assert (tmp_path / "ended").exists()
+
+
 @pytest.mark.parametrize(
     ("name", "dtype"), [("int4-k128-v0", "int4_per_token_head"), ("int8", "int8_per_token_head"), ("bf16-k128-v128", "auto")]
 )
@@ -46,8 +81,10 @@ def test_bad_input_is_named_and_gives_2(capsys: pytest.CaptureFixture[str]) -> N
     assert "got 'int5'" in capsys.readouterr().err
     assert cli.main(["info", "--head-dim", "72"]) == 2
     assert "head_dim: expected a multiple of 16" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="2"):
-        cli.main(["info", "--colour"])
+    assert cli.main(["calibrate", "m", "--out", "x", "--device", "foo"]) == 2
+    for arguments in (["info", "--colour"], ["demo", "m", "--kv-cache-memory", "0"], ["calibrate", "m", "--out", "x", "--context", "-1"]):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(arguments)
 
 
 def test_agreement_counts_tokens_before_the_first_that_differs() -> None:

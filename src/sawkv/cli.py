@@ -1,10 +1,11 @@
-"""The `sawkv` command."""
+"""The `sawkv` command. SIGTERM ends it as Ctrl-C does: servers that it started end first."""
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
 import platform
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,10 +17,15 @@ from sawkv.evaluate.command import add_arguments as add_eval_arguments
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand; the exit status is 0, or 2 for bad input."""
+    if argv is None:
+        argv = sys.argv[1:]
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     parser = _parser()
     args, others = parser.parse_known_args(argv)
     if others and args.run is not _serve:
         parser.error(f"unknown arguments: {' '.join(others)}")
+    if others and argv.index(others[0]) < argv.index(args.model):  # whether `--option WORD` takes the word, only vLLM knows
+        parser.error(f"serve: expected MODEL before vLLM's options, got {others[0]} before it")
     args.vllm_options = others
     try:
         status: int = args.run(args)
@@ -35,11 +41,11 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     info = commands.add_parser("info", help="which kernels run here, for which formats, and why others do not")
-    info.add_argument("--head-dim", type=int, default=128)
+    info.add_argument("--head-dim", type=_positive, default=128, help="of the model's attention (default: %(default)s)")
     info.set_defaults(run=_info)
 
     serve = commands.add_parser("serve", help="serve a model with vLLM from INT4 pages; options not listed go to vLLM", allow_abbrev=False)
-    serve.add_argument("model")
+    serve.add_argument("model", help="a checkpoint directory, or a model of the Hugging Face hub; before all options of vLLM")
     serve.add_argument("--format", help="cache format, for example int4-k128-v128 (default: the calibration's, or int4)")
     serve.add_argument("--calibration", metavar="FILE", help="centers and feedback of K and V, from `sawkv calibrate`")
     serve.set_defaults(run=_serve)
@@ -48,11 +54,11 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("model", help="a checkpoint directory, of which config.json is enough, or a model of the Hugging Face hub")
     plan.add_argument("--format", default="int4", help="cache format to compare with 16 bits (default: %(default)s)")
     plan.add_argument("--gpu-memory", metavar="SIZE", help="of one card as sold, for example 80GiB (default: what CUDA reports here)")
-    plan.add_argument("--context", type=int, default=16384, help="longest request in tokens, vLLM's --max-model-len (default: %(default)s)")
+    plan.add_argument("--context", type=_positive, default=16384, help="longest request, vLLM's --max-model-len (default: %(default)s)")
     plan.add_argument("--gpu-memory-utilization", type=float, default=0.90, help="as given to vLLM (default: %(default)s)")
-    plan.add_argument("--tensor-parallel", type=int, default=1, help="cards that share the model (default: %(default)s)")
-    plan.add_argument("--max-num-batched-tokens", type=int, help="as given to vLLM (default: vLLM's for a server)")
-    plan.add_argument("--max-num-seqs", type=int, help="as given to vLLM (default: vLLM's for a server)")
+    plan.add_argument("--tensor-parallel", type=_positive, default=1, help="cards that share the model (default: %(default)s)")
+    plan.add_argument("--max-num-batched-tokens", type=_positive, help="as given to vLLM (default: vLLM's for a server)")
+    plan.add_argument("--max-num-seqs", type=_positive, help="as given to vLLM (default: vLLM's for a server)")
     plan.set_defaults(run=_plan)
 
     calibrate = commands.add_parser(
@@ -62,10 +68,10 @@ def _parser() -> argparse.ArgumentParser:
     calibrate.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to measure on (default: the model's held-out text)")
     calibrate.add_argument("--out", type=Path, required=True, metavar="FILE", help="safetensors file to write")
     calibrate.add_argument("--format", default="int4", help="cache format that will be served (default: %(default)s)")
-    calibrate.add_argument("--context", type=int, default=4096, metavar="TOKENS", help="length of what is served (default: %(default)s)")
-    calibrate.add_argument("--window", type=int, default=1024, metavar="TOKENS", help="tokens in one pass (default: %(default)s)")
+    calibrate.add_argument("--context", type=_positive, default=4096, metavar="TOKENS", help="what is served (default: %(default)s)")
+    calibrate.add_argument("--window", type=_positive, default=1024, metavar="TOKENS", help="tokens in one pass (default: %(default)s)")
     calibrate.add_argument(
-        "--windows", type=int, default=32, metavar="COUNT", help="passes, spread over the context (default: %(default)s)"
+        "--windows", type=_positive, default=32, metavar="COUNT", help="passes, spread over the context (default: %(default)s)"
     )
     calibrate.add_argument("--no-feedback", action="store_true", help="write centers alone")
     calibrate.add_argument("--device", help="cpu or cuda (default: a GPU where there is one)")
@@ -87,8 +93,8 @@ def _parser() -> argparse.ArgumentParser:
     analyze.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to run (default: the model's held-out text)")
     analyze.add_argument("--out", type=Path, metavar="FILE", help="JSON to write, for `sawkv report`")
     analyze.add_argument("--methods", metavar="NAMES", help="formats and methods, by comma (default: those to choose from, and peers)")
-    analyze.add_argument("--window", type=int, default=2048, metavar="TOKENS", help="length of a context (default: %(default)s)")
-    analyze.add_argument("--windows", type=int, default=4, metavar="COUNT", help="contexts to run (default: %(default)s)")
+    analyze.add_argument("--window", type=_positive, default=2048, metavar="TOKENS", help="length of a context (default: %(default)s)")
+    analyze.add_argument("--windows", type=_positive, default=4, metavar="COUNT", help="contexts to run (default: %(default)s)")
     analyze.add_argument("--stress", type=int, default=1, help="scale some key channels by this power of two (default: %(default)s)")
     analyze.add_argument("--device", help="cpu or cuda (default: a GPU where there is one)")
     analyze.set_defaults(run=_analyze)
@@ -99,13 +105,20 @@ def _parser() -> argparse.ArgumentParser:
     report.set_defaults(run=_report)
 
     demo = commands.add_parser("demo", help="serve a model in 16 bits and then from INT4 pages, and compare text and capacity")
-    demo.add_argument("model")
+    demo.add_argument("model", help="a checkpoint directory, or a model of the Hugging Face hub")
     demo.add_argument("--format", default="int4", help="cache format to compare with 16 bits (default: %(default)s)")
-    demo.add_argument("--max-tokens", type=int, default=64, help="tokens to generate for each prompt (default: %(default)s)")
-    demo.add_argument("--kv-cache-memory", type=int, default=256, metavar="MIB", help="memory for each cache (default: %(default)s)")
-    demo.add_argument("--max-model-len", type=int, default=4096, help="longest sequence to serve (default: %(default)s)")
+    demo.add_argument("--max-tokens", type=_positive, default=64, help="tokens to generate for each prompt (default: %(default)s)")
+    demo.add_argument("--kv-cache-memory", type=_positive, default=256, metavar="MIB", help="memory for each cache (default: %(default)s)")
+    demo.add_argument("--max-model-len", type=_positive, default=4096, help="longest sequence to serve (default: %(default)s)")
     demo.set_defaults(run=_demo)
     return parser
+
+
+def _positive(text: str) -> int:
+    value = int(text) if text.isascii() and text.isdigit() else 0
+    if not value:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+    return value
 
 
 def _info(args: argparse.Namespace) -> int:
@@ -185,12 +198,10 @@ def _calibrate(args: argparse.Namespace) -> int:
 
 
 def _balance(args: argparse.Namespace) -> int:
-    import torch
-
     from sawkv.evaluate.folding import write_balanced
-    from sawkv.evaluate.run import default_device
+    from sawkv.evaluate.run import find_device
 
-    write_balanced(args.model, args.text, args.out, device=torch.device(args.device) if args.device else default_device())
+    write_balanced(args.model, args.text, args.out, device=find_device(args.device))
     print(f"written: {args.out}; its logits equal those of {args.model} to the last bit")
     return 0
 

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from sawkv.evaluate.methods import METHODS, Method, Reader, find_method
 from sawkv.evaluate.records import ModelShape, parse_record
-from sawkv.evaluate.run import default_device, default_dtype
+from sawkv.evaluate.run import default_dtype, find_device
 from sawkv.evaluate.samples import collect_samples, fit
 from sawkv.evaluate.stress import apply_stress
 from sawkv.evaluate.text import load_text
@@ -223,7 +223,7 @@ def run_analyze(
     chosen = None if methods is None else [find_method(name) for name in methods]
     text = load_text(model_folder, text_file)
     scored, calibrating = text.split(window, windows, CALIBRATION_WINDOWS)
-    where = torch.device(device) if device else default_device()
+    where = find_device(device)
     model = EvalModel.load(model_folder, where, default_dtype(where))
     if stress > 1:
         apply_stress(model.layers, model.shape[2], stress)

@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 from sawkv.calibration import Calibration, model_id
 from sawkv.errors import FormatError, SawkvError, UnsupportedError
-from sawkv.evaluate.run import default_device, default_dtype
+from sawkv.evaluate.run import default_dtype, find_device
 from sawkv.evaluate.samples import key_hessian, spread, value_hessian
 from sawkv.evaluate.text import load_text
 from sawkv.feedback import Feedback, fit_feedback
@@ -98,11 +98,13 @@ def run_calibrate(
         SawkvError: bad input, by name.
     """
     wanted = CacheFormat.parse(cache_format)
+    if not out.absolute().parent.is_dir():  # before minutes of work
+        raise UnsupportedError(f"{out}: expected a file in a folder that exists")
     window = min(window, context)
     text = load_text(model_folder, text_file)
     for_judging = max(1, windows // JUDGED_SHARE)
     judged, fitted = text.split(window, for_judging, max(1, windows - for_judging))  # from the end, as `sawkv eval` calibrates
-    where = torch.device(device) if device else default_device()
+    where = find_device(device)
     model = EvalModel.load(model_folder, where, default_dtype(where))
     print(f"model   {model_folder.resolve().name}: {len(model.layers)} layers, {model.shape[1]} KV heads of {model.shape[2]}")
     print(f"text    {text.name}: {len(fitted)} windows of {window:,} tokens to measure, {len(judged)} others to judge")

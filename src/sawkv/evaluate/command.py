@@ -23,9 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--calibration-tokens", type=int, default=defaults.calibration_tokens, help="of other text (default: %(default)s)")
     parser.add_argument("--batch-tokens", type=int, default=defaults.batch_tokens, help="tokens in one pass (default: %(default)s)")
     parser.add_argument("--layer-tokens", type=int, default=defaults.layer_tokens, help="layer by layer; 0: none (default: %(default)s)")
-    parser.add_argument(
-        "--recall-lengths", type=int, nargs="+", default=defaults.recall_lengths, help="tokens of a prompt (default: %(default)s)"
-    )
+    lengths = defaults.recall_lengths
+    shown = " ".join(map(str, lengths))
+    parser.add_argument("--recall-lengths", type=int, nargs="+", default=lengths, help=f"tokens of a prompt (default: {shown})")
     parser.add_argument("--recall-count", type=int, default=defaults.recall_count, help="prompts of a kind; 0: none (default: %(default)s)")
     parser.add_argument("--free-runs", type=int, default=defaults.free_runs, help="prompts to continue; 0: none (default: %(default)s)")
     parser.add_argument("--stress", type=int, default=1, help="scale some key channels by this power of two (default: %(default)s)")
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     from sawkv.evaluate.methods import find_method
-    from sawkv.evaluate.run import evaluate
+    from sawkv.evaluate.run import evaluate, find_device
 
     methods = [find_method(name) for name in dict.fromkeys(args.formats.split(","))]
     plan = Plan(
@@ -59,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         methods,
         text=args.text,
         plan=plan,
-        device=torch.device(args.device) if args.device else None,
+        device=find_device(args.device),
         dtype=getattr(torch, args.dtype) if args.dtype else None,
         quiet=args.quiet,
     )

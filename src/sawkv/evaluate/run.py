@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from sawkv import __version__
+from sawkv.errors import UnsupportedError
 from sawkv.evaluate.divergence import Readers, TokenScores, compare, compare_floor, reading_only
 from sawkv.evaluate.methods import Method
 from sawkv.evaluate.plan import Plan
@@ -26,8 +27,18 @@ FLOOR = "bf16_floor"
 REFERENCE = "reference"
 
 
-def default_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def find_device(name: str | None = None) -> torch.device:
+    """The device called `cpu` or `cuda`; without a name a GPU where there is one.
+
+    Raises:
+        UnsupportedError: it is neither, or PyTorch sees no GPU.
+    """
+    has_gpu = torch.cuda.is_available()
+    if name not in (None, "cpu", "cuda"):
+        raise UnsupportedError(f"device: expected cpu or cuda, got {name!r}")
+    if name == "cuda" and not has_gpu:
+        raise UnsupportedError("device: expected a GPU for cuda, got a PyTorch that sees none")
+    return torch.device(name or ("cuda" if has_gpu else "cpu"))
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
@@ -60,7 +71,7 @@ def evaluate(
     """
     started = time.monotonic()
     plan = plan or Plan()
-    device = device or default_device()
+    device = device or find_device()
     dtype = dtype or default_dtype(device)
     source = load_text(model, text)
     loaded = EvalModel.load(model, device, dtype)

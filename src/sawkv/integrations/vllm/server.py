@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from sawkv.calibration import Calibration
+from sawkv.errors import UnsupportedError
 from sawkv.integrations.vllm.config import KV_CACHE_DTYPE_CODECS
 from sawkv.spec import CacheFormat
 
@@ -51,16 +52,24 @@ def serve(model: str, format_name: str | None, options: Sequence[str], calibrati
         format_name: cache format; None is the calibration's, or int4.
         options: for vLLM, as they are.
         calibration: path of a file that `sawkv calibrate` wrote.
+
+    Raises:
+        SawkvError: bad input, by name.
     """
+    if any(option.replace("_", "-").startswith("--additional-config") for option in options):
+        raise UnsupportedError("sawkv serve makes --additional-config itself: expected --format and --calibration (or use `vllm serve`)")
     if format_name is None:
         format_name = "int4" if calibration is None else str(Calibration.load(calibration).format)
     command = server_command(model, CacheFormat.parse(format_name), options, calibration)
-    try:
-        with tempfile.TemporaryDirectory(prefix="sawkv-metrics-") as folder:  # through it /metrics shows what workers count
-            env = {"PROMETHEUS_MULTIPROC_DIR": folder} | os.environ
-            return subprocess.run(command, env=env, check=False).returncode
-    except KeyboardInterrupt:
-        return 130
+    with tempfile.TemporaryDirectory(prefix="sawkv-metrics-") as folder:  # through it /metrics shows what workers count
+        server = subprocess.Popen(command, env={"PROMETHEUS_MULTIPROC_DIR": folder} | os.environ)
+        try:
+            return server.wait()
+        except KeyboardInterrupt:  # the terminal sent it to vLLM too
+            return server.wait()
+        finally:
+            server.terminate()  # where SIGTERM or an error ends this process
+            server.wait()
 
 
 def free_port() -> int:
