@@ -28,8 +28,9 @@ vLLM and commit. What was tried, and why it did or did not work, is in [log.md](
 SERVING: Final = """## Whole engine
 
 Qwen3-8B's shape with random weights in vLLM, `gpu_memory_utilization` 0.90, all requests of a load sent at once: INPUT/OUTPUT x REQUESTS,
-and PREFIX+NEW where requests share a prefix. Ratios are to vLLM's own 16-bit cache (`bf16`); rows of one commit were measured on one card,
-one format after the other. `benchmarks/serving.py` says what each column is. Command: `python -m benchmarks.serving`.
+and PREFIX+NEW where requests share a prefix. Ratios are to the newest record of vLLM's own 16-bit cache (`bf16`); rows of one commit were
+measured on one card, one format after the other, those of other commits perhaps on another card. Prefill counts the time in the queue.
+`benchmarks/serving.py` says what each column is. Command: `python -m benchmarks.serving`.
 """
 FP8_WEIGHTS: Final = """## Whole engine, FP8 weights
 
@@ -38,7 +39,8 @@ The same with weights and activations in FP8: products take less of a step, and 
 """
 LOAD: Final = """## Latency under load
 
-vLLM's load generator against its server; requests arrive at random (Poisson). Command: `python -m benchmarks.load`.
+vLLM's load generator against its server; requests arrive at random (Poisson), 20 for each request a second, so p99 is nearly the worst.
+Command: `python -m benchmarks.load`.
 """
 DECODE: Final = """## Decode attention
 

@@ -133,7 +133,7 @@ class Setting:
         gpu_memory: bytes of one card, as CUDA reports them.
         context: `--max-model-len`, in tokens.
         max_num_batched_tokens, max_num_seqs: None for vLLM's default on a card of this size.
-        block_size: None for what a GPU gets: 16 in 16 bits, 32 in sawkv's formats.
+        block_size: None for what a GPU gets: 16 in 16 bits, 64 in sawkv's formats.
 
     Raises:
         SawkvError: a value is out of range.
