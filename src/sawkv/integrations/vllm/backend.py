@@ -49,8 +49,6 @@ if TYPE_CHECKING:
 PlanKey = tuple[int, int, int]
 """num_heads, num_kv_heads and sliding_window: what layers that share a plan have in common."""
 
-IN_16_BITS = "To serve it in 16 bits, drop --kv-cache-dtype and --attention-backend."
-
 logger = init_logger(f"vllm.{__name__}")  # under vLLM's name, so that its log settings apply
 
 
@@ -87,10 +85,8 @@ class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
             impl.take_calibration(name)
         self._plans: dict[PlanKey, DecodePlan] = {}
         self._reader = self._make_reader(layers, vllm_config.parallel_config.rank)
-        prefills = [impl.prefill for impl in self._impls if impl.prefill is not None]
-        self._workspace_tokens = min(
-            (prefill.capacity for prefill in prefills), default=0
-        )  # a draft model's layers have a config of their own
+        # The least: a draft model's layers have a configuration of their own.
+        self._workspace_tokens = min((impl.prefill.capacity for impl in self._impls if impl.prefill is not None), default=0)
         self._bound_slack = speculated_tokens(vllm_config)
         self._windows = {impl.sliding_window for impl in self._impls}
         capture_sizes = vllm_config.compilation_config.cudagraph_capture_sizes or []
@@ -413,7 +409,10 @@ def _check_supported(
         reasons.append(f"head_dim {head_size_v} of V apart from {head_size} of K")
     reasons += [f"attention argument {name}={value!r}" for name, value in other_arguments.items() if value is not None]
     if reasons:
-        raise UnsupportedError(f"sawkv cannot serve this configuration: {'; '.join(reasons)}. {IN_16_BITS}")
+        raise UnsupportedError(
+            f"sawkv cannot serve this configuration: {'; '.join(reasons)}. "
+            "To serve it in 16 bits, drop --kv-cache-dtype and --attention-backend."
+        )
     return resolved
 
 
