@@ -166,7 +166,7 @@ __device__ inline void copy_to_shared(void* to, const void* from, u32 bytes, u64
                : "memory");
 }
 
-// Programmatic dependent launch: both do nothing in a kernel that was launched without it.
+// Programmatic dependent launch: the first does nothing unless the next kernel was launched with it, the second unless this one was.
 __device__ inline void let_dependents_launch() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 __device__ inline void wait_for_prerequisites() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 

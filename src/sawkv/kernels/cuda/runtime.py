@@ -133,7 +133,8 @@ class Kernel:
             params: copied before this returns.
             shared_bytes: dynamic shared memory of a block.
             dependent: the kernel may start before the one ahead of it in the stream has ended (programmatic dependent launch);
-                it must execute `griddepcontrol.wait` before it touches what that kernel reads or writes.
+                it must execute `griddepcontrol.wait` before it touches what that kernel reads or writes, and before it lets the next
+                one start early, which may then rely on all that came before this kernel.
         """
         if shared_bytes > self._allowed_shared_bytes:
             self._allow_shared_bytes(shared_bytes)

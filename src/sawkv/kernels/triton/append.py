@@ -55,7 +55,7 @@ def append_kernel(
     is_counted = (slot.to(tl.uint32) * 2654435761) < 4194304  # sawkv.counters.is_sampled
     if tl.program_id(2) == 0:
         _append_rows(
-            k + token * k_token_stride + head * k_head_stride,
+            k + token * k_token_stride + head.to(tl.int64) * k_head_stride,
             k_center,
             k_weights,
             k_step,
@@ -76,7 +76,7 @@ def append_kernel(
         )
     else:
         _append_rows(
-            v + token * v_token_stride + head * v_head_stride,
+            v + token * v_token_stride + head.to(tl.int64) * v_head_stride,
             v_center,
             v_weights,
             v_step,
