@@ -54,11 +54,11 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("model", help="a checkpoint directory, of which config.json is enough, or a model of the Hugging Face hub")
     plan.add_argument("--format", default="int4", help="cache format to compare with 16 bits (default: %(default)s)")
     plan.add_argument("--gpu-memory", metavar="SIZE", help="of one card as sold, for example 80GiB (default: what CUDA reports here)")
-    plan.add_argument("--context", type=_positive, default=16384, help="longest request, vLLM's --max-model-len (default: %(default)s)")
+    plan.add_argument("--context", type=int, default=16384, help="longest request in tokens, vLLM's --max-model-len (default: %(default)s)")
     plan.add_argument("--gpu-memory-utilization", type=float, default=0.90, help="as given to vLLM (default: %(default)s)")
-    plan.add_argument("--tensor-parallel", type=_positive, default=1, help="cards that share the model (default: %(default)s)")
-    plan.add_argument("--max-num-batched-tokens", type=_positive, help="as given to vLLM (default: vLLM's for a server)")
-    plan.add_argument("--max-num-seqs", type=_positive, help="as given to vLLM (default: vLLM's for a server)")
+    plan.add_argument("--tensor-parallel", type=int, default=1, help="cards that share the model (default: %(default)s)")
+    plan.add_argument("--max-num-batched-tokens", type=int, help="as given to vLLM (default: vLLM's for a server)")
+    plan.add_argument("--max-num-seqs", type=int, help="as given to vLLM (default: vLLM's for a server)")
     plan.set_defaults(run=_plan)
 
     calibrate = commands.add_parser(

@@ -21,7 +21,7 @@ import json, sys
 if __name__ == "__main__":
     from vllm import LLM
 
-    llm = LLM(sys.argv[1], runner="pooling", dtype="float32", enforce_eager=True, max_model_len=128)
+    llm = LLM(sys.argv[1], runner="pooling", dtype="float32", enforce_eager=True, max_model_len=128, gpu_memory_utilization=0.1)
     outputs = llm.embed([{"prompt_token_ids": [(i * 37 + 11) % 500 for i in range(n)]} for n in (5, 40)], use_tqdm=False)
     print("EMBEDDINGS", json.dumps([output.outputs.embedding for output in outputs]))
 """
