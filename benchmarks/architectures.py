@@ -165,10 +165,10 @@ def _check(name: str, formats: Sequence[str], dtype: str, model: str, common: di
     head_dim = json.loads(Path(model, "config.json").read_text()).get("head_dim", 128)
     order = min(head_dim & -head_dim, 128)
     for kind in formats:
-        codec = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[dtype] if kind == "plain" else kind
         if kind == "control":
             options = common | {"attention_backend": "TRITON_ATTN"}
         else:
+            codec = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[dtype] if kind == "plain" else kind
             options = engine_options(CacheFormat(codec, order, order)) | common
         if kind == "plain" and not codes_move:
             work = partial(_equality, wide, dtype)

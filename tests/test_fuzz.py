@@ -104,7 +104,7 @@ def test_the_command_line_answers_or_refuses(argv: list[str]) -> None:
     started: list[Any] = []
     output = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-        start = lambda command, **_: started.append(command) or SimpleNamespace(wait=lambda: 0, terminate=lambda: None)  # noqa: E731
+        start = lambda command, **_: started.append(command) or SimpleNamespace(wait=lambda *_: 0, terminate=lambda: None)  # noqa: E731
         patch.setattr(server, "subprocess", SimpleNamespace(Popen=start))
         patch.setenv("HF_HUB_OFFLINE", "1")
         try:

@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     info = commands.add_parser("info", help="which kernels run here, for which formats, and why others do not")
-    info.add_argument("--head-dim", type=_positive, default=128, help="of the model's attention (default: %(default)s)")
+    info.add_argument("--head-dim", type=int, default=128, help="of the model's attention (default: %(default)s)")
     info.set_defaults(run=_info)
 
     serve = commands.add_parser("serve", help="serve a model with vLLM from INT4 pages; options not listed go to vLLM", allow_abbrev=False)

@@ -8,14 +8,14 @@ import subprocess
 import tempfile
 import textwrap
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sawkv.errors import UnsupportedError
-from sawkv.integrations.vllm.server import free_port, server_command
+from sawkv.integrations.vllm.server import free_port, running, server_command
 from sawkv.spec import CacheFormat
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 START_TIMEOUT = 900.0
 """Seconds that vLLM may take to start; the first start on a CPU compiles the model."""
+STOP_TIMEOUT = 30.0
 
 WIDE = "16-bit"
 PASS_KEY = "48213"
@@ -72,7 +73,8 @@ def _measure(name: str, command: Sequence[str], max_tokens: int) -> Outcome:
 
     with tempfile.TemporaryDirectory(prefix="sawkv-demo-") as folder:
         log, port = Path(folder, "server.log"), free_port()
-        with _running([*command, "--host", "127.0.0.1", "--port", str(port)], log) as server:
+        command = [*command, "--host", "127.0.0.1", "--port", str(port)]
+        with log.open("wb") as sink, running(command, STOP_TIMEOUT, stdout=sink, stderr=subprocess.STDOUT) as server:
             client = OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0, timeout=600)
             _wait_until_ready(client, server, log)
             print(f"  sending {len(PROMPTS)} prompts at once ...", flush=True)
@@ -93,19 +95,6 @@ def _complete(client: OpenAI, prompt: str, max_tokens: int) -> tuple[str, list[s
     """Greedy continuation: its text and its tokens."""
     choice = client.completions.create(model="model", prompt=prompt, max_tokens=max_tokens, temperature=0, logprobs=1).choices[0]
     return choice.text, list(choice.logprobs.tokens or []) if choice.logprobs else []
-
-
-@contextlib.contextmanager
-def _running(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    with log.open("wb") as sink, subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT) as server:
-        try:
-            yield server
-        finally:
-            server.terminate()
-            try:
-                server.wait(30)
-            except subprocess.TimeoutExpired:
-                server.kill()
 
 
 def _wait_until_ready(client: OpenAI, server: subprocess.Popen[bytes], log: Path) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +62,33 @@ def serve(model: str, format_name: str | None, options: Sequence[str], calibrati
     if format_name is None:
         format_name = "int4" if calibration is None else str(Calibration.load(calibration).format)
     command = server_command(model, CacheFormat.parse(format_name), options, calibration)
-    with tempfile.TemporaryDirectory(prefix="sawkv-metrics-") as folder:  # through it /metrics shows what workers count
-        server = subprocess.Popen(command, env={"PROMETHEUS_MULTIPROC_DIR": folder} | os.environ)
+    with (
+        tempfile.TemporaryDirectory(prefix="sawkv-metrics-") as folder,  # through it /metrics shows what workers count
+        running(command, env={"PROMETHEUS_MULTIPROC_DIR": folder} | os.environ) as server,
+    ):
         try:
             return server.wait()
         except KeyboardInterrupt:  # the terminal sent it to vLLM too
             return server.wait()
-        finally:
-            server.terminate()  # where SIGTERM or an error ends this process
+
+
+@contextlib.contextmanager
+def running(command: Sequence[str], patience: float | None = None, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """A child process that ends with the block, however that ends: by SIGTERM, and killed if it takes longer than `patience` seconds.
+
+    Args:
+        command: as for `subprocess.Popen`, like `options`.
+        patience: None waits without limit.
+    """
+    server = subprocess.Popen(command, **options)
+    try:
+        yield server
+    finally:
+        server.terminate()
+        try:
+            server.wait(patience)
+        except subprocess.TimeoutExpired:
+            server.kill()
             server.wait()
 
 
