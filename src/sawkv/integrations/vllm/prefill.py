@@ -7,7 +7,7 @@ the engine's own speed. New tokens are read back from their pages too: a token's
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -36,6 +36,8 @@ class PrefillSlice:
         block_table: [num_requests, max_blocks] int32, their pages.
         num_keys: at least as many as the slice gathers.
         max_query_len, max_seq_len: upper bounds.
+        workspaces: K and V [num_keys, num_kv_heads, head_dim] to gather into, by `FlashPrefill.shape`: each layer's views of them would
+            take longer than its launches.
     """
 
     tokens: slice
@@ -46,6 +48,7 @@ class PrefillSlice:
     num_keys: int
     max_query_len: int
     max_seq_len: int
+    workspaces: dict[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
 
 def workspace_tokens(vllm_config: VllmConfig) -> int:
@@ -134,7 +137,7 @@ class FlashPrefill:
                 f"got FlashAttention {version} and {self.dtype}"
             )
         self.capacity = workspace_tokens(vllm_config)
-        self._shape = (self.capacity, num_kv_heads, head_size)
+        self.shape = (self.capacity, num_kv_heads, head_size)
         self._options: dict[str, Any] = {
             "softmax_scale": scale,
             "causal": True,
@@ -146,14 +149,17 @@ class FlashPrefill:
 
     def workspace(self) -> tuple[torch.Tensor, torch.Tensor]:
         """K and V of `workspace_tokens` tokens, shared by all layers. Taken first while vLLM profiles, so that it counts the memory."""
-        k, v = current_workspace_manager().get_simultaneous((self._shape, self.dtype), (self._shape, self.dtype))
+        k, v = current_workspace_manager().get_simultaneous((self.shape, self.dtype), (self.shape, self.dtype))
         return k, v
 
     def attend(self, query: torch.Tensor, cache: PagedKVCache, prefill: PrefillSlice, output: torch.Tensor) -> None:
         """Attend the queries of one slice. query, output: [num_tokens, num_heads, head_size], all tokens of the step."""
         from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func  # type: ignore[attr-defined]  # only where CUDA is
 
-        k, v = (x[: prefill.num_keys] for x in self.workspace())
+        if self.shape not in prefill.workspaces:
+            k, v = self.workspace()
+            prefill.workspaces[self.shape] = k[: prefill.num_keys], v[: prefill.num_keys]
+        k, v = prefill.workspaces[self.shape]
         ops.gather(cache, prefill.block_table, prefill.seq_lens, prefill.cu_seqlens_k, k, v, rotated=False)
         flash_attn_varlen_func(
             q=query[prefill.tokens],

@@ -60,11 +60,11 @@ def append(k: torch.Tensor, v: torch.Tensor, cache: PagedKVCache, slot_mapping: 
         return
     k, v = _vectorizable(k), _vectorizable(v)
     feedback = cache.feedback_tensors
+    (k_token_stride, k_head_stride, _), (v_token_stride, v_head_stride, _) = k.stride(), v.stride()
     params = _AppendParams(
-        *map(_pointer, (k, v, cache.k_center, cache.v_center, slot_mapping, cache.pages, *feedback, cache.counters)),
+        *map(_pointer, (slot_mapping, cache.pages, cache.counters, k, v, cache.k_center, cache.v_center, *feedback[::2], *feedback[1::2])),
+        *(k_token_stride, v_token_stride, k_head_stride, v_head_stride),
         cache.pages.stride(0),
-        *k.stride()[:2],
-        *v.stride()[:2],
         cache.num_slots,
         num_tokens,
     )
@@ -285,7 +285,7 @@ def _page_defines(layout: PageLayout, dtype: torch.dtype, k_order: int, v_order:
 def _is_vectorizable(x: torch.Tensor) -> bool:
     """Rows of [num_tokens, num_heads, head_dim] aligned to 16 bytes."""
     token_stride, head_stride, _ = x.stride()
-    return not (x.data_ptr() | token_stride * x.element_size() | head_stride * x.element_size()) & 15
+    return not (x.data_ptr() | (token_stride | head_stride) * x.element_size()) & 15  # sizes are powers of two
 
 
 def _vectorizable(x: torch.Tensor) -> torch.Tensor:
@@ -314,8 +314,8 @@ def _structure(struct_name: str, pointers: str, longs: str, floats: str, ints: s
 
 _AppendParams = _structure(
     "AppendParams",
-    "k v k_center v_center slot_mapping pages k_weights k_step v_weights v_step counters",
-    "page_stride k_token_stride k_head_stride v_token_stride v_head_stride num_slots",
+    "slot_mapping pages counters k v k_center v_center k_weights v_weights k_step v_step",
+    "k_token_stride v_token_stride k_head_stride v_head_stride page_stride num_slots",
     "",
     "num_tokens",
 )

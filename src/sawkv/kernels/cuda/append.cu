@@ -8,23 +8,19 @@
 
 namespace sawkv {
 
-constexpr int THREADS = 256, LANES = 4, TOKENS = THREADS / LANES;  // lanes of a row: few, since they spend their time exchanging values
+constexpr int THREADS = 128, LANES = 4, TOKENS = THREADS / LANES;  // lanes of a row: few, since they spend their time exchanging values
 constexpr float MAX_CODE = 15, ERROR_STEPS = 64, MAX_WEIGHT = 127;  // the last two: sawkv.feedback
 
 struct AppendParams {
-  const ELEMENT* k;
-  const ELEMENT* v;
-  const float* k_center;  // [num_kv_heads][D] or null
-  const float* v_center;
   const i64* slot_mapping;
   u8* pages;
-  const u8* k_weights;  // of the feedback, signed: [num_kv_heads][D][D], or null without it
-  const float* k_step;  // [num_kv_heads]
-  const u8* v_weights;
-  const float* v_step;
-  double* counters;  // [2][COUNTER_COLUMNS], or null without COUNT
-  i64 page_stride;  // bytes; the other strides in elements
-  i64 k_token_stride, k_head_stride, v_token_stride, v_head_stride;
+  double* counters;          // [2][COUNTER_COLUMNS], or null without COUNT
+  const ELEMENT* x[2];       // of K and of V, as all that follows
+  const float* center[2];    // [num_kv_heads][D] or null
+  const u8* weights[2];      // of the feedback, signed: [num_kv_heads][D][D], or null without it
+  const float* step[2];      // [num_kv_heads]
+  i64 token_stride[2], head_stride[2];  // in elements
+  i64 page_stride;                      // in bytes
   i64 num_slots;
   int num_tokens;
 };
@@ -136,9 +132,8 @@ constexpr u32 SAMPLE = 1024;
 __device__ inline bool is_sampled(i64 slot) { return (u32)slot * 2654435761u < (1ull << 32) / SAMPLE; }
 
 // Counts a row that is about to be written. All threads of a block come here. Mirrors sawkv.counters and the reference.
-template <bool IS_V>
-__device__ inline void count_row(const AppendParams& p, u32 meta, Sums sums, i64 slot, bool is_kept, bool is_first_lane) {
-  double* counters = p.counters + (IS_V ? COUNTER_COLUMNS : 0);
+__device__ inline void count_row(const AppendParams& p, bool is_v, u32 meta, Sums sums, i64 slot, bool is_kept, bool is_first_lane) {
+  double* counters = p.counters + (is_v ? COUNTER_COLUMNS : 0);
   if (blockIdx.y == 0) {  // every head keeps the same tokens
     const int kept = __syncthreads_count(is_kept && is_first_lane);
     if (threadIdx.x == 0) atomicAdd(&counters[ROWS], (double)kept * gridDim.y);
@@ -153,30 +148,30 @@ __device__ inline void count_row(const AppendParams& p, u32 meta, Sums sums, i64
   atomicAdd(&counters[SQUARED_NORM], (double)sums.norm);
 }
 
-template <int ORDER, bool IS_V>
-__device__ inline void append_row(
-    const AppendParams& p, const ELEMENT* x, const float* center, const u8* weights, const float* step, i64 token_stride, i64 head_stride) {
+// One path for K and V where their orders are one: it is long, and instructions are fetched as well.
+template <int ORDER>
+__device__ inline void append_row(const AppendParams& p, bool is_v) {
   const int token = blockIdx.x * TOKENS + threadIdx.x / LANES, head = blockIdx.y;
+  // Read whether it will be kept or not, so as to wait for the row and its slot once.
+  auto y = Row<D, LANES>::load(p.x[is_v] + min(token, p.num_tokens - 1) * p.token_stride[is_v] + head * p.head_stride[is_v]);
   const i64 slot = token < p.num_tokens ? p.slot_mapping[token] : -1;
   const bool is_kept = slot >= 0 && slot < p.num_slots;  // all lanes go on: they exchange values
-  auto y = Row<D, LANES>::filled(0);
-  if (is_kept) y = Row<D, LANES>::load(x + token * token_stride + head * head_stride);
-  if (center && is_kept) {
-    const auto c = Row<D, LANES>::load(center + head * D);
+  if (p.center[is_v]) {
+    const auto c = Row<D, LANES>::load(p.center[is_v] + head * D);
 #pragma unroll
     for (int i = 0; i < y.PER_LANE; i++) y.x[i] -= c.x[i];
   }
   rotate<ORDER>(y);
   Quantizer quantizer(y);
   Sums sums{};
-  if (FEEDBACK && weights) {
-    sums = quantizer.feed_back(y, weights + head * D * D, step[head]);
+  if (FEEDBACK && p.weights[is_v]) {
+    sums = quantizer.feed_back(y, p.weights[is_v] + head * D * D, p.step[is_v][head]);
   } else if (COUNT && is_sampled(slot)) {
     sums = quantizer.sums(y);
   }
-  if (COUNT) count_row<IS_V>(p, quantizer.meta, sums, slot, is_kept, y.lane() == 0);
+  if (COUNT) count_row(p, is_v, quantizer.meta, sums, slot, is_kept, y.lane() == 0);
   if (!is_kept) return;
-  const StoredRow<IS_V> stored(p.pages + slot / PAGE_SIZE * p.page_stride + head * HEAD_BYTES, slot % PAGE_SIZE);
+  const StoredRow stored(p.pages + slot / PAGE_SIZE * p.page_stride + head * HEAD_BYTES, slot % PAGE_SIZE, is_v);
   constexpr int VECTOR = y.VECTOR;
 #pragma unroll
   for (int i = 0; i < y.PER_LANE; i += VECTOR) {
@@ -197,14 +192,11 @@ extern "C" {
 __device__ int sawkv_threads = THREADS;
 __device__ int sawkv_tokens_per_block = TOKENS;
 
-__global__ void __launch_bounds__(THREADS, (D <= 128 ? 4 : 2) >> FEEDBACK) sawkv_append(const __grid_constant__ AppendParams p) {
+__global__ void __launch_bounds__(THREADS, (D <= 128 ? 8 : 4) >> FEEDBACK) sawkv_append(const __grid_constant__ AppendParams p) {
   ptx::wait_for_prerequisites();
   ptx::let_dependents_launch();  // decode gets ready meanwhile
-  if (blockIdx.z == 0) {
-    append_row<K_ORDER, false>(p, p.k, p.k_center, p.k_weights, p.k_step, p.k_token_stride, p.k_head_stride);
-  } else {
-    append_row<V_ORDER, true>(p, p.v, p.v_center, p.v_weights, p.v_step, p.v_token_stride, p.v_head_stride);
-  }
+  const bool is_v = blockIdx.z;
+  if (K_ORDER == V_ORDER || !is_v) append_row<K_ORDER>(p, is_v); else append_row<V_ORDER>(p, is_v);
 }
 
 }  // extern "C"

@@ -69,15 +69,15 @@ __device__ inline void store_centered(Row<D, LANES>& row, const float* center, E
 }
 
 // Of a channel's bits, tensor cores transform 0 (odd nibbles), 2 (half of a word) and 3 and 4 (lane), and lanes themselves 1 and those from 5 on.
-template <int ORDER, bool IS_V>
-__device__ inline void decode_rows(const Source (&sources)[LANE_ROWS], const float* center, ELEMENT* const (&to)[LANE_ROWS]) {
+template <int ORDER>
+__device__ inline void decode_rows(const Source (&sources)[LANE_ROWS], bool is_v, const float* center, ELEMENT* const (&to)[LANE_ROWS]) {
   using R = Row<D, LANES>;
   static_assert(R::VECTOR == 8, "a lane's vector is a word of codes");
   constexpr int BLOCK = ORDER ? ORDER : 1;
   u32 words[LANE_ROWS][D / 32], meta[LANE_ROWS];
 #pragma unroll
   for (int r = 0; r < LANE_ROWS; r++) {
-    const StoredRow<IS_V> stored(sources[r].page_head, sources[r].offset);
+    const StoredRow stored(sources[r].page_head, sources[r].offset, is_v);
     meta[r] = sources[r].is_there ? *stored.meta : 0;
 #pragma unroll
     for (int w = 0; w < D / 32; w++) words[r][w] = sources[r].is_there ? *(const u32*)stored.at(R::channel(8 * w)) : 0;
@@ -147,11 +147,9 @@ __global__ void __launch_bounds__(THREADS, D <= 128 ? 4 : 2) sawkv_gather(const 
   const Source sources[LANE_ROWS] = {{p, token, head, seq}, {p, token + TILE / LANE_ROWS, head, seq}};
   ELEMENT* start = (is_v ? p.v_out : p.k_out) + ((i64)token * p.num_kv_heads + head) * D;
   ELEMENT* const to[LANE_ROWS] = {start, start + (i64)TILE / LANE_ROWS * p.num_kv_heads * D};
-  if (is_v) {
-    decode_rows<V_ORDER, true>(sources, p.v_center ? p.v_center + head * D : nullptr, to);
-  } else {
-    decode_rows<K_ORDER, false>(sources, p.k_center ? p.k_center + head * D : nullptr, to);
-  }
+  const float* center = is_v ? p.v_center : p.k_center;
+  if (center) center += head * D;
+  if (K_ORDER == V_ORDER || !is_v) decode_rows<K_ORDER>(sources, is_v, center, to); else decode_rows<V_ORDER>(sources, is_v, center, to);
 }
 
 }  // extern "C"

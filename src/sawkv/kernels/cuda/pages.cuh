@@ -19,18 +19,17 @@ static_assert(D % 32 == 0, "rows are whole segments");
 __device__ inline u32 nibbles(u32 word, u32 high, int s) { return (s < 2 ? word : high) & (s % 2 ? 0x00f000f0u : 0x000f000fu); }
 
 // One row's codes and meta.
-template <bool IS_V>
 struct StoredRow {
   u8* codes;
   u32* meta;  // scale in the low half, zero point in the high one
   int swizzle;
 
   // `head`: where the page's bytes of one KV head start
-  __device__ StoredRow(u8* head, int offset) {
-    u8* plane = head + (IS_V ? V_PLANE : 0);
+  __device__ StoredRow(u8* head, int offset, bool is_v) {
+    u8* plane = head + (is_v ? V_PLANE : 0);
     codes = plane + offset * ROW_BYTES;
     meta = (u32*)(plane + PAGE_SIZE * ROW_BYTES) + offset;
-    swizzle = IS_V ? offset * ODD_SEGMENTS * SWIZZLE_PERIOD / 8 % SWIZZLE_PERIOD : 0;
+    swizzle = is_v ? offset * ODD_SEGMENTS * SWIZZLE_PERIOD / 8 % SWIZZLE_PERIOD : 0;
   }
   // The codes from channel c on; c is even, and what follows stays in one segment.
   __device__ u8* at(int c) const { return codes + ((c / 2) ^ (swizzle * SEGMENT_BYTES)); }

@@ -112,6 +112,7 @@ class Kernel:
         self._module = module
         self._function = _call(driver.cuModuleGetFunction, module, name.encode())
         self._handle = ctypes.c_void_p(int(self._function))  # of a bare int ctypes would pass 32 bits
+        self._launch = _libcuda().cuLaunchKernelEx
         self._allowed_shared_bytes = DEFAULT_SHARED_BYTES
         self._constants: dict[str, int] = {}
 
@@ -138,9 +139,8 @@ class Kernel:
         """
         if shared_bytes > self._allowed_shared_bytes:
             self._allow_shared_bytes(shared_bytes)
-        config = _LaunchConfig(*grid, threads, 1, 1, shared_bytes, stream, ctypes.addressof(_DEPENDENT), int(dependent))
-        arguments = (ctypes.c_void_p * 1)(ctypes.addressof(params))
-        status = _libcuda().cuLaunchKernelEx(ctypes.byref(config), self._handle, arguments, None)
+        config = _LaunchConfig(*grid, threads, 1, 1, shared_bytes, stream, _DEPENDENT_ADDRESS, dependent)
+        status = self._launch(ctypes.byref(config), self._handle, _Arguments(ctypes.addressof(params)), None)
         if status:
             raise CudaError(f"launch of {self.name}, {grid} blocks of {threads} threads, {shared_bytes} bytes: CUDA error {status}")
 
@@ -244,6 +244,8 @@ class _LaunchConfig(ctypes.Structure):
 
 _PROGRAMMATIC_STREAM_SERIALIZATION = 6
 _DEPENDENT = _LaunchAttribute(_PROGRAMMATIC_STREAM_SERIALIZATION, b"", 1)
+_DEPENDENT_ADDRESS = ctypes.addressof(_DEPENDENT)
+_Arguments = ctypes.c_void_p * 1
 
 
 def _call(function: Any, *arguments: Any) -> Any:
