@@ -10,6 +10,7 @@ import torch
 
 from sawkv import CacheFormat, PagedKVCache, PageLayout, append, gather
 from sawkv.errors import UnsupportedError
+from sawkv.kernels import load_backend
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore::DeprecationWarning")]  # of torch.jit, as vLLM is imported
 
@@ -49,6 +50,36 @@ def test_a_context_beyond_the_workspace_is_refused() -> None:
 def test_pages_behind_the_window_are_noticed() -> None:
     with pytest.raises(AssertionError, match="not close"):
         check(30, 100_000, True, begins_with=0)
+
+
+def test_each_layer_reads_its_own_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers share a step's slices and the workspace in them."""
+    from sawkv.integrations.vllm.prefill import FlashPrefill, PrefillSlice
+
+    lengths, starts = torch.tensor([20, 30], dtype=torch.int32), torch.tensor([0, 20, 50], dtype=torch.int32)
+    table = torch.tensor([[3, 1], [0, 2]], dtype=torch.int32)
+    piece = PrefillSlice(slice(0, 50), starts, starts, lengths, table, num_keys=50, max_query_len=30, max_seq_len=30)
+    workspaces: list[torch.Tensor] = []
+
+    def workspace(_: object) -> tuple[torch.Tensor, torch.Tensor]:
+        workspaces.append(torch.full((2, 64, 2, 64), torch.nan))
+        return workspaces[-1][0], workspaces[-1][1]
+
+    monkeypatch.setattr(FlashPrefill, "workspace", workspace)
+    prefill: Any = object.__new__(FlashPrefill)
+    prefill.shape, prefill._options, prefill._sinks = (64, 2, 64), {}, None
+    prefill._flash_attention = lambda q, k, v, out, **_: out.copy_(q + k + 2 * v)
+    for _ in range(3):
+        cache = PagedKVCache.allocate(LAYOUT, 4)
+        q, k, v = torch.randn(3, 50, 2, 64)
+        slots = torch.cat([table[i, torch.arange(n) // 16].long() * 16 + torch.arange(n) % 16 for i, n in enumerate((20, 30))])
+        append(k, v, cache, slots)
+        wanted = torch.empty(2, 50, 2, 64)
+        gather(cache, table, lengths, starts, *wanted, rotated=False)
+        output = torch.empty_like(q)
+        prefill.attend(q, cache, load_backend("reference"), piece, output)
+        torch.testing.assert_close(output, q + wanted[0] + 2 * wanted[1])
+    assert len(workspaces) == 1
 
 
 def check(window: int, capacity: int, host_knows_lengths: bool, begins_with: int, short_by: int = 0, slack: int | None = None) -> None:

@@ -15,12 +15,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from vllm.config import get_current_vllm_config
 from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
-from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
     AttentionImpl,
+    AttentionLayer,
     AttentionMetadata,
     AttentionMetadataBuilder,
     AttentionType,
@@ -201,17 +201,17 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
                     pack_windows(layer)
 
     def do_kv_cache_update(
-        self, layer: Any, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+        self, layer: torch.nn.Module, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
     ) -> None:
-        """Append the step's new tokens. vLLM pads: `key` may be longer than `slot_mapping`, whose padding is -1.
-
-        vLLM's CPU backend has it called for each layer; on CUDA `forward` calls it.
-        """
-        ops.append(key, value, self._bind(kv_cache), slot_mapping)
+        """Append the step's new tokens. vLLM pads: `key` may be longer than `slot_mapping`, whose padding is -1."""
+        is_checked = self._kv_cache is kv_cache  # later calls differ in lengths alone, and short prompts wait for each microsecond here
+        cache = self._bind(kv_cache)
+        append = self._kernels.append if is_checked else ops.append
+        append(key, value, cache, slot_mapping)
 
     def forward(
         self,
-        layer: Any,
+        layer: AttentionLayer,
         query: torch.Tensor,
         key: torch.Tensor,
         value: torch.Tensor,
@@ -221,20 +221,13 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """On CUDA append, then attend to the pages.
-
-        `query` and `output`: [num_tokens, num_heads, head_size]; rows past num_actual_tokens are padding.
-        """
+        """Attend to the pages. `query` and `output`: [num_tokens, num_heads, head_size]; rows past num_actual_tokens are padding."""
         if attn_metadata is None:  # profiling
             if self.prefill is not None:
                 self.prefill.workspace()
             return output.zero_()
         if output_scale is not None or output_block_scale is not None:
             raise UnsupportedError("sawkv: fused quantization of the attention output is not supported")
-        if self.prefill is not None and self.kv_sharing_target_layer_name is None:
-            slot_mappings: Any = get_forward_context().slot_mapping  # where vLLM finds them for a separate call
-            if (slot_mapping := slot_mappings.get(layer.layer_name)) is not None:
-                self.do_kv_cache_update(layer, key, value, kv_cache, slot_mapping)
         cache = self._bind(kv_cache)
         num_tokens = attn_metadata.num_decode_tokens
         if num_tokens:
@@ -254,7 +247,7 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
             )
         if self.prefill is not None:  # only a GPU's metadata has prefills
             for prefill in attn_metadata.prefills.get(self.sliding_window, ()):
-                self.prefill.attend(query, cache, prefill, output)
+                self.prefill.attend(query, cache, self._kernels, prefill, output)
         return output
 
     def layout(self, block_size: int) -> PageLayout:
@@ -298,6 +291,7 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
             self._layer_calibration = self._layer_calibration.to(kv_cache.device)
             counters = None if self.reader is None else self.reader.counters
             layout = self.layout(kv_cache.shape[2])
+            self._kernels = select_backend(kv_cache.device, layout)
             self._cache = PagedKVCache(kv_cache.view(torch.uint8), layout, **vars(self._layer_calibration), counters=counters)
             self._kv_cache = kv_cache
         return self._cache
@@ -306,8 +300,7 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
 class SawAttentionBackend(AttentionBackend):
     """Selected by `--attention-backend CUSTOM` on CUDA; on the CPU `cpu.DispatchingCPUBackend` leads here."""
 
-    # A separate call for each layer costs a short prompt more than the launch in it; the CPU backend says otherwise.
-    forward_includes_kv_cache_update = True
+    forward_includes_kv_cache_update = False
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float16, torch.float32]
     # "auto" and the 16-bit names are for the float formats of `--additional-config`.
     supported_kv_cache_dtypes: ClassVar[list[Any]] = [*KV_CACHE_DTYPE_CODECS, "auto", "bfloat16", "float16"]

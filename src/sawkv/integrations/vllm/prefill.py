@@ -17,6 +17,7 @@ from vllm.v1.worker.workspace import current_workspace_manager
 from sawkv import ops
 from sawkv.cache import PagedKVCache
 from sawkv.errors import UnsupportedError
+from sawkv.kernels import Backend
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -136,6 +137,9 @@ class FlashPrefill:
                 "sawkv on a GPU: expected vLLM's FlashAttention and a model in bfloat16 or float16, "
                 f"got FlashAttention {version} and {self.dtype}"
             )
+        from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func  # type: ignore[attr-defined]  # only where CUDA is
+
+        self._flash_attention = flash_attn_varlen_func
         self.capacity = workspace_tokens(vllm_config)
         self.shape = (self.capacity, num_kv_heads, head_size)
         self._options: dict[str, Any] = {
@@ -152,16 +156,16 @@ class FlashPrefill:
         k, v = current_workspace_manager().get_simultaneous((self.shape, self.dtype), (self.shape, self.dtype))
         return k, v
 
-    def attend(self, query: torch.Tensor, cache: PagedKVCache, prefill: PrefillSlice, output: torch.Tensor) -> None:
+    def attend(self, query: torch.Tensor, cache: PagedKVCache, kernels: Backend, prefill: PrefillSlice, output: torch.Tensor) -> None:
         """Attend the queries of one slice. query, output: [num_tokens, num_heads, head_size], all tokens of the step."""
-        from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func  # type: ignore[attr-defined]  # only where CUDA is
-
-        if self.shape not in prefill.workspaces:
+        gather = kernels.gather
+        if self.shape not in prefill.workspaces:  # the first layer; the others' arguments are the same ones
             k, v = self.workspace()
             prefill.workspaces[self.shape] = k[: prefill.num_keys], v[: prefill.num_keys]
+            gather = ops.gather
         k, v = prefill.workspaces[self.shape]
-        ops.gather(cache, prefill.block_table, prefill.seq_lens, prefill.cu_seqlens_k, k, v, rotated=False)
-        flash_attn_varlen_func(
+        gather(cache, prefill.block_table, prefill.seq_lens, prefill.cu_seqlens_k, k, v, rotated=False)
+        self._flash_attention(
             q=query[prefill.tokens],
             k=k,
             v=v,
