@@ -204,10 +204,7 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
         self, layer: torch.nn.Module, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
     ) -> None:
         """Append the step's new tokens. vLLM pads: `key` may be longer than `slot_mapping`, whose padding is -1."""
-        is_checked = self._kv_cache is kv_cache  # later calls differ in lengths alone, and short prompts wait for each microsecond here
-        cache = self._bind(kv_cache)
-        append = self._kernels.append if is_checked else ops.append
-        append(key, value, cache, slot_mapping)
+        ops.append(key, value, self._bind(kv_cache), slot_mapping)
 
     def forward(
         self,
