@@ -10,7 +10,6 @@ import torch
 
 from sawkv import CacheFormat, PagedKVCache, PageLayout, append, gather
 from sawkv.errors import UnsupportedError
-from sawkv.kernels import load_backend
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore::DeprecationWarning")]  # of torch.jit, as vLLM is imported
 
@@ -26,6 +25,12 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> to
     seen = (key <= last) & ((key > last - window) if window else torch.ones(1, 1, dtype=torch.bool))
     scores = torch.einsum("qhd,khd->hqk", q, k).masked_fill(~seen, -torch.inf)
     return torch.einsum("hqk,khd->qhd", scores.softmax(-1), v)
+
+
+def slots(pages: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """Of a sequence's tokens, in its pages."""
+    token = torch.arange(num_tokens)
+    return pages[token // LAYOUT.page_size].long() * LAYOUT.page_size + token % LAYOUT.page_size
 
 
 @pytest.mark.parametrize("window", [0, 1, 30, 64, 1000])
@@ -72,12 +77,11 @@ def test_each_layer_reads_its_own_pages(monkeypatch: pytest.MonkeyPatch) -> None
     for _ in range(3):
         cache = PagedKVCache.allocate(LAYOUT, 4)
         q, k, v = torch.randn(3, 50, 2, 64)
-        slots = torch.cat([table[i, torch.arange(n) // 16].long() * 16 + torch.arange(n) % 16 for i, n in enumerate((20, 30))])
-        append(k, v, cache, slots)
+        append(k, v, cache, torch.cat([slots(table[0], 20), slots(table[1], 30)]))
         wanted = torch.empty(2, 50, 2, 64)
         gather(cache, table, lengths, starts, *wanted, rotated=False)
         output = torch.empty_like(q)
-        prefill.attend(q, cache, load_backend("reference"), piece, output)
+        prefill.attend(q, cache, piece, output)
         torch.testing.assert_close(output, q + wanted[0] + 2 * wanted[1])
     assert len(workspaces) == 1
 
@@ -97,8 +101,7 @@ def check(window: int, capacity: int, host_knows_lengths: bool, begins_with: int
     whole = []
     for i, n in enumerate(CONTEXTS):
         k, v = torch.randn(2, n, 2, 64)
-        slots = table[i, torch.arange(n) // size].long() * size + torch.arange(n) % size
-        append(k, v, cache, slots)
+        append(k, v, cache, slots(table[i], n))
         states = torch.empty(2, n, 2, 64)
         gather(
             cache, table[i : i + 1], torch.tensor([n], dtype=torch.int32), torch.tensor([0, n], dtype=torch.int32), *states, rotated=False

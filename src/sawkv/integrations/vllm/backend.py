@@ -244,7 +244,7 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
             )
         if self.prefill is not None:  # only a GPU's metadata has prefills
             for prefill in attn_metadata.prefills.get(self.sliding_window, ()):
-                self.prefill.attend(query, cache, self._kernels, prefill, output)
+                self.prefill.attend(query, cache, prefill, output)
         return output
 
     def layout(self, block_size: int) -> PageLayout:
@@ -288,7 +288,6 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
             self._layer_calibration = self._layer_calibration.to(kv_cache.device)
             counters = None if self.reader is None else self.reader.counters
             layout = self.layout(kv_cache.shape[2])
-            self._kernels = select_backend(kv_cache.device, layout)
             self._cache = PagedKVCache(kv_cache.view(torch.uint8), layout, **vars(self._layer_calibration), counters=counters)
             self._kv_cache = kv_cache
         return self._cache

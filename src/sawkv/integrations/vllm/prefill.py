@@ -17,7 +17,7 @@ from vllm.v1.worker.workspace import current_workspace_manager
 from sawkv import ops
 from sawkv.cache import PagedKVCache
 from sawkv.errors import UnsupportedError
-from sawkv.kernels import Backend
+from sawkv.kernels import select_backend
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -37,8 +37,7 @@ class PrefillSlice:
         block_table: [num_requests, max_blocks] int32, their pages.
         num_keys: at least as many as the slice gathers.
         max_query_len, max_seq_len: upper bounds.
-        workspaces: K and V [num_keys, num_kv_heads, head_dim] to gather into, by `FlashPrefill.shape`: each layer's views of them would
-            take longer than its launches.
+        workspaces: K and V [num_keys, num_kv_heads, head_dim] to gather into, by `FlashPrefill.shape`: made by the first layer for all.
     """
 
     tokens: slice
@@ -156,14 +155,14 @@ class FlashPrefill:
         k, v = current_workspace_manager().get_simultaneous((self.shape, self.dtype), (self.shape, self.dtype))
         return k, v
 
-    def attend(self, query: torch.Tensor, cache: PagedKVCache, kernels: Backend, prefill: PrefillSlice, output: torch.Tensor) -> None:
+    def attend(self, query: torch.Tensor, cache: PagedKVCache, prefill: PrefillSlice, output: torch.Tensor) -> None:
         """Attend the queries of one slice. query, output: [num_tokens, num_heads, head_size], all tokens of the step."""
-        gather = kernels.gather
-        if self.shape not in prefill.workspaces:  # the first layer; the others' arguments are the same ones
+        if is_first := self.shape not in prefill.workspaces:
             k, v = self.workspace()
             prefill.workspaces[self.shape] = k[: prefill.num_keys], v[: prefill.num_keys]
-            gather = ops.gather
         k, v = prefill.workspaces[self.shape]
+        # The first layer has the arguments checked that it shares with the others: a short prompt waits for what each layer runs here.
+        gather = ops.gather if is_first else select_backend(k.device, cache.layout).gather
         gather(cache, prefill.block_table, prefill.seq_lens, prefill.cu_seqlens_k, k, v, rotated=False)
         self._flash_attention(
             q=query[prefill.tokens],

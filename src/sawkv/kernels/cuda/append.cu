@@ -14,13 +14,13 @@ constexpr float MAX_CODE = 15, ERROR_STEPS = 64, MAX_WEIGHT = 127;  // the last 
 struct AppendParams {
   const i64* slot_mapping;
   u8* pages;
-  double* counters;          // [2][COUNTER_COLUMNS], or null without COUNT
-  const ELEMENT* x[2];       // of K and of V, as all that follows
-  const float* center[2];    // [num_kv_heads][D] or null
-  const u8* weights[2];      // of the feedback, signed: [num_kv_heads][D][D], or null without it
-  const float* step[2];      // [num_kv_heads]
+  double* counters;  // [2][COUNTER_COLUMNS], or null without COUNT
+  const ELEMENT* x[2];  // of K and of V, as all pairs
+  const float* center[2];  // [num_kv_heads][D] or null
+  const u8* weights[2];  // of the feedback, signed: [num_kv_heads][D][D], or null without it
+  const float* step[2];  // [num_kv_heads]
   i64 token_stride[2], head_stride[2];  // in elements
-  i64 page_stride;                      // in bytes
+  i64 page_stride;  // bytes
   i64 num_slots;
   int num_tokens;
 };
