@@ -15,11 +15,11 @@ from pathlib import Path
 
 import torch
 
-from sawkv.evaluate.command import table
-from sawkv.evaluate.methods import METHODS, find_method
-from sawkv.evaluate.plan import Plan
-from sawkv.evaluate.records import Evaluation, MethodResult
-from sawkv.evaluate.run import evaluate
+from sawkv.lab.budget import Plan
+from sawkv.lab.command import table
+from sawkv.lab.evaluate import evaluate
+from sawkv.lab.methods import METHODS, find_method
+from sawkv.lab.records import Evaluation, MethodResult
 
 FORMATS = (
     "bf16",

@@ -32,8 +32,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from benchmarks.agreement import Agreement, Nearness, Output, follow, generate, logprobs_of
 from benchmarks.shapes import SHAPES, write_config
+from sawkv.format.spec import CacheFormat
 from sawkv.integrations.vllm.server import engine_options
-from sawkv.spec import CacheFormat
 
 if TYPE_CHECKING:
     import torch

@@ -16,7 +16,7 @@ from functools import partial
 import torch
 
 from sawkv import CacheFormat, PagedKVCache, PageLayout, append, decode_attention, make_decode_plan
-from sawkv.counters import new_counters
+from sawkv.format.counters import new_counters
 from sawkv.kernels import select_backend
 
 CALLS = 20

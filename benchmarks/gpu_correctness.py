@@ -37,9 +37,9 @@ from typing import TYPE_CHECKING, Any, Final
 import numpy as np
 
 from benchmarks.agreement import Follower, Nearness, Output, as_output, follow, generate, logprobs_of, sampling
+from sawkv.format.layout import ENGINE_PAGE_SIZE
+from sawkv.format.spec import CacheFormat
 from sawkv.integrations.vllm.server import engine_options
-from sawkv.layout import ENGINE_PAGE_SIZE
-from sawkv.spec import CacheFormat
 
 if TYPE_CHECKING:
     from vllm import LLM

@@ -25,9 +25,9 @@ import triton.testing
 from benchmarks.plots import RESULTS
 from benchmarks.serving import git_head
 from sawkv import CacheFormat, PagedKVCache, PageLayout, append, decode_attention, gather, make_decode_plan
-from sawkv.feedback import ERROR_STEPS, MAX_WEIGHT, Feedback, channel_blocks
+from sawkv.format.feedback import ERROR_STEPS, MAX_WEIGHT, Feedback, channel_blocks
+from sawkv.format.layout import ENGINE_PAGE_SIZE
 from sawkv.kernels import reference, unsupported_reason
-from sawkv.layout import ENGINE_PAGE_SIZE
 
 PEERS = ("fa3_bf16", "fa3_fp8", "vllm_int4_per_token_head")
 BACKENDS = ("cuda", "triton")

@@ -28,8 +28,8 @@ from typing import Any, Final
 from benchmarks.plots import RESULTS, load_table, read_records
 from benchmarks.serving import git_head
 from benchmarks.shapes import SHAPES, write_config
+from sawkv.format.spec import CacheFormat
 from sawkv.integrations.vllm.server import free_port, server_command
-from sawkv.spec import CacheFormat
 
 GENERATOR: Final = (
     "from vllm.benchmarks.serve import add_cli_args, main; from vllm.utils.argparse_utils import FlexibleArgumentParser; "

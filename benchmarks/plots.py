@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from sawkv.layout import ENGINE_PAGE_SIZE
+from sawkv.format.layout import ENGINE_PAGE_SIZE
 
 DOCS: Final = Path(__file__).parent.parent / "docs"
 RESULTS: Final = DOCS / "results"

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from sawkv import CacheFormat, PagedKVCache, PageLayout, append, decode_attention, gather
-from sawkv.feedback import Feedback
+from sawkv.format.feedback import Feedback
 from sawkv.kernels import cuda, unsupported_reason
 
 OPTIONS = {

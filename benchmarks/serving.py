@@ -39,8 +39,8 @@ import numpy as np
 
 from benchmarks.plots import RESULTS, read_records, serving_table
 from benchmarks.shapes import SHAPES, write_config
+from sawkv.format.spec import CacheFormat
 from sawkv.integrations.vllm.server import engine_options
-from sawkv.spec import CacheFormat
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput

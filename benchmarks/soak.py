@@ -34,8 +34,8 @@ from typing import Any
 
 import aiohttp
 
+from sawkv.format.spec import CacheFormat
 from sawkv.integrations.vllm.server import free_port, server_command
-from sawkv.spec import CacheFormat
 
 TIE = 0.01
 """Nats between the log-probabilities of two tokens that rounding may swap."""

@@ -8,9 +8,9 @@ from collections.abc import Callable
 import torch
 
 from sawkv import CacheFormat, PagedKVCache, PageLayout, append, decode_attention, gather, make_decode_plan
-from sawkv.counters import COLUMNS, new_counters
+from sawkv.format.counters import COLUMNS, new_counters
+from sawkv.format.rotation import rotate
 from sawkv.kernels import load_backend
-from sawkv.rotation import rotate
 from tests.conftest import Batch, make_batch, relative_error
 from tests.kernel_checks import MAX_ERROR
 

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from sawkv import CacheFormat, PagedKVCache, PageLayout, append, decode_attention, gather
-from sawkv.feedback import Feedback, channel_blocks, takes_from
+from sawkv.format.feedback import Feedback, channel_blocks, takes_from
 from tests.conftest import Batch, make_batch, relative_error
 
 MAX_ERROR = 5e-3

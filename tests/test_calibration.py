@@ -15,10 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from sawkv import CacheFormat, PagedKVCache, PageLayout, SawkvError, calibration
-from sawkv.calibration import Calibration, model_id
+from sawkv import CacheFormat, PagedKVCache, PageLayout, SawkvError
 from sawkv.errors import CalibrationError
-from sawkv.feedback import takes_from
+from sawkv.format.feedback import takes_from
+from sawkv.prepare import calibration
+from sawkv.prepare.calibration import Calibration, model_id
 
 FORMAT = CacheFormat.parse("int4-k128-v128")
 

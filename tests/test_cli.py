@@ -10,8 +10,8 @@ import pytest
 
 import sawkv
 from sawkv import cli, demo
+from sawkv.format.spec import CacheFormat
 from sawkv.integrations.vllm import server
-from sawkv.spec import CacheFormat
 
 
 def test_info_shows_the_choice_and_its_reasons(capsys: pytest.CaptureFixture[str]) -> None:

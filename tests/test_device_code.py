@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from sawkv import CacheFormat, PagedKVCache, PageLayout
-from sawkv.counters import new_counters
-from sawkv.feedback import Feedback
+from sawkv.format.counters import new_counters
+from sawkv.format.feedback import Feedback
 from sawkv.kernels import Backend, cuda
 
 CPU = torch.device("cpu")

@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sawkv import CacheFormat, FormatError, PagedKVCache, PageLayout, append
-from sawkv.feedback import Feedback
+from sawkv.format.codecs import CODECS, IntegerCodec
+from sawkv.format.feedback import Feedback
+from sawkv.format.rotation import hadamard_matrix, rotate
 from sawkv.kernels import reference
-from sawkv.methods import CODECS, IntegerCodec
-from sawkv.rotation import hadamard_matrix, rotate
 
 HEAD_DIMS = [64, 80, 96, 112, 128, 192, 256]
 

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 
 from sawkv import CacheFormat, FormatError, PagedKVCache, PageLayout, cli, decode_attention, gather
 from sawkv.errors import SawkvError
+from sawkv.format.spec import HEAD_DIMS
 from sawkv.integrations.vllm import server
 from sawkv.integrations.vllm.config import KV_CACHE_DTYPE_CODECS, SawConfig
-from sawkv.spec import HEAD_DIMS
 
 names = st.one_of(
     st.from_regex(r"(int4|int8|bf16|fp16|fp32|int5|[a-z0-9]{1,6})(-k[0-9]{1,4})?(-v[0-9]{1,4})?", fullmatch=True),

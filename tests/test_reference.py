@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from sawkv import CacheFormat, LayoutError, PagedKVCache, PageLayout, UnsupportedError, append, decode_attention, gather
-from sawkv.feedback import Feedback, fit_feedback
+from sawkv.format.feedback import Feedback, fit_feedback
+from sawkv.format.rotation import hadamard_matrix, rotate
 from sawkv.kernels import reference
-from sawkv.rotation import hadamard_matrix, rotate
 from tests.conftest import Batch, make_batch, relative_error
 from tests.kernel_checks import random_feedback
 

@@ -7,7 +7,7 @@ import torch
 
 import sawkv.kernels.triton as triton_backend
 from sawkv import CacheFormat, LayoutError, PagedKVCache, PageLayout, append, make_decode_plan
-from sawkv.counters import is_sampled, new_counters
+from sawkv.format.counters import is_sampled, new_counters
 from sawkv.kernels import unsupported_reason
 from tests import faults
 from tests.conftest import make_batch

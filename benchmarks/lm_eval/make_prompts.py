@@ -12,9 +12,9 @@ import json
 import re
 from pathlib import Path
 
-from sawkv.evaluate.tasks import make_prompts
-from sawkv.evaluate.text import load_text
-from sawkv.integrations.transformers_eval import load_tokenizer
+from sawkv.lab.tasks import make_prompts
+from sawkv.prepare.model import load_tokenizer
+from sawkv.prepare.text import load_text
 
 FOLDER = Path(__file__).parent
 TABLE = re.compile(r"\ntable = \{\n((?:    \"[a-z]{4}\": \"[a-z]{4}\",\n){4})\}\n")

@@ -2,9 +2,9 @@
 
 from sawkv.cache import PagedKVCache
 from sawkv.errors import FormatError, LayoutError, SawkvError, UnsupportedError
-from sawkv.layout import PageLayout
+from sawkv.format.layout import PageLayout
+from sawkv.format.spec import CacheFormat
 from sawkv.ops import append, decode_attention, gather, make_decode_plan
-from sawkv.spec import CacheFormat
 
 __version__ = "0.1.0"
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import torch
 
-from sawkv.counters import COLUMNS
 from sawkv.errors import LayoutError
-from sawkv.feedback import Feedback
-from sawkv.layout import PageLayout
-from sawkv.spec import FORMAT_VERSION
+from sawkv.format.counters import COLUMNS
+from sawkv.format.feedback import Feedback
+from sawkv.format.layout import PageLayout
+from sawkv.format.spec import FORMAT_VERSION
 
 FEEDBACK_NAMES = ("k_feedback", "k_step", "v_feedback", "v_step")
 """Of `PagedKVCache.feedback_tensors`, in the fingerprint."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from sawkv import __version__
 from sawkv.errors import SawkvError
-from sawkv.evaluate.command import add_arguments as add_eval_arguments
+from sawkv.lab.command import add_arguments as add_eval_arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -124,9 +124,9 @@ def _positive(text: str) -> int:
 def _info(args: argparse.Namespace) -> int:
     import torch
 
+    from sawkv.format.layout import PageLayout
+    from sawkv.format.spec import CODEC_BITS, CacheFormat
     from sawkv.kernels import PREFERENCE, unsupported_reason
-    from sawkv.layout import PageLayout
-    from sawkv.spec import CODEC_BITS, CacheFormat
 
     print(f"sawkv {__version__}, Python {platform.python_version()}, {', '.join(_versions())}")
     devices = [torch.device("cpu")]
@@ -164,25 +164,25 @@ def _serve(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> int:
-    from sawkv import plan
-    from sawkv.spec import CacheFormat
+    from sawkv import capacity
+    from sawkv.format.spec import CacheFormat
 
-    setting = plan.Setting(
-        plan.card_memory(args.gpu_memory),
+    setting = capacity.Setting(
+        capacity.card_memory(args.gpu_memory),
         args.context,
         gpu_memory_utilization=args.gpu_memory_utilization,
         tensor_parallel=args.tensor_parallel,
         max_num_batched_tokens=args.max_num_batched_tokens,
         max_num_seqs=args.max_num_seqs,
     )
-    shape, weight_bytes = plan.read_model(args.model)
-    formats = [plan.WIDE, CacheFormat.parse(args.format).resolve(shape.head_dim)]
-    print(plan.report([plan.make_plan(shape, setting, cache_format, weight_bytes) for cache_format in formats], setting))
+    shape, weight_bytes = capacity.read_model(args.model)
+    formats = [capacity.WIDE, CacheFormat.parse(args.format).resolve(shape.head_dim)]
+    print(capacity.report([capacity.make_plan(shape, setting, cache_format, weight_bytes) for cache_format in formats], setting))
     return 0
 
 
 def _calibrate(args: argparse.Namespace) -> int:
-    from sawkv.evaluate.calibrate import run_calibrate
+    from sawkv.prepare.calibrate import run_calibrate
 
     return run_calibrate(
         args.model,
@@ -198,8 +198,8 @@ def _calibrate(args: argparse.Namespace) -> int:
 
 
 def _balance(args: argparse.Namespace) -> int:
-    from sawkv.evaluate.folding import write_balanced
-    from sawkv.evaluate.run import find_device
+    from sawkv.prepare.balance import write_balanced
+    from sawkv.prepare.model import find_device
 
     write_balanced(args.model, args.text, args.out, device=find_device(args.device))
     print(f"written: {args.out}; its logits equal those of {args.model} to the last bit")
@@ -207,13 +207,13 @@ def _balance(args: argparse.Namespace) -> int:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from sawkv.evaluate.command import run
+    from sawkv.lab.command import run
 
     return run(args)
 
 
 def _analyze(args: argparse.Namespace) -> int:
-    from sawkv.evaluate.analyze import run_analyze
+    from sawkv.lab.analyze import run_analyze
 
     return run_analyze(
         args.model,
@@ -228,7 +228,7 @@ def _analyze(args: argparse.Namespace) -> int:
 
 
 def _report(args: argparse.Namespace) -> int:
-    from sawkv.evaluate.report import run_report
+    from sawkv.lab.report import run_report
 
     return run_report(args.records, args.out)
 

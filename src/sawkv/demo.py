@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sawkv.errors import UnsupportedError
+from sawkv.format.spec import CacheFormat
 from sawkv.integrations.vllm.server import free_port, running, server_command
-from sawkv.spec import CacheFormat
 
 if TYPE_CHECKING:
     from openai import OpenAI

@@ -10,8 +10,8 @@ import torch
 
 from sawkv.cache import PagedKVCache
 from sawkv.errors import LayoutError
+from sawkv.format.layout import PageLayout
 from sawkv.kernels import Backend, DecodePlan, select_backend
-from sawkv.layout import PageLayout
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 

@@ -10,8 +10,8 @@ from transformers import AutoModelForCausalLM, DynamicCache, LlamaForCausalLM, P
 from transformers.models.auto.configuration_auto import AutoConfig
 
 from sawkv import CacheFormat
-from sawkv.methods import CODECS
-from sawkv.rotation import rotate
+from sawkv.format.codecs import CODECS
+from sawkv.format.rotation import rotate
 
 logging.disable_progress_bar()
 

@@ -12,11 +12,11 @@ import torch
 from transformers import AutoConfig, DynamicCache
 
 from sawkv import CacheFormat, FormatError, LayoutError, PagedKVCache, PageLayout, SawkvError, UnsupportedError, append
-from sawkv.calibration import Calibration, LayerCalibration, model_id
 from sawkv.errors import CalibrationError
-from sawkv.feedback import takes_from
+from sawkv.format.feedback import takes_from
 from sawkv.integrations.transformers import SawCache
 from sawkv.integrations.transformers.pages import CROP_MARGIN
+from sawkv.prepare.calibration import Calibration, LayerCalibration, model_id
 from tests.transformers.models import SMALL, make_model, plain_attention, using
 
 LOSSLESS = "fp32-k16-v16"

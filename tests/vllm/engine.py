@@ -115,9 +115,9 @@ def _mutate(kind: str | None) -> None:
     import torch
 
     from sawkv import ops
-    from sawkv.feedback import Feedback
+    from sawkv.format.codecs import CODECS, IntegerCodec, PassthroughCodec
+    from sawkv.format.feedback import Feedback
     from sawkv.kernels import reference
-    from sawkv.methods import CODECS, IntegerCodec, PassthroughCodec
 
     int4, fp32 = IntegerCodec(4), PassthroughCodec(torch.float32)
 

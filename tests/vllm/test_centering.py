@@ -11,8 +11,8 @@ import torch
 from transformers import AutoConfig
 
 from sawkv import CacheFormat
-from sawkv.calibration import Calibration, model_id
-from sawkv.feedback import takes_from
+from sawkv.format.feedback import takes_from
+from sawkv.prepare.calibration import Calibration, model_id
 from tests.vllm.engine import MODEL, run_engine
 
 pytestmark = pytest.mark.vllm

@@ -14,7 +14,7 @@ import torch
 
 from sawkv.cache import PagedKVCache
 from sawkv.errors import UnsupportedError
-from sawkv.layout import PageLayout
+from sawkv.format.layout import PageLayout
 
 logger = logging.getLogger(__name__)
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 
 from sawkv.cache import PagedKVCache
-from sawkv.counters import MAX_SCALE, is_sampled
+from sawkv.format.codecs import CODECS
+from sawkv.format.counters import MAX_SCALE, is_sampled
+from sawkv.format.layout import SEGMENT_BYTES, PageLayout
+from sawkv.format.rotation import rotate
 from sawkv.kernels import DecodePlan
-from sawkv.layout import SEGMENT_BYTES, PageLayout
-from sawkv.methods import CODECS
-from sawkv.rotation import rotate
 
 name = "reference"
 counts = True

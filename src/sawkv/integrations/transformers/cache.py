@@ -16,12 +16,12 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from sawkv import ops
 from sawkv.cache import PagedKVCache
-from sawkv.calibration import Calibration, LayerCalibration, model_id
 from sawkv.errors import LayoutError, UnsupportedError
+from sawkv.format.layout import PageLayout
+from sawkv.format.spec import CacheFormat
 from sawkv.integrations.transformers.pages import Paging
 from sawkv.kernels import select_backend
-from sawkv.layout import PageLayout
-from sawkv.spec import CacheFormat
+from sawkv.prepare.calibration import Calibration, LayerCalibration, model_id
 
 NAME = "sawkv"
 """Of the attention implementation, for `attn_implementation=` and `model.set_attn_implementation()`."""

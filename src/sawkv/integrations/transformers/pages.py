@@ -8,8 +8,8 @@ import torch
 
 from sawkv import ops
 from sawkv.errors import LayoutError
+from sawkv.format.layout import PageLayout
 from sawkv.kernels import DecodePlan
-from sawkv.layout import PageLayout
 
 MAX_PAGED_QUERIES = 8
 """Query tokens a sequence up to which attention reads pages; longer ones are prompts, and run in the model's own 16-bit attention."""

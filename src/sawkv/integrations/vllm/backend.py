@@ -31,16 +31,16 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 
 from sawkv import ops
 from sawkv.cache import PagedKVCache
-from sawkv.calibration import Calibration, LayerCalibration, model_id
 from sawkv.errors import CalibrationError, SawkvError, UnsupportedError
+from sawkv.format.layout import ENGINE_PAGE_SIZE, PAGE_SIZE_MULTIPLE, PageLayout
+from sawkv.format.spec import HEAD_DIMS, CacheFormat
 from sawkv.integrations.vllm.config import KV_CACHE_DTYPE_CODECS, SawConfig
 from sawkv.integrations.vllm.contract import check_contract
 from sawkv.integrations.vllm.metrics import CounterReader
 from sawkv.integrations.vllm.prefill import FlashPrefill, PrefillSlice, slice_prefills, speculated_tokens
 from sawkv.integrations.vllm.windows import VLLM_SIZES_WINDOWS, pack_windows
 from sawkv.kernels import DecodePlan, select_backend
-from sawkv.layout import ENGINE_PAGE_SIZE, PAGE_SIZE_MULTIPLE, PageLayout
-from sawkv.spec import HEAD_DIMS, CacheFormat
+from sawkv.prepare.calibration import Calibration, LayerCalibration, model_id
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import torch
 
-from sawkv.calibration import Calibration
 from sawkv.errors import FormatError, UnsupportedError
-from sawkv.spec import CacheFormat
+from sawkv.format.spec import CacheFormat
+from sawkv.prepare.calibration import Calibration
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

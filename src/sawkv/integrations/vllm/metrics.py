@@ -1,4 +1,4 @@
-"""What `append` counts (`sawkv.counters`), as Prometheus metrics of the worker's process and as warnings in its log.
+"""What `append` counts (`sawkv.format.counters`), as Prometheus metrics of the worker's process and as warnings in its log.
 
 vLLM's /metrics shows the metrics of its other processes in Prometheus' multi-process mode only: with PROMETHEUS_MULTIPROC_DIR naming an
 empty folder when vLLM starts, as `sawkv serve` does. docs/observability.md says what each metric means.
@@ -14,8 +14,8 @@ import prometheus_client
 import torch
 from vllm.logger import init_logger
 
-from sawkv.counters import COLUMNS, new_counters
-from sawkv.layout import PageLayout
+from sawkv.format.counters import COLUMNS, new_counters
+from sawkv.format.layout import PageLayout
 
 INTERVAL: Final = 1.0
 """Seconds between two reads of the device's counters."""

@@ -15,10 +15,10 @@ from typing import Any
 
 import torch
 
-from sawkv.calibration import Calibration
 from sawkv.errors import UnsupportedError
+from sawkv.format.spec import CacheFormat
 from sawkv.integrations.vllm.config import KV_CACHE_DTYPE_CODECS
-from sawkv.spec import CacheFormat
+from sawkv.prepare.calibration import Calibration
 
 
 def engine_options(cache_format: CacheFormat, calibration: str | Path | None = None) -> dict[str, Any]:

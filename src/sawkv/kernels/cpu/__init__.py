@@ -9,9 +9,9 @@ import torch
 
 from sawkv.cache import PagedKVCache
 from sawkv.errors import UnsupportedError
+from sawkv.format.layout import PageLayout
 from sawkv.kernels import DecodePlan
 from sawkv.kernels.cpu.build import load_library
-from sawkv.layout import PageLayout
 
 name = "cpu"
 counts = True

@@ -15,9 +15,9 @@ import torch
 
 from sawkv.cache import PagedKVCache
 from sawkv.errors import LayoutError
+from sawkv.format.layout import PageLayout
 from sawkv.kernels import DecodePlan
 from sawkv.kernels.cuda import runtime
-from sawkv.layout import PageLayout
 
 name = "cuda"
 counts = True

@@ -15,12 +15,12 @@ import triton.language as tl
 
 from sawkv.cache import PagedKVCache
 from sawkv.errors import LayoutError
+from sawkv.format.layout import PageLayout
 from sawkv.kernels import DecodePlan
 from sawkv.kernels.triton.append import append_kernel
 from sawkv.kernels.triton.common import INTERPRETED
 from sawkv.kernels.triton.decode import decode_kernel, merge_kernel, prepare_kernel, schedule_kernel
 from sawkv.kernels.triton.gather import gather_kernel
-from sawkv.layout import PageLayout
 
 name = "triton"
 counts = True

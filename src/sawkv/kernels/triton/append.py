@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sawkv.counters import COLUMNS
+from sawkv.format.counters import COLUMNS
 from sawkv.kernels.triton.common import low_half, rotate, round_to, swizzled, widen
 
 COUNTER_COLUMNS = tl.constexpr(len(COLUMNS))
@@ -52,7 +52,7 @@ def append_kernel(
     page = pages + (slot // PAGE_SIZE) * page_stride_16 * 16 + head * (2 * half_span)
     offset = (slot % PAGE_SIZE).to(tl.int32)
     token = token.to(tl.int64)
-    is_counted = (slot.to(tl.uint32) * 2654435761) < 4194304  # sawkv.counters.is_sampled
+    is_counted = (slot.to(tl.uint32) * 2654435761) < 4194304  # sawkv.format.counters.is_sampled
     if tl.program_id(2) == 0:
         _append_rows(
             k + token * k_token_stride + head.to(tl.int64) * k_head_stride,
@@ -220,7 +220,7 @@ def _quantizer(y, is_channel, BITS: tl.constexpr):
 
 @triton.jit
 def _count(counters, squared_error, squared_norm, is_kept, is_counted, is_finite, is_saturated):
-    """Add rows, of which all arguments are [R], to one line of the counters: see `sawkv.counters`, and the reference."""
+    """Add rows, of which all arguments are [R], to one line of the counters: see `sawkv.format.counters`, and the reference."""
     is_used = is_kept & is_counted & is_finite & ~is_saturated
     tl.atomic_add(counters, tl.sum(is_kept.to(tl.float64)))
     tl.atomic_add(counters + 1, tl.sum((is_kept & ~is_finite).to(tl.float64)))

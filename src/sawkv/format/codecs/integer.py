@@ -1,0 +1,65 @@
+"""Token-wise asymmetric integers: one scale and one zero point for the head_dim values of a row.
+
+Source: SAW-INT4, arXiv 2604.19157. Departures (docs/decisions/0001): the zero point is not clamped to the codes' range, and the scale is
+rounded up and bounded from below so that every finite row has an error of at most scale / 2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sawkv.format.feedback import Feedback
+
+FP16_MAX = 65504.0
+MIN_SCALE = 2.0**-24
+MAX_ZERO_POINT = 1024.0
+
+
+@dataclass(frozen=True)
+class IntegerCodec:
+    """Codes of `bits` bits (4 or 8), unsigned; 4-bit codes lie two in a byte, the even channel low."""
+
+    bits: int
+
+    @property
+    def max_code(self) -> int:
+        return (1 << self.bits) - 1
+
+    def encode(self, y: torch.Tensor, feedback: Feedback | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows [..., head_dim] fp32 to codes [..., head_dim * bits / 8] uint8 and meta [..., 2] fp16 (scale, zero_point).
+
+        With feedback the rows are [..., num_kv_heads, head_dim].
+        """
+        lo, hi = y.amin(-1, keepdim=True), y.amax(-1, keepdim=True)
+        finite = (lo.abs() < torch.inf) & (hi.abs() < torch.inf)  # amin and amax pass NaN on
+        by_range = (hi - lo) * torch.tensor(1 / self.max_code, dtype=torch.float32)
+        by_offset = torch.maximum(lo.abs(), hi.abs()) / MAX_ZERO_POINT
+        wanted = torch.maximum(by_range, by_offset).clamp_min(MIN_SCALE)
+        scale = _fp16_up(wanted.clamp_max(FP16_MAX))
+        inv = scale.float().reciprocal()
+        # The clamp acts only where the scale saturates, on ranges beyond fp16: values there are lost, but stay finite.
+        zero_point = (0 - lo * inv).clamp(-MAX_ZERO_POINT, MAX_ZERO_POINT).half()
+        # fp64 holds the product and the sum exactly enough that one rounding to fp32 gives what fma gives.
+        shifted = (y.double() * inv.double() + zero_point.double()).float()
+        if feedback is not None:
+            shifted = feedback.move(shifted, self.max_code).where(finite & (wanted <= FP16_MAX), shifted)
+        codes = shifted.round().clamp(0, self.max_code).where(finite, 0).to(torch.uint8)
+        meta = torch.cat([scale.where(finite, torch.nan), zero_point.where(finite, 0)], -1)
+        return (codes[..., ::2] | codes[..., 1::2] << 4) if self.bits == 4 else codes, meta
+
+    def decode(self, codes: torch.Tensor, meta: torch.Tensor | None) -> torch.Tensor:
+        """(code - zero_point) * scale in fp32: [..., head_dim]."""
+        if meta is None:
+            raise TypeError("integer codes need their scale and zero point")
+        if self.bits == 4:
+            codes = torch.stack((codes & 15, codes >> 4), -1).flatten(-2)
+        values = meta.float()
+        return (codes.float() - values[..., 1:]) * values[..., :1]
+
+
+def _fp16_up(x: torch.Tensor) -> torch.Tensor:
+    """The smallest fp16 at or above x; x is positive and at most FP16_MAX."""
+    nearest = x.half()
+    return (nearest.view(torch.int16) + (nearest.float() < x)).view(torch.float16)

@@ -1,0 +1,99 @@
+"""Where the bytes of a format lie in a page. See docs/format.md."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from sawkv.errors import FormatError
+from sawkv.format.spec import CacheFormat
+
+PAGE_SIZE_MULTIPLE = 16
+ENGINE_PAGE_SIZE = 64
+"""What engines are asked to use: docs/decisions/0009-page-size.md."""
+SEGMENT_BYTES = 16
+
+
+@dataclass(frozen=True)
+class PageLayout:
+    """Shape and byte offsets of one layer's pages.
+
+    Attributes:
+        format: resolved on construction, so that its rotation orders are integers.
+        num_kv_heads: KV heads held by this rank.
+        head_dim: channels in a head.
+        page_size: tokens in a page, a multiple of 16.
+
+    Raises:
+        FormatError: the values do not fit together.
+    """
+
+    format: CacheFormat
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "format", self.format.resolve(self.head_dim))
+        if self.page_size <= 0 or self.page_size % PAGE_SIZE_MULTIPLE:
+            raise FormatError(f"page_size: expected a positive multiple of {PAGE_SIZE_MULTIPLE}, got {self.page_size}")
+        if self.num_kv_heads <= 0:
+            raise FormatError(f"num_kv_heads: expected at least 1, got {self.num_kv_heads}")
+
+    @property
+    def k_rotation_order(self) -> int:
+        return self.format.k_rotation_order or 0
+
+    @property
+    def v_rotation_order(self) -> int:
+        return self.format.v_rotation_order or 0
+
+    @cached_property
+    def row_bytes(self) -> int:
+        """Bytes of one row's codes."""
+        return self.head_dim * self.format.bits // 8
+
+    @cached_property
+    def meta_bytes(self) -> int:
+        """Bytes of one row's scale and zero point: 4, or 0 where there are none."""
+        return 4 if self.format.quantized else 0
+
+    @cached_property
+    def token_bytes(self) -> int:
+        """Bytes that K and V of one token take for one KV head."""
+        return 2 * (self.row_bytes + self.meta_bytes)
+
+    @cached_property
+    def k_meta_offset(self) -> int:
+        return self.page_size * self.row_bytes
+
+    @cached_property
+    def v_codes_offset(self) -> int:
+        return self.page_size * (self.row_bytes + self.meta_bytes)
+
+    @cached_property
+    def v_meta_offset(self) -> int:
+        return self.v_codes_offset + self.page_size * self.row_bytes
+
+    @cached_property
+    def span_bytes(self) -> int:
+        """Bytes of one (page, KV head)."""
+        return self.page_size * self.token_bytes
+
+    @cached_property
+    def swizzle_factors(self) -> tuple[int, int]:
+        """`(multiplier, period)` of V's segment order: `swizzle(t) = (t * multiplier // 8) % period`; period 1 is plain order."""
+        segments, rest = divmod(self.row_bytes, SEGMENT_BYTES)
+        if rest:
+            return 0, 1
+        period = min(segments & -segments, 8)
+        return segments // (segments & -segments) * period, period
+
+    def swizzle(self, offset: int) -> int:
+        """What V's segment index is XORed with for the token at `offset` of a page."""
+        multiplier, period = self.swizzle_factors
+        return (offset * multiplier // 8) % period
+
+    def pages_shape(self, num_pages: int) -> tuple[int, int, int, int]:
+        """Shape of the uint8 tensor that holds `num_pages` pages."""
+        return num_pages, self.num_kv_heads, self.page_size, self.token_bytes

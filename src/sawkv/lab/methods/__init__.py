@@ -1,0 +1,112 @@
+"""Ways of storing K and V, all through one interface (`base`), one file each. `find_method` takes a name; `METHODS` lists them.
+
+Any cache format of the product is a method too, by its own name: `int4-k64-v0`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sawkv.errors import FormatError
+from sawkv.format.spec import CacheFormat
+from sawkv.lab.methods.balanced import Balanced
+from sawkv.lab.methods.base import Method, Quantizer
+from sawkv.lab.methods.centered import Centered
+from sawkv.lab.methods.feedback import FedBack
+from sawkv.lab.methods.float8 import Float8
+from sawkv.lab.methods.hessian import HessianAware
+from sawkv.lab.methods.integer import Coded
+from sawkv.lab.methods.kmeans import KMeans
+from sawkv.lab.methods.lloyd_max import LloydMax
+from sawkv.lab.methods.low_rank import LowRank
+from sawkv.lab.methods.outliers import Outliers
+from sawkv.lab.methods.range_search import RangeSearched
+from sawkv.lab.methods.rotated import Rotated
+from sawkv.lab.methods.vllm_int4 import VllmInt4
+from sawkv.prepare.samples import LayerSample, Reader
+
+
+def served_format(cache_format: CacheFormat, name: str | None = None) -> Method:
+    """The method that a cache format of the product is."""
+    code = Coded(cache_format.codec)
+    rotates = cache_format.quantized or cache_format.k_rotation_order is not None
+    k, v = (
+        Rotated(code, order) if rotates and order != 0 else code for order in (cache_format.k_rotation_order, cache_format.v_rotation_order)
+    )
+    return Method(name or str(cache_format), k, v, served="sawkv")
+
+
+def _both(name: str, quantizer: Quantizer, *, calibrated: bool = False, served: str = "") -> Method:
+    return Method(name, quantizer, quantizer, calibrated, served)
+
+
+_INT4 = Coded("int4")
+_ROTATED = Rotated(_INT4)
+_FED_BACK = Rotated(FedBack())
+
+
+def _balanced(rotated: Quantizer) -> tuple[Quantizer, Quantizer]:
+    """Of K and of V."""
+    return Balanced(rotated, paired=True, shared=True), Balanced(rotated)
+
+
+_BALANCED = _balanced(_ROTATED)
+_BALANCED_FED_BACK = _balanced(_FED_BACK)
+
+# `default`: the format served by default, int4-k128-v128 at head_dim 128, with the centers and the feedback of `sawkv calibrate`, from a
+# checkpoint that `sawkv balance` wrote. Without the latter it is `int4_center_feedback`, without either `int4`.
+METHODS: dict[str, Method] = {
+    method.name: method
+    for method in (
+        Method("default", Centered(_BALANCED_FED_BACK[0]), Centered(_BALANCED_FED_BACK[1]), calibrated=True, served="sawkv"),
+        _both("fp8", Float8(), calibrated=True, served="vllm"),
+        _both("vllm_int4_per_token_head", VllmInt4(), served="vllm"),
+        served_format(CacheFormat("int8", 0, 0), "int8_plain"),
+        served_format(CacheFormat("int4", 0, 0), "int4_plain"),
+        _both("int4_signs", Rotated(_INT4, signs=True)),
+        _both("int4_range_search", Rotated(RangeSearched())),
+        _both("int4_center", Centered(_ROTATED), calibrated=True, served="sawkv"),
+        _both("int4_center_feedback", Centered(_FED_BACK), calibrated=True, served="sawkv"),
+        Method("int4_center_k", Centered(_ROTATED), _ROTATED, calibrated=True, served="sawkv"),
+        Method("int4_center_v", _ROTATED, Centered(_ROTATED), calibrated=True, served="sawkv"),
+        _both("int4_center_range_search", Centered(Rotated(RangeSearched())), calibrated=True),
+        _both("int4_center_plain", Centered(_INT4), calibrated=True, served="sawkv"),
+        Method("int4_balanced", *_BALANCED, calibrated=True, served="sawkv"),
+        _both("int4_outliers", Outliers(_INT4, 4)),
+        _both("int4_outliers_rotated", Outliers(_ROTATED, 4)),
+        _both("kmeans", KMeans(), calibrated=True),
+        _both("kmeans_rotated", Rotated(KMeans()), calibrated=True),
+        _both("kmeans_center_rotated", Centered(Rotated(KMeans())), calibrated=True),
+        _both("hessian", HessianAware(), calibrated=True),
+        _both("hessian_rotated", Rotated(HessianAware()), calibrated=True),
+        _both("hessian_center_rotated", Centered(Rotated(HessianAware())), calibrated=True),
+        _both("svd_bf16", LowRank(Coded("bf16"), 17 / 64), calibrated=True),
+        _both("svd_int8", LowRank(Coded("int8"), 1 / 2), calibrated=True),
+        _both("lloyd_max", Rotated(LloydMax(), signs=True)),
+        _both("lloyd_max_center", Centered(Rotated(LloydMax(), signs=True)), calibrated=True),
+    )
+}
+
+
+def find_method(name: str) -> Method:
+    """The method of that name, or that the cache format of that name is.
+
+    Raises:
+        FormatError: it is neither.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    try:
+        return served_format(CacheFormat.parse(name))
+    except FormatError as error:
+        raise FormatError(
+            f"method: expected a cache format such as int4-k128-v128, or one of {', '.join(METHODS)}; got {name!r}"
+        ) from error
+
+
+__all__ = ["METHODS", "LayerSample", "Method", "Quantizer", "Reader", "Sample", "find_method", "served_format"]
+
+
+def fit(method: Method, samples: Sequence[LayerSample]) -> list[tuple[Reader, Reader]]:
+    """Readers of K and V for each layer."""
+    return [method.fit(sample) for sample in samples]

@@ -1,0 +1,30 @@
+"""Token-wise integers: the codecs of `sawkv.format.codecs`, as they are served. Alone, without a rotation, they are plain INT4 and INT8.
+
+y ~ (code - zero_point) * scale, one fp16 scale and zero point for a row. Source: SAW-INT4, arXiv 2604.19157. Bytes: docs/format.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sawkv.format.codecs import CODECS
+from sawkv.prepare.samples import Reader, Sample
+
+META_BITS = 32
+
+
+@dataclass(frozen=True)
+class Coded:
+    """Rows through one of the product's codecs: `int4`, `int8`, `bf16`, `fp16` or `fp32`."""
+
+    codec: str
+
+    def bits(self, head_dim: int) -> float:
+        codes, meta = CODECS[self.codec].encode(torch.zeros(1, head_dim))
+        return (codes.numel() * 8 + (0 if meta is None else META_BITS)) / head_dim
+
+    def fit(self, sample: Sample) -> Reader:
+        codec = CODECS[self.codec]
+        return lambda rows: codec.decode(*codec.encode(rows))

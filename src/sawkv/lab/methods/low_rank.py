@@ -1,0 +1,47 @@
+"""Rows by their coordinates in a few directions of the head: x ~ mean + B store(B^T (x - mean)), B the leading singular vectors.
+
+B and the mean are static, from calibration rows. Source: Palu, arXiv 2407.21118; LoRC, arXiv 2410.03111. A comparison only: K after RoPE
+has no low rank that holds for all positions, and reading needs a dense [rank, head_dim] product for each row or query.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sawkv.lab.methods.base import Quantizer
+from sawkv.prepare.samples import Reader, Sample
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """`inner` on the coordinates.
+
+    Attributes:
+        inner: what stores them.
+        share: of head_dim that is kept, as rank / head_dim.
+    """
+
+    inner: Quantizer
+    share: float
+
+    def bits(self, head_dim: int) -> float:
+        rank = self._rank(head_dim)
+        return self.inner.bits(rank) * rank / head_dim
+
+    def fit(self, sample: Sample) -> Reader:
+        mean = sample.rows.mean(0)
+        centered = sample.rows - mean
+        covariance = torch.einsum("thc,thd->hcd", centered.double(), centered.double())
+        basis = torch.linalg.eigh(covariance).eigenvectors[..., -self._rank(sample.head_dim) :].float()  # [num_kv_heads, head_dim, rank]
+
+        def project(rows: torch.Tensor) -> torch.Tensor:
+            return torch.einsum("thd,hdr->thr", rows - mean, basis)
+
+        hessian = basis.mT @ sample.hessian @ basis
+        read = self.inner.fit(Sample(project(sample.rows), hessian))
+        return lambda rows: torch.einsum("thr,hdr->thd", read(project(rows)), basis) + mean
+
+    def _rank(self, head_dim: int) -> int:
+        return max(2, 2 * round(self.share * head_dim / 2))

@@ -1,0 +1,38 @@
+"""Function-preserving stress: some RoPE pairs of keys made larger, and the same of queries smaller, so that the model computes what it did.
+
+Channels i and i + head_dim / 2 of K are scaled by s and those of Q by 1 / s in the weights (`folding`). With s a power of two the 16-bit
+model's logits are bit-identical. Keys then have outlier channels as large models do. It is our stress test, no trained model.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from sawkv.errors import UnsupportedError
+from sawkv.prepare.balance import scale_keys
+
+PAIRS_STRESSED = 2
+
+
+def stressed_pairs(layer: int, head_dim: int) -> list[int]:
+    """The pairs of a layer that are scaled, always the same."""
+    return sorted(random.Random(layer).sample(range(head_dim // 2), PAIRS_STRESSED))
+
+
+def apply_stress(layers: Sequence[nn.Module], head_dim: int, s: int) -> None:
+    """Scale the pairs of `stressed_pairs` by `s` in the weights of attention modules, in place.
+
+    Raises:
+        UnsupportedError: s is not a power of two, or a module has no parts to scale.
+    """
+    if s < 1 or s & (s - 1):
+        raise UnsupportedError(f"stress: expected a power of two, got {s}")
+    for index, layer in enumerate(layers):
+        factors = torch.ones(head_dim)
+        for pair in stressed_pairs(index, head_dim):
+            factors[[pair, pair + head_dim // 2]] = s
+        scale_keys(layer, factors)

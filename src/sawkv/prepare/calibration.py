@@ -1,0 +1,309 @@
+"""The calibration file: static centers and error feedback of K and V for one model and one format, as safetensors. See docs/calibration.md.
+
+A center c is subtracted before rotation. It changes nothing but the error of quantization: softmax(q.(k - c)) = softmax(q.k), since q.c is
+the same for every key, and V's center is added back to the output. Feedback (`format.feedback`) chooses codes whose errors attention feels
+less; nothing that reads pages knows of it. `sawkv calibrate` makes the file; the engines load it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from sawkv.errors import CalibrationError, FormatError
+from sawkv.format.feedback import Feedback, takes_from
+from sawkv.format.spec import FORMAT_VERSION, CacheFormat
+
+VERSION: Final = "1"
+MAX_FILE_BYTES: Final = 512 << 20
+"""More than the models of today need. Feedback of 80 layers of 8 KV heads of 128 channels takes 21 MB, of 64 KV heads 168 MB."""
+MAX_CENTER: Final = 65504.0
+"""The largest fp16: what a 16-bit model may compute."""
+MAX_STEP: Final = 1.0
+"""Of feedback. A fitted one is near 1e-4."""
+
+_CENTERS: Final = ("k_center", "v_center")
+_FEEDBACK: Final = ("k_feedback", "k_feedback_step", "v_feedback", "v_feedback_step")
+_KEYS: Final = ("version", "format", "model", "num_layers", "num_kv_heads", "head_dim", "fingerprint", "made_by")
+
+
+@dataclass(frozen=True, eq=False)
+class LayerCalibration:
+    """What one layer's pages are written with. The fields are those of `PagedKVCache`, which takes `**vars(self)`; None is for nothing."""
+
+    k_center: torch.Tensor | None = None
+    v_center: torch.Tensor | None = None
+    k_feedback: Feedback | None = None
+    v_feedback: Feedback | None = None
+
+    def to(self, device: torch.device | str) -> LayerCalibration:
+        """The same on a device."""
+        return LayerCalibration(**{name: None if part is None else part.to(device) for name, part in vars(self).items()})
+
+
+@dataclass(frozen=True, eq=False)
+class Calibration:
+    """Centers and feedback of all layers.
+
+    Attributes:
+        format: what they were fitted for, with its rotation orders.
+        model: `model_id` of the model they were measured on.
+        k_center, v_center: [num_layers, num_kv_heads, head_dim] fp32 on the CPU, for the whole model. Zeros center nothing.
+        k_feedback, v_feedback: [num_layers, num_kv_heads, head_dim, head_dim] int8, weights as in `Feedback`, for int4 alone; None, or
+            zeros in all of a layer, pass on nothing.
+        k_feedback_step, v_feedback_step: [num_layers, num_kv_heads] fp32, as in `Feedback`; None where the weights are.
+
+    Raises:
+        CalibrationError: a tensor or the format is not as said.
+    """
+
+    format: CacheFormat
+    model: str
+    k_center: torch.Tensor
+    v_center: torch.Tensor
+    k_feedback: torch.Tensor | None = None
+    k_feedback_step: torch.Tensor | None = None
+    v_feedback: torch.Tensor | None = None
+    v_feedback_step: torch.Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name, center in (("k_center", self.k_center), ("v_center", self.v_center)):
+            if center.dtype != torch.float32 or center.ndim != 3 or not center.numel() or center.device.type != "cpu":
+                raise CalibrationError(
+                    f"{name}: expected float32 [num_layers, num_kv_heads, head_dim] on the CPU, "
+                    f"got {center.dtype} {list(center.shape)} on {center.device}"
+                )
+            if not bool((center.abs() <= MAX_CENTER).all()):  # NaN fails too
+                raise CalibrationError(f"{name}: expected finite values up to {MAX_CENTER:g}, got NaN, infinity or larger")
+        if self.k_center.shape != self.v_center.shape:
+            raise CalibrationError(
+                f"centers: expected equal shapes of K and V, got {list(self.k_center.shape)} and {list(self.v_center.shape)}"
+            )
+        try:
+            resolved = self.format.resolve(self.head_dim)
+        except FormatError as error:
+            raise CalibrationError(f"format {self.format}: {error}") from error
+        if resolved != self.format:
+            raise CalibrationError(f"format: expected rotation orders, for example {resolved}, got {self.format}")
+        for name in ("k_feedback", "v_feedback"):
+            self._check_feedback(name, getattr(self, name), getattr(self, f"{name}_step"))
+
+    def _check_feedback(self, name: str, weights: torch.Tensor | None, step: torch.Tensor | None) -> None:
+        if weights is None and step is None:
+            return
+        if weights is None or step is None:
+            raise CalibrationError(f"{name}: expected weights and steps, got {'steps' if weights is None else 'weights'} alone")
+        if self.format.codec != "int4":
+            raise CalibrationError(f"{name}: expected an int4 format, got {self.format}")
+        shape = list(self.k_center.shape)
+        for part, x, dtype, wanted in (("", weights, torch.int8, [*shape, shape[-1]]), ("_step", step, torch.float32, shape[:-1])):
+            if x.dtype != dtype or list(x.shape) != wanted or x.device.type != "cpu":
+                raise CalibrationError(f"{name}{part}: expected {dtype} {wanted} on the CPU, got {x.dtype} {list(x.shape)} on {x.device}")
+        if not bool(((step >= 0) & (step <= MAX_STEP)).all()):  # NaN fails too
+            raise CalibrationError(f"{name}_step: expected values from 0 to {MAX_STEP:g}, got NaN or others")
+        never = ~takes_from(self.head_dim)
+        if any(bool(layer[:, never].any()) for layer in weights):  # layer by layer, to hold no copy of all
+            raise CalibrationError(f"{name}: expected weights of 0 for channels whose block is not coded before, got others")
+
+    @property
+    def num_layers(self) -> int:
+        return self.k_center.shape[0]
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.k_center.shape[1]
+
+    @property
+    def head_dim(self) -> int:
+        return self.k_center.shape[2]
+
+    @property
+    def centers_keys(self) -> bool:
+        """Whether any key is moved: where sinks or a soft-cap act on scores, centered keys would change the softmax."""
+        return bool(self.k_center.any())
+
+    def fingerprint(self) -> str:
+        """16 hex digits over all that changes the bytes of a cache, and over the model."""
+        text = "|".join(
+            [
+                f"sawkv/{FORMAT_VERSION}",
+                f"calibration/{VERSION}",
+                str(self.format),
+                f"model={self.model}",
+                f"shape={'x'.join(map(str, self.k_center.shape))}",
+                *(f"{name}={hashlib.sha256(x.contiguous().numpy().data).hexdigest()}" for name, x in self._tensors().items()),
+            ]
+        )
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        """Those that there are, by their names in the file, always in the same order."""
+        return {name: x for name in (*_CENTERS, *_FEEDBACK) if (x := getattr(self, name)) is not None}
+
+    def check(self, *, cache_format: CacheFormat, model: str, num_layers: int, num_kv_heads: int, head_dim: int) -> None:
+        """Refuse a cache or a model that the calibration was not made for.
+
+        Args:
+            cache_format: of the cache.
+            model: `model_id` of the model that is served.
+            num_layers, num_kv_heads: of the whole model, not of one rank.
+            head_dim: channels in a head.
+
+        Raises:
+            CalibrationError: something differs; the message names all that does.
+        """
+        wanted = {
+            "format": str(cache_format.resolve(head_dim)),
+            "layers": num_layers,
+            "KV heads": num_kv_heads,
+            "head_dim": head_dim,
+            "model": model,
+        }
+        got = {
+            "format": str(self.format),
+            "layers": self.num_layers,
+            "KV heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "model": self.model,
+        }
+        wrong = [f"{name}: expected {wanted[name]}, got {got[name]}" for name in wanted if wanted[name] != got[name]]
+        if wrong:
+            raise CalibrationError(f"the calibration file is made for something else; {'; '.join(wrong)}. `sawkv calibrate` makes one")
+
+    def layer(self, index: int, heads: slice = slice(None)) -> LayerCalibration:
+        """What a layer's KV heads are written with, copies on the CPU; None where there is nothing to subtract or to pass on.
+
+        Raises:
+            CalibrationError: there is no such layer or head.
+        """
+        if not 0 <= index < self.num_layers:
+            raise CalibrationError(f"layer: expected 0 to {self.num_layers - 1}, as the calibration file has them, got {index}")
+        if heads.stop is not None and heads.stop > self.num_kv_heads:
+            raise CalibrationError(f"KV heads: expected up to {self.num_kv_heads}, as the calibration file has them, got {heads.stop}")
+        taken = {name: x[index, heads].clone(memory_format=torch.contiguous_format) for name, x in self._tensors().items()}
+
+        def center(name: str) -> torch.Tensor | None:
+            return taken[name] if taken[name].any() else None
+
+        def feedback(name: str) -> Feedback | None:
+            return Feedback(taken[name], taken[f"{name}_step"]) if name in taken and taken[name].any() else None
+
+        return LayerCalibration(center("k_center"), center("v_center"), feedback("k_feedback"), feedback("v_feedback"))
+
+    def save(self, path: str | Path) -> None:
+        """Write the file."""
+        metadata = {
+            "version": VERSION,
+            "format": str(self.format),
+            "model": self.model,
+            "num_layers": str(self.num_layers),
+            "num_kv_heads": str(self.num_kv_heads),
+            "head_dim": str(self.head_dim),
+            "fingerprint": self.fingerprint(),
+            "made_by": f"sawkv {importlib.metadata.version('sawkv')}",
+        }
+        save_file({name: x.clone(memory_format=torch.contiguous_format) for name, x in self._tensors().items()}, path, metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Calibration:
+        """Read and check a file. Nothing in it is executed, and nothing is allocated before its size is known to be small.
+
+        Raises:
+            CalibrationError: it is missing, damaged, too large, or not a calibration file.
+        """
+        try:
+            return cls._load(Path(path))
+        except CalibrationError as error:
+            raise CalibrationError(f"calibration file {path}: {error}") from error
+
+    @classmethod
+    def _load(cls, path: Path) -> Calibration:
+        try:
+            size = path.stat().st_size
+        except (OSError, ValueError) as error:  # ValueError: a path that holds a null byte
+            raise CalibrationError(f"cannot be read: {getattr(error, 'strerror', error)}") from error
+        if not path.is_file() or size > MAX_FILE_BYTES:
+            raise CalibrationError(f"expected a file of at most {MAX_FILE_BYTES} bytes, got {size if path.is_file() else 'no file'}")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata, names = file.metadata() or {}, sorted(file.keys())
+                _check_metadata(metadata)
+                wrong = set(_CENTERS) - set(names) or set(names) - {*_CENTERS, *_FEEDBACK}
+                if wrong:
+                    raise CalibrationError(
+                        f"tensors: expected {' and '.join(_CENTERS)}, and {', '.join(_FEEDBACK)} where there is feedback, "
+                        f"got {_show(', '.join(names) or 'none')}"
+                    )
+                shape = [_whole(metadata, key) for key in ("num_layers", "num_kv_heads", "head_dim")]
+                for name in names:
+                    wanted = ("F32", shape if name in _CENTERS else shape[:-1])
+                    if name in ("k_feedback", "v_feedback"):
+                        wanted = ("I8", [*shape, shape[-1]])
+                    part = file.get_slice(name)
+                    if (part.get_dtype(), part.get_shape()) != wanted:
+                        raise CalibrationError(f"{name}: expected {wanted[0]} {wanted[1]}, got {part.get_dtype()} {part.get_shape()}")
+                tensors = {name: file.get_tensor(name).clone() for name in names}
+        except (SafetensorError, OSError) as error:
+            raise CalibrationError(f"expected safetensors, got what cannot be parsed: {_show(str(error))}") from error
+        try:
+            cache_format = CacheFormat.parse(metadata["format"])
+        except FormatError as error:
+            raise CalibrationError(str(error)) from error
+        calibration = cls(cache_format, metadata["model"], **tensors)
+        if calibration.fingerprint() != metadata["fingerprint"]:
+            raise CalibrationError(
+                f"fingerprint: expected {calibration.fingerprint()}, that of the contents, got {_show(metadata['fingerprint'])}"
+            )
+        return calibration
+
+
+def model_id(config: object) -> str:
+    """16 hex digits that tell models apart by their configuration.
+
+    It covers the shape of the language model, which engines and versions of Transformers agree upon, and not the weights: a fine-tuned or
+    quantized copy has the same identity, except what `sawkv balance` writes. Another model's calibration costs accuracy, never correctness.
+
+    Args:
+        config: a Transformers configuration, of the text model where there are several.
+    """
+    names = (
+        "model_type",
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "sawkv_balanced",
+    )
+    fields = {name: getattr(config, name, None) for name in names}
+    return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _check_metadata(metadata: dict[str, str]) -> None:
+    if metadata.get("version") != VERSION:
+        raise CalibrationError(
+            f"metadata: expected a calibration of version {VERSION}, got {_show(repr(metadata.get('version', 'no version')))}"
+        )
+    if sorted(metadata) != sorted(_KEYS):
+        raise CalibrationError(f"metadata: expected the keys {', '.join(sorted(_KEYS))}, got {_show(', '.join(sorted(metadata)))}")
+
+
+def _whole(metadata: dict[str, str], key: str) -> int:
+    text = metadata[key]
+    if not (text.isascii() and text.isdigit() and 1 <= len(text) <= 6 and text[0] != "0"):
+        raise CalibrationError(f"{key}: expected a positive integer, got {_show(repr(text))}")
+    return int(text)
+
+
+def _show(text: str) -> str:
+    """At most 100 printable characters, for an error message."""
+    return "".join(c if c.isprintable() else "?" for c in text[:100])

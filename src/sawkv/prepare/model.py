@@ -1,0 +1,284 @@
+"""A Transformers model whose attention reads K and V through functions given to it: one teacher-forced pass, every read quantized.
+
+An attention function is registered through Transformers' AttentionInterface. It gets K after RoPE and V of every token, the query's own
+token included, replaces them by what a cache would have given back, and attends causally as `sdpa` does. Transformers' own quantized caches
+return unquantized states in such a pass, so a perplexity taken through them measures nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.utils import logging
+
+from sawkv.errors import SawkvError, UnsupportedError
+from sawkv.prepare.samples import LayerSample, LayerStates, Reader, joined, layer_sample, spread
+
+ATTENTION = "sawkv_eval"
+_HOOK = "_sawkv_eval_hook"
+
+
+def find_device(name: str | None = None) -> torch.device:
+    """The device called `cpu` or `cuda`; without a name a GPU where there is one.
+
+    Raises:
+        UnsupportedError: it is neither, or PyTorch sees no GPU.
+    """
+    has_gpu = torch.cuda.is_available()
+    if name not in (None, "cpu", "cuda"):
+        raise UnsupportedError(f"device: expected cpu or cuda, got {name!r}")
+    if name == "cuda" and not has_gpu:
+        raise UnsupportedError("device: expected a GPU for cuda, got a PyTorch that sees none")
+    return torch.device(name or ("cuda" if has_gpu else "cpu"))
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bf16 on a GPU, as engines run models; fp32 on a CPU, where it shows the cache's error alone and bf16 is slow on many."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint directory."""
+    with _readable(folder):
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder)
+    return tokenizer
+
+
+class EvalModel:
+    """A causal language model with hooks into its attention layers.
+
+    Args:
+        model: on its device and in its dtype. Its attention implementation is changed for good.
+
+    Raises:
+        UnsupportedError: its attention does not go through Transformers' AttentionInterface, or needs what the evaluation cannot do.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        AttentionInterface.register(ATTENTION, _attention)
+        AttentionMaskInterface.register(ATTENTION, sdpa_mask)
+        self.model = model
+        self.model.train(False)
+        self.model.set_attn_implementation(ATTENTION)
+        self.layers: list[nn.Module] = []
+        """The modules that attend, first to last."""
+        self.shape = (0, 0, 0)
+        """`(num_q_heads, num_kv_heads, head_dim)` of the first."""
+        self._find_layers()
+        self._head = self._plain_head()
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device | str, dtype: torch.dtype) -> EvalModel:
+        """From a checkpoint directory; no code of the checkpoint is run, and nothing is fetched.
+
+        Raises:
+            SawkvError: the directory holds no checkpoint that Transformers can load.
+        """
+        with _readable(folder):
+            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
+        return cls(model.to(device))  # type: ignore[arg-type]
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.model.device
+        return device
+
+    @torch.inference_mode()
+    def hidden(self, ids: torch.Tensor, first_position: int = 0) -> torch.Tensor:
+        """Token ids [num_rows, length] to the states that `logits` takes, [num_rows, length, size]; each row from an empty cache.
+
+        Rows stand at positions from `first_position` on; with rotary embeddings that turns Q and K, and changes nothing else.
+        """
+        ids = ids.to(self.device)
+        options: dict[str, Any] = {"use_cache": False}
+        if first_position:
+            options["position_ids"] = torch.arange(first_position, first_position + ids.shape[1], device=self.device)[None]
+        if self._head is None:
+            whole: torch.Tensor = self.model(ids, **options).logits
+            return whole
+        states: torch.Tensor = self.model.base_model(ids, **options).last_hidden_state
+        return states
+
+    @torch.inference_mode()
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[..., size] to next-token logits [..., vocab_size] fp32. Cheap to call in pieces, where all at once would not fit memory."""
+        if self._head is None:
+            return hidden.float()
+        logits: torch.Tensor = self._head(hidden)
+        return logits.float()
+
+    @contextlib.contextmanager
+    def reading(self, readers: Sequence[tuple[Reader, Reader] | None]) -> Iterator[None]:
+        """Within it, layer i's attention reads K and V through `readers[i]`, or as they are where that is None."""
+        if len(readers) != len(self.layers):
+            raise ValueError(f"expected readers for {len(self.layers)} layers, got {len(readers)}")
+        try:
+            for layer, pair in zip(self.layers, readers, strict=True):
+                if pair is not None:
+                    setattr(layer, _HOOK, _Reading(*pair))
+            yield
+        finally:
+            for layer in self.layers:
+                setattr(layer, _HOOK, None)
+
+    @contextlib.contextmanager
+    def eager(self) -> Iterator[None]:
+        """Within it, attention is Transformers' eager one, another order of operations; hooks do nothing."""
+        self.model.set_attn_implementation("eager")
+        try:
+            yield
+        finally:
+            self.model.set_attn_implementation(ATTENTION)
+
+    def states(self, ids: torch.Tensor, first_position: int = 0) -> list[LayerStates]:
+        """What each layer's attention gets on token ids [num_rows, length], at positions as in `hidden`."""
+        recorders = [_Recording() for _ in self.layers]
+        for layer, recorder in zip(self.layers, recorders, strict=True):
+            setattr(layer, _HOOK, recorder)
+        try:
+            for row in torch.split(ids, 1):
+                self.hidden(row, first_position)
+        finally:
+            for layer in self.layers:
+                setattr(layer, _HOOK, None)
+        return [recorder.states(layer) for layer, recorder in zip(self.layers, recorders, strict=True)]
+
+    @torch.inference_mode()
+    def continue_greedily(self, ids: torch.Tensor, count: int) -> torch.Tensor:
+        """The `count` tokens that greedy decoding with an unquantized cache adds to ids [num_rows, length]: [num_rows, count]."""
+        cache, tokens, step = None, [], ids.to(self.device)
+        for _ in range(count):
+            output = self.model(step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache, step = output.past_key_values, output.logits[:, -1:].argmax(-1)
+            tokens.append(step)
+        return torch.cat(tokens, 1)
+
+    def _find_layers(self) -> None:
+        found: list[tuple[nn.Module, int, int, int]] = []
+
+        def note(layer: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            found.append((layer, q.shape[1], k.shape[1], k.shape[3]))
+            return k, v
+
+        for module in self.model.modules():
+            setattr(module, _HOOK, note)
+        try:
+            with torch.inference_mode():
+                self.model(torch.zeros(1, 2, dtype=torch.int64, device=self.device), use_cache=False)
+        finally:
+            for module in self.model.modules():
+                delattr(module, _HOOK)
+        self.layers = [layer for layer, *_ in found]
+        if not found or len(set(map(id, self.layers))) != len(found):
+            raise UnsupportedError(
+                f"expected a model whose attention layers use Transformers' AttentionInterface once each, got {type(self.model).__name__}"
+            )
+        self.shape = found[0][1:]
+
+    def _plain_head(self) -> nn.Module | None:
+        """The output embedding, if it alone makes logits from the trunk's states; some models scale or soft-cap them."""
+        head: nn.Module | None = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        if head is None or self.model.base_model is self.model:
+            return None
+        with torch.inference_mode():
+            ids = torch.arange(4, device=self.device)[None]
+            want = self.model(ids, use_cache=False).logits.float()
+            got = head(self.model.base_model(ids, use_cache=False).last_hidden_state).float()
+        return head if got.shape == want.shape and torch.allclose(got, want, rtol=1e-3, atol=1e-3) else None
+
+
+def collect_samples(model: EvalModel, ids: torch.Tensor, context: int = 0) -> list[LayerSample]:
+    """Samples of all layers on token ids [num_rows, length], rows at positions spread over `context` tokens, or all at 0."""
+    firsts = spread(len(ids), ids.shape[1], context)
+    windows = [
+        [layer_sample(states) for states in model.states(row, first)] for row, first in zip(torch.split(ids, 1), firsts, strict=True)
+    ]
+    return [
+        LayerSample(joined([window.k for window in layer]), joined([window.v for window in layer])) for layer in zip(*windows, strict=True)
+    ]
+
+
+class _Reading:
+    """A hook that replaces K and V by what is read back."""
+
+    def __init__(self, read_k: Reader, read_v: Reader) -> None:
+        self._read_k, self._read_v = read_k, read_v
+
+    def __call__(self, layer: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._through(self._read_k, k), self._through(self._read_v, v)
+
+    @staticmethod
+    def _through(read: Reader, x: torch.Tensor) -> torch.Tensor:
+        rows = _rows(x)
+        return read(rows).view(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2).to(x.dtype)
+
+
+class _Recording:
+    """A hook that keeps Q, K and V."""
+
+    def __init__(self) -> None:
+        self._rows: list[tuple[torch.Tensor, ...]] = []
+
+    def __call__(self, layer: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        self._rows.append((_rows(q), _rows(k), _rows(v)))
+        return k, v
+
+    def states(self, layer: nn.Module) -> LayerStates:
+        q, k, v = (torch.cat(parts) for parts in zip(*self._rows, strict=True))
+        width = q.shape[1] * v.shape[2]
+        projections = [m for m in layer.children() if isinstance(m, nn.Linear) and m.in_features == width]
+        named = [m for name, m in layer.named_children() if name in ("o_proj", "out_proj", "dense", "c_proj") and m in projections]
+        scale = getattr(layer, "scaling", None)
+        weight = named[0].weight.detach() if named else None
+        return LayerStates(q, k, v, weight, float(k.shape[2] ** -0.5 if scale is None else scale))
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """[batch, num_heads, length, head_dim] to rows [batch * length, num_heads, head_dim] fp32."""
+    return x.transpose(1, 2).flatten(0, 1).float()
+
+
+def _attention(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """The registered attention function: `sdpa` on what the hook gives back."""
+    for name in ("softcap", "s_aux", "sinks"):
+        if kwargs.get(name) is not None:
+            raise UnsupportedError(
+                f"attention: expected a model without {name}, got {type(module).__name__}, which the evaluation cannot attend for"
+            )
+    hook = getattr(module, _HOOK, None)
+    if hook is not None:
+        key, value = hook(module, query, key, value)
+    attended, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    return attended, None
+
+
+@contextlib.contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """Checkpoint errors as ours, and no progress bars of Transformers."""
+    if not (folder / "config.json").is_file():
+        raise SawkvError(f"model: expected a checkpoint directory with a config.json, got {folder}")
+    bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as error:
+        raise SawkvError(f"model: expected a checkpoint that Transformers loads, got {folder}: {error}") from error
+    finally:
+        if bars:
+            logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -1,0 +1,165 @@
+"""Statistics and errors of K and V against plain loops over tokens and heads, and the rules of the recommendation."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from sawkv import SawkvError
+from sawkv.lab import analyze
+from sawkv.lab.analyze import Analysis, MethodError, recommend
+from sawkv.lab.methods import Method, find_method
+from sawkv.prepare.model import EvalModel
+from sawkv.prepare.samples import LayerStates, Sample
+from tests.test_calibrate import make_model, windows
+
+
+class Scaled:
+    """A quantizer that reads every row times a factor: its errors are known."""
+
+    def __init__(self, factor: float) -> None:
+        self.factor = factor
+
+    def bits(self, head_dim: int) -> float:
+        return 4.0
+
+    def fit(self, sample: Sample) -> object:
+        return lambda rows: rows * self.factor
+
+
+def make_states(num_tokens: int = 40, num_q_heads: int = 4, num_kv_heads: int = 2, head_dim: int = 16) -> LayerStates:
+    q = torch.randn(num_tokens, num_q_heads, head_dim)
+    k, v = torch.randn(2, num_tokens, num_kv_heads, head_dim)
+    return LayerStates(3 * q, k, v, None, 0.3)
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """One query over the keys that it sees: weights and output, fp64."""
+    weights = ((k.double() @ q.double()) * scale).softmax(0)
+    return weights, weights @ v.double()
+
+
+@pytest.mark.parametrize("sliding_window", [None, 7])
+def test_errors_of_scores_and_output_equal_those_of_plain_loops(sliding_window: int | None) -> None:
+    states = make_states()
+    noisy_k, noisy_v = states.k + 0.1 * torch.randn_like(states.k), states.v + 0.1 * torch.randn_like(states.v)
+    attention = analyze._Attention(states, sliding_window)
+    spread, lost, variance = attention.errors(noisy_k, noisy_v)
+    wanted = torch.zeros(3, 2, dtype=torch.float64)
+    for head in range(4):
+        kv, outputs = head // 2, []
+        for position in attention.position.tolist():
+            seen = slice(max(0, position + 1 - sliding_window) if sliding_window else 0, position + 1)
+            q = states.q[position, head]
+            weights, output = attend(q, states.k[seen, kv], states.v[seen, kv], states.softmax_scale)
+            _, moved = attend(q, noisy_k[seen, kv], noisy_v[seen, kv], states.softmax_scale)
+            delta = (noisy_k[seen, kv] - states.k[seen, kv]).double() @ q.double() * states.softmax_scale
+            wanted[0, kv] += (weights * (delta - weights @ delta) ** 2).sum()
+            wanted[1, kv] += (moved - output).square().sum()
+            outputs.append(output)
+        wanted[2, kv] += (torch.stack(outputs) - torch.stack(outputs).mean(0)).square().sum()
+    for got, want in zip((spread, lost, variance), wanted, strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=1e-4, atol=1e-6)
+
+
+def test_an_offset_of_keys_is_no_error_of_scores_and_one_of_values_is() -> None:
+    """The softmax does not see what all keys share."""
+    states = make_states()
+    attention = analyze._Attention(states, None)
+    spread, lost, variance = attention.errors(states.k + 5 * torch.randn(1, 2, 16), states.v)
+    assert float((lost / variance).max()) < 1e-6
+    assert float(spread.max()) < 1e-4
+    _, lost, variance = attention.errors(states.k, states.v + 5.0)
+    assert float((lost / variance).min()) > 1
+
+
+def test_statistics_show_an_offset_an_outlier_and_a_sink() -> None:
+    states = make_states(num_tokens=200)
+    states.k.mul_(0.01)
+    states.k[:, 0, 3] += 4.0  # an offset, and the one large channel
+    states.q[..., :] = 0
+    states.q[:, :2, 3] = 1.0
+    states.k[0, 0, 3] = 400.0  # all queries of KV head 0 look at the first token
+    stats = analyze._StatsSum()
+    stats.add(states, analyze._Attention(states, None))
+    found = stats.result()
+    assert found.k.offset[0] < found.k.offset[0] + found.k.offset[1] < 1
+    assert found.k.outlier[0] > 100
+    assert found.k.outlier[1] < 2
+    assert found.sink[:2] == (1.0, 1.0)
+    assert max(found.sink[2:]) < 0.05
+    assert found.sink_norm[0] == pytest.approx(100, rel=0.05)
+    assert found.sink_norm[1] < 5
+    torch.testing.assert_close(torch.tensor(found.k.mean), states.k.mean(0), rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(torch.tensor(found.v.rms), states.v.square().mean(0).sqrt(), rtol=1e-3, atol=1e-5)
+
+
+def run(methods: list[Method] | None = None) -> Analysis:
+    return analyze.analyze(EvalModel(make_model(8.0, 1.0)), windows(2), windows(2), methods, name="a model", text="random")
+
+
+def test_a_whole_analysis() -> None:
+    exact, halved = find_method("fp32"), Method("halved", Scaled(1.0), Scaled(0.5))
+    plain, centered = find_method("int4-k0-v0"), find_method("int4_center_plain")
+    found = run([exact, halved, plain, centered])
+    by_name = {error.method: error for error in found.methods}
+    assert by_name["fp32"].mean_output == 0
+    assert by_name["halved"].mean_output > 0.25, "half of the output is lost, and half of its mean with it"
+    assert analyze.mean(by_name["halved"].k) == 0
+    assert by_name["int4_center_plain"].mean_output < 0.5 * by_name["int4-k0-v0"].mean_output, "a key bias is what a center removes"
+    assert all(len(grid) == 2 and len(grid[0]) == 2 for grid in dataclasses.astuple(by_name["fp32"])[3:])
+    assert Analysis.from_json(found.to_json()) == found
+    shown = analyze.describe(found)
+    assert "a model: 2 layers, 4 query heads, 2 KV heads of 32" in shown
+    assert "Recommended" in shown
+    with pytest.raises(SawkvError, match="expected a record of `sawkv analyze`"):
+        Analysis.from_json('{"model": 1}')
+
+
+def test_the_selection_runs_on_any_head_dim_and_recommends_centers_for_biased_keys() -> None:
+    found = run()
+    assert {"fp8", "vllm_int4_per_token_head", "int4_plain", "int4-k32-v32", "int4_center_feedback", "default"} <= {
+        error.method for error in found.methods
+    }
+    assert (found.recommendation.format, found.recommendation.calibrate) == ("int4-k32-v32", True)
+    assert any("sawkv calibrate" in command for command in found.recommendation.commands())
+
+
+def method_error(name: str, *output: float, bits: float = 4.25) -> MethodError:
+    grid = tuple((value,) for value in output)
+    return MethodError(name, bits, "sawkv", grid, grid, grid, grid)
+
+
+@pytest.mark.parametrize(
+    ("errors", "wanted", "extras"),
+    [
+        ([method_error("int4-k128-v128", 0.010, 0.012), method_error("int4_center_feedback", 0.010, 0.0119)], "int4-k128-v128", ""),
+        ([method_error("int4-k128-v128", 0.010, 0.012), method_error("int4_center_feedback", 0.005, 0.006)], "int4-k128-v128", "calibrate"),
+        ([method_error("int4_center_feedback", 0.010), method_error("default", 0.005)], "int4-k128-v128", "balance calibrate"),
+        ([method_error("int4_plain", 0.001), method_error("default", 0.005)], "int4-k0-v0", ""),
+        ([method_error("int4-k16-v16", 0.01), method_error("default", 0.9), method_error("fp8", 0.0)], "int4-k16-v16", ""),
+        ([method_error("default", 0.01, 0.3), method_error("int8-k128-v128", 0.001, 0.002, bits=8.25)], "int8-k128-v128", ""),
+        ([method_error("fp8", 0.1, bits=8)], "int4-k128-v128", ""),
+    ],
+)
+def test_the_recommendation(errors: list[MethodError], wanted: str, extras: str) -> None:
+    found = recommend(errors, 128)
+    assert found.format == wanted
+    assert (found.balance, found.calibrate) == ("balance" in extras, "calibrate" in extras)
+    assert [command.split()[1] for command in found.commands()] == [*extras.split(), "serve"]
+    assert found.reason
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = next((Path(__file__).parents[2] / "models").glob("sawkv-*"))
+    out = tmp_path / "analysis.json"
+    options = {"methods": ["int4", "fp32"], "window": 128, "windows": 1, "stress": 4, "device": "cpu"}
+    assert analyze.run_analyze(folder, None, out, **options) == 0
+    assert "stress 4: 5 layers" in capsys.readouterr().out
+    found = Analysis.from_json(out.read_text())
+    assert [error.method for error in found.methods] == ["int4", "fp32"]
+    assert all(math.isfinite(value) for error in found.methods for row in error.output for value in row)

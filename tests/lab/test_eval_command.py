@@ -1,0 +1,139 @@
+"""`sawkv eval` on the shipped model, its records, its tasks, and its refusals."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sawkv import SawkvError, cli
+from sawkv.lab import evaluate
+from sawkv.lab.budget import Plan
+from sawkv.lab.divergence import mean_and_error
+from sawkv.lab.methods import find_method
+from sawkv.lab.records import Evaluation
+from sawkv.lab.tasks import DEPTHS, free_run, make_prompts, recall
+from sawkv.prepare.model import EvalModel
+from sawkv.prepare.text import Text, load_text
+
+MODEL = next(Path("models").glob("sawkv-*"))
+
+
+def test_eval_writes_records_and_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--formats", "default,int4_plain", "--tokens", "512", "--window", "128", "--calibration-tokens", "256"]
+    arguments += ["--layer-tokens", "128", "--recall-lengths", "96", "--recall-count", "1", "--free-runs", "1", "--stress", "16", "--quiet"]
+    assert cli.main(["eval", str(MODEL), *arguments, "--out", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    evaluation = Evaluation.from_json((tmp_path / "eval.json").read_text())
+    assert Evaluation.from_json(evaluation.to_json()) == evaluation
+    assert [result.method for result in evaluation.results] == ["bf16_floor", "default", "int4_plain"]
+    assert all(result.method in shown for result in (evaluation.reference, *evaluation.results))
+    floor, default, plain = evaluation.results
+    assert floor.divergence.mean_kl < default.divergence.mean_kl < plain.divergence.mean_kl
+    assert default.divergence.tokens == 4 * 127
+    assert default.bits == 4.25
+    assert [layer.layer for layer in default.by_layer] == list(range(evaluation.shape.num_layers))
+    assert all(0 < layer.mean_kl < plain.divergence.mean_kl for layer in default.by_layer)
+    assert {(cell.task, cell.depth) for cell in default.recall} == {(task, depth) for task in ("passkey", "needle") for depth in DEPTHS}
+    assert evaluation.reference.passkey == 1.0
+    assert default.free_run is not None
+    assert 0 <= default.free_run.mean <= default.free_run.limit
+
+
+@pytest.mark.parametrize(("plan", "context"), [({"recall_count": 1}, 160), ({"recall_count": 0}, 64), ({"recall_lengths": ()}, 64)])
+def test_methods_learn_at_the_positions_that_are_read(plan: dict[str, Any], context: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recall prompts are longer than windows: what learns must have seen their positions."""
+    asked = []
+
+    def stop(*arguments: Any) -> None:
+        asked.append(arguments[-1])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate, "collect_samples", stop)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate.evaluate(
+            MODEL, [find_method("default")], plan=Plan(window=64, **({"recall_lengths": (96, 160)} | plan)), device=torch.device("cpu")
+        )
+    assert asked == [context]
+
+
+def test_another_model_needs_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for file in MODEL.iterdir():
+        if file.suffix in {".json", ".safetensors"} and "evaluation" not in file.name:
+            (tmp_path / file.name).symlink_to(file.resolve())
+    assert cli.main(["eval", str(tmp_path), "--quiet"]) == 2
+    assert "expected --text FILE" in capsys.readouterr().err
+    (tmp_path / "short.txt").write_text("too short")
+    assert cli.main(["eval", str(tmp_path), "--text", str(tmp_path / "short.txt"), "--quiet"]) == 2
+    assert "expected at least 2048 tokens" in capsys.readouterr().err
+    (tmp_path / "latin.txt").write_bytes(b"\xe9\xe8")
+    assert cli.main(["eval", str(tmp_path), "--text", str(tmp_path / "latin.txt"), "--quiet"]) == 2
+    assert "expected a UTF-8 file" in capsys.readouterr().err
+    assert cli.main(["eval", str(tmp_path), "--formats", "int3"]) == 2
+    assert "got 'int3'" in capsys.readouterr().err
+    assert cli.main(["eval", str(tmp_path), "--window", "8"]) == 2
+    assert "expected at least 32 tokens" in capsys.readouterr().err
+
+
+def test_windows_and_calibration_are_apart() -> None:
+    text = Text("t", torch.arange(1000), (7, 8), lambda text: [])
+    windows, calibration = text.split(52, 100, 3)
+    assert windows.shape == (17, 52)
+    assert calibration.shape == (3, 52)
+    assert not set(windows[:, 2:].flatten().tolist()) & set(calibration[:, 2:].flatten().tolist())
+    assert windows[:, :2].tolist() == [[7, 8]] * 17
+
+
+def test_prompts_hide_one_answer_where_they_say() -> None:
+    text = load_text(MODEL, None)
+    prompts = make_prompts(text.encode, text.ids, text.prefix, lengths=[300], count=2, seed=random.randrange(1000))
+    assert len(prompts) == 2 * 2 * len(DEPTHS)
+    for prompt in prompts:
+        assert abs(len(prompt.ids) - 300) <= 1
+        answer = prompt.ids[-prompt.answer_length :]
+        places = [i for i in range(300 - len(answer)) if prompt.ids[i : i + len(answer)] == answer]
+        assert any(abs(place / 300 - prompt.depth) < 0.25 for place in places)
+
+
+def test_recall_counts_whole_answers() -> None:
+    """The reference recalls; a cache that gives back nothing does not."""
+    text = load_text(MODEL, None)
+    model = EvalModel.load(MODEL, "cpu", torch.float32)
+    prompts = make_prompts(text.encode, text.ids, text.prefix, lengths=[128], count=1)
+    blank = [(torch.zeros_like, torch.zeros_like)] * len(model.layers)
+    steps: list[int] = []
+    right, wrong = (recall(model, prompts, readers, tokens_at_once=600, step=steps.append) for readers in (None, blank))
+    assert sum(cell.correct for cell in right) >= 8
+    assert sum(cell.correct for cell in wrong) == 0
+    assert sum(cell.asked for cell in right) == 10
+    assert sum(steps) >= 2 * sum(len(prompt.ids) for prompt in prompts)
+
+
+def test_free_runs_end_at_the_first_other_choice() -> None:
+    model = EvalModel.load(MODEL, "cpu", torch.float32)
+    prompt = load_text(MODEL, None).ids[None, :50]
+    following = model.continue_greedily(prompt, 6).clone()
+    unquantized = [None] * len(model.layers)
+    assert free_run(model, prompt, following, unquantized).tokens == (6,)
+    following[0, 4] = (following[0, 4] + 1) % 4096
+    assert free_run(model, prompt, following, unquantized).tokens == (4,)
+
+
+def test_errors_of_means() -> None:
+    means = torch.rand(400).double()
+    mean, error = mean_and_error(means)
+    assert mean == pytest.approx(0.5, abs=0.06)
+    assert error == pytest.approx(12**-0.5 / 20, rel=0.2)
+    assert mean_and_error(means[:1])[1] == 0.0
+
+
+def test_damaged_records_are_refused() -> None:
+    with pytest.raises(SawkvError, match="does not parse"):
+        Evaluation.from_json('{"model": 1}')
+    with pytest.raises(SawkvError, match="does not parse"):
+        Evaluation.from_json("[]")
+    assert dataclasses.is_dataclass(Evaluation)

@@ -1,0 +1,218 @@
+"""Every method: its bits, what makes it token-wise, and what its file claims."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sawkv import CacheFormat, FormatError, PagedKVCache, PageLayout, append, gather
+from sawkv.format.feedback import fit_feedback
+from sawkv.format.rotation import rotate
+from sawkv.lab.methods import METHODS, find_method
+from sawkv.lab.methods.feedback import FedBack
+from sawkv.lab.methods.hessian import HessianAware
+from sawkv.lab.methods.integer import Coded
+from sawkv.lab.methods.kmeans import KMeans
+from sawkv.lab.methods.lloyd_max import LloydMax, gaussian_levels
+from sawkv.lab.methods.low_rank import LowRank
+from sawkv.lab.methods.outliers import Outliers
+from sawkv.lab.methods.range_search import RangeSearched
+from sawkv.prepare.balance import channel_scales
+from sawkv.prepare.samples import LayerSample, Reader, Sample
+from tests.conftest import relative_error
+
+NAMES = [*METHODS, "bf16", "int8", "int4-k16-v0", "int4-k64-v64"]
+BITS = {
+    "default": 4.25,
+    "fp8": 8,
+    "vllm_int4_per_token_head": 4.25,
+    "int8_plain": 8.25,
+    "bf16": 16,
+    "int4_outliers": 5,
+    "kmeans": 4.125,
+    "svd_bf16": 4.25,
+    "svd_int8": 4.25,
+    "lloyd_max": 4.125,
+}
+
+
+def make_sample(num_tokens: int = 400, num_kv_heads: int = 2, head_dim: int = 128, offset: float = 0.0) -> LayerSample:
+    """Rows with channels of different sizes, an offset in two channels, and correlated queries."""
+    spread = 0.3 + 2 * torch.rand(num_kv_heads, head_dim)
+    rows = torch.randn(2, num_tokens, num_kv_heads, head_dim) * spread
+    rows[..., 5] += offset
+    rows[..., 5 + head_dim // 2] -= offset
+    mix = torch.randn(num_kv_heads, head_dim, head_dim) / head_dim**0.5
+    hessian = mix @ torch.diag_embed(torch.rand(num_kv_heads, head_dim) ** 4) @ mix.mT
+    return LayerSample(Sample(rows[0], hessian), Sample(rows[1], hessian))
+
+
+def fitted(name: str, sample: LayerSample) -> tuple[Reader, Reader]:
+    return find_method(name).fit(sample)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_reads_are_token_wise_and_pure(name: str) -> None:
+    """A row read alone, or among others, or in another order, is the same: so one pass reads what decoding would read."""
+    sample = make_sample(offset=3.0)
+    for read, part in zip(fitted(name, sample), (sample.k, sample.v), strict=True):
+        rows = part.rows[:50]
+        before = rows.clone()
+        whole = read(rows)
+        assert torch.equal(rows, before)
+        assert whole.shape == rows.shape
+        assert whole.dtype == torch.float32
+        assert bool(whole.isfinite().all())
+        order = torch.randperm(50)
+        torch.testing.assert_close(read(rows[order]), whole[order], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(read(rows[7:8]), whole[7:8], rtol=1e-4, atol=1e-4)
+        limit = 0.9 if name.startswith("svd") else 0.25
+        assert relative_error(whole, rows) < limit, "stored rows bear no likeness to what was stored"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_zeros_and_large_rows_stay_finite(name: str) -> None:
+    sample = make_sample()
+    for read in fitted(name, sample):
+        assert bool(read(torch.zeros(3, 2, 128)).isfinite().all())
+        assert bool(read(1e4 * torch.randn(3, 2, 128)).isfinite().all())
+
+
+def test_bits() -> None:
+    for name, bits in BITS.items():
+        assert find_method(name).bits(128) == bits
+    assert find_method("int4").bits(64) == 4.5
+
+
+@pytest.mark.parametrize("name", ["int4-k128-v128", "int4-k16-v0", "int8", "int4-k0-v64", "bf16-k32-v32"])
+def test_served_formats_read_what_pages_give_back(name: str) -> None:
+    """The method is the product's own arithmetic: `append`, then `gather`, to the last bit."""
+    sample = make_sample(num_tokens=40)
+    layout = PageLayout(CacheFormat.parse(name), 2, 128, 16)
+    cache = PagedKVCache.allocate(layout, 3)
+    append(sample.k.rows, sample.v.rows, cache, torch.arange(40), backend="reference")
+    out = torch.empty(2, 40, 2, 128)
+    one = torch.tensor([40], dtype=torch.int32)
+    pages = torch.arange(3, dtype=torch.int32)[None]
+    gather(cache, pages, one, torch.tensor([0, 40], dtype=torch.int32), out[0], out[1], rotated=False, backend="reference")
+    for read, part, want in zip(fitted(name, sample), (sample.k, sample.v), out, strict=True):
+        assert torch.equal(read(part.rows), want)
+
+
+def test_centered_formats_read_what_pages_with_centers_give_back() -> None:
+    sample = make_sample(num_tokens=40, offset=20.0)
+    centers = [part.rows.mean(0) for part in (sample.k, sample.v)]
+    cache = PagedKVCache.allocate(PageLayout(CacheFormat.parse("int4"), 2, 128, 16), 3, "cpu", *centers)
+    append(sample.k.rows, sample.v.rows, cache, torch.arange(40), backend="reference")
+    out = torch.empty(2, 40, 2, 128)
+    one = torch.tensor([40], dtype=torch.int32)
+    pages = torch.arange(3, dtype=torch.int32)[None]
+    gather(cache, pages, one, torch.tensor([0, 40], dtype=torch.int32), out[0], out[1], rotated=False, backend="reference")
+    for read, part, want in zip(fitted("int4_center", sample), (sample.k, sample.v), out, strict=True):
+        assert torch.equal(read(part.rows), want)
+
+
+def test_feedback_reads_what_pages_written_with_it_give_back() -> None:
+    sample = make_sample(num_tokens=40, offset=20.0)
+    parts = [sample.k, sample.v]
+    feedback = [fit_feedback(rotate(rotate(part.hessian, 128).mT, 128)) for part in parts]
+    centers = [part.rows.mean(0) for part in parts]
+    cache = PagedKVCache.allocate(PageLayout(CacheFormat.parse("int4"), 2, 128, 16), 3, "cpu", *centers, *feedback)
+    append(sample.k.rows, sample.v.rows, cache, torch.arange(40), backend="reference")
+    out = torch.empty(2, 40, 2, 128)
+    one = torch.tensor([40], dtype=torch.int32)
+    pages = torch.arange(3, dtype=torch.int32)[None]
+    gather(cache, pages, one, torch.tensor([0, 40], dtype=torch.int32), out[0], out[1], rotated=False, backend="reference")
+    plain = fitted("int4_center", sample)
+    for read, without, part, want in zip(fitted("int4_center_feedback", sample), plain, parts, out, strict=True):
+        assert torch.equal(read(part.rows), want)
+        assert not torch.equal(without(part.rows), want)
+
+
+def test_centering_removes_an_offset_that_rotation_spreads() -> None:
+    sample = make_sample(offset=60.0)
+    error = {name: relative_error(fitted(name, sample)[0](sample.k.rows), sample.k.rows) for name in ("int4_center", "int4-k128-v128")}
+    assert error["int4_center"] < 0.3 * error["int4-k128-v128"]
+
+
+def test_range_search_beats_min_and_max() -> None:
+    rows = torch.randn(300, 2, 128)
+    sample = make_sample().k
+    plain, searched = (relative_error(q.fit(sample)(rows), rows) for q in (Coded("int4"), RangeSearched()))
+    assert searched < 0.96 * plain
+    skewed = rows.exp()
+    per_row = [(q.fit(sample)(skewed) - skewed).norm(dim=-1) for q in (Coded("int4"), RangeSearched())]
+    assert bool((per_row[1] <= per_row[0] * 1.02).all())
+
+
+def test_lloyd_max_levels_are_the_known_ones() -> None:
+    """Max (1960): 16 levels of N(0, 1), the outermost 2.733 and the innermost 0.1284, mean squared error 0.009497."""
+    levels = gaussian_levels(16)
+    assert levels.tolist() == pytest.approx((-levels.flip(0)).tolist(), abs=1e-6)
+    assert float(levels[-1]) == pytest.approx(2.733, abs=1e-3)
+    assert float(levels[8]) == pytest.approx(0.1284, abs=1e-4)
+    rows = torch.randn(4000, 1, 128)
+    error = relative_error(LloydMax().fit(make_sample().k)(rows), rows) ** 2
+    assert error == pytest.approx(0.0095, rel=0.05)
+
+
+def test_error_feedback_lowers_the_cost_it_is_given() -> None:
+    sample = make_sample(num_tokens=200).k
+    cost = {}
+    for name, quantizer in (("plain", Coded("int4")), ("aware", HessianAware()), ("served", FedBack())):
+        error = quantizer.fit(sample)(sample.rows) - sample.rows
+        cost[name] = float(torch.einsum("thd,hde,the->", error, sample.hessian, error))
+    assert cost["aware"] < 0.7 * cost["plain"]
+    assert cost["served"] < 0.75 * cost["plain"], "blocks of 16 channels and 8-bit integers lose little"
+
+
+def test_balancing_undoes_a_scaled_pair() -> None:
+    sample = make_sample().k
+    scaled = sample.rows.clone()
+    scaled[..., [9, 73]] *= 64
+    hessian = sample.hessian.clone()
+    for index in (9, 73):
+        hessian[:, index] /= 64
+        hessian[:, :, index] /= 64
+    scales = channel_scales(Sample(scaled, hessian), paired=True, shared=False)
+    ratio = scales / channel_scales(sample, paired=True, shared=False)
+    assert torch.equal(scales.log2(), scales.log2().round())
+    assert torch.equal(scales[:, :64], scales[:, 64:])
+    others = torch.ones(128, dtype=torch.bool)
+    others[[9, 73]] = False
+    assert bool((ratio[:, 9] / ratio[:, others].amax(-1) >= 16).all())
+
+
+def test_outliers_are_kept_exactly() -> None:
+    rows = torch.randn(20, 2, 128)
+    rows[:, :, 17] = 300.0
+    sample = make_sample().k
+    read = Outliers(Coded("int4"), 1).fit(sample)(rows)
+    assert torch.equal(read[..., 17], rows[..., 17])
+    assert relative_error(read, rows) < 0.1 * relative_error(Coded("int4").fit(sample)(rows), rows)
+
+
+def test_low_rank_is_exact_on_rows_of_low_rank() -> None:
+    basis = torch.linalg.qr(torch.randn(128, 20)).Q
+    rows = torch.randn(300, 2, 20) @ basis.T + 3.0
+    quantizer = LowRank(Coded("fp32"), 20 / 128)
+    assert relative_error(quantizer.fit(Sample(rows, torch.eye(128).expand(2, -1, -1)))(rows), rows) < 1e-4
+    full = torch.randn(300, 2, 128)
+    assert relative_error(quantizer.fit(Sample(full, torch.eye(128).expand(2, -1, -1)))(full), full) > 0.5
+
+
+def test_kmeans_finds_clusters() -> None:
+    centers = torch.randn(200, 2)
+    rows = centers[torch.randint(0, 200, (300, 1, 64))].flatten(-2)
+    sample = Sample(rows, torch.eye(128)[None])
+    assert relative_error(KMeans().fit(sample)(rows), rows) < 0.1
+    gaussian = torch.randn(300, 1, 128)
+    assert 0.05 < relative_error(KMeans().fit(Sample(gaussian, sample.hessian))(gaussian), gaussian) < 0.12
+
+
+def test_names() -> None:
+    assert all(find_method(name).name == name for name in NAMES)
+    with pytest.raises(FormatError, match="one of default, fp8"):
+        find_method("int5")
+    with pytest.raises(FormatError, match="divisor of head_dim 64"):
+        find_method("int4-k128-v128").fit(make_sample(head_dim=64))
