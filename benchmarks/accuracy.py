@@ -16,10 +16,10 @@ from pathlib import Path
 import torch
 
 from sawkv.lab.budget import Plan
-from sawkv.lab.command import table
 from sawkv.lab.evaluate import evaluate
 from sawkv.lab.methods import METHODS, find_method
 from sawkv.lab.records import Evaluation, MethodResult
+from sawkv.lab.table import table
 
 FORMATS = (
     "bf16",

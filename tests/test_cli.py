@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -81,10 +83,91 @@ def test_bad_input_is_named_and_gives_2(capsys: pytest.CaptureFixture[str]) -> N
     assert "got 'int5'" in capsys.readouterr().err
     assert cli.main(["info", "--head-dim", "72"]) == 2
     assert "head_dim: expected a multiple of 16" in capsys.readouterr().err
-    assert cli.main(["calibrate", "m", "--out", "x", "--device", "foo"]) == 2
-    for arguments in (["info", "--colour"], ["demo", "m", "--kv-cache-memory", "0"], ["calibrate", "m", "--out", "x", "--context", "-1"]):
+    for arguments in (
+        ["calibrate", "m", "--out", "x", "--device", "foo"],
+        ["info", "--colour"],
+        ["demo", "m", "--kv-cache-memory", "0"],
+        ["calibrate", "m", "--out", "x", "--context", "-1"],
+    ):
         with pytest.raises(SystemExit, match="2"):
             cli.main(arguments)
+
+
+def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "sawkv", *arguments], capture_output=True, text=True, check=False, **options)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([name, "--help"] for name in cli.COMMANDS)])
+def test_help_needs_no_torch(arguments: list[str]) -> None:
+    """Importing it takes seconds."""
+    code = (
+        "import sys; from sawkv import cli\ntry: cli.main(sys.argv[1:])\nfinally: assert not {'torch', 'numpy', 'vllm'} & set(sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert max(map(len, done.stdout.splitlines())) <= 80 or "--recall" in done.stdout
+
+
+def test_python_m_sawkv_is_the_command() -> None:
+    done = run("serve", "m", "--format", "int5")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("sawkv: unknown codec: expected one of int4,")
+
+
+def test_one_option_has_one_name_and_one_text() -> None:
+    """In all commands but `serve` and `plan`, whose options are explained by what vLLM does with them."""
+    texts: dict[str, set[str]] = {}
+    for name in set(cli.COMMANDS) - {"serve", "plan"}:
+        for action in cli.make_parser()[1][name]._actions:
+            for option in action.option_strings:
+                texts.setdefault(option, set()).add(f"{action.metavar} {action.help}".partition(" (default")[0])
+    assert {option: found for option, found in texts.items() if len(found) > 1 and option not in ("--out", "--format")} == {}
+    assert not {"--methods", "--windows"} & set(texts)
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "shown"),
+    [
+        (KeyboardInterrupt(), 130, "sawkv: interrupted\n"),
+        (FileNotFoundError(2, "No such file or directory", "a/b"), 2, "sawkv: a/b: No such file or directory\n"),
+        (OSError("of a library"), 2, "sawkv: of a library\n"),
+    ],
+)
+def test_what_ends_a_command_is_one_line(
+    error: BaseException, status: int, shown: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise error
+
+    monkeypatch.setattr("sawkv.kernels.unsupported_reason", fail)
+    assert cli.main(["info"]) == status
+    assert capsys.readouterr().err == shown
+
+
+def test_ctrl_c_is_one_line_and_130(tmp_path: Path) -> None:
+    script = """
+from sawkv import cli
+from sawkv.prepare import text
+import time
+def load(*_): print("up", flush=True); time.sleep(60)
+import sawkv.prepare.calibrate
+sawkv.prepare.calibrate.load_text = load
+raise SystemExit(cli.main())
+"""
+    command = [sys.executable, "-c", script, "calibrate", "m", "--out", str(tmp_path / "c")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=30)
+    assert (process.returncode, errors) == (130, "sawkv: interrupted\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_reader_that_leaves_is_no_fault() -> None:
+    command = f"{sys.executable} -m sawkv info | head -c 1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) in ((141, ""), (0, ""))
 
 
 def test_agreement_counts_tokens_before_the_first_that_differs() -> None:

@@ -89,7 +89,22 @@ def test_options_of_vllm_are_used_or_refused(additional_config: Any, kv_cache_dt
 
 words = st.one_of(
     st.sampled_from(
-        ["info", "serve", "plan", "--format", "--head-dim", "--gpu-memory", "--context", "--calibration", "--help", "--version", "--"]
+        [
+            "info",
+            "serve",
+            "plan",
+            "eval",
+            "calibrate",
+            "--out",
+            "--format",
+            "--head-dim",
+            "--gpu-memory",
+            "--context",
+            "--calibration",
+            "--help",
+            "--version",
+            "--",
+        ]
     ),
     st.sampled_from(
         ["int4", "int4-k128-v128", "128", "-1", "80GiB", "1e400", "0", "models/none", "--fo", "\x00", "", "=", "--head-dim=64"]

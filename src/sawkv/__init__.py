@@ -1,10 +1,16 @@
 """sawkv: a 4-bit KV cache that serves faster than 16 bits. Implements SAW-INT4, arXiv 2604.19157."""
 
-from sawkv.cache import PagedKVCache
-from sawkv.errors import FormatError, LayoutError, SawkvError, UnsupportedError
-from sawkv.format.layout import PageLayout
-from sawkv.format.spec import CacheFormat
-from sawkv.ops import append, decode_attention, gather, make_decode_plan
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from sawkv.cache import PagedKVCache
+    from sawkv.errors import FormatError, LayoutError, SawkvError, UnsupportedError
+    from sawkv.format.layout import PageLayout
+    from sawkv.format.spec import CacheFormat
+    from sawkv.ops import append, decode_attention, gather, make_decode_plan
 
 __version__ = "0.1.0"
 
@@ -21,3 +27,21 @@ __all__ = [
     "gather",
     "make_decode_plan",
 ]
+
+_HOMES = {
+    "sawkv.cache": ("PagedKVCache",),
+    "sawkv.errors": ("FormatError", "LayoutError", "SawkvError", "UnsupportedError"),
+    "sawkv.format.layout": ("PageLayout",),
+    "sawkv.format.spec": ("CacheFormat",),
+    "sawkv.ops": ("append", "decode_attention", "gather", "make_decode_plan"),
+}
+
+
+def __getattr__(name: str) -> object:
+    """Names are imported when they are first asked for: `sawkv --help` and vLLM's list of plugins need no torch."""
+    for home, names in _HOMES.items():
+        if name in names:
+            value: object = getattr(importlib.import_module(home), name)
+            globals()[name] = value
+            return value
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

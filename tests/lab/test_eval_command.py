@@ -26,9 +26,9 @@ MODEL = next(Path("models").glob("sawkv-*"))
 def test_eval_writes_records_and_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--formats", "default,int4_plain", "--tokens", "512", "--window", "128", "--calibration-tokens", "256"]
     arguments += ["--layer-tokens", "128", "--recall-lengths", "96", "--recall-count", "1", "--free-runs", "1", "--stress", "16", "--quiet"]
-    assert cli.main(["eval", str(MODEL), *arguments, "--out", str(tmp_path)]) == 0
+    assert cli.main(["eval", str(MODEL), *arguments, "--out", str(tmp_path / "new" / "eval.json")]) == 0
     shown = capsys.readouterr().out
-    evaluation = Evaluation.from_json((tmp_path / "eval.json").read_text())
+    evaluation = Evaluation.from_json((tmp_path / "new" / "eval.json").read_text())
     assert Evaluation.from_json(evaluation.to_json()) == evaluation
     assert [result.method for result in evaluation.results] == ["bf16_floor", "default", "int4_plain"]
     assert all(result.method in shown for result in (evaluation.reference, *evaluation.results))

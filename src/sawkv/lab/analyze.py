@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from sawkv.files import check_writable, writing
 from sawkv.format.spec import CacheFormat
 from sawkv.lab.methods import METHODS, Method, find_method, fit
 from sawkv.lab.records import ModelShape, parse_record
@@ -219,6 +220,8 @@ def run_analyze(
     Raises:
         SawkvError: bad input, by name.
     """
+    if out is not None:
+        check_writable(out)
     chosen = None if methods is None else [find_method(name) for name in methods]
     text = load_text(model_folder, text_file)
     scored, calibrating = text.split(window, windows, CALIBRATION_WINDOWS)
@@ -227,10 +230,10 @@ def run_analyze(
     if stress > 1:
         apply_stress(model.layers, model.shape[2], stress)
     analysis = analyze(model, scored, calibrating, chosen, name=model_folder.resolve().name, text=text.name, stress=stress)
-    if out is not None:
-        out.write_text(analysis.to_json(), encoding="utf-8")
     print(describe(analysis))
     if out is not None:
+        with writing(out) as part:
+            part.write_text(analysis.to_json(), encoding="utf-8")
         print(f"\nwrote {out}; `sawkv report {out}` makes a page of it")
     return 0
 

@@ -10,6 +10,7 @@ from importlib import resources
 from pathlib import Path
 
 from sawkv.errors import SawkvError
+from sawkv.files import check_writable, writing
 from sawkv.lab import svg
 from sawkv.lab.analyze import Analysis, Grid, label, mean, pair_energy
 from sawkv.lab.records import Evaluation, MethodResult, ModelShape, Recall
@@ -31,6 +32,7 @@ def run_report(files: Sequence[Path], out: Path) -> int:
     Raises:
         SawkvError: a file is not such a record.
     """
+    check_writable(out)
     evaluations, analyses = [], []
     for file in files:
         record = read_record(file)
@@ -38,7 +40,9 @@ def run_report(files: Sequence[Path], out: Path) -> int:
             evaluations.append(record)
         else:
             analyses.append(record)
-    out.write_text(render(evaluations, analyses), encoding="utf-8")
+    page = render(evaluations, analyses)
+    with writing(out) as part:
+        part.write_text(page, encoding="utf-8")
     print(f"wrote {out}")
     return 0
 

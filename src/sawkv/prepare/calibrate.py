@@ -21,6 +21,7 @@ import torch
 from tqdm import tqdm
 
 from sawkv.errors import FormatError, SawkvError, UnsupportedError
+from sawkv.files import check_writable
 from sawkv.format.codecs import CODECS
 from sawkv.format.feedback import Feedback, fit_feedback
 from sawkv.format.rotation import rotate
@@ -97,8 +98,7 @@ def run_calibrate(
         SawkvError: bad input, by name.
     """
     wanted = CacheFormat.parse(cache_format)
-    if not out.absolute().parent.is_dir():  # before minutes of work
-        raise UnsupportedError(f"{out}: expected a file in a folder that exists")
+    check_writable(out)
     window = min(window, context)
     text = load_text(model_folder, text_file)
     for_judging = max(1, windows // JUDGED_SHARE)

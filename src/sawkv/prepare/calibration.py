@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from sawkv.errors import CalibrationError, FormatError
+from sawkv.files import writing
 from sawkv.format.feedback import Feedback, takes_from
 from sawkv.format.spec import FORMAT_VERSION, CacheFormat
 
@@ -199,7 +200,11 @@ class Calibration:
         return LayerCalibration(center("k_center"), center("v_center"), feedback("k_feedback"), feedback("v_feedback"))
 
     def save(self, path: str | Path) -> None:
-        """Write the file."""
+        """Write the file.
+
+        Raises:
+            SawkvError: it cannot be written; nothing is left of it then.
+        """
         metadata = {
             "version": VERSION,
             "format": str(self.format),
@@ -210,7 +215,12 @@ class Calibration:
             "fingerprint": self.fingerprint(),
             "made_by": f"sawkv {importlib.metadata.version('sawkv')}",
         }
-        save_file({name: x.clone(memory_format=torch.contiguous_format) for name, x in self._tensors().items()}, path, metadata)
+        tensors = {name: x.clone(memory_format=torch.contiguous_format) for name, x in self._tensors().items()}
+        try:
+            with writing(Path(path)) as part:
+                save_file(tensors, part, metadata)
+        except SafetensorError as error:
+            raise CalibrationError(f"cannot write {path}: {error}") from error
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:

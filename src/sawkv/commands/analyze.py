@@ -1,0 +1,34 @@
+"""`sawkv analyze`: what K and V of a model look like, and which format to take."""
+
+from __future__ import annotations
+
+import argparse
+
+from sawkv.commands import options
+
+SUMMARY = "statistics of a model's K and V, what each format does to attention, and which to take"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_model(parser)
+    options.add_text(parser)
+    options.add_out(parser, "record, JSON for `sawkv report`,")
+    options.add_formats(parser, None, "those to choose from, and rivals")
+    options.add_tokens(parser, tokens=8192, window=2048)
+    options.add_stress(parser)
+    options.add_device(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from sawkv.lab.analyze import run_analyze
+
+    return run_analyze(
+        args.model,
+        args.text,
+        args.out,
+        methods=args.formats,
+        window=args.window,
+        windows=max(1, args.tokens // args.window),
+        stress=args.stress,
+        device=args.device,
+    )

@@ -1,0 +1,85 @@
+"""`sawkv eval`: what cache formats and other methods cost on a model."""
+
+from __future__ import annotations
+
+import argparse
+
+from sawkv.commands import options
+from sawkv.lab.budget import Plan
+
+SUMMARY = "what cache formats and other methods cost on a model: KL, perplexity, recall"
+DEFAULT_FORMATS = "default,int8,fp8,vllm_int4_per_token_head,int4_plain"
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    defaults = Plan()
+    options.add_model(parser)
+    options.add_text(parser)
+    options.add_out(parser, "record, JSON for `sawkv report`,")
+    options.add_formats(parser, DEFAULT_FORMATS, DEFAULT_FORMATS)
+    options.add_tokens(parser, defaults.tokens, defaults.window)
+    for name, default, help_text in (
+        ("calibration", defaults.calibration_tokens, "tokens of other text, for methods that learn"),
+        ("batch", defaults.batch_tokens, "tokens in one pass of the model"),
+        ("layer", defaults.layer_tokens, "tokens of the text for the measurement layer by layer; 0 leaves it out"),
+    ):
+        kind = options.count if name == "layer" else options.positive
+        parser.add_argument(f"--{name}-tokens", type=kind, default=default, metavar="COUNT", help=f"{help_text} (default: %(default)s)")
+    parser.add_argument(
+        "--recall-lengths",
+        type=options.positive,
+        nargs="+",
+        default=defaults.recall_lengths,
+        metavar="COUNT",
+        help=f"tokens of the prompts that ask for recall (default: {' '.join(map(str, defaults.recall_lengths))})",
+    )
+    for name, default, help_text in (
+        ("recall-count", defaults.recall_count, "recall prompts of each task, length and depth; 0 leaves recall out"),
+        ("free-runs", defaults.free_runs, "prompts to continue freely; 0 leaves that out"),
+    ):
+        parser.add_argument(f"--{name}", type=options.count, default=default, metavar="COUNT", help=f"{help_text} (default: %(default)s)")
+    options.add_stress(parser)
+    options.add_device(parser)
+    parser.add_argument("--dtype", choices=DTYPES, help="of the model's arithmetic (default: bfloat16 on a GPU, float32 on a CPU)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+
+
+def run(args: argparse.Namespace) -> int:
+    import torch
+
+    from sawkv.files import check_writable, writing
+    from sawkv.lab.evaluate import evaluate
+    from sawkv.lab.methods import find_method
+    from sawkv.lab.table import table
+    from sawkv.prepare.model import find_device
+
+    if args.out is not None:
+        check_writable(args.out)
+    methods = [find_method(name) for name in args.formats]
+    plan = Plan(
+        tokens=args.tokens,
+        window=args.window,
+        calibration_tokens=args.calibration_tokens,
+        batch_tokens=args.batch_tokens,
+        layer_tokens=args.layer_tokens,
+        recall_lengths=tuple(args.recall_lengths),
+        recall_count=args.recall_count,
+        free_runs=args.free_runs,
+        stress=args.stress,
+    )
+    evaluation = evaluate(
+        args.model,
+        methods,
+        text=args.text,
+        plan=plan,
+        device=find_device(args.device),
+        dtype=getattr(torch, args.dtype) if args.dtype else None,
+        quiet=args.quiet,
+    )
+    print(table(evaluation))
+    if args.out is not None:
+        with writing(args.out) as part:
+            part.write_text(evaluation.to_json(), encoding="utf-8")
+        print(f"wrote {args.out}")
+    return 0

@@ -1,0 +1,74 @@
+"""Arguments that several commands share, in the same words, and the types of their values."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """MODEL that is read from a directory."""
+    parser.add_argument("model", type=Path, metavar="MODEL", help="a checkpoint directory")
+
+
+def add_served_model(parser: argparse.ArgumentParser, note: str = "") -> None:
+    """MODEL that vLLM finds, in a directory or on the hub."""
+    parser.add_argument("model", metavar="MODEL", help=f"a checkpoint directory, or a model of the Hugging Face hub{note}")
+
+
+def add_text(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to read (default: the model's held-out text, if it has one)")
+
+
+def add_tokens(parser: argparse.ArgumentParser, tokens: int, window: int) -> None:
+    """How much of the text is read, and in what pieces."""
+    parser.add_argument(
+        "--tokens", type=positive, default=tokens, metavar="COUNT", help="tokens of the text to read (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--window", type=positive, default=window, metavar="COUNT", help="tokens read from one empty cache (default: %(default)s)"
+    )
+
+
+def add_format(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument("--format", default="int4", metavar="NAME", help=f"{what} (default: %(default)s)")
+
+
+def add_formats(parser: argparse.ArgumentParser, default: str | None, shown: str) -> None:
+    help_text = f"cache formats and other methods, separated by commas (default: {shown})"
+    parser.add_argument("--formats", type=names, default=default, metavar="NAMES", help=help_text)
+
+
+def add_out(parser: argparse.ArgumentParser, what: str, **options: object) -> None:
+    parser.add_argument("--out", type=Path, metavar="FILE", help=f"{what} to write; its folder is made if there is none", **options)  # type: ignore[arg-type]
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--device", choices=("cpu", "cuda"), help="where to run the model (default: a GPU where there is one)")
+
+
+def add_stress(parser: argparse.ArgumentParser) -> None:
+    help_text = "make the model harder: scale some key channels by this power of two (default: %(default)s, none)"
+    parser.add_argument("--stress", type=positive, default=1, metavar="FACTOR", help=help_text)
+
+
+def names(text: str) -> list[str]:
+    """Names separated by commas, each once."""
+    return list(dict.fromkeys(name.strip() for name in text.split(",")))
+
+
+def positive(text: str) -> int:
+    """A whole number from 1 on."""
+    return _whole(text, 1, "a positive integer")
+
+
+def count(text: str) -> int:
+    """A whole number from 0 on."""
+    return _whole(text, 0, "0 or a positive integer")
+
+
+def _whole(text: str, least: int, expected: str) -> int:
+    value = int(text) if text.isascii() and text.isdigit() else -1
+    if value < least:
+        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+    return value

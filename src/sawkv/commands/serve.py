@@ -1,0 +1,22 @@
+"""`sawkv serve`: vLLM's OpenAI server, with the settings that make it use sawkv."""
+
+from __future__ import annotations
+
+import argparse
+
+from sawkv.commands import options
+
+SUMMARY = "serve a model with vLLM from INT4 pages; options not listed go to vLLM"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_served_model(parser, "; before all options of vLLM")
+    parser.add_argument("--format", metavar="NAME", help="cache format, such as int4-k128-v128 (default: the calibration's, or int4)")
+    parser.add_argument("--calibration", metavar="FILE", help="what `sawkv calibrate` wrote for this model")
+    parser.set_defaults(engine_options=())  # those that this parser does not know
+
+
+def run(args: argparse.Namespace) -> int:
+    from sawkv.integrations.vllm.server import serve
+
+    return serve(args.model, args.format, args.engine_options, args.calibration)
