@@ -18,6 +18,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not item.nodeid.removeprefix("tests/").startswith(LONGEST))
 
 
+def random_vectors(layout: PageLayout, device: str, centered: bool = True, gained: bool = True) -> dict[str, torch.Tensor]:
+    """Centers and gains of K and V, by the names of `PagedKVCache`; gains are from 1/4 to 4."""
+    shape = layout.num_kv_heads, layout.head_dim
+    centers = {name: torch.randn(shape, device=device) for name in ("k_center", "v_center") if centered}
+    return centers | {name: torch.exp2(4 * torch.rand(shape, device=device) - 2) for name in ("k_gain", "v_gain") if gained}
+
+
 @dataclass
 class Batch:
     """A cache that holds `seq_lens` tokens of random K and V in permuted pages; all else in it is poison (0xFF bytes: NaN scales)."""
@@ -38,6 +45,7 @@ def make_batch(
     page_size: int = 16,
     dtype: torch.dtype = torch.bfloat16,
     centered: bool = False,
+    gained: bool = False,
     backend: str = "reference",
     device: str = "cpu",
 ) -> Batch:
@@ -45,8 +53,7 @@ def make_batch(
     layout = PageLayout(CacheFormat.parse(format_name), num_kv_heads, head_dim, page_size)
     pages_of = [-(-length // page_size) for length in seq_lens]
     num_pages = sum(pages_of) + 3
-    centers = [torch.randn(num_kv_heads, head_dim, device=device) if centered else None for _ in range(2)]
-    cache = PagedKVCache.allocate(layout, num_pages, device, *centers)
+    cache = PagedKVCache.allocate(layout, num_pages, device, **random_vectors(layout, device, centered, gained))
     cache.pages.fill_(0xFF)
     free = torch.randperm(num_pages).tolist()
     block_table = torch.full((len(seq_lens), max([*pages_of, 1]) + 2), 2**30, dtype=torch.int32)

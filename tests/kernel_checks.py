@@ -10,7 +10,7 @@ import torch
 
 from sawkv import CacheFormat, PagedKVCache, PageLayout, append, decode_attention, gather
 from sawkv.format.feedback import Feedback, channel_blocks, takes_from
-from tests.conftest import Batch, make_batch, relative_error
+from tests.conftest import Batch, make_batch, random_vectors, relative_error
 
 MAX_ERROR = 5e-3
 """Relative, of attention from 16-bit queries: what rounding weights and output to bf16 may cost."""
@@ -34,6 +34,7 @@ def check_append(
     page_size: int = 32,
     dtype: torch.dtype = torch.bfloat16,
     centered: bool = False,
+    gained: bool = False,
     feedback: str = "",
 ) -> None:
     """Bytes equal the reference's, from strided rows of all magnitudes, with NaN and infinities, to permuted slots.
@@ -41,10 +42,10 @@ def check_append(
     feedback: which of K and V have it: "", "k", "v" or "kv".
     """
     layout = PageLayout(CacheFormat.parse(format_name), 3, head_dim, page_size)
-    centers = [torch.randn(3, head_dim, device=device) if centered else None for _ in range(2)]
-    feedbacks = [random_feedback(3, head_dim, device) if which in feedback else None for which in "kv"]
+    vectors = random_vectors(layout, device, centered, gained)
+    feedbacks = {f"{which}_feedback": random_feedback(3, head_dim, device) for which in feedback}
     pages = torch.empty(2, *layout.pages_shape(5), dtype=torch.uint8, device=device)
-    caches = [PagedKVCache(pages[i], layout, *centers, *feedbacks) for i in range(2)]
+    caches = [PagedKVCache(pages[i], layout, **vectors, **feedbacks) for i in range(2)]
     fused = torch.randn(70, 5, 3, head_dim) * torch.logspace(-8, 4, 70)[:, None, None, None] + torch.randn(70, 1, 1, 1)
     fused[3] = 0
     fused[4] = 7.5
@@ -73,7 +74,7 @@ def check_wrong_feedback_is_noticed(backend: str, device: str) -> None:
 
     def written(feedback: Feedback | None, name: str) -> torch.Tensor:
         pages = torch.zeros(layout.pages_shape(4), dtype=torch.uint8, device=device)
-        append(k, v, PagedKVCache(pages, layout, None, None, feedback, feedback), torch.arange(64, device=device), backend=name)
+        append(k, v, PagedKVCache(pages, layout, k_feedback=feedback, v_feedback=feedback), torch.arange(64, device=device), backend=name)
         return pages
 
     want = written(right, "reference")
@@ -104,7 +105,8 @@ def check_feedback_ends_where_scales_saturate(backend: str, device: str) -> None
     pages = torch.zeros(3, *layout.pages_shape(1), dtype=torch.uint8, device=device)
     feedback = Feedback(random_feedback(2, 64, device).weights, torch.full((2,), 1e-3, device=device))  # by codes
     for i, (name, used) in enumerate(((backend, feedback), ("reference", feedback), (backend, None))):
-        append(k, v, PagedKVCache(pages[i], layout, None, None, used, used), torch.arange(5, device=device), backend=name)
+        cache = PagedKVCache(pages[i], layout, k_feedback=used, v_feedback=used)
+        append(k, v, cache, torch.arange(5, device=device), backend=name)
     assert torch.equal(pages[0], pages[1])
     k_plane = slice(0, 16 * layout.row_bytes)
     differ = (pages[0] != pages[2])[0].flatten(1)[:, k_plane].view(2, 16, -1)[:, :5].any(-1)
@@ -139,10 +141,11 @@ def check_attention(
     page_size: int = 16,
     dtype: torch.dtype = torch.bfloat16,
     centered: bool = False,
+    gained: bool = False,
     **options: object,
 ) -> None:
     """Output and log-sum-exp of each sequence equal the reference's; rows of no sequence are left as they are."""
-    batch = make_batch(format_name, seq_lens, head_dim=head_dim, page_size=page_size, centered=centered, device=device)
+    batch = make_batch(format_name, seq_lens, head_dim=head_dim, page_size=page_size, centered=centered, gained=gained, device=device)
     starts = starts_of(query_lens, device)
     used = int(starts[-1])
     q = torch.randn(used + 2, 3, 2 * group, head_dim, device=device).to(dtype)[:, 1]  # strided
@@ -169,13 +172,21 @@ def compare_attention(
 
 
 def check_gather(
-    backend: str, device: str, format_name: str, seq_lens: Sequence[int], *, head_dim: int, page_size: int = 16, exact: bool = True
+    backend: str,
+    device: str,
+    format_name: str,
+    seq_lens: Sequence[int],
+    *,
+    head_dim: int,
+    page_size: int = 16,
+    gained: bool = False,
+    exact: bool = True,
 ) -> None:
     """Rows equal the reference's, rotated and not, in fp32 and bf16; nothing else is written.
 
     exact: un-rotated rows too are equal to the last bit. Otherwise the rotation's sums may be taken in another order.
     """
-    batch = make_batch(format_name, seq_lens, head_dim=head_dim, centered=True, page_size=page_size, device=device)
+    batch = make_batch(format_name, seq_lens, head_dim=head_dim, centered=True, gained=gained, page_size=page_size, device=device)
     starts = starts_of([length + 3 * (i % 2) for i, length in enumerate(seq_lens)], device)
     total = int(starts[-1])
     for max_tokens in (total + 5, total - 4):  # room to spare; the last tokens do not fit and are dropped

@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 
 from sawkv import CacheFormat, PagedKVCache, PageLayout, SawkvError
 from sawkv.errors import CalibrationError
-from sawkv.format.feedback import takes_from
+from sawkv.format.feedback import Feedback, takes_from
 from sawkv.prepare import calibration
-from sawkv.prepare.calibration import Calibration, model_id
+from sawkv.prepare.calibration import Calibration, LayerCalibration, model_id
 
 FORMAT = CacheFormat.parse("int4-k128-v128")
 
@@ -30,12 +30,18 @@ def make(num_layers: int = 3, num_kv_heads: int = 2, head_dim: int = 128) -> Cal
 
 
 def make_fed(num_layers: int = 3, num_kv_heads: int = 2, head_dim: int = 128) -> Calibration:
-    """With feedback of random weights, other ones in every layer and head."""
+    """With gains, and feedback of random weights, other ones in every layer and head."""
     shape = (num_layers, num_kv_heads)
     weights = torch.randint(-127, 128, (2, *shape, head_dim, head_dim), dtype=torch.int8) * takes_from(head_dim).to(torch.int8)
     step = torch.rand(2, *shape) / 1e4
-    made = make(num_layers, num_kv_heads, head_dim)
+    made = make_gained(num_layers, num_kv_heads, head_dim)
     return replace(made, k_feedback=weights[0], k_feedback_step=step[0], v_feedback=weights[1], v_feedback_step=step[1])
+
+
+def make_gained(num_layers: int = 3, num_kv_heads: int = 2, head_dim: int = 128) -> Calibration:
+    made = make(num_layers, num_kv_heads, head_dim)
+    k_gain, v_gain = torch.exp2(4 * torch.rand(2, *made.k_center.shape) - 2)
+    return replace(made, k_gain=k_gain, v_gain=v_gain)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +57,8 @@ def fed_content(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     path = tmp_path_factory.mktemp("calibration") / "fed.safetensors"
     weights, step = takes_from(16).to(torch.int8).expand(2, 1, 16, 16), torch.full((2, 1), 1e-4)
     fed = {"k_feedback": weights, "k_feedback_step": step, "v_feedback": weights, "v_feedback_step": step}
-    Calibration(CacheFormat.parse("int4-k16-v16"), "a model", *torch.ones(2, 2, 1, 16), **fed).save(path)
+    gains = {"k_gain": torch.full((2, 1, 16), 2.0), "v_gain": torch.full((2, 1, 16), 0.5)}
+    Calibration(CacheFormat.parse("int4-k16-v16"), "a model", *torch.ones(2, 2, 1, 16), **gains, **fed).save(path)
     return path.read_bytes()
 
 
@@ -60,10 +67,12 @@ def load_bytes(path: Path, content: bytes) -> Calibration:
     return Calibration.load(path)
 
 
-TENSORS = ("k_center", "v_center", "k_feedback", "k_feedback_step", "v_feedback", "v_feedback_step")
+TENSORS = ("k_center", "v_center", "k_gain", "v_gain", "k_feedback", "k_feedback_step", "v_feedback", "v_feedback_step")
 
 
-@pytest.mark.parametrize("made", [make(), make_fed(), replace(make_fed(), k_feedback=None, k_feedback_step=None)])
+@pytest.mark.parametrize(
+    "made", [make(), make_gained(), make_fed(), replace(make_fed(), k_gain=None, k_feedback=None, k_feedback_step=None)]
+)
 def test_what_is_saved_is_loaded(made: Calibration, tmp_path: Path) -> None:
     made.save(tmp_path / "c.safetensors")
     loaded = Calibration.load(tmp_path / "c.safetensors")
@@ -86,9 +95,9 @@ def test_loading_does_not_follow_the_default_device(tmp_path: Path) -> None:
     assert torch.equal(layer.k_feedback.weights, made.layer(1).k_feedback.weights)  # type: ignore[union-attr]
 
 
-def test_a_file_of_centers_alone_is_what_it_was_before_there_was_feedback() -> None:
+def test_a_fingerprint_stays_what_it_is() -> None:
     made = Calibration(FORMAT, "a model", *torch.ones(2, 2, 1, 128))
-    assert made.fingerprint() == "bfd63fbf1a79fb52"
+    assert made.fingerprint() == "1d0120c0af1650ee"
 
 
 def test_what_a_rank_gets_and_none_where_there_is_nothing_to_do() -> None:
@@ -98,21 +107,71 @@ def test_what_a_rank_gets_and_none_where_there_is_nothing_to_do() -> None:
     assert made.v_feedback is not None
     made.v_center[1] = 0
     made.v_feedback[1] = 0
+    assert made.k_gain is not None
+    assert made.v_gain is not None
+    made.k_gain[1] = 1
     layer = made.layer(1, slice(2, 4))
     assert layer.k_center is not None
     assert torch.equal(layer.k_center, made.k_center[1, 2:4])
     assert layer.v_center is None
+    assert layer.k_gain is None
+    assert layer.v_gain is not None
+    assert torch.equal(layer.v_gain, made.v_gain[1, 2:4])
     assert layer.k_feedback is not None
     assert torch.equal(layer.k_feedback.weights, made.k_feedback[1, 2:4])
     assert torch.equal(layer.k_feedback.step, made.k_feedback_step[1, 2:4])
     assert layer.v_feedback is None
     assert made.layer(0).v_feedback is not None
     cache = PagedKVCache.allocate(PageLayout(FORMAT, 2, 128, 16), 1, "cpu", **vars(layer.to("cpu")))
-    bare = replace(cache, k_feedback=None)
-    assert cache.fingerprint() != bare.fingerprint()
+    assert len({each.fingerprint() for each in (cache, replace(cache, k_feedback=None), replace(cache, v_gain=None))}) == 3
     for index, heads in ((3, slice(0, 1)), (-1, slice(0, 1)), (0, slice(3, 5))):
         with pytest.raises(CalibrationError, match="expected"):
             made.layer(index, heads)
+
+
+def test_layers_make_a_whole_and_a_whole_its_layers() -> None:
+    made = make_fed(num_layers=4)
+    rebuilt = Calibration.from_layers(FORMAT, "a model", 4, {index: made.layer(index) for index in range(4)})
+    assert rebuilt.fingerprint() == made.fingerprint()
+    parts = {2: made.layer(2), 0: replace(made.layer(0), k_gain=None, v_feedback=None, k_center=None)}  # others do not attend
+    sparse = Calibration.from_layers(FORMAT, "a model", 4, parts)
+    assert sparse.num_layers == 4
+    for index in range(4):
+        layer, wanted = sparse.layer(index), vars(parts.get(index, LayerCalibration()))
+        for name, part in vars(layer).items():
+            want = wanted[name]
+            assert (part is None) == (want is None), (index, name)
+            for got, expected in zip(tensors_of(part), tensors_of(want), strict=True):
+                assert torch.equal(got, expected), (index, name)
+    alone = Calibration.from_layers(FORMAT, "a model", 2, {1: LayerCalibration(v_center=made.v_center[0])})
+    assert (alone.k_gain, alone.v_gain, alone.k_feedback, alone.v_feedback_step) == (None,) * 4
+    assert not alone.k_center.any()
+
+
+def tensors_of(part: torch.Tensor | Feedback | None) -> list[torch.Tensor]:
+    if part is None:
+        return []
+    return [part.weights, part.step] if isinstance(part, Feedback) else [part]
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ({}, "expected a center, gain or feedback"),
+        ({0: LayerCalibration()}, "expected a center, gain or feedback"),
+        ({3: LayerCalibration(k_center=torch.zeros(2, 128))}, r"expected indices from 0 to 2, got \[3\]"),
+        ({-1: LayerCalibration(k_center=torch.zeros(2, 128))}, "expected indices from 0 to 2"),
+        ({0: LayerCalibration(k_gain=torch.ones(2, 128), v_gain=torch.ones(2, 64))}, r"got \[\[2, 128\], \[2, 64\]\]"),
+        (
+            {0: LayerCalibration(k_gain=torch.ones(2, 128)), 1: LayerCalibration(k_gain=torch.ones(1, 128))},
+            r"got \[\[2, 128\], \[1, 128\]\]",
+        ),
+        ({0: LayerCalibration(k_gain=torch.zeros(2, 128))}, "from 1/1024 to 1024"),
+    ],
+)
+def test_layers_that_do_not_fit_are_refused(layers: dict[int, LayerCalibration], message: str) -> None:
+    with pytest.raises(CalibrationError, match=message):
+        Calibration.from_layers(FORMAT, "a model", 3, layers)
 
 
 def test_the_fingerprint_covers_all_that_changes_the_bytes() -> None:
@@ -136,6 +195,8 @@ def test_the_fingerprint_covers_all_that_changes_the_bytes() -> None:
         replace(fed, v_feedback_step=fed.v_feedback_step * 2),
         replace(fed, v_feedback=None, v_feedback_step=None),
         replace(fed, k_feedback=fed.v_feedback, v_feedback=fed.k_feedback),
+        replace(fed, k_gain=None),
+        replace(fed, k_gain=fed.v_gain, v_gain=fed.k_gain),
     ]
     all_of_them = [made, *others, fed, *fed_others]
     assert len({each.fingerprint() for each in all_of_them}) == len(all_of_them)
@@ -161,12 +222,18 @@ def test_a_misfit_names_all_that_differs() -> None:
         ({"v_center": torch.zeros(3, 2, 128, dtype=torch.float64)}, "float32"),
         ({"v_center": torch.zeros(3, 256)}, "num_layers, num_kv_heads, head_dim"),
         ({"v_center": torch.zeros(0, 2, 128)}, "num_layers, num_kv_heads, head_dim"),
-        ({"v_center": torch.zeros(3, 1, 128)}, "equal shapes"),
+        ({"v_center": torch.zeros(3, 1, 128)}, r"v_center: expected the shape of k_center, \[3, 2, 128\], got \[3, 1, 128\]"),
+        ({"k_gain": torch.ones(3, 2, 64)}, "k_gain: expected the shape of k_center"),
+        ({"v_gain": torch.ones(3, 2, 128).double()}, "v_gain: expected float32"),
+        ({"k_gain": torch.full((3, 2, 128), torch.nan)}, "k_gain: expected values from 1/1024 to 1024, got NaN or others"),
+        ({"k_gain": torch.full((3, 2, 128), 0.0)}, "k_gain: expected values from 1/1024"),
+        ({"v_gain": torch.full((3, 2, 128), -1.0)}, "v_gain: expected values from 1/1024"),
+        ({"v_gain": torch.full((3, 2, 128), 1025.0)}, "v_gain: expected values from 1/1024"),
         ({"format": CacheFormat("int4")}, "int4-k128-v128, got int4"),
         ({"format": CacheFormat("int4", 256, 0)}, "divisor"),
     ],
 )
-def test_bad_centers_are_refused(change: dict[str, Any], message: str) -> None:
+def test_bad_centers_and_gains_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(CalibrationError, match=message):
         replace(make(), **change)
 
@@ -215,7 +282,7 @@ def metadata(content: bytes, **changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": "2"}, "expected a calibration of version 1, got '2'"),
+        ({"version": "1"}, "expected a calibration of version 2, got '1'. `sawkv calibrate` makes it again"),
         ({"version": None}, "got 'no version'"),
         ({"model": None}, "expected the keys"),
         ({"colour": "red"}, "colour"),
@@ -255,10 +322,12 @@ def test_headers_that_lie_are_refused(content: bytes, fed_content: bytes, tmp_pa
     for lie in (
         {"k_feedback": None},
         {"k_feedback_step": None},
+        {"k_gain": {"dtype": "F32", "shape": [1, 2, 16], "data_offsets": [136, 264]}},
+        {"k_gain": {"dtype": "F16", "shape": [2, 1, 32], "data_offsets": [136, 264]}},
         {"w_feedback": {"dtype": "I8", "shape": [2, 1, 16, 16], "data_offsets": [0, 512]}},
-        {"k_feedback": {"dtype": "U8", "shape": [2, 1, 16, 16], "data_offsets": [272, 784]}},
-        {"k_feedback": {"dtype": "I8", "shape": [2, 1, 32, 8], "data_offsets": [272, 784]}},
-        {"k_feedback": {"dtype": "I8", "shape": [1 << 40, 1, 16, 16], "data_offsets": [272, 784]}},
+        {"k_feedback": {"dtype": "U8", "shape": [2, 1, 16, 16], "data_offsets": [528, 1040]}},
+        {"k_feedback": {"dtype": "I8", "shape": [2, 1, 32, 8], "data_offsets": [528, 1040]}},
+        {"k_feedback": {"dtype": "I8", "shape": [1 << 40, 1, 16, 16], "data_offsets": [528, 1040]}},
     ):
         with pytest.raises(CalibrationError):
             load_bytes(tmp_path / "c.safetensors", rewritten(fed_content, **lie))
@@ -274,7 +343,7 @@ def test_what_is_no_calibration_is_named(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(CalibrationError, match="no file"):
         Calibration.load(tmp_path)
     save_file({"weight": torch.zeros(3)}, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CalibrationError, match="expected a calibration of version 1, got 'no version'"):
+    with pytest.raises(CalibrationError, match="expected a calibration of version 2, got 'no version'"):
         Calibration.load(tmp_path / "model.safetensors")
     make().save(tmp_path / "c.safetensors")
     monkeypatch.setattr(calibration, "MAX_FILE_BYTES", 1000)
@@ -307,6 +376,9 @@ def test_damage_is_an_error_of_ours_and_never_another_center(
     assert loaded.fingerprint() == load_bytes(tmp_path / "whole.safetensors", whole).fingerprint()
     assert torch.equal(loaded.k_center, torch.ones_like(loaded.k_center))
     assert torch.equal(loaded.v_center, torch.ones_like(loaded.v_center))
+    for gain, want in ((loaded.k_gain, 2.0), (loaded.v_gain, 0.5)):
+        assert (gain is None) == (whole is content)
+        assert gain is None or torch.equal(gain, torch.full((2, 1, 16), want))
     for weights in (loaded.k_feedback, loaded.v_feedback):
         assert (weights is None) == (whole is content)
         assert weights is None or torch.equal(weights, takes_from(16).to(torch.int8).expand(2, 1, 16, 16))

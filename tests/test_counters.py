@@ -22,7 +22,7 @@ def counting_cache(format_name: str, head_dim: int = 64, *, fed_back: bool = Fal
     pages = torch.full(layout.pages_shape(PAGES), 0xFF, dtype=torch.uint8)
     center = torch.randn(2, head_dim)
     feedbacks = [random_feedback(2, head_dim, "cpu") if fed_back else None for _ in range(2)]
-    return PagedKVCache(pages, layout, center, None, *feedbacks, new_counters("cpu"))
+    return PagedKVCache(pages, layout, k_center=center, k_feedback=feedbacks[0], v_feedback=feedbacks[1], counters=new_counters("cpu"))
 
 
 def column(cache: PagedKVCache, name: str) -> list[float]:
@@ -95,7 +95,7 @@ def read_v(cache: PagedKVCache) -> torch.Tensor:
 
 def test_counting_changes_no_byte_and_wrong_counters_are_refused() -> None:
     counted = counting_cache("int4")
-    plain = PagedKVCache(counted.pages.clone(), counted.layout, counted.k_center)
+    plain = PagedKVCache(counted.pages.clone(), counted.layout, k_center=counted.k_center)
     k, v = torch.randn(2, 300, 2, 64)
     for cache in (counted, plain):
         append(k, v, cache, torch.arange(300))

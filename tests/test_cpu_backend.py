@@ -29,7 +29,7 @@ def test_the_backend_is_there() -> None:
 def test_append_writes_the_bytes_of_the_reference(head_dim: int, format_name: str, dtype: torch.dtype) -> None:
     layout = PageLayout(CacheFormat.parse(format_name), 3, head_dim, 32)
     centers = [torch.randn(3, head_dim), torch.randn(3, head_dim)] if head_dim == 64 else [None, None]
-    caches = [PagedKVCache.allocate(layout, 5, "cpu", *centers) for _ in range(2)]
+    caches = [PagedKVCache.allocate(layout, 5, k_center=centers[0], v_center=centers[1]) for _ in range(2)]
     fused = torch.randn(70, 5, 3, head_dim) * torch.logspace(-8, 4, 70)[:, None, None, None] + torch.randn(70, 1, 1, 1)
     fused[3] = 0
     fused[4] = 7.5

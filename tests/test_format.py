@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -189,6 +190,27 @@ def test_golden_feedback() -> None:
     assert v_codes == [0x10, 0x31, 0x56, 0x76, 0x98, 0xBA, 0xF8, 0xFE]
 
 
+def test_golden_gain() -> None:
+    """K has codes 0..15 after centering and gain. The difference is rounded before it is multiplied."""
+    layout = PageLayout(CacheFormat.parse("int4-k0-v0"), 1, 16, 16)
+    gain = torch.ones(1, 16)
+    gain[0, 3], gain[0, 7] = 0.5, 3
+    cache = PagedKVCache.allocate(layout, 1, k_center=torch.full((1, 16), 2.0), k_gain=gain)
+    row = torch.arange(16.0).view(1, 1, 16)
+    append(row / gain + 2, row, cache, torch.tensor([0]), backend="reference")
+    k_codes, k_meta, v_codes, v_meta = (plane[0, 0, 0].tolist() for plane in reference.planes(cache))
+    assert k_meta == v_meta == [0x00, 0x3C, 0x00, 0x00]  # fp16 1.0, then 0.0
+    assert k_codes == v_codes == [0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE]
+
+    layout = PageLayout(CacheFormat.parse("fp32-k0-v0"), 1, 16, 16)
+    x, center, gain = (torch.full((1, 16), value) for value in (1 + 2**-23, 2**-24, 1 + 2**-23))
+    cache = PagedKVCache.allocate(layout, 1, k_center=center, k_gain=gain)
+    append(x[None], x[None], cache, torch.tensor([0]), backend="reference")
+    stored = reference.planes(cache)[0][0, 0, 0].view(torch.float32)
+    difference = 1.0  # 1 + 2^-23 - 2^-24 is a tie, and 1 is even
+    assert stored.tolist() == [difference * (1 + 2**-23)] * 16
+
+
 def test_golden_rotation_and_swizzle() -> None:
     """A unit vector rotates to the constant 128 ** -0.5, whose bytes are known; V's segments of token 2 are stored at s ^ 1."""
     layout = PageLayout(CacheFormat.parse("int4-k128-v0"), 1, 128, 16)
@@ -236,11 +258,11 @@ def test_slots_are_a_bijection_onto_page_and_offset(page: int, offset: int) -> N
 
 def test_fingerprint_changes_with_everything_that_changes_the_bytes() -> None:
     def fingerprint(
-        name: str = "int4-k64-v64", head_dim: int = 64, page_size: int = 16, k_center: float | None = None, **feedbacks: Feedback
+        name: str = "int4-k64-v64", head_dim: int = 64, page_size: int = 16, k_center: float | None = None, **others: Any
     ) -> str:
         layout = PageLayout(CacheFormat.parse(name), 2, head_dim, page_size)
         center = None if k_center is None else torch.full((2, head_dim), k_center)
-        return PagedKVCache.allocate(layout, 1, k_center=center, **feedbacks).fingerprint()
+        return PagedKVCache.allocate(layout, 1, k_center=center, **others).fingerprint()
 
     weights, step = torch.zeros(2, 64, 64, dtype=torch.int8), torch.ones(2)
     feedback = Feedback(weights, step)
@@ -255,6 +277,9 @@ def test_fingerprint_changes_with_everything_that_changes_the_bytes() -> None:
         fingerprint(page_size=32),
         fingerprint(k_center=0.0),
         fingerprint(k_center=1.0),
+        fingerprint(k_gain=torch.ones(2, 64)),
+        fingerprint(v_gain=torch.ones(2, 64)),
+        fingerprint(v_gain=torch.ones(2, 64) * 2),
         fingerprint(k_feedback=feedback),
         fingerprint(v_feedback=feedback),
         fingerprint(k_feedback=feedback, v_feedback=feedback),

@@ -33,6 +33,7 @@ def attend_fp64(
         starts_at = torch.tensor([0, length], dtype=torch.int32)
         gather(cache, batch.block_table[i : i + 1], batch.seq_lens[i : i + 1], starts_at, k_rot, v_rot, backend="reference")
         k, v = rotate(k_rot, layout.k_rotation_order).double(), rotate(v_rot, layout.v_rotation_order).double()
+        k, v = (x if gain is None else x / gain.double() for x, gain in ((k, cache.k_gain), (v, cache.v_gain)))
         v = v + (0 if cache.v_center is None else cache.v_center)
         queries = range(starts[i], starts[i + 1])
         for row in queries:
@@ -52,7 +53,7 @@ def attend_fp64(
 @pytest.mark.parametrize("format_name", ["int4", "int4-k16-v64", "int8-k0-v0", "bf16", "fp16-k128-v128", "fp32-k64-v64"])
 @pytest.mark.parametrize("options", [{}, {"window": 7}, {"cap": 3.0}, {"sinks": True}])
 def test_decode_attention(format_name: str, options: dict[str, object]) -> None:
-    batch = make_batch(format_name, LENGTHS, centered=format_name == "int4")
+    batch = make_batch(format_name, LENGTHS, centered=format_name == "int4", gained=format_name.startswith(("int4", "fp16")))
     query_lens = [1, 1, 3, 2, 1, 8, 2]
     starts = torch.tensor([0, *query_lens]).cumsum(0)
     q = torch.randn(int(starts[-1]), 6, 128) / 3
@@ -79,11 +80,23 @@ def test_decode_attention(format_name: str, options: dict[str, object]) -> None:
 
 
 def test_the_check_above_can_fail() -> None:
-    batch = make_batch("int4", [40])
+    batch = make_batch("int4", [40], gained=True)
     q = torch.randn(1, 2, 128)
     want = attend_fp64(batch, q, [0, 1])
     batch.cache.pages[batch.block_table[0, 1]] = batch.cache.pages[batch.block_table[0, 1]].roll(1)
     assert not relative_error(attend_fp64(batch, q, [0, 1]), want) < 1e-3
+
+
+@pytest.mark.parametrize("which", ["k_gain", "v_gain"])
+def test_attention_with_another_gain_is_another(which: str) -> None:
+    batch = make_batch("int4", [40], gained=True)
+    q, starts = torch.randn(1, 2, 128), torch.tensor([0, 1], dtype=torch.int32)
+    options = {"softmax_scale": 128**-0.5, "max_query_len": 1, "backend": "reference"}
+    want = attend_fp64(batch, q, [0, 1])
+    gain = getattr(batch.cache, which)
+    for other in (None, gain.reciprocal(), gain.flip(0), gain.roll(1, 1)):
+        cache = replace(batch.cache, **{which: other})
+        assert relative_error(decode_attention(q, cache, batch.block_table, batch.seq_lens, starts, **options), want) > 0.1
 
 
 def test_lse_is_the_natural_log_of_the_sum() -> None:
@@ -93,6 +106,62 @@ def test_lse_is_the_natural_log_of_the_sum() -> None:
     decode_attention(*args, softmax_scale=0.1, max_query_len=1, lse=lse, backend="reference")
     scores = torch.einsum("hd,khd->hk", q[0], batch.k[0].float()) * 0.1
     torch.testing.assert_close(lse[0], scores.logsumexp(-1))
+
+
+def test_gains_take_errors_from_channels_that_need_them_small() -> None:
+    """Rows of one loud channel: divided by their size, each channel errs by its own size; and they are read back as they were."""
+    layout = PageLayout(CacheFormat("int4"), 2, 128, 16)
+    size = torch.ones(2, 128)
+    size[:, 7] = 100
+    k = torch.randn(160, 2, 128) * size
+    table, length, start = torch.arange(10, dtype=torch.int32)[None], torch.tensor([160]).int(), torch.tensor([0, 160]).int()
+    errors = []
+    for gain in (None, 1 / size):
+        cache = PagedKVCache.allocate(layout, 10, k_gain=gain, v_gain=gain)
+        append(k, k, cache, torch.arange(160), backend="reference")
+        read = torch.empty(2, 160, 2, 128)
+        gather(cache, table, length, start, *read, rotated=False, backend="reference")
+        quiet = torch.arange(128) != 7
+        errors += [relative_error(x[..., quiet], k[..., quiet]) for x in read]
+    plain, gained = errors[:2], errors[2:]
+    assert max(gained) < 0.15
+    assert min(plain) > 2 * max(gained), "the control"
+
+
+def test_gains_of_one_change_no_byte() -> None:
+    batch = make_batch("int4", [40], centered=True)
+    ones = torch.ones(2, 128)
+    cache = replace(batch.cache, pages=torch.full_like(batch.cache.pages, 0xFF), k_gain=ones, v_gain=ones)
+    position = torch.arange(40)
+    slots = batch.block_table[0, position // 16].long() * 16 + position % 16
+    append(batch.k[0], batch.v[0], cache, slots, backend="reference")
+    assert torch.equal(cache.pages, batch.cache.pages)
+
+
+def test_the_inverse_of_a_gain_is_rounded_once() -> None:
+    gain = torch.exp2(20 * torch.rand(2, 128) - 10)
+    cache = PagedKVCache.allocate(PageLayout(CacheFormat("int4"), 2, 128, 16), 1, v_gain=gain)
+    assert cache.v_gain_inverse is not None
+    want = [nearest_fp32(1 / Fraction(float(x))) for x in gain.flatten()]
+    assert cache.v_gain_inverse.flatten().tolist() == want
+    assert cache.k_gain_inverse is None
+
+
+def test_vectors_that_do_not_fit_are_refused() -> None:
+    cache = PagedKVCache.allocate(PageLayout(CacheFormat("int4"), 2, 128, 16), 1)
+    ones = torch.ones(2, 128)
+    for name in ("k_center", "v_center", "k_gain", "v_gain"):
+        for wrong in (ones.double(), torch.ones(1, 128), torch.ones(128, 2).T):
+            with pytest.raises(LayoutError, match=f"{name}: expected contiguous float32 \\[2, 128\\]"):
+                replace(cache, **{name: wrong})
+        with pytest.raises(LayoutError, match=f"{name}: expected device cpu, got meta"):
+            replace(cache, **{name: ones.to("meta")})
+    for bad in (0.0, -1.0, math.inf, math.nan):
+        wrong = ones.clone()
+        wrong[1, 5] = bad
+        for name in ("k_gain", "v_gain"):
+            with pytest.raises(LayoutError, match=f"{name}: expected positive and finite values"):
+                replace(cache, **{name: wrong})
 
 
 def test_error_against_the_exact_values_is_that_of_the_codec() -> None:
@@ -176,7 +245,9 @@ def test_rows_that_take_no_feedback(poison: float) -> None:
     """Those that are not finite, or whose scale saturates; and they change no row beside them."""
     layout = PageLayout(CacheFormat("int4"), 2, 64, 16)
     feedback = random_feedback(2, 64, "cpu")
-    plain, moved = (PagedKVCache(torch.zeros(layout.pages_shape(1), dtype=torch.uint8), layout, None, None, f, f) for f in (None, feedback))
+    plain, moved = (
+        PagedKVCache(torch.zeros(layout.pages_shape(1), dtype=torch.uint8), layout, k_feedback=f, v_feedback=f) for f in (None, feedback)
+    )
     clean = replace(moved, pages=moved.pages.clone())
     k = torch.randn(3, 2, 64)
     append(k, k, clean, torch.arange(3), backend="reference")
@@ -222,7 +293,8 @@ def test_feedback_of_no_weight_changes_no_byte() -> None:
     nothing = Feedback(torch.zeros(2, 128, 128, dtype=torch.int8), torch.ones(2))
     position = torch.arange(40)
     slots = batch.block_table[0, position // 16].long() * 16 + position % 16
-    append(batch.k[0], batch.v[0], PagedKVCache(pages, batch.cache.layout, None, None, nothing, nothing), slots, backend="reference")
+    cache = PagedKVCache(pages, batch.cache.layout, k_feedback=nothing, v_feedback=nothing)
+    append(batch.k[0], batch.v[0], cache, slots, backend="reference")
     assert torch.equal(pages, batch.cache.pages)
 
 

@@ -90,7 +90,7 @@ def test_the_error_that_is_counted_is_that_of_moved_codes(head_dim: int) -> None
     counters = []
     for backend, used in (("triton", feedback), ("reference", feedback), ("reference", None)):
         pages = torch.zeros(layout.pages_shape(1200), dtype=torch.uint8)
-        cache = PagedKVCache(pages, layout, None, None, used, used, new_counters("cpu"))
+        cache = PagedKVCache(pages, layout, k_feedback=used, v_feedback=used, counters=new_counters("cpu"))
         append(k, v, cache, slots, backend=backend)
         counters.append(cache.counters)
     got, want, without = counters

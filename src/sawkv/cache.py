@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Any
 
 import torch
 
@@ -26,6 +27,10 @@ class PagedKVCache:
         layout: what the bytes mean.
         k_center, v_center: [num_kv_heads, head_dim] fp32 static offsets, subtracted before rotation, or None. A fixed offset of K
             changes no softmax, since it adds the same q.c to every score; V's is added back to the output.
+        k_gain, v_gain: [num_kv_heads, head_dim] fp32 static factors, positive and finite (checked on the CPU, where that waits for
+            nothing), by which channels are multiplied after centering and before rotation, or None. Readers divide by them: attention
+            divides q by K's and the output by V's.
+        k_gain_inverse, v_gain_inverse: what readers multiply by: 1 / gain, rounded once to fp32. Made here, or None.
         k_feedback, v_feedback: how `append` passes on the errors of codes, or None. For int4 alone; readers need not know of it.
         counters: [2, 5] fp64, from `counters.new_counters`, which `append` updates; None counts nothing.
 
@@ -35,11 +40,16 @@ class PagedKVCache:
 
     pages: torch.Tensor
     layout: PageLayout
+    _: KW_ONLY
     k_center: torch.Tensor | None = None
     v_center: torch.Tensor | None = None
+    k_gain: torch.Tensor | None = None
+    v_gain: torch.Tensor | None = None
     k_feedback: Feedback | None = None
     v_feedback: Feedback | None = None
     counters: torch.Tensor | None = None
+    k_gain_inverse: torch.Tensor | None = field(init=False, default=None, repr=False)
+    v_gain_inverse: torch.Tensor | None = field(init=False, default=None, repr=False)
 
     def __post_init__(self) -> None:
         layout, pages = self.layout, self.pages
@@ -52,14 +62,19 @@ class PagedKVCache:
                 f"pages: expected strides [multiple of 16, {', '.join(map(str, strides))}] from a 16-byte aligned address, "
                 f"got {list(pages.stride())}"
             )
-        for name, center in (("k_center", self.k_center), ("v_center", self.v_center)):
-            if center is None:
+        for name in ("k_center", "v_center", "k_gain", "v_gain"):
+            vectors: torch.Tensor | None = getattr(self, name)
+            if vectors is None:
                 continue
             expected = (layout.num_kv_heads, layout.head_dim)
-            if center.shape != expected or center.dtype != torch.float32 or not center.is_contiguous():
-                raise LayoutError(f"{name}: expected contiguous float32 {list(expected)}, got {center.dtype} {list(center.shape)}")
-            if center.device != pages.device:
-                raise LayoutError(f"{name}: expected device {pages.device}, got {center.device}")
+            if vectors.shape != expected or vectors.dtype != torch.float32 or not vectors.is_contiguous():
+                raise LayoutError(f"{name}: expected contiguous float32 {list(expected)}, got {vectors.dtype} {list(vectors.shape)}")
+            if vectors.device != pages.device:
+                raise LayoutError(f"{name}: expected device {pages.device}, got {vectors.device}")
+            if name.endswith("gain"):
+                if vectors.device.type == "cpu" and not bool(((vectors > 0) & (vectors < torch.inf)).all()):  # NaN fails too
+                    raise LayoutError(f"{name}: expected positive and finite values, got others")
+                object.__setattr__(self, f"{name}_inverse", vectors.reciprocal())
         for name, feedback in (("k_feedback", self.k_feedback), ("v_feedback", self.v_feedback)):
             if feedback is None:
                 continue
@@ -85,14 +100,10 @@ class PagedKVCache:
         layout: PageLayout,
         num_pages: int,
         device: torch.device | str = "cpu",
-        k_center: torch.Tensor | None = None,
-        v_center: torch.Tensor | None = None,
-        k_feedback: Feedback | None = None,
-        v_feedback: Feedback | None = None,
+        **constants: Any,
     ) -> PagedKVCache:
-        """A cache with `num_pages` fresh pages, their bytes not initialized."""
-        pages = torch.empty(layout.pages_shape(num_pages), dtype=torch.uint8, device=device)
-        return cls(pages, layout, k_center, v_center, k_feedback, v_feedback)
+        """A cache with `num_pages` fresh pages, their bytes not initialized. `constants` are fields, by their names."""
+        return cls(torch.empty(layout.pages_shape(num_pages), dtype=torch.uint8, device=device), layout, **constants)
 
     @property
     def num_slots(self) -> int:
@@ -115,6 +126,7 @@ class PagedKVCache:
             f"page_size={layout.page_size}",
             f"k_center={_digest(self.k_center)}",
             f"v_center={_digest(self.v_center)}",
+            *(f"{name}={_digest(x)}" for name, x in (("k_gain", self.k_gain), ("v_gain", self.v_gain)) if x is not None),
             *(f"{name}={_digest(x)}" for name, x in zip(FEEDBACK_NAMES, self.feedback_tensors, strict=True) if x is not None),
         ]
         return hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]

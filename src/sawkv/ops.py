@@ -24,9 +24,10 @@ def append(
     *,
     backend: str | None = None,
 ) -> None:
-    """Center, rotate, quantize, pack and write new tokens' K and V into their slots.
+    """Center, multiply by gains, rotate, quantize, pack and write new tokens' K and V into their slots.
 
-    y = H (x - center);  code = clamp(round(y / scale + zero_point), 0, 15);  y ~ (code - zero_point) * scale, per (token, KV head).
+    y = H ((x - center) * gain);  code = clamp(round(y / scale + zero_point), 0, 15);  y ~ (code - zero_point) * scale.
+    Scale and zero point are those of a (token, KV head), centers and gains of a KV head.
     Source: SAW-INT4, arXiv 2604.19157. Bytes and departures: docs/format.md.
 
     Args:
@@ -72,8 +73,9 @@ def decode_attention(
 ) -> torch.Tensor:
     """Causal attention of each sequence's last tokens over its pages, read as they are stored.
 
-    score = softmax_scale * (H q).(H (k - k_center)), soft-capped as `cap * tanh(score / cap)`; weights are the softmax over the
-    visible keys (and the sink); out = H sum(weight * H (v - v_center)) + v_center. Rotation of Q and of the output happens here.
+    score = softmax_scale * (H (q / k_gain)).y_k, soft-capped as `cap * tanh(score / cap)`; weights are the softmax over the visible
+    keys (and the sink); out = (H sum(weight * y_v)) / v_gain + v_center, with y_k and y_v the rows as they are stored. Rotation of Q and
+    of the output happens here.
 
     Args:
         q: [num_tokens, num_q_heads, head_dim] bf16, fp16 or fp32, after RoPE, not rotated; contiguous channels. The query tokens of
@@ -181,8 +183,8 @@ def gather(
 ) -> None:
     """Decode the pages of many sequences into contiguous K and V, for an engine's own prefill attention.
 
-    Rows that stay rotated need Q rotated by K's order before the attention, and its output by V's order after it (`rotation.rotate` is its
-    own inverse).
+    Rows that stay as they are stored need Q divided by K's gains and rotated by K's order before the attention, and its output rotated by
+    V's order and divided by V's gains after it (`rotation.rotate` is its own inverse), before V's center is added.
 
     Args:
         cache: read only.
@@ -191,7 +193,8 @@ def gather(
         cu_seq_lens: [num_seqs + 1] int32, where each sequence starts in the outputs; cu_seq_lens[i + 1] >= cu_seq_lens[i] + seq_lens[i].
         k_out, v_out: [max_tokens, num_kv_heads, head_dim] bf16, fp16 or fp32, contiguous. Filled up to what is gathered; tokens that would
             fall past max_tokens are dropped.
-        rotated: leave the rows rotated and centered, as they are stored; otherwise give K and V as `append` got them, quantized.
+        rotated: leave the rows as they are stored: centered, multiplied by gains and rotated; otherwise give K and V as `append` got them,
+            quantized.
         backend: a name from `sawkv info`; None chooses by device and format.
 
     Raises:

@@ -102,7 +102,7 @@ def test_served_formats_read_what_pages_give_back(name: str) -> None:
 def test_centered_formats_read_what_pages_with_centers_give_back() -> None:
     sample = make_sample(num_tokens=40, offset=20.0)
     centers = [part.rows.mean(0) for part in (sample.k, sample.v)]
-    cache = PagedKVCache.allocate(PageLayout(CacheFormat.parse("int4"), 2, 128, 16), 3, "cpu", *centers)
+    cache = PagedKVCache.allocate(PageLayout(CacheFormat.parse("int4"), 2, 128, 16), 3, k_center=centers[0], v_center=centers[1])
     append(sample.k.rows, sample.v.rows, cache, torch.arange(40), backend="reference")
     out = torch.empty(2, 40, 2, 128)
     one = torch.tensor([40], dtype=torch.int32)
@@ -117,7 +117,8 @@ def test_feedback_reads_what_pages_written_with_it_give_back() -> None:
     parts = [sample.k, sample.v]
     feedback = [fit_feedback(rotate(rotate(part.hessian, 128).mT, 128)) for part in parts]
     centers = [part.rows.mean(0) for part in parts]
-    cache = PagedKVCache.allocate(PageLayout(CacheFormat.parse("int4"), 2, 128, 16), 3, "cpu", *centers, *feedback)
+    constants = dict(zip(("k_center", "v_center", "k_feedback", "v_feedback"), (*centers, *feedback), strict=True))
+    cache = PagedKVCache.allocate(PageLayout(CacheFormat.parse("int4"), 2, 128, 16), 3, **constants)
     append(sample.k.rows, sample.v.rows, cache, torch.arange(40), backend="reference")
     out = torch.empty(2, 40, 2, 128)
     one = torch.tensor([40], dtype=torch.int32)

@@ -275,7 +275,8 @@ def test_feedback_is_in_the_bytes_and_kept(offload: bool) -> None:
     weights = torch.randint(-127, 128, (2, 4, 2, 16, 16), dtype=torch.int8) * takes_from(16).to(torch.int8)
     step = torch.full((4, 2), 1e-3)
     cache_format = CacheFormat.parse("int4-k16-v16")
-    made = Calibration(cache_format, model_id(config), *torch.randn(2, 4, 2, 16), weights[0], step, weights[1], step)
+    fed_back = {"k_feedback": weights[0], "k_feedback_step": step, "v_feedback": weights[1], "v_feedback_step": step}
+    made = Calibration(cache_format, model_id(config), *torch.randn(2, 4, 2, 16), **fed_back)
     cache = SawCache(config, cache_format, calibration=made, offload=offload)
     layout = PageLayout(cache_format, 2, 16, 16)
     written = [[states(2, tokens) for _ in range(4)] for tokens in (32, 16)]

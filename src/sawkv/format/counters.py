@@ -11,8 +11,8 @@ import torch
 
 COLUMNS: Final = ("rows", "non_finite_rows", "saturated_rows", "squared_error", "squared_norm")
 """Rows (of one token and KV head) written; those that decode to NaN or infinity; those whose scale is the largest fp16, so that their
-error is not bounded; and over all other rows of sampled slots the sums of (y - decoded)^2 and of y^2, y being the row after centering and
-rotation."""
+error is not bounded; and over all other rows of sampled slots the sums of (y - decoded)^2 and of y^2, y being the row after centering, gain
+and rotation."""
 
 SAMPLE: Final = 1024
 """One slot in so many is sampled: a page and offset chosen by a hash, so that no position of a sequence is preferred."""

@@ -28,12 +28,13 @@ def append(k: torch.Tensor, v: torch.Tensor, cache: PagedKVCache, slot_mapping: 
     page, offset = slot_mapping[kept] // layout.page_size, slot_mapping[kept] % layout.page_size
     codec = CODECS[layout.format.codec]
     k_codes, k_meta, v_codes, v_meta = planes(cache)
-    for x, center, order, feedback, codes, meta in (
-        (k, cache.k_center, layout.k_rotation_order, cache.k_feedback, k_codes, k_meta),
-        (v, cache.v_center, layout.v_rotation_order, cache.v_feedback, v_codes, v_meta),
+    for x, center, gain, order, feedback, codes, meta in (
+        (k, cache.k_center, cache.k_gain, layout.k_rotation_order, cache.k_feedback, k_codes, k_meta),
+        (v, cache.v_center, cache.v_gain, layout.v_rotation_order, cache.v_feedback, v_codes, v_meta),
     ):
         rows = x[:num_tokens][kept].float()
-        rows = rotate(rows if center is None else rows - center, order)
+        rows = rows if center is None else rows - center
+        rows = rotate(rows if gain is None else rows * gain, order)
         new_codes, new_meta = codec.encode(rows, feedback)
         if cache.counters is not None:
             decoded = codec.decode(new_codes, new_meta)
@@ -74,7 +75,8 @@ def decode_attention(
     """See `sawkv.ops.decode_attention`."""
     layout = cache.layout
     group = q.shape[1] // layout.num_kv_heads
-    rotated_q = rotate(q, layout.k_rotation_order).view(-1, layout.num_kv_heads, group, layout.head_dim)
+    q = q.float().view(-1, layout.num_kv_heads, group, layout.head_dim)
+    rotated_q = rotate(q if cache.k_gain_inverse is None else q * cache.k_gain_inverse[:, None], layout.k_rotation_order)
     for i in range(seq_lens.shape[0]):
         start, end, length = int(query_start_loc[i]), int(query_start_loc[i + 1]), int(seq_lens[i])
         keys, values = read_sequence(cache, block_table[i], length)
@@ -91,6 +93,8 @@ def decode_attention(
             # A query that sees no key gives zeros, and a log-sum-exp of -inf (or of its sink alone).
             weights = (scores - total).exp()[..., : visible.stop - visible.start]
             attended = rotate(torch.einsum("hgk,khd->hgd", weights, values[visible]), layout.v_rotation_order)
+            if cache.v_gain_inverse is not None:
+                attended = attended * cache.v_gain_inverse[:, None]
             if cache.v_center is not None:
                 attended = attended + cache.v_center[:, None] * weights.sum(-1, keepdim=True)
             out[token] = attended.flatten(0, 1).to(out.dtype)
@@ -119,12 +123,16 @@ def gather(
 
 
 def restore(keys: torch.Tensor, values: torch.Tensor, cache: PagedKVCache) -> tuple[torch.Tensor, torch.Tensor]:
-    """Undo rotation and centering of rows [num_tokens, num_kv_heads, head_dim] fp32."""
-    keys, values = rotate(keys, cache.layout.k_rotation_order), rotate(values, cache.layout.v_rotation_order)
-    return (
-        keys if cache.k_center is None else keys + cache.k_center,
-        values if cache.v_center is None else values + cache.v_center,
-    )
+    """Undo rotation, gains and centering of rows [num_tokens, num_kv_heads, head_dim] fp32."""
+    restored = []
+    for rows, order, inverse, center in (
+        (keys, cache.layout.k_rotation_order, cache.k_gain_inverse, cache.k_center),
+        (values, cache.layout.v_rotation_order, cache.v_gain_inverse, cache.v_center),
+    ):
+        rows = rotate(rows, order)
+        rows = rows if inverse is None else rows * inverse
+        restored.append(rows if center is None else rows + center)
+    return restored[0], restored[1]
 
 
 def make_plan(
@@ -135,7 +143,7 @@ def make_plan(
 
 
 def read_sequence(cache: PagedKVCache, block_table_row: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first `length` tokens of one sequence, decoded but still rotated and centered: two of [length, num_kv_heads, head_dim] fp32."""
+    """The first `length` tokens of one sequence, decoded but as they are stored: two of [length, num_kv_heads, head_dim] fp32."""
     layout = cache.layout
     position = torch.arange(length, device=cache.pages.device)
     page, offset = block_table_row[position // layout.page_size].long(), position % layout.page_size

@@ -157,7 +157,8 @@ def calibrate(
             if (found := fed[position][kind]) is not None and saving.feeds_back:
                 weights[kind, index], steps[kind, index] = found.weights.cpu(), found.step.cpu()
     (k, k_step), (v, v_step) = ((w, s) if bool(w.any()) else (None, None) for w, s in zip(weights, steps, strict=True))
-    return Calibration(resolved, model_id(config), chosen[0], chosen[1], k, k_step, v, v_step), savings
+    fed_back = {"k_feedback": k, "k_feedback_step": k_step, "v_feedback": v, "v_feedback_step": v_step}
+    return Calibration(resolved, model_id(config), chosen[0], chosen[1], **fed_back), savings
 
 
 def _measure(model: EvalModel, windows: torch.Tensor, context: int) -> tuple[torch.Tensor, torch.Tensor]:

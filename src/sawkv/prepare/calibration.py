@@ -1,8 +1,8 @@
-"""The calibration file: static centers and error feedback of K and V for one model and one format, as safetensors. See docs/calibration.md.
+"""The calibration file: static centers, gains and error feedback of K and V for one model and one format, as safetensors.
 
-A center c is subtracted before rotation. It changes nothing but the error of quantization: softmax(q.(k - c)) = softmax(q.k), since q.c is
-the same for every key, and V's center is added back to the output. Feedback (`format.feedback`) chooses codes whose errors attention feels
-less; nothing that reads pages knows of it. `sawkv calibrate` makes the file; the engines load it.
+See docs/calibration.md. Centers and gains change nothing but the error of quantization: a row is stored as (x - center) * gain, and readers
+undo both. Feedback (`format.feedback`) chooses codes whose errors attention feels less; nothing that reads pages knows of it.
+`sawkv calibrate` makes the file; the engines load it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Final
 
@@ -23,15 +24,19 @@ from sawkv.files import writing
 from sawkv.format.feedback import Feedback, takes_from
 from sawkv.format.spec import FORMAT_VERSION, CacheFormat
 
-VERSION: Final = "1"
+VERSION: Final = "2"
 MAX_FILE_BYTES: Final = 512 << 20
 """More than the models of today need. Feedback of 80 layers of 8 KV heads of 128 channels takes 21 MB, of 64 KV heads 168 MB."""
 MAX_CENTER: Final = 65504.0
 """The largest fp16: what a 16-bit model may compute."""
+MAX_GAIN: Final = 1024.0
+"""The largest; the smallest is its inverse. A factor that all gains of a head share changes nothing but the size of scales, which are fp16;
+so whoever fits gains divides them by their geometric mean, say."""
 MAX_STEP: Final = 1.0
 """Of feedback. A fitted one is near 1e-4."""
 
 _CENTERS: Final = ("k_center", "v_center")
+_GAINS: Final = ("k_gain", "v_gain")
 _FEEDBACK: Final = ("k_feedback", "k_feedback_step", "v_feedback", "v_feedback_step")
 _KEYS: Final = ("version", "format", "model", "num_layers", "num_kv_heads", "head_dim", "fingerprint", "made_by")
 
@@ -42,6 +47,8 @@ class LayerCalibration:
 
     k_center: torch.Tensor | None = None
     v_center: torch.Tensor | None = None
+    k_gain: torch.Tensor | None = None
+    v_gain: torch.Tensor | None = None
     k_feedback: Feedback | None = None
     v_feedback: Feedback | None = None
 
@@ -52,12 +59,13 @@ class LayerCalibration:
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Centers and feedback of all layers.
+    """Centers, gains and feedback of all layers.
 
     Attributes:
         format: what they were fitted for, with its rotation orders.
         model: `model_id` of the model they were measured on.
         k_center, v_center: [num_layers, num_kv_heads, head_dim] fp32 on the CPU, for the whole model. Zeros center nothing.
+        k_gain, v_gain: the same shape in fp32, from 1 / MAX_GAIN to MAX_GAIN. Ones, and None, change nothing.
         k_feedback, v_feedback: [num_layers, num_kv_heads, head_dim, head_dim] int8, weights as in `Feedback`, for int4 alone; None, or
             zeros in all of a layer, pass on nothing.
         k_feedback_step, v_feedback_step: [num_layers, num_kv_heads] fp32, as in `Feedback`; None where the weights are.
@@ -70,24 +78,28 @@ class Calibration:
     model: str
     k_center: torch.Tensor
     v_center: torch.Tensor
+    _: KW_ONLY
+    k_gain: torch.Tensor | None = None
+    v_gain: torch.Tensor | None = None
     k_feedback: torch.Tensor | None = None
     k_feedback_step: torch.Tensor | None = None
     v_feedback: torch.Tensor | None = None
     v_feedback_step: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
-        for name, center in (("k_center", self.k_center), ("v_center", self.v_center)):
-            if center.dtype != torch.float32 or center.ndim != 3 or not center.numel() or center.device.type != "cpu":
+        vectors = {name: x for name in (*_CENTERS, *_GAINS) if (x := getattr(self, name)) is not None}
+        for name, x in vectors.items():
+            if x.dtype != torch.float32 or x.ndim != 3 or not x.numel() or x.device.type != "cpu":
                 raise CalibrationError(
-                    f"{name}: expected float32 [num_layers, num_kv_heads, head_dim] on the CPU, "
-                    f"got {center.dtype} {list(center.shape)} on {center.device}"
+                    f"{name}: expected float32 [num_layers, num_kv_heads, head_dim] on the CPU, got {x.dtype} {list(x.shape)} on {x.device}"
                 )
-            if not bool((center.abs() <= MAX_CENTER).all()):  # NaN fails too
+            if x.shape != self.k_center.shape:
+                raise CalibrationError(f"{name}: expected the shape of k_center, {list(self.k_center.shape)}, got {list(x.shape)}")
+            # NaN fails both
+            if name in _CENTERS and not bool((x.abs() <= MAX_CENTER).all()):
                 raise CalibrationError(f"{name}: expected finite values up to {MAX_CENTER:g}, got NaN, infinity or larger")
-        if self.k_center.shape != self.v_center.shape:
-            raise CalibrationError(
-                f"centers: expected equal shapes of K and V, got {list(self.k_center.shape)} and {list(self.v_center.shape)}"
-            )
+            if name in _GAINS and not bool(((x >= 1 / MAX_GAIN) & (x <= MAX_GAIN)).all()):
+                raise CalibrationError(f"{name}: expected values from 1/{MAX_GAIN:g} to {MAX_GAIN:g}, got NaN or others")
         try:
             resolved = self.format.resolve(self.head_dim)
         except FormatError as error:
@@ -147,7 +159,7 @@ class Calibration:
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Those that there are, by their names in the file, always in the same order."""
-        return {name: x for name in (*_CENTERS, *_FEEDBACK) if (x := getattr(self, name)) is not None}
+        return {name: x for name in (*_CENTERS, *_GAINS, *_FEEDBACK) if (x := getattr(self, name)) is not None}
 
     def check(self, *, cache_format: CacheFormat, model: str, num_layers: int, num_kv_heads: int, head_dim: int) -> None:
         """Refuse a cache or a model that the calibration was not made for.
@@ -180,7 +192,7 @@ class Calibration:
             raise CalibrationError(f"the calibration file is made for something else; {'; '.join(wrong)}. `sawkv calibrate` makes one")
 
     def layer(self, index: int, heads: slice = slice(None)) -> LayerCalibration:
-        """What a layer's KV heads are written with, copies on the CPU; None where there is nothing to subtract or to pass on.
+        """What a layer's KV heads are written with, copies on the CPU; None where there is nothing to subtract, multiply by or pass on.
 
         Raises:
             CalibrationError: there is no such layer or head.
@@ -194,10 +206,62 @@ class Calibration:
         def center(name: str) -> torch.Tensor | None:
             return taken[name] if taken[name].any() else None
 
+        def gain(name: str) -> torch.Tensor | None:
+            return taken[name] if name in taken and bool((taken[name] != 1).any()) else None
+
         def feedback(name: str) -> Feedback | None:
             return Feedback(taken[name], taken[f"{name}_step"]) if name in taken and taken[name].any() else None
 
-        return LayerCalibration(center("k_center"), center("v_center"), feedback("k_feedback"), feedback("v_feedback"))
+        return LayerCalibration(
+            center("k_center"), center("v_center"), gain("k_gain"), gain("v_gain"), feedback("k_feedback"), feedback("v_feedback")
+        )
+
+    @classmethod
+    def from_layers(cls, cache_format: CacheFormat, model: str, num_layers: int, layers: Mapping[int, LayerCalibration]) -> Calibration:
+        """The whole model's, of the parts that its layers have: the inverse of `layer`.
+
+        Args:
+            cache_format: what they were fitted for, with its rotation orders.
+            model: `model_id` of the model they were measured on.
+            num_layers: of the whole model.
+            layers: by the layers' indices, all KV heads of each, on any device. A layer that is not there (one without attention, say) or
+                that lacks a part has zeros for centers and feedback, and ones for gains.
+
+        Raises:
+            CalibrationError: an index is out of range, the shapes of two layers differ, or there is nothing in any of them.
+        """
+        if any(not 0 <= index < num_layers for index in layers):
+            raise CalibrationError(f"layers: expected indices from 0 to {num_layers - 1}, got {sorted(layers)}")
+        parts: dict[str, dict[int, torch.Tensor]] = {name: {} for name in (*_CENTERS, *_GAINS, *_FEEDBACK)}
+        found = []
+        for index, layer in layers.items():
+            for name, part in vars(layer).items():
+                if isinstance(part, Feedback):
+                    parts[name][index], parts[f"{name}_step"][index] = part.weights, part.step
+                    found.append(part.weights.shape[:2])
+                elif part is not None:
+                    parts[name][index] = part
+                    found.append(part.shape)
+        if not found:
+            raise CalibrationError("layers: expected a center, gain or feedback in one of them, got none")
+        shape = found[0]
+        if len(shape) != 2 or any(other != shape for other in found):
+            raise CalibrationError(f"layers: expected [num_kv_heads, head_dim] alike in all of them, got {[list(x) for x in found]}")
+
+        def assembled(name: str, size: Sequence[int], fill: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+            whole = torch.full((num_layers, *size), fill, dtype=dtype, device="cpu")
+            for index, part in parts[name].items():
+                whole[index] = part
+            return whole
+
+        others = {name: assembled(name, shape, 1) for name in _GAINS if parts[name]}
+        for name in ("k_feedback", "v_feedback"):
+            if parts[name]:
+                others |= {
+                    name: assembled(name, (*shape, shape[1]), dtype=torch.int8),
+                    f"{name}_step": assembled(f"{name}_step", shape[:1]),
+                }
+        return cls(cache_format, model, assembled("k_center", shape), assembled("v_center", shape), **others)
 
     def save(self, path: str | Path) -> None:
         """Write the file.
@@ -246,15 +310,15 @@ class Calibration:
             with safe_open(path, framework="pt") as file:
                 metadata, names = file.metadata() or {}, sorted(file.keys())
                 _check_metadata(metadata)
-                wrong = set(_CENTERS) - set(names) or set(names) - {*_CENTERS, *_FEEDBACK}
+                wrong = set(_CENTERS) - set(names) or set(names) - {*_CENTERS, *_GAINS, *_FEEDBACK}
                 if wrong:
                     raise CalibrationError(
-                        f"tensors: expected {' and '.join(_CENTERS)}, and {', '.join(_FEEDBACK)} where there is feedback, "
-                        f"got {_show(', '.join(names) or 'none')}"
+                        f"tensors: expected {' and '.join(_CENTERS)}, {' and '.join(_GAINS)} where there are gains, and "
+                        f"{', '.join(_FEEDBACK)} where there is feedback, got {_show(', '.join(names) or 'none')}"
                     )
                 shape = [_whole(metadata, key) for key in ("num_layers", "num_kv_heads", "head_dim")]
                 for name in names:
-                    wanted = ("F32", shape if name in _CENTERS else shape[:-1])
+                    wanted = ("F32", shape if name in (*_CENTERS, *_GAINS) else shape[:-1])
                     if name in ("k_feedback", "v_feedback"):
                         wanted = ("I8", [*shape, shape[-1]])
                     part = file.get_slice(name)
@@ -301,7 +365,8 @@ def model_id(config: object) -> str:
 def _check_metadata(metadata: dict[str, str]) -> None:
     if metadata.get("version") != VERSION:
         raise CalibrationError(
-            f"metadata: expected a calibration of version {VERSION}, got {_show(repr(metadata.get('version', 'no version')))}"
+            f"metadata: expected a calibration of version {VERSION}, got {_show(repr(metadata.get('version', 'no version')))}. "
+            "`sawkv calibrate` makes it again"
         )
     if sorted(metadata) != sorted(_KEYS):
         raise CalibrationError(f"metadata: expected the keys {', '.join(sorted(_KEYS))}, got {_show(', '.join(sorted(metadata)))}")
