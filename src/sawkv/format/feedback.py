@@ -21,6 +21,8 @@ MAX_WEIGHT: Final = 127
 """The largest 8-bit integer: of weights, and of errors in their steps."""
 DAMPING: Final = 0.01
 """Added to a hessian's diagonal, as a share of its mean: channels that nothing was measured of take and pass on little."""
+NEGLIGIBLE: Final = 1e-6
+"""What a channel takes of another's error, as a share of it, that is rounding of the hessian and nothing else."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,13 +94,21 @@ def fit_feedback(hessian: torch.Tensor) -> Feedback:
     diagonal = damped.diagonal(dim1=-2, dim2=-1)
     tiny = torch.finfo(torch.float64).tiny
     damped = damped + torch.diag_embed((DAMPING * diagonal.mean(-1, keepdim=True)).clamp_min(tiny).expand_as(diagonal))
-    blocks = channel_blocks(hessian.shape[-1]).to(hessian.device)
+    # In the order of coding, backwards, A = U U^T with U upper triangular. For a block B and what follows it, R, A_RB = U_RR U_BR^T, so
+    # A_RR^-1 A_RB = U_RR^-T U_BR^T: one factorization and one inverse serve all blocks.
+    blocks = channel_blocks(hessian.shape[-1])
+    order = torch.argsort(blocks, stable=True).to(hessian.device)
+    backwards = order.flip(0)
+    upper = torch.linalg.cholesky(damped[:, backwards[:, None], backwards]).flip(-2, -1)
+    inverse = torch.linalg.solve_triangular(upper, torch.eye(len(order), dtype=upper.dtype, device=upper.device), upper=True)
     exact = torch.zeros_like(damped, memory_format=torch.contiguous_format)
-    for block in range(int(blocks.max())):
-        here, after = (blocks == block).nonzero()[:, 0], (blocks > block).nonzero()[:, 0]
-        exact[:, after[:, None], here] = torch.linalg.solve(damped[:, after[:, None], after], damped[:, after[:, None], here])
+    end = 0
+    for size in torch.bincount(blocks).tolist():
+        start, end = end, end + size
+        exact[:, order[end:, None], order[start:end]] = (upper[:, start:end, end:] @ inverse[:, end:, end:]).mT
     top = exact.abs().amax((-2, -1))
-    weights = (exact / top.clamp_min(tiny)[:, None, None] * MAX_WEIGHT).round().to(torch.int8)
+    top = top.where(top > NEGLIGIBLE, 0.0)
+    weights = (exact / top.where(top > 0, torch.inf)[:, None, None] * MAX_WEIGHT).round().to(torch.int8)
     return Feedback(weights, (top / MAX_WEIGHT / ERROR_STEPS).float())
 
 

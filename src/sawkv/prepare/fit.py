@@ -1,0 +1,106 @@
+"""From statistics to what pages are written with: centers, gains and feedback of K and V, for all layers at once, on the device.
+
+- The center is the mean of the head's rows. An offset costs range and carries nothing.
+- Gains make channels equally wide for their importance. After a rotation the error is nearly the same in all channels, and grows with
+  sum_i c_i g_i^2, where c is the variance of channel i about its center and g its gain. Read back, channel i errs by 1 / g_i of that, which
+  costs sum_i h_i / g_i^2 with h the diagonal of the hessian. The product is least at g_i^4 = h_i / c_i (Cauchy-Schwarz; SmoothQuant,
+  arXiv 2211.10438, balances weights and activations so).
+- Feedback is fitted to the hessian of what is stored: rows after their gain, rotated (`format.feedback`).
+
+The hessian says what an error e of a row costs, e^T hessian e: for K the squared error of scores, from the queries of the text; for V the
+squared error of the layer's output, from the output projection, or of the head's own output where that is unknown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from sawkv.errors import UnsupportedError
+from sawkv.format.feedback import Feedback, fit_feedback
+from sawkv.format.rotation import rotate
+from sawkv.format.spec import CacheFormat
+from sawkv.prepare.calibration import LayerCalibration
+from sawkv.prepare.statistics import LayerStatistics
+
+FLOOR = 1e-4
+"""Of variances and importances, as a share of their head's mean: dead channels keep finite gains."""
+
+
+@torch.no_grad()
+def fit(statistics: Sequence[LayerStatistics], cache_format: CacheFormat) -> list[LayerCalibration]:
+    """What each layer's pages are to be written with, on the statistics' device. Equal statistics give equal bytes.
+
+    Args:
+        statistics: of the layers, in their order; shapes may differ.
+        cache_format: a quantized one. Only int4 gets feedback.
+
+    Raises:
+        UnsupportedError: a layer got no rows, or ones that are not finite.
+    """
+    for index, layer in enumerate(statistics):
+        sums = torch.stack([layer.squares.sum(), layer.query_gram.sum(), layer.squares.new_ones(())])
+        if not layer.rows or not bool(sums.isfinite().all()):
+            raise UnsupportedError(
+                f"preparation: expected finite Q, K and V in attention layer {index}, got {'none' if not layer.rows else 'NaN or infinity'}"
+            )
+    fitted: dict[int, LayerCalibration] = {}
+    for shape in sorted({(layer.num_kv_heads, layer.head_dim) for layer in statistics}):
+        members = [i for i, layer in enumerate(statistics) if (layer.num_kv_heads, layer.head_dim) == shape]
+        fitted.update(zip(members, _fit_alike([statistics[i] for i in members], cache_format.resolve(shape[1])), strict=True))
+    return [fitted[i] for i in range(len(statistics))]
+
+
+def _fit_alike(statistics: list[LayerStatistics], cache_format: CacheFormat) -> list[LayerCalibration]:
+    """Layers of one shape."""
+    heads = statistics[0].num_kv_heads
+    rows = torch.tensor([layer.rows for layer in statistics], dtype=torch.float64, device=statistics[0].sums.device).view(-1, 1, 1, 1)
+    mean = torch.stack([layer.sums for layer in statistics]) / rows  # [num_layers, 2, num_kv_heads, head_dim]
+    variance = torch.stack([layer.squares for layer in statistics]) / rows - mean.square()
+    keys = torch.stack([layer.query_gram / layer.queries for layer in statistics])
+    values = torch.stack([_value_hessian(layer) for layer in statistics])
+    hessians = torch.stack([keys, values], 1)
+    gains = _gains(variance, hessians.diagonal(dim1=-2, dim2=-1)).float()
+    centers = mean.float()
+    feedback: list[list[Feedback | None]] = [[None, None] for _ in statistics]
+    if cache_format.codec == "int4":
+        stored = hessians / gains[..., :, None].double() / gains[..., None, :].double()
+        for kind, order in enumerate((cache_format.k_rotation_order or 0, cache_format.v_rotation_order or 0)):
+            found = fit_feedback(_in_basis(stored[:, kind].flatten(0, 1), order))
+            for layer, fed in enumerate(feedback):
+                part = slice(layer * heads, (layer + 1) * heads)
+                fed[kind] = Feedback(found.weights[part].clone(), found.step[part].clone())
+    return [
+        LayerCalibration(
+            k_center=centers[i, 0].clone(),
+            v_center=centers[i, 1].clone(),
+            k_gain=gains[i, 0].clone(),
+            v_gain=gains[i, 1].clone(),
+            k_feedback=feedback[i][0],
+            v_feedback=feedback[i][1],
+        )
+        for i in range(len(statistics))
+    ]
+
+
+def _value_hessian(layer: LayerStatistics) -> torch.Tensor:
+    if layer.output_gram is not None:
+        return layer.output_gram
+    return torch.eye(layer.head_dim, dtype=torch.float64, device=layer.sums.device).expand(layer.num_kv_heads, -1, -1)
+
+
+def _gains(variance: torch.Tensor, importance: torch.Tensor) -> torch.Tensor:
+    """[..., head_dim], of geometric mean 1: a common factor changes nothing."""
+    exact = (_floored(importance).log() - _floored(variance).log()) / 4
+    return (exact - exact.mean(-1, keepdim=True)).exp()
+
+
+def _floored(x: torch.Tensor) -> torch.Tensor:
+    mean = x.mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.maximum(x, mean * FLOOR)
+
+
+def _in_basis(hessian: torch.Tensor, order: int) -> torch.Tensor:
+    """The hessian [num_kv_heads, head_dim, head_dim] of rows that are rotated."""
+    return rotate(rotate(hessian, order).mT, order)
