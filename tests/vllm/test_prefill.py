@@ -86,6 +86,16 @@ def test_each_layer_reads_its_own_pages(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(workspaces) == 1
 
 
+def test_sinks_on_flash_attention_2_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernel takes no sinks, and would say so in the first request only."""
+    from sawkv.integrations.vllm import prefill
+
+    config: Any = SimpleNamespace(model_config=SimpleNamespace(dtype=torch.bfloat16))
+    monkeypatch.setattr(prefill, "get_flash_attn_version", lambda **_: 2)
+    with pytest.raises(UnsupportedError, match="FlashAttention 3 or newer for a model with attention sinks, got FlashAttention 2"):
+        prefill.FlashPrefill(config, 64, 2, 0.125, 0, 0.0, torch.zeros(4))
+
+
 def check(window: int, capacity: int, host_knows_lengths: bool, begins_with: int, short_by: int = 0, slack: int | None = None) -> None:
     """`begins_with`: the window that the slices are made for; `short_by`: tokens that the host's bounds lack, `slack`: as is said."""
     from sawkv.integrations.vllm.prefill import slice_prefills

@@ -136,6 +136,11 @@ class FlashPrefill:
                 "sawkv on a GPU: expected vLLM's FlashAttention and a model in bfloat16 or float16, "
                 f"got FlashAttention {version} and {self.dtype}"
             )
+        if sinks is not None and version == 2:
+            raise UnsupportedError(
+                "sawkv on a GPU: expected FlashAttention 3 or newer for a model with attention sinks, got FlashAttention 2, "
+                "which this card or --attention-config takes. To serve it in 16 bits, drop --kv-cache-dtype and --attention-backend"
+            )
         from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func  # type: ignore[attr-defined]  # only where CUDA is
 
         self._flash_attention = flash_attn_varlen_func
