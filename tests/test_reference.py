@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -22,10 +23,10 @@ LENGTHS = [1, 0, 15, 16, 17, 33, 64]
 
 def attend_fp64(
     batch: Batch, q: torch.Tensor, starts: list[int], window: int = 0, cap: float = 0.0, sinks: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Textbook attention over the decoded cache, un-rotated first: shares no attention code with any backend."""
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Textbook attention over the decoded cache, restored first: shares no attention code with any backend. Output and log-sum-exp."""
     cache, layout = batch.cache, batch.cache.layout
-    out = torch.zeros(q.shape, dtype=torch.float64)
+    out, lse = torch.zeros(q.shape, dtype=torch.float64), torch.full(q.shape[:2], -math.inf, dtype=torch.float64)
     for i, length in enumerate(batch.seq_lens.tolist()):
         if not length:
             continue
@@ -34,7 +35,7 @@ def attend_fp64(
         gather(cache, batch.block_table[i : i + 1], batch.seq_lens[i : i + 1], starts_at, k_rot, v_rot, backend="reference")
         k, v = rotate(k_rot, layout.k_rotation_order).double(), rotate(v_rot, layout.v_rotation_order).double()
         k, v = (x if gain is None else x / gain.double() for x, gain in ((k, cache.k_gain), (v, cache.v_gain)))
-        v = v + (0 if cache.v_center is None else cache.v_center)
+        k, v = (x if center is None else x + center.double() for x, center in ((k, cache.k_center), (v, cache.v_center)))
         queries = range(starts[i], starts[i + 1])
         for row in queries:
             position = length - (starts[i + 1] - row)
@@ -45,13 +46,14 @@ def attend_fp64(
                 kv_head = head * layout.num_kv_heads // q.shape[1]
                 scores = k[first : position + 1, kv_head] @ q[row, head].double() * layout.head_dim**-0.5
                 scores = cap * torch.tanh(scores / cap) if cap else scores
-                weights = scores.exp() / (scores.exp().sum() + (0 if sinks is None else sinks[head].double().exp()))
+                total = scores.exp().sum() + (0 if sinks is None else sinks[head].double().exp())
+                weights, lse[row, head] = scores.exp() / total, total.log()
                 out[row, head] = weights @ v[first : position + 1, kv_head]
-    return out
+    return out, lse
 
 
 @pytest.mark.parametrize("format_name", ["int4", "int4-k16-v64", "int8-k0-v0", "bf16", "fp16-k128-v128", "fp32-k64-v64"])
-@pytest.mark.parametrize("options", [{}, {"window": 7}, {"cap": 3.0}, {"sinks": True}])
+@pytest.mark.parametrize("options", [{}, {"window": 7}, {"cap": 3.0}, {"sinks": True}, {"cap": 3.0, "sinks": True, "window": 7}])
 def test_decode_attention(format_name: str, options: dict[str, object]) -> None:
     batch = make_batch(format_name, LENGTHS, centered=format_name == "int4", gained=format_name.startswith(("int4", "fp16")))
     query_lens = [1, 1, 3, 2, 1, 8, 2]
@@ -59,7 +61,7 @@ def test_decode_attention(format_name: str, options: dict[str, object]) -> None:
     q = torch.randn(int(starts[-1]), 6, 128) / 3
     window, cap = int(options.get("window", 0)), float(options.get("cap", 0.0))  # type: ignore[call-overload, arg-type]
     sinks = torch.randn(6) if "sinks" in options else None
-    out = torch.full_like(q, math.nan)
+    out, lse = torch.full_like(q, math.nan), torch.full(q.shape[:2], math.nan)
     got = decode_attention(
         q,
         batch.cache,
@@ -72,19 +74,37 @@ def test_decode_attention(format_name: str, options: dict[str, object]) -> None:
         logit_softcap=cap,
         sinks=sinks,
         out=out,
+        lse=lse,
         backend="reference",
     )
-    want = attend_fp64(batch, q, starts.tolist(), window, cap, sinks)
+    want, want_lse = attend_fp64(batch, q, starts.tolist(), window, cap, sinks)
     assert relative_error(got, want) < 1e-5
+    seen = want_lse > -math.inf  # not those of an empty sequence, which may still have a sink
+    torch.testing.assert_close(lse[seen].double(), want_lse[seen], atol=1e-4, rtol=1e-5)
     assert not got[1].any(), "a sequence of no tokens gives zeros"
 
 
 def test_the_check_above_can_fail() -> None:
     batch = make_batch("int4", [40], gained=True)
     q = torch.randn(1, 2, 128)
-    want = attend_fp64(batch, q, [0, 1])
+    want, _ = attend_fp64(batch, q, [0, 1])
     batch.cache.pages[batch.block_table[0, 1]] = batch.cache.pages[batch.block_table[0, 1]].roll(1)
-    assert not relative_error(attend_fp64(batch, q, [0, 1]), want) < 1e-3
+    assert not relative_error(attend_fp64(batch, q, [0, 1])[0], want) < 1e-3
+
+
+@pytest.mark.parametrize("options", [{"cap": 3.0}, {"sinks": torch.full((2,), 1.0)}])
+def test_a_cap_and_sinks_see_the_center_of_keys(options: dict[str, Any]) -> None:
+    """The control of `test_decode_attention`: without K's center the output is another there, and without them it is not."""
+    batch = make_batch("fp32", [40], centered=True)
+    q, starts = torch.randn(1, 2, 128), torch.tensor([0, 1], dtype=torch.int32)
+    arguments = {"softmax_scale": 128**-0.5, "max_query_len": 1, "backend": "reference"}
+    lost = replace(batch.cache, k_center=None)
+    taken = {"logit_softcap": options.get("cap", 0.0), "sinks": options.get("sinks")}
+    for others, differs in (({}, False), (taken, True)):
+        want, got = (
+            decode_attention(q, cache, batch.block_table, batch.seq_lens, starts, **arguments, **others) for cache in (batch.cache, lost)
+        )
+        assert (relative_error(got, want) > 1e-2) == differs
 
 
 @pytest.mark.parametrize("which", ["k_gain", "v_gain"])
@@ -92,7 +112,7 @@ def test_attention_with_another_gain_is_another(which: str) -> None:
     batch = make_batch("int4", [40], gained=True)
     q, starts = torch.randn(1, 2, 128), torch.tensor([0, 1], dtype=torch.int32)
     options = {"softmax_scale": 128**-0.5, "max_query_len": 1, "backend": "reference"}
-    want = attend_fp64(batch, q, [0, 1])
+    want, _ = attend_fp64(batch, q, [0, 1])
     gain = getattr(batch.cache, which)
     for other in (None, gain.reciprocal(), gain.flip(0), gain.roll(1, 1)):
         cache = replace(batch.cache, **{which: other})
@@ -141,10 +161,11 @@ def test_gains_of_one_change_no_byte() -> None:
 def test_the_inverse_of_a_gain_is_rounded_once() -> None:
     gain = torch.exp2(20 * torch.rand(2, 128) - 10)
     cache = PagedKVCache.allocate(PageLayout(CacheFormat("int4"), 2, 128, 16), 1, v_gain=gain)
-    assert cache.v_gain_inverse is not None
+    inverse = cache.constants[1].gain_inverse
+    assert inverse is not None
     want = [nearest_fp32(1 / Fraction(float(x))) for x in gain.flatten()]
-    assert cache.v_gain_inverse.flatten().tolist() == want
-    assert cache.k_gain_inverse is None
+    assert inverse.flatten().tolist() == want
+    assert cache.constants[0].gain_inverse is None
 
 
 def test_vectors_that_do_not_fit_are_refused() -> None:

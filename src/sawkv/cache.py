@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,8 +14,21 @@ from sawkv.format.feedback import Feedback
 from sawkv.format.layout import PageLayout
 from sawkv.format.spec import FORMAT_VERSION
 
-FEEDBACK_NAMES = ("k_feedback", "k_step", "v_feedback", "v_step")
-"""Of `PagedKVCache.feedback_tensors`, in the fingerprint."""
+
+class Constants(NamedTuple):
+    """What K or V of a layer is written and read with, as kernels take it; None where there is nothing.
+
+    Attributes:
+        center, gain: [num_kv_heads, head_dim] fp32.
+        gain_inverse: [num_kv_heads, head_dim] fp32, 1 / gain rounded once. All that readers know of the gain.
+        weights, step: of the feedback.
+    """
+
+    center: torch.Tensor | None
+    gain: torch.Tensor | None
+    gain_inverse: torch.Tensor | None
+    weights: torch.Tensor | None
+    step: torch.Tensor | None
 
 
 @dataclass(frozen=True)
@@ -25,14 +38,14 @@ class PagedKVCache:
     Attributes:
         pages: [num_pages, num_kv_heads, page_size, token_bytes] uint8. Only the stride of pages is free. Kernels mutate it.
         layout: what the bytes mean.
-        k_center, v_center: [num_kv_heads, head_dim] fp32 static offsets, subtracted before rotation, or None. A fixed offset of K
-            changes no softmax, since it adds the same q.c to every score; V's is added back to the output.
+        k_center, v_center: [num_kv_heads, head_dim] fp32 static offsets, subtracted before rotation, or None. Without K's, every score
+            of a query lacks the same q.c; attention adds it where that matters. V's is added back to the output.
         k_gain, v_gain: [num_kv_heads, head_dim] fp32 static factors, positive and finite (checked on the CPU, where that waits for
             nothing), by which channels are multiplied after centering and before rotation, or None. Readers divide by them: attention
             divides q by K's and the output by V's.
-        k_gain_inverse, v_gain_inverse: what readers multiply by: 1 / gain, rounded once to fp32. Made here, or None.
         k_feedback, v_feedback: how `append` passes on the errors of codes, or None. For int4 alone; readers need not know of it.
         counters: [2, 5] fp64, from `counters.new_counters`, which `append` updates; None counts nothing.
+        constants: all that K is written and read with, and all that V is. Made here, so that readers compute nothing again.
 
     Raises:
         LayoutError: a tensor does not fit the layout.
@@ -48,8 +61,7 @@ class PagedKVCache:
     k_feedback: Feedback | None = None
     v_feedback: Feedback | None = None
     counters: torch.Tensor | None = None
-    k_gain_inverse: torch.Tensor | None = field(init=False, default=None, repr=False)
-    v_gain_inverse: torch.Tensor | None = field(init=False, default=None, repr=False)
+    constants: tuple[Constants, Constants] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         layout, pages = self.layout, self.pages
@@ -71,10 +83,8 @@ class PagedKVCache:
                 raise LayoutError(f"{name}: expected contiguous float32 {list(expected)}, got {vectors.dtype} {list(vectors.shape)}")
             if vectors.device != pages.device:
                 raise LayoutError(f"{name}: expected device {pages.device}, got {vectors.device}")
-            if name.endswith("gain"):
-                if vectors.device.type == "cpu" and not bool(((vectors > 0) & (vectors < torch.inf)).all()):  # NaN fails too
-                    raise LayoutError(f"{name}: expected positive and finite values, got others")
-                object.__setattr__(self, f"{name}_inverse", vectors.reciprocal())
+            if name.endswith("gain") and vectors.device.type == "cpu" and not bool(((vectors > 0) & (vectors < torch.inf)).all()):
+                raise LayoutError(f"{name}: expected positive and finite values, got others")
         for name, feedback in (("k_feedback", self.k_feedback), ("v_feedback", self.v_feedback)):
             if feedback is None:
                 continue
@@ -93,6 +103,11 @@ class PagedKVCache:
                     f"counters: expected contiguous float64 [2, {len(COLUMNS)}] on {pages.device}, "
                     f"got {counters.dtype} {list(counters.shape)} on {counters.device}"
                 )
+        constants = (
+            _constants(self.k_center, self.k_gain, self.k_feedback),
+            _constants(self.v_center, self.v_gain, self.v_feedback),
+        )
+        object.__setattr__(self, "constants", constants)
 
     @classmethod
     def allocate(
@@ -110,15 +125,10 @@ class PagedKVCache:
         """Tokens that the pages can hold."""
         return self.pages.shape[0] * self.layout.page_size
 
-    @property
-    def feedback_tensors(self) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-        """Weights and step of K's feedback, then those of V's; None where there is none."""
-        k, v = self.k_feedback, self.v_feedback
-        return (*((None, None) if k is None else (k.weights, k.step)), *((None, None) if v is None else (v.weights, v.step)))
-
     def fingerprint(self) -> str:
         """16 hex digits over everything that changes the bytes; caches may exchange pages only if theirs are equal."""
-        layout = self.layout
+        layout, (k, v) = self.layout, self.constants
+        present = {"k_gain": k.gain, "v_gain": v.gain, "k_feedback": k.weights, "k_step": k.step, "v_feedback": v.weights, "v_step": v.step}
         parts = [
             f"sawkv/{FORMAT_VERSION}",
             str(layout.format),
@@ -126,10 +136,14 @@ class PagedKVCache:
             f"page_size={layout.page_size}",
             f"k_center={_digest(self.k_center)}",
             f"v_center={_digest(self.v_center)}",
-            *(f"{name}={_digest(x)}" for name, x in (("k_gain", self.k_gain), ("v_gain", self.v_gain)) if x is not None),
-            *(f"{name}={_digest(x)}" for name, x in zip(FEEDBACK_NAMES, self.feedback_tensors, strict=True) if x is not None),
+            *(f"{name}={_digest(x)}" for name, x in present.items() if x is not None),
         ]
         return hashlib.sha256("|".join(parts).encode()).hexdigest()[:16]
+
+
+def _constants(center: torch.Tensor | None, gain: torch.Tensor | None, feedback: Feedback | None) -> Constants:
+    inverse = None if gain is None else gain.reciprocal()
+    return Constants(center, gain, inverse, *((None, None) if feedback is None else (feedback.weights, feedback.step)))
 
 
 def _digest(x: torch.Tensor | None) -> str:

@@ -73,9 +73,9 @@ def decode_attention(
 ) -> torch.Tensor:
     """Causal attention of each sequence's last tokens over its pages, read as they are stored.
 
-    score = softmax_scale * (H (q / k_gain)).y_k, soft-capped as `cap * tanh(score / cap)`; weights are the softmax over the visible
-    keys (and the sink); out = (H sum(weight * y_v)) / v_gain + v_center, with y_k and y_v the rows as they are stored. Rotation of Q and
-    of the output happens here.
+    score = softmax_scale * ((H (q / k_gain)).y_k + q.k_center), soft-capped as `cap * tanh(score / cap)`; weights are the softmax over
+    the visible keys (and the sink); out = (H sum(weight * y_v)) / v_gain + v_center, with y_k and y_v the rows as they are stored. All that
+    is done to Q and to the output happens here. q.k_center is computed only for a soft-cap, sinks or lse: else it changes nothing.
 
     Args:
         q: [num_tokens, num_q_heads, head_dim] bf16, fp16 or fp32, after RoPE, not rotated; contiguous channels. The query tokens of
@@ -90,7 +90,7 @@ def decode_attention(
         logit_softcap: 0 is none.
         sinks: [num_q_heads], a logit per head that takes part in the softmax and carries no value.
         out: [num_tokens, num_q_heads, head_dim] of q's dtype; allocated if None. Rows of no sequence are left as they are.
-        lse: [num_tokens, num_q_heads] fp32, filled with the natural log-sum-exp of the scores (sink included).
+        lse: [num_tokens, num_q_heads] fp32, filled with the natural log-sum-exp of the scores as above (sink included).
         plan: from `make_decode_plan`, updated with these lengths. Without one the schedule is made in this call.
         backend: a name from `sawkv info`; None chooses by device and format.
 
@@ -184,7 +184,9 @@ def gather(
     """Decode the pages of many sequences into contiguous K and V, for an engine's own prefill attention.
 
     Rows that stay as they are stored need Q divided by K's gains and rotated by K's order before the attention, and its output rotated by
-    V's order and divided by V's gains after it (`rotation.rotate` is its own inverse), before V's center is added.
+    V's order and divided by V's gains after it (`rotation.rotate` is its own inverse), before V's center is added. Scores of such rows lack
+    softmax_scale * q.k_center: whoever has a soft-cap adds it to every score before the cap; whoever has sinks and none subtracts it
+    from the query's sink.
 
     Args:
         cache: read only.

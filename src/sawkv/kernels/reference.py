@@ -75,8 +75,9 @@ def decode_attention(
     """See `sawkv.ops.decode_attention`."""
     layout = cache.layout
     group = q.shape[1] // layout.num_kv_heads
+    of_k, of_v = cache.constants
     q = q.float().view(-1, layout.num_kv_heads, group, layout.head_dim)
-    rotated_q = rotate(q if cache.k_gain_inverse is None else q * cache.k_gain_inverse[:, None], layout.k_rotation_order)
+    rotated_q = rotate(q if of_k.gain_inverse is None else q * of_k.gain_inverse[:, None], layout.k_rotation_order)
     for i in range(seq_lens.shape[0]):
         start, end, length = int(query_start_loc[i]), int(query_start_loc[i + 1]), int(seq_lens[i])
         keys, values = read_sequence(cache, block_table[i], length)
@@ -85,6 +86,8 @@ def decode_attention(
             first = max(0, last + 1 - sliding_window) if sliding_window else 0
             visible = slice(first, max(last + 1, first))
             scores = torch.einsum("hgd,khd->hgk", rotated_q[token], keys[visible]) * softmax_scale
+            if of_k.center is not None:  # what centering took from them, which a cap, a sink and the log-sum-exp see
+                scores = scores + torch.einsum("hgd,hd->hg", q[token], of_k.center)[..., None] * softmax_scale
             if logit_softcap:
                 scores = logit_softcap * torch.tanh(scores / logit_softcap)
             if sinks is not None:  # a logit that takes weight and gives no value
@@ -93,10 +96,10 @@ def decode_attention(
             # A query that sees no key gives zeros, and a log-sum-exp of -inf (or of its sink alone).
             weights = (scores - total).exp()[..., : visible.stop - visible.start]
             attended = rotate(torch.einsum("hgk,khd->hgd", weights, values[visible]), layout.v_rotation_order)
-            if cache.v_gain_inverse is not None:
-                attended = attended * cache.v_gain_inverse[:, None]
-            if cache.v_center is not None:
-                attended = attended + cache.v_center[:, None] * weights.sum(-1, keepdim=True)
+            if of_v.gain_inverse is not None:
+                attended = attended * of_v.gain_inverse[:, None]
+            if of_v.center is not None:
+                attended = attended + of_v.center[:, None] * weights.sum(-1, keepdim=True)
             out[token] = attended.flatten(0, 1).to(out.dtype)
             if lse is not None:
                 lse[token] = total.flatten()
@@ -125,13 +128,11 @@ def gather(
 def restore(keys: torch.Tensor, values: torch.Tensor, cache: PagedKVCache) -> tuple[torch.Tensor, torch.Tensor]:
     """Undo rotation, gains and centering of rows [num_tokens, num_kv_heads, head_dim] fp32."""
     restored = []
-    for rows, order, inverse, center in (
-        (keys, cache.layout.k_rotation_order, cache.k_gain_inverse, cache.k_center),
-        (values, cache.layout.v_rotation_order, cache.v_gain_inverse, cache.v_center),
-    ):
-        rows = rotate(rows, order)
-        rows = rows if inverse is None else rows * inverse
-        restored.append(rows if center is None else rows + center)
+    orders = cache.layout.k_rotation_order, cache.layout.v_rotation_order
+    for rows, order, constants in zip((keys, values), orders, cache.constants, strict=True):
+        x = rotate(rows, order)
+        x = x if constants.gain_inverse is None else x * constants.gain_inverse
+        restored.append(x if constants.center is None else x + constants.center)
     return restored[0], restored[1]
 
 

@@ -7,7 +7,7 @@ from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
 
 import torch
 
-from sawkv.cache import PagedKVCache
+from sawkv.cache import Constants, PagedKVCache
 from sawkv.errors import UnsupportedError
 from sawkv.format.layout import PageLayout
 from sawkv.kernels import DecodePlan
@@ -38,7 +38,7 @@ class _Cache(Structure):
         *((field, c_int64) for field in ("page_stride", "num_pages")),
         *((field, c_int32) for field in ("codec", "num_kv_heads", "head_dim", "page_size", "row_bytes", "meta_bytes")),
         *((field, c_int32) for field in ("k_order", "v_order", "swizzle_multiplier", "swizzle_period")),
-        *((field, c_void_p) for field in ("k_center", "v_center", "k_weights", "k_step", "v_weights", "v_step")),
+        *((f"{which}_{field}", c_void_p) for which in "kv" for field in Constants._fields),
     )
 
 
@@ -198,9 +198,7 @@ def _describe(cache: PagedKVCache) -> _Cache:
         layout.k_rotation_order,
         layout.v_rotation_order,
         *layout.swizzle_factors,
-        _address(cache.k_center),
-        _address(cache.v_center),
-        *map(_address, cache.feedback_tensors),
+        *(_address(x) for constants in cache.constants for x in constants),
     )
 
 

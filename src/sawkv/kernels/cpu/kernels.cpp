@@ -166,19 +166,19 @@ constexpr int kSegment = 16;
 
 enum Codec : int32_t { kInt4, kInt8, kCodecBf16, kCodecFp16, kCodecFp32 };
 
-// Mirrors sawkv.feedback.Feedback.
-struct Feedback {
-  const int8_t* weights;  // [num_kv_heads, head_dim, head_dim] or null
-  const float* step;      // [num_kv_heads]
+// Mirrors sawkv.cache.Constants: what K or V is written and read with. Pointers are null where there is nothing.
+struct Constants {
+  const float *center, *gain, *gain_inverse;  // [num_kv_heads, head_dim]
+  const int8_t* weights;                      // of the feedback: [num_kv_heads, head_dim, head_dim]
+  const float* step;                          // [num_kv_heads]
 };
 
-// Mirrors sawkv.layout.PageLayout; docs/format.md explains the fields.
+// Mirrors sawkv.format.layout.PageLayout; docs/format.md explains the fields.
 struct Cache {
   uint8_t* pages;
   int64_t page_stride, num_pages;
   int32_t codec, num_kv_heads, head_dim, page_size, row_bytes, meta_bytes, k_order, v_order, swizzle_multiplier, swizzle_period;
-  const float *k_center, *v_center;
-  Feedback k_feedback, v_feedback;
+  Constants k, v;
 
   uint8_t* span(int64_t page, int head) const { return pages + page * page_stride + int64_t(head) * page_size * 2 * (row_bytes + meta_bytes); }
   int64_t v_offset() const { return int64_t(page_size) * (row_bytes + meta_bytes); }
@@ -201,11 +201,17 @@ void rotate(float* x, int head_dim, int order) {
   for (int i = 0; i < head_dim; ++i) x[i] *= norm;
 }
 
-// Undo rotation and centering of a row.
-void restore(float* x, int head_dim, int order, const float* center, int head) {
+// x *= factors, those of a head.
+void multiply(float* x, int head_dim, const float* factors, int head) {
+  for (int d = 0; d < head_dim; ++d) x[d] *= factors[head * head_dim + d];
+}
+
+// Undo rotation, gain and centering of a row.
+void restore(float* x, int head_dim, int order, const Constants& constants, int head) {
   rotate(x, head_dim, order);
-  if (center)
-    for (int d = 0; d < head_dim; ++d) x[d] += center[head * head_dim + d];
+  if (constants.gain_inverse) multiply(x, head_dim, constants.gain_inverse, head);
+  if (constants.center)
+    for (int d = 0; d < head_dim; ++d) x[d] += constants.center[head * head_dim + d];
 }
 
 struct Meta {
@@ -282,12 +288,12 @@ Meta quantize(const float* y, int head_dim, int max_code, const int8_t* weights,
 // Position of a row's byte `b`: segments of V rows are XORed with the token's swizzle, those of K rows (swizzle 0) are in order.
 inline int place(int b, int swizzle) { return b ^ (swizzle * kSegment); }
 
-void encode_row(const Cache& cache, float* y, const Feedback& feedback, int head, uint8_t* row, uint8_t* meta_out, int swizzle) {
+void encode_row(const Cache& cache, float* y, const Constants& constants, int head, uint8_t* row, uint8_t* meta_out, int swizzle) {
   const int n = cache.head_dim;
   alignas(32) uint8_t bytes[4 * kMaxHeadDim], codes[kMaxHeadDim];
   if (cache.codec <= kInt8) {
-    const int8_t* weights = feedback.weights ? feedback.weights + int64_t(head) * n * n : nullptr;
-    const Meta meta = quantize(y, n, cache.codec == kInt4 ? 15 : 255, weights, weights ? feedback.step[head] : 0, codes);
+    const int8_t* weights = constants.weights ? constants.weights + int64_t(head) * n * n : nullptr;
+    const Meta meta = quantize(y, n, cache.codec == kInt4 ? 15 : 255, weights, weights ? constants.step[head] : 0, codes);
     std::memcpy(meta_out, &meta, 4);
     if (cache.codec == kInt4)
       for (int i = 0; i < n / 2; ++i) bytes[i] = uint8_t(codes[2 * i] | codes[2 * i + 1] << 4);
@@ -348,7 +354,7 @@ DecodeTokens decode_tokens_of(int codec) {
   }
 }
 
-// What append counts of the rows of K or V, in the order of sawkv.counters.COLUMNS.
+// What append counts of the rows of K or V, in the order of sawkv.format.counters.COLUMNS.
 struct Counts {
   double rows, non_finite_rows, saturated_rows, squared_error, squared_norm;
 };
@@ -364,7 +370,7 @@ inline void add(Counts& to, const Counts& from) {
 constexpr uint16_t kNanScale = 0x7E00, kMaxScale = 0x7BFF;  // fp16
 constexpr uint32_t kSample = 1024;
 
-// Counts the row `y` after it was written to `slot`. Mirrors sawkv.counters.is_sampled and kernels.reference.
+// Counts the row `y` after it was written to `slot`. Mirrors sawkv.format.counters.is_sampled and kernels.reference.
 void count_row(const Cache& cache, const float* y, const uint8_t* meta, int64_t slot, int head, bool is_v, Counts& counts) {
   const bool quantized = cache.codec <= kInt8, sampled = uint32_t(slot) * 2654435761u < (1ull << 32) / kSample;
   uint16_t scale = 0;
@@ -436,7 +442,8 @@ inline void weigh_block(const float* p, const float* v, int first, int last, int
 }
 
 struct Rows {  // the query rows of a work item
-  const float* q;                // [count, head_dim], rotated, times the softmax scale
+  const float* q;                // [count, head_dim], gain undone, rotated, times the softmax scale
+  float offset[kMaxRows];        // with a soft-cap alone: what centering took from each row's scores
   int count;
   int first[kMaxRows], last[kMaxRows];  // keys that each row sees: positions first to last - 1
 };
@@ -465,7 +472,7 @@ void attend_tile(const Rows& rows, const float* k, const float* v, int start, in
   for (r = 0; r < rows.count; ++r) {
     float* row = p + r * kTile;
     if (softcap > 0)
-      for (int t = first[r]; t < last[r]; ++t) row[t] = softcap * std::tanh(row[t] / softcap);
+      for (int t = first[r]; t < last[r]; ++t) row[t] = softcap * std::tanh((row[t] + rows.offset[r]) / softcap);
     for (int t = 0; t < first[r]; ++t) row[t] = -INFINITY;
     for (int t = last[r]; t < kTile; ++t) row[t] = -INFINITY;
     if (first[r] == last[r]) {
@@ -536,12 +543,13 @@ void append_token(const AppendArguments& a, int64_t token, Counts counts[2]) {
     for (int is_v = 0; is_v < 2; ++is_v) {
       const char* x = is_v ? static_cast<const char*>(a.v) + token * a.v_token_stride + head * a.v_head_stride
                            : static_cast<const char*>(a.k) + token * a.k_token_stride + head * a.k_head_stride;
-      const float* center = is_v ? cache.v_center : cache.k_center;
+      const Constants& constants = is_v ? cache.v : cache.k;
       read_floats(x, DType(a.dtype), cache.head_dim, y);
-      if (center)
-        for (int d = 0; d < cache.head_dim; ++d) y[d] -= center[head * cache.head_dim + d];
+      if (constants.center)
+        for (int d = 0; d < cache.head_dim; ++d) y[d] -= constants.center[head * cache.head_dim + d];
+      if (constants.gain) multiply(y, cache.head_dim, constants.gain, head);
       rotate(y, cache.head_dim, is_v ? cache.v_order : cache.k_order);
-      encode_row(cache, y, is_v ? cache.v_feedback : cache.k_feedback, head, span + row, span + meta, is_v ? cache.swizzle(offset) : 0);
+      encode_row(cache, y, constants, head, span + row, span + meta, is_v ? cache.swizzle(offset) : 0);
       if (a.counters) count_row(cache, y, span + meta, slot, head, is_v, counts[is_v]);
       span += cache.v_offset();
     }
@@ -585,6 +593,21 @@ struct Item {
   int64_t partial;                    // index of its first row among the partial results
 };
 
+const char* query_row(const AttentionArguments& a, int64_t token, int head) {
+  return static_cast<const char*>(a.q) + token * a.q_token_stride + head * a.q_head_stride;
+}
+
+// What centering K took from all scores of a query row.
+float center_score(const AttentionArguments& a, int64_t token, int head, int kv_head) {
+  const int head_dim = a.cache.head_dim;
+  if (!a.cache.k.center) return 0;
+  alignas(32) float q[kMaxHeadDim];
+  read_floats(query_row(a, token, head), DType(a.dtype), head_dim, q);
+  vec total = splat(0.f);
+  for (int d = 0; d < head_dim; d += W) total = fma(load(q + d), load(a.cache.k.center + kv_head * head_dim + d), total);
+  return sum(total) * a.softmax_scale;
+}
+
 // Rows of an item are ordered by query token, then by head of the group.
 void load_rows(const AttentionArguments& a, const Item& item, int group, float* q, Rows& rows) {
   const Cache& cache = a.cache;
@@ -593,11 +616,13 @@ void load_rows(const AttentionArguments& a, const Item& item, int group, float* 
   rows.count = item.num_queries * group;
   for (int r = 0; r < rows.count; ++r) {
     const int query = item.query + r / group, head = item.head * group + r % group;
-    const char* x = static_cast<const char*>(a.q) + (a.query_start[item.seq] + query) * a.q_token_stride + head * a.q_head_stride;
+    const int64_t token = a.query_start[item.seq] + query;
     float* y = q + r * cache.head_dim;
-    read_floats(x, DType(a.dtype), cache.head_dim, y);
+    read_floats(query_row(a, token, head), DType(a.dtype), cache.head_dim, y);
+    if (cache.k.gain_inverse) multiply(y, cache.head_dim, cache.k.gain_inverse, item.head);
     rotate(y, cache.head_dim, cache.k_order);
     for (int d = 0; d < cache.head_dim; ++d) y[d] *= a.softmax_scale;
+    rows.offset[r] = a.softcap > 0 ? center_score(a, token, head, item.head) : 0;
     rows.last[r] = std::max(length - num_queries + query + 1, 0);
     rows.first[r] = a.sliding_window ? std::max(rows.last[r] - a.sliding_window, 0) : 0;
   }
@@ -634,7 +659,10 @@ void finish_row(const AttentionArguments& a, const Item& item, int row, int grou
   float m = -INFINITY;
   for (int s = 0; s < item.num_splits; ++s) m = std::max(m, parts[s].max[row]);
   const float key_max = m;
-  if (a.sinks) m = std::max(m, a.sinks[head]);
+  // Scores under a soft-cap are whole already. Others lack the same number each, which only a sink and the log-sum-exp see.
+  const float offset = a.softcap == 0 && (a.sinks || a.lse) ? center_score(a, token, head, item.head) : 0;
+  const float sink = a.sinks ? a.sinks[head] - offset : -INFINITY;
+  m = std::max(m, sink);
   alignas(32) float values[kMaxHeadDim] = {};
   float total = 0;
   for (int s = 0; s < item.num_splits; ++s) {
@@ -643,14 +671,15 @@ void finish_row(const AttentionArguments& a, const Item& item, int row, int grou
     total += parts[s].sum[row] * factor;
     for (int d = 0; d < head_dim; ++d) values[d] += parts[s].values[row * head_dim + d] * factor;
   }
-  const float with_sink = total + (a.sinks ? std::exp(a.sinks[head] - m) : 0.f);
+  const float with_sink = total + (a.sinks ? std::exp(sink - m) : 0.f);
   const bool sees_nothing = key_max == -INFINITY;
   for (int d = 0; d < head_dim; ++d) values[d] = sees_nothing ? 0.f : values[d] / with_sink;
   rotate(values, head_dim, cache.v_order);
-  if (cache.v_center && !sees_nothing)
-    for (int d = 0; d < head_dim; ++d) values[d] += cache.v_center[item.head * head_dim + d] * (total / with_sink);
+  if (cache.v.gain_inverse) multiply(values, head_dim, cache.v.gain_inverse, item.head);
+  if (cache.v.center && !sees_nothing)
+    for (int d = 0; d < head_dim; ++d) values[d] += cache.v.center[item.head * head_dim + d] * (total / with_sink);
   write_floats(values, DType(a.dtype), head_dim, static_cast<char*>(a.out) + token * a.out_token_stride + head * a.out_head_stride);
-  if (a.lse) a.lse[token * a.num_q_heads + head] = with_sink == 0 ? -INFINITY : m + std::log(with_sink);
+  if (a.lse) a.lse[token * a.num_q_heads + head] = with_sink == 0 ? -INFINITY : m + std::log(with_sink) + offset;
 }
 
 }  // namespace
@@ -722,8 +751,8 @@ void sawkv_gather(const GatherArguments* args) {
         decode(cache, a.block_table + seq * a.block_table_stride, head, t, 1, k, v);
         const int64_t at = ((int64_t(a.starts[seq]) + t) * cache.num_kv_heads + head) * cache.head_dim * size_of(dtype);
         if (!a.rotated) {
-          restore(k, cache.head_dim, cache.k_order, cache.k_center, head);
-          restore(v, cache.head_dim, cache.v_order, cache.v_center, head);
+          restore(k, cache.head_dim, cache.k_order, cache.k, head);
+          restore(v, cache.head_dim, cache.v_order, cache.v, head);
         }
         write_floats(k, dtype, cache.head_dim, static_cast<char*>(a.k) + at);
         write_floats(v, dtype, cache.head_dim, static_cast<char*>(a.v) + at);

@@ -59,7 +59,7 @@ def append(k: torch.Tensor, v: torch.Tensor, cache: PagedKVCache, slot_mapping: 
     if not num_tokens:
         return
     k, v = _vectorizable(k), _vectorizable(v)
-    feedback = cache.feedback_tensors
+    feedback = [x for constants in cache.constants for x in (constants.weights, constants.step)]
     (k_token_stride, k_head_stride, _), (v_token_stride, v_head_stride, _) = k.stride(), v.stride()
     params = _AppendParams(
         *map(_pointer, (slot_mapping, cache.pages, cache.counters, k, v, cache.k_center, cache.v_center, *feedback[::2], *feedback[1::2])),

@@ -9,7 +9,7 @@
 namespace sawkv {
 
 constexpr int THREADS = 128, LANES = 4, TOKENS = THREADS / LANES;  // lanes of a row: few, since they spend their time exchanging values
-constexpr float MAX_CODE = 15, ERROR_STEPS = 64, MAX_WEIGHT = 127;  // the last two: sawkv.feedback
+constexpr float MAX_CODE = 15, ERROR_STEPS = 64, MAX_WEIGHT = 127;  // the last two: sawkv.format.feedback
 
 struct AppendParams {
   const i64* slot_mapping;
@@ -126,12 +126,12 @@ struct Quantizer {
   __device__ u32 shifted(float y) const { return __float_as_uint(fmaf(y, inverse, zero_point) + ROUNDER); }
 };
 
-enum { ROWS, NON_FINITE_ROWS, SATURATED_ROWS, SQUARED_ERROR, SQUARED_NORM, COUNTER_COLUMNS };  // sawkv.counters.COLUMNS
+enum { ROWS, NON_FINITE_ROWS, SATURATED_ROWS, SQUARED_ERROR, SQUARED_NORM, COUNTER_COLUMNS };  // sawkv.format.counters.COLUMNS
 constexpr u32 SAMPLE = 1024;
 
 __device__ inline bool is_sampled(i64 slot) { return (u32)slot * 2654435761u < (1ull << 32) / SAMPLE; }
 
-// Counts a row that is about to be written. All threads of a block come here. Mirrors sawkv.counters and the reference.
+// Counts a row that is about to be written. All threads of a block come here. Mirrors sawkv.format.counters and the reference.
 __device__ inline void count_row(const AppendParams& p, bool is_v, u32 meta, Sums sums, i64 slot, bool is_kept, bool is_first_lane) {
   double* counters = p.counters + (is_v ? COUNTER_COLUMNS : 0);
   if (blockIdx.y == 0) {  // every head keeps the same tokens

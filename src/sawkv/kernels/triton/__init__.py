@@ -68,7 +68,7 @@ def append(k: torch.Tensor, v: torch.Tensor, cache: PagedKVCache, slot_mapping: 
     layout, num_tokens = cache.layout, slot_mapping.shape[0]
     if not num_tokens:
         return
-    feedback = cache.feedback_tensors
+    feedback = [x for constants in cache.constants for x in (constants.weights, constants.step)]
     tokens, num_warps = (FEEDBACK_TOKENS, 4) if any(x is not None for x in feedback) else (ROTATE_TOKENS, 1)
     append_kernel[(_divide_up(num_tokens, tokens), layout.num_kv_heads, 2)](
         k,
