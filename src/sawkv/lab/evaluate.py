@@ -103,7 +103,7 @@ def evaluate(
     return Evaluation(
         model=model.resolve().name,
         shape=ModelShape(len(loaded.layers), *loaded.shape),
-        device=torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
+        device=device_name(device),
         dtype=str(dtype).removeprefix("torch."),
         text=source.name,
         window=plan.window,
@@ -156,7 +156,10 @@ def _free_runs(loaded: EvalModel, windows: torch.Tensor, caches: Mapping[str, Re
     return {name: free_run(loaded, prompts, continuation, readers) for name, readers in caches.items()}
 
 
-def _cpu_name() -> str:
+def device_name(device: torch.device) -> str:
+    """What a GPU is called, or a CPU and how many threads of it compute."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

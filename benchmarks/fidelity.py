@@ -1,0 +1,338 @@
+"""What serving from a smaller KV cache does to real checkpoints: each is served in several ways, and asked over HTTP.
+
+    python -m benchmarks.fidelity smollm2 gemma3 --jobs 5                                     # docs/results/real_models.jsonl
+    python -m benchmarks.fidelity smollm2 --methods served --tokens 1024 --window 128         # a small one, for two cores
+    python -m benchmarks.fidelity smollm2 --tokens 0 --recall-lengths 4096 8192 --recall-count 20   # docs/results/real_recall.jsonl
+    python -m benchmarks.fidelity smollm2 --through lab --methods prepared int4               # the same windows in the lab
+
+A checkpoint is a directory, or NAME=DIRECTORY. For each one `vllm` serves it in 16 bits, then in the ways that --methods name:
+
+    served          `sawkv serve MODEL`, and nothing else said
+    unprepared      the same with --no-prepare
+    int8, bf16, ... `sawkv serve MODEL --format ...`; bf16 pages hold what 16 bits hold, so their distance is that of rounding: the floor
+    fp8, vllm_int4_per_token_head, turboquant_4bit_nc, ...   vLLM's own --kv-cache-dtype, in a vLLM that does not load sawkv
+
+Windows of text are sent as prompts, one at a time, and every key and value that a token attends to is read back from the cache, its own
+included, by all of these. Distributions are compared over the whole vocabulary (`recorder`); that the log-probabilities that the server
+answers with are the same ones is checked. Intervals are 95 % by bootstrap over windows. Servers run --enforce-eager, `--jobs` at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from benchmarks.texts import text_file
+from sawkv.errors import FormatError
+from sawkv.format.spec import CacheFormat
+from sawkv.integrations.vllm.client import Client, serving
+from sawkv.integrations.vllm.server import server_command
+from sawkv.lab.divergence import TokenScores, compare
+from sawkv.lab.evaluate import device_name
+from sawkv.lab.methods import find_method, fit
+from sawkv.lab.tasks import Prompt, make_prompts
+from sawkv.prepare.model import EvalModel, collect_samples, default_dtype, find_device
+from sawkv.prepare.text import Text, load_text
+
+RESULTS: Final = Path("docs/results")
+WIDE: Final = "16bit"
+METHODS: Final = ("served", "unprepared", "int8", "fp8", "vllm_int4_per_token_head", "bf16")
+BITS: Final = {"fp8": 8.0, WIDE: 16.0}
+RESAMPLES: Final = 10_000
+CLIENTS: Final = 8
+AGREES: Final = 0.02
+"""Nats a token by which the server's answers may differ from what is computed here; both round logits of 16 bits."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one server is asked.
+
+    Attributes:
+        name, folder: of the checkpoint.
+        ids: [num_windows, window] of all texts, one after the other; None leaves predictions out.
+        texts: name and number of windows of each.
+        prompts: of recall.
+        states: file for the hidden states of 16 bits.
+        work: folder for files and logs.
+        options: for vLLM.
+    """
+
+    name: str
+    folder: Path
+    ids: torch.Tensor | None
+    texts: dict[str, int]
+    prompts: list[Prompt]
+    work: Path
+    options: list[str]
+
+    @property
+    def states(self) -> Path:
+        return self.work / f"{self.name}.states"
+
+
+def main() -> None:
+    args = _arguments()
+    torch.set_grad_enabled(False)
+    args.work.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    jobs = [_job(*_named(model), args) for model in args.models]
+    setting = {"device": device_name(find_device(args.device)), "commit": args.commit or _commit()}
+    if args.through == "lab":
+        for job in jobs:
+            write(args.out, [setting | record for record in _lab(job, args)])
+        return
+    failed = 0
+    with ThreadPoolExecutor(args.jobs) as pool:
+        running = {pool.submit(_serve, job, WIDE, args): (job, WIDE) for job in jobs}
+        while running:
+            for task in wait(running, return_when=FIRST_COMPLETED).done:
+                job, method = running.pop(task)
+                try:
+                    predictions, recall = task.result()
+                except Exception as error:
+                    failed += 1
+                    print(f"FAILED  {job.name} {method}: {error}", flush=True)
+                    continue
+                write(args.out, [setting | record for record in predictions])
+                write(args.out.with_name("real_recall.jsonl"), [setting | record for record in recall])
+                if method == WIDE:
+                    running |= {pool.submit(_serve, job, name, args): (job, name) for name in args.methods}
+    print(f"{time.monotonic() - started:.0f} s in all, {failed} failed")
+    raise SystemExit(failed)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="+", metavar="MODEL")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD", help=f"default: {' '.join(METHODS)}")
+    parser.add_argument("--through", choices=("server", "lab"), default="server", help="default: %(default)s")
+    parser.add_argument("--texts", nargs="+", default=["prose", "python"], metavar="TEXT", help="prose, python or a file (default: both)")
+    parser.add_argument("--tokens", type=int, default=16384, help="predictions for each text, at least; 0: none (default: %(default)s)")
+    parser.add_argument("--window", type=int, default=512, help="tokens of a prompt (default: %(default)s)")
+    parser.add_argument("--recall-lengths", nargs="+", type=int, default=[4096, 8192, 16384, 32768], help="those that the model holds")
+    parser.add_argument("--recall-count", type=int, default=0, help="prompts of each task, length and depth (default: none)")
+    parser.add_argument("--jobs", type=int, default=1, help="servers at once (default: %(default)s)")
+    parser.add_argument("--kv-cache-memory", type=int, default=2048, metavar="MIB", help="of each (default: %(default)s)")
+    parser.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="the rest of the line goes to vLLM")
+    parser.add_argument("--device", help="of the lab (default: a GPU where there is one)")
+    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the lab (default: bfloat16 on a GPU, float32 on a CPU)")
+    parser.add_argument("--commit", help="what is measured (default: git's HEAD)")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir(), "sawkv-fidelity"), help="logs (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=RESULTS / "real_models.jsonl", help="lines to add to (default: %(default)s)")
+    return parser.parse_args()
+
+
+def _named(model: str) -> tuple[str, Path]:
+    name, mark, path = model.partition("=")
+    return (name, Path(path)) if mark else (Path(model).resolve().name, Path(model))
+
+
+def _job(name: str, folder: Path, args: argparse.Namespace) -> Job:
+    texts = {text: load_text(folder, text_file(text, args.work)) for text in args.texts}
+    count = -(-args.tokens // (args.window - 1))
+    windows = {text: loaded.split(args.window, count, 1)[0] for text, loaded in texts.items()} if count else {}
+    longest = json.loads((folder / "config.json").read_text())
+    longest = int((longest.get("text_config") or longest)["max_position_embeddings"])
+    first = next(iter(texts.values()))
+    prompts = _prompts(first, [length for length in args.recall_lengths if length <= longest], args.recall_count)
+    room = max([args.window, *(len(prompt.ids) for prompt in prompts)]) + 1
+    options = ["--max-model-len", str(min(longest, room)), "--max-num-batched-tokens", str(max(2048, args.window)), "--enforce-eager"]
+    options += ["--kv-cache-memory-bytes", str(args.kv_cache_memory << 20)]
+    options += ["--gpu-memory-utilization", "0.05"] if torch.cuda.device_count() else []  # vLLM asks for so much to be free
+    ids = torch.cat(list(windows.values())) if windows else None
+    return Job(name, folder, ids, {text: len(rows) for text, rows in windows.items()}, prompts, args.work, [*options, *args.options])
+
+
+def _prompts(text: Text, lengths: Sequence[int], count: int) -> list[Prompt]:
+    return make_prompts(text.encode, text.ids, text.prefix, lengths=lengths, count=count) if count else []
+
+
+def _serve(job: Job, method: str, args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Records of one way of serving: of predictions, and of recall."""
+    start = time.monotonic()
+    env = os.environ | {"VLLM_SERVER_DEV_MODE": "1"}
+    command = _command(job, method)
+    if command[2] != "sawkv.cli":
+        env["VLLM_PLUGINS"] = ""
+    recorder = ["--worker-extension-cls", "benchmarks.recorder.Recorder"]
+    with serving([*command, *recorder], job.work / f"{job.name}-{method}.log", env=env) as client:
+        ready = time.monotonic() - start
+        if (command[2] == "sawkv.cli") != bool(client.notice()):
+            raise RuntimeError(f"{job.name} {method}: expected a server {'with' if command[2] == 'sawkv.cli' else 'without'} sawkv")
+        common = {"model": job.name, "method": method, "through": "server", "bits": _bits(client, method, job.folder)}
+        predictions = [] if job.ids is None else [common | record for record in _predictions(client, job, method)]
+        recall = [common | record for record in _recall(client, job.prompts)]
+    for record in predictions:
+        print(line(record), flush=True)
+    print(f"{job.name} {method}: {time.monotonic() - start:.0f} s, {ready:.0f} of them until it answered", flush=True)
+    return predictions, recall
+
+
+def _command(job: Job, method: str) -> list[str]:
+    if method == WIDE:
+        return server_command(str(job.folder), None, job.options)
+    ours = {"served": [], "unprepared": ["--no-prepare"]}.get(method)
+    if ours is None:
+        try:
+            ours = ["--format", str(CacheFormat.parse(method))]
+        except FormatError:
+            dtype = method.removeprefix("vllm_")
+            return server_command(str(job.folder), None, [*job.options, "--kv-cache-dtype", dtype])
+    return [sys.executable, "-m", "sawkv.cli", "serve", str(job.folder), *ours, *job.options]
+
+
+def _bits(client: Client, method: str, folder: Path) -> float | None:
+    """Bits of a value with all that is stored for its row; None where it is not known."""
+    if sizes := re.search(r"(\d+) bytes a token, KV head and layer \(16 bits: (\d+)\)", client.notice()):
+        return 16 * int(sizes[1]) / int(sizes[2])
+    if method == "vllm_int4_per_token_head":
+        config = json.loads((folder / "config.json").read_text())
+        config = config.get("text_config") or config
+        return 4 + 32 / int(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
+    return BITS.get(method)
+
+
+def _predictions(client: Client, job: Job, method: str) -> Iterator[dict[str, Any]]:
+    """Send all windows; for 16 bits keep their states, else compare with them."""
+    assert job.ids is not None
+    window = str(job.ids.shape[1])
+    _rpc(client, "record_states")
+    answered = torch.tensor([client.prompt_logprobs(ids) for ids in job.ids.tolist()])
+    if method == WIDE:
+        _rpc(client, "save_states", str(job.states), window)
+        return
+    ids, out = (job.work / f"{job.name}-{method}.{kind}" for kind in ("ids", "scores"))
+    save_file({"ids": job.ids.contiguous()}, ids)
+    _rpc(client, "compare_states", str(job.states), window, str(ids), str(out))
+    found = load_file(out)
+    apart = float((answered + found["loss"]).abs().mean())
+    if not apart < AGREES:
+        raise RuntimeError(f"{job.name} {method}: the server's log-probabilities are {apart:.3f} nats from those computed of its states")
+    scores = TokenScores(found["kl"], found["loss"], found["same_top1"])
+    yield from _records(scores, found["loss_16bit"], job)
+
+
+def _rpc(client: Client, method: str, *arguments: str) -> None:
+    client.post("/collective_rpc", {"method": method, "args": arguments})
+
+
+def _records(scores: TokenScores, wide_loss: torch.Tensor, job: Job) -> Iterator[dict[str, Any]]:
+    """One for each text."""
+    first = 0
+    for text, count in job.texts.items():
+        rows = slice(first, first + count)
+        first += count
+        part = TokenScores(scores.kl[rows], scores.loss[rows], scores.same_top1[rows])
+        yield {"text": text, "window": part.kl.shape[1] + 1} | summary(part, wide_loss[rows])
+
+
+def summary(scores: TokenScores, wide_loss: torch.Tensor) -> dict[str, Any]:
+    """Of predictions [num_windows, window - 1], and the losses of 16 bits on them."""
+    found = scores.divergence()
+    by_window = scores.kl.double().mean(1)
+    return {
+        "tokens": found.tokens,
+        "mean_kl": _digits(found.mean_kl, 5),
+        "kl_se": _digits(found.kl_se, 3),
+        "kl_ci95": [_digits(end, 4) for end in interval(by_window)],
+        "kl_p999": _digits(found.kl_p999, 4),
+        "kl_max": _digits(found.kl_max, 4),
+        "same_top1": round(found.same_top1, 5),
+        "ppl": round(found.ppl, 4),
+        "ppl_16bit": round(float(wide_loss.double().mean().exp()), 4),
+        "ppl_ratio_ci95": [_digits(end, 5) for end in interval((scores.loss - wide_loss).double().mean(1)).exp().tolist()],
+        "kl_by_window": [_digits(value, 4) for value in by_window.tolist()],
+    }
+
+
+def interval(window_means: torch.Tensor) -> torch.Tensor:
+    """Both ends of the 95 % interval of the mean: windows drawn again and again, the same draws for every method."""
+    draws = torch.randint(len(window_means), (RESAMPLES, len(window_means)), generator=torch.Generator().manual_seed(0))
+    return torch.quantile(window_means.double()[draws].mean(1), torch.tensor([0.025, 0.975], dtype=torch.float64))
+
+
+def _recall(client: Client, prompts: Sequence[Prompt]) -> Iterator[dict[str, Any]]:
+    """Right if greedy decoding writes the answer, every token of it."""
+
+    def ask(prompt: Prompt) -> bool:
+        ids, answer = prompt.ids[: -prompt.answer_length], list(prompt.ids[-prompt.answer_length :])
+        choice = client.complete(ids, max_tokens=len(answer), ignore_eos=True, return_token_ids=True)
+        return bool(choice["token_ids"] == answer)
+
+    with ThreadPoolExecutor(CLIENTS) as pool:
+        right = list(pool.map(ask, prompts))
+    cells: dict[tuple[str, int, float], list[bool]] = {}
+    for prompt, is_right in zip(prompts, right, strict=True):
+        cells.setdefault((prompt.task, prompt.length, prompt.depth), []).append(is_right)
+    for (task, length, depth), answers in cells.items():
+        yield {"task": task, "length": length, "depth": depth, "correct": sum(answers), "asked": len(answers)}
+
+
+def _lab(job: Job, args: argparse.Namespace) -> list[dict[str, Any]]:
+    """The same windows, in one teacher-forced pass of a Transformers model."""
+    assert job.ids is not None
+    device = find_device(args.device)
+    model = EvalModel.load(job.folder, device, getattr(torch, args.dtype) if args.dtype else default_dtype(device))
+    samples = collect_samples(model, job.ids[-2:])
+    methods = [find_method(name) for name in args.methods]
+    reference, scores = compare(model, job.ids, {method.name: fit(method, samples) for method in methods}, batch=1)
+    records = []
+    for method in methods:
+        common = {"model": job.name, "method": method.name, "through": "lab", "bits": method.bits(model.shape[2])}
+        records += [common | record for record in _records(scores[method.name], reference.loss, job)]
+    for record in records:
+        print(line(record), flush=True)
+    return records
+
+
+def line(record: dict[str, Any]) -> str:
+    low, high = record["kl_ci95"]
+    return (
+        f"{record['model']:<22} {record['text']:<7} {record['method']:<26} {record['bits'] or 0:>6.3f} bits  "
+        f"KL {record['mean_kl']:.5f} ({low:.5f} to {high:.5f})  p99.9 {record['kl_p999']:.3f}  top-1 {record['same_top1']:.2%}  "
+        f"ppl {record['ppl']:.3f} ({record['ppl_16bit']:.3f})"
+    )
+
+
+def write(file: Path, records: Sequence[dict[str, Any]]) -> None:
+    """Add lines; they replace those of the file for the same thing measured in the same place."""
+    if not records:
+        return
+    kept = [json.loads(text) for text in file.read_text().splitlines()] if file.is_file() else []
+    new = {_cell(record) for record in records}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_suffix(".part")
+    part.write_text("".join(json.dumps(record) + "\n" for record in [*(r for r in kept if _cell(r) not in new), *records]))
+    part.replace(file)
+
+
+def _cell(record: dict[str, Any]) -> tuple[Any, ...]:
+    keys = ("device", "model", "text", "method", "through", "window", "task", "length", "depth")
+    return tuple(record.get(key) for key in keys)
+
+
+def _commit() -> str:
+    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+
+
+def _digits(value: float, digits: int) -> float:
+    return float(f"{value:.{digits}g}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""A vLLM server as its clients see it: started as a child process, waited for, and asked over HTTP. Imports no vLLM."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import json
+import re
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sawkv.errors import UnsupportedError
+from sawkv.integrations.vllm.server import free_port, running
+
+START_TIMEOUT = 900.0
+"""Seconds that vLLM may take to start; the first start on a CPU compiles the model."""
+STOP_TIMEOUT = 30.0
+POLL = 0.5
+LOG_LINES = 25
+"""Of a log, shown where a server ends by itself and says no error."""
+NOTICE = "sawkv: KV cache format"
+"""What vLLM's log says where sawkv is in use. Without it vLLM runs on with a cache of its own."""
+STAGES: Mapping[str, str] = {
+    "Initializing a V1 LLM engine": "starting the engine",
+    "Loading weights took": "weights loaded",
+    "Dynamo bytecode transform": "compiling the model",
+    "sawkv: prepar": "preparing the model for 4 bits",
+    "KV cache size": "cache allocated",
+}
+"""What of vLLM's log a person waits for, by a part of its line."""
+
+
+@dataclass(frozen=True)
+class Client:
+    """Asks one server.
+
+    Attributes:
+        port: of this machine.
+        log: the file that holds what the server printed.
+    """
+
+    port: int
+    log: Path
+
+    def get(self, path: str, *, timeout: float = 10) -> str:
+        """The body of an answer. Raises OSError where there is none."""
+        with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=timeout) as answer:
+            body: str = answer.read().decode()
+        return body
+
+    def post(self, path: str, body: Mapping[str, Any], *, timeout: float = 600) -> dict[str, Any]:
+        """The JSON answer to a JSON request.
+
+        Raises:
+            UnsupportedError: the server refuses it.
+            OSError: the server does not answer.
+        """
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{self.port}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=timeout) as answer:
+                found: dict[str, Any] = json.load(answer)
+        except urllib.error.HTTPError as error:
+            raise UnsupportedError(
+                f"{path}: expected an answer, got {error.code}: {error.read().decode(errors='replace')[:500]}"
+            ) from error
+        return found
+
+    def complete(self, prompt: str | Sequence[int], **options: Any) -> dict[str, Any]:
+        """The first choice of a greedy completion of text or token ids."""
+        choice: dict[str, Any] = self.post("/v1/completions", {"prompt": prompt, "temperature": 0} | options)["choices"][0]
+        return choice
+
+    def chat(self, message: str, **options: Any) -> dict[str, Any]:
+        """The first choice of a greedy answer to one message."""
+        messages = [{"role": "user", "content": message}]
+        choice: dict[str, Any] = self.post("/v1/chat/completions", {"messages": messages, "temperature": 0} | options)["choices"][0]
+        return choice
+
+    def prompt_logprobs(self, ids: Sequence[int]) -> list[float]:
+        """Log-probability of each token after the first, in nats, given those before it."""
+        found = self.complete(ids, max_tokens=1, prompt_logprobs=0)["prompt_logprobs"]
+        return [entry[str(token)]["logprob"] for token, entry in zip(ids[1:], found[1:], strict=True)]
+
+    def kv_tokens(self) -> int:
+        """Tokens that the server's KV cache holds, as its log says.
+
+        Raises:
+            UnsupportedError: the log does not say.
+        """
+        sizes = re.findall(r"KV cache size: ([\d,]+) tokens", self.log.read_text(errors="replace"))
+        if not sizes:
+            raise UnsupportedError("vLLM's log: expected a line 'KV cache size: ... tokens', got none")
+        return int(sizes[-1].replace(",", ""))
+
+    def notice(self) -> str:
+        """The line by which sawkv says in the server's log that it is in use; empty if it is not."""
+        lines = self.log.read_text(errors="replace").splitlines()
+        return next((line[line.index(NOTICE) :] for line in lines if NOTICE in line), "")
+
+
+@contextlib.contextmanager
+def serving(
+    command: Sequence[str], log: Path, *, env: Mapping[str, str] | None = None, say: Callable[[str], object] = lambda stage: None
+) -> Iterator[Client]:
+    """A server that answers, and ends with the block.
+
+    Args:
+        command: that starts vLLM's server, without host and port.
+        log: file for what it prints.
+        env: its environment; None is this process's.
+        say: called with each stage of the start, in words.
+
+    Raises:
+        UnsupportedError: the server ends by itself, or takes longer than `START_TIMEOUT`.
+    """
+    port = free_port()
+    command = [*command, "--host", "127.0.0.1", "--port", str(port)]
+    with log.open("wb") as sink, running(command, STOP_TIMEOUT, stdout=sink, stderr=subprocess.STDOUT, env=env) as server:
+        client = Client(port, log)
+        _wait(client, server, say)
+        yield client
+
+
+def _wait(client: Client, server: subprocess.Popen[bytes], say: Callable[[str], object]) -> None:
+    start, said = time.monotonic(), set[str]()
+    while True:
+        text = client.log.read_text(errors="replace")
+        for mark, stage in STAGES.items():
+            if mark in text and mark not in said:
+                said.add(mark)
+                say(stage)
+        problem = None
+        if server.poll() is not None:
+            problem = f"vLLM ended with status {server.returncode} while it started"
+        elif time.monotonic() - start > START_TIMEOUT:
+            problem = f"vLLM did not start within {START_TIMEOUT:.0f} s"
+        if problem:
+            raise UnsupportedError(f"{problem}: {_cause(text)} ({client.log})")
+        with contextlib.suppress(OSError, http.client.HTTPException):
+            client.get("/health", timeout=2)
+            return
+        time.sleep(POLL)
+
+
+def _cause(text: str) -> str:
+    """What a log says went wrong: the last error that is not only vLLM's word for another one, else the last lines."""
+    errors = [found for found in re.findall(r"\w+(?:Error|Exception): (.+)", text) if "root cause" not in found]
+    return errors[-1] if errors else "\n".join(text.strip().splitlines()[-LOG_LINES:])

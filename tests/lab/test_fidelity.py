@@ -1,0 +1,101 @@
+"""The fidelity harness, without a server: what the worker keeps and compares, and what is made of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from benchmarks import fidelity
+from benchmarks.recorder import Recorder
+from sawkv.integrations.vllm.client import Client, _cause
+from sawkv.lab.divergence import TokenScores
+
+WINDOW, SIZE, VOCABULARY = 12, 8, 50
+
+
+class Model(torch.nn.Module):
+    """States to logits, in bf16 as vLLM computes them."""
+
+    def __init__(self, head: torch.Tensor) -> None:
+        super().__init__()
+        self.head = torch.nn.Parameter(head)
+
+    def compute_logits(self, states: torch.Tensor) -> torch.Tensor:
+        return states @ self.head
+
+
+def recorder(model: Model) -> Recorder:
+    found = Recorder()
+    found.model_runner = SimpleNamespace(model=model)
+    found.record_states()
+    return found
+
+
+@pytest.mark.parametrize("rows", [WINDOW - 1, WINDOW])
+def test_distributions_are_compared_over_the_whole_vocabulary(rows: int, tmp_path: Path) -> None:
+    """As vLLM's two runners call it: with all prompt tokens or all but the last, in pieces, and once for the sampled token."""
+    head = torch.randn(SIZE, VOCABULARY).bfloat16()
+    states = torch.randn(2, 3, rows, SIZE).bfloat16()
+    ids = torch.randint(0, VOCABULARY, (3, WINDOW))
+    save_file({"ids": ids}, tmp_path / "ids")
+    wide, narrow = (recorder(Model(head)) for _ in range(2))
+    for kept, windows in zip((wide, narrow), states, strict=True):
+        for window in windows:
+            for piece in (window[:7], window[7:], window[-1:]):
+                kept.model_runner.model.compute_logits(piece)
+    wide.save_states(str(tmp_path / "wide"), str(WINDOW))
+    narrow.compare_states(str(tmp_path / "wide"), str(WINDOW), str(tmp_path / "ids"), str(tmp_path / "out"))
+    found = load_file(tmp_path / "out")
+    p, q = ((part[:, : WINDOW - 1] @ head).double().log_softmax(-1) for part in states)
+    torch.testing.assert_close(found["kl"].double(), (p.exp() * (p - q)).sum(-1), rtol=1e-4, atol=1e-5)
+    for name, want in (("loss", q), ("loss_16bit", p)):
+        torch.testing.assert_close(found[name].double(), -want.gather(-1, ids[:, 1:, None])[..., 0], rtol=1e-4, atol=1e-5)
+    assert torch.equal(found["same_top1"], p.argmax(-1) == q.argmax(-1))
+
+
+def test_states_of_other_requests_are_noticed(tmp_path: Path) -> None:
+    kept = recorder(Model(torch.randn(SIZE, VOCABULARY)))
+    kept.model_runner.model.compute_logits(torch.randn(WINDOW + 5, SIZE))
+    with pytest.raises(RuntimeError, match="got 17 rows"):
+        kept.save_states(str(tmp_path / "out"), str(WINDOW))
+
+
+def test_intervals_hold_the_mean_as_often_as_they_say() -> None:
+    held = 0
+    for seed in range(200):
+        low, high = fidelity.interval(torch.randn(32, generator=torch.Generator().manual_seed(seed)).double() + 1)
+        held += bool(low <= 1 <= high)
+    assert 175 <= held <= 198
+
+
+def test_records_say_what_the_scores_say(tmp_path: Path) -> None:
+    kl, loss = torch.rand(5, 20), torch.rand(5, 20) + 1
+    scores = TokenScores(kl, loss, kl < 0.5)
+    found = fidelity.summary(scores, loss - 0.1)
+    assert found["mean_kl"] == pytest.approx(float(kl.mean()), rel=1e-4)
+    assert found["kl_ci95"][0] < found["mean_kl"] < found["kl_ci95"][1]
+    assert found["ppl"] / found["ppl_16bit"] == pytest.approx(2.718281828**0.1, rel=1e-3)
+    assert found["ppl_ratio_ci95"] == pytest.approx([2.718281828**0.1] * 2, rel=1e-3)
+    record: dict[str, Any] = {"model": "m", "text": "prose", "method": "served", "through": "server", "window": 21}
+    fidelity.write(tmp_path / "out", [record | found, record | {"text": "python"}])
+    fidelity.write(tmp_path / "out", [record | {"mean_kl": 7}])
+    lines = [json.loads(line) for line in (tmp_path / "out").read_text().splitlines()]
+    assert [(line["text"], line.get("mean_kl")) for line in lines] == [("python", None), ("prose", 7)]
+
+
+def test_the_log_says_the_cause_the_size_and_whether_sawkv_runs(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    notice = "sawkv: KV cache format int4-k64-v64, 72 bytes a token, KV head and layer (16 bits: 256)"
+    log.write_text(f"(Worker) INFO {notice}\nINFO CPU KV cache size: 20,468 tokens\n")
+    client = Client(1, log)
+    assert client.kv_tokens() == 20468
+    assert client.notice() == notice
+    assert fidelity._bits(client, "served", tmp_path) == 4.5
+    assert _cause("ValueError: too big\nRuntimeError: Engine failed. See root cause above.\n") == "too big"
+    assert _cause("killed\n") == "killed"
