@@ -15,7 +15,7 @@ from sawkv.prepare.corpus import preparation_positions, preparation_text, prepar
 from sawkv.prepare.fit import fit
 from sawkv.prepare.statistics import LayerStatistics
 
-HEADS, GROUP, HEAD_DIM = 2, 3, 32
+HEADS, GROUP, HEAD_DIM, SCALE = 2, 3, 32, 0.02
 
 
 def windows_of(seed: int, dtype: torch.dtype = torch.float32) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -23,39 +23,67 @@ def windows_of(seed: int, dtype: torch.dtype = torch.float32) -> list[tuple[torc
     draw = torch.Generator().manual_seed(seed)
 
     def rows(count: int, heads: int) -> torch.Tensor:
-        wide = torch.exp(torch.randn(heads, HEAD_DIM, generator=torch.Generator().manual_seed(seed + 1)))
+        wide = torch.exp(0.5 * torch.randn(heads, HEAD_DIM, generator=torch.Generator().manual_seed(seed + 1)))
         return ((torch.randn(count, heads, HEAD_DIM, generator=draw) + 2) * wide).to(dtype)
 
-    return [(rows(n, HEADS * GROUP), rows(n, HEADS), rows(n, HEADS)) for n in (40, 70, 90)]
+    return [(rows(n, HEADS * GROUP), rows(n, HEADS), rows(n, HEADS)) for n in (20, 30, 40)]
 
 
-def measured(windows: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], weight: torch.Tensor | None = None) -> LayerStatistics:
-    statistics = LayerStatistics(HEADS, HEAD_DIM, "cpu")
-    for window in windows:
-        statistics.add(*window)
+def measured(
+    windows: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]], weight: torch.Tensor | None = None, sliding: int = 0
+) -> LayerStatistics:
+    statistics = LayerStatistics(HEADS, HEAD_DIM, "cpu", SCALE, sliding)
     if weight is not None:
         statistics.set_output_weight(weight)
+    for window in windows:
+        statistics.add(*window)
     return statistics
 
 
-def test_statistics_are_those_of_all_rows() -> None:
+def counted(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, weight: torch.Tensor | None, window: int = 0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What rows of K and V count, [num_tokens, heads] each: one query after the other, the output's move by a score from the definition."""
+    found = torch.zeros(2, len(k), HEADS, dtype=torch.float64)
+    for head in range(HEADS * GROUP):
+        mine = head // GROUP
+        columns = (
+            torch.eye(HEAD_DIM).double() if weight is None else weight.double().view(11, HEADS, GROUP, HEAD_DIM)[:, mine].flatten(0, 1)
+        )
+        for i in range(len(q)):
+            seen = slice(max(0, i + 1 - window) if window else 0, i + 1)
+            a = (k[seen, mine].double() @ q[i, head].double() * SCALE).softmax(0)
+            values = v[seen, mine].double()
+            moved = (values - a @ values) @ columns.T
+            found[0, seen, mine] += a**2 * moved.square().sum(-1)
+            found[1, seen, mine] += a**2
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize(("known", "sliding"), [(True, 0), (False, 0), (True, 7)])
+def test_statistics_count_rows_by_what_their_errors_cost(known: bool, sliding: int) -> None:
     windows = windows_of(0, torch.bfloat16)
-    q, k, v = (torch.cat(parts).double() for parts in zip(*windows, strict=True))
-    weight = torch.randn(11, HEADS * GROUP * HEAD_DIM)
-    got = measured(windows, weight)
-    assert (got.rows, got.windows, got.queries) == (200, 3, 200 * GROUP)
-    for kind, x in enumerate((k, v)):
-        torch.testing.assert_close(got.sums[kind], x.sum(0))
-        torch.testing.assert_close(got.squares[kind], x.square().sum(0))
-    for head in range(HEADS):
-        mine = q[:, head * GROUP : (head + 1) * GROUP].reshape(-1, HEAD_DIM)
-        torch.testing.assert_close(got.query_gram[head], mine.T @ mine)
-        columns = weight.double().view(11, HEADS, GROUP, HEAD_DIM)[:, head].reshape(-1, HEAD_DIM)
-        assert got.output_gram is not None
-        torch.testing.assert_close(got.output_gram[head], columns.T @ columns)
+    weight = torch.randn(11, HEADS * GROUP * HEAD_DIM) if known else None
+    got = measured(windows, weight, sliding)
+    assert (got.rows, got.queries) == (90, 90 * GROUP)
+    weights, sums, squares = (torch.zeros(shape, dtype=torch.float64) for shape in ((2, HEADS), (2, HEADS, HEAD_DIM), (2, HEADS, HEAD_DIM)))
+    for q, k, v in windows:
+        for kind, (x, count) in enumerate(zip((k, v), counted(q, k, v, weight, sliding), strict=True)):
+            weights[kind] += count.sum(0)
+            sums[kind] += torch.einsum("th,thd->hd", count, x.double())
+            squares[kind] += torch.einsum("th,thd->hd", count, x.double().square())
+    for mine, wanted in ((got.weights, weights), (got.sums, sums), (got.squares, squares)):
+        torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-4)
+    q = torch.cat([q for q, _, _ in windows]).double().view(-1, HEADS, GROUP, HEAD_DIM).transpose(0, 1).flatten(1, 2)
+    torch.testing.assert_close(got.query_gram, q.mT @ q)
+    if weight is None:
+        assert got.output_gram is None
+    else:
+        columns = weight.double().view(11, HEADS, GROUP, HEAD_DIM).permute(1, 2, 0, 3).flatten(1, 2)
+        torch.testing.assert_close(got.output_gram, columns.mT @ columns)
 
 
-@pytest.mark.parametrize("change", ["heads", "queries", "weight"])
+@pytest.mark.parametrize("change", ["heads", "queries", "weight", "order"])
 def test_statistics_refuse_other_shapes(change: str) -> None:
     q, k, v = windows_of(0)[0]
     statistics = LayerStatistics(HEADS, HEAD_DIM, "cpu")
@@ -63,28 +91,30 @@ def test_statistics_refuse_other_shapes(change: str) -> None:
         "heads": lambda: statistics.add(q, k[:, :1], v[:, :1]),
         "queries": lambda: statistics.add(q[:, :-1], k, v),
         "weight": lambda: statistics.set_output_weight(torch.randn(4, HEAD_DIM)),
+        "order": lambda: measured(windows_of(0)).set_output_weight(torch.randn(4, HEADS * HEAD_DIM)),
     }
     with pytest.raises(UnsupportedError, match="expected"):
         refused[change]()
 
 
 def test_fit_centers_scales_and_feeds_back() -> None:
-    layers = [windows_of(seed) for seed in (0, 1)]
     weight = torch.randn(11, HEADS * GROUP * HEAD_DIM)
-    fitted = fit([measured(layers[0], weight), measured(layers[1])], CacheFormat.parse("int4"))
+    layers = [measured(windows_of(0), weight), measured(windows_of(1))]
+    fitted = fit(layers, CacheFormat.parse("int4"))
     hadamard = hadamard_matrix(HEAD_DIM)
-    for windows, layer, known in zip(layers, fitted, (True, False), strict=True):
-        q, k, v = (torch.cat(parts).double() for parts in zip(*windows, strict=True))
-        for x, center in ((k, layer.k_center), (v, layer.v_center)):
+    for statistics, layer in zip(layers, fitted, strict=True):
+        means = statistics.sums / statistics.weights[..., None]
+        spreads = statistics.squares / statistics.weights[..., None] - means.square()
+        value = torch.eye(HEAD_DIM).double().expand(HEADS, -1, -1) if statistics.output_gram is None else statistics.output_gram
+        parts = (
+            (statistics.query_gram / statistics.queries, layer.k_center, layer.k_gain, layer.k_feedback),
+            (value, layer.v_center, layer.v_gain, layer.v_feedback),
+        )
+        for (hessian, center, gain, got), mean, spread in zip(parts, means, spreads, strict=True):
+            exact = (hessian.diagonal(dim1=-2, dim2=-1) / spread) ** 0.25
             assert center is not None
-            torch.testing.assert_close(center, x.mean(0).float())
-        queries = q.view(len(q), HEADS, GROUP, HEAD_DIM).transpose(0, 1).flatten(1, 2)
-        columns = weight.double().view(11, HEADS, GROUP, HEAD_DIM).permute(1, 2, 0, 3).flatten(1, 2)
-        value = columns.mT @ columns if known else torch.eye(HEAD_DIM, dtype=torch.float64).expand(HEADS, -1, -1)
-        parts = ((k, queries.mT @ queries / queries.shape[1], layer.k_gain, layer.k_feedback), (v, value, layer.v_gain, layer.v_feedback))
-        for x, hessian, gain, got in parts:
-            exact = (hessian.diagonal(dim1=-2, dim2=-1) / x.var(0, correction=0)) ** 0.25
             assert gain is not None
+            torch.testing.assert_close(center, mean.float())
             torch.testing.assert_close(gain, (exact / exact.log().mean(-1, keepdim=True).exp()).float(), rtol=1e-4, atol=0)
             stored = hessian / gain[:, :, None].double() / gain[:, None, :].double()
             wanted = fit_feedback(hadamard @ stored @ hadamard)
@@ -163,8 +193,11 @@ def test_random_windows_are_always_the_same() -> None:
     assert 0 <= windows.min() < windows.max() < 1000
 
 
-def test_positions_are_spread_over_the_context() -> None:
-    assert preparation_positions(3, 512, 32768) == [0, 16128, 32256]
-    assert preparation_positions(3, 512, 512) == [0, 0, 0]
-    assert preparation_positions(2, 512, 100) == [0, 0]
-    assert preparation_positions(1, 512, 4096) == [0]
+def test_positions_are_spread_over_the_context_but_for_the_first_tokens() -> None:
+    positions = preparation_positions(3, 512, 32768)
+    assert positions.shape == (3, 512)
+    for row, first in zip(positions.tolist(), (4, 16132, 32260), strict=True):
+        assert row == [0, 1, 2, 3, *range(first, first + 508)]
+    for short in (512, 100):
+        assert preparation_positions(3, 512, short).tolist() == [list(range(512))] * 3
+    assert preparation_positions(1, 512, 4096).tolist() == [list(range(512))]

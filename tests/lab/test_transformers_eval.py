@@ -13,6 +13,7 @@ from sawkv.lab.divergence import compare, compare_floor, reading_only, score
 from sawkv.lab.methods import find_method, fit
 from sawkv.lab.stress import apply_stress, stressed_pairs
 from sawkv.prepare.balance import balance, scale_values, write_balanced
+from sawkv.prepare.corpus import preparation_positions
 from sawkv.prepare.model import EvalModel, collect_samples
 from sawkv.prepare.samples import layer_sample
 from sawkv.prepare.text import load_text
@@ -99,18 +100,29 @@ def test_readers_see_all_tokens_of_all_layers_and_go_away() -> None:
 
 
 def test_samples_stand_at_positions_over_the_context() -> None:
-    """The first window at 0, the last at the context's end; a shorter context, as none, leaves all at 0."""
+    """The first window at its start, the last at its end but for the first tokens; a shorter context, as none, leaves all at the start."""
     model, ids = small_model(), torch.randint(0, 512, (3, 20))
     samples = collect_samples(model, ids, 200)
-    for i, first in enumerate((0, 90, 180)):
-        for sample, states in zip(samples, model.states(ids[i : i + 1], first), strict=True):
+    places = preparation_positions(3, 20, 200)
+    for i in range(3):
+        for sample, states in zip(samples, model.states(ids[i : i + 1], places[i]), strict=True):
             torch.testing.assert_close(sample.k.rows[20 * i : 20 * i + 20], states.k, rtol=0, atol=0)
             torch.testing.assert_close(sample.v.rows[20 * i : 20 * i + 20], states.v, rtol=0, atol=0)
-    queries = torch.cat([model.states(ids[i : i + 1], first)[0].q for i, first in enumerate((0, 90, 180))]).view(60, 2, 2, 64)
+    queries = torch.cat([model.states(ids[i : i + 1], places[i])[0].q for i in range(3)]).view(60, 2, 2, 64)
     torch.testing.assert_close(samples[0].k.hessian, torch.einsum("thgd,thgc->hdc", queries, queries) / 120, rtol=1e-4, atol=1e-5)
     near, at_start = collect_samples(model, ids, 10), collect_samples(model, ids)
     assert torch.equal(near[1].k.rows, at_start[1].k.rows)
     assert not torch.allclose(samples[1].k.rows, at_start[1].k.rows, atol=0.1)
+
+
+def test_a_gap_in_positions_hides_no_token() -> None:
+    """Transformers would take what follows a gap for another sequence. RoPE alone changes: V of the second layer sees the first tokens."""
+    model, ids = small_model(), torch.randint(0, 512, (1, 20))
+    places = preparation_positions(2, 20, 200)[1]
+    other = ids.clone()
+    other[0, 0] = (ids[0, 0] + 1) % 512
+    one, two = (model.states(each, places)[1].v[-1] for each in (ids, other))
+    assert not torch.allclose(one, two, atol=1e-3)
 
 
 def test_later_tokens_change_nothing() -> None:

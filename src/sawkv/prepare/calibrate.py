@@ -27,8 +27,9 @@ from sawkv.format.feedback import Feedback, fit_feedback
 from sawkv.format.rotation import rotate
 from sawkv.format.spec import CacheFormat
 from sawkv.prepare.calibration import Calibration, model_id
+from sawkv.prepare.corpus import preparation_positions
 from sawkv.prepare.model import EvalModel, default_dtype, find_device
-from sawkv.prepare.samples import LayerStates, key_hessian, spread, value_hessian
+from sawkv.prepare.samples import LayerStates, key_hessian, value_hessian
 from sawkv.prepare.text import load_text
 
 JUDGED_SHARE = 4
@@ -225,10 +226,9 @@ def _judge(
 
 def _states(model: EvalModel, windows: torch.Tensor, context: int, what: str) -> Iterator[list[LayerStates]]:
     """What all layers got, one window at a time."""
-    firsts = spread(len(windows), windows.shape[1], context)
-    pairs = zip(torch.split(windows, 1), firsts, strict=True)
-    for ids, first in tqdm(pairs, total=len(firsts), desc=what, unit="window", leave=False, disable=None):
-        yield model.states(ids, first)
+    pairs = zip(torch.split(windows, 1), preparation_positions(len(windows), windows.shape[1], context), strict=True)
+    for ids, places in tqdm(pairs, total=len(windows), desc=what, unit="window", leave=False, disable=None):
+        yield model.states(ids, places)
 
 
 def _with_cost(states: LayerStates) -> tuple[tuple[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]:

@@ -11,6 +11,8 @@ import torch
 TEXT_VERSION: Final = 1
 """Changes with the text: what was fitted on another is fitted again."""
 SEPARATOR: Final = "\n\n"
+FIRST_TOKENS: Final = 4
+"""Of every window that stand at the start of the context: what models attend to from everywhere lies there."""
 
 
 def preparation_text() -> str:
@@ -49,10 +51,13 @@ def random_windows(vocab_size: int, window: int, num_windows: int) -> torch.Tens
     return torch.randint(0, vocab_size, (num_windows, window), generator=torch.Generator().manual_seed(0))
 
 
-def preparation_positions(num_windows: int, window: int, context: int) -> list[int]:
-    """Positions of the windows' first tokens, spread evenly over a context.
+def preparation_positions(num_windows: int, window: int, context: int) -> torch.Tensor:
+    """Where the tokens of windows stand: [num_windows, window] int64 on the CPU.
 
-    Keys turn with their position, so what is learned of them at the first positions does not hold for later ones. With rotary embeddings
-    the shift changes nothing else.
+    Keys turn with their position, so what is learned of them at the first positions does not hold for later ones: windows are spread
+    evenly over a context. Only their first tokens stay at its start, since models give the start of a text a part of its own, and attend
+    to it from everywhere (StreamingLLM, arXiv 2309.17453). To a model it looks as if the text between had been forgotten.
     """
-    return [round(place) for place in torch.linspace(0, max(0, context - window), num_windows, dtype=torch.float64).tolist()]
+    shifts = torch.linspace(0, max(0, context - window), num_windows, dtype=torch.float64).round().long()
+    places = torch.arange(window)
+    return places + shifts[:, None] * (places >= FIRST_TOKENS)

@@ -1,10 +1,10 @@
 """From statistics to what pages are written with: centers, gains and feedback of K and V, for all layers at once, on the device.
 
-- The center is the mean of the head's rows. An offset costs range and carries nothing.
+- The center is the mean of the head's rows, by what they count (`statistics`). An offset costs range and carries nothing.
 - Gains make channels equally wide for their importance. After a rotation the error is nearly the same in all channels, and grows with
-  sum_i c_i g_i^2, where c is the variance of channel i about its center and g its gain. Read back, channel i errs by 1 / g_i of that, which
-  costs sum_i h_i / g_i^2 with h the diagonal of the hessian. The product is least at g_i^4 = h_i / c_i (Cauchy-Schwarz; SmoothQuant,
-  arXiv 2211.10438, balances weights and activations so).
+  sum_i c_i g_i^2, where c_i is the variance of channel i about its center and g_i its gain. Read back, channel i errs by 1 / g_i of that,
+  which costs sum_i h_i / g_i^2 with h the diagonal of the hessian. The product is least at g_i^4 = h_i / c_i (Cauchy-Schwarz;
+  SmoothQuant, arXiv 2211.10438, balances weights and activations so).
 - Feedback is fitted to the hessian of what is stored: rows after their gain, rotated (`format.feedback`).
 
 The hessian says what an error e of a row costs, e^T hessian e: for K the squared error of scores, from the queries of the text; for V the
@@ -55,9 +55,10 @@ def fit(statistics: Sequence[LayerStatistics], cache_format: CacheFormat) -> lis
 def _fit_alike(statistics: list[LayerStatistics], cache_format: CacheFormat) -> list[LayerCalibration]:
     """Layers of one shape."""
     heads = statistics[0].num_kv_heads
-    rows = torch.tensor([layer.rows for layer in statistics], dtype=torch.float64, device=statistics[0].sums.device).view(-1, 1, 1, 1)
-    mean = torch.stack([layer.sums for layer in statistics]) / rows  # [num_layers, 2, num_kv_heads, head_dim]
-    variance = torch.stack([layer.squares for layer in statistics]) / rows - mean.square()
+    tiny = torch.finfo(torch.float64).tiny
+    weights = torch.stack([layer.weights for layer in statistics])[..., None].clamp_min(tiny)
+    mean = torch.stack([layer.sums for layer in statistics]) / weights  # [num_layers, 2, num_kv_heads, head_dim]
+    variance = torch.stack([layer.squares for layer in statistics]) / weights - mean.square()
     keys = torch.stack([layer.query_gram / layer.queries for layer in statistics])
     values = torch.stack([_value_hessian(layer) for layer in statistics])
     hessians = torch.stack([keys, values], 1)

@@ -21,7 +21,8 @@ from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging
 
 from sawkv.errors import SawkvError, UnsupportedError
-from sawkv.prepare.samples import LayerSample, LayerStates, Reader, joined, layer_sample, spread
+from sawkv.prepare.corpus import preparation_positions
+from sawkv.prepare.samples import LayerSample, LayerStates, Reader, joined, layer_sample
 
 ATTENTION = "sawkv_eval"
 _HOOK = "_sawkv_eval_hook"
@@ -93,15 +94,16 @@ class EvalModel:
         return device
 
     @torch.inference_mode()
-    def hidden(self, ids: torch.Tensor, first_position: int = 0) -> torch.Tensor:
+    def hidden(self, ids: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
         """Token ids [num_rows, length] to the states that `logits` takes, [num_rows, length, size]; each row from an empty cache.
 
-        Rows stand at positions from `first_position` on; with rotary embeddings that turns Q and K, and changes nothing else.
+        `positions`, [length] int64, are the tokens' places; None is 0, 1, 2, ... Attention is causal in the order of tokens all the same.
         """
         ids = ids.to(self.device)
         options: dict[str, Any] = {"use_cache": False}
-        if first_position:
-            options["position_ids"] = torch.arange(first_position, first_position + ids.shape[1], device=self.device)[None]
+        if positions is not None:
+            options["position_ids"] = positions.to(self.device)[None]
+            options["attention_mask"] = torch.ones_like(ids)  # without it Transformers takes a gap in positions for a new sequence
         if self._head is None:
             whole: torch.Tensor = self.model(ids, **options).logits
             return whole
@@ -139,14 +141,14 @@ class EvalModel:
         finally:
             self.model.set_attn_implementation(ATTENTION)
 
-    def states(self, ids: torch.Tensor, first_position: int = 0) -> list[LayerStates]:
+    def states(self, ids: torch.Tensor, positions: torch.Tensor | None = None) -> list[LayerStates]:
         """What each layer's attention gets on token ids [num_rows, length], at positions as in `hidden`."""
         recorders = [_Recording() for _ in self.layers]
         for layer, recorder in zip(self.layers, recorders, strict=True):
             setattr(layer, _HOOK, recorder)
         try:
             for row in torch.split(ids, 1):
-                self.hidden(row, first_position)
+                self.hidden(row, positions)
         finally:
             for layer in self.layers:
                 setattr(layer, _HOOK, None)
@@ -197,10 +199,10 @@ class EvalModel:
 
 
 def collect_samples(model: EvalModel, ids: torch.Tensor, context: int = 0) -> list[LayerSample]:
-    """Samples of all layers on token ids [num_rows, length], rows at positions spread over `context` tokens, or all at 0."""
-    firsts = spread(len(ids), ids.shape[1], context)
+    """Samples of all layers on token ids [num_rows, length], rows at positions spread over `context` tokens, or all at its start."""
+    places = preparation_positions(len(ids), ids.shape[1], context)
     windows = [
-        [layer_sample(states) for states in model.states(row, first)] for row, first in zip(torch.split(ids, 1), firsts, strict=True)
+        [layer_sample(states) for states in model.states(row, where)] for row, where in zip(torch.split(ids, 1), places, strict=True)
     ]
     return [
         LayerSample(joined([window.k for window in layer]), joined([window.v for window in layer])) for layer in zip(*windows, strict=True)

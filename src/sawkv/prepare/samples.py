@@ -75,12 +75,6 @@ def value_hessian(states: LayerStates) -> torch.Tensor:
     return columns.mT @ columns
 
 
-def spread(num_windows: int, window: int, context: int) -> list[int]:
-    """Positions at which windows begin, evenly over a context. Keys turn with their position, so what is learned of them at the first
-    positions does not hold for later ones."""
-    return torch.linspace(0, max(0, context - window), num_windows).long().tolist()
-
-
 def layer_sample(states: LayerStates) -> LayerSample:
     """K and V of one layer, with what their errors cost."""
     return LayerSample(Sample(states.k, key_hessian(states)), Sample(states.v, value_hessian(states)))

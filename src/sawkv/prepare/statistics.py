@@ -1,5 +1,10 @@
 """What preparation measures of one attention layer: sums over text, from which `fit` makes centers, gains and feedback.
 
+Not every row's error costs the same. Rows that attention reads much, such as the first token of a text in many models, count for what
+the layer's output loses by them. For the error of a value, which attention adds up with weights a, that is the sum of a^2 over the queries
+that see it; for an error of a score it is a^2 |v - o|^2, since the output o moves by a (v - o). Without this the mean is that of rows that
+hardly matter, and the error of the first token alone is half of all error (docs/log.md).
+
 No rows are kept, so the memory does not grow with the text. Q and K come after RoPE, as the cache stores K.
 """
 
@@ -15,10 +20,9 @@ class LayerStatistics:
 
     Attributes:
         rows: tokens added.
-        windows: calls of `add`.
-        sums: [2, num_kv_heads, head_dim], of K and of V.
+        weights: [2, num_kv_heads], the sum of what K's and V's rows count.
+        sums: [2, num_kv_heads, head_dim], of K and of V, by what they count.
         squares: the same, of the rows' squares.
-        window_squares: the same, of the squares of each window's mean, times its tokens: how far the mean moves from window to window.
         query_gram: [num_kv_heads, head_dim, head_dim], the sum of q q^T over the queries that read the head.
         queries: how many of them for each head.
         output_gram: [num_kv_heads, head_dim, head_dim], of the columns of the output projection that read the head; None if never set.
@@ -27,21 +31,47 @@ class LayerStatistics:
         num_kv_heads: of this rank.
         head_dim: channels in a head, of K and of V.
         device: where rows come from; the sums stay there.
+        softmax_scale: factor of q.k; None is head_dim ** -0.5.
+        sliding_window: tokens that a query sees, its own included; 0 is all before it.
     """
 
-    def __init__(self, num_kv_heads: int, head_dim: int, device: torch.device | str) -> None:
+    def __init__(
+        self, num_kv_heads: int, head_dim: int, device: torch.device | str, softmax_scale: float | None = None, sliding_window: int = 0
+    ) -> None:
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
 
         self.num_kv_heads, self.head_dim = num_kv_heads, head_dim
-        self.rows = self.windows = self.queries = 0
-        self.sums, self.squares, self.window_squares = (zeros(2, num_kv_heads, head_dim) for _ in range(3))
+        self.softmax_scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+        self.sliding_window = sliding_window
+        self.rows = self.queries = 0
+        self.weights = zeros(2, num_kv_heads)
+        self.sums, self.squares = zeros(2, num_kv_heads, head_dim), zeros(2, num_kv_heads, head_dim)
         self.query_gram = zeros(num_kv_heads, head_dim, head_dim)
         self.output_gram: torch.Tensor | None = None
 
     @torch.no_grad()
+    def set_output_weight(self, weight: torch.Tensor) -> None:
+        """Tell what reads the attention's output: errors count as much as it makes of them. To be called before `add`, or never.
+
+        Args:
+            weight: [hidden_size, num_q_heads * head_dim], of this rank's heads, any float dtype.
+
+        Raises:
+            UnsupportedError: its shape does not fit, or rows were added before.
+        """
+        if weight.ndim != 2 or weight.shape[1] % (self.num_kv_heads * self.head_dim):
+            raise UnsupportedError(
+                f"output projection: expected [hidden_size, a multiple of {self.num_kv_heads * self.head_dim}], got {list(weight.shape)}"
+            )
+        if self.rows:
+            raise UnsupportedError(f"output projection: expected before the first rows, got it after {self.rows}")
+        columns = weight.double().view(len(weight), self.num_kv_heads, -1, self.head_dim).permute(1, 2, 0, 3).flatten(1, 2)
+        self.output_gram = columns.mT @ columns
+
+    @torch.no_grad()
     def add(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Add one window of text.
+        """Add one window of text: tokens that attend causally to each other and to nothing else.
 
         Args:
             q: [num_tokens, num_q_heads, head_dim], any float dtype, after RoPE. Query head i reads KV head i * num_kv_heads // num_q_heads.
@@ -57,31 +87,30 @@ class LayerStatistics:
             raise UnsupportedError(
                 f"preparation: expected Q of [{len(k)}, a multiple of {self.num_kv_heads}, {self.head_dim}], got {list(q.shape)}"
             )
-        for kind, x in enumerate((k, v)):
-            rows = x.double()
-            total = rows.sum(0)
-            self.sums[kind] += total
-            self.squares[kind] += rows.square().sum(0)
-            self.window_squares[kind] += total.square() / max(1, len(x))
-        queries = q.double().view(len(q), self.num_kv_heads, -1, self.head_dim).transpose(0, 1).flatten(1, 2)
-        self.query_gram += queries.mT @ queries
-        self.queries += queries.shape[1]
+        grouped = q.float().view(len(q), self.num_kv_heads, -1, self.head_dim).permute(1, 2, 0, 3)
+        for head, queries in enumerate(grouped):  # head by head, for the memory of num_tokens * num_tokens scores
+            rows = k[:, head].float(), v[:, head].float()
+            for kind, (x, weight) in enumerate(zip(rows, self._importance(queries, *rows, head), strict=True)):
+                exact, weight = x.double(), weight.double()
+                self.weights[kind, head] += weight.sum()
+                self.sums[kind, head] += weight @ exact
+                self.squares[kind, head] += weight @ exact.square()
+            flat = queries.flatten(0, 1).double()
+            self.query_gram[head] += flat.mT @ flat
+        self.queries += grouped.shape[1] * len(q)
         self.rows += len(k)
-        self.windows += 1
 
-    @torch.no_grad()
-    def set_output_weight(self, weight: torch.Tensor) -> None:
-        """Tell what reads the attention's output: errors of V count as much as it makes of them.
-
-        Args:
-            weight: [hidden_size, num_q_heads * head_dim], of this rank's heads, any float dtype.
-
-        Raises:
-            UnsupportedError: its shape does not fit.
-        """
-        if weight.ndim != 2 or weight.shape[1] % (self.num_kv_heads * self.head_dim):
-            raise UnsupportedError(
-                f"output projection: expected [hidden_size, a multiple of {self.num_kv_heads * self.head_dim}], got {list(weight.shape)}"
-            )
-        columns = weight.double().view(len(weight), self.num_kv_heads, -1, self.head_dim).permute(1, 2, 0, 3).flatten(1, 2)
-        self.output_gram = columns.mT @ columns
+    def _importance(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """What each row of K and of V counts, [num_tokens] each. q: [group, num_tokens, head_dim]; k, v: [num_tokens, head_dim]; fp32."""
+        place = torch.arange(len(k), device=k.device)
+        hidden = place > place[:, None]
+        if self.sliding_window:
+            hidden |= place <= place[:, None] - self.sliding_window
+        seen = (q @ k.mT * self.softmax_scale).masked_fill(hidden, -torch.inf).softmax(-1)
+        out = seen @ v
+        metric = torch.eye(self.head_dim, device=k.device) if self.output_gram is None else self.output_gram[head].float()
+        weighed = out @ metric
+        length = ((v @ metric) * v).sum(-1)
+        distance = (length + (weighed * out).sum(-1, keepdim=True) - 2 * weighed @ v.mT).clamp_min(0)  # |v - o|^2 in the layer's output
+        squares = seen.square()
+        return (squares * distance).sum((0, 1)), squares.sum((0, 1))
