@@ -323,14 +323,12 @@ def test_bad_use() -> None:
             model(ids, **using(cache), output_attentions=True)
     with pytest.raises(LayoutError, match="at most max_cache_len=12"):
         model.generate(ids, **using(SawCache(model.config, max_cache_len=12)), max_new_tokens=8)
-    with pytest.raises(UnsupportedError, match="no gradients"):
-        model.train()(ids, **using(SawCache(model.config)))
 
 
 def test_the_wrong_attention_is_an_error_not_a_wrong_answer() -> None:
     """The cache was made for another model's config."""
     cache = SawCache(make_model("llama").config)
-    with pytest.raises((UnsupportedError, AttributeError), match=r"set_attn_implementation|NewStates"):
+    with pytest.raises(UnsupportedError, match=r"llama.*SawCache\(model.config\) of that same model"):
         make_model("llama", "sdpa").generate(torch.randint(1, 99, (2, 10)), **using(cache), max_new_tokens=2)
 
 

@@ -232,7 +232,7 @@ def test_decoding_reads_pages(kind: str, mode: str, monkeypatch: pytest.MonkeyPa
     """Only the prompt is decoded to 16-bit K and V: once a layer."""
     calls = []
     decode = SawLayer.decode
-    monkeypatch.setattr(SawLayer, "decode", lambda layer, dtype: calls.append(layer) or decode(layer, dtype))
+    monkeypatch.setattr(SawLayer, "decode", lambda layer, *dtypes: calls.append(layer) or decode(layer, *dtypes))
     options: dict[str, Any] = {
         "padded": {"attention_mask": PADDED},
         "beams": {"num_beams": 3},

@@ -10,7 +10,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from sawkv.errors import UnsupportedError
-from sawkv.integrations.transformers.cache import CACHES, NAME, NewStates, SawLayer
+from sawkv.integrations.transformers.cache import CACHES, NAME, NewStates, SawLayer, refuse_gradients
 
 MAX_SCORES = 1 << 26
 """Scores that attention with a soft-cap or sinks computes at once, where PyTorch has no kernel for it."""
@@ -54,16 +54,15 @@ def saw_attention(
     if not isinstance(key, NewStates):
         assert isinstance(value, torch.Tensor)
         return attend_tensors(module, query, key, value, attention_mask, scale, dropout, softcap, s_aux, kwargs), None
-    if module.training and torch.is_grad_enabled():
-        raise UnsupportedError("sawkv: a SawCache has no gradients. Expected use_cache=False in training, or torch.no_grad()")
+    refuse_gradients(query, key.key, key.value)
     if not kwargs.get("is_causal", getattr(module, "is_causal", True)) or kwargs.get("position_bias") is not None:
         raise UnsupportedError(f"sawkv: expected causal attention without position bias, got {type(module).__name__}")
     if not torch.compiler.is_compiling():
-        return attend(module, query, key, attention_mask, scale, softcap, s_aux, kwargs), None
-    if key.layer.is_compileable and query.shape[2] == 1:
+        return attend(module, query, key, attention_mask, scale, dropout, softcap, s_aux, kwargs), None
+    if key.layer.is_compileable and query.shape[2] == 1 and not dropout:
         mask = attention_mask if key.layer.is_first else None
         return attend_compiled(query, key.key, key.value, mask, s_aux, key.handle, key.layer.index, scale, softcap or 0.0), None
-    return attend_uncompiled(module, query, key, attention_mask, scale, softcap, s_aux, kwargs), None
+    return attend_uncompiled(module, query, key, attention_mask, scale, dropout, softcap, s_aux, kwargs), None
 
 
 def attend(
@@ -72,6 +71,7 @@ def attend(
     new: NewStates,
     mask: torch.Tensor | None,
     scale: float,
+    dropout: float,
     softcap: float | None,
     sinks: torch.Tensor | None,
     kwargs: dict[str, Any],
@@ -79,16 +79,14 @@ def attend(
     """Write new K and V, and attend. Arguments and result as of `saw_attention`."""
     layer, paging = new.layer, new.layer.paging
     with paging.on_device():
-        if layer.is_first:
-            layer.check(new.key)
-            paging.begin(query.shape[2], query.shape[1], mask)
+        layer.enter(new.key, new.value, None if dropout else query.shape[1], mask)
         layer.write(new.key, new.value)
         if paging.reads_pages:
             out = layer.attend(query, scale, softcap or 0.0, sinks)
         else:
-            keys, values = (new.key, new.value) if layer.exact else layer.decode(query.dtype)
+            keys, values = (new.key, new.value) if layer.exact else layer.decode(new.key.dtype, new.value.dtype)
             mask = paging.cut_mask(mask, query.shape[2])
-            out = attend_tensors(module, query, keys, values, mask, scale, 0.0, softcap, sinks, kwargs)
+            out = attend_tensors(module, query, keys, values, mask, scale, dropout, softcap, sinks, kwargs)
         layer.settle()
     return out
 
@@ -116,10 +114,11 @@ def attend_compiled(
     layer = CACHES[handle].layers[layer_idx]
     assert isinstance(layer, SawLayer)
     with layer.paging.on_device():
-        if layer.is_first:
-            layer.paging.begin_compiled(query.shape[1], mask)
+        layer.enter_compiled(key, value, query.shape[1], mask)
         layer.write(key, value)
-        return layer.attend(query, scale, softcap, sinks)
+        out = layer.attend(query, scale, softcap, sinks)
+        layer.settle()
+    return out
 
 
 @attend_compiled.register_fake

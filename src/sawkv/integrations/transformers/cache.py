@@ -6,9 +6,10 @@ import copy
 import itertools
 import logging
 import weakref
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import PretrainedConfig
@@ -20,6 +21,7 @@ from sawkv.errors import LayoutError, UnsupportedError
 from sawkv.format.layout import PageLayout
 from sawkv.format.spec import CacheFormat
 from sawkv.integrations.transformers.pages import Paging
+from sawkv.integrations.transformers.passes import Passes
 from sawkv.kernels import select_backend
 from sawkv.prepare.calibration import Calibration, LayerCalibration, model_id
 
@@ -49,6 +51,7 @@ class _Settings:
     offload: bool
     record_past: bool = False
     pagings: dict[tuple[torch.device, PageLayout, int], Paging] = field(default_factory=dict)
+    passes: Passes = field(default_factory=Passes)
 
     @property
     def read_by_sawkv(self) -> bool:
@@ -97,7 +100,8 @@ class SawCache(Cache):
         decoder = config.get_text_config(decoder=True)
         windows = layer_windows(config)
         cache_format = CacheFormat.parse(format) if isinstance(format, str) else format
-        cache_format.resolve(getattr(decoder, "head_dim", None) or decoder.hidden_size // decoder.num_attention_heads)
+        for head_dim in {head_dim_of(layer) for layer in layer_configs(decoder)}:
+            cache_format.resolve(head_dim)
         if isinstance(calibration, (str, Path)):
             calibration = Calibration.load(calibration)
         self.settings = _Settings(decoder, cache_format, max_cache_len, exact_prefill, backend, calibration, offload)
@@ -132,11 +136,12 @@ class SawCache(Cache):
             tokens (with a sliding window: of those that its mask covers), decoded: [batch_size, num_kv_heads, num_keys, head_dim].
 
         Raises:
-            LayoutError: not the batch, heads or head_dim that the cache holds, or no room.
-            UnsupportedError: K and V of unlike shapes, or no kernels for them.
+            LayoutError: not the batch, heads or head_dim that the cache holds, or no room; or layers hold unlike tokens.
+            UnsupportedError: K and V of unlike shapes, or no kernels for them; or a gradient would have to flow through them.
         """
         layer = self.layers[layer_idx]
         assert isinstance(layer, SawLayer)
+        refuse_gradients(key_states, value_states)
         if not layer.is_initialized:
             layer.lazy_initialization(key_states, value_states)
         if self.settings.read_by_sawkv:
@@ -158,6 +163,76 @@ class SawCache(Cache):
         """Bytes of all pages, wherever they are."""
         return sum(layer.nbytes for layer in self.layers if isinstance(layer, SawLayer))
 
+    def __iter__(self) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]]:
+        """K, V and the window of each layer, as DynamicCache gives them: decoded, see `SawLayer.keys`."""
+        for layer in self._saw_layers():
+            yield *layer.states(), torch.tensor(layer.window) if layer.window else None
+
+    def reset(self) -> None:
+        """Forget all tokens. Pages that never move are kept, with what was compiled for them."""
+        for layer in self._saw_layers():
+            layer.reset()
+        self.settings.passes = Passes()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the last `-tokens_to_remove` tokens, or all after the first so many if that is positive (Transformers before 5.18).
+
+        Raises:
+            LayoutError: a sliding window has dropped tokens that would be in it again, or the last pass is not in all layers and more
+                than these tokens. Nothing has changed then.
+        """
+        pagings = self.settings.pagings.values()
+        held = max((paging.length for paging in pagings), default=0)
+        length = max(0, held + tokens_to_remove) if tokens_to_remove <= 0 else min(held, tokens_to_remove)
+        self.settings.passes.check_whole(held - length)
+        for paging in pagings:
+            paging.check_crop(length)
+        for paging in pagings:
+            paging.crop(length)
+        self.settings.passes.take_back(is_empty=length == 0)
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        """Make the batch of these sequences, in this order.
+
+        Raises:
+            LayoutError: there is no such sequence, or none at all is wanted. Nothing has changed then.
+        """
+        layers = [layer for layer in self._saw_layers() if layer.is_initialized]
+        if not layers:
+            return
+        self.settings.passes.check_whole()
+        size = layers[0].batch_size
+        outside = beam_idx.device.type == "cpu" and bool(((beam_idx < -size) | (beam_idx >= size)).any())  # a GPU stops by itself
+        if not beam_idx.numel() or outside:
+            raise LayoutError(f"SawCache: expected sequences from 0 to {size - 1}, got {beam_idx.tolist()}")
+        beam_idx = torch.where(beam_idx < 0, beam_idx + size, beam_idx)
+        try:
+            for layer in layers:
+                layer.reorder_cache(beam_idx)
+        except BaseException:
+            self.settings.passes.broken = "a change of the batch"
+            raise
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat each sequence."""
+        self.reorder_cache(torch.arange(max(0, self.batch_size)).repeat_interleave(repeats))
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        """Keep these sequences: their indices, or a bool for each sequence. Errors as of `reorder_cache`."""
+        if indices.dtype == torch.bool:
+            if indices.shape[0] != self.batch_size > 0:
+                raise LayoutError(f"SawCache: expected a bool for each of {self.batch_size} sequences, got {indices.shape[0]}")
+            indices = indices.nonzero().flatten()
+        self.reorder_cache(indices)
+
+    @property
+    def batch_size(self) -> int:
+        """Sequences; -1 before the first pass."""
+        return next((layer.batch_size for layer in self._saw_layers() if layer.is_initialized), -1)
+
+    def _saw_layers(self) -> list[SawLayer]:
+        return [layer for layer in self.layers if isinstance(layer, SawLayer)]
+
 
 class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """Pages of one layer. Layers with equal pages and windows share a `Paging`, which the first of them moves on."""
@@ -176,6 +251,12 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self._home: torch.Tensor | None = None  # bytes of offloaded pages between passes, and which they are
         self._home_held = 0, 0
         self._calibration = LayerCalibration()
+        self._dtypes = torch.float32, torch.float32  # of K and V, as they came last
+
+    @property
+    def model_type(self) -> str:
+        """Of the model, for messages."""
+        return str(self._settings.config.model_type)
 
     def __repr__(self) -> str:
         return f"SawLayer({self._settings.format}, window={self.window})"
@@ -200,11 +281,30 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def batch_size(self) -> int:
         return self.paging.batch_size if self.is_initialized else -1
 
+    @property
+    def keys(self) -> torch.Tensor | None:
+        """K as attention sees it, decoded at each access: [batch_size, num_kv_heads, tokens, head_dim], zeros for padding.
+
+        With a window, of the tokens that the next one sees. None before the first pass. `nbytes` is what pages take, not this tensor.
+        """
+        return self.states()[0]
+
+    @keys.setter
+    def keys(self, value: torch.Tensor | None) -> None:
+        """The base class says here that it holds none."""
+
+    @property
+    def values(self) -> torch.Tensor | None:
+        """V, as `keys`."""
+        return self.states()[1]
+
+    @values.setter
+    def values(self, value: torch.Tensor | None) -> None: ...
+
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Take heads, head_dim, batch and device from the first K and V: [batch_size, num_kv_heads, num_new, head_dim]."""
-        if key_states.shape != value_states.shape:
-            raise UnsupportedError(f"SawCache: expected K and V of one shape, got {list(key_states.shape)} and {list(value_states.shape)}")
+        check_states(key_states, value_states)
         batch_size, num_kv_heads, _, head_dim = key_states.shape
         settings, device = self._settings, key_states.device
         layout = PageLayout(settings.format, num_kv_heads, head_dim, PAGE_SIZE)
@@ -234,30 +334,64 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Write new K and V, and decode all: for attention that reads tensors. Shapes as in `SawCache.update`."""
         with self.paging.on_device():
-            if self.is_first:
-                self.check(key_states)
-                self.paging.begin(key_states.shape[2])
+            self.enter(key_states, value_states)
             self.write(key_states, value_states)
-            states = self.decode(key_states.dtype)
+            states = self.decode(key_states.dtype, value_states.dtype)
             self.settle()
         return states
 
-    def check(self, key_states: torch.Tensor) -> None:
-        """
+    def enter(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, num_q_heads: int | None = None, mask: torch.Tensor | None = None
+    ) -> None:
+        """Begin this layer's part of a forward pass. The arguments are checked first, so that a refusal changes nothing.
+
+        Args:
+            key_states, value_states: as in `SawCache.update`.
+            num_q_heads, mask: as in `Paging.begin`.
+
         Raises:
-            LayoutError: not the batch or device that this layer holds.
+            LayoutError: not the batch, heads, head_dim or device that this layer holds; or as of `Passes.enter` and `Paging.begin`.
+            UnsupportedError: as of `check_states`.
         """
-        got, paging = (key_states.shape[0], key_states.device), self.paging
-        if got != (paging.batch_size, paging.device):
-            raise LayoutError(f"SawCache: expected {paging.batch_size} sequences on {paging.device}, as before, got {got[0]} on {got[1]}")
+        num_new, passes = key_states.shape[2], self._settings.passes
+        passes.enter(self.index, num_new)
+        self._check(key_states, value_states)
+        if self.is_first:
+            self.paging.begin(num_new, num_q_heads, mask)
+        passes.begin(self.index, num_new)
+        self._dtypes = key_states.dtype, value_states.dtype
+
+    def enter_compiled(self, key_states: torch.Tensor, value_states: torch.Tensor, num_q_heads: int, mask: torch.Tensor | None) -> None:
+        """`enter` for one new token, on the device alone."""
+        passes = self._settings.passes
+        passes.enter(self.index, 1)
+        self._check(key_states, value_states)
+        if self.is_first:
+            self.paging.begin_compiled(num_q_heads, mask)
+        passes.begin(self.index, 1)
+
+    def _check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        check_states(key_states, value_states)
+        paging = self.paging
+        got, held = (key_states.shape[0], key_states.device), (paging.batch_size, paging.device)
+        if got != held:
+            raise LayoutError(f"SawCache: expected {held[0]} sequences on {held[1]}, as before, got {got[0]} on {got[1]}")
+        shape, layout = key_states.shape, paging.layout
+        if (shape[1], shape[3]) != (layout.num_kv_heads, layout.head_dim):
+            raise LayoutError(
+                f"SawCache: expected {layout.num_kv_heads} KV heads of {layout.head_dim} channels in layer {self.index}, as before, "
+                f"got {shape[1]} of {shape[3]}"
+            )
 
     def write(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Quantize new tokens into their slots, after `Paging.begin`."""
+        """Quantize new tokens into their slots, after `enter`."""
         paging = self.paging
         self._fetch()
         self.hold(paging.first_page, paging.num_pages)
         assert self.pages is not None
-        ops.append(_rows(key_states.detach()), _rows(value_states.detach()), self.pages, paging.slots, backend=paging.backend)
+        dtype = torch.promote_types(key_states.dtype, value_states.dtype)  # under autocast K is wider than V
+        k, v = (_rows(states.detach().to(dtype)) for states in (key_states, value_states))
+        ops.append(k, v, self.pages, paging.slots, backend=paging.backend)
 
     def attend(self, query: torch.Tensor, scale: float, softcap: float, sinks: torch.Tensor | None) -> torch.Tensor:
         """Attention of new tokens over the pages, after `write`.
@@ -281,7 +415,7 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             _rows(query.detach()),
             self.pages,
             paging.block_table,
-            paging.seq_lens,
+            paging.lengths,
             paging.query_start_loc,
             softmax_scale=scale,
             max_query_len=num_new,
@@ -293,20 +427,37 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         )
         return attended.view(batch_size, num_new, num_q_heads, head_dim)
 
-    def decode(self, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of the last `paging.num_keys` tokens, zeros for padding: [batch_size, num_kv_heads, num_keys, head_dim]."""
+    def decode(self, k_dtype: torch.dtype, v_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+        """K and V that the attention of this pass gets, after `write`: the last `paging.num_keys` tokens, as `keys` gives them."""
+        return self._gather(self.paging.num_keys, k_dtype, v_dtype)
+
+    @torch.no_grad()
+    def states(self) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """`keys` and `values`."""
+        if not self.is_initialized:
+            return None, None
+        self._settings.passes.check_whole()
+        is_away = self.pages is None
+        with self.paging.on_device():
+            self._fetch()
+            states = self._gather(self.paging.past_keys, *self._dtypes)
+        if is_away:
+            self.pages = None
+        return states
+
+    def _gather(self, num_keys: int, k_dtype: torch.dtype, v_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         paging, layout = self.paging, self.paging.layout
-        table, seq_lens = paging.tail_table(paging.num_keys)
+        table, seq_lens = paging.tail_table(num_keys, self._held)
         # Each sequence ends at the end of its rows; those before are of the page in which its first key lies, and are cut off.
-        rows = paging.num_keys + (layout.page_size if self.window else 0)
+        rows = num_keys + (layout.page_size if self.window else 0)
         ends = torch.arange(paging.batch_size + 1, dtype=torch.int32, device=paging.device) * rows
         starts = torch.cat([ends[1:] - seq_lens, ends[-1:]])
         shape = paging.batch_size * rows, layout.num_kv_heads, layout.head_dim
-        states = torch.zeros((2, *shape), dtype=dtype, device=paging.device)
+        states = torch.zeros((2, *shape), dtype=torch.promote_types(k_dtype, v_dtype), device=paging.device)
         assert self.pages is not None
         ops.gather(self.pages, table, seq_lens, starts, states[0], states[1], rotated=False, backend=paging.backend)
-        k, v = states.view(2, paging.batch_size, rows, *shape[1:])[:, :, rows - paging.num_keys :].transpose(2, 3)
-        return k, v
+        k, v = states.view(2, paging.batch_size, rows, *shape[1:])[:, :, rows - num_keys :].transpose(2, 3)
+        return k.to(k_dtype), v.to(v_dtype)
 
     @torch.inference_mode(False)
     def hold(self, first_page: int, num_pages: int) -> None:
@@ -328,6 +479,7 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.hold(*self.paging.kept)
         if self._settings.offload:
             self._store(max(0, self.paging.first_written - self._held[0]) * self.paging.batch_size)
+        self._settings.passes.finish(self.index)
 
     def _fetch(self) -> None:
         """Bring offloaded pages to the device. Like `_store` in the order of its stream, so nothing waits."""
@@ -353,10 +505,9 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """The keys that a mask covers: how many, and the index of the first."""
-        if self.is_initialized:
-            return self.paging.mask_sizes(query_length)
-        static = self._settings.max_len is not None and query_length == 1
-        return (self._settings.max_len or 0) if static else query_length, 0
+        if self.is_compileable and query_length == 1:
+            return self.get_max_length(), 0  # of one shape in all steps
+        return self.paging.mask_sizes(query_length) if self.is_initialized else (query_length, 0)
 
     def get_max_length(self) -> int:
         return -1 if self._settings.max_len is None else self._settings.max_len
@@ -364,17 +515,12 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     get_max_cache_shape = get_max_length  # Transformers before 5.13
 
     def reset(self) -> None:
-        """Forget all tokens. Pages that never move are kept, with what was compiled for them."""
-        if self._settings.max_len is None:
+        """Forget all tokens. See `SawCache.reset`."""
+        if self._settings.max_len is None or self._settings.passes.broken:
             self.is_initialized, self.pages, self._home, self._held = False, None, None, (0, 0)
             self._settings.pagings.clear()
         elif self.is_initialized and self.is_first:
             self.paging.reset()
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last tokens. See `Paging.crop`."""
-        if self.is_initialized and self.is_first:
-            self.paging.crop(tokens_to_remove)
 
     @property
     def record_past(self) -> bool:
@@ -410,20 +556,6 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if self.is_first:
             paging.take(index)
 
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Repeat each sequence."""
-        if self.is_initialized:
-            self._fetch()
-            assert self.pages is not None
-            batch_size = self.pages.pages.shape[0] // self._held[1]  # the Paging's may be that after the repetition already
-            self.reorder_cache(torch.arange(batch_size).repeat_interleave(repeats))
-
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep these sequences."""
-        if indices.dtype == torch.bool:
-            indices = indices.nonzero().flatten()
-        self.reorder_cache(indices)
-
 
 @dataclass(eq=False)
 class NewStates:
@@ -439,12 +571,77 @@ class NewStates:
     layer: SawLayer
     handle: int
 
-    @classmethod
-    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def refuse(self) -> NoReturn:
+        """
+        Raises:
+            UnsupportedError: always: something other than our attention function wants to read these as tensors.
+        """
+        model = self.layer.model_type
         raise UnsupportedError(
-            f'sawkv: the model\'s config says attention implementation "{NAME}", but another one got its K and V. '
-            f'Use model.set_attn_implementation("{NAME}"), and SawCache(model.config) of that same model'
+            f'sawkv: expected K and V of this {model} to be read by attention implementation "{NAME}" alone, which its config names. '
+            f"Either {model} computes attention by itself, or changes K and V before: then call "
+            'model.set_attn_implementation("eager") (or load it so), with which a SawCache works. Or the config is not that of the model '
+            "that runs: then use SawCache(model.config) of that same model"
         )
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):  # what Python and PyTorch look for in any object
+            raise AttributeError(name)
+        self.refuse()
+
+    @classmethod
+    def __torch_function__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> NoReturn:
+        leaves, _ = torch.utils._pytree.tree_flatten((args, kwargs or {}))
+        next(leaf for leaf in leaves if isinstance(leaf, cls)).refuse()
+
+
+def _refuse(states: NewStates, *args: Any) -> NoReturn:
+    states.refuse()
+
+
+for _operator in ("getitem", "len", "iter", "add", "radd", "sub", "mul", "rmul", "truediv", "matmul", "rmatmul", "neg", "pow"):
+    setattr(NewStates, f"__{_operator}__", _refuse)
+
+
+def refuse_gradients(*states: torch.Tensor) -> None:
+    """
+    Raises:
+        UnsupportedError: autograd would have to follow these through pages, where there is no gradient.
+    """
+    if torch.is_grad_enabled() and any(x.requires_grad for x in states):
+        raise UnsupportedError(
+            "SawCache: expected torch.no_grad() or torch.inference_mode() around the model, got Q, K or V that require a gradient: "
+            "pages hold quantized numbers, through which no gradients flow. Train with use_cache=False"
+        )
+
+
+def check_states(key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+    """
+    Raises:
+        UnsupportedError: K and V are of unlike shapes, without data, or not of a dtype that kernels take.
+        LayoutError: there is no sequence.
+    """
+    if key_states.shape != value_states.shape:
+        raise UnsupportedError(f"SawCache: expected K and V of one shape, got {list(key_states.shape)} and {list(value_states.shape)}")
+    if key_states.device != value_states.device or key_states.device.type == "meta":
+        raise UnsupportedError(f"SawCache: expected K and V with data, on one device, got {key_states.device} and {value_states.device}")
+    for states in (key_states, value_states):
+        if states.dtype not in ops.FLOAT_DTYPES:
+            raise UnsupportedError(f"SawCache: expected K and V in bfloat16, float16 or float32, got {states.dtype}")
+    if key_states.shape[0] == 0:
+        raise LayoutError("SawCache: expected at least one sequence, got a batch of 0")
+
+
+def layer_configs(decoder: PretrainedConfig) -> list[PretrainedConfig]:
+    """The config of each layer: the same, but in models whose layers differ in what it says (Transformers from 5.16 or so)."""
+    if getattr(decoder, "is_heterogeneous", False):
+        return list(decoder.per_layer_config)
+    return [decoder] * decoder.num_hidden_layers
+
+
+def head_dim_of(layer: PretrainedConfig) -> int:
+    """Channels in a head of K and V, as a layer's config says it."""
+    return int(getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads)
 
 
 def layer_windows(config: PretrainedConfig) -> list[int]:
@@ -478,4 +675,5 @@ def layer_windows(config: PretrainedConfig) -> list[int]:
 
 def _rows(x: torch.Tensor) -> torch.Tensor:
     """[batch_size, heads, tokens, head_dim] as [batch_size * tokens, heads, head_dim]."""
-    return x.transpose(1, 2).flatten(0, 1)
+    rows = x.transpose(1, 2).flatten(0, 1)
+    return rows if rows.stride(-1) == 1 else rows.contiguous()

@@ -33,8 +33,7 @@ class Paging:
         window: tokens that a query sees, itself included; 0 is no limit. Pages before it are dropped.
         batch_size: sequences.
         max_len: tokens that each sequence may have, for layers whose pages never move; None for layers that grow.
-        lengths: [batch_size] int32, positions used so far: the length less the padding. Below 0 where a crop reached into the padding.
-        seq_lens: [batch_size] int32, `lengths` where that is not below 0: what kernels take.
+        lengths: [batch_size] int32, positions used so far: the length less the padding.
         pads: [batch_size] int32, left padding.
         first_page, num_pages: of each sequence, which of its pages layers hold in this pass.
         kept: the same two, for after the pass: a long prompt leaves a sliding window more pages than it needs.
@@ -65,7 +64,6 @@ class Paging:
     def _set_batch(self, pads: torch.Tensor) -> None:
         """Make what depends on the number of sequences."""
         self.pads, self.batch_size = pads, pads.shape[0]
-        self.seq_lens = torch.zeros_like(pads)
         self._sequence = torch.arange(self.batch_size, device=self.device)
         self._one_slot = torch.empty(self.batch_size, dtype=torch.int64, device=self.device)  # CUDA graphs need a fixed address
         self.slots = self._one_slot
@@ -89,10 +87,13 @@ class Paging:
         """`length` as a tensor without dimensions, int64."""
         return (self.lengths[0] + self.pads[0]).long()
 
+    @property
+    def past_keys(self) -> int:
+        """Tokens of each sequence that its next one sees, itself not included."""
+        return self._past_keys(self.length)
+
     def mask_sizes(self, num_new: int) -> tuple[int, int]:
         """The keys that a mask for `num_new` queries covers: how many, and the index of the first."""
-        if self.max_len is not None and num_new == 1:
-            return self.max_len, 0  # of one shape in all steps, for compiled decoding
         length = self.length
         past = self._past_keys(length)
         return past + num_new, length - past
@@ -107,28 +108,32 @@ class Paging:
                 causal. On the first pass, leading tokens that do not see themselves are padding.
 
         Raises:
-            LayoutError: there is no room.
+            LayoutError: there is no room, or the mask shows padding. Nothing has changed then.
         """
         length = self.length
         if self.max_len is not None and length + num_new > self.max_len:
             raise LayoutError(f"SawCache: expected at most max_cache_len={self.max_len} tokens, got {length} and {num_new} more")
-        self.num_keys = self._past_keys(length) + num_new
-        self.is_fresh = length == 0
-        if self.is_fresh:
+        is_fresh = length == 0
+        if is_fresh:
             self._find_padding(num_new, mask)
-        self.first_written = max(0, length - self._max_pad) // self.layout.page_size
-        self._length = length + num_new
-        if self.max_len is None:
-            self._make_room(length, length + num_new)
-        self.advance(num_new)
-        self.reads_pages = num_q_heads is not None and num_new <= MAX_PAGED_QUERIES
-        if self.reads_pages and mask is not None:
-            self.reads_pages = mask.dtype == torch.bool and mask.shape[1] == 1 and bool(self.agrees(mask, num_new))
+        reads_pages = num_q_heads is not None and 0 < num_new <= MAX_PAGED_QUERIES
+        if reads_pages and mask is not None:
+            reads_pages = mask.dtype == torch.bool and mask.shape[1] == 1 and bool(self.agrees(mask, num_new, ahead=num_new))
+        if mask is not None and not reads_pages and not is_fresh and self._max_pad:
+            self._check_padding(mask, num_new)
         if num_q_heads is not None and self.max_len is not None:
             self.plan(num_q_heads, 1)  # made here, since a compiled step must not allocate what it keeps
-        if self.reads_pages and num_q_heads is not None:
-            self.plan(num_q_heads, num_new).update(self.seq_lens, self._start_of(num_new))
+        plan = self.plan(num_q_heads, num_new) if reads_pages and num_q_heads is not None else None
         self.query_start_loc = self._start_of(num_new)
+        if self.max_len is None:
+            self._make_room(length, length + num_new)
+        self.is_fresh, self.reads_pages = is_fresh, reads_pages
+        self.num_keys = self._past_keys(length) + num_new
+        self.first_written = max(0, length - self._max_pad) // self.layout.page_size
+        self.advance(num_new)
+        self._length = length + num_new
+        if plan is not None:
+            plan.update(self.lengths, self.query_start_loc)
 
     def begin_compiled(self, num_q_heads: int, mask: torch.Tensor | None) -> None:
         """`begin` for one new token, on the device alone; `max_len` is set, and an uncompiled pass came first.
@@ -140,7 +145,7 @@ class Paging:
         torch._assert_async((self.lengths + self.pads <= self.max_len).all())
         if mask is not None:
             torch._assert_async(self.agrees(mask, 1))
-        self.plan(num_q_heads, 1).update(self.seq_lens, self._start_of(1))
+        self.plan(num_q_heads, 1).update(self.lengths, self._start_of(1))
         self.query_start_loc = self._start_of(1)
 
     def cut_mask(self, mask: torch.Tensor | None, num_new: int) -> torch.Tensor | None:
@@ -154,25 +159,27 @@ class Paging:
     def advance(self, num_new: int) -> None:
         """Count `num_new` tokens and find their slots. On the device alone."""
         size = self.layout.page_size
-        self.lengths.add_(num_new)
-        torch.clamp(self.lengths, min=0, out=self.seq_lens)
-        position = self.lengths[:, None].long() + torch.arange(-num_new, 0, device=self.device)
+        position = self.lengths[:, None].long() + torch.arange(num_new, device=self.device)
         page = (position // size - self.first_page) * self.batch_size + self._sequence[:, None]
         slots = torch.where(position >= 0, page * size + position % size, -1).flatten()
         self.slots = self._one_slot.copy_(slots) if num_new == 1 else slots
+        self.lengths.add_(num_new)
 
-    def agrees(self, mask: torch.Tensor, num_new: int) -> torch.Tensor:
-        """Whether a bool mask shows queries exactly what reading pages shows them: a bool tensor without dimensions."""
-        return (mask[:, 0] == self.visible(num_new, mask.shape[-1])).all()
+    def agrees(self, mask: torch.Tensor, num_new: int, ahead: int = 0) -> torch.Tensor:
+        """Whether a bool mask shows queries exactly what reading pages shows them: a bool tensor without dimensions.
 
-    def visible(self, num_new: int, num_keys: int) -> torch.Tensor:
-        """The causal mask with padding and window, after `advance`: [batch_size, num_new, num_keys] bool."""
-        new = torch.arange(-num_new, 0, device=self.device)
-        query = (self.lengths[:, None] + new)[:, :, None]
+        `ahead`: tokens by which to `advance` before.
+        """
+        return (mask[:, 0] == self.visible(num_new, mask.shape[-1], ahead)).all()
+
+    def visible(self, num_new: int, num_keys: int, ahead: int = 0) -> torch.Tensor:
+        """The causal mask with padding and window, `ahead` tokens from now: [batch_size, num_new, num_keys] bool."""
+        lengths = (self.lengths + ahead)[:, None]
+        query = (lengths + torch.arange(-num_new, 0, device=self.device))[:, :, None]
         if num_keys == self.max_len and num_new == 1:
             key = torch.arange(num_keys, device=self.device) - self.pads[:, None]
         else:
-            key = self.lengths[:, None] + torch.arange(-num_keys, 0, device=self.device)
+            key = lengths + torch.arange(-num_keys, 0, device=self.device)
         key = key[:, None, :]
         seen = (key >= 0) & (key <= query)
         return seen & (query - key < self.window) if self.window else seen
@@ -192,19 +199,22 @@ class Paging:
             )
         return self._plans[key]
 
-    def tail_table(self, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def tail_table(self, num_tokens: int, held: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Where the last `num_tokens` tokens of each sequence are, in whole pages.
 
+        Args:
+            num_tokens: of each sequence, padding included.
+            held: first page and number of pages of each sequence in the layer that is read.
+
         Returns:
-            first_written: the first page that this pass writes to, if pages grow.
-        block_table: [batch_size, pages] int32, from the page of the first of them.
+            block_table: [batch_size, pages] int32, from the page of the first of them.
             seq_lens: [batch_size] int32, tokens from the start of that page; at most num_tokens + page_size - 1.
         """
         size = self.layout.page_size
         first = (self.lengths - num_tokens).clamp(min=0) // size
-        pages = first[:, None] - self.first_page + torch.arange(num_tokens // size + 2, device=self.device)
-        table = pages.clamp(0, self.num_pages - 1) * self.batch_size + self._sequence[:, None]
-        return table.int(), (self.seq_lens - first * size).int()
+        pages = first[:, None] - held[0] + torch.arange(num_tokens // size + 2, device=self.device)
+        table = pages.clamp(0, held[1] - 1) * self.batch_size + self._sequence[:, None]
+        return table.int(), (self.lengths - first * size).int()
 
     @torch.inference_mode(False)
     def take(self, index: torch.Tensor) -> None:
@@ -218,19 +228,21 @@ class Paging:
         self._set_batch(self.pads[index])
         self._hold(*self.kept)
 
-    def crop(self, tokens: int) -> None:
-        """Take back the last `-tokens` tokens, or all after the first `tokens` if that is positive (Transformers before 5.18).
-
-        Raises:
-            LayoutError: a sliding window has dropped tokens that would be in it again.
+    def check_crop(self, length: int) -> None:
         """
-        length = self.length
-        removed = min(-tokens, length) if tokens <= 0 else max(length - tokens, 0)
-        length -= removed
+        Raises:
+            LayoutError: a sliding window has dropped tokens that sequences of this length would see again.
+        """
         if self._first_needed(length) < self.kept[0]:
-            raise LayoutError(f"SawCache: expected `activate_past_recording()` before taking back {removed} tokens of a sliding window")
-        self.lengths.sub_(removed)
-        self._length = length
+            raise LayoutError(
+                f"SawCache: expected `activate_past_recording()` before taking back {self.length - length} tokens of a sliding window"
+            )
+
+    def crop(self, length: int) -> None:
+        """Have `length` tokens of each sequence, no more than now. What is taken of the padding is padding no more."""
+        self.pads.clamp_(max=length)
+        self.lengths.copy_(length - self.pads)
+        self._length, self._max_pad = length, min(self._max_pad, length)
         if self._keep_from is not None:
             self._keep_from = length
 
@@ -261,10 +273,23 @@ class Paging:
         self._max_pad = 0
         self.pads.zero_()
         if mask is not None and mask.dtype == torch.bool:
-            sees_itself = mask[:, 0, :, :num_new].diagonal(dim1=1, dim2=2)
-            self.pads.copy_((~sees_itself).int().cumprod(-1).sum(-1))  # a mask of one row serves the whole batch
+            seen = mask[..., :num_new].flatten(1, 2).any(1)
+            self.pads.copy_((~seen).int().cumprod(-1).sum(-1))  # a mask of one row serves the whole batch
             self._max_pad = int(self.pads.max())
         torch.neg(self.pads, out=self.lengths)
+
+    def _check_padding(self, mask: torch.Tensor, num_new: int) -> None:
+        """
+        Raises:
+            LayoutError: the mask shows a token that was padding when it came: it was not stored.
+        """
+        first = 0 if self.max_len is not None and num_new == 1 else self.length - self._past_keys(self.length)
+        shown = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
+        padding = torch.arange(first, first + mask.shape[-1], device=self.device) < self.pads[:, None]
+        if bool((shown & padding[:, None, None]).any()):
+            raise LayoutError(
+                "SawCache: expected a mask that hides left padding as in the first pass, got one that shows it: it was not stored"
+            )
 
     def _first_needed(self, length: int) -> int:
         """The first page that a sequence of this length still sees."""
