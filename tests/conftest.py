@@ -19,10 +19,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def random_vectors(layout: PageLayout, device: str, centered: bool = True, gained: bool = True) -> dict[str, torch.Tensor]:
-    """Centers and gains of K and V, by the names of `PagedKVCache`; gains are from 1/4 to 4."""
+    """Centers and gains of K and V, by the names of `PagedKVCache`; gains are from 1/2 to 2."""
     shape = layout.num_kv_heads, layout.head_dim
     centers = {name: torch.randn(shape, device=device) for name in ("k_center", "v_center") if centered}
-    return centers | {name: torch.exp2(4 * torch.rand(shape, device=device) - 2) for name in ("k_gain", "v_gain") if gained}
+    return centers | {name: torch.exp2(2 * torch.rand(shape, device=device) - 1) for name in ("k_gain", "v_gain") if gained}
 
 
 @dataclass

@@ -6,7 +6,7 @@ import itertools
 import re
 import subprocess
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,8 +16,9 @@ import torch
 
 from sawkv import CacheFormat, PagedKVCache, PageLayout
 from sawkv.format.counters import new_counters
-from sawkv.format.feedback import Feedback
 from sawkv.kernels import Backend, cuda
+from tests.conftest import random_vectors
+from tests.kernel_checks import random_feedback
 
 CPU = torch.device("cpu")
 
@@ -66,12 +67,14 @@ def run_all(backend: Backend, shape: Shape) -> None:
     """Call what the backend has, on a few tokens, so that it compiles what it would run; nothing is launched."""
     layout = PageLayout(CacheFormat(shape.format_name), shape.kv_heads, shape.head_dim, shape.page_size)
     pages = torch.zeros(layout.pages_shape(4), dtype=torch.uint8)
-    square = (shape.kv_heads, shape.head_dim, shape.head_dim)
-    feedback = Feedback(torch.zeros(square, dtype=torch.int8), torch.zeros(shape.kv_heads)) if layout.format.codec == "int4" else None
-    for counters, fed in itertools.product((None, new_counters(CPU)) if shape.counted else (None,), {None, feedback}):
-        cache = PagedKVCache(pages, layout, counters=counters, k_feedback=fed)
-        k, v = torch.zeros(2, 32, shape.kv_heads, shape.head_dim, dtype=torch.bfloat16)
-        backend.append(k, v, cache, torch.arange(32))
+    plain, prepared = PagedKVCache(pages, layout), PagedKVCache(pages, layout, **random_vectors(layout, "cpu"))
+    if layout.format.codec == "int4":
+        prepared = replace(prepared, k_feedback=random_feedback(shape.kv_heads, shape.head_dim, "cpu"))
+    fed = replace(plain, k_feedback=prepared.k_feedback)
+    k, v = torch.zeros(2, 32, shape.kv_heads, shape.head_dim, dtype=torch.bfloat16)
+    caches, counts = ((plain, fed, prepared), (None, new_counters(CPU))) if shape.counted else ((plain, prepared), (None,))
+    for cache, counters in itertools.product(caches, counts):
+        backend.append(k, v, replace(cache, counters=counters), torch.arange(32))
     window = shape.options.get("sliding_window", 0)
     plan = backend.make_plan(layout, CPU, shape.q_heads, 2, shape.query_len, window)
     seq_lens, starts = torch.tensor([64, 64], dtype=torch.int32), torch.tensor([0, 1, 2], dtype=torch.int32) * shape.query_len
@@ -79,20 +82,22 @@ def run_all(backend: Backend, shape: Shape) -> None:
     block_table = torch.zeros(2, 8, dtype=torch.int32)
     q = torch.zeros(2 * shape.query_len, shape.q_heads, shape.head_dim, dtype=torch.bfloat16)
     options = {"sliding_window": 0, "logit_softcap": 0.0, "sinks": None} | shape.options
-    backend.decode_attention(
-        q,
-        cache,
-        block_table,
-        seq_lens,
-        starts,
-        torch.empty_like(q),
-        None,
-        softmax_scale=1.0,
-        max_query_len=shape.query_len,
-        plan=plan,
-        **options,
-    )
-    for rotated in (True, False):
+    lse = torch.empty(q.shape[:2])
+    for cache, wanted in ((plain, None), (prepared, None), (prepared, lse)):  # what K's scores lack by centers is of use to the last alone
+        backend.decode_attention(
+            q,
+            cache,
+            block_table,
+            seq_lens,
+            starts,
+            torch.empty_like(q),
+            wanted,
+            softmax_scale=1.0,
+            max_query_len=shape.query_len,
+            plan=plan,
+            **options,
+        )
+    for cache, rotated in ((plain, True), (plain, False), (prepared, False)):
         backend.gather(cache, block_table, seq_lens, torch.tensor([0, 64, 128], dtype=torch.int32), k[:2], v[:2], rotated=rotated)
 
 

@@ -47,12 +47,12 @@ def test_the_kernels_are_interpreted() -> None:
 @pytest.mark.parametrize("format_name", [*FORMATS, "int4-k0-v16"])
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192])
 def test_append(format_name: str, head_dim: int) -> None:
-    check_append("triton", "cpu", format_name, head_dim, centered=head_dim == 96)
+    check_append("triton", "cpu", format_name, head_dim, centered=head_dim == 96, gained=head_dim in (80, 96))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
 def test_append_of_other_dtypes(dtype: torch.dtype) -> None:
-    check_append("triton", "cpu", "int4", 128, page_size=16, dtype=dtype, centered=True)
+    check_append("triton", "cpu", "int4", 128, page_size=16, dtype=dtype, centered=True, gained=True)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +69,7 @@ def test_append_of_other_dtypes(dtype: torch.dtype) -> None:
     ],
 )
 def test_append_with_feedback(head_dim: int, dtype: torch.dtype, feedback: str) -> None:
-    check_append("triton", "cpu", "int4", head_dim, dtype=dtype, centered=head_dim == 96, feedback=feedback)
+    check_append("triton", "cpu", "int4", head_dim, dtype=dtype, centered=head_dim == 96, gained=head_dim >= 112, feedback=feedback)
 
 
 def test_wrong_feedback_is_noticed() -> None:
@@ -101,12 +101,14 @@ def test_the_error_that_is_counted_is_that_of_moved_codes(head_dim: int) -> None
 @pytest.mark.parametrize("format_name", FORMATS)
 @pytest.mark.parametrize("head_dim", [64, 112])
 def test_attention(format_name: str, head_dim: int) -> None:
-    check_attention("triton", "cpu", format_name, SEQ_LENS, QUERY_LENS, head_dim=head_dim, centered=head_dim == 64)
+    check_attention(
+        "triton", "cpu", format_name, SEQ_LENS, QUERY_LENS, head_dim=head_dim, centered=head_dim == 64, gained=format_name != "int8"
+    )
 
 
 @pytest.mark.parametrize(("head_dim", "page_size"), [(80, 32), (96, 128), (128, 64), (192, 16), (256, 48)])
 def test_attention_of_other_shapes(head_dim: int, page_size: int) -> None:
-    check_attention("triton", "cpu", "int4", [5, 150], [1, 2], head_dim=head_dim, page_size=page_size)
+    check_attention("triton", "cpu", "int4", [5, 150], [1, 2], head_dim=head_dim, page_size=page_size, centered=True, gained=True)
 
 
 @pytest.mark.parametrize(("group", "query_len"), [(1, 1), (5, 1), (7, 2), (12, 1), (16, 5)])
@@ -115,11 +117,14 @@ def test_query_shapes(group: int, query_len: int) -> None:
 
 
 @pytest.mark.parametrize("query_lens", [[1, 1, 1, 1], [1, 1, 4, 3]])
-@pytest.mark.parametrize("options", [{"sliding_window": 5}, {"sliding_window": 70}, {"logit_softcap": 2.0}, {"sinks": True}])
+@pytest.mark.parametrize(
+    "options",
+    [{"sliding_window": 5}, {"sliding_window": 70}, {"logit_softcap": 2.0}, {"sinks": True}, {"logit_softcap": 2.0, "sinks": True}],
+)
 def test_window_softcap_and_sinks(query_lens: list[int], options: dict[str, object]) -> None:
     if "sinks" in options:
-        options = {"sinks": torch.randn(8).bfloat16()}
-    check_attention("triton", "cpu", "int4", [1, 0, 40, 300], query_lens, dtype=torch.float16, centered=True, **options)
+        options = options | {"sinks": torch.randn(8).bfloat16()}
+    check_attention("triton", "cpu", "int4", [1, 0, 40, 300], query_lens, dtype=torch.float16, centered=True, gained=True, **options)
 
 
 def test_long_sequences_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -178,4 +183,4 @@ def test_faults_are_counted() -> None:
 @pytest.mark.parametrize("format_name", FORMATS)
 @pytest.mark.parametrize("head_dim", [80, 128])
 def test_gather(format_name: str, head_dim: int) -> None:
-    check_gather("triton", "cpu", format_name, [5, 0, 70, 16, 0], head_dim=head_dim)
+    check_gather("triton", "cpu", format_name, [5, 0, 70, 16, 0], head_dim=head_dim, gained=head_dim == 80)

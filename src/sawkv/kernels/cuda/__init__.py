@@ -59,17 +59,17 @@ def append(k: torch.Tensor, v: torch.Tensor, cache: PagedKVCache, slot_mapping: 
     if not num_tokens:
         return
     k, v = _vectorizable(k), _vectorizable(v)
-    feedback = [x for constants in cache.constants for x in (constants.weights, constants.step)]
+    centers, gains, _, weights, steps = zip(*cache.constants, strict=True)
     (k_token_stride, k_head_stride, _), (v_token_stride, v_head_stride, _) = k.stride(), v.stride()
     params = _AppendParams(
-        *map(_pointer, (slot_mapping, cache.pages, cache.counters, k, v, cache.k_center, cache.v_center, *feedback[::2], *feedback[1::2])),
+        *map(_pointer, (slot_mapping, cache.pages, cache.counters, k, v, *centers, *gains, *weights, *steps)),
         *(k_token_stride, v_token_stride, k_head_stride, v_head_stride),
         cache.pages.stride(0),
         cache.num_slots,
         num_tokens,
     )
     orders = layout.k_rotation_order, layout.v_rotation_order
-    does = cache.counters is not None, any(x is not None for x in feedback)
+    does = _are_there(gains), _are_there(weights), cache.counters is not None
     kernel, threads, tokens_per_block = _page_kernel("append", layout, k.dtype, *orders, k.device, *does)
     grid = (_divide_up(num_tokens, tokens_per_block), layout.num_kv_heads, 2)
     kernel.launch(grid, threads, _stream(k.device), params, dependent=True)
@@ -89,10 +89,10 @@ def gather(
     layout = cache.layout
     if not k_out.shape[0] or not seq_lens.shape[0]:
         return
+    centers, inverses = ((None, None),) * 2 if rotated else (tuple(x[i] for x in cache.constants) for i in (0, 2))
     params = _GatherParams(
         *map(_pointer, (cache.pages, block_table, seq_lens, cu_seq_lens)),
-        *map(_pointer, (None, None) if rotated else (cache.k_center, cache.v_center)),
-        *map(_pointer, (k_out, v_out)),
+        *map(_pointer, (*centers, *inverses, k_out, v_out)),
         cache.pages.stride(0),
         block_table.stride(0),
         seq_lens.shape[0],
@@ -100,7 +100,7 @@ def gather(
         layout.num_kv_heads,
     )
     orders = (0, 0) if rotated else (layout.k_rotation_order, layout.v_rotation_order)
-    kernel, threads, tokens_per_block = _page_kernel("gather", layout, k_out.dtype, *orders, k_out.device)
+    kernel, threads, tokens_per_block = _page_kernel("gather", layout, k_out.dtype, *orders, k_out.device, _are_there(inverses))
     grid = (_divide_up(k_out.shape[0], tokens_per_block) * layout.num_kv_heads, 1, 1)
     kernel.launch(grid, threads, _stream(k_out.device), params, dependent=True)
 
@@ -141,8 +141,8 @@ class CudaPlan(DecodePlan):
         self.units_per_seq = layout.num_kv_heads * self.shape.row_groups
         self.num_blocks = torch.cuda.get_device_properties(device).multi_processor_count
         self.kernels = functools.cache(self._load_kernels)
-        decode = self.kernels(torch.bfloat16, False)[0]
-        self.tile_tokens = decode.read_constant("sawkv_tile_tokens")
+        self.schedule = runtime.load("schedule.cu", "sawkv_schedule", {"HEAD_DIM": layout.head_dim}, device)
+        self.tile_tokens = self.schedule.read_constant("sawkv_tile_tokens")
         chunk_rows = 8 * self.shape.column_tiles * self.shape.row_blocks
         max_split_chunks = self.num_blocks * MAX_CHUNKS_PER_BLOCK * 3 // 2  # units in two or more pieces, their number rounded: 4/3 at most
         max_chunks = max_split_chunks + max_num_seqs * self.units_per_seq + self.num_blocks  # and each block's claim beyond the last
@@ -154,7 +154,9 @@ class CudaPlan(DecodePlan):
         self.partials = torch.empty(max_split_chunks, chunk_rows, layout.head_dim, device=device)
         self.partial_stats = torch.empty(max_split_chunks, chunk_rows, 2, device=device)
 
-    def _load_kernels(self, dtype: torch.dtype, has_softcap: bool) -> tuple[runtime.Kernel, runtime.Kernel, int, int]:
+    def _load_kernels(
+        self, dtype: torch.dtype, has_gains: bool, has_softcap: bool, has_offsets: bool
+    ) -> tuple[runtime.Kernel, runtime.Kernel, int, int]:
         """Decode and merge for queries of `dtype`, threads and shared bytes of the first."""
         shape, layout = self.shape, self.layout
         defines = _page_defines(layout, dtype, layout.k_rotation_order, layout.v_rotation_order) | {
@@ -163,7 +165,9 @@ class CudaPlan(DecodePlan):
             "COLUMN_TILES": shape.column_tiles,
             "ROW_BLOCKS": shape.row_blocks,
             "ROW_GROUPS": shape.row_groups,
+            "GAIN": int(has_gains),
             "SOFTCAP": int(has_softcap),
+            "OFFSET": int(has_offsets),
             **DEBUG_DEFINES,
         }
         decode, merge = (runtime.load("decode.cu", kernel, defines, self.device) for kernel in ("sawkv_decode", "sawkv_merge"))
@@ -184,8 +188,7 @@ class CudaPlan(DecodePlan):
             self.num_blocks,
             MAX_CHUNKS_PER_BLOCK,
         )
-        kernel = runtime.load("schedule.cu", "sawkv_schedule", {}, seq_lens.device)
-        kernel.launch((1, 1, 1), 1024, _stream(seq_lens.device), params, shared_bytes=4 * 4 * (num_seqs + 1))
+        self.schedule.launch((1, 1, 1), 1024, _stream(seq_lens.device), params, shared_bytes=4 * 4 * (num_seqs + 1))
 
 
 def make_plan(
@@ -236,19 +239,21 @@ def decode_attention(
     q = _vectorizable(q)
     if sinks is not None:
         sinks = sinks.float().contiguous()
+    centers, _, inverses, _, _ = zip(*cache.constants, strict=True)
     params = _DecodeParams(
         *map(_pointer, (q, cache.pages, block_table, plan.header, plan.chunks, plan.splits, plan.partials, plan.partial_stats)),
-        *map(_pointer, (cache.v_center, sinks, out, lse)),
+        *map(_pointer, (*centers, *inverses, sinks, out, lse)),
         cache.pages.stride(0),
         block_table.stride(0),
         *q.stride()[:2],
         *out.stride()[:2],
         *((0, 0) if lse is None else lse.stride()),
-        softmax_scale * LOG2_E,
+        (2 * softmax_scale / logit_softcap if logit_softcap else softmax_scale) * LOG2_E,
         logit_softcap * LOG2_E,
         sliding_window,
     )
-    decode, merge, threads, shared_bytes = plan.kernels(q.dtype, logit_softcap > 0)
+    has_offsets = centers[0] is not None and (logit_softcap > 0 or sinks is not None or lse is not None)
+    decode, merge, threads, shared_bytes = plan.kernels(q.dtype, _are_there(inverses), logit_softcap > 0, has_offsets)
     decode.launch((plan.num_blocks, 1, 1), threads, stream, params, shared_bytes, dependent=True)
     most_rows = num_seqs * plan.units_per_seq * plan.shape.rows * plan.shape.row_blocks
     merge_blocks = min(most_rows, MERGE_BLOCKS_PER_SM * plan.num_blocks)
@@ -263,11 +268,13 @@ def _page_kernel(
     k_order: int,
     v_order: int,
     device: torch.device,
-    counts: bool = False,
+    has_gains: bool,
     feeds_back: bool = False,
+    counts: bool = False,
 ) -> tuple[runtime.Kernel, int, int]:
     """append or gather, its threads a block, and the tokens that a block takes."""
-    defines = _page_defines(layout, dtype, k_order, v_order) | {"COUNT": int(counts), "FEEDBACK": int(feeds_back)}
+    does = {"GAIN": has_gains, "FEEDBACK": feeds_back, "COUNT": counts} if operation == "append" else {"GAIN": has_gains}
+    defines = _page_defines(layout, dtype, k_order, v_order) | {name: int(value) for name, value in does.items()}
     kernel = runtime.load(f"{operation}.cu", f"sawkv_{operation}", defines, device)
     return kernel, kernel.read_constant("sawkv_threads"), kernel.read_constant("sawkv_tokens_per_block")
 
@@ -280,6 +287,11 @@ def _page_defines(layout: PageLayout, dtype: torch.dtype, k_order: int, v_order:
         "V_ORDER": v_order,
         "ELEMENT": ELEMENTS[dtype],
     }
+
+
+def _are_there(of_k_and_v: tuple[torch.Tensor | None, ...]) -> bool:
+    """Whether K or V, or both, have this constant."""
+    return any(x is not None for x in of_k_and_v)
 
 
 def _is_vectorizable(x: torch.Tensor) -> bool:
@@ -314,14 +326,14 @@ def _structure(struct_name: str, pointers: str, longs: str, floats: str, ints: s
 
 _AppendParams = _structure(
     "AppendParams",
-    "slot_mapping pages counters k v k_center v_center k_weights v_weights k_step v_step",
+    "slot_mapping pages counters k v k_center v_center k_gain v_gain k_weights v_weights k_step v_step",
     "k_token_stride v_token_stride k_head_stride v_head_stride page_stride num_slots",
     "",
     "num_tokens",
 )
 _GatherParams = _structure(
     "GatherParams",
-    "pages block_table seq_lens cu_seq_lens k_center v_center k_out v_out",
+    "pages block_table seq_lens cu_seq_lens k_center v_center k_gain_inverse v_gain_inverse k_out v_out",
     "page_stride table_stride",
     "",
     "num_seqs max_tokens num_kv_heads",
@@ -335,7 +347,7 @@ _ScheduleParams = _structure(
 )
 _DecodeParams = _structure(
     "DecodeParams",
-    "q pages block_table header chunks splits partials partial_stats v_center sinks out lse",
+    "q pages block_table header chunks splits partials partial_stats k_center v_center k_gain_inverse v_gain_inverse sinks out lse",
     "page_stride table_stride q_token_stride q_head_stride out_token_stride out_head_stride lse_token_stride lse_head_stride",
     "scale_log2 softcap_log2",
     "window",

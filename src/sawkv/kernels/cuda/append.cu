@@ -1,9 +1,9 @@
-// append: center, rotate, quantize, pack and write new tokens' K and V in one launch. A block takes the K or the V of TOKENS tokens and one head.
+// append: center, multiply by gains, rotate, quantize, pack and write new tokens' K and V in one launch. A block takes the K or the V of TOKENS tokens and one head.
 //
 // Equal to the reference byte for byte: docs/format.md fixes the order of operations. None of them may be contracted to fma but the one
-// written so; there is no other product that is added to anything.
+// written so; the products with gains and norms are __fmul_rn, which the compiler leaves as they are.
 //
-// Macros: HEAD_DIM, PAGE_SIZE, K_ORDER, V_ORDER, ELEMENT (of k and v), COUNT (1: update the counters), FEEDBACK (1: of K or V, or both).
+// Macros: HEAD_DIM, PAGE_SIZE, K_ORDER, V_ORDER, ELEMENT (of k and v); 1 or 0: GAIN and FEEDBACK (of K or V, or both), COUNT (update the counters).
 #include "pages.cuh"
 
 namespace sawkv {
@@ -17,6 +17,7 @@ struct AppendParams {
   double* counters;  // [2][COUNTER_COLUMNS], or null without COUNT
   const ELEMENT* x[2];  // of K and of V, as all pairs
   const float* center[2];  // [num_kv_heads][D] or null
+  const float* gain[2];  // likewise
   const u8* weights[2];  // of the feedback, signed: [num_kv_heads][D][D], or null without it
   const float* step[2];  // [num_kv_heads]
   i64 token_stride[2], head_stride[2];  // in elements
@@ -161,6 +162,7 @@ __device__ inline void append_row(const AppendParams& p, bool is_v) {
 #pragma unroll
     for (int i = 0; i < y.PER_LANE; i++) y.x[i] -= c.x[i];
   }
+  if (GAIN && p.gain[is_v]) y.multiply(Row<D, LANES>::load(p.gain[is_v] + head * D));
   rotate<ORDER>(y);
   Quantizer quantizer(y);
   Sums sums{};

@@ -242,6 +242,11 @@ struct Row {
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) x[i] = __fmul_rn(x[i], factor);  // never a part of an fma: docs/format.md fixes the rounding
   }
+  // Element by element; likewise
+  __device__ void multiply(const Row& factors) {
+#pragma unroll
+    for (int i = 0; i < PER_LANE; i++) x[i] = __fmul_rn(x[i], factors.x[i]);
+  }
   // The stage of a Hadamard transform whose pairs are this many elements of a lane apart
   __device__ void add_pairs(int elements) {
     const Row in = *this;

@@ -12,14 +12,14 @@
 // Odd nibbles stay in place as 16 n, and the 16 is divided out of q, or out of the output.
 //
 // Macros: HEAD_DIM, PAGE_SIZE, GROUP (query heads per KV head), ROWS (query rows of a row block, at most 8 * COLUMN_TILES), COLUMN_TILES (of 8
-// rows), ROW_BLOCKS (dealt to consumer warps), ROW_GROUPS (dealt to chunks), K_ORDER, V_ORDER, SOFTCAP, ELEMENT (of q and the output).
+// rows), ROW_BLOCKS (dealt to consumer warps), ROW_GROUPS (dealt to chunks), K_ORDER, V_ORDER, ELEMENT (of q and the output); 1 or 0:
+// GAIN (K or V, or both, have gains), SOFTCAP, OFFSET (K has centers, and a soft-cap, sinks or the log-sum-exp see what scores lack by them).
 #include "pages.cuh"
 #include "plan.cuh"
 
 namespace sawkv {
 
 // ---------------------------------------------------------------------------------------------------------------- geometry
-constexpr int TILE = D <= 64 ? 128 : D <= 128 ? 64 : 32;  // tokens
 constexpr int TILE_BYTES = TILE * TOKEN_BYTES;
 static_assert(PAGE_SIZE % TILE == 0 || TILE % PAGE_SIZE == 0, "tiles are whole pages, or the reverse");
 
@@ -54,10 +54,17 @@ constexpr int WARP_ARRIVALS = 1;
 #endif
 __device__ inline bool arrives() { return lane_index() < WARP_ARRIVALS; }
 
+struct alignas(SOFTCAP && OFFSET ? 16 : 8) QueryStats {
+  float sum, factor;  // of the row in units of codes; what a score is multiplied by
+#if SOFTCAP && OFFSET
+  float offset;  // what a score lacks by K's center, in log2
+#endif
+};
+
 struct Shared {
   u8 tiles[STAGES][TILE_BYTES];
   u16 queries[CHUNK_SLOTS][CHUNK_ROWS * D];         // fp16, rotated and normalized, in the order of `fragment_index`
-  float2 query_stats[CHUNK_SLOTS][CHUNK_ROWS];      // x: sum of the row in units of codes; y: what a score is multiplied by
+  QueryStats query_stats[CHUNK_SLOTS][CHUNK_ROWS];
   float results[RESULT_SLOTS][CONSUMERS][ROWS][D];
   float2 result_stats[RESULT_SLOTS][CONSUMERS][ROWS];  // x: maximum of the scores in log2; y: sum of the weights
   Chunk chunks[CHUNK_SLOTS];
@@ -96,13 +103,16 @@ struct DecodeParams {
   const SplitUnit* splits;
   float* partials;         // [chunks of split units][CHUNK_ROWS][D], not yet divided by the sum of the weights
   float2* partial_stats;   // [chunks of split units][CHUNK_ROWS]
-  const float* v_center;   // [KV heads][D] or null
+  const float* k_center;   // this and the next three: [KV heads][D] or null
+  const float* v_center;
+  const float* k_gain_inverse;
+  const float* v_gain_inverse;
   const float* sinks;      // [query heads] or null
   ELEMENT* out;
   float* lse;              // or null
   i64 page_stride;         // bytes; the other strides in elements
   i64 table_stride, q_token_stride, q_head_stride, out_token_stride, out_head_stride, lse_token_stride, lse_head_stride;
-  float scale_log2;        // softmax_scale * log2(e)
+  float scale_log2;        // softmax_scale * log2(e); with a soft-cap, of 2 score / logit_softcap
   float softcap_log2;      // logit_softcap * log2(e)
   int window;              // 0: none
 };
@@ -117,6 +127,14 @@ struct QueryRow {
   }
 };
 __device__ inline bool is_padding(int r) { return r % BLOCK_ROWS >= ROWS; }
+
+// What the scores of a query row, of one lane's channels before rotation, lack by K's center, in log2
+__device__ inline float center_score(const DecodeParams& p, const Row<D>& q, const Row<D>& center) {
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < Row<D>::PER_LANE; i++) sum += q.x[i] * center.x[i];
+  return sum_over_lanes(sum) * p.scale_log2;
+}
 
 // ---------------------------------------------------------------------------------------------------------------- results
 // Attention over some tokens: `sum` and `out` are relative to 2^maximum.
@@ -145,9 +163,12 @@ struct Result {
   }
 
   __device__ void write(const DecodeParams& p, int query_start, QueryRow row) {
-    float total = sum;
+    float total = sum, offset = 0;  // all scores lack the offset: a soft-cap has seen to it, a sink and the log-sum-exp have not
+    if constexpr (OFFSET && !SOFTCAP)
+      offset = center_score(p, Row<D>::load(p.q + (i64)(query_start + row.token) * p.q_token_stride + row.head * p.q_head_stride),
+                            Row<D>::load(p.k_center + row.head / GROUP * D));
     if (p.sinks) {
-      const float sink = p.sinks[row.head] * LOG2_E, new_maximum = fmaxf(maximum, sink), own = ptx::exp2(maximum - new_maximum);
+      const float sink = p.sinks[row.head] * LOG2_E - offset, new_maximum = fmaxf(maximum, sink), own = ptx::exp2(maximum - new_maximum);
       out.scale(own);
       sum *= own;
       total = sum + ptx::exp2(sink - new_maximum);
@@ -156,9 +177,11 @@ struct Result {
     const float inverse = total == 0 ? 0 : 1 / total;
     out.scale(inverse);
     rotate<V_ORDER>(out);
+    if (GAIN && p.v_gain_inverse) out.multiply(Row<D>::load(p.v_gain_inverse + row.head / GROUP * D));
     if (p.v_center) out.blend(1, Row<D>::load(p.v_center + row.head / GROUP * D), sum * inverse);
     const i64 token = query_start + row.token;
     out.store(p.out + token * p.out_token_stride + row.head * p.out_head_stride);
+    if constexpr (OFFSET && !SOFTCAP) maximum += offset;
     if (p.lse && lane_index() == 0) p.lse[token * p.lse_token_stride + row.head * p.lse_head_stride] = (maximum + ptx::log2(total)) * LN_2;
   }
 };
@@ -171,7 +194,12 @@ __device__ inline int fragment_index(int r, int c) {
   return (((r / 8 * (D / 32) + word) * 8 + r % 8) * 4 + quad) * 8 + (c >> 1 & 1) * 4 + (c & 1) * 2 + (c >> 2 & 1);
 }
 
-__device__ void store_query(Shared& s, const DecodeParams& p, int slot, int r, Row<D> q) {
+__device__ void store_query(Shared& s, const DecodeParams& p, int slot, int r, Row<D> q, int kv_head, const Row<D>& gain_inverse) {
+  QueryStats stats;
+#if SOFTCAP && OFFSET
+  stats.offset = center_score(p, q, Row<D>::load(p.k_center + kv_head * D));
+#endif
+  if (GAIN) q.multiply(gain_inverse);
   rotate<K_ORDER>(q);
   float largest = 0;
 #pragma unroll
@@ -187,11 +215,15 @@ __device__ void store_query(Shared& s, const DecodeParams& p, int slot, int r, R
     s.queries[slot][fragment_index(r, c)] = ptx::float_to_half(c % 2 ? q.x[i] / 16 : q.x[i]);
   }
   sum = sum_over_lanes(sum);
-  if (lane_index() == 0) s.query_stats[slot][r] = {sum * power_of_two(-24), p.scale_log2 * power_of_two(24 + exponent - 13)};
+  stats.sum = sum * power_of_two(-24);
+  stats.factor = p.scale_log2 * power_of_two(24 + exponent - 13);
+  if (lane_index() == 0) s.query_stats[slot][r] = stats;
 }
 
 __device__ void prepare_queries(Shared& s, const DecodeParams& p, const Chunk& chunk, int slot) {
-  constexpr int AT_ONCE = ROWS <= 4 ? 4 : 8;  // loads in flight
+  constexpr int AT_ONCE = ROWS <= 4 || (SOFTCAP && OFFSET && D > 128) ? 4 : 8;  // loads in flight, as registers allow
+  const int kv_head = chunk.unit / ROW_GROUPS;
+  const auto gain_inverse = GAIN && p.k_gain_inverse ? Row<D>::load(p.k_gain_inverse + kv_head * D) : Row<D>::filled(1);
   for (int first = 0; first < CHUNK_ROWS; first += AT_ONCE) {
     if (is_padding(first)) continue;
     Row<D> rows[AT_ONCE];
@@ -203,7 +235,7 @@ __device__ void prepare_queries(Shared& s, const DecodeParams& p, const Chunk& c
         rows[i] = Row<D>::load(p.q + (i64)(chunk.query_start + row.token) * p.q_token_stride + row.head * p.q_head_stride);
     }
 #pragma unroll
-    for (int i = 0; i < AT_ONCE; i++) store_query(s, p, slot, first + i, rows[i]);
+    for (int i = 0; i < AT_ONCE; i++) store_query(s, p, slot, first + i, rows[i], kv_head, gain_inverse);
   }
 }
 
@@ -389,8 +421,9 @@ struct Consumer {
   }
 
   // `stats`: those of the lane's first query column
-  static __device__ void scale_scores(const u8* tile, int part, const float2* stats, float softcap_log2, float (&scores)[COLUMN_TILES][BLOCKS][4]) {
-    float2 query[COLUMN_TILES][2];
+  static __device__ void scale_scores(
+      const u8* tile, int part, const QueryStats* stats, float softcap_log2, float (&scores)[COLUMN_TILES][BLOCKS][4]) {
+    QueryStats query[COLUMN_TILES][2];
 #pragma unroll
     for (int t = 0; t < COLUMN_TILES; t++)
 #pragma unroll
@@ -407,10 +440,12 @@ struct Consumer {
 #pragma unroll
           for (int e = 0; e < 2; e++) {
             float& score = scores[t][b][2 * h + e];
-            score = (score - zero_point * query[t][e].x) * (scale * query[t][e].y);
+            score = (score - zero_point * query[t][e].sum) * (scale * query[t][e].factor);
 #if SOFTCAP
-            // cap * tanh(x / cap), by 1 - 2 / (1 + e^2y); score and cap are in log2, which their ratio does not see
-            score = softcap_log2 * (1 - 2 / (1 + ptx::exp2(score / softcap_log2 * (2 * LOG2_E))));
+#if OFFSET
+            score += query[t][e].offset;
+#endif
+            score = softcap_log2 * (1 - 2 / (1 + ptx::exp2(score)));  // cap * tanh(x / cap): the score is 2 x / cap in log2
 #endif
           }
       }
@@ -647,7 +682,6 @@ using namespace sawkv;
 
 extern "C" {
 
-__device__ int sawkv_tile_tokens = TILE;
 __device__ int sawkv_threads = THREADS;
 __device__ int sawkv_shared_bytes = sizeof(Shared);
 

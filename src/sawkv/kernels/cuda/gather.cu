@@ -5,7 +5,8 @@
 // stages, out of masked nibbles as in decode; the others are sums inside a lane. Scale and zero point act at the end: the transform of a constant is
 // ORDER times it in a block's first channel, and 0 in the others.
 //
-// Macros: HEAD_DIM, PAGE_SIZE, K_ORDER and V_ORDER (0: rows stay rotated), ELEMENT (of the output).
+// Macros: HEAD_DIM, PAGE_SIZE, K_ORDER and V_ORDER (0: rows stay rotated), ELEMENT (of the output), GAIN (1: K or V, or both, have gains to be
+// divided by).
 #include "pages.cuh"
 
 namespace sawkv {
@@ -18,8 +19,8 @@ struct GatherParams {
   const int* block_table;
   const int* seq_lens;
   const int* cu_seq_lens;
-  const float* k_center;  // added to rows, where not null
-  const float* v_center;
+  const float* center[2];        // of K and of V: [num_kv_heads][D], added to rows, where not null
+  const float* gain_inverse[2];  // likewise; rows are multiplied by it before
   ELEMENT* k_out;
   ELEMENT* v_out;
   i64 page_stride, table_stride;
@@ -52,11 +53,19 @@ __device__ inline u32 hadamard(int in, int out) {
 }
 
 // Vector by vector, since registers are few.
-__device__ inline void store_centered(Row<D, LANES>& row, const float* center, ELEMENT* to) {
+__device__ inline void store_restored(Row<D, LANES>& row, const float* gain_inverse, const float* center, ELEMENT* to) {
   using R = Row<D, LANES>;
 #pragma unroll
   for (int i = 0; i < R::PER_LANE; i += R::VECTOR) {
-    if (center) {
+    if (GAIN) {  // what is not there is 1 or 0, so that both cost one instruction
+      Vector<float, R::VECTOR> g, c;
+#pragma unroll
+      for (int e = 0; e < R::VECTOR; e++) g.x[e] = 1, c.x[e] = 0;
+      if (gain_inverse) g = *(const Vector<float, R::VECTOR>*)(gain_inverse + R::channel(i));
+      if (center) c = *(const Vector<float, R::VECTOR>*)(center + R::channel(i));
+#pragma unroll
+      for (int e = 0; e < R::VECTOR; e++) row.x[i + e] = fmaf(row.x[i + e], g.x[e], c.x[e]);
+    } else if (center) {
       const auto c = *(const Vector<float, R::VECTOR>*)(center + R::channel(i));
 #pragma unroll
       for (int e = 0; e < R::VECTOR; e++) row.x[i + e] += c.x[e];
@@ -70,7 +79,8 @@ __device__ inline void store_centered(Row<D, LANES>& row, const float* center, E
 
 // Of a channel's bits, tensor cores transform 0 (odd nibbles), 2 (half of a word) and 3 and 4 (lane), and lanes themselves 1 and those from 5 on.
 template <int ORDER>
-__device__ inline void decode_rows(const Source (&sources)[LANE_ROWS], bool is_v, const float* center, ELEMENT* const (&to)[LANE_ROWS]) {
+__device__ inline void decode_rows(
+    const Source (&sources)[LANE_ROWS], bool is_v, const float* gain_inverse, const float* center, ELEMENT* const (&to)[LANE_ROWS]) {
   using R = Row<D, LANES>;
   static_assert(R::VECTOR == 8, "a lane's vector is a word of codes");
   constexpr int BLOCK = ORDER ? ORDER : 1;
@@ -120,7 +130,7 @@ __device__ inline void decode_rows(const Source (&sources)[LANE_ROWS], bool is_v
     for (int i = 0; i < R::PER_LANE; i++)
       if (R::channel(i) % BLOCK == 0) row.x[i] -= zero_point;
     row.scale(ptx::low_half_to_float(meta[r]) * (inverse_root(BLOCK) * power_of_two(24)));
-    if (sources[r].is_there) store_centered(row, center, to[r]);
+    if (sources[r].is_there) store_restored(row, gain_inverse, center, to[r]);
   }
 }
 
@@ -147,9 +157,11 @@ __global__ void __launch_bounds__(THREADS, D <= 128 ? 4 : 2) sawkv_gather(const 
   const Source sources[LANE_ROWS] = {{p, token, head, seq}, {p, token + TILE / LANE_ROWS, head, seq}};
   ELEMENT* start = (is_v ? p.v_out : p.k_out) + ((i64)token * p.num_kv_heads + head) * D;
   ELEMENT* const to[LANE_ROWS] = {start, start + (i64)TILE / LANE_ROWS * p.num_kv_heads * D};
-  const float* center = is_v ? p.v_center : p.k_center;
+  const float *center = p.center[is_v], *gain_inverse = p.gain_inverse[is_v];
   if (center) center += head * D;
-  if (K_ORDER == V_ORDER || !is_v) decode_rows<K_ORDER>(sources, is_v, center, to); else decode_rows<V_ORDER>(sources, is_v, center, to);
+  if (gain_inverse) gain_inverse += head * D;
+  if (K_ORDER == V_ORDER || !is_v) decode_rows<K_ORDER>(sources, is_v, gain_inverse, center, to);
+  else decode_rows<V_ORDER>(sources, is_v, gain_inverse, center, to);
 }
 
 }  // extern "C"

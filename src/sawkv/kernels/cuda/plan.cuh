@@ -1,8 +1,12 @@
 // What the schedule kernel writes once a step, and the decode and merge kernels of every layer read.
+//
+// Macros: HEAD_DIM.
 #pragma once
 #include "common.cuh"
 
 namespace sawkv {
+
+constexpr int TILE = HEAD_DIM <= 64 ? 128 : HEAD_DIM <= 128 ? 64 : 32;  // tokens
 
 // A unit is one (sequence, KV head, row group): all tiles that one set of query rows needs. Long units are cut into chunks, which blocks take
 // one after the other. Those of units that were cut come first: they are long.

@@ -1,5 +1,7 @@
 // The schedule of one engine step: cut every (sequence, KV head) into chunks of tiles that blocks will take dynamically. One block, once a step
 // and not once a layer: it depends on lengths only. Nothing of it is known on the host, so that one CUDA graph serves every batch.
+//
+// Macros: HEAD_DIM.
 #include "plan.cuh"
 
 namespace sawkv {
@@ -14,7 +16,7 @@ struct ScheduleParams {
   SplitUnit* splits;
   int num_seqs;
   int units_per_seq;       // KV heads * row groups
-  int tile_tokens;
+  int tile_tokens;         // TILE; as a constant it costs registers
   int tiles_per_chunk;     // where blocks get few chunks
   int window;              // 0: none
   int num_blocks;          // of the decode kernel
@@ -74,7 +76,11 @@ __device__ int last_at_most(const int* values, int n, int x) {
 
 using namespace sawkv;
 
-extern "C" __global__ void __launch_bounds__(THREADS) sawkv_schedule(const __grid_constant__ ScheduleParams p) {
+extern "C" {
+
+__device__ int sawkv_tile_tokens = TILE;
+
+__global__ void __launch_bounds__(THREADS) sawkv_schedule(const __grid_constant__ ScheduleParams p) {
   extern __shared__ int dynamic[];
   const int n = p.num_seqs;
   int* tiles = dynamic;           // before each sequence; then, pieces that each of its units is cut into
@@ -127,3 +133,5 @@ extern "C" __global__ void __launch_bounds__(THREADS) sawkv_schedule(const __gri
     p.splits[u] = {unit, query_start, p.query_start_loc[seq + 1] - query_start, split_chunks[seq] + unit * pieces, pieces, {0, 0, 0}};
   }
 }
+
+}  // extern "C"

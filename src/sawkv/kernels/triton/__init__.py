@@ -68,14 +68,12 @@ def append(k: torch.Tensor, v: torch.Tensor, cache: PagedKVCache, slot_mapping: 
     layout, num_tokens = cache.layout, slot_mapping.shape[0]
     if not num_tokens:
         return
-    feedback = [x for constants in cache.constants for x in (constants.weights, constants.step)]
-    tokens, num_warps = (FEEDBACK_TOKENS, 4) if any(x is not None for x in feedback) else (ROTATE_TOKENS, 1)
+    of_k, of_v = cache.constants
+    tokens, num_warps = (FEEDBACK_TOKENS, 4) if of_k.weights is not None or of_v.weights is not None else (ROTATE_TOKENS, 1)
     append_kernel[(_divide_up(num_tokens, tokens), layout.num_kv_heads, 2)](
         k,
         v,
-        cache.k_center,
-        cache.v_center,
-        *feedback,
+        *(x for of in cache.constants for x in (of.center, of.gain, of.weights, of.step)),
         slot_mapping,
         cache.pages,
         cache.counters,
@@ -113,8 +111,7 @@ def gather(
         block_table,
         seq_lens,
         cu_seq_lens,
-        None if rotated else cache.k_center,
-        None if rotated else cache.v_center,
+        *((None,) * 4 if rotated else (x for of in cache.constants for x in (of.gain_inverse, of.center))),
         k_out,
         v_out,
         num_seqs,
@@ -160,7 +157,7 @@ class TritonPlan(DecodePlan):
         max_query_rows = max_num_seqs * max_query_len * num_q_heads
         query_dtype = torch.bfloat16 if layout.format.codec == "bf16" else torch.float16
         self.queries = torch.empty(max_query_rows, self.width, dtype=query_dtype, device=device)
-        self.query_stats = torch.empty(max_query_rows, 2, device=device)
+        self.query_stats, self.query_offsets = torch.empty(max_query_rows, 2, device=device), torch.empty(max_query_rows, device=device)
         self.partials = torch.empty(max_chunks, self.units, self.rows, self.width, device=device)
         self.partial_stats = torch.empty(max_chunks, self.units, self.rows, 2, device=device)
 
@@ -242,14 +239,21 @@ def decode_attention(
     shape = {key: pages[key] for key in ("HEAD_DIM", "WIDTH", "BITS")}
     rows = {"GROUP": plan.group, "ROWS": plan.rows, "ROW_GROUPS": plan.row_groups}
     num_rows = min(q.shape[0], num_seqs * max_query_len) * num_q_heads
+    of_k, of_v = cache.constants
+    sees_offsets = of_k.center is not None and (logit_softcap > 0 or sinks is not None or lse is not None)
+    offsets = plan.query_offsets if sees_offsets else None
     prepare_kernel[(_divide_up(num_rows, PREPARE_ROWS),)](
         q,
+        of_k.gain_inverse,
+        of_k.center if sees_offsets else None,
         plan.queries,
         plan.query_stats,
+        offsets,
         num_rows,
         num_q_heads,
+        plan.group,
         *q.stride()[:2],
-        softmax_scale * LOG2_E,
+        (2 * softmax_scale / logit_softcap if logit_softcap else softmax_scale) * LOG2_E,
         **shape,
         ORDER=layout.k_rotation_order,
         ROWS=PREPARE_ROWS,
@@ -259,6 +263,7 @@ def decode_attention(
     decode_kernel[(plan.max_chunks(num_seqs) * plan.units,)](
         plan.queries,
         plan.query_stats,
+        offsets if logit_softcap > 0 else None,
         cache.pages,
         block_table,
         seq_lens,
@@ -288,7 +293,9 @@ def decode_attention(
         plan.partial_stats,
         plan.splits,
         query_start_loc,
-        cache.v_center,
+        None if logit_softcap > 0 else offsets,
+        of_v.gain_inverse,
+        of_v.center,
         sinks,
         out,
         lse,

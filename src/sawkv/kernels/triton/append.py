@@ -1,4 +1,4 @@
-"""append: center, rotate, quantize, pack and write. A program takes TOKENS tokens of one head, of K or of V."""
+"""append: center, multiply by gains, rotate, quantize, pack and write. A program takes TOKENS tokens of one head, of K or of V."""
 
 from __future__ import annotations
 
@@ -16,9 +16,11 @@ def append_kernel(
     k,
     v,
     k_center,
-    v_center,
+    k_gain,
     k_weights,
     k_step,
+    v_center,
+    v_gain,
     v_weights,
     v_step,
     slot_mapping,
@@ -57,6 +59,7 @@ def append_kernel(
         _append_rows(
             k + token * k_token_stride + head.to(tl.int64) * k_head_stride,
             k_center,
+            k_gain,
             k_weights,
             k_step,
             head,
@@ -78,6 +81,7 @@ def append_kernel(
         _append_rows(
             v + token * v_token_stride + head.to(tl.int64) * v_head_stride,
             v_center,
+            v_gain,
             v_weights,
             v_step,
             head,
@@ -101,6 +105,7 @@ def append_kernel(
 def _append_rows(
     row,
     center,
+    gain,
     weights,
     step,
     head,
@@ -123,6 +128,8 @@ def _append_rows(
     y = tl.load(row[:, None] + channel, mask=is_kept[:, None] & is_channel, other=0).to(tl.float32)
     if center is not None:
         y = y - tl.load(center + head * HEAD_DIM + channel, mask=is_channel, other=0)
+    if gain is not None:
+        y = y * tl.load(gain + head * HEAD_DIM + channel, mask=is_channel, other=0)
     y = rotate(y, ORDER)
     if BITS == 16:
         to = (

@@ -101,10 +101,14 @@ def schedule_kernel(
 @triton.jit
 def prepare_kernel(
     q,
+    k_gain_inverse,
+    k_center,
     queries,
     query_stats,
+    query_offsets,
     num_rows,
     num_q_heads,
+    group,
     q_token_stride,
     q_head_stride,
     scale_log2,
@@ -114,15 +118,23 @@ def prepare_kernel(
     ORDER: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Rotate query rows and bring them to 16 bits in the order of planes: queries [num_rows, WIDTH], a row for each (token, query head).
+    """Undo K's gains, rotate, and bring query rows to 16 bits in the order of planes: queries [num_rows, WIDTH], by (token, query head).
 
     query_stats: [num_rows, 2] fp32: sum of the row in units of codes, and what its scores are multiplied by (log2(e) included).
+    query_offsets: [num_rows] fp32 or None: what centering took from the row's scores, in the same unit.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, WIDTH)[None, :]
     token, head = row // num_q_heads, row % num_q_heads
     at = token.to(tl.int64) * q_token_stride + head * q_head_stride
-    y = tl.load(q + at[:, None] + channel, mask=(row < num_rows)[:, None] & (channel < HEAD_DIM), other=0).to(tl.float32)
+    is_there = (row < num_rows)[:, None] & (channel < HEAD_DIM)
+    y = tl.load(q + at[:, None] + channel, mask=is_there, other=0).to(tl.float32)
+    of_head = (head // group)[:, None] * HEAD_DIM + channel
+    if query_offsets is not None:
+        offset = tl.sum(y * tl.load(k_center + of_head, mask=is_there, other=0), 1) * scale_log2
+        tl.store(query_offsets + row, offset, mask=row < num_rows)
+    if k_gain_inverse is not None:
+        y = y * tl.load(k_gain_inverse + of_head, mask=is_there, other=0)
     y = rotate(y, ORDER)
     # To the top of fp16's range by a power of two. NaN and infinities stay what they are.
     largest = tl.max(tl.abs(y), 1)
@@ -145,6 +157,7 @@ def prepare_kernel(
 def decode_kernel(
     queries,
     query_stats,
+    query_offsets,
     pages,
     block_table,
     seq_lens,
@@ -213,6 +226,8 @@ def decode_kernel(
         q3 = tl.load(place + 3 * COLUMNS, mask=is_row[None, :], other=0)
     query_sum = tl.load(query_stats + 2 * query, mask=is_row, other=0)
     query_factor = tl.load(query_stats + 2 * query + 1, mask=is_row, other=0)
+    if query_offsets is not None:
+        query_offset = tl.load(query_offsets + query, mask=is_row, other=0)
 
     maximum = tl.full([BLOCK_ROWS], NO_SCORE, tl.float32)
     total = tl.zeros([BLOCK_ROWS], tl.float32)
@@ -249,8 +264,10 @@ def decode_kernel(
             scores = (scores - high_half(k_meta)[:, None] * query_sum[None, :]) * (low_half(k_meta)[:, None] * query_factor[None, :])
         else:
             scores *= query_factor[None, :]
-        if HAS_SOFTCAP:  # cap * tanh(x / cap), by 1 - 2 / (1 + e^2y); score and cap are in log2, which their ratio does not see
-            scores = softcap_log2 * (1 - 2 / (1 + tl.exp2(scores / softcap_log2 * (2 * LOG2_E))))
+        if query_offsets is not None:
+            scores += query_offset[None, :]
+        if HAS_SOFTCAP:  # cap * tanh(x / cap): scores are 2 x / cap in log2
+            scores = softcap_log2 * (1 - 2 / (1 + tl.exp2(scores)))
         scores += tl.where(is_there, 0.0, -float("inf"))[:, None]
         if MAX_QUERY_LEN > 1:
             is_visible = token[:, None] <= last[None, :]
@@ -308,6 +325,8 @@ def merge_kernel(
     partial_stats,
     splits,
     query_start_loc,
+    query_offsets,
+    v_gain_inverse,
     v_center,
     sinks,
     out,
@@ -352,9 +371,13 @@ def merge_kernel(
         y = y * shrink + tl.sum(outs * factor[:, None], 0)
 
     q_head = kv_head * GROUP + row % GROUP
+    token = (query_start + query_token).to(tl.int64)
+    offset = 0.0  # all scores lack it, which only a sink and the log-sum-exp see
+    if query_offsets is not None:
+        offset = tl.load(query_offsets + token * (tl.num_programs(1) // ROW_GROUPS * GROUP) + q_head)
     with_sink = total
     if sinks is not None:
-        sink = tl.load(sinks + q_head).to(tl.float32) * LOG2_E
+        sink = tl.load(sinks + q_head).to(tl.float32) * LOG2_E - offset
         new_maximum = tl.maximum(maximum, sink)
         shrink = tl.exp2(maximum - new_maximum)
         y, total = y * shrink, total * shrink
@@ -364,11 +387,12 @@ def merge_kernel(
     inverse = 1 / tl.where(is_seen, with_sink, 1.0)
     y = tl.permute(tl.reshape(y * inverse, (PLANES, WIDTH // PLANES)), (1, 0))  # to the order of channels
     y = tl.reshape(rotate(tl.reshape(y, (1, WIDTH)), ORDER), (WIDTH,))
+    if v_gain_inverse is not None:
+        y *= tl.load(v_gain_inverse + kv_head * HEAD_DIM + channel, mask=channel < HEAD_DIM, other=0)
     if v_center is not None:
         y += tl.load(v_center + kv_head * HEAD_DIM + channel, mask=channel < HEAD_DIM, other=0) * (total * inverse)
-    token = (query_start + query_token).to(tl.int64)
     to = out + token * out_token_stride + q_head * out_head_stride
     tl.store(to + channel, round_to(y, out.dtype.element_ty), mask=channel < HEAD_DIM)
     if lse is not None:
-        log2_sum = tl.where(is_seen, maximum + tl.log2(tl.where(is_seen, with_sink, 1.0)), -float("inf"))
+        log2_sum = tl.where(is_seen, maximum + tl.log2(tl.where(is_seen, with_sink, 1.0)) + offset, -float("inf"))
         tl.store(lse + token * lse_token_stride + q_head * lse_head_stride, log2_sum * LN_2)

@@ -14,7 +14,9 @@ def gather_kernel(
     block_table,
     seq_lens,
     cu_seq_lens,
+    k_gain_inverse,
     k_center,
+    v_gain_inverse,
     v_center,
     k_out,
     v_out,
@@ -52,12 +54,29 @@ def gather_kernel(
         offset = position % PAGE_SIZE
         to = (token.to(tl.int64) * tl.num_programs(1) + head) * HEAD_DIM
         if tl.program_id(2) == 0:
-            _gather_rows(plane, offset, is_there, k_center, head, k_out + to, HEAD_DIM, WIDTH, BITS, STORED, PAGE_SIZE, K_ORDER, 0, 1)
+            _gather_rows(
+                plane,
+                offset,
+                is_there,
+                k_gain_inverse,
+                k_center,
+                head,
+                k_out + to,
+                HEAD_DIM,
+                WIDTH,
+                BITS,
+                STORED,
+                PAGE_SIZE,
+                K_ORDER,
+                0,
+                1,
+            )
         else:
             _gather_rows(
                 plane + half_span,
                 offset,
                 is_there,
+                v_gain_inverse,
                 v_center,
                 head,
                 v_out + to,
@@ -77,6 +96,7 @@ def _gather_rows(
     plane,
     offset,
     is_there,
+    gain_inverse,
     center,
     head,
     to,
@@ -105,6 +125,9 @@ def _gather_rows(
         y = (codes.to(tl.float32) - high_half(meta)[:, None]) * low_half(meta)[:, None]
         y = tl.where(is_channel, y, 0.0)  # so that padding stays zero
     y = rotate(y, ORDER)
+    here = head * HEAD_DIM + channel
+    if gain_inverse is not None:
+        y = y * tl.load(gain_inverse + here, mask=is_channel, other=0)
     if center is not None:
-        y = y + tl.load(center + head * HEAD_DIM + channel, mask=is_channel, other=0)
+        y = y + tl.load(center + here, mask=is_channel, other=0)
     tl.store(to[:, None] + channel, round_to(y, to.dtype.element_ty), mask=is_there[:, None] & is_channel)
