@@ -2,6 +2,7 @@
 
     python -m benchmarks.kernels                  # all shapes and peers, appended to docs/results/decode.jsonl
     python -m benchmarks.kernels --only 64x16384 --kernels sawkv-cuda --no-write
+    python -m benchmarks.kernels --kernels sawkv-cuda,sawkv-cuda+prepared --no-write    # the pages of a prepared model beside plain ones
     python -m benchmarks.kernels --check          # correctness only
     PYTHONPATH=OTHER/src python -m benchmarks.kernels --kernels sawkv-cuda --no-write    # another build of the kernels
 
@@ -133,16 +134,35 @@ class Batch:
         )
 
 
-def fill(batch: Batch, shape: Shape, backend: str) -> PagedKVCache:
+def constants_of(kernel: str, kv_heads: int, head_dim: int) -> dict[str, Any]:
+    """What pages of `sawkv-BACKEND+feedback` and `sawkv-BACKEND+prepared` are written with, at random; the latter's with all there is."""
+    found: dict[str, Any] = {}
+    if kernel.endswith(("+feedback", "+prepared")):
+        earlier, later = channel_blocks(head_dim), channel_blocks(head_dim)[:, None]
+        weights = torch.randint(-MAX_WEIGHT, MAX_WEIGHT + 1, (kv_heads, head_dim, head_dim)) * (earlier < later)
+        feedback = Feedback(weights.to("cuda", torch.int8), torch.full((kv_heads,), 1 / MAX_WEIGHT / ERROR_STEPS, device="cuda"))
+        found |= {"k_feedback": feedback, "v_feedback": feedback}
+    if kernel.endswith("+prepared"):
+        found |= {name: torch.randn(kv_heads, head_dim, device="cuda") for name in ("k_center", "v_center")}
+        found |= {name: 0.5 + torch.rand(kv_heads, head_dim, device="cuda") for name in ("k_gain", "v_gain")}
+    return found
+
+
+def backend_of(kernel: str) -> str:
+    """That of a kernel of ours; of a peer, its name."""
+    return kernel.removeprefix("sawkv-").partition("+")[0]
+
+
+def fill(batch: Batch, shape: Shape, kernel: str) -> PagedKVCache:
     """A cache of random tokens; all slots that hold none have NaN for scales."""
     layout = PageLayout(CacheFormat("int4"), shape.kv_heads, shape.head_dim, shape.page)
-    cache = PagedKVCache.allocate(layout, batch.num_pages, "cuda")
+    cache = PagedKVCache.allocate(layout, batch.num_pages, "cuda", **constants_of(kernel, shape.kv_heads, shape.head_dim))
     cache.pages.fill_(0xFF)
     for i, length in enumerate(shape.lengths):
         position = torch.arange(length, device="cuda")
         slots = batch.block_table[i, position // shape.page].long() * shape.page + position % shape.page
         k, v = torch.randn(2, length, shape.kv_heads, shape.head_dim, device="cuda", dtype=torch.bfloat16) + 0.3
-        append(k, v, cache, slots, backend=backend)
+        append(k, v, cache, slots, backend=backend_of(kernel))
     return cache
 
 
@@ -315,7 +335,7 @@ def run_decode(shapes: list[Shape], kernels: list[str], only_check: bool, common
         batch = Batch.make(shape)
         base: dict[str, Any] = {}
         for kernel in kernels:
-            backend = kernel.removeprefix("sawkv-")
+            backend = backend_of(kernel)
             record = {**common, **shape.record, "kernel": kernel, "read_gb_s": round(bandwidth)}
             try:
                 if backend in BACKENDS:
@@ -323,7 +343,7 @@ def run_decode(shapes: list[Shape], kernels: list[str], only_check: bool, common
                     if reason := unsupported_reason(backend, torch.device("cuda", 0), layout):
                         print(f"{shape.name:34s} {kernel:26s} {reason}")
                         continue
-                    cache = fill(batch, shape, backend)
+                    cache = fill(batch, shape, kernel)
                     run, schedule = sawkv_decode(shape, batch, cache, backend)
                     record["rel_err"] = relative_error(shape, batch, cache, run())
                     if not record["rel_err"] <= MAX_ERROR:
@@ -335,7 +355,7 @@ def run_decode(shapes: list[Shape], kernels: list[str], only_check: bool, common
                     record["schedule_ms"] = median_ms(schedule)
                     one = cache.pages.numel()
                     more = [(Batch.make(shape), shape) for _ in range(min(15, COLD_BYTES // one))]
-                    runs = [run, *(sawkv_decode(s, b, fill(b, s, backend), backend)[0] for b, s in more)]
+                    runs = [run, *(sawkv_decode(s, b, fill(b, s, kernel), backend)[0] for b, s in more)]
                 else:
                     if only_check:
                         continue
@@ -377,15 +397,9 @@ def run_append(kernels: list[str], common: dict[str, Any]) -> list[dict[str, Any
         token = torch.arange(tokens, device="cuda")
         return k, v, torch.randperm(num_pages, device="cuda")[token // page] * page + token % page
 
-    earlier, later = channel_blocks(head_dim), channel_blocks(head_dim)[:, None]
-    weights = torch.randint(-MAX_WEIGHT, MAX_WEIGHT + 1, (heads, head_dim, head_dim)) * (earlier < later)
-    feedback = Feedback(weights.to("cuda", torch.int8), torch.full((heads,), 1 / MAX_WEIGHT / ERROR_STEPS, device="cuda"))
-
-    def sawkv_append(tokens: int, name: str) -> Callable[[], object]:
-        backend, _, extra = name.partition("+")
-        k_feedback = v_feedback = feedback if extra else None
-        pages = [torch.empty(layout.pages_shape(num_pages), dtype=torch.uint8, device="cuda") for _ in range(2)]
-        caches = [PagedKVCache(x, layout, k_feedback=k_feedback, v_feedback=v_feedback) for x in pages]
+    def sawkv_append(tokens: int, kernel: str) -> Callable[[], object]:
+        backend, constants = backend_of(kernel), constants_of(kernel, heads, head_dim)
+        caches = [PagedKVCache.allocate(layout, num_pages, "cuda", **constants) for _ in range(2)]
         k, v, slots = inputs(tokens)
         for cache, name in zip(caches, (backend, "reference"), strict=True):
             cache.pages.fill_(0xA5)
@@ -408,10 +422,10 @@ def run_append(kernels: list[str], common: dict[str, Any]) -> list[dict[str, Any
         return lambda: y.copy_(x)
 
     peers = {"copy_of_as_many_bytes": copy, "vllm_bf16": vllm_bf16}
-    own = [kernel for kernel in kernels if kernel.removeprefix("sawkv-") in BACKENDS]
+    own = sorted({f"sawkv-{backend_of(kernel)}" for kernel in kernels if backend_of(kernel) in BACKENDS})
     for tokens in (1, 64, 256, 8192):
-        for kernel in (*peers, *own, *(f"{kernel}+feedback" for kernel in own)):
-            make = peers.get(kernel) or partial(sawkv_append, name=kernel.removeprefix("sawkv-"))
+        for kernel in (*peers, *own, *(f"{kernel}+{extra}" for kernel in own for extra in ("feedback", "prepared"))):
+            make = peers.get(kernel) or partial(sawkv_append, kernel=kernel)
             try:
                 runs = [make(tokens) for _ in range(8)]  # 8 sets of inputs together outgrow the L2 cache at 8,192 tokens
                 ms, replayed = median_ms(runs[0]), graph_ms(runs)
@@ -435,28 +449,28 @@ def run_gather(kernels: list[str], common: dict[str, Any]) -> list[dict[str, Any
     k_out, v_out = torch.empty(2, total, shape.kv_heads, shape.head_dim, device="cuda", dtype=torch.bfloat16)
     moved = shape.useful_bytes + 2 * k_out.numel() * k_out.element_size()
     for kernel in kernels:
-        if (backend := kernel.removeprefix("sawkv-")) not in BACKENDS:
+        if (backend := backend_of(kernel)) not in BACKENDS:
             continue
         for rotated in (True, False):
             try:
-                cache = fill(batch, shape, backend)
+                cache = fill(batch, shape, kernel)
                 arguments = (cache, batch.block_table, batch.seq_lens, starts, k_out, v_out)
                 ms = median_ms(partial(gather, *arguments, rotated=rotated, backend=backend))
             except Exception as error:
-                print(f"gather 8x16384 {kernel:14s} {type(error).__name__}: {str(error)[:200]}")
+                print(f"gather 8x16384 {kernel:22s} {type(error).__name__}: {str(error)[:200]}")
                 continue
             share = moved / 1e6 / ms / copy_gb_s
             records.append(
                 {**common, "operation": "gather", "kernel": kernel, "rotated": rotated, "ms": ms, "of_copy_bandwidth": round(share, 4)}
             )
-            print(f"gather 8x16384 {kernel:14s} rotated={rotated!s:5s} {ms * 1e3:7.1f} us, {share:.0%} of copy's {copy_gb_s:.0f} GB/s")
+            print(f"gather 8x16384 {kernel:22s} rotated={rotated!s:5s} {ms * 1e3:7.1f} us, {share:.0%} of copy's {copy_gb_s:.0f} GB/s")
     return records
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="shapes whose names contain one of these, comma-separated")
-    parser.add_argument("--kernels", default="fa3_bf16,sawkv-cuda,sawkv-triton,fa3_fp8,vllm_int4_per_token_head")
+    parser.add_argument("--kernels", default="fa3_bf16,sawkv-cuda,sawkv-cuda+prepared,sawkv-triton,fa3_fp8,vllm_int4_per_token_head")
     parser.add_argument("--check", action="store_true", help="correctness only")
     parser.add_argument("--skip", default="", help="decode or append")
     parser.add_argument("--no-write", action="store_true", help="do not append to docs/results")

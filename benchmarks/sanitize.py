@@ -38,11 +38,13 @@ class Case:
     group: int = 4
     head_dim: int = 128
     page_size: int = 16
+    prepared: bool = True
     options: dict[str, Any] = field(default_factory=dict, hash=False)
 
 
 CASES = (
     Case(),
+    Case(prepared=False),
     Case(lengths=(9000, 40, 3), page_size=64),  # a sequence cut into chunks, merged by the second kernel
     Case(query_len=4, group=8),
     Case(query_len=8, group=16),
@@ -50,6 +52,7 @@ CASES = (
     Case(head_dim=96, group=1),
     Case(head_dim=256, page_size=128, query_len=2),
     Case(options={"sliding_window": 100, "logit_softcap": 5.0}),
+    Case(options={"sinks": torch.zeros(8)}),
 )
 
 
@@ -63,10 +66,13 @@ def run_cases(backend: str) -> None:
             print(f"{backend}: {case}: {reason}")
             continue
         counts = [-(-length // case.page_size) for length in case.lengths]
-        weights = torch.randint(-9, 10, (2, case.head_dim, case.head_dim)) * torch.ones(case.head_dim, case.head_dim).tril(-32)
-        feedback = Feedback(weights.to(device, torch.int8), torch.full((2,), 1e-4, device=device))
-        pages = torch.empty(layout.pages_shape(sum(counts)), dtype=torch.uint8, device=device)
-        cache = PagedKVCache(pages, layout, v_feedback=feedback)
+        constants: dict[str, Any] = {}
+        if case.prepared:  # centers and gains of K and V, and V's feedback
+            weights = torch.randint(-9, 10, (2, case.head_dim, case.head_dim)) * torch.ones(case.head_dim, case.head_dim).tril(-32)
+            constants["v_feedback"] = Feedback(weights.to(device, torch.int8), torch.full((2,), 1e-4, device=device))
+            for name in ("k_center", "v_center", "k_gain", "v_gain"):
+                constants[name] = 0.5 + torch.rand(2, case.head_dim, device=device)
+        cache = PagedKVCache.allocate(layout, sum(counts), device, **constants)
         table = torch.full((len(counts), max(counts)), 2**30, dtype=torch.int32)
         starts = torch.tensor([0, *counts]).cumsum(0).tolist()
         for i, count in enumerate(counts):
@@ -78,6 +84,7 @@ def run_cases(backend: str) -> None:
         query_start = torch.arange(len(counts) + 1, dtype=torch.int32) * case.query_len
         q = torch.randn(len(counts) * case.query_len, 2 * case.group, case.head_dim).to(device, torch.bfloat16)
         where = table.to(device), seq_lens.to(device)
+        options: dict[str, Any] = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in case.options.items()}
         out = decode_attention(
             q,
             cache,
@@ -86,7 +93,7 @@ def run_cases(backend: str) -> None:
             softmax_scale=case.head_dim**-0.5,
             max_query_len=case.query_len,
             backend=backend,
-            **case.options,
+            **options,
         )
         cu_seq_lens = torch.tensor([0, *case.lengths]).cumsum(0).int().to(device)
         for rotated in (True, False):

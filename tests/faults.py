@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
@@ -93,9 +94,14 @@ def bytes_never_written_are_never_used(backend: str, device: str) -> None:
 
 @check
 def padding_of_a_captured_step_is_ignored(backend: str, device: str) -> None:
-    """One CUDA graph (on the CPU: one function) serves steps of 1 to 8 sequences; what pads them is NaN, slot -1 and length 0."""
-    batch = make_batch("int4", [5, 33, 695, 1, 2, 18, 2001, 66], device=device, backend=backend)
-    mirror = Batch(PagedKVCache(batch.cache.pages.clone(), batch.cache.layout), batch.k, batch.v, batch.block_table, batch.seq_lens.clone())
+    """One CUDA graph (on the CPU: one function) serves steps of 1 to 8 sequences; what pads them is NaN, slot -1 and length 0.
+
+    Of pages with centers and gains, and attention with sinks, which has to know what centers took from scores.
+    """
+    batch = make_batch("int4", [5, 33, 695, 1, 2, 18, 2001, 66], centered=True, gained=True, device=device, backend=backend)
+    copied = replace(batch.cache, pages=batch.cache.pages.clone())
+    mirror = Batch(copied, batch.k, batch.v, batch.block_table, batch.seq_lens.clone())
+    sinks = torch.randn(8, device=device)
     k, v = torch.zeros(2, 8, 2, 128, device=device)
     q = torch.zeros(8, 8, 128, device=device)
     slots = torch.full((8,), -1, device=device)
@@ -106,9 +112,8 @@ def padding_of_a_captured_step_is_ignored(backend: str, device: str) -> None:
 
     def step() -> None:
         append(k, v, batch.cache, slots, backend=backend)
-        decode_attention(
-            q, batch.cache, batch.block_table, seq_lens, starts, softmax_scale=0.1, max_query_len=1, out=out, plan=plan, backend=backend
-        )
+        options = {"softmax_scale": 0.1, "max_query_len": 1, "sinks": sinks, "out": out, "plan": plan, "backend": backend}
+        decode_attention(q, batch.cache, batch.block_table, seq_lens, starts, **options)  # type: ignore[arg-type]
 
     plan.update(seq_lens, starts)
     run = capture(step) if device == "cuda" else step
@@ -122,7 +127,7 @@ def padding_of_a_captured_step_is_ignored(backend: str, device: str) -> None:
         plan.update(seq_lens, starts)
         run()
         append(k[:count], v[:count], mirror.cache, slots[:count], backend="reference")
-        want = attend(mirror, q[:count], [1] * count + [0] * (8 - count), "reference", softmax_scale=0.1)
+        want = attend(mirror, q[:count], [1] * count + [0] * (8 - count), "reference", softmax_scale=0.1, sinks=sinks)
         assert torch.equal(batch.cache.pages, mirror.cache.pages)
         assert relative_error(out[:count], want) < MAX_ERROR
 

@@ -57,7 +57,7 @@ def test_the_backends_are_there(backend: str) -> None:
 def test_append(backend: str, format_name: str, head_dim: int) -> None:
     skip_unless_supported(backend, format_name, head_dim, 32)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        check_append(backend, DEVICE, format_name, head_dim, dtype=dtype, centered=dtype == torch.float16)
+        check_append(backend, DEVICE, format_name, head_dim, dtype=dtype, centered=dtype == torch.float16, gained=dtype != torch.float32)
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 112, 128, 192, 256])
@@ -65,7 +65,8 @@ def test_append(backend: str, format_name: str, head_dim: int) -> None:
 def test_append_with_feedback(backend: str, feedback: str, head_dim: int) -> None:
     skip_unless_supported(backend, "int4", head_dim, 32)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        check_append(backend, DEVICE, "int4", head_dim, dtype=dtype, centered=dtype == torch.float16, feedback=feedback)
+        prepared = dtype != torch.float32
+        check_append(backend, DEVICE, "int4", head_dim, dtype=dtype, centered=prepared, gained=prepared, feedback=feedback)
 
 
 def test_wrong_feedback_is_noticed(backend: str) -> None:
@@ -86,13 +87,13 @@ def test_attention(backend: str, format_name: str, head_dim: int) -> None:
     skip_unless_supported(backend, format_name, head_dim)
     check_attention(backend, DEVICE, format_name, SEQ_LENS, [1] * 7, head_dim=head_dim)
     for query_lens in ([1, 1, 8, 3, 2, 5, 7], [0, 1, 4, 6, 1, 0, 3]):
-        check_attention(backend, DEVICE, format_name, SEQ_LENS, query_lens, head_dim=head_dim, centered=True, max_query_len=8)
+        check_attention(backend, DEVICE, format_name, SEQ_LENS, query_lens, head_dim=head_dim, centered=True, gained=True, max_query_len=8)
 
 
 @pytest.mark.parametrize("group", [1, 4, 5, 7, 8, 12, 16])
 def test_query_shapes(backend: str, group: int) -> None:
     for query_lens, most in (([1, 1, 1, 1], 1), ([2, 2, 1, 2], 2), ([4, 8, 3, 8], 8)):
-        check_attention(backend, DEVICE, "int4", [33, 1000, 9, 4000], query_lens, group=group, max_query_len=most)
+        check_attention(backend, DEVICE, "int4", [33, 1000, 9, 4000], query_lens, group=group, max_query_len=most, gained=most == 8)
 
 
 @pytest.mark.parametrize(("page_size", "head_dim"), [(32, 128), (48, 128), (64, 128), (128, 128), (128, 64), (64, 256)])
@@ -103,12 +104,39 @@ def test_page_sizes(backend: str, page_size: int, head_dim: int) -> None:
 
 @pytest.mark.parametrize("query_lens", [[1] * 7, [1, 1, 8, 3, 2, 5, 7]])
 @pytest.mark.parametrize(
-    "options", [{"sliding_window": 5}, {"sliding_window": 700}, {"logit_softcap": 2.0}, {"sinks": True}, {"softmax_scale": 0.02}], ids=str
+    "options",
+    [
+        {"sliding_window": 5},
+        {"sliding_window": 700},
+        {"logit_softcap": 2.0},
+        {"sinks": True},
+        {"logit_softcap": 2.0, "sinks": True, "sliding_window": 700},
+        {"softmax_scale": 0.02},
+    ],
+    ids=str,
 )
 def test_options(backend: str, query_lens: list[int], options: dict[str, object]) -> None:
+    """Of plain pages, of centered ones, and of those with all there is."""
     if "sinks" in options:
-        options = {"sinks": torch.randn(8, device=DEVICE).bfloat16()}
-    check_attention(backend, DEVICE, "int4", SEQ_LENS, query_lens, dtype=torch.float16, centered=True, **options)
+        options = options | {"sinks": torch.randn(8, device=DEVICE).bfloat16()}
+    for centered, gained in ((False, False), (True, False), (True, True)):
+        check_attention(backend, DEVICE, "int4", SEQ_LENS, query_lens, dtype=torch.float16, centered=centered, gained=gained, **options)
+
+
+def test_options_of_wide_heads(backend: str) -> None:
+    """As Gemma 2 has them: a soft-cap, and registers that are all in use."""
+    check_attention(
+        backend,
+        DEVICE,
+        "int4",
+        SEQ_LENS,
+        [1, 1, 2, 1, 2, 2, 1],
+        head_dim=256,
+        centered=True,
+        gained=True,
+        logit_softcap=5.0,
+        max_query_len=2,
+    )
 
 
 def test_many_sequences(backend: str) -> None:
@@ -184,7 +212,9 @@ def test_results_do_not_change_from_run_to_run(backend: str) -> None:
 @pytest.mark.parametrize(("format_name", "head_dim"), [("int4", 128), ("int4", 80), ("int4", 192), ("int8", 112), ("bf16", 64)])
 def test_gather(backend: str, format_name: str, head_dim: int) -> None:
     skip_unless_supported(backend, format_name, head_dim)
-    check_gather(backend, DEVICE, format_name, [5, 0, 33, 16, 1000, 0, 2, 700], head_dim=head_dim, exact=backend != "cuda")
+    for gained in (False, True):
+        lengths = [5, 0, 33, 16, 1000, 0, 2, 700]
+        check_gather(backend, DEVICE, format_name, lengths, head_dim=head_dim, gained=gained, exact=backend != "cuda")
 
 
 @pytest.mark.skipif(DRY_RUN, reason="takes 5 GB")

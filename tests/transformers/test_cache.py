@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoConfig, DynamicCache
 
-from sawkv import CacheFormat, FormatError, LayoutError, PagedKVCache, PageLayout, SawkvError, UnsupportedError, append
+from sawkv import CacheFormat, FormatError, LayoutError, PagedKVCache, PageLayout, SawkvError, UnsupportedError, append, ops
 from sawkv.errors import CalibrationError
 from sawkv.format.feedback import takes_from
 from sawkv.integrations.transformers import SawCache
@@ -266,6 +267,30 @@ def test_calibration(attention: str, tmp_path: Path) -> None:
         for each in (plain, centered):
             model(ids, **using(each))
         assert not torch.equal(plain.layers[0].pages.pages, centered.layers[0].pages.pages)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gpt_oss"])
+def test_centers_and_gains_where_attention_has_a_soft_cap_or_sinks(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They change nothing in a format that loses nothing: logits are those of the model's own attention in fp32, without a cache."""
+    model, ids = make_model(kind), torch.randint(1, 99, (2, 60))
+    shape = (4, 2, model.config.head_dim)
+    gains = {name: 0.5 + torch.rand(shape) for name in ("k_gain", "v_gain")}
+    made = Calibration(CacheFormat.parse(LOSSLESS), model_id(model.config), torch.randn(shape), torch.randn(shape), **gains)
+
+    def logits() -> torch.Tensor:
+        cache = SawCache(model.config, LOSSLESS, calibration=made)
+        return torch.cat([model(part, **using(cache)).logits for part in ids.split([45, 1, 6, 1, 7], 1)], 1)
+
+    with torch.no_grad():
+        want = make_model(kind, "eager")(ids, use_cache=False).logits
+        torch.testing.assert_close(logits(), want, atol=1e-3, rtol=1e-3)
+        attention = ops.decode_attention
+
+        def lose_center(q: torch.Tensor, cache: PagedKVCache, *args: Any, **options: Any) -> torch.Tensor:
+            return attention(q, replace(cache, k_center=None), *args, **options)
+
+        monkeypatch.setattr(ops, "decode_attention", lose_center)
+        assert (logits() - want).abs().max() > 0.05, "the control: a cap and sinks do see the center"
 
 
 @pytest.mark.parametrize("offload", [False, True])

@@ -27,7 +27,7 @@ NEGLIGIBLE: Final = 1e-6
 
 @dataclass(frozen=True, eq=False)
 class Feedback:
-    """Weights of all KV heads, for K or for V, in the basis that is coded (centered and rotated).
+    """Weights of all KV heads, for K or for V, in the basis that is coded (centered, multiplied by gains and rotated).
 
     Attributes:
         weights: [num_kv_heads, head_dim, head_dim] int8; weights[h, j, i] is what channel j takes of the error of channel i. Zero unless

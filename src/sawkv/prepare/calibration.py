@@ -138,11 +138,6 @@ class Calibration:
     def head_dim(self) -> int:
         return self.k_center.shape[2]
 
-    @property
-    def centers_keys(self) -> bool:
-        """Whether any key is moved: where sinks or a soft-cap act on scores, centered keys would change the softmax."""
-        return bool(self.k_center.any())
-
     def fingerprint(self) -> str:
         """16 hex digits over all that changes the bytes of a cache, and over the model."""
         text = "|".join(

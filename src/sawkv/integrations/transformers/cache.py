@@ -402,13 +402,8 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
         Returns:
             [batch_size, num_new, num_q_heads, head_dim].
-
-        Raises:
-            UnsupportedError: centered keys, which a soft-cap or sinks would notice.
         """
         paging = self.paging
-        if self._calibration.k_center is not None and (softcap or sinks is not None):
-            raise UnsupportedError("sawkv calibration: centered keys change a softmax with attention sinks or a logit soft-cap")
         batch_size, num_q_heads, num_new, head_dim = query.shape
         assert self.pages is not None
         attended = ops.decode_attention(
