@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import re
 import subprocess
 from collections.abc import Callable
@@ -70,11 +69,10 @@ def run_all(backend: Backend, shape: Shape) -> None:
     plain, prepared = PagedKVCache(pages, layout), PagedKVCache(pages, layout, **random_vectors(layout, "cpu"))
     if layout.format.codec == "int4":
         prepared = replace(prepared, k_feedback=random_feedback(shape.kv_heads, shape.head_dim, "cpu"))
-    fed = replace(plain, k_feedback=prepared.k_feedback)
+    counters = new_counters(CPU) if shape.counted else None
     k, v = torch.zeros(2, 32, shape.kv_heads, shape.head_dim, dtype=torch.bfloat16)
-    caches, counts = ((plain, fed, prepared), (None, new_counters(CPU))) if shape.counted else ((plain, prepared), (None,))
-    for cache, counters in itertools.product(caches, counts):
-        backend.append(k, v, replace(cache, counters=counters), torch.arange(32))
+    for cache in (plain, replace(plain, counters=counters), replace(prepared, counters=counters)):
+        backend.append(k, v, cache, torch.arange(32))
     window = shape.options.get("sliding_window", 0)
     plan = backend.make_plan(layout, CPU, shape.q_heads, 2, shape.query_len, window)
     seq_lens, starts = torch.tensor([64, 64], dtype=torch.int32), torch.tensor([0, 1, 2], dtype=torch.int32) * shape.query_len
@@ -82,8 +80,8 @@ def run_all(backend: Backend, shape: Shape) -> None:
     block_table = torch.zeros(2, 8, dtype=torch.int32)
     q = torch.zeros(2 * shape.query_len, shape.q_heads, shape.head_dim, dtype=torch.bfloat16)
     options = {"sliding_window": 0, "logit_softcap": 0.0, "sinks": None} | shape.options
-    lse = torch.empty(q.shape[:2])
-    for cache, wanted in ((plain, None), (prepared, None), (prepared, lse)):  # what K's scores lack by centers is of use to the last alone
+    lse = torch.empty(q.shape[:2]) if shape.counted else None  # makes attention compute what scores lack by K's center
+    for cache, wanted in ((plain, None), (prepared, None), (prepared, lse)):
         backend.decode_attention(
             q,
             cache,
