@@ -3,7 +3,7 @@
 Centers, under CUDA graphs and compilation: INT8 pages, whose error is small, so that greedy text with and without centers is the same
 nearly everywhere; random centers larger than K and V themselves, so that a lost one changes it. Prompts go through the prefill that
 restores centers, and continue through decoding.
-Feedback, in INT4 pages: the engine's output is that of pages which the reference wrote, and another one without feedback.
+Gains and feedback, in INT4 pages: the engine's output is that of pages which the reference wrote, and another one without feedback.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def test_centers_change_nothing_but_rounding(tmp_path: Path) -> None:
 
 
 def test_feedback_reaches_the_bytes_that_the_engine_writes(tmp_path: Path) -> None:
-    path = write_calibration(tmp_path, "int4-k128-v128", scale=0.1, feedback=True)
+    path = write_calibration(tmp_path, "int4-k128-v128", scale=0.1, gains=True, feedback=True)
     served, by_reference, without = (
         engine(mutate, "int4_per_token_head", eager=True, calibration=path) for mutate in (None, "by_reference", "lose_feedback")
     )

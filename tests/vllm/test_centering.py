@@ -22,13 +22,17 @@ TOKENS = 64
 PROMPTS = [[[300 + i * 7 % 1700 for i in range(start, start + length)] for start, length in ((0, 40), (9, 300), (5, 1))]]
 
 
-def write_calibration(folder: Path, format_name: str, *, model: str | None = None, scale: float = 3.0, feedback: bool = False) -> str:
-    """A file of large random centers, and if asked for of random feedback, different for every layer, head and channel."""
+def write_calibration(
+    folder: Path, format_name: str, *, model: str | None = None, scale: float = 3.0, gains: bool = False, feedback: bool = False
+) -> str:
+    """A file of large random centers, and if asked for of random gains and feedback, different for every layer, head and channel."""
     config = AutoConfig.from_pretrained(MODEL)
     shape = (2, config.num_hidden_layers, config.num_key_value_heads, config.head_dim)
     random = torch.Generator().manual_seed(1)
     k_center, v_center = scale * torch.randn(shape, generator=random)
     fed: dict[str, torch.Tensor] = {}
+    for name in ("k_gain", "v_gain") if gains else ():
+        fed[name] = torch.exp2(4 * torch.rand(shape[1:], generator=random) - 2)
     for name in ("k_feedback", "v_feedback") if feedback else ():
         weights = torch.randint(-127, 128, (*shape[1:], config.head_dim), dtype=torch.int8, generator=random)
         fed |= {name: weights * takes_from(config.head_dim).to(torch.int8), f"{name}_step": torch.full(shape[1:3], 2e-5)}
@@ -56,10 +60,10 @@ def agreed_tokens(a: dict[str, Any], b: dict[str, Any]) -> int:
     return agreed
 
 
-def test_centers_are_taken_by_layer_and_rank_and_change_nothing_without_quantization(tmp_path: Path) -> None:
-    """Two ranks, each with its heads' centers, against one without any. A wrong layer, head or sign would move values by 3 or so."""
+def test_centers_and_gains_are_taken_by_layer_and_rank_and_change_nothing_without_quantization(tmp_path: Path) -> None:
+    """Two ranks, each with its heads' centers and gains, against one without any. A wrong layer, head or sign would move values much."""
     plain = engine(format=PASSTHROUGH)
-    path = write_calibration(tmp_path, PASSTHROUGH)
+    path = write_calibration(tmp_path, PASSTHROUGH, gains=True)
     centered = engine(calibration=path, tensor_parallel="yes")  # the format is the file's
     assert "error" not in centered, centered["error"]
     assert plain["implementation"] == ["SawAttentionImpl"]
@@ -71,7 +75,7 @@ def test_centers_are_taken_by_layer_and_rank_and_change_nothing_without_quantiza
 
 def test_feedback_reaches_the_bytes_that_the_engine_writes(tmp_path: Path) -> None:
     """Log-probabilities to the last bit as where the reference writes, layer by layer and head by head; and others without feedback."""
-    path = write_calibration(tmp_path, "int4-k128-v128", scale=0.1, feedback=True)
+    path = write_calibration(tmp_path, "int4-k128-v128", scale=0.1, gains=True, feedback=True)
     settings: dict[str, Any] = {
         "dtype": "float32",
         "kv_cache_dtype": "int4_per_token_head",
