@@ -57,15 +57,12 @@ __device__ inline void store_restored(Row<D, LANES>& row, const float* gain_inve
   using R = Row<D, LANES>;
 #pragma unroll
   for (int i = 0; i < R::PER_LANE; i += R::VECTOR) {
-    if (GAIN) {  // what is not there is 1 or 0, so that both cost one instruction
-      Vector<float, R::VECTOR> g, c;
+    if (GAIN && gain_inverse) {
+      const auto g = *(const Vector<float, R::VECTOR>*)(gain_inverse + R::channel(i));
 #pragma unroll
-      for (int e = 0; e < R::VECTOR; e++) g.x[e] = 1, c.x[e] = 0;
-      if (gain_inverse) g = *(const Vector<float, R::VECTOR>*)(gain_inverse + R::channel(i));
-      if (center) c = *(const Vector<float, R::VECTOR>*)(center + R::channel(i));
-#pragma unroll
-      for (int e = 0; e < R::VECTOR; e++) row.x[i + e] = fmaf(row.x[i + e], g.x[e], c.x[e]);
-    } else if (center) {
+      for (int e = 0; e < R::VECTOR; e++) row.x[i + e] *= g.x[e];
+    }
+    if (center) {
       const auto c = *(const Vector<float, R::VECTOR>*)(center + R::channel(i));
 #pragma unroll
       for (int e = 0; e < R::VECTOR; e++) row.x[i + e] += c.x[e];
