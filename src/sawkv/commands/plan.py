@@ -3,38 +3,74 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 
 from sawkv.commands import options
 
-SUMMARY = "predict what fits on a GPU, in 16 bits and in a cache format, before anything starts"
+SUMMARY = "predict what fits on a GPU, in 16 bits, fp8 and a cache format, before anything starts"
+
+COMMON_CONTEXT = 16384
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_served_model(parser, "; of a directory config.json is enough")
-    options.add_format(parser, "cache format to compare with 16 bits")
+    options.add_format(parser, "cache format to compare with 16 bits and fp8")
     parser.add_argument("--gpu-memory", metavar="SIZE", help="of one card as sold, for example 80GiB (default: what CUDA reports here)")
     parser.add_argument(
-        "--context", type=int, default=16384, metavar="TOKENS", help="longest request, vLLM's --max-model-len (default: %(default)s)"
+        "--context",
+        type=int,
+        metavar="TOKENS",
+        help=f"longest request, vLLM's --max-model-len (default: {COMMON_CONTEXT}, or the model's longest)",
     )
-    parser.add_argument("--gpu-memory-utilization", type=float, default=0.90, metavar="SHARE", help="vLLM's (default: %(default)s)")
+    parser.add_argument("--weights", metavar="SIZE", help="of all weights on the GPUs (default: measured in the files, or estimated)")
+    parser.add_argument("--gpu-memory-utilization", type=float, default=0.92, metavar="SHARE", help="vLLM's (default: %(default)s)")
     parser.add_argument("--tensor-parallel", type=int, default=1, metavar="COUNT", help="cards that share the model (default: %(default)s)")
     parser.add_argument("--max-num-batched-tokens", type=int, metavar="COUNT", help="vLLM's (default: that of a server)")
     parser.add_argument("--max-num-seqs", type=int, metavar="COUNT", help="vLLM's (default: that of a server)")
+    parser.add_argument(
+        "--language-model-only", action="store_true", help="as given to vLLM: serve no images, and load nothing that reads them"
+    )
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
-    from sawkv import capacity
+    """The exit status is 1 if in none of the formats a request of this context fits."""
+    from sawkv.capacity import memory, table
+    from sawkv.capacity.checkpoint import read_checkpoint
+    from sawkv.capacity.model import read_shape
+    from sawkv.capacity.weights import Weights, weights_of
     from sawkv.format.spec import CacheFormat
 
-    setting = capacity.Setting(
-        capacity.card_memory(args.gpu_memory),
-        args.context,
+    cache_format = CacheFormat.parse(args.format)
+    gpu_memory, gpu_name = memory.card(args.gpu_memory)
+    setting = memory.Setting(
+        gpu_memory,
+        COMMON_CONTEXT if args.context is None else args.context,
+        gpu_name,
         gpu_memory_utilization=args.gpu_memory_utilization,
         tensor_parallel=args.tensor_parallel,
         max_num_batched_tokens=args.max_num_batched_tokens,
         max_num_seqs=args.max_num_seqs,
     )
-    shape, weight_bytes = capacity.read_model(args.model)
-    formats = [capacity.WIDE, CacheFormat.parse(args.format).resolve(shape.head_dim)]
-    print(capacity.report([capacity.make_plan(shape, setting, cache_format, weight_bytes) for cache_format in formats], setting))
-    return 0
+    weight_bytes = None if args.weights is None else memory.size_bytes("--weights", args.weights)
+    checkpoint = read_checkpoint(args.model)
+    shape = read_shape(checkpoint.config, args.language_model_only)
+    caches = [*memory.engine_caches(shape), memory.KVCache.of_format(cache_format, shape)]
+    if weight_bytes is None:
+        weights = weights_of(checkpoint, shape, args.language_model_only)
+    else:
+        weights = Weights(weight_bytes, "as given")
+    notes = []
+    if shape.max_context is not None and setting.context > shape.max_context:
+        if args.context is not None:
+            notes.append(
+                f"The model reads at most {shape.max_context:,} tokens, and vLLM refuses a longer --max-model-len: planned with these."
+            )
+        setting = replace(setting, context=shape.max_context)
+    plans = [memory.make_plan(shape, setting, cache, weights.nbytes) for cache in caches]
+    for cache, plan in zip(caches, plans, strict=True):
+        if not plan.fits:
+            notes.append(table.shortage(plan, setting, memory.longest_context(shape, setting, cache, weights.nbytes)))
+    assumed = table.assumptions(setting, shape, weights)
+    print(table.as_json(args.model, plans, setting, assumed, notes) if args.json else table.text(plans, setting, assumed, notes))
+    return 0 if any(plan.fits for plan in plans) else 1

@@ -1,0 +1,336 @@
+"""vLLM's own arithmetic (0.32): the share of memory it may use, less weights, less the peak of a profiling step, less
+what loads outside of torch, divided into blocks of pages; and how many of these a request takes.
+
+The profiling step is estimated from shapes, so the whole is within about 2 %; what vLLM makes of given bytes of KV
+cache is exact.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from dataclasses import dataclass, replace
+from math import lcm
+from typing import Final
+
+from sawkv.capacity.model import Attention, ModelShape, State
+from sawkv.errors import FormatError, SawkvError, UnsupportedError
+from sawkv.format.layout import ENGINE_PAGE_SIZE, PAGE_SIZE_MULTIPLE, PageLayout
+from sawkv.format.spec import CacheFormat
+
+GIB: Final = 1 << 30
+_UNITS: Final = {"M": 1 << 20, "G": GIB, "T": 1 << 40}
+
+DRIVER_SHARE: Final = 0.9 / 80
+"""Of a card's memory, what CUDA does not hand out. Measured: an H100 of 80 GiB reports 79.1."""
+
+OUTSIDE_TORCH: Final = GIB // 2
+"""Bytes of kernels, graphs, cuBLAS workspaces and the like that a start of vLLM adds. Measured: what the figures of one
+start on an H100 leave unexplained (vLLM 0.26, Qwen3-8B in bf16, 394,576 tokens)."""
+
+BATCH_DEFAULTS: Final = ((160 * GIB, 16384, 1024), (70 * GIB, 8192, 1024), (0, 2048, 256))
+"""From which memory on a server of vLLM takes which `--max-num-batched-tokens` and `--max-num-seqs`."""
+
+SMALL_BATCH_CARDS: Final = ("a100", "gb10")
+"""Names of cards that get the last of these although they have more than 70 GiB."""
+
+CONCURRENT_STEPS: Final = 2
+"""Steps that vLLM has in flight with asynchronous scheduling; a sliding window keeps pages for each."""
+
+
+def size_bytes(option: str, text: str) -> int:
+    """Bytes that a text such as 80GiB says; GB counts as GiB, as those do who sell cards.
+
+    Raises:
+        SawkvError: it says no size; `option` is where the user gave it.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([MGT])i?B?", text, re.ASCII | re.IGNORECASE)
+    if match is None or not float(match[1]):
+        raise SawkvError(f"{option}: expected a number with a unit such as 80GiB, got {text!r}")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def card(size: str | None) -> tuple[int, str]:
+    """Bytes that CUDA reports for a card sold as `size`, and no name; without a size, both of the card that is here.
+
+    Raises:
+        SawkvError: the text says no size.
+        UnsupportedError: no size is given, and there is no card.
+    """
+    if size is not None:
+        return int(size_bytes("--gpu-memory", size) * (1 - DRIVER_SHARE)), ""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UnsupportedError("plan: expected --gpu-memory SIZE where there is no GPU, for example --gpu-memory 80GiB")
+    return torch.cuda.mem_get_info()[1], torch.cuda.get_device_name()
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """How keys and values are stored: as `cache_format` says, or by vLLM itself in elements of `element_bytes`.
+
+    Attributes:
+        block_size: tokens of a block where `--block-size` and recurrent states do not ask for more.
+    """
+
+    name: str
+    block_size: int = 16
+    element_bytes: int = 0
+    cache_format: CacheFormat | None = None
+
+    @classmethod
+    def of_format(cls, cache_format: CacheFormat, shape: ModelShape) -> KVCache:
+        """A cache in sawkv's pages.
+
+        Raises:
+            UnsupportedError: the format does not fit a layer's head_dim.
+        """
+        try:
+            names = {str(cache_format.resolve(layer.head_dim)) for layer in shape.attention}
+        except FormatError as error:
+            raise UnsupportedError(f"sawkv cannot serve this model: {error}") from error
+        return cls(names.pop() if len(names) == 1 else str(cache_format), ENGINE_PAGE_SIZE, cache_format=cache_format)
+
+    def token_bytes(self, layer: Attention, ranks: int) -> int:
+        """Bytes that keys and values of one token take on each of `ranks` cards."""
+        heads = max(1, layer.num_kv_heads // ranks)
+        if self.cache_format is None:
+            return heads * 2 * layer.head_dim * self.element_bytes
+        return heads * PageLayout(self.cache_format, 1, layer.head_dim, PAGE_SIZE_MULTIPLE).token_bytes
+
+
+def engine_caches(shape: ModelShape) -> list[KVCache]:
+    """vLLM's own: 16 bits and fp8."""
+    decoder = shape.config.get_text_config(decoder=True)
+    dtype = str(getattr(decoder, "dtype", None) or getattr(shape.config, "dtype", None))
+    sixteen_bits = "fp16" if dtype in ("torch.float16", "float16") else "bf16"
+    return [KVCache(sixteen_bits, element_bytes=2), KVCache("fp8", element_bytes=1)]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How vLLM is to be started. Defaults are those of its server.
+
+    Attributes:
+        gpu_memory: bytes of one card, as CUDA reports them.
+        gpu_name: the card's name, where it is known.
+        context: `--max-model-len`, in tokens.
+        max_num_batched_tokens, max_num_seqs: None for vLLM's default on such a card.
+        block_size: None for what a GPU gets.
+
+    Raises:
+        SawkvError: a value is out of range.
+    """
+
+    gpu_memory: int
+    context: int
+    gpu_name: str = ""
+    gpu_memory_utilization: float = 0.92
+    tensor_parallel: int = 1
+    max_num_batched_tokens: int | None = None
+    max_num_seqs: int | None = None
+    block_size: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("context", "tensor_parallel", "max_num_batched_tokens", "max_num_seqs"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise SawkvError(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
+        if not 0 < self.gpu_memory_utilization <= 1:
+            raise SawkvError(f"--gpu-memory-utilization: expected above 0 and at most 1, got {self.gpu_memory_utilization}")
+
+    @property
+    def batched_tokens(self) -> int:
+        return self.max_num_batched_tokens or min(self._batch_defaults[0], self._batch_defaults[1] * self.context)
+
+    @property
+    def seqs(self) -> int:
+        return self.max_num_seqs or min(self._batch_defaults[1], self.batched_tokens)
+
+    @property
+    def _batch_defaults(self) -> tuple[int, int]:
+        small = self.gpu_memory < BATCH_DEFAULTS[0][0] and any(name in self.gpu_name.lower() for name in SMALL_BATCH_CARDS)
+        return next((tokens, seqs) for least, tokens, seqs in BATCH_DEFAULTS if self.gpu_memory >= least and not (small and least))
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """How vLLM cuts a KV cache.
+
+    Attributes:
+        nbytes: bytes of a block, in all layers of one group.
+        of_request: blocks that a request of the full context takes, in all groups.
+        of_states: those of them that hold recurrent states.
+        block_size: tokens of a block of attention.
+        least_prefix_hit: prefixes are found in multiples of these tokens.
+    """
+
+    nbytes: int
+    of_request: int
+    of_states: int
+    block_size: int
+    least_prefix_hit: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes on each card, and what the KV cache then holds.
+
+    Attributes:
+        bytes_per_token: of keys and values, in all layers that store them.
+        tokens: as vLLM reports them: requests at once, times the context.
+        requests: requests of the full context at once. vLLM starts with at least one.
+    """
+
+    format: str
+    usable: int
+    weights: int
+    activations: int
+    workspace: int
+    outside_torch: int
+    kv_cache: int
+    bytes_per_token: int
+    state_bytes_per_request: int
+    block_size: int
+    least_prefix_hit: int
+    tokens: int
+    requests: float
+    fits: bool
+
+
+def make_plan(shape: ModelShape, setting: Setting, cache: KVCache, weight_bytes: int) -> Plan:
+    """What fits with keys and values stored as `cache` says.
+
+    Args:
+        weight_bytes: of the whole model.
+
+    Raises:
+        UnsupportedError: the tensor parallel size does not divide the heads.
+    """
+    ranks = setting.tensor_parallel
+    for layer in shape.attention:
+        if layer.num_q_heads % ranks or (layer.num_kv_heads % ranks and ranks % layer.num_kv_heads):
+            raise UnsupportedError(
+                f"--tensor-parallel: expected a divisor of {layer.num_q_heads} and {layer.num_kv_heads} heads, got {ranks}"
+            )
+    usable = int(setting.gpu_memory * setting.gpu_memory_utilization)
+    weights = weight_bytes // ranks
+    activations = _profile_peak(shape, setting)
+    workspace = _prefill_workspace(shape, setting) if cache.cache_format is not None else 0
+    kv_cache = max(0, usable - weights - activations - workspace - OUTSIDE_TORCH)
+    blocks = cut_blocks(shape, setting, cache)
+    num_blocks = kv_cache // blocks.nbytes
+    requests = num_blocks / blocks.of_request
+    return Plan(
+        format=cache.name,
+        usable=usable,
+        weights=weights,
+        activations=activations,
+        workspace=workspace,
+        outside_torch=OUTSIDE_TORCH,
+        kv_cache=kv_cache,
+        bytes_per_token=sum(cache.token_bytes(layer, ranks) for layer in shape.attention),
+        state_bytes_per_request=blocks.of_states * blocks.nbytes,
+        block_size=blocks.block_size,
+        least_prefix_hit=blocks.least_prefix_hit,
+        tokens=int(requests * setting.context),
+        requests=requests,
+        fits=num_blocks - 1 >= blocks.of_request,  # vLLM keeps one block back
+    )
+
+
+def longest_context(shape: ModelShape, setting: Setting, cache: KVCache, weight_bytes: int) -> int:
+    """The longest context, up to the one that is set, with which vLLM would start; 0 if it would with none."""
+    low, high = 0, setting.context
+    while low < high:
+        middle = (low + high + 1) // 2
+        if make_plan(shape, replace(setting, context=middle), cache, weight_bytes).fits:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+@dataclass(frozen=True)
+class _Pages:
+    """One layer's part of a block. Layers that are equal in all of this can share a group."""
+
+    kind: Attention | State
+    block_size: int
+    nbytes: int
+
+    def of_request(self, setting: Setting) -> int:
+        """Blocks that a request of the full context holds."""
+        if isinstance(self.kind, State):
+            return self.kind.held
+        if not self.kind.window:
+            return -(-setting.context // self.block_size)
+        kept = self.kind.window - 1 + CONCURRENT_STEPS * setting.batched_tokens
+        return -(-min(kept, setting.context) // self.block_size) + 1
+
+
+def cut_blocks(shape: ModelShape, setting: Setting, cache: KVCache) -> Blocks:
+    """Blocks as vLLM makes them where each layer's pages lie in a region of their own (its layouts LBNHC and LBHNC).
+
+    With recurrent states it lengthens the block of attention until its page holds a state. Layers that differ are
+    split into groups of equally many, which share memory: a block serves one group at a time, so all pages take the
+    bytes of the largest.
+    """
+    block_size, ranks = _block_size(shape, setting, cache), setting.tensor_parallel
+    layers = [_Pages(replace(layer, num_q_heads=0), block_size, block_size * cache.token_bytes(layer, ranks)) for layer in shape.attention]
+    layers += [_Pages(state, block_size, layers[0].nbytes) for state in shape.states]
+    windows = {layer.kind.window if isinstance(layer.kind, Attention) else None for layer in layers}
+    if len(windows) == 1:  # all keep the same tokens: one group, whatever their sizes
+        nbytes, groups = sum(layer.nbytes for layer in layers), [layers[0]]
+    else:
+        largest = max(layer.nbytes for layer in layers)
+        layers = [_enlarge(layer, largest) for layer in layers]
+        alike = Counter(layers)
+        least, most = min(alike.values()), max(alike.values())
+        size = least if most >= 1.5 * least else most
+        splits = {layer: -(-count // size) for layer, count in alike.items()}
+        groups = [layer for layer, split in splits.items() for _ in range(split)]
+        nbytes = largest * max(-(-count // splits[layer]) for layer, count in alike.items())
+    return Blocks(
+        nbytes=nbytes,
+        of_request=sum(group.of_request(setting) for group in groups),
+        of_states=sum(group.of_request(setting) for group in groups if isinstance(group.kind, State)),
+        block_size=max(group.block_size for group in groups if isinstance(group.kind, Attention)),
+        least_prefix_hit=lcm(*(group.block_size for group in groups)),
+    )
+
+
+def _block_size(shape: ModelShape, setting: Setting, cache: KVCache) -> int:
+    """Tokens of a block: so many times what the kernels want that attention's page is no smaller than the largest state."""
+    unit = setting.block_size or cache.block_size
+    state_bytes = max((state.nbytes(setting.tensor_parallel) for state in shape.states), default=0)
+    return unit * max(1, -(-state_bytes // (unit * cache.token_bytes(shape.attention[0], setting.tensor_parallel))))
+
+
+def _enlarge(layer: _Pages, nbytes: int) -> _Pages:
+    """The layer with pages of `nbytes`: of more tokens where that comes out even, else padded."""
+    more = nbytes // layer.nbytes if nbytes % layer.nbytes == 0 and isinstance(layer.kind, Attention) else 1
+    return replace(layer, block_size=layer.block_size * more, nbytes=nbytes)
+
+
+def _profile_peak(shape: ModelShape, setting: Setting) -> int:
+    """Peak bytes of vLLM's profiling step.
+
+    That is `batched_tokens` through the widest part of a layer, then logits of `seqs` tokens in 16 and 32 bits.
+    """
+    tokens, ranks = setting.batched_tokens, setting.tensor_parallel
+    dense = 3 * shape.intermediate_size // ranks  # gate and up, and their product
+    expert = shape.expert_size // ranks
+    # An expert's second product may reuse the memory of the first.
+    sparse = shape.experts_per_token * (max(2 * expert, shape.hidden_size) + expert)
+    layer = 2 * tokens * (shape.hidden_size + max(dense, sparse, shape.mixer_size // ranks))
+    logits = 2 * tokens * shape.hidden_size + min(tokens, setting.seqs) * shape.vocab_size * (2 + 4)
+    return max(layer, logits)
+
+
+def _prefill_workspace(shape: ModelShape, setting: Setting) -> int:
+    """Bytes of 16-bit K and V that pages are decoded to for prefill (integrations/vllm/prefill.py: workspace_tokens)."""
+    tokens = max(setting.context, 2 * setting.batched_tokens)
+    widest = max(max(1, layer.num_kv_heads // setting.tensor_parallel) * layer.head_dim for layer in shape.attention)
+    return tokens * 2 * widest * 2

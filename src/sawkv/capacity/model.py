@@ -1,0 +1,273 @@
+"""What a config.json says of a model's memory, read by Transformers' own classes; and what serving would refuse."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+from sawkv.errors import UnsupportedError
+
+OLDEST_TRANSFORMERS: Final = "5.19"
+"""The oldest that plan was tested with."""
+
+ATTENTION: Final = {"full_attention", "sliding_attention", "hybrid"}
+RECURRENT: Final = {"linear_attention", "conv", "hybrid"}
+SERVED_LAYERS: Final = ATTENTION | RECURRENT | {"moe", "mlp"}
+_OLD_NAMES: Final = {"attention": "full_attention", "mamba": "linear_attention"}
+
+_KV_HEADS: Final = ("n_head_kv", "num_kv_heads", "num_key_value_heads")
+_EXPERTS: Final = ("num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts")
+_ACTIVE_EXPERTS: Final = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
+_CONTEXTS: Final = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length")
+
+_GENERATING: Final = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ")
+"""Transformers' lists of model types that write text."""
+
+_ENCODER: Final = "attention type encoder_only (only decoder self-attention)"
+
+_SEES_IMAGES_BOTH_WAYS: Final = {"bagel", "gemma3", "molmo2", "moondream3", "paligemma"}
+"""Model types whose image tokens attend to later ones of their image (vLLM 0.32: `is_mm_prefix_lm`)."""
+
+_STATE_DTYPE_KEYS: Final = {"qwen3_5": "mamba_ssm_dtype", "nemotron_h": "mamba_ssm_cache_dtype"}
+"""Where vLLM finds the dtype of recurrent states; in other models they have the model's."""
+
+
+@dataclass(frozen=True)
+class Attention:
+    """A layer that stores keys and values. `window` is in tokens, 0 for full attention."""
+
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int
+    window: int = 0
+
+
+@dataclass(frozen=True)
+class State:
+    """A layer that keeps a state of each request: of a short convolution and, if `heads`, of a recurrence behind it.
+
+    Attributes:
+        conv_tokens: tokens that the convolution remembers, in 16 bits.
+        channels, groups, group_channels: it has `channels` and `groups` times `group_channels` channels.
+        heads, head_values, value_bytes: the recurrent state, and how it is stored.
+        held: states that a request holds under prefix caching: the one it writes, the last that others may find, and
+            where vLLM cuts no prompt for it (Mamba 2) the one between.
+    """
+
+    conv_tokens: int
+    channels: int
+    groups: int = 0
+    group_channels: int = 0
+    heads: int = 0
+    head_values: int = 0
+    value_bytes: int = 2
+    held: int = 2
+
+    def nbytes(self, ranks: int) -> int:
+        """Bytes on each of `ranks` cards. Groups that do not divide are repeated, as vLLM does."""
+        groups = self.groups if self.groups % ranks == 0 else ranks
+        conv = self.conv_tokens * (self.channels + groups * self.group_channels) // ranks
+        return 2 * conv + self.heads // ranks * self.head_values * self.value_bytes
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What memory depends on, apart from the weights.
+
+    Attributes:
+        config: of the whole model, a Transformers `PretrainedConfig`.
+        attention, states: layers that store something; a layer may have both.
+        intermediate_size: of dense MLPs, 0 where all layers have experts.
+        experts_per_token, expert_size: 0 in a dense model.
+        mixer_size: widest projection in front of a recurrent state.
+        max_context: longest request that the model reads, in tokens; None where its config does not say.
+        sees: whether there are parts that read images, audio or video.
+    """
+
+    config: Any
+    hidden_size: int
+    vocab_size: int
+    attention: tuple[Attention, ...]
+    states: tuple[State, ...]
+    intermediate_size: int
+    experts_per_token: int
+    expert_size: int
+    mixer_size: int
+    max_context: int | None
+    sees: bool
+
+
+def read_shape(config: Mapping[str, Any], language_model_only: bool = False) -> ModelShape:
+    """The shape that a Hugging Face config.json says, with the defaults of its class in Transformers.
+
+    Args:
+        config: the object in config.json.
+        language_model_only: vLLM's `--language-model-only`: serve no images.
+
+    Raises:
+        UnsupportedError: sawkv does not serve such a model, or Transformers does not know its kind.
+    """
+    whole = _make_config(config)
+    try:
+        decoder = whole.get_text_config(decoder=True)
+        _check_decoder(whole, decoder, language_model_only)
+        return _shape(whole, decoder, language_model_only)
+    except (AttributeError, TypeError, ArithmeticError) as error:  # a field is missing, or makes no sense
+        wanted = f"expected the sizes of a decoder in config.json of a {whole.model_type}"
+        raise UnsupportedError(f"plan: {wanted}, got: {_one_line(error)}") from error
+
+
+def _shape(whole: Any, decoder: Any, language_model_only: bool) -> ModelShape:
+    kinds = _layer_kinds(decoder)
+    layers = list(zip(kinds, decoder.per_layer_config, strict=False))
+    stored = layers[: len(layers) - (getattr(decoder, "num_kv_shared_layers", 0) or 0)]
+    attention = tuple(_attention(layer, kind) for kind, layer in stored if kind in ATTENTION)
+    if not attention:
+        raise _refusal("no layer with attention: there is no KV cache")
+    states = tuple(_state(layer, kind) for kind, layer in layers if kind in RECURRENT)
+    experts = _size(decoder, *_EXPERTS)
+    intermediate = _size(decoder, "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size") or 4 * decoder.hidden_size
+    dense = not experts or _size(decoder, "first_k_dense_replace") or getattr(decoder, "mlp_only_layers", None)
+    return ModelShape(
+        config=whole,
+        hidden_size=decoder.hidden_size,
+        vocab_size=decoder.vocab_size,
+        attention=attention,
+        states=states,
+        intermediate_size=intermediate if dense else 0,
+        experts_per_token=_size(decoder, *_ACTIVE_EXPERTS) if experts else 0,
+        expert_size=(_size(decoder, "moe_intermediate_size") or intermediate) if experts else 0,
+        mixer_size=2 * max((state.channels + state.heads for state in states), default=0),
+        max_context=_max_context(decoder),
+        sees=decoder is not whole and not language_model_only,
+    )
+
+
+def _make_config(config: Mapping[str, Any]) -> Any:
+    """The config as an object of Transformers' class for its model type."""
+    text = config.get("text_config")
+    if (text if isinstance(text, dict) else config).get("kv_lora_rank"):  # many of their types are known to vLLM alone
+        raise _refusal("MLA (multi-head latent attention)")
+    try:
+        import transformers
+        from transformers import CONFIG_MAPPING
+        from transformers.models.auto import modeling_auto
+    except ImportError as error:
+        raise UnsupportedError("plan: expected Transformers, got none: pip install 'sawkv[transformers]'") from error
+    if not hasattr(transformers.PreTrainedConfig, "per_layer_config"):  # older ones hide that layers differ
+        raise UnsupportedError(f"plan: expected Transformers {OLDEST_TRANSFORMERS} or newer, got {transformers.__version__}")
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        wanted = f"expected a model_type that Transformers {transformers.__version__} knows"
+        raise UnsupportedError(f"plan: {wanted}, got {kind!r} (no code of a checkpoint is run)")
+    # Before the config is made: that of a model that only sees may ask the hub for its parts.
+    if not any(kind in getattr(modeling_auto, f"MODEL_FOR_{name}_MAPPING_NAMES", ()) for name in _GENERATING):
+        raise _refusal(_ENCODER)
+    weights_and_code = ("quantization_config", "compression_config", "auto_map")
+    try:
+        return CONFIG_MAPPING[kind].from_dict({name: value for name, value in config.items() if name not in weights_and_code})
+    except Exception as error:  # each class checks its fields in its own way
+        wanted = f"expected a config.json that Transformers' {kind} class reads"
+        raise UnsupportedError(f"plan: {wanted}, got: {_one_line(error)}") from error
+
+
+def _check_decoder(whole: Any, decoder: Any, language_model_only: bool) -> None:
+    """Refuse what has no causal self-attention, or adds something to it."""
+    if getattr(decoder, "kv_lora_rank", None):
+        raise _refusal("MLA (multi-head latent attention)")
+    if whole.is_encoder_decoder or getattr(decoder, "cross_attention_layers", None):
+        raise _refusal("attention type encoder_decoder (only decoder self-attention)")
+    both_ways = getattr(decoder, "use_bidirectional_attention", None)
+    if getattr(decoder, "is_decoder", None) is False or both_ways in (True, "all"):
+        raise _refusal(_ENCODER)
+    sees_both_ways = whole.model_type in _SEES_IMAGES_BOTH_WAYS or both_ways == "vision"
+    if sees_both_ways and decoder is not whole and not language_model_only:
+        raise _refusal("images whose tokens attend to later ones; to serve text alone, add --language-model-only")
+    alibi = getattr(decoder, "alibi", False) or getattr(getattr(decoder, "attn_config", None), "alibi", False)
+    if alibi or decoder.model_type == "bloom":
+        raise _refusal("ALiBi")
+
+
+def _layer_kinds(config: Any) -> list[str]:
+    """What each layer of the decoder is, in Transformers' words; where there is no list, by other fields, as there."""
+    kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
+    if kinds is None:
+        window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
+        kind = "sliding_attention" if window else "chunked_attention" if chunk else "full_attention"
+        kinds = [kind] * config.num_hidden_layers
+    kinds = [_OLD_NAMES.get(kind, kind) for kind in kinds]
+    others = sorted(set(kinds) - SERVED_LAYERS)
+    if others:
+        raise _refusal(f"layers of {', '.join(others)}")
+    return kinds
+
+
+def _attention(config: Any, kind: str) -> Attention:
+    q_heads = config.num_attention_heads
+    head_dim = _size(config, "head_dim", "attention_head_dim") or config.hidden_size // q_heads
+    v_head_dim = getattr(config, "v_head_dim", None) or head_dim
+    if v_head_dim != head_dim:
+        raise _refusal(f"head_dim {v_head_dim} of V apart from {head_dim} of K")
+    kv_heads = _size(config, *_KV_HEADS) or q_heads
+    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
+        kv_heads = 1
+    if min(q_heads, kv_heads, head_dim) < 1:
+        raise TypeError(f"{q_heads} query heads, {kv_heads} KV heads, head_dim {head_dim}")
+    window = getattr(config, "sliding_window", None) if kind == "sliding_attention" else 0
+    return Attention(q_heads, kv_heads, head_dim, window or 0)
+
+
+def _state(config: Any, kind: str) -> State:
+    """The state of one layer, in the shapes that vLLM gives it (model_executor/layers/mamba/mamba_utils.py)."""
+    if kind == "conv":
+        return State(config.conv_L_cache - 1, _size(config, "conv_dim") or config.hidden_size)
+    dtype_key = next((key for model, key in _STATE_DTYPE_KEYS.items() if config.model_type.startswith(model)), "")
+    dtype = getattr(config, dtype_key, "float32" if config.model_type == "nemotron_h" else None)
+    value_bytes = 4 if str(dtype).endswith("float32") else 2
+    if getattr(config, "linear_num_value_heads", None):  # gated delta net
+        k_heads, v_heads = config.linear_num_key_heads, config.linear_num_value_heads
+        k_dim, v_dim = config.linear_key_head_dim, config.linear_value_head_dim
+        conv_tokens, channels = config.linear_conv_kernel_dim - 1, 2 * k_heads * k_dim + v_heads * v_dim
+        return State(conv_tokens, channels, heads=v_heads, head_values=k_dim * v_dim, value_bytes=value_bytes)
+    conv_tokens = _size(config, "conv_kernel", "mamba_d_conv") - 1
+    size = _size(config, "ssm_state_size", "mamba_d_state")
+    heads = _size(config, "mamba_num_heads", "mamba_n_heads", "n_mamba_heads")
+    if heads:  # Mamba 2
+        head_dim = _size(config, "mamba_head_dim", "mamba_d_head", "mamba_headdim")
+        groups = _size(config, "n_groups", "mamba_n_groups", "mamba_ngroups")
+        return State(conv_tokens, heads * head_dim, groups, 2 * size, heads, head_dim * size, value_bytes, held=3)
+    if not size:
+        raise _refusal(f"layers of {kind} of {config.model_type}")
+    channels = config.mamba_expand * config.hidden_size  # Mamba 1
+    return State(conv_tokens, channels, heads=channels, head_values=size, value_bytes=value_bytes)
+
+
+def _max_context(config: Any) -> int | None:
+    """As vLLM derives `--max-model-len` (config/model.py: `_get_and_verify_max_len`)."""
+    lengths = [length for key in _CONTEXTS if isinstance(length := getattr(config, key, None), int) and length > 0]
+    rope = getattr(config, "rope_parameters", None) or {}
+    factors = [
+        parameters.get("factor") or 1
+        for parameters in (rope, *rope.values())
+        if isinstance(parameters, dict) and parameters.get("rope_type") in ("linear", "dynamic")
+    ]
+    if not lengths:
+        return None
+    return int(min(lengths) * (factors[-1] if factors and "gemma3" not in config.model_type else 1))
+
+
+def _size(config: Any, *names: str) -> int:
+    """The first of these fields that is there and says something, else 0. Of a list, one for each layer, the largest."""
+    found = (getattr(config, name, None) for name in names)
+    size = next((value for value in found if value), 0)
+    largest: int = max(size) if isinstance(size, (list, tuple)) else size
+    return largest
+
+
+def _refusal(reason: str) -> UnsupportedError:
+    return UnsupportedError(f"sawkv cannot serve this model: {reason}")
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

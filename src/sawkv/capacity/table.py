@@ -1,0 +1,103 @@
+"""What `sawkv plan` shows: plans side by side, in 80 columns, or as JSON."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from sawkv.capacity.memory import BATCH_DEFAULTS, GIB, SMALL_BATCH_CARDS, Plan, Setting
+from sawkv.capacity.model import ModelShape
+from sawkv.capacity.weights import Weights
+
+COLUMNS = 79
+
+
+def table(plans: Sequence[Plan], setting: Setting) -> str:
+    """One column for each plan, 16 bits first."""
+    rows: list[tuple[str, list[str]]] = [
+        (name, [f"{getattr(plan, field) / GIB:.2f} GiB" for plan in plans])
+        for name, field in (
+            ("usable by vLLM", "usable"),
+            ("weights", "weights"),
+            ("activations", "activations"),
+            ("prefill workspace", "workspace"),
+            ("outside of torch", "outside_torch"),
+            ("KV cache", "kv_cache"),
+        )
+    ]
+    rows.append(("bytes a token", [f"{plan.bytes_per_token:,}" for plan in plans]))
+    if any(plan.state_bytes_per_request for plan in plans):
+        rows.append(("states of a request", [f"{plan.state_bytes_per_request / (1 << 20):,.1f} MiB" for plan in plans]))
+    rows += [
+        ("block, tokens", [f"{plan.block_size:,}" for plan in plans]),
+        ("least prefix hit, tokens", [f"{plan.least_prefix_hit:,}" for plan in plans]),
+        ("KV cache, tokens", [f"{plan.tokens:,}" for plan in plans]),
+        (f"requests of {setting.context:,} at once", [f"{plan.requests:,.1f}" for plan in plans]),
+    ]
+    if plans[0].tokens:
+        rows.append(("tokens, ratio", [f"{plan.tokens / plans[0].tokens:.2f}x" for plan in plans]))
+    lines = [f"{'':<31}" + "".join(f"{plan.format:>16}" for plan in plans)]
+    return "\n".join([*lines, *(f"{name:<31}" + "".join(f"{cell:>16}" for cell in cells) for name, cells in rows)])
+
+
+def assumptions(setting: Setting, shape: ModelShape, weights: Weights) -> list[str]:
+    """What the figures rest on, a sentence each."""
+    batch = f"--max-num-batched-tokens {setting.batched_tokens}, --max-num-seqs {setting.seqs}"
+    if not setting.gpu_name and setting.max_num_batched_tokens is None and setting.batched_tokens > BATCH_DEFAULTS[-1][1]:
+        small = " or ".join(name.upper() for name in SMALL_BATCH_CARDS)
+        batch += " (an {} gets {} and {}: give them)".format(small, *BATCH_DEFAULTS[-1][1:])
+    lines = [
+        f"{setting.gpu_memory / GIB:.1f} GiB reported by CUDA, {setting.gpu_memory_utilization:.0%} of it for vLLM, and no other program.",
+        f"{batch}.",
+        f"Weights {weights.source}.",
+        "No LoRA, no speculative decoding, prefix caching on.",
+        "Activations as in vLLM's profiling step: the largest of an MLP's, of the projection before a state, and of the "
+        "logits. Outside of torch as measured once on an H100, with a dense model of 8B.",
+    ]
+    if shape.sees:
+        lines.append("Weights that read images or audio are counted; what they compute while vLLM profiles is not.")
+    return lines
+
+
+def shortage(plan: Plan, setting: Setting, longest: int) -> str:
+    """What is to blame where vLLM would not start, and what helps.
+
+    Args:
+        longest: longest context with which it would.
+    """
+    if longest:
+        return (
+            f"{plan.format}: the KV cache has no room for one request of {setting.context:,} tokens. vLLM starts with "
+            f"--max-model-len {longest} or less, or with more or larger cards (--tensor-parallel)."
+        )
+    taken = f"weights {plan.weights / GIB:.2f} and activations {plan.activations / GIB:.2f} GiB of {plan.usable / GIB:.2f}"
+    return f"{plan.format}: no room is left for a KV cache ({taken}): use more cards (--tensor-parallel) or larger ones."
+
+
+def text(plans: Sequence[Plan], setting: Setting, assumed: Sequence[str], notes: Sequence[str]) -> str:
+    """The table, then what was assumed, then what the user should know."""
+    listed = "\n".join(["Assumed:", *(_fill(line, bullet="- ") for line in assumed)])
+    return "\n\n".join([table(plans, setting), listed, *map(_fill, notes)])
+
+
+def as_json(model: str, plans: Sequence[Plan], setting: Setting, assumed: Sequence[str], notes: Sequence[str]) -> str:
+    """The same for programs. Bytes are of one card."""
+    values = {
+        "model": model,
+        "gpu_memory": setting.gpu_memory,
+        "context": setting.context,
+        "tensor_parallel": setting.tensor_parallel,
+        "max_num_batched_tokens": setting.batched_tokens,
+        "max_num_seqs": setting.seqs,
+        "formats": [asdict(plan) for plan in plans],
+        "assumed": list(assumed),
+        "notes": list(notes),
+    }
+    return json.dumps(values, indent=1)
+
+
+def _fill(paragraph: str, bullet: str = "") -> str:
+    indent = " " * len(bullet)
+    return textwrap.fill(paragraph, COLUMNS, initial_indent=bullet, subsequent_indent=indent, break_on_hyphens=False)
