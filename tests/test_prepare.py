@@ -13,7 +13,7 @@ from sawkv.format.rotation import hadamard_matrix
 from sawkv.format.spec import CacheFormat
 from sawkv.prepare.corpus import preparation_positions, preparation_text, preparation_windows, random_windows
 from sawkv.prepare.fit import fit
-from sawkv.prepare.statistics import LayerStatistics
+from sawkv.prepare.statistics import QUERY_STEP, LayerStatistics
 
 HEADS, GROUP, HEAD_DIM, SCALE = 2, 3, 32, 0.02
 
@@ -43,14 +43,14 @@ def measured(
 def counted(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, weight: torch.Tensor | None, window: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What rows of K and V count, [num_tokens, heads] each: one query after the other, the output's move by a score from the definition."""
+    """What rows of K and V count, [num_tokens, heads] each: one query of four after the other, the output's move by a score from the definition."""
     found = torch.zeros(2, len(k), HEADS, dtype=torch.float64)
     for head in range(HEADS * GROUP):
         mine = head // GROUP
         columns = (
             torch.eye(HEAD_DIM).double() if weight is None else weight.double().view(11, HEADS, GROUP, HEAD_DIM)[:, mine].flatten(0, 1)
         )
-        for i in range(len(q)):
+        for i in range(len(q) - 1, -1, -QUERY_STEP):
             seen = slice(max(0, i + 1 - window) if window else 0, i + 1)
             a = (k[seen, mine].double() @ q[i, head].double() * SCALE).softmax(0)
             values = v[seen, mine].double()
