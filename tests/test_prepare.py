@@ -43,7 +43,7 @@ def measured(
 def counted(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, weight: torch.Tensor | None, window: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What rows of K and V count, [num_tokens, heads] each: one query of four after the other, the output's move by a score from the definition."""
+    """What rows of K and of V count, [num_tokens, heads] each: query by query, the output's move by a score from the definition."""
     found = torch.zeros(2, len(k), HEADS, dtype=torch.float64)
     for head in range(HEADS * GROUP):
         mine = head // GROUP
