@@ -79,15 +79,18 @@ def check_wrong_feedback_is_noticed(backend: str, device: str) -> None:
 
     want = written(right, "reference")
     assert torch.equal(written(right, backend), want)
-    weights, last = right.weights, right.weights.clone()
-    last[:, channel_blocks(128) == 7] = 0
+    blocks, weights = channel_blocks(128).to(device), right.weights
+    last, near = weights.clone(), weights.clone()
+    last[:, blocks == 31] = 0
+    near[:, blocks[:, None] // 4 == blocks // 4] = 0
     wrong = {
         "none": None,
         "transposed": Feedback(weights.mT.contiguous(), right.step),
         "of the other head": Feedback(weights.flip(0), right.step),
-        "one block further": Feedback(weights.roll(32, 1), right.step),
-        "half a block of sources further": Feedback(weights.roll(8, 2), right.step),
+        "eight blocks further": Feedback(weights.roll(32, 1), right.step),
+        "eight sources further": Feedback(weights.roll(8, 2), right.step),
         "without the last block": Feedback(last, right.step),
+        "without neighbours": Feedback(near, right.step),
         "a little longer": Feedback(weights, right.step * 1.02),
     }
     for name, feedback in wrong.items():
@@ -100,11 +103,12 @@ def check_feedback_ends_where_scales_saturate(backend: str, device: str) -> None
     scales = torch.tensor([65473, 65503, 65504 * (1 + 2**-20), 65510, 1e6], device=device)
     k, v = torch.rand(2, 5, 2, 64, device=device).clamp(0.02, 0.98)
     k[..., 3] = v[..., 5] = 0
-    k[..., 9] = v[..., 8] = 1  # so that the range is 15 scales
-    k, v = (x * (15 * scales)[:, None, None] for x in (k, v))
+    k[..., 9] = v[..., 8] = 1  # so that the range is 16 scales
+    k, v = (x * (16 * scales)[:, None, None] for x in (k, v))
     pages = torch.zeros(3, *layout.pages_shape(1), dtype=torch.uint8, device=device)
     feedback = Feedback(random_feedback(2, 64, device).weights, torch.full((2,), 1e-3, device=device))  # by codes
-    for i, (name, used) in enumerate(((backend, feedback), ("reference", feedback), (backend, None))):
+    nothing = Feedback(torch.zeros_like(feedback.weights), feedback.step)
+    for i, (name, used) in enumerate(((backend, feedback), ("reference", feedback), (backend, nothing))):
         cache = PagedKVCache(pages[i], layout, k_feedback=used, v_feedback=used)
         append(k, v, cache, torch.arange(5, device=device), backend=name)
     assert torch.equal(pages[0], pages[1])

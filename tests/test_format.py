@@ -172,22 +172,30 @@ def test_golden_bytes() -> None:
 
 
 def test_golden_feedback() -> None:
-    """The hand-computed row 0..15, but 1.25 in channels 1 and 2: both have code 1, and an error of 16 steps."""
+    """A hand-computed row of V, from 0 to 16: sixteen cells of scale 1, codes in their middles, so zero point -0.5.
+
+    It is 0.5 + (0..15), but for its ends, which have codes 0 and 15 and errors of -32 and 32 steps, and 1.75 in channels 1 and 2: both have
+    code 1, and an error of 16 steps. K, which has no feedback, holds 0..15 in codes of scale 1.
+    """
     layout = PageLayout(CacheFormat.parse("int4-k0-v0"), 1, 16, 16)
     weights = torch.zeros(1, 16, 16, dtype=torch.int8)
     weights[0, 4, 1] = 64  # channel 4 takes 16 * 64 / 512 = 2 codes of channel 1,
     weights[0, 12, 1], weights[0, 12, 2] = -127, 7  # channel 12 takes 16 * (7 - 127) / 512 = -3.75,
     weights[0, 13, 2] = 127  # and channel 13 takes 3.97, which leads beyond 15
+    weights[0, 3, 1] = 32  # channel 3 takes one code of channel 1, which is coded two blocks before it,
+    weights[0, 5, 0] = 16  # and channel 5 takes -1 of channel 0
     weights[0, 6, 8] = 100  # channel 8 has no error
     feedback = Feedback(weights, torch.tensor([1 / 512]))
     cache = PagedKVCache.allocate(layout, 1, v_feedback=feedback)
     row = torch.arange(16.0).view(1, 1, 16)
-    row[..., 1:3] = 1.25
-    append(row, row, cache, torch.tensor([0]), backend="reference")
+    v = row + 0.5
+    v[..., 0], v[..., 1:3], v[..., 15] = 0, 1.75, 16
+    append(row, v, cache, torch.tensor([0]), backend="reference")
     k_codes, k_meta, v_codes, v_meta = (plane[0, 0, 0].tolist() for plane in reference.planes(cache))
-    assert k_meta == v_meta == [0x00, 0x3C, 0x00, 0x00]  # fp16 1.0, then 0.0
-    assert k_codes == [0x10, 0x31, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE]
-    assert v_codes == [0x10, 0x31, 0x56, 0x76, 0x98, 0xBA, 0xF8, 0xFE]
+    assert k_meta == [0x00, 0x3C, 0x00, 0x00]  # fp16 1.0, then 0.0
+    assert v_meta == [0x00, 0x3C, 0x00, 0xB8]  # fp16 1.0, then -0.5
+    assert k_codes == [0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE]
+    assert v_codes == [0x10, 0x41, 0x46, 0x76, 0x98, 0xBA, 0xF8, 0xFE]
 
 
 def test_golden_gain() -> None:

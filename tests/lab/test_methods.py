@@ -164,7 +164,7 @@ def test_error_feedback_lowers_the_cost_it_is_given() -> None:
         error = quantizer.fit(sample)(sample.rows) - sample.rows
         cost[name] = float(torch.einsum("thd,hde,the->", error, sample.hessian, error))
     assert cost["aware"] < 0.7 * cost["plain"]
-    assert cost["served"] < 0.75 * cost["plain"], "blocks of 16 channels and 8-bit integers lose little"
+    assert cost["served"] < 0.75 * cost["plain"], "blocks of four channels and 8-bit integers lose little"
 
 
 def test_balancing_undoes_a_scaled_pair() -> None:

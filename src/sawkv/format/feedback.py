@@ -1,9 +1,9 @@
 """Error feedback at write: a row's codes are chosen so that what attention makes of their errors is small, not the errors themselves.
 
-Channels are coded in blocks. The error of those that are coded is passed on to those that are not yet, by weights that know what an error
-of each channel costs: the rule of GPTQ, arXiv 2210.17323, for blocks of channels of K (the cost is that of scores, from the mean of
-q q^T) and of V (that of the output, from o_proj). Errors and weights are 8-bit integers, so their sums are exact and every backend writes
-the same bytes. Reading does not know of it: pages, `decode_attention` and `gather` are the same. Bytes: docs/format.md.
+Channels are coded in blocks of four. The error of those that are coded is passed on to those that are not yet, by weights that know what
+an error of each channel costs: the rule of GPTQ, arXiv 2210.17323, for blocks of channels of K (the cost is that of scores, from the mean
+of q q^T) and of V (that of the output, from o_proj). Errors and weights are 8-bit integers, so their sums are exact, and every backend
+writes the same bytes. Reading does not know of it: pages, `decode_attention` and `gather` are the same. Bytes: docs/format.md.
 """
 
 from __future__ import annotations
@@ -86,14 +86,12 @@ def fit_feedback(hessian: torch.Tensor) -> Feedback:
     Raises:
         LayoutError: the hessian is not as said, or not finite.
     """
-    upper, order = _factor(hessian)
-    inverse = torch.linalg.solve_triangular(upper, torch.eye(len(order), dtype=upper.dtype, device=upper.device), upper=True)
-    # For a block B and what follows it, R, A_RB = U_RR U_BR^T, so A_RR^-1 A_RB = U_RR^-T U_BR^T: one factor and inverse serve all.
-    exact = torch.zeros_like(upper, memory_format=torch.contiguous_format)
-    end = 0
-    for size in torch.bincount(channel_blocks(len(order))).tolist():
-        start, end = end, end + size
-        exact[:, order[end:, None], order[start:end]] = (upper[:, start:end, end:] @ inverse[:, end:, end:]).mT
+    upper, own, order = _factor(hessian)
+    # For a block B and what follows it, R, A_RB = U_RR U_BR^T, so A_RR^-1 A_RB = (U_BR U_RR^-1)^T. The part BR of U^-1 is
+    # -U_BB^-1 U_BR U_RR^-1, so one product with the blocks on U's diagonal gives all of them.
+    exact = torch.empty_like(upper, memory_format=torch.contiguous_format)
+    exact[:, order[:, None], order] = -torch.linalg.solve_triangular(upper, own, upper=True, left=False).mT
+    exact = exact.where(takes_from(len(order)).to(exact.device), 0.0)
     top = exact.abs().amax((-2, -1))
     top = top.where(top > NEGLIGIBLE, 0.0)
     weights = (exact / top.where(top > 0, torch.inf)[:, None, None] * MAX_WEIGHT).round().to(torch.int8)
@@ -112,9 +110,7 @@ def cost_with_feedback(hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     Returns:
         The cost, [num_kv_heads] fp64, and its derivative by the hessian, [num_kv_heads, head_dim, head_dim] fp64.
     """
-    upper, order = _factor(hessian)
-    blocks = channel_blocks(len(order))[order.cpu()].to(upper.device)
-    own = upper * (blocks[:, None] == blocks)
+    upper, own, order = _factor(hessian)
     # A = L D L^T, with blocks of identity on L's diagonal, and the cost is D's trace. Its derivative by A is L^-T L^-1.
     inverse = torch.linalg.solve_triangular(upper, own, upper=True, left=False)  # own U^-1
     by_damped = torch.empty_like(upper)
@@ -124,8 +120,8 @@ def cost_with_feedback(hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
     return own.square().sum((-2, -1)), by_damped + by_damping
 
 
-def _factor(hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """U, upper triangular in fp64, with U U^T the damped hessian, its channels in the order of coding; and that order."""
+def _factor(hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """U, upper triangular in fp64, with U U^T the damped hessian, its channels in the order of coding; its diagonal blocks; that order."""
     if hessian.ndim != 3 or hessian.shape[1] != hessian.shape[2] or not hessian.is_floating_point():
         raise LayoutError(f"hessian: expected floats [num_kv_heads, head_dim, head_dim], got {hessian.dtype} {list(hessian.shape)}")
     if not bool(hessian.isfinite().all()):
@@ -134,9 +130,11 @@ def _factor(hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     diagonal = damped.diagonal(dim1=-2, dim2=-1)
     tiny = torch.finfo(torch.float64).tiny
     damped = damped + torch.diag_embed((DAMPING * diagonal.mean(-1, keepdim=True)).clamp_min(tiny).expand_as(diagonal))
-    order = torch.argsort(channel_blocks(hessian.shape[-1]), stable=True).to(hessian.device)
-    backwards = order.flip(0)
-    return torch.linalg.cholesky(damped[:, backwards[:, None], backwards]).flip(-2, -1), order
+    blocks = channel_blocks(hessian.shape[-1]).to(hessian.device)
+    order = torch.argsort(blocks, stable=True)
+    blocks, backwards = blocks[order], order.flip(0)
+    upper = torch.linalg.cholesky(damped[:, backwards[:, None], backwards]).flip(-2, -1)
+    return upper, upper.where(blocks[:, None] == blocks, 0.0), order
 
 
 def takes_from(head_dim: int) -> torch.Tensor:
@@ -148,8 +146,8 @@ def takes_from(head_dim: int) -> torch.Tensor:
 def channel_blocks(head_dim: int) -> torch.Tensor:
     """[head_dim] int64 on the CPU: the block of each channel, in the order of coding.
 
-    Of every 32 channels, the first four of each eight are one block and the last four the next. So a GPU's lane that holds eight
-    neighbouring channels has an equal part of every block.
+    Of every 32 channels, the first of each eight are one block, the second of each eight the next, and so on. So a GPU's lane that holds
+    eight neighbouring channels has one of every block.
     """
     channel = torch.arange(head_dim, device="cpu")  # whatever the default device is: vLLM's is the GPU while it makes layers
-    return channel // 32 * 2 + channel // 4 % 2
+    return channel // 32 * 8 + channel % 8

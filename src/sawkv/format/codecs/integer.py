@@ -1,7 +1,8 @@
 """Token-wise asymmetric integers: one scale and one zero point for the head_dim values of a row.
 
 Source: SAW-INT4, arXiv 2604.19157. Departures (docs/decisions/0001): the zero point is not clamped to the codes' range, and the scale is
-rounded up and bounded from below so that every finite row has an error of at most scale / 2.
+rounded up and bounded from below so that every finite row has an error of at most scale / 2. With feedback (docs/decisions/0012) the cells
+of the codes cover the row's range, each code in the middle of its own; without it, the codes do, from the first to the last.
 """
 
 from __future__ import annotations
@@ -34,13 +35,14 @@ class IntegerCodec:
         """
         lo, hi = y.amin(-1, keepdim=True), y.amax(-1, keepdim=True)
         finite = (lo.abs() < torch.inf) & (hi.abs() < torch.inf)  # amin and amax pass NaN on
-        by_range = (hi - lo) * torch.tensor(1 / self.max_code, dtype=torch.float32)
+        intervals, first = (self.max_code, 0.0) if feedback is None else (self.max_code + 1, -0.5)
+        by_range = (hi - lo) * torch.tensor(1 / intervals, dtype=torch.float32)
         by_offset = torch.maximum(lo.abs(), hi.abs()) / MAX_ZERO_POINT
         wanted = torch.maximum(by_range, by_offset).clamp_min(MIN_SCALE)
         scale = _fp16_up(wanted.clamp_max(FP16_MAX))
         inv = scale.float().reciprocal()
         # The clamp acts only where the scale saturates, on ranges beyond fp16: values there are lost, but stay finite.
-        zero_point = (0 - lo * inv).clamp(-MAX_ZERO_POINT, MAX_ZERO_POINT).half()
+        zero_point = (first - lo * inv).clamp(-MAX_ZERO_POINT, MAX_ZERO_POINT).half()
         # fp64 holds the product and the sum exactly enough that one rounding to fp32 gives what fma gives.
         shifted = (y.double() * inv.double() + zero_point.double()).float()
         if feedback is not None:

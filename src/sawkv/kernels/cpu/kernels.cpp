@@ -234,19 +234,17 @@ void code_with_feedback(float* t, int head_dim, float max_code, const int8_t* we
   alignas(32) int16_t errors[kMaxHeadDim] = {};  // of 8 bits, which multiply faster as 16; zero where not coded yet
   for (int start = 0; start < head_dim; start += 32) {
     const int end = std::min(start + 32, head_dim);
-    for (int first : {start, start + 4}) {  // of a block, which is four of each eight channels
-      for (int four = first; four < end; four += 8)
-        for (int j = four; j < four + 4; ++j) {
-          int32_t taken = 0;
-          for (int i = 0; i < end; ++i) taken += int32_t(weights[j * head_dim + i]) * errors[i];
-          t[j] = __builtin_fmaf(float(taken), step, t[j]);
-        }
-      for (int four = first; four < end; four += 8)
-        for (int j = four; j < four + 4; ++j) {
-          const float code = round_clamped(t[j], 0, max_code);
-          codes[j] = uint8_t(code);
-          errors[j] = int16_t(round_clamped((t[j] - code) * kErrorSteps, -127, 127));
-        }
+    for (int first = start; first < start + 8; ++first) {  // of a block, which is one of each eight channels
+      for (int j = first; j < end; j += 8) {
+        int32_t taken = 0;
+        for (int i = 0; i < end; ++i) taken += int32_t(weights[j * head_dim + i]) * errors[i];
+        t[j] = __builtin_fmaf(float(taken), step, t[j]);
+      }
+      for (int j = first; j < end; j += 8) {
+        const float code = round_clamped(t[j], 0, max_code);
+        codes[j] = uint8_t(code);
+        errors[j] = int16_t(round_clamped((t[j] - code) * kErrorSteps, -127, 127));
+      }
     }
   }
 }
@@ -264,12 +262,13 @@ Meta quantize(const float* y, int head_dim, int max_code, const int8_t* weights,
   }
   float lo = low[0], hi = high[0];
   for (int j = 1; j < W; ++j) lo = std::min(lo, low[j]), hi = std::max(hi, high[j]);
-  const float by_range = (hi - lo) * float(1.0 / max_code);
+  // With feedback the cells of the codes cover the range, and without it the codes do.
+  const float by_range = (hi - lo) * float(1.0 / (weights ? max_code + 1 : max_code));
   const float by_offset = std::max(std::fabs(lo), std::fabs(hi)) * 0x1p-10f;
   const float wanted = std::max(std::max(by_range, by_offset), 0x1p-24f);
   const uint16_t scale = fp16_up(std::min(wanted, 65504.f));
   const float inv = 1.f / from_fp16(scale);
-  const uint16_t zero_point = to_fp16(std::min(std::max(0.f - lo * inv, -1024.f), 1024.f));
+  const uint16_t zero_point = to_fp16(std::min(std::max((weights ? -0.5f : 0.f) - lo * inv, -1024.f), 1024.f));
   const vec inv_v = splat(inv), zero_v = splat(from_fp16(zero_point)), top = splat(float(max_code));
   if (weights && wanted <= 65504.f) {
     alignas(32) float t[kMaxHeadDim];

@@ -32,19 +32,15 @@ constexpr float ROUNDER = 12582912;  // 1.5 * 2^23: adding it rounds to an integ
 // For the counters: of a lane's channels, squared, errors in codes and values.
 struct Sums {
   float error, norm;
-  __device__ void add(float code_error, float y) {
-    error += code_error * code_error;
-    norm += y * y;
-  }
 };
 
-// How a row becomes codes. The constructor may change the row.
+// How a row becomes codes: with feedback the cells of the codes cover its range, without it the codes do. The constructor may change the row.
 struct Quantizer {
   float inverse, zero_point;
   u32 meta;
   bool is_bounded;  // neither non-finite nor saturated
 
-  __device__ explicit Quantizer(Row<D, LANES>& y) {
+  __device__ Quantizer(Row<D, LANES>& y, bool has_feedback) {
     float low = y.x[0], high = y.x[0];
 #pragma unroll
     for (int i = 1; i < y.PER_LANE; i++) low = ptx::min_or_nan(low, y.x[i]), high = ptx::max_or_nan(high, y.x[i]);
@@ -54,12 +50,12 @@ struct Quantizer {
       high = ptx::max_or_nan(high, __shfl_xor_sync(ALL_LANES, high, d));
     }
     const bool is_finite = fabsf(low) < infinity() && fabsf(high) < infinity();
-    const float by_range = (high - low) * (1 / MAX_CODE), by_offset = fmaxf(fabsf(low), fabsf(high)) * power_of_two(-10);
+    const float by_range = (high - low) * (has_feedback ? 1 / (MAX_CODE + 1) : 1 / MAX_CODE), by_offset = fmaxf(fabsf(low), fabsf(high)) * power_of_two(-10);
     const float wanted = fmaxf(fmaxf(by_range, by_offset), power_of_two(-24)), bound = fminf(wanted, MAX_SCALE);
     u16 scale = ptx::float_to_half(bound);
     if (ptx::half_to_float(scale) < bound) scale++;  // the next fp16 up
     inverse = __frcp_rn(ptx::half_to_float(scale));
-    const u16 zero_bits = ptx::float_to_half(fminf(fmaxf(__fsub_rn(0, __fmul_rn(low, inverse)), -1024), 1024));
+    const u16 zero_bits = ptx::float_to_half(fminf(fmaxf(__fsub_rn(has_feedback ? -0.5f : 0, __fmul_rn(low, inverse)), -1024), 1024));
     zero_point = ptx::half_to_float(zero_bits);
     meta = is_finite ? scale | (u32)zero_bits << 16 : 0x7e00u;
     is_bounded = is_finite && wanted <= MAX_SCALE;
@@ -70,7 +66,7 @@ struct Quantizer {
       zero_point = 0;
     }
   }
-  // Two codes in the low byte. fma(y, inverse, zero_point) lies between -0.26 and 15.26, so nothing has to be clamped. ROUNDER's other low bits
+  // Two codes in the low byte. Without feedback fma(y, inverse, zero_point) lies between -0.26 and 15.26, so nothing has to be clamped. ROUNDER's other low bits
   // are 0. (Conversions run at a quarter of the speed.)
   __device__ u32 codes(float even, float odd) const { return shifted(odd) * 16 + shifted(even); }
 
@@ -79,44 +75,56 @@ struct Quantizer {
 #pragma unroll
     for (int i = 0; i < y.PER_LANE; i++) {
       const float wanted = fmaf(y.x[i], inverse, zero_point);
-      sums.add(wanted + ROUNDER - ROUNDER - wanted, y.x[i]);
+      const float error = wanted + ROUNDER - ROUNDER - wanted;
+      sums.error += error * error;
+      sums.norm += y.x[i] * y.x[i];
     }
     return sums;
   }
 
   // Let the row hold its codes already, the error of each block of channels passed on to the blocks after it: docs/format.md, step 5.
-  // The eight rows of a warp are rows of a product of 8-bit integers. A lane's four channels of a block are four of its 16 columns, and their
-  // errors are then the lane's part of an operand as they are: no value changes lanes.
+  // The eight rows of a warp are rows of a product of 8-bit integers. Its 16 columns are four blocks, of each of which a lane holds a channel,
+  // and the errors of these are then the lane's part of an operand as they are: no value changes lanes. Errors of earlier columns come all at
+  // once, and those of the four blocks as they are made.
   __device__ Sums feed_back(Row<D, LANES>& y, const u8* weights, float step) {
-    static_assert(LANES == 4 && Row<D, LANES>::VECTOR == 8, "a lane holds four neighbouring channels of each block");
+    static_assert(LANES == 4 && Row<D, LANES>::VECTOR == 8, "a lane holds a channel of each block");
     const int lane = lane_index(), column = lane / 4, quad = lane % 4;
     if (!is_bounded) step = 0;
     Sums sums{};
-    u32 errors[D / 32][2] = {};  // of the two blocks in 32 channels
 #pragma unroll
-    for (int block = 0; block < D / 16; block++) {
-      int taken[2][4] = {};
+    for (int i = 0; i < y.PER_LANE; i++) sums.norm += y.x[i] * y.x[i];  // here, so that y takes no registers below
+    u32 errors[D / 32][2] = {};  // of eight blocks, four in a word
 #pragma unroll
-      for (int k = 0; k < (block + 1) / 2; k++)
+    for (int four = 0; four < D / 16; four++) {  // blocks
+      const int zero = __float_as_int(ROUNDER);  // an integer below 2^22, added to its bits, makes a float of it
+      int taken[2][4] = {{zero, zero}, {zero, zero}};
+      u32 own_weights[2];  // for the errors of the same four blocks
+#pragma unroll
+      for (int k = 0; k <= four / 2; k++)
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-          const int channel = block / 2 * 32 + column / 2 * 8 + block % 2 * 4 + half * 2 + column % 2;
-          ptx::mma_int8(taken[half], errors[k], *(const uint2*)(weights + channel * D + k * 32 + quad * 8));
+          const int channel = four / 2 * 32 + column / 2 * 8 + four % 2 * 4 + half * 2 + column % 2;
+          const uint2 w = *(const uint2*)(weights + channel * D + k * 32 + quad * 8);
+          if (k == four / 2) own_weights[half] = four % 2 ? w.y : w.x;
+          if (k < four / 2) ptx::mma_int8(taken[half], errors[k], w);
+          else if (four % 2) ptx::mma_int8(taken[half], errors[k][0], w.x);
         }
-      u32 packed = 0;
 #pragma unroll
       for (int i = 0; i < 4; i++) {
-        // An integer below 2^22, added to ROUNDER's bits, makes a float of it.
-        const float sum = __int_as_float(__float_as_int(ROUNDER) + taken[i / 2][i % 2]) - ROUNDER;
-        float& x = y.x[4 * block + i];
+        const float sum = __int_as_float(taken[i / 2][i % 2]) - ROUNDER;
+        float& x = y.x[4 * four + i];
         const float wanted = fmaf(x, inverse, zero_point), moved = fmaf(sum, step, wanted);
         const float code = fminf(fmaxf(moved, 0), MAX_CODE) + ROUNDER - ROUNDER;
-        const float error = fminf(fmaxf((moved - code) * ERROR_STEPS, -MAX_WEIGHT), MAX_WEIGHT) + ROUNDER;
-        packed |= (__float_as_uint(error) & 0xff) << 8 * i;
-        sums.add(code - wanted, x);
+        constexpr float MAX_ERROR = MAX_WEIGHT / ERROR_STEPS;  // in codes
+        const float error = fmaf(fminf(fmaxf(moved - code, -MAX_ERROR), MAX_ERROR), ERROR_STEPS, ROUNDER);
+        const u32 passed = __byte_perm(__float_as_uint(error), 0, 0x4444 ^ 4 << 4 * i);  // its low byte to byte i, 0 to the others
+        errors[four / 2][four % 2] |= passed;
+#pragma unroll
+        for (int half = (i + 1) / 2; half < 2; half++)
+          if (i < 3) ptx::mma_int8(taken[half], passed, own_weights[half]);
+        sums.error += (code - wanted) * (code - wanted);
         x = code;
       }
-      errors[block / 2][block % 2] = packed;
     }
     inverse = 1;
     zero_point = 0;
@@ -164,9 +172,10 @@ __device__ inline void append_row(const AppendParams& p, bool is_v) {
   }
   if (GAIN && p.gain[is_v]) y.multiply(Row<D, LANES>::load(p.gain[is_v] + head * D));
   rotate<ORDER>(y);
-  Quantizer quantizer(y);
+  const bool has_feedback = FEEDBACK && p.weights[is_v];
+  Quantizer quantizer(y, has_feedback);
   Sums sums{};
-  if (FEEDBACK && p.weights[is_v]) {
+  if (has_feedback) {
     sums = quantizer.feed_back(y, p.weights[is_v] + head * D * D, p.step[is_v][head]);
   } else if (COUNT && is_sampled(slot)) {
     sums = quantizer.sums(y);

@@ -109,6 +109,12 @@ __device__ inline void mma_int8(int (&c)[4], const u32 (&a)[2], uint2 b) {
                : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
                : "r"(a[0]), "r"(a[1]), "r"(0), "r"(b.x), "r"(b.y));
 }
+// c[16 x 8] += a[16 x 16] b[16 x 8], likewise
+__device__ inline void mma_int8(int (&c)[4], u32 a, u32 b) {
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+               : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+               : "r"(a), "r"(0), "r"(b));
+}
 
 // Barriers in shared memory
 __device__ inline void init_barrier(u64* barrier, u32 arrivals) {

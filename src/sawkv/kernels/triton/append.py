@@ -145,8 +145,11 @@ def _append_rows(
             error = decoded - y
             _count(counters, tl.sum(error * error, 1), tl.sum(y * y, 1), is_kept, is_counted, is_finite, is_finite & False)
     else:
-        inverse, zero_point, meta, is_finite, is_saturated = _quantizer(y, is_channel, BITS)
         MAX_CODE: tl.constexpr = (1 << BITS) - 1
+        if weights is None:
+            inverse, zero_point, meta, is_finite, is_saturated = _quantizer(y, is_channel, MAX_CODE, 0.0)
+        else:  # the cells of the codes cover the range
+            inverse, zero_point, meta, is_finite, is_saturated = _quantizer(y, is_channel, MAX_CODE + 1, -0.5)
         if counters is not None:
             squared_norm = tl.sum(y * y, 1)  # here, so that y takes no registers while errors are passed on
         shifted = tl.fma(y, tl.broadcast_to(inverse[:, None], y.shape), tl.broadcast_to(zero_point[:, None], y.shape))
@@ -180,11 +183,12 @@ def _round_clamped(x, low, high):
 def _with_feedback(t, weights, step, HEAD_DIM: tl.constexpr, MAX_CODE: tl.constexpr):
     """Codes before rounding, [R, WIDTH] fp32, moved by the errors of the blocks of channels before their own: docs/format.md, step 5.
 
-    A block's sums are complete when it is coded, and stay as they are: it has no weights of itself or of later blocks.
+    A block's sums are complete when it is coded, and stay as they are: it has no weights of itself or of later blocks. Errors go block by
+    block to what is left of their span of 32 channels, and then all at once to the spans after it.
     """
     R: tl.constexpr = t.shape[0]
     WIDTH: tl.constexpr = t.shape[1]
-    SPANS: tl.constexpr = WIDTH // 32  # of two blocks, in turns of four channels
+    SPANS: tl.constexpr = WIDTH // 32  # of eight blocks, in turns of one channel
     target = tl.arange(0, WIDTH)[None, :]
     source = tl.arange(0, 32)
     sums = tl.zeros([R, WIDTH], tl.int32)
@@ -192,34 +196,40 @@ def _with_feedback(t, weights, step, HEAD_DIM: tl.constexpr, MAX_CODE: tl.conste
         is_span = (tl.arange(0, SPANS) == span)[None, :, None]
         channel = span * 32 + source[:, None]
         passed = tl.load(weights + target * HEAD_DIM + channel, mask=(target < HEAD_DIM) & (channel < HEAD_DIM), other=0)
+        is_here = (channel < HEAD_DIM) & (span * 32 + source[None, :] < HEAD_DIM)
+        passed_here = tl.load(weights + (span * 32 + source[None, :]) * HEAD_DIM + channel, mask=is_here, other=0)
         t_here = tl.sum(tl.where(is_span, tl.reshape(t, (R, SPANS, 32)), 0.0), 1)
-        for half in tl.static_range(2):
-            sums_here = tl.sum(tl.where(is_span, tl.reshape(sums, (R, SPANS, 32)), 0), 1)
+        sums_here = tl.sum(tl.where(is_span, tl.reshape(sums, (R, SPANS, 32)), 0), 1)
+        errors = tl.zeros([R, 32], tl.int32)
+        for block in tl.static_range(8):
             moved = tl.fma(sums_here.to(tl.float32), tl.broadcast_to(step, t_here.shape), t_here)
             code = _round_clamped(moved, 0.0, MAX_CODE * 1.0).to(tl.float32)
-            errors = tl.where((source // 4 % 2 == half)[None, :], _round_clamped((moved - code) * 64.0, -127.0, 127.0), 0)
-            sums = tl.dot(errors.to(tl.int8), passed, sums, out_dtype=tl.int32)  # which Triton 3.6 does not infer
+            error = tl.where((source % 8 == block)[None, :], _round_clamped((moved - code) * 64.0, -127.0, 127.0), 0)
+            errors += error
+            if block < 7:
+                sums_here = tl.dot(error.to(tl.int8), passed_here, sums_here, out_dtype=tl.int32)  # which Triton 3.6 does not infer
+        sums = tl.dot(errors.to(tl.int8), passed, sums, out_dtype=tl.int32)
     return tl.fma(sums.to(tl.float32), tl.broadcast_to(step, t.shape), t)
 
 
 @triton.jit
-def _quantizer(y, is_channel, BITS: tl.constexpr):
+def _quantizer(y, is_channel, INTERVALS: tl.constexpr, FIRST: tl.constexpr):
     """1 / scale, zero point, both packed as meta, whether the row is finite, and whether its scale saturates: each [R].
 
-    See docs/format.md, steps 3 and 4.
+    The row's range is so many intervals of a scale, and begins at FIRST, a code before rounding. See docs/format.md, steps 3 and 4.
     """
     is_finite = tl.max(tl.where(tl.abs(y) < float("inf"), 0, 1), 1) == 0
     y = tl.where(is_finite[:, None], y, 0.0)  # what such a row gives below is not used
     low = tl.min(tl.where(is_channel, y, float("inf")), 1)
     high = tl.max(tl.where(is_channel, y, -float("inf")), 1)
-    by_range, by_offset = (high - low) * (1 / ((1 << BITS) - 1)), tl.maximum(tl.abs(low), tl.abs(high)) * 0.0009765625
+    by_range, by_offset = (high - low) * (1 / INTERVALS), tl.maximum(tl.abs(low), tl.abs(high)) * 0.0009765625
     wanted = tl.maximum(tl.maximum(by_range, by_offset), 2.0**-24)
     bound = tl.minimum(wanted, 65504.0)
     nearest = bound.to(tl.float16)
     scale_bits = nearest.to(tl.int16, bitcast=True).to(tl.int32) + tl.where(nearest.to(tl.float32) < bound, 1, 0)  # the next fp16 up
     scale = scale_bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     inverse = tl.math.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
-    zero_point = tl.minimum(tl.maximum(0.0 - low * inverse, -1024.0), 1024.0).to(tl.float16)
+    zero_point = tl.minimum(tl.maximum(FIRST - low * inverse, -1024.0), 1024.0).to(tl.float16)
     zero_bits = zero_point.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
     packed = tl.where(is_finite, scale_bits | (zero_bits << 16), 0x7E00)
     return inverse, zero_point.to(tl.float32), packed, is_finite, wanted > 65504.0

@@ -3,7 +3,7 @@
 For channel i in order: code y_i, then y_j <- y_j - e_i U_ij / U_ii for j > i, with U the upper Cholesky factor of the damped hessian's
 inverse. Source: GPTQ, arXiv 2210.17323, applied to rows of K (hessian = mean of q q^T) and V (Gram matrix of o_proj); SAW-INT4 compares
 with a Hessian-aware variant. The bytes are those of the product's codec, so that reading is as fast; but writing is head_dim dependent
-steps for each row, in floats. A comparison: what is served takes blocks of 16 channels and 8-bit integers (`feedback`).
+steps for each row, in floats. A comparison: what is served takes blocks of four channels and 8-bit integers (`feedback`).
 """
 
 from __future__ import annotations
