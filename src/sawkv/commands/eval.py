@@ -23,8 +23,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("calibration", defaults.calibration_tokens, "tokens of other text, for methods that learn"),
         ("batch", defaults.batch_tokens, "tokens in one pass of the model"),
         ("layer", defaults.layer_tokens, "tokens of the text for the measurement layer by layer; 0 leaves it out"),
+        ("floor", defaults.floor_tokens, "tokens of the text for the noise of 16-bit arithmetic; 0 leaves it out"),
     ):
-        kind = options.count if name == "layer" else options.positive
+        kind = options.count if name in ("layer", "floor") else options.positive
         parser.add_argument(f"--{name}-tokens", type=kind, default=default, metavar="COUNT", help=f"{help_text} (default: %(default)s)")
     parser.add_argument(
         "--recall-lengths",
@@ -43,19 +44,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_device(parser)
     parser.add_argument("--dtype", choices=DTYPES, help="of the model's arithmetic (default: bfloat16 on a GPU, float32 on a CPU)")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.add_argument("--resume", action="store_true", help="go on with the record in --out: its methods are not measured again")
 
 
 def run(args: argparse.Namespace) -> int:
     import torch
 
+    from sawkv.errors import SawkvError
     from sawkv.files import check_writable, writing
     from sawkv.lab.evaluate import evaluate
     from sawkv.lab.methods import find_method
+    from sawkv.lab.records import Evaluation
     from sawkv.lab.table import table
     from sawkv.prepare.model import find_device
 
-    if args.out is not None:
-        check_writable(args.out)
+    out = args.out
+    if out is not None:
+        check_writable(out)
+    if args.resume and out is None:
+        raise SawkvError("--resume: expected --out FILE, with the record to go on with")
+    before = Evaluation.from_json(out.read_text(encoding="utf-8")) if args.resume and out.exists() else None
+
+    def keep(evaluation: Evaluation) -> None:
+        if out is not None:
+            with writing(out) as part:
+                part.write_text(evaluation.to_json(), encoding="utf-8")
+
     methods = [find_method(name) for name in args.formats]
     plan = Plan(
         tokens=args.tokens,
@@ -63,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
         calibration_tokens=args.calibration_tokens,
         batch_tokens=args.batch_tokens,
         layer_tokens=args.layer_tokens,
+        floor_tokens=args.floor_tokens,
         recall_lengths=tuple(args.recall_lengths),
         recall_count=args.recall_count,
         free_runs=args.free_runs,
@@ -76,10 +91,10 @@ def run(args: argparse.Namespace) -> int:
         device=find_device(args.device),
         dtype=getattr(torch, args.dtype) if args.dtype else None,
         quiet=args.quiet,
+        before=before,
+        keep=keep,
     )
     print(table(evaluation))
-    if args.out is not None:
-        with writing(args.out) as part:
-            part.write_text(evaluation.to_json(), encoding="utf-8")
-        print(f"wrote {args.out}")
+    if out is not None:
+        print(f"wrote {out}")
     return 0

@@ -63,6 +63,48 @@ def mean_and_error(window_means: torch.Tensor) -> tuple[float, float]:
     return float(window_means.mean()), float(window_means.std() / count**0.5) if count > 1 else 0.0
 
 
+class Reference:
+    """The unquantized model on windows of text, to compare caches with.
+
+    Args:
+        model: its unquantized cache is the reference.
+        windows: [num_windows, window] token ids; each is read from an empty cache.
+        batch: windows in a pass.
+        room: bytes of states that may be kept, on the CPU. What is beyond that is computed again for every cache.
+        step: called with the tokens of each pass.
+    """
+
+    def __init__(self, model: EvalModel, windows: torch.Tensor, batch: int, room: int, step: Callable[[int], object]) -> None:
+        self._model, self._batches = model, torch.split(windows, batch)
+        self._states: list[torch.Tensor | None] = []
+        self._scores: list[tuple[torch.Tensor, ...]] = []
+        for ids in self._batches:
+            states = model.hidden(ids)[:, :-1]
+            self._scores.append(score({"": states}, ids, model.logits)[""])
+            room -= states.numel() * states.element_size()
+            self._states.append(states.cpu() if room >= 0 else None)
+            step(ids.numel())
+
+    def scores(self) -> TokenScores:
+        """Its own: KL 0, and the losses."""
+        return _joined(self._scores)
+
+    def compare(self, readers: Readers, step: Callable[[int], object]) -> TokenScores:
+        """The scores of one cache, by the readers of every layer."""
+        rows = []
+        for ids, states in zip(self._batches, self._states, strict=True):
+            pair = {"": self._model.hidden(ids)[:, :-1] if states is None else states.to(self._model.device)}
+            with self._model.reading(readers):
+                pair["other"] = self._model.hidden(ids)[:, :-1]
+            rows.append(score(pair, ids, self._model.logits)["other"])
+            step(ids.numel())
+        return _joined(rows)
+
+
+def _joined(rows: Sequence[tuple[torch.Tensor, ...]]) -> TokenScores:
+    return TokenScores(*(torch.cat(column) for column in zip(*rows, strict=True)))
+
+
 def compare(
     model: EvalModel,
     windows: torch.Tensor,
@@ -71,27 +113,9 @@ def compare(
     batch: int,
     step: Callable[[int], object] = lambda tokens: None,
 ) -> tuple[TokenScores, dict[str, TokenScores]]:
-    """The reference's scores, and those of each cache.
-
-    Args:
-        model: its unquantized cache is the reference.
-        windows: [num_windows, window] token ids; each is read from an empty cache.
-        caches: readers of every layer, by name.
-        batch: windows in a pass.
-        step: called with the tokens of each pass.
-    """
-    parts: dict[str, list[tuple[torch.Tensor, ...]]] = {name: [] for name in ("", *caches)}
-    for ids in torch.split(windows, batch):
-        hidden = {"": model.hidden(ids)[:, :-1]}
-        step(ids.numel())
-        for name, readers in caches.items():
-            with model.reading(readers):
-                hidden[name] = model.hidden(ids)[:, :-1]
-            step(ids.numel())
-        for name, scores in score(hidden, ids, model.logits).items():
-            parts[name].append(scores)
-    joined = {name: TokenScores(*(torch.cat(column) for column in zip(*rows, strict=True))) for name, rows in parts.items()}
-    return joined.pop(""), joined
+    """The reference's scores, and those of each cache. Arguments as in `Reference`; `caches` are readers of every layer, by name."""
+    reference = Reference(model, windows, batch, 1 << 60, step)
+    return reference.scores(), {name: reference.compare(readers, step) for name, readers in caches.items()}
 
 
 def compare_floor(reference: EvalModel, floor: EvalModel, windows: torch.Tensor, *, step: Callable[[int], object]) -> TokenScores:
@@ -103,7 +127,7 @@ def compare_floor(reference: EvalModel, floor: EvalModel, windows: torch.Tensor,
             hidden["floor"] = floor.hidden(ids)[:, :-1]
         step(2 * ids.numel())
         rows.append(score(hidden, ids, reference.logits, {"floor": floor.logits})["floor"])
-    return TokenScores(*(torch.cat(column) for column in zip(*rows, strict=True)))
+    return _joined(rows)
 
 
 @torch.inference_mode()

@@ -3,30 +3,37 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
 from sawkv import __version__
+from sawkv.errors import FormatError, SawkvError
+from sawkv.format.spec import CacheFormat
 from sawkv.lab.budget import Plan
-from sawkv.lab.divergence import Readers, TokenScores, compare, compare_floor, reading_only
-from sawkv.lab.methods import Method, fit
-from sawkv.lab.records import Evaluation, FreeRun, LayerKL, MethodResult, ModelShape
+from sawkv.lab.divergence import Readers, Reference, TokenScores, compare, compare_floor, reading_only
+from sawkv.lab.methods import METHODS, Method, fit
+from sawkv.lab.records import Evaluation, LayerKL, MethodResult, ModelShape
 from sawkv.lab.stress import apply_stress
 from sawkv.lab.tasks import Prompt, free_run, make_prompts, recall
 from sawkv.prepare.model import EvalModel, collect_samples, default_dtype, find_device
-from sawkv.prepare.text import Text, load_text
+from sawkv.prepare.samples import LayerSample
+from sawkv.prepare.text import Text, load_text, with_bos
 
 FLOOR = "bf16_floor"
 REFERENCE = "reference"
+STATES_KEPT = 4 << 30
+"""Bytes of the reference's states that are kept on the CPU for the methods; beyond that they are computed again for each."""
 
 
 def evaluate(
-    model: Path,
+    checkpoint: Path,
     methods: Sequence[Method],
     *,
     text: Path | None = None,
@@ -34,87 +41,136 @@ def evaluate(
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
     quiet: bool = False,
+    before: Evaluation | None = None,
+    keep: Callable[[Evaluation], object] = lambda evaluation: None,
 ) -> Evaluation:
-    """Measure each method on a checkpoint directory.
+    """Measure each method on a checkpoint.
 
     Args:
-        model: the directory.
+        checkpoint: its directory, or a GGUF file.
         methods: what to measure, in this order.
         text: a UTF-8 file; None for the held-out text of a model of this project.
         plan: how much; None for the defaults.
         device, dtype: where and in which dtype the model runs; None for a GPU in bf16 if there is one, else the CPU in fp32.
         quiet: no progress bars.
+        before: what an earlier run of the same found; its methods are not measured again.
+        keep: called with what is found so far, whenever another method has been measured.
 
     Raises:
-        SawkvError: the model, the text or the plan cannot be used.
+        SawkvError: the model, the text or the plan cannot be used, or `before` is of another model, text or plan.
     """
     started = time.monotonic()
     plan = plan or Plan()
     device = device or find_device()
     dtype = dtype or default_dtype(device)
-    source = load_text(model, text)
-    loaded = EvalModel.load(model, device, dtype)
+    loaded = EvalModel.load(checkpoint, device, dtype)
     head_dim = loaded.shape[2]
+    for method in methods:
+        check_fits(method.name, head_dim)
+    source = with_bos(load_text(checkpoint, text), loaded)
     if plan.stress > 1:
         apply_stress(loaded.layers, head_dim, plan.stress)
     windows, calibration = source.split(plan.window, -(-plan.tokens // plan.window), -(-plan.calibration_tokens // plan.window))
-    samples = collect_samples(loaded, calibration, plan.context)
-    caches = {method.name: fit(method, samples) for method in methods}
-    del samples
     prompts = _prompts(source, plan)
-    layer_windows = windows[: -(-plan.layer_tokens // plan.window)]
-    floor_windows = windows[: -(-plan.floor_tokens // plan.window)]
-    passes = 1 + len(caches)
-    total = passes * (windows.numel() + sum(len(prompt.ids) for prompt in prompts)) + 2 * floor_windows.numel()
-    total += layer_windows.numel() * (1 + len(caches)) * len(loaded.layers)
+    floor_windows = windows[: -(-plan.floor_tokens // plan.window)] if plan.floor_tokens else windows[:0]
+    layer_windows = windows[: -(-plan.layer_tokens // plan.window)] if plan.layer_tokens else windows[:0]
+    prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
+    for_method = windows.numel() + prompt_tokens + 2 * layer_windows.numel() * len(loaded.layers)
+    total = windows.numel() + prompt_tokens + 2 * floor_windows.numel() + for_method * len(methods)
     batch = max(1, plan.batch_tokens // plan.window)
 
     with tqdm(total=total, unit=" tokens", unit_scale=True, disable=quiet, dynamic_ncols=True) as bar:
-        bar.set_description("text")
-        reference, scores = compare(loaded, windows, caches, batch=batch, step=bar.update)
-        bar.set_description("noise floor")
-        floor = _floor(loaded, model, floor_windows, plan.stress, bar.update)
-        bar.set_description("layer by layer")
-        by_layer = _by_layer(loaded, layer_windows, caches, batch, bar.update)
-        bar.set_description("recall")
-        recalls = {
-            name: recall(loaded, prompts, readers, tokens_at_once=plan.batch_tokens, step=bar.update)
-            for name, readers in {REFERENCE: None, **caches}.items()
-        }
-        bar.set_description("free running")
-        runs = _free_runs(loaded, windows[: plan.free_runs], caches, plan)
-
-    results = [MethodResult(FLOOR, 16.0, "", False, floor.divergence(), floor.by_position())]
-    for method in methods:
-        name, score = method.name, scores[method.name]
-        results.append(
-            MethodResult(
-                name,
-                method.bits(head_dim),
-                method.served,
-                method.calibrated,
-                score.divergence(),
-                score.by_position(),
-                by_layer[name],
-                recalls[name],
-                runs.get(name),
-            )
+        bar.set_description("16 bits")
+        reference = Reference(loaded, windows, batch, STATES_KEPT, step=bar.update)
+        scores = reference.scores()
+        found = Evaluation(
+            model=checkpoint.resolve().name,
+            shape=ModelShape(len(loaded.layers), *loaded.shape),
+            device=device_name(device),
+            dtype=str(dtype).removeprefix("torch."),
+            text=source.name,
+            window=plan.window,
+            stress=plan.stress,
+            reference=MethodResult(REFERENCE, 8.0 * dtype.itemsize, "", False, scores.divergence(), scores.by_position()),
+            results=(),
+            seconds=0.0,
+            versions=_versions(),
+            plan=plan,
         )
-    return Evaluation(
-        model=model.resolve().name,
-        shape=ModelShape(len(loaded.layers), *loaded.shape),
-        device=device_name(device),
-        dtype=str(dtype).removeprefix("torch."),
-        text=source.name,
-        window=plan.window,
-        stress=plan.stress,
-        reference=MethodResult(
-            REFERENCE, 8.0 * dtype.itemsize, "", False, reference.divergence(), reference.by_position(), recall=recalls[REFERENCE]
-        ),
-        results=tuple(results),
-        seconds=round(time.monotonic() - started, 1),
-        versions=_versions(),
-    )
+        known = {} if before is None else _known(before, found)
+        asked = before.reference.recall if before is not None else None
+        if asked is None:
+            asked = recall(loaded, prompts, None, tokens_at_once=plan.batch_tokens, step=bar.update)
+        else:
+            bar.update(prompt_tokens)
+        found = replace(found, reference=replace(found.reference, recall=asked))
+        continuation = _continuation(loaded, windows[: plan.free_runs], plan)
+        samples: list[LayerSample] | None = None
+
+        def add(result: MethodResult) -> None:
+            nonlocal found
+            seconds = round(time.monotonic() - started + (before.seconds if before else 0.0), 1)
+            found = replace(found, results=(*found.results, result), seconds=seconds)
+            keep(found)
+
+        if len(floor_windows):
+            bar.set_description("noise floor")
+            if FLOOR in known:
+                bar.update(2 * floor_windows.numel())
+                add(known[FLOOR])
+            else:
+                floor = _floor(loaded, checkpoint, floor_windows, plan.stress, bar.update)
+                add(MethodResult(FLOOR, 16.0, "", False, floor.divergence(), floor.by_position()))
+        for number, method in enumerate(methods, 1):
+            name = f"{number}/{len(methods)} {method.name}"
+            if method.name in known:
+                bar.update(for_method)
+                add(known[method.name])
+                continue
+            bar.set_description(f"{name}: fit")
+            samples = samples or collect_samples(loaded, calibration, plan.context)
+            readers = fit(method, samples)
+            bar.set_description(f"{name}: text")
+            score = reference.compare(readers, step=bar.update)
+            bar.set_description(f"{name}: layers")
+            layers = _by_layer(loaded, layer_windows, readers, batch, bar.update)
+            bar.set_description(f"{name}: recall")
+            recalled = recall(loaded, prompts, readers, tokens_at_once=plan.batch_tokens, step=bar.update)
+            run = None if continuation is None else free_run(loaded, *continuation, readers)
+            bits, calibrated = method.bits(head_dim), method.calibrated
+            parts = (score.divergence(), score.by_position(), layers, recalled, run)
+            add(MethodResult(method.name, bits, method.served, calibrated, *parts))
+    return found
+
+
+def check_fits(name: str, head_dim: int) -> None:
+    """Refuse a cache format that the model's heads cannot have, before minutes of work.
+
+    Raises:
+        FormatError: its rotation does not divide head_dim.
+    """
+    if name in METHODS:
+        return
+    try:
+        CacheFormat.parse(name).resolve(head_dim)
+    except FormatError as error:
+        codec = CacheFormat.parse(name).codec
+        raise FormatError(f"{name} does not fit this model: {error}; {codec} takes the rotation that fits") from error
+
+
+def _known(before: Evaluation, now: Evaluation) -> dict[str, MethodResult]:
+    """The results of an earlier run, by method.
+
+    Raises:
+        SawkvError: it was a run of something else.
+    """
+    for field in ("model", "shape", "device", "dtype", "text", "plan"):
+        if getattr(before, field) != getattr(now, field):
+            raise SawkvError(f"--resume: expected a record with the same {field}, {getattr(now, field)}, got {getattr(before, field)}")
+    was, ppl = before.reference.divergence.ppl, now.reference.divergence.ppl
+    if not math.isclose(was, ppl, rel_tol=1e-3):  # the same names, other weights or words
+        raise SawkvError(f"--resume: expected a record of this model and text, whose perplexity is {ppl:.4f}, got one with {was:.4f}")
+    return {result.method: result for result in before.results}
 
 
 def _prompts(source: Text, plan: Plan) -> list[Prompt]:
@@ -134,26 +190,23 @@ def _floor(loaded: EvalModel, folder: Path, windows: torch.Tensor, stress: int, 
 
 
 def _by_layer(
-    loaded: EvalModel, windows: torch.Tensor, caches: Mapping[str, Readers], batch: int, step: Callable[[int], object]
-) -> dict[str, tuple[LayerKL, ...]]:
-    """Each method in one layer at a time."""
-    found: dict[str, list[LayerKL]] = {name: [] for name in caches}
+    loaded: EvalModel, windows: torch.Tensor, readers: Readers, batch: int, step: Callable[[int], object]
+) -> tuple[LayerKL, ...]:
+    """The method in one layer at a time."""
+    found = []
     for layer in range(len(loaded.layers) if len(windows) else 0):
-        alone = {name: reading_only(readers, layer) for name, readers in caches.items()}
-        _, scores = compare(loaded, windows, alone, batch=batch, step=step)
-        for name, score in scores.items():
-            divergence = score.divergence()
-            found[name].append(LayerKL(layer, divergence.mean_kl, divergence.kl_se))
-    return {name: tuple(layers) for name, layers in found.items()}
+        _, scores = compare(loaded, windows, {"": reading_only(readers, layer)}, batch=batch, step=step)
+        divergence = scores[""].divergence()
+        found.append(LayerKL(layer, divergence.mean_kl, divergence.kl_se))
+    return tuple(found)
 
 
-def _free_runs(loaded: EvalModel, windows: torch.Tensor, caches: Mapping[str, Readers], plan: Plan) -> dict[str, FreeRun]:
-    """Greedy continuations of the first halves of `windows`."""
+def _continuation(loaded: EvalModel, windows: torch.Tensor, plan: Plan) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """First halves of `windows`, and how greedy decoding goes on after them."""
     if not len(windows) or not plan.free_run_tokens:
-        return {}
+        return None
     prompts = windows[:, : plan.window // 2]
-    continuation = loaded.continue_greedily(prompts, plan.free_run_tokens)
-    return {name: free_run(loaded, prompts, continuation, readers) for name, readers in caches.items()}
+    return prompts, loaded.continue_greedily(prompts, plan.free_run_tokens)
 
 
 def device_name(device: torch.device) -> str:

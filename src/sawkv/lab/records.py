@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from sawkv.errors import SawkvError
+from sawkv.lab.budget import Plan
 
 R = TypeVar("R")
 
@@ -149,6 +150,7 @@ class Evaluation:
         results: the noise floor first, then one for each method, in the order asked for.
         seconds: wall time.
         versions: of sawkv and what it ran on.
+        plan: how much was to be measured; None in records of old.
     """
 
     model: str
@@ -162,6 +164,7 @@ class Evaluation:
     results: tuple[MethodResult, ...]
     seconds: float
     versions: dict[str, str]
+    plan: Plan | None = None
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self), indent=2) + "\n"

@@ -5,30 +5,39 @@ from __future__ import annotations
 from sawkv.lab.records import Evaluation, MethodResult
 
 
+WIDTH = 80
+HEAD = f"{'method':<27}{'bits':>6}{'mean KL':>9}{'+-':>9}{'p99.9':>8}{'top-1':>8}{'ppl':>10}"
+
+
 def table(evaluation: Evaluation) -> str:
-    """The evaluation in lines of text."""
-    shape = evaluation.shape
-    head = [
-        f"{evaluation.model}: {shape.num_layers} layers, {shape.num_q_heads} query and {shape.num_kv_heads} KV heads of {shape.head_dim}; "
-        f"{evaluation.dtype} on {evaluation.device}; {evaluation.seconds:.0f} s",
-        f"text {evaluation.text}: {evaluation.reference.divergence.tokens:,} predictions in windows of {evaluation.window}"
-        + (f"; stress {evaluation.stress}" if evaluation.stress > 1 else ""),
-        "KL from the model with its cache unquantized, nats a token; +- is one standard error",
+    """The evaluation in lines of text, of at most 80 columns."""
+    shape, reference = evaluation.shape, evaluation.reference
+    stress = f"; stress {evaluation.stress}" if evaluation.stress > 1 else ""
+    lines = [
+        f"{evaluation.model}: {shape.num_layers} layers, {shape.num_q_heads} query and {shape.num_kv_heads} KV heads of {shape.head_dim}{stress}",
+        f"{evaluation.text}: {reference.divergence.tokens:,} predictions in windows of {evaluation.window:,}",
+        f"{evaluation.dtype} on {evaluation.device}, {evaluation.seconds:,.0f} s",
+        "KL in nats a token, from the model with its cache unquantized; +-: one standard error",
         "",
-        f"{'method':<26} {'bits':>6} {'mean KL':>9} {'+-':>8} {'p99.9':>8} {'max':>7} {'top-1':>7} {'ppl':>9} "
-        f"{'pass-key':>9} {'needle':>7} {'same for':>9}",
+        HEAD,
+        *(line(result) for result in (reference, *evaluation.results)),
     ]
-    return "\n".join([*head, *(_line(result) for result in (evaluation.reference, *evaluation.results))])
+    if any(result.recall or result.free_run for result in evaluation.results):
+        lines += ["", f"{'greedy':<27}{'pass-key':>10}{'needle':>10}{'same text for':>18}"]
+        lines += [_greedy(result) for result in (reference, *evaluation.results) if result.recall or result.free_run]
+    return "\n".join(lines)
 
 
-def _line(result: MethodResult) -> str:
+def line(result: MethodResult) -> str:
+    """A method's predictions, under `HEAD`."""
     d = result.divergence
+    return f"{result.method:<27}{result.bits:>6.2f}{d.mean_kl:>9.5f}{d.kl_se:>9.5f}{d.kl_p999:>8.3f}{d.same_top1:>8.1%}{d.ppl:>10.3f}"
+
+
+def _greedy(result: MethodResult) -> str:
     run = result.free_run
-    return (
-        f"{result.method:<26} {result.bits:>6.3f} {d.mean_kl:>9.5f} {d.kl_se:>8.5f} {d.kl_p999:>8.4f} {d.kl_max:>7.3f} {d.same_top1:>7.2%} "
-        f"{d.ppl:>9.4f} {_share(result.recalled('passkey')):>9} {_share(result.recalled('needle')):>7} "
-        f"{'-' if run is None else f'{run.mean:.0f}/{run.limit}':>9}"
-    )
+    same = "" if run is None else f"{run.mean:.0f} of {run.limit} tokens"
+    return f"{result.method:<27}{_share(result.recalled('passkey')):>10}{_share(result.recalled('needle')):>10}{same:>18}"
 
 
 def _share(value: float | None) -> str:

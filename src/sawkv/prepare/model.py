@@ -8,6 +8,7 @@ return unquantized states in such a pass, so a perplexity taken through them mea
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -47,11 +48,26 @@ def default_dtype(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
-def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a checkpoint directory."""
-    with _readable(folder):
-        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(folder)
+def load_tokenizer(checkpoint: Path) -> Tokenizer:
+    """The tokenizer of a checkpoint directory or GGUF file."""
+    with _readable(checkpoint) as source:
+        tokenizer: Tokenizer = AutoTokenizer.from_pretrained(**source)
     return tokenizer
+
+
+def load_model(checkpoint: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of a checkpoint directory or GGUF file, on the CPU; no code of the checkpoint is run, and nothing is fetched.
+
+    Raises:
+        SawkvError: it holds no checkpoint that Transformers can load.
+    """
+    with _readable(checkpoint) as source:
+        if "gguf_file" in source:
+            from transformers import GgufConfig  # not in the oldest
+
+            source["quantization_config"] = GgufConfig(dequantize=True)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(**source, dtype=dtype, local_files_only=True)
+    return model
 
 
 class EvalModel:
@@ -78,15 +94,9 @@ class EvalModel:
         self._head = self._plain_head()
 
     @classmethod
-    def load(cls, folder: Path, device: torch.device | str, dtype: torch.dtype) -> EvalModel:
-        """From a checkpoint directory; no code of the checkpoint is run, and nothing is fetched.
-
-        Raises:
-            SawkvError: the directory holds no checkpoint that Transformers can load.
-        """
-        with _readable(folder):
-            model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True)
-        return cls(model.to(device))  # type: ignore[arg-type]
+    def load(cls, checkpoint: Path, device: torch.device | str, dtype: torch.dtype) -> EvalModel:
+        """From a checkpoint directory or GGUF file, as `load_model` does."""
+        return cls(load_model(checkpoint, dtype).to(device))  # type: ignore[arg-type]
 
     @property
     def device(self) -> torch.device:
@@ -258,29 +268,69 @@ def _attention(
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """The registered attention function: `sdpa` on what the hook gives back."""
-    for name in ("softcap", "s_aux", "sinks"):
-        if kwargs.get(name) is not None:
-            raise UnsupportedError(
-                f"attention: expected a model without {name}, got {type(module).__name__}, which the evaluation cannot attend for"
-            )
     hook = getattr(module, _HOOK, None)
     if hook is not None:
         key, value = hook(module, query, key, value)
-    attended, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    return attended, None
+    softcap, sinks = kwargs.pop("softcap", None), kwargs.pop("s_aux", None)
+    if softcap is None and sinks is None:
+        attended, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+        return attended, None
+    scaling = kwargs.get("scaling")
+    return _capped_attention(
+        query, key, value, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, sinks
+    ), None
+
+
+def _capped_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: torch.Tensor | None,
+    scaling: float,
+    softcap: float | None,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Causal attention with a soft-cap on scores (Gemma 2) or sinks beside them (gpt-oss), which `sdpa` has not.
+
+    Args:
+        query, key, value: [num_rows, heads, length, head_dim].
+        mask: [num_rows, 1, length, length] bool, true where a key is seen; None is causal.
+        scaling: factor of q.k.
+        softcap: scores become softcap * tanh(scores / softcap).
+        sinks: [num_q_heads], scores of a key that is always seen and has no value.
+
+    Returns:
+        [num_rows, length, num_q_heads, head_dim] in the query's dtype.
+    """
+    group, length = query.shape[1] // key.shape[1], query.shape[2]
+    key, value = (x.float().repeat_interleave(group, 1) for x in (key, value))
+    if mask is None:
+        mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+    scores = query.float() @ key.mT * scaling
+    if softcap is not None:
+        scores = softcap * (scores / softcap).tanh()
+    scores = scores.masked_fill(~mask, -math.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)], -1)
+    attended = scores.softmax(-1)[..., :length] @ value
+    return attended.transpose(1, 2).to(query.dtype)
 
 
 @contextlib.contextmanager
-def _readable(folder: Path) -> Iterator[None]:
-    """Checkpoint errors as ours, and no progress bars of Transformers."""
-    if not (folder / "config.json").is_file():
-        raise SawkvError(f"model: expected a checkpoint directory with a config.json, got {folder}")
+def _readable(checkpoint: Path) -> Iterator[dict[str, Any]]:
+    """Arguments of `from_pretrained`; within the block, checkpoint errors as ours, and no progress bars of Transformers."""
+    if checkpoint.suffix == ".gguf" and checkpoint.is_file():
+        source = {"pretrained_model_name_or_path": checkpoint.absolute().parent, "gguf_file": checkpoint.name}
+    elif (checkpoint / "config.json").is_file():
+        source = {"pretrained_model_name_or_path": checkpoint}
+    else:
+        raise SawkvError(f"model: expected a checkpoint directory with a config.json, or a GGUF file, got {checkpoint}")
     bars = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        yield
-    except (OSError, ValueError, KeyError) as error:
-        raise SawkvError(f"model: expected a checkpoint that Transformers loads, got {folder}: {error}") from error
+        yield source
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise SawkvError(f"model: expected a checkpoint that Transformers loads, got {checkpoint}: {error}") from error
     finally:
         if bars:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
+import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 
 from sawkv.errors import SawkvError
-from sawkv.prepare.model import load_tokenizer
+from sawkv.prepare.model import EvalModel, load_tokenizer
 
 Encode = Callable[[str], list[int]]
 """Text to token ids, without special tokens."""
@@ -54,6 +57,39 @@ class Text:
     def _windows(self, ids: torch.Tensor, size: int) -> torch.Tensor:
         rows = ids.view(-1, size)
         return torch.cat([torch.tensor(self.prefix, dtype=torch.int64).expand(len(rows), -1), rows], 1)
+
+
+BOS_GAIN = 0.2
+"""Nats a token that text must be likelier after BOS than without it, before a tokenizer that adds none is overruled."""
+BOS_TOKENS = 512
+"""Of the text, on which that is tried."""
+
+
+def with_bos(text: Text, model: EvalModel) -> Text:
+    """The text with BOS before every window, where the model needs it and its tokenizer adds none; says so on stderr.
+
+    A checkpoint may have lost it on its way, as Gemma 3's does when Transformers reads it from a GGUF file: without BOS its perplexity is
+    several times as high, and nothing measured then says anything of it. Other tokenizers name a BOS and add none on purpose, as Qwen's
+    do. So the model itself is asked.
+    """
+    bos = getattr(model.model.config.get_text_config(), "bos_token_id", None)
+    ids = text.ids[:BOS_TOKENS][None]
+    if not isinstance(bos, int) or bos in text.prefix or ids.shape[1] < 2:
+        return text
+    following = ids[0, 1:].to(model.device)
+    losses = [
+        float(F.cross_entropy(model.logits(model.hidden(row)[0, -len(following) - 1 : -1]), following))
+        for row in (ids, torch.cat([torch.tensor([[bos]]), ids], 1))
+    ]
+    if not losses[0] - losses[1] > BOS_GAIN:
+        return text
+    without, after = (math.exp(loss) for loss in losses)
+    print(
+        f"sawkv: the tokenizer adds no BOS, and the model needs one: perplexity {without:.1f} without it, {after:.1f} after it. "
+        "It is put first in every window; servers need it too (add_bos_token in tokenizer_config.json).",
+        file=sys.stderr,
+    )
+    return replace(text, prefix=(bos, *text.prefix))
 
 
 def load_text(model: Path, file: Path | None) -> Text:

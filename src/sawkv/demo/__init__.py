@@ -1,0 +1,255 @@
+"""The main job, shown: vLLM serves one model in 16 bits and then from INT4 pages, and both are asked the same over the OpenAI API.
+
+What is asked is what a user wants to know: how many tokens the cache holds, how well the model still predicts a page of text, whether it
+recalls a pass-key hidden in it, how fast it answers, and what it writes. Greedy texts part where two words are about as likely:
+Transformers, reading the 16-bit texts in 16 bits too, shows where that happens without any quantization.
+
+The page (`page.txt`) is from Isaac Newton's Opticks, 1704, in the public domain.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import shutil
+import statistics
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Final
+
+from sawkv.errors import UnsupportedError
+from sawkv.format.spec import CacheFormat
+from sawkv.integrations.vllm.client import Client, serving
+from sawkv.integrations.vllm.server import server_command
+
+WIDTH: Final = 80
+QUESTIONS: Final = (
+    "What is the capital of France, and what is it known for?",
+    "Explain in two sentences why the sky is blue.",
+    "Write a Python function that reverses a string.",
+)
+DEPTHS: Final = (0.0, 1 / 3, 2 / 3, 1.0)
+KEYS_EACH: Final = 2
+KEY_LINES: Final = 38
+"""Of the page, in which a key is hidden."""
+KEY_TOKENS: Final = 8
+"""Tokens that an answer may take; a key of five digits takes at most six."""
+WINDOW: Final = 512
+"""Tokens of the page that are read from one empty cache."""
+REQUESTS: Final = 8
+REQUEST_TOKENS: Final = 32
+LEAST_SHARE: Final = 0.95
+"""Of the tokens that the format promises, those that vLLM's blocks must leave."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What one server wrote, greedily.
+
+    Attributes:
+        prompt, tokens: ids.
+        text: the tokens' text.
+    """
+
+    prompt: list[int]
+    tokens: list[int]
+    text: str
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one server showed.
+
+    Attributes:
+        name: of its cache.
+        notice: sawkv's line in its log, or "".
+        kv_tokens: that its cache holds.
+        answers: to `QUESTIONS`.
+        losses: of the page's tokens, in nats.
+        recalled: for each pass-key, whether it was the answer.
+        requests_a_second: with `REQUESTS` at once.
+    """
+
+    name: str
+    notice: str
+    kv_tokens: int
+    answers: list[Answer]
+    losses: list[float]
+    recalled: list[bool]
+    requests_a_second: float
+
+
+def run_demo(model: str, *, cache_format: str, max_tokens: int, kv_cache_memory: int, max_model_len: int) -> int:
+    """Serve `model` twice and print what both showed. Returns 0, or 1 if the format's cache holds fewer tokens than it promises.
+
+    Args:
+        model: a checkpoint directory, or a name that vLLM resolves.
+        cache_format: name of the format to compare with vLLM's 16-bit cache.
+        max_tokens: tokens of an answer.
+        kv_cache_memory: bytes that each server gives to its cache.
+        max_model_len: longest sequence to serve, in tokens.
+    """
+    import torch
+
+    chosen = CacheFormat.parse(cache_format)
+    options = ["--kv-cache-memory-bytes", str(kv_cache_memory), "--max-model-len", str(max_model_len)]
+    if not torch.cuda.device_count():  # a CPU takes minutes to compile a model
+        options.append("--enforce-eager")
+    commands = {
+        "16 bits": server_command(model, None, options),
+        chosen.codec.upper(): [sys.executable, "-m", "sawkv", "serve", model, "--format", cache_format, *options],
+    }
+    outcomes = []
+    for number, (name, command) in enumerate(commands.items(), 1):
+        print(f"[{number}/{len(commands)}] vLLM with its KV cache in {name}", flush=True)
+        outcomes.append(_measure(name, command, max_tokens))
+    wide, narrow = outcomes
+    if not narrow.notice:  # vLLM goes on without a plugin that it cannot load
+        raise UnsupportedError("demo: expected vLLM to run with sawkv, got a log without its line; so there is nothing to compare")
+    print("\n".join(report(wide, narrow, forks(model, wide.answers), kv_cache_memory, model)), flush=True)
+    promised = bytes_a_token(narrow.notice)
+    return 0 if narrow.kv_tokens / wide.kv_tokens >= LEAST_SHARE * promised[1] / promised[0] else 1
+
+
+def bytes_a_token(notice: str) -> tuple[int, int]:
+    """Of one KV head and layer: in the format, and in 16 bits, from sawkv's line in the log."""
+    narrow, wide = (int(notice.split(before)[1].split(after)[0]) for before, after in ((", ", " bytes"), ("(16 bits: ", ")")))
+    return narrow, wide
+
+
+def _measure(name: str, command: Sequence[str], max_tokens: int) -> Outcome:
+    start = time.monotonic()
+
+    def say(stage: str) -> None:
+        print(f"{time.monotonic() - start:8.0f} s  {stage}", flush=True)
+
+    page = (files("sawkv") / "demo" / "page.txt").read_text(encoding="utf-8")
+    with tempfile.TemporaryDirectory(prefix="sawkv-demo-") as folder, serving(command, Path(folder, "log"), say=say) as client:
+        say("it answers; asking questions")
+        answers = [_ask(client, question, max_tokens) for question in QUESTIONS]
+        say("reading a page of text")
+        ids = client.post("/tokenize", {"prompt": page})["tokens"]
+        losses = [-value for part in _windows(ids) for value in client.prompt_logprobs(part)]
+        say("looking for pass-keys in it")
+        recalled = [_recalls(client, page, depth, key) for key in range(KEYS_EACH) for depth in DEPTHS]
+        say(f"{REQUESTS} requests at once")
+        begun = time.monotonic()
+        with ThreadPoolExecutor(REQUESTS) as pool:
+            list(pool.map(lambda i: client.complete(page[200 * i :][:400], max_tokens=REQUEST_TOKENS, ignore_eos=True), range(REQUESTS)))
+        rate = REQUESTS / (time.monotonic() - begun)
+        return Outcome(name, client.notice(), client.kv_tokens(), answers, losses, recalled, rate)
+
+
+def _ask(client: Client, question: str, max_tokens: int) -> Answer:
+    """By the model's chat template, or as plain text where it has none."""
+    options: dict[str, Any] = {"max_tokens": max_tokens, "return_token_ids": True, "temperature": 0}
+    try:
+        found = client.post("/v1/chat/completions", {"messages": [{"role": "user", "content": question}]} | options)
+    except UnsupportedError:
+        found = client.post("/v1/completions", {"prompt": f"{question}\n"} | options)
+    choice = found["choices"][0]
+    text = choice["message"]["content"] if "message" in choice else choice["text"]
+    return Answer(found.get("prompt_token_ids") or choice["prompt_token_ids"], choice["token_ids"], text)
+
+
+def _windows(ids: list[int]) -> list[list[int]]:
+    return [part for first in range(0, len(ids), WINDOW) if len(part := ids[first : first + WINDOW]) > 1]
+
+
+def _recalls(client: Client, page: str, depth: float, number: int) -> bool:
+    """Whether a pass-key stated at `depth` of half the page is recalled at its end."""
+    key = str(random.Random(f"{depth} {number}").randrange(10_000, 100_000))
+    lines = page.splitlines()[:KEY_LINES]
+    lines.insert(round(depth * len(lines)), f"The pass key is {key}.")
+    prompt = "\n".join([*lines, "What is the pass key? The pass key is"])
+    answer: str = client.complete(prompt, max_tokens=KEY_TOKENS)["text"]
+    return answer.strip().startswith(key)
+
+
+def forks(model: str, answers: Sequence[Answer]) -> list[int] | None:
+    """After how many tokens Transformers, in bf16, would have gone on differently from each answer; None where it cannot load the model.
+
+    One pass over prompt and answer decides it: until the first other choice, decoding would have seen the same tokens.
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).to(device)  # type: ignore[arg-type]
+    except (OSError, ValueError, ImportError, RuntimeError):  # RuntimeError: it does not fit
+        return None
+    found = []
+    with torch.inference_mode():
+        for answer in answers:
+            logits = loaded(torch.tensor([answer.prompt + answer.tokens], device=device)).logits[0, len(answer.prompt) - 1 : -1]
+            found.append(first_difference(logits.argmax(-1).tolist(), answer.tokens))
+    return found
+
+
+def first_difference(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many tokens are the same before the first that differs."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def report(wide: Outcome, narrow: Outcome, control: list[int] | None, kv_cache_memory: int, model: str) -> list[str]:
+    """Lines of at most `WIDTH` columns."""
+    lines = []
+    for question, *both in zip(QUESTIONS, wide.answers, narrow.answers, strict=True):
+        lines += ["", *textwrap.wrap(question, WIDTH - 2, initial_indent="> ", subsequent_indent="> ")]
+        for outcome, answer in zip((wide, narrow), both, strict=True):
+            lines += _beside(outcome.name, answer.text)
+    memory = [kv_cache_memory / outcome.kv_tokens for outcome in (wide, narrow)]
+    ppl = [math.exp(statistics.fmean(outcome.losses)) for outcome in (wide, narrow)]
+    keys = [f"{sum(outcome.recalled)} of {len(outcome.recalled)}" for outcome in (wide, narrow)]
+    rates = [outcome.requests_a_second for outcome in (wide, narrow)]
+    rows = [
+        ("", wide.name, narrow.name, ""),
+        ("tokens that the KV cache holds", f"{wide.kv_tokens:,}", f"{narrow.kv_tokens:,}", f"{narrow.kv_tokens / wide.kv_tokens:.2f}x"),
+        ("memory a token, bytes", f"{memory[0]:,.0f}", f"{memory[1]:,.0f}", f"1/{memory[0] / memory[1]:.2f}"),
+        ("perplexity of a page of text", f"{ppl[0]:.2f}", f"{ppl[1]:.2f}", f"{ppl[1] / ppl[0] - 1:+.1%}"),
+        ("pass-keys recalled from the page", *keys, ""),
+        (f"requests a second, {REQUESTS} at once", f"{rates[0]:.2f}", f"{rates[1]:.2f}", f"{rates[1] / rates[0]:.2f}x"),
+    ]
+    lines += ["", *(f"{name:<36}{left:>14}{right:>14}{ratio:>12}" for name, left, right, ratio in rows), ""]
+    lines += _paragraph(about_texts(wide, narrow, control))
+    lines += ["", *_paragraph(f"In sawkv's words: {narrow.notice.removeprefix('sawkv: ')}.")]
+    ratio, change = narrow.kv_tokens / wide.kv_tokens, ppl[1] / ppl[0] - 1
+    lines += ["", *_paragraph(f"In short: {ratio:.2f} times the tokens in the same memory, perplexity {change:+.1%}.")]
+    return [*lines, f"Next: sawkv serve {model}"]
+
+
+def about_texts(wide: Outcome, narrow: Outcome, control: list[int] | None) -> str:
+    """Where the greedy texts part, and where they part without quantization."""
+    lengths = [len(answer.tokens) for answer in wide.answers]
+    parted = [first_difference(a.tokens, b.tokens) for a, b in zip(wide.answers, narrow.answers, strict=True)]
+
+    def said(places: Sequence[int]) -> str:
+        return ", ".join(str(place) if place < length else "not at all" for place, length in zip(places, lengths, strict=True))
+
+    found = (
+        f"Greedy texts part where two words are about as likely, and then go their own ways. Here {narrow.name} parts from 16 bits after "
+    )
+    found += f"this many tokens: {said(parted)}."
+    if control is not None:
+        found += f" Transformers, which rounds its 16 bits otherwise, parts from vLLM's 16 bits after {said(control)}."
+    return found
+
+
+def _beside(name: str, text: str) -> list[str]:
+    """A text to the right of its name."""
+    shown = "".join(c if c.isprintable() or c == "\n" else "?" for c in text.strip().expandtabs(4))
+    width = WIDTH - 10
+    parts = [part for line in shown.split("\n") for part in (textwrap.wrap(line, width, drop_whitespace=False) or [""])]
+    return [f"{name if not i else '':>7} | {part.rstrip()}".rstrip() for i, part in enumerate(parts)]
+
+
+def _paragraph(text: str) -> list[str]:
+    return textwrap.wrap(text, min(WIDTH, shutil.get_terminal_size((WIDTH, 24)).columns))
