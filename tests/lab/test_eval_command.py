@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import random
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,34 +15,35 @@ from sawkv import SawkvError, cli
 from sawkv.lab import evaluate
 from sawkv.lab.budget import Plan
 from sawkv.lab.divergence import mean_and_error
-from sawkv.lab.methods import find_method
+from sawkv.lab.methods import find_method, fit
 from sawkv.lab.records import Evaluation
 from sawkv.lab.tasks import DEPTHS, free_run, make_prompts, recall
 from sawkv.prepare.model import EvalModel
-from sawkv.prepare.text import Text, load_text
+from sawkv.prepare.text import Text, load_text, with_bos
 
 MODEL = next(Path("models").glob("sawkv-*"))
 
 
 def test_eval_writes_records_and_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--formats", "default,int4_plain", "--tokens", "512", "--window", "128", "--calibration-tokens", "256"]
+    arguments = ["--formats", "prepared,int4_plain", "--tokens", "512", "--window", "128", "--calibration-tokens", "256"]
     arguments += ["--layer-tokens", "128", "--recall-lengths", "96", "--recall-count", "1", "--free-runs", "1", "--stress", "16", "--quiet"]
     assert cli.main(["eval", str(MODEL), *arguments, "--out", str(tmp_path / "new" / "eval.json")]) == 0
     shown = capsys.readouterr().out
     evaluation = Evaluation.from_json((tmp_path / "new" / "eval.json").read_text())
     assert Evaluation.from_json(evaluation.to_json()) == evaluation
-    assert [result.method for result in evaluation.results] == ["bf16_floor", "default", "int4_plain"]
+    assert [result.method for result in evaluation.results] == ["bf16_floor", "prepared", "int4_plain"]
     assert all(result.method in shown for result in (evaluation.reference, *evaluation.results))
-    floor, default, plain = evaluation.results
-    assert floor.divergence.mean_kl < default.divergence.mean_kl < plain.divergence.mean_kl
-    assert default.divergence.tokens == 4 * 127
-    assert default.bits == 4.25
-    assert [layer.layer for layer in default.by_layer] == list(range(evaluation.shape.num_layers))
-    assert all(0 < layer.mean_kl < plain.divergence.mean_kl for layer in default.by_layer)
-    assert {(cell.task, cell.depth) for cell in default.recall} == {(task, depth) for task in ("passkey", "needle") for depth in DEPTHS}
+    assert max(map(len, shown.splitlines())) <= 80
+    floor, prepared, plain = evaluation.results
+    assert floor.divergence.mean_kl < prepared.divergence.mean_kl < plain.divergence.mean_kl
+    assert prepared.divergence.tokens == 4 * 127
+    assert prepared.bits == 4.25
+    assert [layer.layer for layer in prepared.by_layer] == list(range(evaluation.shape.num_layers))
+    assert all(0 < layer.mean_kl < plain.divergence.mean_kl for layer in prepared.by_layer)
+    assert {(cell.task, cell.depth) for cell in prepared.recall} == {(task, depth) for task in ("passkey", "needle") for depth in DEPTHS}
     assert evaluation.reference.passkey == 1.0
-    assert default.free_run is not None
-    assert 0 <= default.free_run.mean <= default.free_run.limit
+    assert prepared.free_run is not None
+    assert 0 <= prepared.free_run.mean <= prepared.free_run.limit
 
 
 @pytest.mark.parametrize(("plan", "context"), [({"recall_count": 1}, 160), ({"recall_count": 0}, 64), ({"recall_lengths": ()}, 64)])
@@ -56,7 +58,7 @@ def test_methods_learn_at_the_positions_that_are_read(plan: dict[str, Any], cont
     monkeypatch.setattr(evaluate, "collect_samples", stop)
     with pytest.raises(KeyboardInterrupt):
         evaluate.evaluate(
-            MODEL, [find_method("default")], plan=Plan(window=64, **({"recall_lengths": (96, 160)} | plan)), device=torch.device("cpu")
+            MODEL, [find_method("prepared")], plan=Plan(window=64, **({"recall_lengths": (96, 160)} | plan)), device=torch.device("cpu")
         )
     assert asked == [context]
 
@@ -77,6 +79,87 @@ def test_another_model_needs_a_text(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "got 'int3'" in capsys.readouterr().err
     assert cli.main(["eval", str(tmp_path), "--window", "8"]) == 2
     assert "expected at least 32 tokens" in capsys.readouterr().err
+
+
+SMALL = ["--tokens", "128", "--window", "64", "--calibration-tokens", "64", "--layer-tokens", "0", "--floor-tokens", "0"]
+SMALL += ["--recall-count", "0", "--free-runs", "0", "--quiet", "--device", "cpu"]
+
+
+def test_a_stopped_run_keeps_its_methods_and_is_resumed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "eval.json"
+    command = ["eval", str(MODEL), *SMALL, "--out", str(out), "--formats"]
+
+    def stop(method: Any, samples: Any) -> Any:
+        if method.name == "int4_plain":
+            raise KeyboardInterrupt
+        return fit(method, samples)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "fit", stop)
+        assert cli.main([*command, "int8,int4_plain,fp8"]) == 130
+    kept = Evaluation.from_json(out.read_text())
+    assert [result.method for result in kept.results] == ["int8"], "a floor of 0 tokens is left out"
+    marked = dataclasses.replace(kept.results[0].divergence, kl_max=123.0)  # what a second measurement would not give
+    out.write_text(dataclasses.replace(kept, results=(dataclasses.replace(kept.results[0], divergence=marked),)).to_json())
+    assert cli.main([*command, "int8,int4_plain", "--resume"]) == 0
+    first, second = Evaluation.from_json(out.read_text()).results
+    assert (first.divergence, second.method) == (marked, "int4_plain")
+    capsys.readouterr()
+    assert cli.main([*command, "int8", "--resume", "--window", "128"]) == 2
+    assert "expected a record with the same plan" in capsys.readouterr().err
+    other = dataclasses.replace(kept, reference=dataclasses.replace(kept.reference, divergence=dataclasses.replace(marked, ppl=2.0)))
+    out.write_text(other.to_json())
+    assert cli.main([*command, "int8", "--resume"]) == 2
+    assert "expected a record of this model and text, whose perplexity is" in capsys.readouterr().err
+    assert out.read_text() == other.to_json()
+    assert cli.main(["eval", str(MODEL), *SMALL, "--resume"]) == 2
+    assert "expected --out FILE" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["eval", "analyze"])
+def test_a_format_that_does_not_fit_the_heads_is_refused_before_any_pass(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: Any) -> None:
+        raise AssertionError("a pass")
+
+    monkeypatch.setattr(EvalModel, "hidden", fail)
+    assert cli.main([command, str(MODEL), "--formats", "int8,int4-k256-v0"]) == 2
+    assert "int4-k256-v0 does not fit this model" in capsys.readouterr().err
+
+
+class Bigram:
+    """A model that predicts well only in windows that begin with BOS."""
+
+    def __init__(self, bos: int | None, gain: float) -> None:
+        config = SimpleNamespace(bos_token_id=bos)
+        self.model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config))
+        self.device, self._bos, self._gain = torch.device("cpu"), bos, gain
+
+    def hidden(self, ids: torch.Tensor) -> torch.Tensor:
+        sharp = self._gain if int(ids[0, 0]) == self._bos else 0.0
+        return torch.nn.functional.one_hot((ids + 1) % 50, 50) * sharp
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden.float()
+
+
+@pytest.mark.parametrize(
+    ("bos", "gain", "prefix", "wanted"),
+    [(7, 4.0, (), (7,)), (7, 0.0, (), ()), (None, 4.0, (), ()), (7, 4.0, (7,), (7,))],
+    ids=["lost", "needless", "none", "added"],
+)
+def test_a_lost_bos_is_put_back_and_said(
+    bos: int | None, gain: float, prefix: tuple[int, ...], wanted: tuple[int, ...], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the model predicts better after it; Qwen's and SmolLM2's tokenizers name one too, and rightly add none."""
+    text = Text("t", torch.arange(10, 40), prefix, lambda text: [])
+    assert with_bos(text, Bigram(bos, gain)).prefix == wanted  # type: ignore[arg-type]
+    said = capsys.readouterr().err
+    assert said.count("adds no BOS") == (wanted != prefix)
+    assert not said or "perplexity 50.0 without it, " in said
 
 
 def test_windows_and_calibration_are_apart() -> None:

@@ -23,7 +23,7 @@ from tests.conftest import relative_error
 
 NAMES = [*METHODS, "bf16", "int8", "int4-k16-v0", "int4-k64-v64"]
 BITS = {
-    "default": 4.25,
+    "prepared": 4.25,
     "fp8": 8,
     "vllm_int4_per_token_head": 4.25,
     "int8_plain": 8.25,
@@ -213,7 +213,7 @@ def test_kmeans_finds_clusters() -> None:
 
 def test_names() -> None:
     assert all(find_method(name).name == name for name in NAMES)
-    with pytest.raises(FormatError, match="one of default, fp8"):
+    with pytest.raises(FormatError, match="one of prepared, fp8"):
         find_method("int5")
     with pytest.raises(FormatError, match="divisor of head_dim 64"):
         find_method("int4-k128-v128").fit(make_sample(head_dim=64))

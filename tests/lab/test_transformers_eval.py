@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from sawkv import CacheFormat, PagedKVCache, PageLayout, SawkvError, UnsupportedError, append, decode_attention
 from sawkv.lab.divergence import compare, compare_floor, reading_only, score
@@ -14,7 +14,7 @@ from sawkv.lab.methods import find_method, fit
 from sawkv.lab.stress import apply_stress, stressed_pairs
 from sawkv.prepare.balance import balance, scale_values, write_balanced
 from sawkv.prepare.corpus import preparation_positions
-from sawkv.prepare.model import EvalModel, collect_samples
+from sawkv.prepare.model import EvalModel, collect_samples, load_tokenizer
 from sawkv.prepare.samples import layer_sample
 from sawkv.prepare.text import load_text
 
@@ -33,15 +33,22 @@ def small_model(kind: str = "qwen3", **options: object) -> EvalModel:
         "head_dim": 64,
         "initializer_range": 0.2,
     }
-    config, model = {"qwen3": (Qwen3Config, Qwen3ForCausalLM), "llama": (LlamaConfig, LlamaForCausalLM)}[kind]
-    return EvalModel(model(config(**shape | options)))
+    if kind == "gemma2":
+        options |= {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "sliding_window": 8, "query_pre_attn_scalar": 64}
+    if kind == "gpt_oss":
+        options |= {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 8}
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape | options))
+    for name, parameter in model.named_parameters():
+        if name.endswith("sinks"):
+            torch.nn.init.normal_(parameter, std=2)
+    return EvalModel(model)
 
 
 def logits(model: EvalModel, ids: torch.Tensor) -> torch.Tensor:
     return model.logits(model.hidden(ids))
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "llama"])
+@pytest.mark.parametrize("kind", ["qwen3", "llama", "gemma2", "gpt_oss"])
 def test_unquantized_it_is_the_model(kind: str) -> None:
     model = small_model(kind)
     assert len(model.layers) == 2
@@ -130,7 +137,7 @@ def test_later_tokens_change_nothing() -> None:
     ids = torch.randint(0, 512, (1, 24))
     other = ids.clone()
     other[:, 12:] = torch.randint(0, 512, (1, 12))
-    readers = fit(find_method("default"), collect_samples(model, ids))
+    readers = fit(find_method("prepared"), collect_samples(model, ids))
     with model.reading(readers):
         torch.testing.assert_close(logits(model, ids)[:, :12], logits(model, other)[:, :12], rtol=1e-4, atol=1e-4)
 
@@ -277,3 +284,49 @@ def test_greedy_continuation_is_that_of_transformers() -> None:
         ids, max_new_tokens=8, do_sample=False, eos_token_id=-1
     )
     assert torch.equal(model.continue_greedily(ids, 8), want[:, 40:])
+
+
+def test_a_gguf_file_is_a_checkpoint_too(tmp_path: Path) -> None:
+    """Weights, shape and tokenizer of a small Llama, written by the gguf library; nothing is unpacked beside it."""
+    gguf = pytest.importorskip("gguf")
+    pytest.importorskip("accelerate")
+    hidden, layers, heads, kv_heads, vocabulary = 64, 2, 4, 2, 259
+    file = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_block_count(layers)
+    writer.add_context_length(128)
+    writer.add_embedding_length(hidden)
+    writer.add_feed_forward_length(96)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(kv_heads)
+    writer.add_layer_norm_rms_eps(1e-6)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_rope_dimension_count(hidden // heads)
+    writer.add_vocab_size(vocabulary)
+    writer.add_tokenizer_model("gpt2")
+    words = [chr(256 + i) for i in range(255)]
+    writer.add_token_list([*words, words[0] + words[1], *(f"<|{i}|>" for i in range(3))])
+    writer.add_token_types([1] * 256 + [3] * 3)
+    writer.add_token_merges([f"{words[0]} {words[1]}"])
+    writer.add_bos_token_id(257)
+    writer.add_eos_token_id(258)
+    embedding = torch.randn(vocabulary, hidden)
+    writer.add_tensor("token_embd.weight", embedding.numpy())
+    writer.add_tensor("output_norm.weight", torch.ones(hidden).numpy())
+    sizes = {"attn_q": (hidden, hidden), "attn_k": (hidden // 2, hidden), "attn_v": (hidden // 2, hidden), "attn_output": (hidden, hidden)}
+    sizes |= {"ffn_gate": (96, hidden), "ffn_up": (96, hidden), "ffn_down": (hidden, 96)}
+    for layer in range(layers):
+        for name, size in sizes.items():
+            writer.add_tensor(f"blk.{layer}.{name}.weight", (torch.randn(size) / 8).numpy())
+        for name in ("attn_norm", "ffn_norm"):
+            writer.add_tensor(f"blk.{layer}.{name}.weight", torch.ones(hidden).numpy())
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+        write()
+    model = EvalModel.load(file, "cpu", torch.float32)
+    assert model.shape == (heads, kv_heads, hidden // heads)
+    torch.testing.assert_close(model.model.get_input_embeddings().weight, embedding)
+    assert bool(logits(model, torch.randint(0, 256, (1, 20))).isfinite().all())
+    assert load_tokenizer(file).eos_token_id == 258
+    assert list(tmp_path.iterdir()) == [file]
+    with pytest.raises(SawkvError, match="a GGUF file, got"):
+        load_tokenizer(tmp_path / "missing.gguf")

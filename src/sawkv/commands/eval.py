@@ -8,7 +8,7 @@ from sawkv.commands import options
 from sawkv.lab.budget import Plan
 
 SUMMARY = "what cache formats and other methods cost on a model: KL, perplexity, recall"
-DEFAULT_FORMATS = "default,int8,fp8,vllm_int4_per_token_head,int4_plain"
+DEFAULT_FORMATS = "prepared,int8,fp8,vllm_int4_per_token_head,int4_plain"
 DTYPES = ("bfloat16", "float16", "float32")
 
 

@@ -1,7 +1,8 @@
-"""`sawkv analyze`: what K and V of a model look like, what each way of storing them does to attention, and the format to take.
+"""`sawkv analyze`: what K and V of a model look like, what each way of storing them does to attention, and whether 4 bits will do.
 
-Layers are looked at one by one on the states of the unquantized model, so errors here do not build up from layer to layer as they do when
-the model runs: `sawkv eval` measures that. Attention errors are taken at a sample of queries spread over each window.
+What is served is prepared by itself, so the one thing left to decide is whether that is enough or 8 bits are needed. Layers are looked at
+one by one on the states of the unquantized model, so errors here do not build up from layer to layer as they do when the model runs:
+`sawkv eval` measures that. Attention errors are taken at a sample of queries spread over each window.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,35 +20,29 @@ import torch
 from tqdm import tqdm
 
 from sawkv.files import check_writable, writing
-from sawkv.format.spec import CacheFormat
-from sawkv.lab.methods import METHODS, Method, find_method, fit
+from sawkv.lab.methods import Method, check_fits, find_method, fit
 from sawkv.lab.records import ModelShape, parse_record
 from sawkv.lab.stress import apply_stress
 from sawkv.prepare.model import EvalModel, collect_samples, default_dtype, find_device
 from sawkv.prepare.samples import LayerStates, Reader
-from sawkv.prepare.text import load_text
+from sawkv.prepare.text import load_text, with_bos
 
 CALIBRATION_WINDOWS = 2
 QUERIES = 256
 """Queries of each window and head at which attention is compared."""
-TOLERANCE = 1.05
-"""A simpler format is taken if its error is at most this many times the least."""
 MAX_OUTPUT_ERROR = 0.1
 """Error of a layer's attention output, as a share of its variance, above which 8 bits are recommended."""
 
-MIN_ORDER = 16
-"""The smallest rotation compared."""
+PREPARED, WIDER = "prepared", "int8"
+"""What `sawkv serve` serves by itself, and what it serves with more bits."""
 NAMES = {
-    "default": "balanced and calibrated",
-    "int4_center": "centered",
-    "int4_center_feedback": "calibrated",
-    "int4_center_plain": "centered without rotation",
-    "int4_balanced": "balanced",
-    "int4_plain": "plain int4",
+    "int4": "int4, unprepared",
+    "int4_plain": "int4, unrotated",
+    "vllm_int4_per_token_head": "vLLM's own int4",
     "reference": "unquantized",
     "bf16_floor": "16-bit noise",
 }
-"""What people read in place of some methods' names; calibrated is centered and with feedback, as `sawkv calibrate` does it."""
+"""What people read in place of some methods' names."""
 
 Grid = tuple[tuple[float, ...], ...]
 
@@ -118,33 +114,22 @@ class Recommendation:
     """What to serve.
 
     Attributes:
-        format: name of a cache format.
-        balance: whether `sawkv balance` should rewrite the checkpoint first.
-        calibrate: whether centers and feedback are worth their file.
-        method: the method measured that this is, or "".
+        method: the method that it is, one of those measured; "" if none of sawkv's was.
         reason: one sentence an entry.
     """
 
-    format: str
-    balance: bool
-    calibrate: bool
     method: str
     reason: tuple[str, ...]
 
     @property
-    def extras(self) -> str:
-        """What goes with the format, for people."""
-        parts = ["balanced channels"] * self.balance + ["centers and feedback of K and V"] * self.calibrate
-        return f", with {' and '.join(parts)}" if parts else ""
+    def title(self) -> str:
+        """In a few words."""
+        return {PREPARED: "int4, prepared: nothing to do", WIDER: "int8, prepared"}.get(self.method, "nothing, for want of measurements")
 
-    def commands(self) -> list[str]:
+    @property
+    def command(self) -> str:
         """What to type."""
-        model = "BALANCED" if self.balance else "MODEL"
-        return [
-            *(["sawkv balance MODEL --out BALANCED"] if self.balance else []),
-            *([f"sawkv calibrate {model} --format {self.format} --out centers.safetensors"] if self.calibrate else []),
-            f"sawkv serve {model} {'--calibration centers.safetensors' if self.calibrate else f'--format {self.format}'}",
-        ]
+        return "sawkv serve MODEL" + (f" --format {WIDER}" if self.method == WIDER else "")
 
 
 @dataclass(frozen=True)
@@ -223,10 +208,12 @@ def run_analyze(
     if out is not None:
         check_writable(out)
     chosen = None if methods is None else [find_method(name) for name in methods]
-    text = load_text(model_folder, text_file)
-    scored, calibrating = text.split(window, windows, CALIBRATION_WINDOWS)
     where = find_device(device)
     model = EvalModel.load(model_folder, where, default_dtype(where))
+    for method in chosen or ():
+        check_fits(method.name, model.shape[2])
+    text = with_bos(load_text(model_folder, text_file), model)
+    scored, calibrating = text.split(window, windows, CALIBRATION_WINDOWS)
     if stress > 1:
         apply_stress(model.layers, model.shape[2], stress)
     analysis = analyze(model, scored, calibrating, chosen, name=model_folder.resolve().name, text=text.name, stress=stress)
@@ -260,7 +247,7 @@ def analyze(
     """
     started = time.monotonic()
     num_q_heads, num_kv_heads, head_dim = model.shape
-    methods = default_methods(head_dim) if methods is None else methods
+    methods = default_methods() if methods is None else methods
     num_layers = len(model.layers)
     samples = collect_samples(model, calibrating)
     readers = [fit(method, samples) for method in tqdm(methods, desc="fitting", unit="method", leave=False, disable=None)]
@@ -270,7 +257,7 @@ def analyze(
     progress = tqdm(total=len(windows) * num_layers, desc="measuring", unit="layer", leave=False, disable=None)
     for ids in torch.split(windows, 1):
         for layer, states in enumerate(model.states(ids)):
-            attention = _Attention(states, getattr(model.layers[layer], "sliding_window", None))
+            attention = _Attention.of(states, model.layers[layer])
             stats[layer].add(states, attention)
             for i in range(len(methods)):
                 errors[i][layer].add(states, attention, readers[i][layer])
@@ -299,61 +286,33 @@ def analyze(
         rope_theta=float(rope.get("rope_theta") or 0),
         layers=tuple(stat.result() for stat in stats),
         methods=found,
-        recommendation=recommend(found, head_dim),
+        recommendation=recommend(found),
         seconds=round(time.monotonic() - started, 1),
     )
 
 
-def default_methods(head_dim: int) -> list[Method]:
-    """Controls and peers, and what `recommend` chooses among."""
-    return [METHODS["fp8"], METHODS["vllm_int4_per_token_head"], *(find_method(name) for name in _candidates(head_dim))]
+def default_methods() -> list[Method]:
+    """What is served, what it would be without preparation or with 8 bits, and what others serve."""
+    return [find_method(name) for name in (PREPARED, "int4", "int4_plain", WIDER, "fp8", "vllm_int4_per_token_head")]
 
 
-def _candidates(head_dim: int) -> dict[str, tuple[str, bool, bool]]:
-    """Methods that sawkv serves, those that ask for less first: the format, whether to balance and whether to calibrate."""
-    order = CacheFormat("int4").resolve(head_dim).k_rotation_order
-    rotated, wide = f"int4-k{order}-v{order}", f"int8-k{order}-v{order}"
-    found = {name: (name, False, False) for name in (rotated, f"int4-k{order}-v0", f"int4-k{MIN_ORDER}-v{MIN_ORDER}")}
-    return found | {
-        "int4_plain": ("int4-k0-v0", False, False),
-        "int4_center_feedback": (rotated, False, True),
-        "int4_center_plain": ("int4-k0-v0", False, True),
-        "int4_balanced": (rotated, True, False),
-        "default": (rotated, True, True),
-        wide: (wide, False, False),
-    }
-
-
-def recommend(errors: Sequence[MethodError], head_dim: int) -> Recommendation:
-    """The 4-bit format that disturbs attention least, or 8 bits where every one disturbs it much; simple rules, said in the reason."""
-    candidates = _candidates(head_dim)
+def recommend(errors: Sequence[MethodError]) -> Recommendation:
+    """4 bits, or 8 where a layer's attention is disturbed much."""
     known = {error.method: error for error in errors}
-    narrow = [known[name] for name in candidates if name in known and not name.startswith("int8")]
-    if not narrow:
-        rotated = next(iter(candidates))
-        return Recommendation(rotated, False, False, "", ("The default: no 4-bit format of sawkv was among the methods measured.",))
-    least = min(error.mean_output for error in narrow)
-    best = next(error for error in narrow if error.mean_output <= TOLERANCE * least)
-    others = sorted((error for error in narrow if error is not best), key=lambda error: error.mean_output)
-    lost = f"an error of {best.mean_output:.2%} of the variance of the attention output"
-    if best.mean_output == least:
-        reason = [f"Of the formats of {best.bits:g} bits it disturbs attention least: {lost}."]
-    else:
-        reason = [f"The simplest of the {best.bits:g}-bit formats that are within {TOLERANCE - 1:.0%} of the best: {lost}."]
+    if PREPARED not in known:
+        return Recommendation("", (f"`{PREPARED}`, which is served, was not among the methods measured.",))
+    found = known[PREPARED]
+    layer, worst = found.worst
+    lost = f"{found.mean_output:.2%} of the variance of the attention output; {worst:.2%} in layer {layer}, the worst"
+    reason = [f"Prepared, {found.bits:g} bits lose {lost}."]
+    others = [known[name] for name in ("int4", "vllm_int4_per_token_head", "fp8") if name in known]
     if others:
-        reason.append("Others: " + ", ".join(f"{label(error.method)} {error.mean_output:.2%}" for error in others) + ".")
-    layer, worst = best.worst
-    reason.append(f"Its worst layer is {layer}, at {worst:.2%}.")
-    method = best.method
+        reason.append("Others: " + ", ".join(f"{label(error.method)} {_percent(error.mean_output)}" for error in others) + ".")
     if worst > MAX_OUTPUT_ERROR:
-        method = next(name for name in candidates if name.startswith("int8"))
-        reason = [
-            f"No 4-bit format keeps the error of every layer's attention output under {MAX_OUTPUT_ERROR:.0%} of its variance: "
-            f"{label(best.method)} errs by {worst:.2%} in layer {layer}.",
-            *(f"At 8 bits it is {known[method].mean_output:.2%} over all." for _ in range(method in known)),
-        ]
+        reason.append(f"A layer that loses more than {MAX_OUTPUT_ERROR:.0%} asks for 8 bits.")
+        reason += [f"They lose {known[WIDER].mean_output:.2%}." for _ in range(WIDER in known)]
     reason.append("How far the model's predictions move is for `sawkv eval` to measure.")
-    return Recommendation(*candidates[method], method, tuple(reason))
+    return Recommendation(WIDER if worst > MAX_OUTPUT_ERROR else PREPARED, tuple(reason))
 
 
 def label(method: str) -> str:
@@ -364,7 +323,9 @@ def label(method: str) -> str:
 class _Attention:
     """The unquantized attention of one window and layer, at a sample of queries."""
 
-    def __init__(self, states: LayerStates, sliding_window: int | None) -> None:
+    def __init__(
+        self, states: LayerStates, sliding_window: int | None = None, softcap: float | None = None, sinks: torch.Tensor | None = None
+    ) -> None:
         num_tokens, num_kv_heads, head_dim = states.k.shape
         device = states.k.device
         first = min(16, num_tokens - 1)  # the first queries see too few keys
@@ -376,16 +337,33 @@ class _Attention:
         # [num_kv_heads, group * queries, head_dim]
         self.q = states.q.view(num_tokens, num_kv_heads, -1, head_dim)[self.position].permute(1, 2, 0, 3).flatten(1, 2)
         self.q = self.q * states.softmax_scale
+        self.softcap = softcap
+        # [num_kv_heads, group * queries, 1]: the score of a key that is always seen and has no value
+        self.sinks = None if sinks is None else sinks.float().view(num_kv_heads, -1, 1).repeat_interleave(len(self.position), 1)
         self.scores = self._scores(states.k)
-        self.weights = self.scores.softmax(-1)
+        self.weights = self._weights(self.scores)
         self.output = self.weights @ states.v.transpose(0, 1)
         by_query = self._by_query(self.output)
         self.variance = (by_query - by_query.mean(2, keepdim=True)).square().sum((1, 2, 3))
 
+    @classmethod
+    def of(cls, states: LayerStates, layer: torch.nn.Module) -> _Attention:
+        """As an attention module of Transformers does it."""
+        names = ("sliding_window", "attn_logit_softcapping", "sinks")
+        return cls(states, *(getattr(layer, name, None) for name in names))
+
     def _scores(self, k: torch.Tensor) -> torch.Tensor:
         """[num_kv_heads, group * queries, keys], -inf where a key is hidden."""
         scores = self._by_query(self.q @ k.permute(1, 2, 0))
+        if self.softcap:
+            scores = self.softcap * (scores / self.softcap).tanh()
         return scores.masked_fill(self.hidden, -math.inf).flatten(1, 2)
+
+    def _weights(self, scores: torch.Tensor) -> torch.Tensor:
+        """Of the keys; with a sink they add up to less than 1."""
+        if self.sinks is None:
+            return scores.softmax(-1)
+        return torch.cat([scores, self.sinks], -1).softmax(-1)[..., :-1]
 
     def sink(self) -> torch.Tensor:
         """[num_q_heads], mean over queries of the first key's weight."""
@@ -402,7 +380,7 @@ class _Attention:
         delta = (scores - self.scores).nan_to_num(nan=0.0)  # hidden keys: -inf less -inf
         offset = (self.weights * delta).sum(-1, keepdim=True)
         spread = (self.weights * (delta - offset).square()).sum((1, 2))
-        lost = (scores.softmax(-1) @ v.transpose(0, 1) - self.output).square().sum((1, 2))
+        lost = (self._weights(scores) @ v.transpose(0, 1) - self.output).square().sum((1, 2))
         return spread, lost, self.variance
 
 
@@ -467,41 +445,44 @@ def _grid(x: torch.Tensor) -> Grid:
 
 
 def describe(analysis: Analysis) -> str:
-    """The analysis as text for a terminal, 100 columns or so."""
+    """The analysis as text for a terminal, of at most 80 columns."""
     shape = analysis.shape
     lines = [
         f"{analysis.name}: {shape.num_layers} layers, {shape.num_q_heads} query heads, {shape.num_kv_heads} KV heads of {shape.head_dim}",
         f"{analysis.text} text, {analysis.windows} x {analysis.window:,} tokens, {analysis.dtype} on {analysis.device}, "
         f"{analysis.seconds:.0f} s",
         "",
-        "layer     K offset  outlier  by RoPE pair, fast to slow      V offset  outlier     first token: attention   |k|",
+        f"{'':5}{'K':^47}{'V':^14}{'first token':>14}",
+        f"{'layer':5}{'offset':>8}{'outlier':>9}  {'by RoPE pair, fast to slow':<{PAIR_CELLS}}"
+        f"{'offset':>8}{'outlier':>9}{'attn':>6}{'|k|':>7}",
     ]
     for index, layer in enumerate(analysis.layers):
         lines.append(
-            f"{index:>5}{_mean(layer.k.offset):>12.0%}{_mean(layer.k.outlier):>8.1f}x  {_pairs(layer.k):<28}{_mean(layer.v.offset):>9.0%}"
-            f"{_mean(layer.v.outlier):>8.1f}x{_mean(layer.sink):>23.0%}{_mean(layer.sink_norm):>9.1f}x"
+            f"{index:>5}{_mean(layer.k.offset):>8.0%}{_mean(layer.k.outlier):>8.1f}x  {_pairs(layer.k):<{PAIR_CELLS}}"
+            f"{_mean(layer.v.offset):>8.0%}{_mean(layer.v.outlier):>8.1f}x{_mean(layer.sink):>6.0%}{_mean(layer.sink_norm):>6.1f}x"
         )
     lines += [
-        "offset: energy that is one static vector, which a center removes.  outlier: largest channel over the median one.",
+        "offset: energy in one static vector.  outlier: largest channel / median one.",
         "",
-        f"{'stored as':<28}{'bits':>6}{'error of K':>13}{'of V':>10}{'of scores':>13}{'of attention':>15}{'worst layer':>15}",
+        f"{'  stored as':<22}{'bits':>6}{'K':>9}{'V':>9}{'scores':>12}{'attention':>10}{'worst':>12}",
     ]
     for error in sorted(analysis.methods, key=lambda error: (error.bits, error.mean_output)):
         worst_layer, worst = error.worst
         mark = "->" if error.method == analysis.recommendation.method else "  "
+        place = f"{_percent(worst)} in {worst_layer}"
         lines.append(
-            f"{mark} {label(error.method):<25}{error.bits:>6.2f}{mean(error.k):>13.3%}{mean(error.v):>10.3%}{mean(error.score):>8.4f} nats"
-            f"{error.mean_output:>15.3%}{worst:>10.3%} in {worst_layer}"
+            f"{mark}{label(error.method):<20}{error.bits:>6.2f}{_percent(mean(error.k)):>9}{_percent(mean(error.v)):>9}"
+            f"{mean(error.score):>7.4f} nats{_percent(error.mean_output):>10}{place:>12}"
         )
     advice = analysis.recommendation
-    lines += [
-        "errors are squared, as shares of the variance of K, of V and of the attention output",
-        "",
-        f"Recommended: {advice.format}{advice.extras}",
-        *(f"  {sentence}" for sentence in advice.reason),
-        *(f"  $ {command}" for command in advice.commands()),
-    ]
-    return "\n".join(lines)
+    lines += ["Squared errors, as shares of the variance of K, V and the attention output.", "", f"Recommended: {advice.title}"]
+    lines += [line for sentence in advice.reason for line in textwrap.wrap(sentence, 78, initial_indent="  ", subsequent_indent="  ")]
+    return "\n".join([*lines, f"  $ {advice.command}"])
+
+
+def _percent(share: float) -> str:
+    """Of at most seven columns."""
+    return f"{share:.2%}" if share < 1 else f"{min(share, 9999):.0%}"
 
 
 def _mean(values: Sequence[float]) -> float:
@@ -514,7 +495,10 @@ def pair_energy(stats: ChannelStats) -> list[float]:
     return [_mean([row[i] ** 2 + row[i + half] ** 2 for row in stats.rms]) for i in range(half)]
 
 
-def _pairs(stats: ChannelStats, width: int = 26) -> str:
+PAIR_CELLS = 26
+
+
+def _pairs(stats: ChannelStats, width: int = PAIR_CELLS) -> str:
     """Energy by RoPE pair as a line of blocks, log scale over three decades."""
     energy = pair_energy(stats)
     width = min(width, len(energy))

@@ -14,11 +14,10 @@ import torch
 from tqdm import tqdm
 
 from sawkv import __version__
-from sawkv.errors import FormatError, SawkvError
-from sawkv.format.spec import CacheFormat
+from sawkv.errors import SawkvError
 from sawkv.lab.budget import Plan
 from sawkv.lab.divergence import Readers, Reference, TokenScores, compare, compare_floor, reading_only
-from sawkv.lab.methods import METHODS, Method, fit
+from sawkv.lab.methods import Method, check_fits, fit
 from sawkv.lab.records import Evaluation, LayerKL, MethodResult, ModelShape
 from sawkv.lab.stress import apply_stress
 from sawkv.lab.tasks import Prompt, free_run, make_prompts, recall
@@ -143,21 +142,6 @@ def evaluate(
     return found
 
 
-def check_fits(name: str, head_dim: int) -> None:
-    """Refuse a cache format that the model's heads cannot have, before minutes of work.
-
-    Raises:
-        FormatError: its rotation does not divide head_dim.
-    """
-    if name in METHODS:
-        return
-    try:
-        CacheFormat.parse(name).resolve(head_dim)
-    except FormatError as error:
-        codec = CacheFormat.parse(name).codec
-        raise FormatError(f"{name} does not fit this model: {error}; {codec} takes the rotation that fits") from error
-
-
 def _known(before: Evaluation, now: Evaluation) -> dict[str, MethodResult]:
     """The results of an earlier run, by method.
 
@@ -189,9 +173,7 @@ def _floor(loaded: EvalModel, folder: Path, windows: torch.Tensor, stress: int, 
     return compare_floor(loaded, floor, windows, step=step)
 
 
-def _by_layer(
-    loaded: EvalModel, windows: torch.Tensor, readers: Readers, batch: int, step: Callable[[int], object]
-) -> tuple[LayerKL, ...]:
+def _by_layer(loaded: EvalModel, windows: torch.Tensor, readers: Readers, batch: int, step: Callable[[int], object]) -> tuple[LayerKL, ...]:
     """The method in one layer at a time."""
     found = []
     for layer in range(len(loaded.layers) if len(windows) else 0):

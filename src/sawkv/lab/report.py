@@ -12,7 +12,7 @@ from pathlib import Path
 from sawkv.errors import SawkvError
 from sawkv.files import check_writable, writing
 from sawkv.lab import svg
-from sawkv.lab.analyze import Analysis, Grid, label, mean, pair_energy
+from sawkv.lab.analyze import PREPARED, Analysis, Grid, label, mean, pair_energy
 from sawkv.lab.records import Evaluation, MethodResult, ModelShape, Recall
 
 MAX_FILE_BYTES = 256 << 20
@@ -162,10 +162,10 @@ def _floor(evaluation: Evaluation) -> MethodResult | None:
 
 
 def _subject(evaluation: Evaluation) -> MethodResult | None:
-    """The method that the summary is about: the default, or the best of the fewest bits."""
+    """The method that the summary is about: `prepared`, or the best of the fewest bits."""
     methods = _methods(evaluation)
-    default = next((result for result in methods if result.method == "default"), None)
-    return default or min(methods, key=lambda result: (round(2 * result.bits), result.divergence.mean_kl), default=None)
+    prepared = next((result for result in methods if result.method == PREPARED), None)
+    return prepared or min(methods, key=lambda result: (round(2 * result.bits), result.divergence.mean_kl), default=None)
 
 
 def _facts(evaluation: Evaluation) -> str:
@@ -359,15 +359,14 @@ def _analysis(analysis: Analysis) -> str:
         )
         return f"<figure><h3>{_e(title)}</h3><p class='note'>{_e(note)}</p>{_scroll(drawn)}</figure>"
 
-    commands = "<br>".join(f"<code>{_e(command)}</code>" for command in advice.commands())
     return "".join(
         [
             f'<p class="setting">{_shape(shape)} '
             f"{analysis.windows} windows of {analysis.window:,} tokens of {_e(analysis.text)} text; "
             f"{_e(analysis.dtype)} on {_e(analysis.device)}; {analysis.seconds:,.0f} s.</p>",
-            f'<div class="advice"><b>Recommended: {_e(advice.format)}{advice.extras}</b>',
+            f'<div class="advice"><b>Recommended: {_e(advice.title)}</b>',
             *(f"<p>{_prose(sentence)}</p>" for sentence in advice.reason),
-            f"<p class='note'>Next:<br>{commands}</p></div>",
+            f"<p class='note'>Next: <code>{_e(advice.command)}</code></p></div>",
             "<h3>What each way of storing does to attention</h3>",
             _errors_table(analysis, chosen),
             '<div class="maps">',

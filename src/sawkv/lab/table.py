@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from sawkv.lab.records import Evaluation, MethodResult
 
-
 WIDTH = 80
 HEAD = f"{'method':<27}{'bits':>6}{'mean KL':>9}{'+-':>9}{'p99.9':>8}{'top-1':>8}{'ppl':>10}"
 
@@ -12,9 +11,9 @@ HEAD = f"{'method':<27}{'bits':>6}{'mean KL':>9}{'+-':>9}{'p99.9':>8}{'top-1':>8
 def table(evaluation: Evaluation) -> str:
     """The evaluation in lines of text, of at most 80 columns."""
     shape, reference = evaluation.shape, evaluation.reference
-    stress = f"; stress {evaluation.stress}" if evaluation.stress > 1 else ""
+    heads = f"{shape.num_layers} layers, {shape.num_q_heads} query and {shape.num_kv_heads} KV heads of {shape.head_dim}"
     lines = [
-        f"{evaluation.model}: {shape.num_layers} layers, {shape.num_q_heads} query and {shape.num_kv_heads} KV heads of {shape.head_dim}{stress}",
+        f"{evaluation.model}{f', stress {evaluation.stress}' if evaluation.stress > 1 else ''}: {heads}",
         f"{evaluation.text}: {reference.divergence.tokens:,} predictions in windows of {evaluation.window:,}",
         f"{evaluation.dtype} on {evaluation.device}, {evaluation.seconds:,.0f} s",
         "KL in nats a token, from the model with its cache unquantized; +-: one standard error",

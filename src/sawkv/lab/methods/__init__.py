@@ -53,12 +53,12 @@ def _balanced(rotated: Quantizer) -> tuple[Quantizer, Quantizer]:
 _BALANCED = _balanced(_ROTATED)
 _BALANCED_FED_BACK = _balanced(_FED_BACK)
 
-# `default`: the format served by default, int4-k128-v128 at head_dim 128, with the centers and the feedback of `sawkv calibrate`, from a
+# `prepared`: the format served by default, int4-k128-v128 at head_dim 128, with the centers and the feedback of `sawkv calibrate`, from a
 # checkpoint that `sawkv balance` wrote. Without the latter it is `int4_center_feedback`, without either `int4`.
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("default", Centered(_BALANCED_FED_BACK[0]), Centered(_BALANCED_FED_BACK[1]), calibrated=True, served="sawkv"),
+        Method("prepared", Centered(_BALANCED_FED_BACK[0]), Centered(_BALANCED_FED_BACK[1]), calibrated=True, served="sawkv"),
         _both("fp8", Float8(), calibrated=True, served="vllm"),
         _both("vllm_int4_per_token_head", VllmInt4(), served="vllm"),
         served_format(CacheFormat("int8", 0, 0), "int8_plain"),
@@ -104,7 +104,22 @@ def find_method(name: str) -> Method:
         ) from error
 
 
-__all__ = ["METHODS", "LayerSample", "Method", "Quantizer", "Reader", "Sample", "find_method", "served_format"]
+def check_fits(name: str, head_dim: int) -> None:
+    """Refuse a cache format that the model's heads cannot have, before minutes of work.
+
+    Raises:
+        FormatError: its rotation does not divide head_dim.
+    """
+    if name in METHODS:
+        return
+    try:
+        CacheFormat.parse(name).resolve(head_dim)
+    except FormatError as error:
+        codec = CacheFormat.parse(name).codec
+        raise FormatError(f"{name} does not fit this model: {error}; {codec} takes the rotation that fits") from error
+
+
+__all__ = ["METHODS", "LayerSample", "Method", "Quantizer", "Reader", "Sample", "check_fits", "find_method", "served_format"]
 
 
 def fit(method: Method, samples: Sequence[LayerSample]) -> list[tuple[Reader, Reader]]:
