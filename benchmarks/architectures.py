@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 from benchmarks.agreement import Agreement, Nearness, Output, follow, generate, logprobs_of
 from benchmarks.shapes import SHAPES, write_config
 from sawkv.format.spec import CacheFormat
-from sawkv.integrations.vllm.server import engine_options
+from sawkv.integrations.vllm.config import engine_options
 
 if TYPE_CHECKING:
     import torch

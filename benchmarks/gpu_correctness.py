@@ -39,7 +39,7 @@ import numpy as np
 from benchmarks.agreement import Follower, Nearness, Output, as_output, follow, generate, logprobs_of, sampling
 from sawkv.format.layout import ENGINE_PAGE_SIZE
 from sawkv.format.spec import CacheFormat
-from sawkv.integrations.vllm.server import engine_options
+from sawkv.integrations.vllm.config import engine_options
 
 if TYPE_CHECKING:
     from vllm import LLM

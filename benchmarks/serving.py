@@ -40,7 +40,7 @@ import numpy as np
 from benchmarks.plots import RESULTS, read_records, serving_table
 from benchmarks.shapes import SHAPES, write_config
 from sawkv.format.spec import CacheFormat
-from sawkv.integrations.vllm.server import engine_options
+from sawkv.integrations.vllm.config import engine_options
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput

@@ -79,7 +79,12 @@ settings_of_ours = st.dictionaries(st.sampled_from(["format", "calibration", "co
     st.sampled_from([torch.bfloat16, torch.float16, torch.float32, torch.float64]),
 )
 def test_options_of_vllm_are_used_or_refused(additional_config: Any, kv_cache_dtype: str, dtype: torch.dtype) -> None:
-    vllm_config: Any = SimpleNamespace(additional_config=additional_config, model_config=SimpleNamespace(dtype=dtype))
+    vllm_config: Any = SimpleNamespace(
+        additional_config=additional_config,
+        model_config=SimpleNamespace(dtype=dtype, hf_config=SimpleNamespace()),
+        cache_config=SimpleNamespace(cache_dtype=kv_cache_dtype),
+        speculative_config=None,
+    )
     with contextlib.suppress(SawkvError):
         config = SawConfig.from_vllm(vllm_config, kv_cache_dtype)
         assert config is None or config.format.codec in ("bf16", "fp16", "fp32", KV_CACHE_DTYPE_CODECS.get(kv_cache_dtype))

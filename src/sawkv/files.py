@@ -63,8 +63,9 @@ def writing(path: Path) -> Iterator[Path]:
 
 
 def reason(error: Exception) -> str:
-    """What went wrong, without the number and the path."""
-    return str(getattr(error, "strerror", None) or error)
+    """What went wrong in one line, without the number and the path."""
+    lines = str(getattr(error, "strerror", None) or error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
 
 
 def _is_device(path: Path) -> bool:

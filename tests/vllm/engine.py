@@ -17,6 +17,8 @@ from typing import Any
 import pytest
 import torch
 
+from sawkv.errors import SawkvError
+
 REPOSITORY = Path(__file__).parents[2]
 MODEL = next((REPOSITORY / "models").glob("sawkv-*"), REPOSITORY / "models")
 ENVIRONMENT = {
@@ -28,7 +30,11 @@ ENVIRONMENT = {
 
 
 def run_engine(
-    mutate: str | None = None, waves: list[list[list[int]]] | None = None, max_tokens: int = 32, **engine_options: Any
+    mutate: str | None = None,
+    waves: list[list[list[int]]] | None = None,
+    max_tokens: int = 32,
+    refused: dict[str, Any] | None = None,
+    **engine_options: Any,
 ) -> dict[str, Any]:
     """Generate greedily for waves of prompts (token ids) in a fresh process.
 
@@ -36,16 +42,19 @@ def run_engine(
         mutate: `simulate_int4`: fp32 pages hold quantize-dequantized rows; `swap_nibbles`: int4 pages have each byte's nibbles swapped;
             `lose_v_center`: values are written without their center, which is added all the same when they are read;
             `by_reference`: the reference writes the pages; `lose_feedback`: it does, without feedback;
-            `leave_windows`: vLLM before 0.28 sizes the pages of windows as it does alone.
+            `leave_windows`: vLLM before 0.28 sizes the pages of windows as it does alone;
+            `keep_out`: vLLM loads another plugin alone, which takes the names of backends for itself.
         waves: batches of prompts; a wave starts when the one before has ended.
         max_tokens: tokens to generate for each prompt.
+        refused: options of an engine that is to be refused before, in the same process.
         engine_options: passed to `vllm.LLM`.
 
     Returns:
         `tokens` and `logprobs` for each wave and prompt, `metrics` (counters by name), `kv_tokens`, `implementation` (classes of the
-        attention layers), or `error`, the text of what refused the start.
+        attention layers), or `error`, the text of what refused the start; `log`, lines of the log that begin with `sawkv: `.
     """
-    return _run(json.dumps({"mutate": mutate, "waves": waves or [], "max_tokens": max_tokens, "options": engine_options}, sort_keys=True))
+    job = {"mutate": mutate, "waves": waves or [], "max_tokens": max_tokens, "refused": refused, "options": engine_options}
+    return _run(json.dumps(job, sort_keys=True))
 
 
 @functools.cache  # runs are deterministic, and a start takes many seconds
@@ -65,7 +74,8 @@ def _run(job: str) -> dict[str, Any]:
             process.kill()
             raise AssertionError(f"engine process ended with {process.exitcode}:\n{Path(folder, 'printed').read_text()[-10000:]}")
         result: dict[str, Any] = json.loads(Path(folder, "result").read_text())
-    return result
+        printed = Path(folder, "printed").read_text()
+    return result | {"log": [line.partition("] ")[2] for line in printed.splitlines() if "] sawkv: " in line]}
 
 
 def _main(job: str, folder: str) -> None:
@@ -75,17 +85,23 @@ def _main(job: str, folder: str) -> None:
     Path(folder, "result").write_text(json.dumps(_generate(**json.loads(job))))
 
 
-def _generate(mutate: str | None, waves: list[list[list[int]]], max_tokens: int, options: dict[str, Any]) -> dict[str, Any]:
+def _generate(
+    mutate: str | None, waves: list[list[list[int]]], max_tokens: int, refused: dict[str, Any] | None, options: dict[str, Any]
+) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
     _mutate(mutate)
-    options = {
+    common: dict[str, Any] = {
         "model": str(MODEL),
         "enforce_eager": True,
         "max_model_len": 2048,
         "disable_log_stats": False,
         "kv_cache_memory_bytes": 64 << 20,
-    } | options
+    }
+    options = common | options
+    if refused is not None:
+        with pytest.raises(SawkvError):
+            LLM(**(common | refused))
     try:
         llm = LLM(**options)
     except Exception as error:
@@ -130,6 +146,14 @@ def _mutate(kind: str | None) -> None:
             codes, meta = int4.encode(y, feedback)
             return codes << 4 | codes >> 4, meta
 
+    if kind == "keep_out":
+        from vllm.plugins import load_general_plugins
+        from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+        os.environ["VLLM_PLUGINS"] = "lora_filesystem_resolver"
+        load_general_plugins()
+        register_backend(AttentionBackendEnum.CPU_ATTN, "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend")
+        return
     if kind == "lose_v_center":
         ops.append = lambda k, v, cache, slots: reference.append(k, v, replace(cache, v_center=None), slots)
         return

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.vllm
 
 INT4 = {"kv_cache_dtype": "int4_per_token_head"}
 PROMPT = [[list(range(400, 440))]]
+EXTENSION = "sawkv.integrations.vllm.worker.Extension"
 
 
 def shrunk_model(folder: Path, **changes: Any) -> dict[str, Any]:
@@ -56,7 +57,30 @@ def test_int8_and_named_formats_are_served() -> None:
 
 
 def test_without_our_flag_vllm_is_untouched() -> None:
-    assert run_engine()["implementation"] == ["DispatchingImpl"], "vLLM's own: a subclass that adds nothing"
+    assert run_engine()["implementation"] == ["CPUAttentionBackendImpl"], "vLLM's own"
+
+
+def test_the_engine_is_ours_whatever_other_plugins_do_and_after_a_refusal() -> None:
+    """`VLLM_PLUGINS` keeps ours out, another takes the name of vLLM's CPU backend; and an engine was refused in this process before."""
+    options = {"dtype": "float32", "waves": PROMPT, "max_tokens": 48}
+    plain = run_engine(**options, **INT4)
+    offload = INT4 | {"kv_offloading_size": 1.0, "worker_extension_cls": EXTENSION}
+    alone = run_engine(mutate="keep_out", **options, **INT4, worker_extension_cls=EXTENSION, refused=offload)
+    assert alone["implementation"] == ["SawAttentionImpl"]
+    assert alone["tokens"] == plain["tokens"]
+    assert "sawkv: KV cache format int4-k128-v128" in alone["log"][0], "what docs tell users to look for"
+
+
+def test_a_skipped_layer_keeps_vllms_cache_and_is_named() -> None:
+    options = {"kv_cache_dtype_skip_layers": ["0", "foo"], "additional_config": {"sawkv": {"format": "int4-k64-v0"}}}
+    result = run_engine(waves=PROMPT, dtype="float32", **INT4, **options)
+    assert result["implementation"] == ["CPUAttentionBackendImpl", "SawAttentionImpl"]
+    assert len(result["tokens"][0][0]) == 32
+    log = "\n".join(result["log"])
+    assert "serves 4 of 5 attention layers; vLLM's own cache is kept for model.layers.0.self_attn.attn (auto)" in log
+    assert "vLLM ignores what it does not know in --kv-cache-dtype-skip-layers: foo" in log
+    token_bytes = 2 * (4 * 136 + 2 * 4 * 128)  # two KV heads: four layers of INT4, one of fp32
+    assert result["kv_tokens"] == pytest.approx((64 << 20) / token_bytes, rel=0.01)
 
 
 def test_a_wrong_format_is_refused_at_start_up() -> None:
@@ -114,7 +138,7 @@ def test_attention_in_chunks_is_refused_at_start_up(tmp_path: Path) -> None:
         "max_position_embeddings": 4096,
     }
     error = run_engine(waves=PROMPT, **shrunk_model(tmp_path, **llama4))["error"]
-    assert "expected plain causal attention, got a layer of vLLM's ChunkedLocalAttentionBuilder" in error
+    assert "sawkv cannot serve this configuration: attention in chunks (attention_chunk_size)" in error
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit, as vLLM is imported

@@ -39,6 +39,9 @@ def test_int4_pages_under_a_checkpoint_made_for_fp8_pages(tmp_path: Path) -> Non
     unsaid = [run_engine(model=str(folder)).get("kv_tokens") for folder in (asking, plain)]
     assert unsaid[0] != unsaid[1], "the scheme is in force where the user says nothing"
 
+    wide = run_engine(model=str(asking), additional_config={"sawkv": {"format": "bf16-k128-v128"}})
+    assert "expected --kv-cache-dtype bfloat16, got fp8, which the checkpoint's quantization_config asks for" in wide["error"]
+
     got = generate(asking)
     assert got == generate(plain) | {"metrics": got["metrics"]}, "tokens, log-probabilities and capacity"
     assert got["kv_tokens"] == (unquantized := generate(MODEL))["kv_tokens"]

@@ -75,6 +75,19 @@ def test_windowed_int4_pages_take_their_bytes_and_equal_the_simulated_format_bit
     assert simulated["logprobs"] == packed["logprobs"]
 
 
+@pytest.mark.parametrize("name", ["gemma-2-9b"], scope="module")
+def test_what_a_skipped_layer_costs_in_a_pool_that_groups_share_is_said(name: str, model: Path) -> None:
+    options = {"skip_tokenizer_init": True, "dtype": "float32", "max_model_len": 512, "block_size": BLOCK_SIZE}
+    whole, skipping = (
+        run_engine(model=str(model), kv_cache_memory_bytes=64 << 20, **options, **INT4, kv_cache_dtype_skip_layers=skipped)
+        for skipped in ([], ["0"])
+    )
+    assert not [line for line in whole["log"] if "pads our pages" in line]
+    (said,) = [line for line in skipping["log"] if "pads our pages" in line]
+    assert "they hold 0.50 times the tokens of a 16-bit cache and not 3.88 times" in said, "as the skipped layer's fp32 pages do"
+    assert skipping["kv_tokens"] < 0.3 * whole["kv_tokens"]
+
+
 @pytest.mark.parametrize("name", ["mistral-7b"], scope="module")  # groups of layers with pages of unlike sizes are refused by vLLM itself
 def test_pages_of_another_size_are_refused_at_start_up(name: str, model: Path) -> None:
     from sawkv.integrations.vllm.windows import VLLM_SIZES_WINDOWS

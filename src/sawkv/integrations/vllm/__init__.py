@@ -1,27 +1,29 @@
 """sawkv inside unmodified vLLM, found by vLLM through the entry point group `vllm.general_plugins`.
 
 `--kv-cache-dtype int4_per_token_head` then means sawkv's rotated INT4 pages; `docs/vllm.md` has the options.
-Reading order: `config` (what the user asked for), `backend` (the attention backend), `cpu` (how vLLM's CPU platform reaches it),
-`windows` (the page size of windowed layers on vLLM before 0.28), `contract` (what we need of vLLM).
+Reading order: `config` (what the user asked for), `selection` (which layers are ours), `backend` (the attention backend), `refusals`
+(what is not served), `windows` (the page size of windowed layers on vLLM before 0.28), `contract` (what we need of vLLM), `server` (vLLM's
+server as a child process).
 """
 
 from __future__ import annotations
 
-SAW_BACKEND = "sawkv.integrations.vllm.backend.SawAttentionBackend"
-CPU_BACKEND = "sawkv.integrations.vllm.cpu.DispatchingCPUBackend"
+PLUGIN = "sawkv"
+"""The entry point's name, by which `VLLM_PLUGINS` lists it."""
 
 
 def register() -> None:
     """Entry point: vLLM calls it in the front end, the engine core and every worker, perhaps more than once.
 
-    It only names classes; vLLM imports them when it selects a backend. vLLM logs and swallows whatever is raised here, so
-    checks that must stop a start live in the classes.
+    It makes `--attention-backend CUSTOM` a valid choice, and has `selection` asked for each layer. Checks that must stop a start live there
+    and in the classes. An exception here would stop engines that do not use sawkv too, so a vLLM that has changed is an error in its log.
     """
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+    from vllm.logger import init_logger
 
-    register_backend(AttentionBackendEnum.CUSTOM, SAW_BACKEND)
-    # vLLM's CPU platform always selects CPU_ATTN, whatever the command line says: stand in for it, and pass on what is not ours.
-    register_backend(AttentionBackendEnum.CPU_ATTN, CPU_BACKEND)
-    for name in ("CPU_MLA", "AMX_MLA"):
-        if name in AttentionBackendEnum.__members__:  # vLLM before 0.28 has no MLA on the CPU, and says so itself
-            register_backend(AttentionBackendEnum[name], f"sawkv.integrations.vllm.mla.{name}")
+    from sawkv.errors import UnsupportedError
+    from sawkv.integrations.vllm.selection import install
+
+    try:
+        install()
+    except UnsupportedError as error:
+        init_logger("vllm.sawkv").error("%s. No layer is sawkv's in this process", error)

@@ -34,6 +34,7 @@ from sawkv.cache import PagedKVCache
 from sawkv.errors import CalibrationError, SawkvError, UnsupportedError
 from sawkv.format.layout import ENGINE_PAGE_SIZE, PAGE_SIZE_MULTIPLE, PageLayout
 from sawkv.format.spec import HEAD_DIMS, CacheFormat
+from sawkv.integrations.vllm import announce, refusals
 from sawkv.integrations.vllm.config import KV_CACHE_DTYPE_CODECS, SawConfig
 from sawkv.integrations.vllm.contract import check_contract
 from sawkv.integrations.vllm.metrics import CounterReader
@@ -75,7 +76,7 @@ class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
     _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
 
     def __init__(self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device) -> None:
-        refuse_subclass(type(self), SawMetadataBuilder)
+        refusals.refuse_subclass(type(self), SawMetadataBuilder)
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
         layers = vllm_config.compilation_config.static_forward_context
@@ -83,6 +84,11 @@ class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
         for name, impl in zip(layer_names, self._impls, strict=True):
             impl.check_page_size(kv_cache_spec)
             impl.take_calibration(name)
+        cache_config = vllm_config.cache_config
+        if self._first_impl(layers) in self._impls:
+            announce.say_layers(layers, SawAttentionImpl, cache_config.kv_cache_dtype_skip_layers)
+        layout = self._impls[0].layout(kv_cache_spec.block_size)
+        announce.say_pages(kv_cache_spec, layout, bool(cache_config.enable_prefix_caching))
         self._plans: dict[PlanKey, DecodePlan] = {}
         self._reader = self._make_reader(layers, vllm_config.parallel_config.rank)
         # The least: a draft model's layers have a configuration of their own.
@@ -97,12 +103,18 @@ class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
         layout = self._impls[0].layout(PAGE_SIZE_MULTIPLE)
         if not select_backend(self.device, layout).counts:
             return None
-        first = next(layer.impl for layer in layers.values() if isinstance(getattr(layer, "impl", None), SawAttentionImpl))
+        first = self._first_impl(layers)
         num_layers = sum(impl.kv_sharing_target_layer_name is None for impl in self._impls)
         reader = self._impls[0].reader or CounterReader(layout, num_layers, self.device, rank if first in self._impls else None)
         for impl in self._impls:
             impl.reader = reader
         return reader
+
+    @staticmethod
+    def _first_impl(layers: Mapping[str, Any]) -> SawAttentionImpl:
+        """Of the process: what is said or counted once is so by the group that it is in."""
+        impls: list[object] = [getattr(layer, "impl", None) for layer in layers.values()]
+        return next(impl for impl in impls if isinstance(impl, SawAttentionImpl))
 
     def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False) -> SawMetadata:
         common = common_attn_metadata
@@ -186,7 +198,10 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
             self._layer_calibration = None  # until the layer's name is known
         self._calibration = config.calibration
         self._tp_rank, self._tp_size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
-        _announce(self._format, head_size, self.num_kv_heads, vllm_config, config.calibration)
+        if not any(self._is_like(getattr(layer, "impl", None)) for layer in self._layers.values()):  # the first of its kind
+            device = torch.device(vllm_config.device_config.device_type)
+            fingerprint = "" if config.calibration is None else config.calibration.fingerprint()
+            announce.say_format(self._format, head_size, self.num_kv_heads, device, fingerprint)
         self.prefill: FlashPrefill | None = None
         if vllm_config.device_config.device_type != "cpu":
             self.prefill = FlashPrefill(
@@ -247,6 +262,9 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
                 self.prefill.attend(query, cache, prefill, output)
         return output
 
+    def _is_like(self, other: object) -> bool:
+        return isinstance(other, SawAttentionImpl) and other.layout(PAGE_SIZE_MULTIPLE) == self.layout(PAGE_SIZE_MULTIPLE)
+
     def layout(self, block_size: int) -> PageLayout:
         return PageLayout(self._format, self.num_kv_heads, self.head_size, block_size)
 
@@ -294,7 +312,7 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
 
 
 class SawAttentionBackend(AttentionBackend):
-    """Selected by `--attention-backend CUSTOM` on CUDA; on the CPU `cpu.DispatchingCPUBackend` leads here."""
+    """What `selection` gives our layers, on CUDA under the name CUSTOM."""
 
     forward_includes_kv_cache_update = False
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float16, torch.float32]
@@ -366,16 +384,6 @@ class SawAttentionBackend(AttentionBackend):
         return KVCacheLayout.LBHNC, KVCacheLayout.BLHNC
 
 
-def refuse_subclass(cls: type, ours: type) -> None:
-    """vLLM subclasses a backend's classes for layers whose attention is another: of encoders, in chunks, with sinks in the cache.
-
-    Raises:
-        UnsupportedError: `cls` is not `ours`.
-    """
-    if cls is not ours:
-        raise UnsupportedError(f"sawkv: expected plain causal attention, got a layer of vLLM's {cls.__name__}")
-
-
 def token_bytes(codec: str, head_size: int) -> int:
     """Bytes that K and V of one token take for one KV head."""
     return PageLayout(CacheFormat(codec), 1, head_size, PAGE_SIZE_MULTIPLE).token_bytes
@@ -390,28 +398,21 @@ def _check_supported(
     other_arguments: dict[str, Any],
 ) -> CacheFormat:
     """The format with its rotation orders, or one error that names everything this model and configuration need and sawkv lacks."""
-    parallel, reasons = vllm_config.parallel_config, []
+    reasons = refusals.of_configuration(vllm_config)
     try:
         resolved = config.format.resolve(head_size)
     except SawkvError as error:
-        resolved, reasons = config.format, [str(error)]
+        resolved = config.format
+        reasons.append(str(error))
     if attn_type != AttentionType.DECODER:
         reasons.append(f"attention type {attn_type} (only decoder self-attention)")
     if has_alibi:
         reasons.append("ALiBi")
-    if getattr(parallel, "decode_context_parallel_size", 1) > 1 or getattr(parallel, "prefill_context_parallel_size", 1) > 1:
-        reasons.append("context parallelism")
-    if vllm_config.kv_transfer_config is not None:
-        reasons.append("KV transfer and offload connectors (--kv-transfer-config)")
     head_size_v = other_arguments.pop("head_size_v", head_size)
     if head_size_v != head_size:
         reasons.append(f"head_dim {head_size_v} of V apart from {head_size} of K")
     reasons += [f"attention argument {name}={value!r}" for name, value in other_arguments.items() if value is not None]
-    if reasons:
-        raise UnsupportedError(
-            f"sawkv cannot serve this configuration: {'; '.join(reasons)}. "
-            "To serve it in 16 bits, drop --kv-cache-dtype and --attention-backend."
-        )
+    refusals.refuse(vllm_config, reasons)
     return resolved
 
 
@@ -425,27 +426,3 @@ def _check_calibration(calibration: Calibration, impl: SawAttentionImpl, vllm_co
         num_kv_heads=model_config.get_total_num_kv_heads(),
         head_dim=impl.head_size,
     )
-
-
-_announced: set[tuple[CacheFormat, int, int]] = set()
-
-
-def _announce(
-    cache_format: CacheFormat, head_size: int, num_kv_heads: int, vllm_config: VllmConfig, calibration: Calibration | None
-) -> None:
-    """Say once which format and kernels run, so that a log shows that sawkv is in use. Builds the kernels, so that no request waits."""
-    if (cache_format, head_size, num_kv_heads) in _announced:
-        return
-    _announced.add((cache_format, head_size, num_kv_heads))
-    layout = PageLayout(cache_format, num_kv_heads, head_size, PAGE_SIZE_MULTIPLE)
-    backend = select_backend(torch.device(vllm_config.device_config.device_type), layout)
-    logger.info(
-        "sawkv: KV cache format %s, %d bytes a token, KV head and layer (16 bits: %d), %s kernels%s",
-        cache_format,
-        layout.token_bytes,
-        4 * head_size,
-        backend.name,
-        "" if calibration is None else f", calibrated by {calibration.fingerprint()}",
-    )
-    if backend.name == "reference":
-        logger.warning("sawkv: there are no fast kernels here (`sawkv info` says why): attention is correct but very slow")

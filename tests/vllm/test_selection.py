@@ -1,0 +1,282 @@
+"""Which layers are ours: each is judged by its own dtype, shape and model, whatever other plugins register and vLLM's own choice says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from sawkv.errors import SawkvError
+
+pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore::DeprecationWarning")]  # of torch.jit, as vLLM is imported
+
+INT4, INT8 = "int4_per_token_head", "int8_per_token_head"
+
+
+class Theirs:
+    """A backend of vLLM's."""
+
+    class Builder:
+        def __init__(self, spec: Any, names: list[str], config: Any, device: Any) -> None:
+            self.dtype = config.cache_config.cache_dtype
+
+    @classmethod
+    def get_builder_cls(cls) -> type:
+        return cls.Builder
+
+
+class Choice:
+    """vLLM's own choice, which notes what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[Any] = []
+
+    def __call__(self, backend: Any, attn_selector_config: Any, **others: Any) -> type:
+        self.asked.append(backend)
+        return Theirs
+
+    def cache_clear(self) -> None: ...
+
+
+@pytest.fixture
+def choice() -> Choice:
+    return Choice()
+
+
+@pytest.fixture
+def select(choice: Choice, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Asks `Selection` for one layer; the options are of the layer, the configuration and the platform."""
+    from vllm.compilation import backends
+    from vllm.v1.attention.selector import AttentionSelectorConfig
+
+    from sawkv.integrations.vllm import selection
+
+    selection.install()
+    said: list[str] = []
+    for level in ("info_once", "warning_once"):
+        monkeypatch.setattr(selection.logger, level, lambda text, *arguments: said.append(text % arguments), raising=False)
+
+    def ask(dtype: str, *, run: str | None = None, entry: Any = None, backend: str | None = None, gpu: bool = False, **others: Any) -> Any:
+        tag = others.pop("tag", "backbone")
+        layer = {name: others.pop(name) for name in ("use_mla", "use_mm_prefix", "head_size") if name in others}
+        config = SimpleNamespace(
+            additional_config={} if entry is None else {"sawkv": entry},
+            model_config=SimpleNamespace(dtype=torch.bfloat16, hf_config=SimpleNamespace(), attention_chunk_size=None),
+            cache_config=SimpleNamespace(cache_dtype=run or dtype, kv_offloading_size=None),
+            parallel_config=SimpleNamespace(),
+            speculative_config=None if tag == "backbone" else object(),
+            kv_transfer_config=None,
+            compilation_config=SimpleNamespace(static_forward_context={"mamba": object()}),
+        )
+        for name, value in others.items():
+            setattr(config, name, value)
+        monkeypatch.setattr(selection, "get_current_vllm_config", lambda: config)
+        monkeypatch.setattr(selection, "current_platform", SimpleNamespace(is_cpu=lambda: not gpu))
+        monkeypatch.setattr(backends, "model_tag", tag)
+        chosen = None if backend is None else selection.AttentionBackendEnum[backend]
+        layer = {"head_size": 128, "dtype": torch.bfloat16, "kv_cache_dtype": dtype, "block_size": None} | layer
+        known = AttentionSelectorConfig(**layer)
+        found = selection.Selection(choice)(backend=chosen, attn_selector_config=known, num_heads=8)
+        return found.__name__, [getattr(asked, "name", asked) for asked in choice.asked], said
+
+    return ask
+
+
+OURS = "SawAttentionBackend"
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"dtype": INT4}, OURS),
+        ({"dtype": INT8}, OURS),
+        ({"dtype": "auto"}, "Theirs"),
+        ({"dtype": "fp8"}, "Theirs"),
+        ({"dtype": "auto", "entry": {"format": "bf16-k128-v128"}}, OURS),
+        ({"dtype": "auto", "run": INT4, "entry": {"format": "int4-k128-v128"}}, "Theirs"),  # a skipped layer
+        ({"dtype": "auto", "run": INT4}, "Theirs"),
+        ({"dtype": INT4, "entry": {"format": "int4-k128-v128"}, "tag": "draft_model", "head_size": 64}, OURS),  # by its own default
+        ({"dtype": "auto", "entry": {"format": "int4-k128-v128"}, "tag": "draft_model"}, "Theirs"),
+        ({"dtype": INT8, "entry": {"format": "int4-k128-v128"}, "tag": "eagle_head"}, OURS),
+        ({"dtype": "fp8", "entry": {"calibration": "there is no such file"}, "tag": "eagle_head"}, "Theirs"),
+        ({"dtype": INT4, "entry": {"calibration": "there is no such file"}, "tag": "draft_model"}, OURS),  # a calibration is the target's
+    ],
+)
+def test_each_layer_is_judged_by_itself(options: dict[str, Any], expected: str, select: Any) -> None:
+    assert select(**options)[0] == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": INT4, "use_mla": True}, "this configuration: MLA"),
+        ({"dtype": INT4, "use_mm_prefix": True}, r"tokens of an image \(add --language-model-only"),
+        ({"dtype": INT4, "use_mm_prefix": True, "gpu": True, "backend": "CUSTOM"}, "add --language-model-only"),
+        ({"dtype": INT4, "use_mla": True, "tag": "draft_model"}, 'the draft model: MLA.*"kv_cache_dtype": "auto" to --speculative-config'),
+        ({"dtype": "fp8", "entry": {"format": "int4"}}, "expected --kv-cache-dtype int4_per_token_head, got fp8"),
+        ({"dtype": "auto", "entry": {}}, "expected --kv-cache-dtype int4_per_token_head or int8_per_token_head beside it.*got auto"),
+        ({"dtype": INT4, "entry": {"format": "int4"}, "gpu": True}, "without --attention-backend CUSTOM"),
+        ({"dtype": INT4, "entry": {}, "gpu": True, "backend": "TRITON_ATTN"}, "without --attention-backend CUSTOM"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_name(options: dict[str, Any], message: str, select: Any) -> None:
+    with pytest.raises(SawkvError, match=message):
+        select(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "asked", "words"),
+    [
+        ({"backend": "CUSTOM"}, "CUSTOM", ""),
+        ({"backend": None}, None, "Add --attention-backend CUSTOM for sawkv's"),
+        ({"backend": "TRITON_ATTN"}, "TRITON_ATTN", "sawkv: vLLM's own int4_per_token_head is used"),
+        ({"backend": None, "tag": "draft_model", "entry": {"format": "int4"}}, None, 'Add "attention_backend": "CUSTOM" to --speculative'),
+        ({"backend": "CUSTOM", "tag": "draft_model", "entry": {"format": "int8"}}, "CUSTOM", ""),
+        ({"backend": "CUSTOM", "dtype": "auto", "run": INT4}, None, "some layers keep vLLM's own cache (auto)"),  # vLLM is to choose
+        ({"backend": "CUSTOM", "dtype": "auto", "tag": "draft_model"}, None, ""),
+        ({"backend": "CUSTOM", "dtype": "auto"}, "CUSTOM", ""),  # which refuses by name: the user chose both
+    ],
+)
+def test_on_a_gpu_layers_that_are_not_ours_get_vllms_choice(options: dict[str, Any], asked: Any, words: str, select: Any) -> None:
+    found, (got,), said = select(**({"dtype": INT4, "gpu": True} | options))
+    assert (found, got) == ("Theirs", asked)
+    assert words in "".join(said)
+    assert bool(words) == bool(said)
+
+
+def test_another_plugins_backend_is_not_taken_for_ours(select: Any) -> None:
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
+
+    from sawkv.integrations.vllm.selection import install
+
+    try:
+        for name in ("CUSTOM", "CPU_ATTN"):
+            register_backend(AttentionBackendEnum[name], "another.plugin.Backend")
+        assert select(INT4)[0] == OURS, "on a CPU no name is asked for"
+        with pytest.raises(SawkvError, match=r"under --attention-backend CUSTOM, got another\.plugin\.Backend.*VLLM_PLUGINS=sawkv"):
+            select(INT4, gpu=True, backend="CUSTOM")
+        assert select("auto", gpu=True, backend="FLASH_ATTN")[0] == "Theirs", "those who do not use us are not bothered"
+    finally:
+        AttentionBackendEnum["CPU_ATTN"].clear_override()
+        install()
+
+
+def test_it_is_put_in_place_once_and_a_changed_vllm_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.attention import selector
+
+    from sawkv.integrations.vllm import register
+    from sawkv.integrations.vllm.selection import REPLACED, Selection, install
+
+    monkeypatch.setattr(selector, REPLACED, Choice())
+    register()
+    first = getattr(selector, REPLACED)
+    register()
+    assert getattr(selector, REPLACED) is first
+    assert isinstance(first, Selection)
+    monkeypatch.delattr(selector, REPLACED)
+    register()  # no error for engines that do not use us
+    with pytest.raises(SawkvError, match=f"needs vllm.v1.attention.selector.{REPLACED}"):
+        install()
+
+
+def test_vllm_asks_the_function_that_is_replaced() -> None:
+    """The seam itself, in the installed vLLM: a layer of 16 bits passes through it."""
+    from unittest import mock
+
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.v1.attention import selector
+
+    from sawkv.integrations.vllm.selection import REPLACED, install
+
+    install()
+    with mock.patch.object(selector, REPLACED, return_value="asked") as asked, set_current_vllm_config(VllmConfig()):
+        assert selector.get_attn_backend(128, torch.bfloat16, "auto") == "asked"
+    assert set(asked.call_args.kwargs) >= {"backend", "attn_selector_config"}
+
+
+def test_beside_ours_a_layer_of_a_cpu_is_judged_by_its_own_dtype_in_vllm_too() -> None:
+    """vLLM's metadata builder goes by that of the engine, takes INT4 for FP8, and refuses it on CPUs without AVX-512."""
+    from sawkv.integrations.vllm.selection import _by_its_own_dtype
+
+    config = SimpleNamespace(cache_config=SimpleNamespace(cache_dtype=INT4))
+    backend = _by_its_own_dtype(Theirs, "auto")
+    assert issubclass(backend, Theirs)
+    assert backend.get_builder_cls()(None, [], config, None).dtype == "auto"
+    assert Theirs.get_builder_cls()(None, [], config, None).dtype == config.cache_config.cache_dtype == INT4
+    assert _by_its_own_dtype(Theirs, "auto") is backend
+
+
+def test_a_subclass_is_refused_in_the_words_of_the_option() -> None:
+    from sawkv.integrations.vllm.refusals import refuse_subclass
+
+    class FastPrefillAttentionBuilder: ...
+
+    class SomethingNew: ...
+
+    refuse_subclass(Choice, Choice)
+    with pytest.raises(SawkvError, match="got --kv-sharing-fast-prefill"):
+        refuse_subclass(FastPrefillAttentionBuilder, Choice)
+    with pytest.raises(SawkvError, match=r"got attention of another kind \(vLLM's SomethingNew"):
+        refuse_subclass(SomethingNew, Choice)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"kv_transfer_config": object()}, "--kv-transfer-config"),
+        ({"kv_transfer_config": object(), "cache_config": SimpleNamespace(kv_offloading_size=1.0)}, "--kv-offloading-size"),
+        ({"parallel_config": SimpleNamespace(decode_context_parallel_size=2)}, "--decode-context-parallel-size 2"),
+        ({"parallel_config": SimpleNamespace(prefill_context_parallel_size=4)}, "--prefill-context-parallel-size 4"),
+        ({"model_config": SimpleNamespace(attention_chunk_size=8192)}, "attention in chunks"),
+    ],
+)
+def test_options_are_named_as_the_user_gave_them(changes: dict[str, Any], message: str) -> None:
+    from sawkv.integrations.vllm.refusals import of_configuration
+
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(), cache_config=SimpleNamespace(), parallel_config=SimpleNamespace(), kv_transfer_config=None
+    )
+    assert of_configuration(config) == []
+    vars(config).update(changes)
+    (found,) = of_configuration(config)
+    assert found.startswith(message)
+
+
+def test_lost_capacity_is_said_with_its_factor(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sawkv import CacheFormat, PageLayout
+    from sawkv.integrations.vllm import announce
+
+    said: list[str] = []
+    for level in ("info_once", "warning_once"):
+        monkeypatch.setattr(announce.logger, level, lambda text, *arguments: said.append(text % arguments), raising=False)
+    layout = PageLayout(CacheFormat("int4"), 2, 128, 64)
+    right = 64 * 2 * 136
+    announce.say_pages(SimpleNamespace(page_size_bytes=right), layout, True)  # type: ignore[arg-type]
+    assert said == []
+    announce.say_pages(SimpleNamespace(page_size_bytes=64 * 2 * 512), layout, True)  # type: ignore[arg-type]
+    assert "pads our pages from 17408 to 65536 bytes" in said[0]
+    assert "hold 1.00 times the tokens of a 16-bit cache and not 3.76 times" in said[0]
+    large = PageLayout(CacheFormat("int4"), 2, 128, 1024)
+    announce.say_pages(SimpleNamespace(page_size_bytes=1024 * 2 * 136), large, False)  # type: ignore[arg-type]
+    announce.say_pages(SimpleNamespace(page_size_bytes=1024 * 2 * 136), large, True)  # type: ignore[arg-type]
+    assert said[1:] == ["sawkv: blocks have 1024 tokens, so the prefix cache finds multiples of 1024 tokens, and shorter prompts never"]
+
+
+def test_layers_that_are_not_ours_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sawkv.integrations.vllm import announce
+
+    said: list[str] = []
+    for level in ("info", "warning"):
+        monkeypatch.setattr(announce.logger, level, lambda text, *arguments: said.append(text % arguments))
+    layers = {f"layers.{i}": SimpleNamespace(impl=Choice() if i else object(), kv_cache_dtype=INT4 if i else "auto") for i in range(3)}
+    layers["layers.3.mamba"] = SimpleNamespace()
+    announce.say_layers({"layers.1": layers["layers.1"]}, Choice, [])
+    assert said == []
+    announce.say_layers(layers, Choice, ["0", "sliding_window", "17", "foo"])
+    assert said == [
+        "sawkv: serves 2 of 3 attention layers; vLLM's own cache is kept for layers.0 (auto)",
+        "sawkv: vLLM ignores what it does not know in --kv-cache-dtype-skip-layers: 17, foo",
+    ]
