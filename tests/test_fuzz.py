@@ -95,7 +95,7 @@ def test_options_of_vllm_are_used_or_refused(additional_config: Any, kv_cache_dt
 words = st.one_of(
     st.sampled_from(
         [
-            "info",
+            "report",
             "serve",
             "plan",
             "eval",

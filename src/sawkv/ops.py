@@ -35,7 +35,7 @@ def append(
         cache: mutated.
         slot_mapping: [num_slots <= num_tokens] int64, `page * page_size + offset`; rows of k and v beyond it are padding.
             Negative and out-of-range slots are skipped. Slots must not repeat.
-        backend: a name from `sawkv info`; None chooses by device and format.
+        backend: a name from `sawkv doctor`; None chooses by device and format.
 
     Raises:
         LayoutError: shape, dtype or device mismatch.
@@ -92,7 +92,7 @@ def decode_attention(
         out: [num_tokens, num_q_heads, head_dim] of q's dtype; allocated if None. Rows of no sequence are left as they are.
         lse: [num_tokens, num_q_heads] fp32, filled with the natural log-sum-exp of the scores as above (sink included).
         plan: from `make_decode_plan`, updated with these lengths. Without one the schedule is made in this call.
-        backend: a name from `sawkv info`; None chooses by device and format.
+        backend: a name from `sawkv doctor`; None chooses by device and format.
 
     Returns:
         `out`. A query that sees no key gives zeros.
@@ -197,7 +197,7 @@ def gather(
             fall past max_tokens are dropped.
         rotated: leave the rows as they are stored: centered, multiplied by gains and rotated; otherwise give K and V as `append` got them,
             quantized.
-        backend: a name from `sawkv info`; None chooses by device and format.
+        backend: a name from `sawkv doctor`; None chooses by device and format.
 
     Raises:
         LayoutError: shape, dtype or device mismatch.

@@ -1,6 +1,6 @@
 """Backends: each implements the same three functions on a `PagedKVCache`, with arguments that `sawkv.ops` has checked.
 
-The fastest backend that supports a device and a layout is chosen; `sawkv info` shows the choice and why others were passed over.
+The fastest backend that supports a device and a layout is chosen; `sawkv doctor` shows the choice and why others were passed over.
 """
 
 from __future__ import annotations

@@ -74,7 +74,7 @@ class SawCache(Cache):
         exact_prefill: let the attention of a fresh prompt see its exact K and V. Its output then depends on how it was cut into passes.
         calibration: centers and feedback of this model, from `sawkv calibrate`, or their file.
         offload: keep pages in the host's memory, and bring those of one layer at a time to the device.
-        backend: kernels by name, from `sawkv info`; None chooses the fastest.
+        backend: kernels by name, from `sawkv doctor`; None chooses the fastest.
 
     Raises:
         CalibrationError: the calibration cannot be read; or, at the first pass, is of another model or format.
@@ -312,7 +312,7 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.is_first = key not in settings.pagings
         if self.is_first:
             if select_backend(device, layout, settings.backend).name == "reference" and settings.backend is None:
-                logger.warning("sawkv: there are no fast kernels here (`sawkv info` says why): attention is right but very slow")
+                logger.warning("sawkv: there are no fast kernels here (`sawkv doctor` says why): attention is right but very slow")
             settings.pagings[key] = Paging(layout, device, self.window, batch_size, settings.max_len, settings.backend)
             settings.pagings[key].record_past(settings.record_past)
         self.paging = settings.pagings[key]

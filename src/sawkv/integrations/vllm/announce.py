@@ -41,7 +41,7 @@ def say_format(cache_format: CacheFormat, head_dim: int, num_kv_heads: int, devi
         f", calibrated by {calibration}" if calibration else "",
     )
     if backend.name == "reference":
-        logger.warning("sawkv: there are no fast kernels here (`sawkv info` says why): attention is correct but very slow")
+        logger.warning("sawkv: there are no fast kernels here (`sawkv doctor` says why): attention is correct but very slow")
 
 
 def say_pages(spec: AttentionSpec, layout: PageLayout, reuses_prefixes: bool) -> None:

@@ -8,6 +8,8 @@ from functools import cache
 from sawkv.errors import UnsupportedError
 
 OLDEST_VLLM = (0, 26)
+NEWEST_VLLM = (0, 32)
+"""The newest that the tests run with. A newer one is warned of, and started."""
 
 
 @cache
@@ -18,6 +20,7 @@ def check_contract() -> None:
         UnsupportedError: this vLLM lacks something; the message names it.
     """
     import vllm
+    from vllm.logger import init_logger
     from vllm.model_executor.layers.attention import attention
     from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder, CommonAttentionMetadata
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -41,3 +44,6 @@ def check_contract() -> None:
     missing += [f"AttentionBackendEnum.{name}" for name in ("CUSTOM", "CPU_ATTN") if name not in AttentionBackendEnum.__members__]
     if missing:
         raise UnsupportedError(f"sawkv does not fit vLLM {vllm.__version__}: it needs {'; '.join(missing)}")
+    if version > NEWEST_VLLM:
+        newest = ".".join(map(str, NEWEST_VLLM))
+        init_logger(f"vllm.{__name__}").warning("sawkv: vLLM %s is newer than the newest that was tested, %s", vllm.__version__, newest)

@@ -109,6 +109,17 @@ def check(model: str, cache_format: CacheFormat, options: Options, calibration: 
         if options.has(name) and (wanted is None or options.get(name) != wanted):
             raise UnsupportedError(f"{name}: {why}; got {options.get(name)}. With `vllm serve` all options are yours (docs/vllm.md)")
     check_address(options)
+    config = check_model(model, cache_format, options, on_gpu=on_gpu)
+    if calibration is not None:
+        _check_calibration(Calibration.load(calibration), model, config, cache_format)
+
+
+def check_model(model: str, cache_format: CacheFormat, options: Options, *, on_gpu: bool) -> dict[str, Any] | None:
+    """Refuse a model that cannot be served with these options; arguments as in `check`. Returns its config.json, if that is seen.
+
+    Raises:
+        SawkvError: what cannot be, all reasons in one line.
+    """
     config = read_config(model)
     folder = Path(model).expanduser()
     if folder.is_dir() and options.get("--load-format") != "dummy":
@@ -119,9 +130,8 @@ def check(model: str, cache_format: CacheFormat, options: Options, calibration: 
     speculative = options.json("--speculative-config")
     reasons += _of_draft(speculative, cache_format)
     if reasons:
-        raise UnsupportedError(f"sawkv serve cannot serve {model}: {'; '.join(reasons)}. `vllm serve` serves it in 16 bits, if vLLM can")
-    if calibration is not None:
-        _check_calibration(Calibration.load(calibration), model, config, cache_format)
+        raise UnsupportedError(f"sawkv cannot serve {model}: {'; '.join(reasons)}. `vllm serve` serves it in 16 bits, if vLLM can")
+    return config
 
 
 def check_installation() -> None:

@@ -1,0 +1,20 @@
+"""`sawkv doctor`: whether sawkv works here."""
+
+from __future__ import annotations
+
+import argparse
+
+SUMMARY = "check versions, vLLM's plugins, kernels and caches, and say why something is missing or slow"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="a checkpoint that is to be served")
+    parser.add_argument(
+        "--head-dim", type=int, default=128, metavar="COUNT", help="of kernels to look at (default: the model's, or %(default)s)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from sawkv.doctor import run_doctor
+
+    return run_doctor(args.model, args.head_dim)
