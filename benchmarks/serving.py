@@ -37,6 +37,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
+from benchmarks.layers import EXTENSION, check_layers
 from benchmarks.plots import RESULTS, read_records, serving_table
 from benchmarks.shapes import SHAPES, write_config
 from sawkv.format.spec import CacheFormat
@@ -209,8 +210,10 @@ def _run_loads(args: argparse.Namespace) -> None:
         "kernel_config": {"enable_flashinfer_autotune": False},
         **(PEERS[name] if name in PEERS else engine_options(CacheFormat.parse(name))),
         **args.engine,
+        "worker_extension_cls": EXTENSION,
     }
     llm = vllm.LLM(**options)
+    print(f"{name}: {check_layers(llm, options.get('kv_cache_dtype', 'auto'))}", flush=True)
     config = llm.llm_engine.vllm_config
     cache = config.cache_config
     common = {
