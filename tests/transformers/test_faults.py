@@ -536,7 +536,7 @@ def test_layers_show_what_attention_sees(kind: str, cache: str) -> None:
 
 def test_quantized_layers_show_quantized_numbers() -> None:
     config = make_model("llama", "sdpa").config
-    held, k = SawCache(config), torch.randn(2, 2, 50, 16)
+    held, k = SawCache(config, prepare=False), torch.randn(2, 2, 50, 16)
     for layer in range(4):
         want, _ = held.update(k, k, layer)
     assert torch.equal(held.layers[3].keys, want)

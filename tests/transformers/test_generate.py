@@ -178,7 +178,7 @@ def test_int4_equals_its_simulation(kind: str, attention: str) -> None:
     ids = prompt()
     name = attention if attention == "sawkv" else plain_attention(kind)
     ours, theirs = make_model(kind, name), make_model(kind, plain_attention(kind))
-    got = generate(ours, SawCache(ours.config), ids, attention_mask=PADDED)
+    got = generate(ours, SawCache(ours.config, prepare=False), ids, attention_mask=PADDED)
     want = generate(theirs, SimulatedCache(theirs.config, "int4"), ids, attention_mask=PADDED)
     exact = generate(theirs, DynamicCache(config=theirs.config), ids, attention_mask=PADDED)
     first = [x.logits[0] for x in (got, want, exact)]

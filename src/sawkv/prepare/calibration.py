@@ -353,8 +353,15 @@ def model_id(config: object) -> str:
         "num_key_value_heads",
         "sawkv_balanced",
     )
-    fields = {name: getattr(config, name, None) for name in names}
+    fields = {name: _config_field(config, name) for name in names}
     return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def _config_field(config: object, name: str) -> object:
+    try:
+        return getattr(config, name, None)
+    except RuntimeError:  # of Transformers, where layers differ in it
+        return [getattr(layer, name, None) for layer in config.per_layer_config]  # type: ignore[attr-defined]
 
 
 def _check_metadata(metadata: dict[str, str]) -> None:

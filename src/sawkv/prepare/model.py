@@ -19,6 +19,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, AutoModelFo
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
 from sawkv.errors import SawkvError, UnsupportedError
@@ -208,6 +209,23 @@ class EvalModel:
         return head if got.shape == want.shape and torch.allclose(got, want, rtol=1e-3, atol=1e-3) else None
 
 
+def output_weight(layer: nn.Module, width: int) -> torch.Tensor | None:
+    """The projection that follows a layer's attention, [hidden_size, width]; None if it is not found, or packed.
+
+    Args:
+        layer: the module that attends.
+        width: num_q_heads * head_dim.
+    """
+    for name, child in layer.named_children():
+        child = getattr(child, "base_layer", child)  # beneath PEFT's adapters
+        weight = getattr(child, "weight", None)
+        if name in ("o_proj", "out_proj", "dense", "c_proj") and isinstance(weight, torch.Tensor) and weight.ndim == 2:
+            weight = weight.detach().mT if isinstance(child, Conv1D) else weight.detach()
+            if weight.shape[1] == width and weight.dtype in (torch.float32, torch.bfloat16, torch.float16) and not weight.is_meta:
+                return weight
+    return None
+
+
 def collect_samples(model: EvalModel, ids: torch.Tensor, context: int = 0) -> list[LayerSample]:
     """Samples of all layers on token ids [num_rows, length], rows at positions spread over `context` tokens, or all at its start."""
     places = preparation_positions(len(ids), ids.shape[1], context)
@@ -246,11 +264,8 @@ class _Recording:
 
     def states(self, layer: nn.Module) -> LayerStates:
         q, k, v = (torch.cat(parts) for parts in zip(*self._rows, strict=True))
-        width = q.shape[1] * v.shape[2]
-        projections = [m for m in layer.children() if isinstance(m, nn.Linear) and m.in_features == width]
-        named = [m for name, m in layer.named_children() if name in ("o_proj", "out_proj", "dense", "c_proj") and m in projections]
         scale = getattr(layer, "scaling", None)
-        weight = named[0].weight.detach() if named else None
+        weight = output_weight(layer, q.shape[1] * v.shape[2])
         return LayerStates(q, k, v, weight, float(k.shape[2] ** -0.5 if scale is None else scale))
 
 

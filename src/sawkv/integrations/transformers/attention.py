@@ -10,7 +10,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from sawkv.errors import UnsupportedError
-from sawkv.integrations.transformers.cache import CACHES, NAME, NewStates, SawLayer, refuse_gradients
+from sawkv.integrations.transformers.cache import CACHES, NewStates, SawLayer, refuse_gradients
+from sawkv.integrations.transformers.models import NAME
+from sawkv.integrations.transformers.prepare import note
 
 MAX_SCORES = 1 << 26
 """Scores that attention with a soft-cap or sinks computes at once, where PyTorch has no kernel for it."""
@@ -53,6 +55,8 @@ def saw_attention(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if not isinstance(key, NewStates):
         assert isinstance(value, torch.Tensor)
+        if not torch.compiler.is_compiling():
+            note(module, query, key, value, scale)
         return attend_tensors(module, query, key, value, attention_mask, scale, dropout, softcap, s_aux, kwargs), None
     refuse_gradients(query, key.key, key.value)
     if not kwargs.get("is_causal", getattr(module, "is_causal", True)) or kwargs.get("position_bias") is not None:

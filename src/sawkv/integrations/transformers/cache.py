@@ -20,15 +20,19 @@ from sawkv.cache import PagedKVCache
 from sawkv.errors import LayoutError, UnsupportedError
 from sawkv.format.layout import PageLayout
 from sawkv.format.spec import CacheFormat
+from sawkv.integrations.transformers.models import NAME, find_model, head_dim_of, layer_configs, layer_windows
 from sawkv.integrations.transformers.pages import Paging
 from sawkv.integrations.transformers.passes import Passes
+from sawkv.integrations.transformers.prepare import Preparation, warn_once
 from sawkv.kernels import select_backend
 from sawkv.prepare.calibration import Calibration, LayerCalibration, model_id
 
-NAME = "sawkv"
-"""Of the attention implementation, for `attn_implementation=` and `model.set_attn_implementation()`."""
-
 PAGE_SIZE = 16
+
+UNPREPARED = (
+    "sawkv: INT4 pages of a model that is not prepared (prepare=False). Keys with a large static part, as in Qwen2.5, then lose most of "
+    "their 4 bits: such a model's perplexity can rise manyfold"
+)
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +51,7 @@ class _Settings:
     max_len: int | None
     exact_prefill: bool
     backend: str | None
-    calibration: Calibration | None
+    calibration: Calibration | Preparation | None
     offload: bool
     record_past: bool = False
     pagings: dict[tuple[torch.device, PageLayout, int], Paging] = field(default_factory=dict)
@@ -60,36 +64,42 @@ class _Settings:
 
 
 class SawCache(Cache):
-    """A KV cache for `model.generate(..., past_key_values=SawCache(model.config))` that keeps K and V as rotated INT4 pages.
+    """A KV cache for `model.generate(..., past_key_values=SawCache(model))` that keeps K and V as rotated INT4 pages.
+
+    The first forward pass with the first cache of a model prepares the model: it runs text that ships with sawkv, and fits what pages of 4
+    bits are written with (`sawkv.integrations.transformers.prepare`). That takes seconds, once; the model is left as it was.
 
     With the model's attention implementation `sawkv`, attention of up to 8 new tokens a sequence reads the pages, and 16-bit K and V never
     exist; longer inputs are decoded, layer by layer, for PyTorch's attention. With any other implementation every step decodes the whole
     layer first: as right, but slower. Both see the quantized K and V, those of new tokens included.
 
     Args:
-        config: the model's own (`model.config`).
+        config: the model, or its config (`model.config`, that very object: the model is found by it).
         format: a `CacheFormat` or its name, such as `int4-k128-v128`; `int4` takes the default rotation for the model's head_dim.
         max_cache_len: allocate for this many tokens at once, so that `generate` compiles the decoding step (to CUDA graphs, by default).
             None grows as needed, and is not compiled.
         exact_prefill: let the attention of a fresh prompt see its exact K and V. Its output then depends on how it was cut into passes.
-        calibration: centers and feedback of this model, from `sawkv calibrate`, or their file.
+        calibration: what pages of this model are written with, from `sawkv calibrate`, or its file. Without one the model is prepared.
+        prepare: False writes pages without preparation, which may cost much accuracy. It matters for int4 alone.
         offload: keep pages in the host's memory, and bring those of one layer at a time to the device.
         backend: kernels by name, from `sawkv doctor`; None chooses the fastest.
 
     Raises:
         CalibrationError: the calibration cannot be read; or, at the first pass, is of another model or format.
-        UnsupportedError: the model's layers have something other than causal self-attention, with or without a sliding window.
+        UnsupportedError: the model's layers have something other than causal self-attention, with or without a sliding window; or, at the
+            first pass, it cannot be prepared.
         FormatError: the format is not one, or does not fit the model's head_dim.
     """
 
     def __init__(
         self,
-        config: PretrainedConfig,
+        config: torch.nn.Module | PretrainedConfig,
         format: str | CacheFormat = "int4",
         *,
         max_cache_len: int | None = None,
         exact_prefill: bool = False,
         calibration: Calibration | str | Path | None = None,
+        prepare: bool = True,
         offload: bool = False,
         backend: str | None = None,
     ) -> None:
@@ -97,6 +107,10 @@ class SawCache(Cache):
             raise LayoutError(f"max_cache_len: expected at least 1, got {max_cache_len}")
         if max_cache_len is not None and offload:
             raise UnsupportedError("SawCache: expected max_cache_len or offload, got both: pages that come and go cannot be compiled")
+        model = find_model(config) if isinstance(config, torch.nn.Module) else None
+        if model is not None:
+            config = model.config
+        assert isinstance(config, PretrainedConfig)
         decoder = config.get_text_config(decoder=True)
         windows = layer_windows(config)
         cache_format = CacheFormat.parse(format) if isinstance(format, str) else format
@@ -104,7 +118,13 @@ class SawCache(Cache):
             cache_format.resolve(head_dim)
         if isinstance(calibration, (str, Path)):
             calibration = Calibration.load(calibration)
-        self.settings = _Settings(decoder, cache_format, max_cache_len, exact_prefill, backend, calibration, offload)
+        written_with: Calibration | Preparation | None = calibration
+        if calibration is None and cache_format.codec == "int4":
+            if prepare:
+                written_with = Preparation(decoder, cache_format, model)
+            else:
+                warn_once(UNPREPARED)
+        self.settings = _Settings(decoder, cache_format, max_cache_len, exact_prefill, backend, written_with, offload)
         self._told = False
         self._register()
         super().__init__(layers=[SawLayer(self.settings, index, window) for index, window in enumerate(windows)])
@@ -120,6 +140,8 @@ class SawCache(Cache):
             torch.cuda.synchronize()  # pages may be on their way to the host
         other = object.__new__(type(self))
         memo[id(self)] = other
+        for layer in self._saw_layers():  # never changed
+            memo.update({id(x): x for x in (layer._calibration, *vars(layer._calibration).values()) if x is not None})
         vars(other).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
         other._register()
         return other
@@ -250,7 +272,7 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self._held = 0, 0  # first_page and num_pages of self.pages
         self._home: torch.Tensor | None = None  # bytes of offloaded pages between passes, and which they are
         self._home_held = 0, 0
-        self._calibration = LayerCalibration()
+        self._calibration, self._is_calibrated = LayerCalibration(), False
         self._dtypes = torch.float32, torch.float32  # of K and V, as they came last
 
     @property
@@ -316,15 +338,6 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             settings.pagings[key] = Paging(layout, device, self.window, batch_size, settings.max_len, settings.backend)
             settings.pagings[key].record_past(settings.record_past)
         self.paging = settings.pagings[key]
-        if settings.calibration is not None:
-            settings.calibration.check(
-                cache_format=layout.format,
-                model=model_id(settings.config),
-                num_layers=settings.config.num_hidden_layers,
-                num_kv_heads=num_kv_heads,
-                head_dim=head_dim,
-            )
-            self._calibration = settings.calibration.layer(self.index).to(device)
         self.hold(self.paging.first_page, self.paging.num_pages)
         if settings.offload:
             self._store(0)
@@ -356,10 +369,30 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         num_new, passes = key_states.shape[2], self._settings.passes
         passes.enter(self.index, num_new)
         self._check(key_states, value_states)
+        if not self._is_calibrated:
+            self._calibrate()
         if self.is_first:
             self.paging.begin(num_new, num_q_heads, mask)
         passes.begin(self.index, num_new)
         self._dtypes = key_states.dtype, value_states.dtype
+
+    @torch.inference_mode(False)
+    def _calibrate(self) -> None:
+        """Take what pages are written with, before the first token."""
+        source, layout = self._settings.calibration, self.paging.layout
+        if isinstance(source, Calibration):
+            source.check(
+                cache_format=layout.format,
+                model=model_id(self._settings.config),
+                num_layers=self._settings.config.num_hidden_layers,
+                num_kv_heads=layout.num_kv_heads,
+                head_dim=layout.head_dim,
+            )
+        if source is not None:
+            self._calibration = source.layer(self.index).to(self.paging.device)
+        if self.pages is not None:
+            self.pages = PagedKVCache(self.pages.pages, layout, **vars(self._calibration))
+        self._is_calibrated = True
 
     def enter_compiled(self, key_states: torch.Tensor, value_states: torch.Tensor, num_q_heads: int, mask: torch.Tensor | None) -> None:
         """`enter` for one new token, on the device alone."""
@@ -625,47 +658,6 @@ def check_states(key_states: torch.Tensor, value_states: torch.Tensor) -> None:
             raise UnsupportedError(f"SawCache: expected K and V in bfloat16, float16 or float32, got {states.dtype}")
     if key_states.shape[0] == 0:
         raise LayoutError("SawCache: expected at least one sequence, got a batch of 0")
-
-
-def layer_configs(decoder: PretrainedConfig) -> list[PretrainedConfig]:
-    """The config of each layer: the same, but in models whose layers differ in what it says (Transformers from 5.16 or so)."""
-    if getattr(decoder, "is_heterogeneous", False):
-        return list(decoder.per_layer_config)
-    return [decoder] * decoder.num_hidden_layers
-
-
-def head_dim_of(layer: PretrainedConfig) -> int:
-    """Channels in a head of K and V, as a layer's config says it."""
-    return int(getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads)
-
-
-def layer_windows(config: PretrainedConfig) -> list[int]:
-    """The sliding window of each decoder layer, 0 for none.
-
-    Raises:
-        UnsupportedError: naming everything in this model that a SawCache cannot hold.
-    """
-    decoder = config.get_text_config(decoder=True)
-    window = getattr(decoder, "sliding_window", None) or 0
-    types = getattr(decoder, "layer_types", None)
-    if types is None:
-        chunked = getattr(decoder, "attention_chunk_size", None)
-        types = ["chunked_attention" if chunked else "sliding_attention" if window else "full_attention"] * decoder.num_hidden_layers
-    reasons = [f"layers of type {name}" for name in sorted(set(types) - {"full_attention", "sliding_attention"})]
-    if config.is_encoder_decoder:
-        reasons.append("an encoder and cross attention")
-    if getattr(decoder, "kv_lora_rank", None):
-        reasons.append("multi-head latent attention (kv_lora_rank)")
-    if getattr(decoder, "num_kv_shared_layers", None):
-        reasons.append("layers that share the K and V of others (num_kv_shared_layers)")
-    if "sliding_attention" in types and not window:
-        reasons.append("sliding attention without a sliding_window")
-    if reasons:
-        raise UnsupportedError(
-            f"SawCache: expected causal self-attention in all layers, got a {decoder.model_type} with {', '.join(reasons)}. "
-            "Use DynamicCache(config=model.config) for this model"
-        )
-    return [window if name == "sliding_attention" else 0 for name in types]
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

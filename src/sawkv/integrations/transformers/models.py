@@ -1,0 +1,64 @@
+"""What a SawCache asks of a model's config."""
+
+from __future__ import annotations
+
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from sawkv.errors import UnsupportedError
+
+NAME = "sawkv"
+"""Of the attention implementation, for `attn_implementation=` and `model.set_attn_implementation()`."""
+
+
+def find_model(module: nn.Module) -> PreTrainedModel:
+    """The module itself, or the first model of Transformers in it.
+
+    Raises:
+        UnsupportedError: there is none.
+    """
+    for part in module.modules():
+        if isinstance(part, PreTrainedModel):
+            return part
+    raise UnsupportedError(f"SawCache: expected a model of Transformers or its config, got {type(module).__name__}")
+
+
+def layer_configs(decoder: PretrainedConfig) -> list[PretrainedConfig]:
+    """The config of each layer: the same, but in models whose layers differ in what it says (Transformers from 5.16 or so)."""
+    if getattr(decoder, "is_heterogeneous", False):
+        return list(decoder.per_layer_config)
+    return [decoder] * decoder.num_hidden_layers
+
+
+def head_dim_of(layer: PretrainedConfig) -> int:
+    """Channels in a head of K and V, as a layer's config says it."""
+    return int(getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads)
+
+
+def layer_windows(config: PretrainedConfig) -> list[int]:
+    """The sliding window of each decoder layer, 0 for none.
+
+    Raises:
+        UnsupportedError: naming everything in this model that a SawCache cannot hold.
+    """
+    decoder = config.get_text_config(decoder=True)
+    window = getattr(decoder, "sliding_window", None) or 0
+    types = getattr(decoder, "layer_types", None)
+    if types is None:
+        chunked = getattr(decoder, "attention_chunk_size", None)
+        types = ["chunked_attention" if chunked else "sliding_attention" if window else "full_attention"] * decoder.num_hidden_layers
+    reasons = [f"layers of type {name}" for name in sorted(set(types) - {"full_attention", "sliding_attention"})]
+    if config.is_encoder_decoder:
+        reasons.append("an encoder and cross attention")
+    if getattr(decoder, "kv_lora_rank", None):
+        reasons.append("multi-head latent attention (kv_lora_rank)")
+    if getattr(decoder, "num_kv_shared_layers", None):
+        reasons.append("layers that share the K and V of others (num_kv_shared_layers)")
+    if "sliding_attention" in types and not window:
+        reasons.append("sliding attention without a sliding_window")
+    if reasons:
+        raise UnsupportedError(
+            f"SawCache: expected causal self-attention in all layers, got a {decoder.model_type} with {', '.join(reasons)}. "
+            "Use DynamicCache(config=model.config) for this model"
+        )
+    return [window if name == "sliding_attention" else 0 for name in types]

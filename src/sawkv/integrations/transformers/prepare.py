@@ -1,0 +1,415 @@
+"""Preparing a model for its caches: at the first use of one, by the loaded model itself, on text that ships with sawkv.
+
+A cache knows its model's config alone. PyTorch's hook for the forward pass of every module finds the model that has that config, before
+anything of the pass is computed, and is gone afterwards. Within it the model runs the text: without a cache or gradients, in evaluation
+mode, with our attention function, which notes Q, K and V. Then all of that is as it was.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import hashlib
+import inspect
+import itertools
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Final
+
+import torch
+import transformers
+from torch import nn
+from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
+
+from sawkv.errors import SawkvError, UnsupportedError
+from sawkv.format.spec import CacheFormat
+from sawkv.integrations.transformers.models import NAME, head_dim_of, layer_configs, layer_windows
+from sawkv.prepare import corpus
+from sawkv.prepare.calibration import Calibration, LayerCalibration, model_id
+from sawkv.prepare.fit import fit
+from sawkv.prepare.model import output_weight
+from sawkv.prepare.statistics import LayerStatistics
+from sawkv.prepare.store import CalibrationStore, make_key
+
+WINDOW: Final = 512
+NUM_WINDOWS: Final = 8
+LONGEST_CONTEXT: Final = 32768
+"""Positions up to here are measured: with longer contexts windows would lie too far apart."""
+SAMPLED: Final = 64
+"""Numbers of a large weight that are looked at to see whether it has changed since the last preparation. Of small ones all are."""
+SMALL: Final = 4096
+PIECE: Final = 1 << 14
+"""Words of 4 bytes that are summed to one number."""
+PIECES: Final = 1 << 9
+"""Such sums at a time, in 64 MB."""
+
+logger = logging.getLogger(__name__)
+
+_lock = threading.RLock()
+_running = threading.local()
+_prepared: weakref.WeakKeyDictionary[PreTrainedModel, dict[str, tuple[str, list[LayerCalibration]]]] = weakref.WeakKeyDictionary()
+"""By language model and format: the state of the weights, and what was fitted to them."""
+
+
+class Preparation:
+    """What one cache's pages, and those of its copies, are written with, from the first forward pass of its model on.
+
+    Args:
+        decoder: config of the language model, the very object that the model has.
+        cache_format: with int4.
+        model: the model, if the caller knows it; None finds it.
+    """
+
+    def __init__(self, decoder: PretrainedConfig, cache_format: CacheFormat, model: PreTrainedModel | None = None) -> None:
+        self._decoder, self._format = decoder, cache_format
+        self._model = None if model is None else weakref.ref(model)
+        self._layers: list[LayerCalibration] | None = None
+        self._error = (
+            "expected a forward pass of the model before, got K and V of another. Use SawCache(model), or SawCache(model.config) with "
+            "the config of that same model"
+        )
+        reference = weakref.ref(self)
+
+        @torch.compiler.disable  # type: ignore[untyped-decorator]
+        def before_forward(module: nn.Module, args: Any) -> None:
+            preparation = reference()
+            if preparation is not None:
+                preparation._see(module)
+
+        if model is None:
+            handle = nn.modules.module.register_module_forward_pre_hook(before_forward)
+        else:
+            handle = trunk_of(model).register_forward_pre_hook(before_forward)
+        self._stop_waiting = weakref.finalize(self, handle.remove)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Preparation:
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For pickling: what waits for a model stays with it."""
+        return vars(self) | {"_stop_waiting": None, "_model": None}
+
+    def layer(self, index: int) -> LayerCalibration:
+        """What a layer's pages are written with.
+
+        Raises:
+            UnsupportedError: the model was not found, or could not be prepared.
+        """
+        if self._layers is None:
+            raise UnsupportedError(
+                f"SawCache: this {self._decoder.model_type} could not be prepared for {self._format}: {self._error}. "
+                'SawCache(model.config, "int8") needs no preparation; SawCache(model.config, prepare=False) goes without, which may cost '
+                "much accuracy"
+            )
+        return self._layers[index]
+
+    def _see(self, module: nn.Module) -> None:
+        """A module is about to run."""
+        model = getattr(module, "_orig_mod", module)  # of torch.compile
+        if not isinstance(model, PreTrainedModel) or model.config.get_text_config(decoder=True) is not self._decoder:
+            return
+        if self._layers is not None or getattr(_running, "recorder", None) is not None:
+            return
+        given = None if self._model is None else self._model()
+        try:
+            self._layers = prepared(given or model, self._decoder, self._format)
+        except Exception as error:  # the pass that runs need not be for the cache; `layer` says it to those that are
+            logger.debug("sawkv: preparation failed", exc_info=True)
+            self._error = f"{error}" if isinstance(error, SawkvError) else f"{type(error).__name__}: {error}"
+        self._stop_waiting()
+
+
+def prepared(model: PreTrainedModel, decoder: PretrainedConfig, cache_format: CacheFormat) -> list[LayerCalibration]:
+    """What each layer's pages are to be written with: fitted now, or for another cache before, or found on disk.
+
+    Args:
+        model: on its devices. It is left as it was.
+        decoder: its language model's config.
+        cache_format: with int4.
+
+    Raises:
+        UnsupportedError: the model does not attend through Transformers' AttentionInterface, or to numbers that are not finite.
+    """
+    with _lock:
+        name, state = str(cache_format), state_of(trunk_of(model))
+        held = _prepared.setdefault(trunk_of(model), {})
+        if name not in held or held[name][0] != state:
+            held[name] = state, _prepare(model, decoder, cache_format)
+        return held[name][1]
+
+
+def _prepare(model: PreTrainedModel, decoder: PretrainedConfig, cache_format: CacheFormat) -> list[LayerCalibration]:
+    started = time.monotonic()
+    context = min(getattr(decoder, "max_position_embeddings", None) or LONGEST_CONTEXT, LONGEST_CONTEXT)
+    window = min(WINDOW, context)
+    windows, positions = _windows(model, decoder, window), corpus.preparation_positions(NUM_WINDOWS, window, context)
+    entry = _Entry(trunk_of(model), decoder, cache_format, windows, positions)
+    layers = entry.load()
+    source = f"from {entry.path}"
+    if layers is None:
+        statistics = measure(trunk_of(model), decoder, windows, positions)
+        layers = [LayerCalibration()] * len(statistics)
+        devices = [layer.sums.device for layer in statistics]
+        for device in dict.fromkeys(devices):
+            there = [i for i, other in enumerate(devices) if other == device]
+            for i, fitted in zip(there, fit([statistics[i] for i in there], cache_format), strict=True):
+                layers[i] = fitted
+        source = f"on {NUM_WINDOWS} windows of {window} tokens, {entry.save(layers)}"
+    logger.info("sawkv: the model was prepared in %.1f s %s", time.monotonic() - started, source)
+    return layers
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def measure(trunk: PreTrainedModel, decoder: PretrainedConfig, windows: torch.Tensor, positions: torch.Tensor) -> list[LayerStatistics]:
+    """Run a language model on text, and sum up what its attention layers get.
+
+    Args:
+        trunk: without its output embedding. It is left as it was.
+        decoder: its config.
+        windows, positions: [num_windows, window] int64, token ids and their places.
+
+    Raises:
+        UnsupportedError: a layer was not seen.
+    """
+    device = _embedding(trunk).device
+    accepted = inspect.signature(trunk.forward).parameters
+    recorder = _Recorder(layer_windows(decoder))
+    with _left_as_it_was(trunk), torch.compiler.set_stance("force_eager"):
+        _running.recorder = recorder
+        try:
+            for ids, places in zip(windows.to(device), positions.to(device), strict=True):
+                inputs = {"input_ids": ids[None], "position_ids": places[None], "attention_mask": torch.ones_like(ids)[None]}
+                trunk(**{name: x for name, x in inputs.items() if name in accepted}, use_cache=False)
+        finally:
+            _running.recorder = None
+    missing = [index for index, layer in enumerate(recorder.layers) if layer is None]
+    if missing:
+        raise UnsupportedError(
+            f"expected all attention layers of {type(trunk).__name__} to use Transformers' AttentionInterface, got {len(missing)} of "
+            f"{len(recorder.layers)} that do not"
+        )
+    return [layer for layer in recorder.layers if layer is not None]
+
+
+def note(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> None:
+    """Tell the preparation that runs in this thread, if one does, what a layer's attention got. Shapes as of `saw_attention`."""
+    recorder: _Recorder | None = getattr(_running, "recorder", None)
+    if recorder is not None:
+        recorder.add(module, query, key, value, scale)
+
+
+class _Recorder:
+    """Statistics of all layers. `windows`: the sliding window of each."""
+
+    def __init__(self, windows: Sequence[int]) -> None:
+        self._windows = windows
+        self.layers: list[LayerStatistics | None] = [None] * len(windows)
+
+    def add(self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> None:
+        index = getattr(module, "layer_idx", None)
+        if not isinstance(index, int) or not 0 <= index < len(self.layers):
+            raise UnsupportedError(f"expected attention layers that know their index, got {type(module).__name__} with {index!r}")
+        if key.shape != value.shape:
+            raise UnsupportedError(f"expected K and V of one shape, got {list(key.shape)} and {list(value.shape)}")
+        layer = self.layers[index]
+        if layer is None:
+            _, num_kv_heads, _, head_dim = key.shape
+            layer = self.layers[index] = LayerStatistics(num_kv_heads, head_dim, key.device, scale, self._windows[index])
+            weight = output_weight(module, query.shape[1] * head_dim)
+            if weight is not None:
+                layer.set_output_weight(weight.to(key.device))
+        layer.add(*(x[0].transpose(0, 1) for x in (query, key, value)))
+
+
+@contextlib.contextmanager
+def _left_as_it_was(model: nn.Module) -> Iterator[None]:
+    """Within it the model is in evaluation mode and attends by our function. Rotary embeddings that grow with the text shrink again."""
+    training = {module: module.training for module in model.modules()}
+    configs = {id(config): config for module in model.modules() if isinstance(config := getattr(module, "config", None), PretrainedConfig)}
+    attention = {name: config._attn_implementation for name, config in configs.items()}
+    rotary = [module for module in model.modules() if "rotary" in type(module).__name__.lower()]
+    held = [(module, dict(vars(module)), {name: (x, copy.deepcopy(x)) for name, x in module._buffers.items()}) for module in rotary]
+    try:
+        for module in training:
+            module.training = False
+        for config in configs.values():
+            config._attn_implementation_internal = NAME  # as Transformers does it, which leaves the configs below alone
+        yield
+    finally:
+        for module, mode in training.items():
+            module.training = mode
+        for key, config in configs.items():
+            config._attn_implementation_internal = attention[key]
+        for module, attributes, buffers in held:
+            vars(module).clear()
+            vars(module).update(attributes)
+            for name, (buffer, content) in buffers.items():
+                module._buffers[name] = buffer
+                if buffer is not None and content is not None and not torch.equal(buffer, content):
+                    buffer.copy_(content)
+
+
+def trunk_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The language model in a model, without what comes before and after its layers."""
+    trunk: PreTrainedModel = model.get_decoder()  # type: ignore[no-untyped-call]
+    return trunk
+
+
+def _windows(model: PreTrainedModel, decoder: PretrainedConfig, window: int) -> torch.Tensor:
+    """[NUM_WINDOWS, window] int64: text in the model's tokens, or random ones if its tokenizer is not on this machine."""
+    encoder = _encoder(next((name for name in (model.name_or_path, decoder._name_or_path) if name), None))
+    vocab_size = int(_embedding(trunk_of(model)).shape[0])
+    if encoder is not None:
+        windows = corpus.preparation_windows(encoder[0], window, NUM_WINDOWS, encoder[1])
+        if int(windows.max()) < vocab_size:
+            return windows
+    warn_once(
+        f"sawkv: found no tokenizer of this {decoder.model_type} on this machine. "
+        "It is prepared on random tokens, which is worse than on text"
+    )
+    return corpus.random_windows(vocab_size, window, NUM_WINDOWS)
+
+
+def _embedding(model: PreTrainedModel) -> torch.Tensor:
+    weight: torch.Tensor = model.get_input_embeddings().weight  # type: ignore[assignment]
+    return weight
+
+
+def _encoder(name: str | None) -> tuple[Callable[[str], list[int]], list[int]] | None:
+    """Text to token ids without special tokens, and those that go before a text; None if there is no tokenizer of that name here."""
+    if name is None:
+        return None
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+    except Exception:  # many kinds: no such folder, no tokenizer in it, a package missing, code that would have to be run
+        logger.debug("sawkv: no tokenizer", exc_info=True)
+        return None
+
+    def encode(text: str, special: bool = False) -> list[int]:
+        ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
+        return ids
+
+    plain, whole = encode("a"), encode("a", special=True)
+    before = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
+    return encode, whole[:before]
+
+
+class _Entry:
+    """What is on disk of this model's preparation, or why nothing can be."""
+
+    def __init__(
+        self, model: PreTrainedModel, decoder: PretrainedConfig, cache_format: CacheFormat, windows: torch.Tensor, positions: torch.Tensor
+    ) -> None:
+        self.path, self._key = None, ""
+        shapes = {(_kv_heads(layer), head_dim_of(layer)) for layer in layer_configs(decoder)}
+        weights = weights_digest(dict(itertools.chain(model.named_parameters(), model.named_buffers())))
+        if len(shapes) != 1 or weights is None:
+            self._reason = "its layers differ in their heads" if weights else "its weights are not in memory"
+            return
+        self._device, (heads, head_dim) = model.device, shapes.pop()
+        self._expected = {
+            "cache_format": cache_format.resolve(head_dim),
+            "model": model_id(decoder),
+            "num_layers": decoder.num_hidden_layers,
+            "num_kv_heads": heads,
+            "head_dim": head_dim,
+        }
+        config = {key: x for key, x in decoder.to_dict().items() if key not in ("_name_or_path", "transformers_version", "use_cache")}
+        computation = {
+            "config": config,
+            "adapters": _adapters(model),
+            "dtype": str(model.dtype),
+            "engine": f"transformers {transformers.__version__}",
+            "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type,
+            "windows": _digest(windows),
+            "positions": _digest(positions),
+        }
+        self._key = make_key({**self._expected, **computation, "weights": weights})
+        try:
+            self._store = CalibrationStore(log=logger)
+        except (SawkvError, OSError) as error:
+            self._reason = str(error)
+            return
+        self.path = self._store.path(self._key)
+
+    def load(self) -> list[LayerCalibration] | None:
+        calibration = None if self.path is None else self._store.load(self._key, **self._expected)
+        return None if calibration is None else [calibration.layer(i).to(self._device) for i in range(calibration.num_layers)]
+
+    def save(self, layers: list[LayerCalibration]) -> str:
+        """Keep it if that is possible, and say where, or why not."""
+        if self.path is None:
+            return f"not kept on disk: {self._reason}"
+        expected = self._expected
+        try:
+            calibration = Calibration.from_layers(
+                expected["cache_format"], expected["model"], expected["num_layers"], dict(enumerate(layers))
+            )
+            return f"kept in {self._store.save(self._key, calibration)}"
+        except SawkvError as error:
+            return f"not kept on disk: {error}"
+
+
+def _kv_heads(layer: PretrainedConfig) -> int:
+    return int(getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads)
+
+
+def _digest(x: torch.Tensor) -> str:
+    return hashlib.sha256(x.numpy().tobytes()).hexdigest()
+
+
+def state_of(model: nn.Module) -> str:
+    """A digest that changes when weights do, or the adapters in force. It looks at some numbers of each weight, and so is cheap."""
+    packed = [x for x in model.buffers() if not x.is_floating_point()]  # weights of some quantized models
+    tensors = [*model.parameters(), *packed]
+    known = [(id(x), x.data_ptr() if x.device.type != "meta" else 0, tuple(x.shape), str(x.dtype)) for x in tensors]
+    samples: dict[torch.device, list[torch.Tensor]] = {}
+    for x in tensors:
+        with contextlib.suppress(RuntimeError, NotImplementedError, TypeError):  # packed weights that are no plain tensors
+            if x.device.type != "meta" and x.numel():
+                step = max(1, x.numel() // SAMPLED) if x.numel() > SMALL else 1
+                taken = x.detach().reshape(-1)[::step].contiguous().view(torch.uint8)
+                samples.setdefault(x.device, []).append(taken)
+    digest = hashlib.sha256(repr((known, _adapters(model))).encode())
+    for parts in samples.values():
+        digest.update(torch.cat(parts).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def weights_digest(tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """A digest over names, shapes, dtypes and all bytes of tensors, computed on their devices; None if some are not in memory.
+
+    Bytes are summed in pieces, each 4 of them by a factor of their own modulo 2^64; SHA-256 goes over the sums.
+    """
+    digest, factors = hashlib.sha256(), torch.randint(-(2**62), 2**62, (PIECE,), generator=torch.Generator().manual_seed(1)) | 1
+    for name, x in sorted(tensors.items()):
+        try:
+            if x.device.type == "meta":
+                return None
+            content = x.detach().contiguous().reshape(-1).view(torch.uint8)
+        except (RuntimeError, NotImplementedError, TypeError):  # packed in a way of their own
+            return None
+        factors = factors.to(x.device)
+        digest.update(f"{name} {list(x.shape)} {x.dtype} ".encode())
+        for block in torch.split(content, 4 * PIECE * PIECES):
+            words = nn.functional.pad(block, (0, -block.numel() % (4 * PIECE))).view(torch.int32).view(-1, PIECE)
+            digest.update((words * factors).sum(1).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _adapters(model: nn.Module) -> list[str]:
+    """PEFT's layers choose among the weights that they hold by attributes."""
+    names = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
+    layers = (module for module in model.modules() if type(module).__module__.startswith("peft."))
+    return [repr([getattr(layer, name, None) for name in names]) for layer in layers]
+
+
+@functools.cache
+def warn_once(message: str) -> None:
+    """Log a warning, once in a process."""
+    logger.warning(message)
