@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import secrets
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,7 +50,7 @@ def writing(path: Path) -> Iterator[Path]:
             return
         target = path.resolve()  # of a link
         target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f".{os.getpid()}.part")
+        part = target.with_name(f".{secrets.token_hex(8)}.part")  # two containers may have one process number
         part.touch()
         mode = part.stat().st_mode
         yield part

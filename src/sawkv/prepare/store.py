@@ -1,0 +1,129 @@
+"""What models were prepared with, kept on disk between starts.
+
+An entry is a calibration file. It is found by a key over all that it was fitted on, the contents of the weights among it, so two models
+never share one. The file's fingerprint tells damage: such an entry is removed, and the model is prepared again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import mmap
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Final
+
+from sawkv import __version__
+from sawkv.errors import CalibrationError
+from sawkv.files import writing
+from sawkv.kernels.disk import private_folder
+from sawkv.prepare.calibration import VERSION, Calibration
+
+SUFFIXES: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".py")
+"""Of files that hold weights, and of code that comes with a checkpoint. Its configuration is for the engine to name, as it changed it."""
+PIECE: Final = 64 << 20
+"""Bytes of a file that one thread hashes at a time."""
+
+logger = logging.getLogger(__name__)
+
+
+class CalibrationStore:
+    """Calibrations in a folder. Starts may use it at the same time: entries appear whole, and those of one key are alike.
+
+    Args:
+        folder: where entries are; None is a private folder in the user's cache.
+        log: gets warnings.
+
+    Raises:
+        UnsupportedError: others could write to the private folder.
+        OSError: the folder cannot be made.
+    """
+
+    def __init__(self, folder: Path | None = None, log: logging.Logger = logger) -> None:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        self._folder, self._log = private_folder("prepared") if folder is None else folder, log
+
+    def path(self, key: str) -> Path:
+        """Where the entry of a key is, if there is one."""
+        return self._folder / f"{key}.safetensors"
+
+    def load(self, key: str, **expected: Any) -> Calibration | None:
+        """The entry of a key, or None.
+
+        Args:
+            key: from `make_key`.
+            expected: what `Calibration.check` asks for. An entry that is damaged or for something else is removed, with a warning.
+        """
+        path = self.path(key)
+        if not path.exists():
+            return None
+        try:
+            calibration = Calibration.load(path)
+            calibration.check(**expected)
+        except CalibrationError as error:
+            self._log.warning("sawkv: what is on disk of an earlier preparation cannot be used and is made again: %s", error)
+            path.unlink(missing_ok=True)
+            return None
+        return calibration
+
+    def save(self, key: str, calibration: Calibration) -> Path:
+        """Keep a calibration.
+
+        Raises:
+            SawkvError: it cannot be written.
+        """
+        path = self.path(key)
+        with writing(path) as part:
+            calibration.save(part)
+        return path
+
+
+def make_key(parts: Mapping[str, Any]) -> str:
+    """32 hex digits over all that a calibration was fitted on, and over the versions of sawkv and of the file.
+
+    Args:
+        parts: what the engine computed with: weights, configuration, dtype, text, device and so on, by name. What JSON does not know
+            counts by its `str`.
+    """
+    whole = {**parts, "sawkv": __version__, "calibration": VERSION}
+    return hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def contents_digest(folder_or_file: Path) -> str | None:
+    """A digest over names and contents of a checkpoint's weights, and of the code that it brings; None if there are no weights.
+
+    Files of the Hugging Face hub's cache are named by the SHA-256 of their contents and are not read again; their size and time of change
+    count too.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    path = folder_or_file
+    files = [path] if path.is_file() else sorted(file for file in path.glob("*") if file.suffix in SUFFIXES and file.is_file())
+    if all(file.suffix == ".py" for file in files):
+        return None
+    with ThreadPoolExecutor() as pool:
+        digests = [f"{file.name}={_file_digest(file, pool.map)}" for file in files]
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+
+def _file_digest(file: Path, each: Callable[..., Any]) -> str:
+    target, status = file.resolve(), file.stat()
+    if file.is_symlink() and target.parent.name == "blobs" and len(target.name) == 64:
+        return f"hub:{target.name}:{status.st_size}:{status.st_mtime_ns}"
+    if not status.st_size:
+        return "empty"
+    with open(file, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
+        view = memoryview(content)
+        pieces: Sequence[memoryview] = [view[i : i + PIECE] for i in range(0, len(view), PIECE)]
+        digests = b"".join(each(_sha256, pieces))
+        for piece in (*pieces, view):
+            piece.release()
+    return hashlib.sha256(digests).hexdigest()
+
+
+def _sha256(content: memoryview) -> bytes:
+    return hashlib.sha256(content).digest()
