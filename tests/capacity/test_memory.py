@@ -115,6 +115,13 @@ def test_the_longest_context_is_the_last_with_which_vllm_starts() -> None:
 def test_heads_that_cards_do_not_divide_are_refused() -> None:
     with pytest.raises(UnsupportedError, match="--tensor-parallel: expected a divisor of 32 and 8 heads, got 3"):
         plans("qwen3-8b", replace(H100, tensor_parallel=3))
+    with pytest.raises(UnsupportedError, match="a divisor of 48 heads and 3072 channels of states, got 32"):
+        make_plan(
+            replace(read_shape(CONFIGS["falcon-h1-1.5b"]), attention=read_shape(CONFIGS["qwen3-8b"]).attention),
+            replace(H100, tensor_parallel=32),
+            KVCache("bf16", element_bytes=2),
+            GIB,
+        )
 
 
 def test_a_size_is_the_cards_and_less_is_reported() -> None:

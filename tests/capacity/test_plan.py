@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
+from random import Random
 from types import SimpleNamespace
 from typing import Any
 
@@ -106,9 +108,17 @@ def test_json_has_what_programs_need(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "Weights as given." in printed["assumed"]
 
 
+def test_states_without_prefix_caching(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One state instead of 3 in each of 7 groups of 4 layers."""
+    found = plan(capsys, write_config(tmp_path, "nemotron-nano-9b-v2"), "--no-enable-prefix-caching")["formats"]["int4"]
+    assert found["state_bytes_per_request"] == 7 * 4 * 4928 * 1088
+    assert found["least_prefix_hit"] is None
+
+
 def test_the_table_fits_80_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    model = write_config(tmp_path, "nemotron-nano-9b-v2")
-    assert cli.main(["plan", str(model), "--gpu-memory", "80GiB", "--context", "999999", "--format", "bf16-k128-v128"]) == 0
+    model = str(write_config(tmp_path, "nemotron-nano-9b-v2"))
+    options = ["--context", "999999", "--format", "bf16-k128-v128", "--no-enable-prefix-caching"]
+    assert cli.main(["plan", model, "--gpu-memory", "80GiB", *options]) == 0
     shown = capsys.readouterr().out
     assert max(map(len, shown.splitlines())) < 80
     for part in ("bf16-k128-v128", "states of a request", "1,344", "requests of 131,072 at once"):
@@ -206,6 +216,25 @@ def test_a_broken_config_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     printed = capsys.readouterr().err
     assert message in printed
     assert printed.count("\n") == 1
+
+
+def test_no_field_of_a_config_can_break_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """One field, at any depth, made nonsense: figures, or one line."""
+    random = Random(0)
+    for _ in range(40):
+        config = copy.deepcopy(CONFIGS[random.choice(list(CONFIGS))])
+        if random.random() < 0.4:
+            config["quantization_config"] = copy.deepcopy(random.choice([AWQ, FP8]))
+        place = config
+        while True:
+            key = random.choice(list(place))
+            if not isinstance(place[key], dict) or not place[key] or random.random() < 0.2:
+                break
+            place = place[key]
+        place[key] = random.choice([None, -1, 0, "x", [], {}, 1.5, True, [1], {"a": 1}, [None]])
+        write_config(tmp_path, config)
+        assert cli.main(["plan", str(tmp_path), "--gpu-memory", "80GiB"]) in (0, 1, 2), (key, place[key])
+        assert capsys.readouterr().err.count("\n") <= 1, (key, place[key])
 
 
 class Hub:

@@ -13,7 +13,9 @@ from types import SimpleNamespace
 from typing import Any
 
 
-def blocks(model: str, kv_cache_dtype: str, block_size: int, context: int, batched_tokens: int, kv_bytes: int) -> dict[str, Any]:
+def blocks(
+    model: str, kv_cache_dtype: str, block_size: int, context: int, batched_tokens: int, kv_bytes: int, prefix_caching: bool = True
+) -> dict[str, Any]:
     """What vLLM makes of `kv_bytes`.
 
     Returns:
@@ -42,6 +44,7 @@ def blocks(model: str, kv_cache_dtype: str, block_size: int, context: int, batch
         block_size=block_size,
         max_model_len=context,
         max_num_batched_tokens=batched_tokens,
+        enable_prefix_caching=prefix_caching,
         skip_tokenizer_init=True,
         enforce_eager=True,
     ).create_engine_config()

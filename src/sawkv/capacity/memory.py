@@ -118,6 +118,7 @@ class Setting:
         context: `--max-model-len`, in tokens.
         max_num_batched_tokens, max_num_seqs: None for vLLM's default on such a card.
         block_size: None for what a GPU gets.
+        prefix_caching: whether requests find prefixes of others; recurrent layers then hold more states.
 
     Raises:
         SawkvError: a value is out of range.
@@ -131,6 +132,7 @@ class Setting:
     max_num_batched_tokens: int | None = None
     max_num_seqs: int | None = None
     block_size: int | None = None
+    prefix_caching: bool = True
 
     def __post_init__(self) -> None:
         for name in ("context", "tensor_parallel", "max_num_batched_tokens", "max_num_seqs"):
@@ -163,14 +165,14 @@ class Blocks:
         of_request: blocks that a request of the full context takes, in all groups.
         of_states: those of them that hold recurrent states.
         block_size: tokens of a block of attention.
-        least_prefix_hit: prefixes are found in multiples of these tokens.
+        least_prefix_hit: prefixes are found in multiples of these tokens; None where they are not looked for.
     """
 
     nbytes: int
     of_request: int
     of_states: int
     block_size: int
-    least_prefix_hit: int
+    least_prefix_hit: int | None
 
 
 @dataclass(frozen=True)
@@ -193,7 +195,7 @@ class Plan:
     bytes_per_token: int
     state_bytes_per_request: int
     block_size: int
-    least_prefix_hit: int
+    least_prefix_hit: int | None
     tokens: int
     requests: float
     fits: bool
@@ -213,6 +215,11 @@ def make_plan(shape: ModelShape, setting: Setting, cache: KVCache, weight_bytes:
         if layer.num_q_heads % ranks or (layer.num_kv_heads % ranks and ranks % layer.num_kv_heads):
             raise UnsupportedError(
                 f"--tensor-parallel: expected a divisor of {layer.num_q_heads} and {layer.num_kv_heads} heads, got {ranks}"
+            )
+    for state in shape.states:
+        if state.heads % ranks or state.channels % ranks:
+            raise UnsupportedError(
+                f"--tensor-parallel: expected a divisor of {state.heads} heads and {state.channels} channels of states, got {ranks}"
             )
     usable = int(setting.gpu_memory * setting.gpu_memory_utilization)
     weights = weight_bytes // ranks
@@ -263,7 +270,7 @@ class _Pages:
     def of_request(self, setting: Setting) -> int:
         """Blocks that a request of the full context holds."""
         if isinstance(self.kind, State):
-            return self.kind.held
+            return self.kind.held if setting.prefix_caching else 1
         if not self.kind.window:
             return -(-setting.context // self.block_size)
         kept = self.kind.window - 1 + CONCURRENT_STEPS * setting.batched_tokens
@@ -297,7 +304,7 @@ def cut_blocks(shape: ModelShape, setting: Setting, cache: KVCache) -> Blocks:
         of_request=sum(group.of_request(setting) for group in groups),
         of_states=sum(group.of_request(setting) for group in groups if isinstance(group.kind, State)),
         block_size=max(group.block_size for group in groups if isinstance(group.kind, Attention)),
-        least_prefix_hit=lcm(*(group.block_size for group in groups)),
+        least_prefix_hit=lcm(*(group.block_size for group in groups)) if setting.prefix_caching else None,
     )
 
 

@@ -32,7 +32,7 @@ def table(plans: Sequence[Plan], setting: Setting) -> str:
         rows.append(("states of a request", [f"{plan.state_bytes_per_request / (1 << 20):,.1f} MiB" for plan in plans]))
     rows += [
         ("block, tokens", [f"{plan.block_size:,}" for plan in plans]),
-        ("least prefix hit, tokens", [f"{plan.least_prefix_hit:,}" for plan in plans]),
+        ("least prefix hit, tokens", [f"{plan.least_prefix_hit:,}" if plan.least_prefix_hit else "-" for plan in plans]),
         ("KV cache, tokens", [f"{plan.tokens:,}" for plan in plans]),
         (f"requests of {setting.context:,} at once", [f"{plan.requests:,.1f}" for plan in plans]),
     ]
@@ -52,7 +52,7 @@ def assumptions(setting: Setting, shape: ModelShape, weights: Weights) -> list[s
         f"{setting.gpu_memory / GIB:.1f} GiB reported by CUDA, {setting.gpu_memory_utilization:.0%} of it for vLLM, and no other program.",
         f"{batch}.",
         f"Weights {weights.source}.",
-        "No LoRA, no speculative decoding, prefix caching on.",
+        f"No LoRA, no speculative decoding, {'prefix' if setting.prefix_caching else 'no prefix'} caching.",
         "Activations as in vLLM's profiling step: the largest of an MLP's, of the projection before a state, and of the "
         "logits. Outside of torch as measured once on an H100, with a dense model of 8B.",
     ]

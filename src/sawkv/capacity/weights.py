@@ -110,15 +110,21 @@ def _count(checkpoint: Checkpoint, shape: ModelShape, is_loaded: Callable[[str],
         with torch.device("meta"):
             model = model_class(shape.config)
     except Exception as error:  # a config that is wrong fails anywhere in it
-        reason = f"expected a config.json of which Transformers makes a model, got: {error!r}"
+        reason = f"expected a config.json of which Transformers makes a model, got: {error!r:.300}"
         raise UnsupportedError(f"plan: {reason}: give --weights SIZE") from error
     quantization = _quantization(checkpoint.config)
     bits, source = 16.0, "counted from the shape, in 16 bits"
+    quantized: set[str] = set()
     if quantization:
-        bits = _linear_bits(quantization)
+        try:
+            bits, is_kept = _linear_bits(quantization), _kept_in_16_bits(quantization)
+        except UnsupportedError:
+            raise
+        except (KeyError, TypeError, ValueError, AttributeError, re.error) as error:
+            reason = f"expected a quantization_config of a known form, got: {error!r:.300}"
+            raise UnsupportedError(f"plan: {reason}: give --weights SIZE") from error
         source = f"counted from the shape, linear layers in {bits:.3g} bits ({quantization.get('quant_method')})"
-    is_kept = _kept_in_16_bits(quantization)
-    quantized = {name for name in _linear_weights(model) if not is_kept(name)}
+        quantized = {name for name in _linear_weights(model) if not is_kept(name)}
     nbytes = sum(
         parameter.numel() * (bits if name in quantized else 16) / 8 for name, parameter in model.named_parameters() if is_loaded(name)
     )
@@ -134,7 +140,8 @@ def _model_class(config: Mapping[str, Any], made: Any) -> Any:
         getattr(modeling_auto, f"MODEL_FOR_{task}_MAPPING_NAMES", {}).get(made.model_type)
         for task in ("MULTIMODAL_LM", "IMAGE_TEXT_TO_TEXT", "CAUSAL_LM")
     ]
-    for name in [*(config.get("architectures") or ()), *types]:
+    named = config.get("architectures")
+    for name in [*(named if isinstance(named, list) else ()), *types]:
         found = getattr(transformers, name, None) if isinstance(name, str) else None
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
             return found
@@ -191,7 +198,7 @@ def _linear_bits(quantization: Mapping[str, Any]) -> float:
             )
             for kind in weights
         )
-    raise UnsupportedError(f"plan: expected weights quantized in a known way, got {method or quantization}: give --weights SIZE")
+    raise UnsupportedError(f"plan: expected weights quantized in a known way, got {method or 'no name'}: give --weights SIZE")
 
 
 def _grouped(bits: int, group_size: int | None, scale_bits: int = 16, zero_points: bool = False) -> float:

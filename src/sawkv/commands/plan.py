@@ -30,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--language-model-only", action="store_true", help="as given to vLLM: serve no images, and load nothing that reads them"
     )
+    parser.add_argument(
+        "--no-enable-prefix-caching", action="store_true", help="as given to vLLM: recurrent layers then hold one state of a request"
+    )
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
 
 
@@ -51,6 +54,7 @@ def run(args: argparse.Namespace) -> int:
         tensor_parallel=args.tensor_parallel,
         max_num_batched_tokens=args.max_num_batched_tokens,
         max_num_seqs=args.max_num_seqs,
+        prefix_caching=not args.no_enable_prefix_caching,
     )
     weight_bytes = None if args.weights is None else memory.size_bytes("--weights", args.weights)
     checkpoint = read_checkpoint(args.model)
