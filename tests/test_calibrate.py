@@ -1,4 +1,4 @@
-"""Centers and feedback measured on a model: against its own cache, and where they must help and must not be used."""
+"""What `sawkv calibrate` fits to a model: against its own modules and cache, and by what it saves."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.functional import scaled_dot_product_attention
 from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
 from sawkv import CacheFormat, FormatError, PagedKVCache, PageLayout, append, gather
 from sawkv.prepare import calibrate
-from sawkv.prepare.calibrate import Saving
-from sawkv.prepare.calibration import Calibration
+from sawkv.prepare.calibration import Calibration, LayerCalibration
+from sawkv.prepare.fit import fit
 from sawkv.prepare.model import EvalModel
+from sawkv.prepare.statistics import LayerStatistics
 from tests.conftest import relative_error
 
 INT4 = CacheFormat("int4")
@@ -44,106 +47,93 @@ def windows(count: int) -> torch.Tensor:
     return torch.randint(0, 200, (count, 64))
 
 
-@torch.inference_mode()
-def means_by_the_models_own_cache(model: Qwen2ForCausalLM, ids: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    cache = model(ids, use_cache=True).past_key_values
-    return [(layer.keys.mean((0, 2)), layer.values.mean((0, 2))) for layer in cache.layers]
-
-
-def test_centers_are_the_means_of_what_the_model_caches() -> None:
-    model, ids = make_model(8.0, 4.0), windows(3)
-    wanted = means_by_the_models_own_cache(model, ids)
-    made, savings = calibrate.calibrate(EvalModel(model), INT4, ids, windows(2), 64)
+def test_the_file_holds_what_is_fitted_to_the_models_own_rows() -> None:
+    """Statistics from the model's own modules and cache, in its own positions."""
+    model, ids = make_model(8.0, 4.0), windows(1)
+    taken: dict[int, torch.Tensor] = {}
+    for index, layer in enumerate(model.model.layers):
+        layer.self_attn.q_proj.register_forward_hook(lambda module, args, out, index=index: taken.__setitem__(index, out))
+    with torch.inference_mode():
+        cache = model(ids, use_cache=True).past_key_values
+        cos, sin = model.model.rotary_emb(torch.zeros(1), torch.arange(64)[None])
+        statistics = []
+        for index, layer in enumerate(model.model.layers):
+            q, _ = apply_rotary_pos_emb(taken[index].view(1, 64, 4, 32).transpose(1, 2), cache.layers[index].keys, cos, sin)
+            statistics.append(LayerStatistics(2, 32, "cpu"))
+            statistics[-1].set_output_weight(layer.self_attn.o_proj.weight)
+            statistics[-1].add(*(x[0].transpose(0, 1) for x in (q, cache.layers[index].keys, cache.layers[index].values)))
+    made = calibrate.calibrate(EvalModel(model), INT4, ids, 64)
     assert str(made.format) == "int4-k32-v32"
-    for layer, (k, v) in enumerate(wanted):
-        torch.testing.assert_close(made.k_center[layer], k, rtol=1e-3, atol=1e-3)
-        torch.testing.assert_close(made.v_center[layer], v, rtol=1e-3, atol=1e-3)
-        for saving in savings[layer]:
-            assert saving.centered < 0.5 * saving.plain, "an offset far from zero is what a center removes"
-
-
-def test_what_does_not_help_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    equal = Saving(plain=1.0, centered=1.0, cost_plain=1.0, cost_centered=0.5, cost_fed_back=1.0)
-    assert not equal.centers
-    assert not equal.feeds_back, "0.5 is of centered rows, which these will not be; 1.0 is of plain ones"
-    assert equal.cost_used == 1.0
-    assert Saving(plain=1.0, centered=0.9, cost_plain=1.0, cost_centered=0.5, cost_fed_back=0.4).feeds_back
-    assert not Saving(plain=1.0, centered=0.9, cost_plain=1.0, cost_centered=0.3, cost_fed_back=0.4).feeds_back
-    assert not Saving(plain=1.0, centered=0.9, cost_plain=1.0, cost_centered=0.3).feeds_back
-    monkeypatch.setattr(calibrate.Saving, "centers", property(lambda saving: False))
-    monkeypatch.setattr(calibrate.Saving, "feeds_back", property(lambda saving: False))
-    made, _ = calibrate.calibrate(EvalModel(make_model(8.0)), INT4, windows(2), windows(1), 64)
-    assert not made.k_center.any()
-    assert made.k_feedback is made.v_feedback is None
-    assert set(vars(made.layer(1)).values()) == {None}
+    for index, wanted in enumerate(fit(statistics, INT4)):
+        got = made.layer(index)
+        for name in ("k_center", "v_center", "k_gain", "v_gain"):
+            torch.testing.assert_close(getattr(got, name), getattr(wanted, name), rtol=1e-3, atol=1e-3)
+        for name in ("k_feedback", "v_feedback"):
+            weights = [getattr(each, name).weights.int() * getattr(each, name).step[:, None, None] for each in (got, wanted)]
+            assert relative_error(*weights) < 0.02
 
 
 @torch.inference_mode()
-def test_feedback_lowers_the_error_of_scores_and_outputs_read_from_pages() -> None:
-    """Held-out rows through pages, with and without the feedback of the file; costs by their definitions, from the model's own modules."""
+def test_what_is_fitted_lowers_the_error_of_attention_read_from_pages() -> None:
+    """Fresh text through pages, with nothing fitted and with each part: the error of the layer's output, from the model's own modules."""
     model, ids = EvalModel(make_model(8.0, 4.0)), windows(1)
     for module in model.layers:  # queries and outputs of few directions, as trained models have them
         for name in ("q_proj.weight", "o_proj.weight"):
             weight = module.get_parameter(name)
             weight.copy_(torch.randn(weight.shape[0], 4) @ torch.randn(4, weight.shape[1]) / 16)
-    made, savings = calibrate.calibrate(model, INT4, windows(8), windows(2), 64)
-    bare, _ = calibrate.calibrate(model, INT4, windows(8), windows(2), 64, feedback=False)
-    assert bare.k_feedback is bare.v_feedback is None
+    made = calibrate.calibrate(model, INT4, windows(8), 64)
     for layer, (module, states) in enumerate(zip(model.layers, model.states(ids), strict=True)):
-        weight = module.get_parameter("o_proj.weight").view(64, 4, 32)  # [hidden, query head, channel]
+        whole = made.layer(layer)
+        centers = LayerCalibration(k_center=whole.k_center, v_center=whole.v_center)
+        gains = replace(whole, k_feedback=None, v_feedback=None)
         lost = []
-        for given in (made.layer(layer), replace(made.layer(layer), k_feedback=None, v_feedback=None)):
+        for given in (LayerCalibration(), centers, gains, whole):
             cache = PagedKVCache.allocate(PageLayout(made.format, 2, 32, 16), 4, **vars(given))
             append(states.k, states.v, cache, torch.arange(64), backend="reference")
             k, v = torch.empty(2, 64, 2, 32)
             ends = torch.tensor([0, 64], dtype=torch.int32)
             gather(cache, torch.arange(4, dtype=torch.int32)[None], ends[1:], ends, k, v, rotated=False, backend="reference")
-            scores = torch.einsum("qghd,khd->ghqk", states.q.view(64, 2, 2, 32).transpose(1, 2), k - states.k)
-            outputs = torch.einsum("ohgd,khd->khgo", weight.view(64, 2, 2, 32), v - states.v)
-            lost.append((float(scores.square().sum()), float(outputs.square().sum())))
-        for kind in range(2):
-            assert savings[layer][kind].feeds_back
-            assert lost[0][kind] < 0.9 * lost[1][kind]
+            outputs = []
+            for keys, values in ((states.k, states.v), (k, v)):
+                heads = (x.transpose(0, 1)[None] for x in (states.q, keys, values))
+                out = scaled_dot_product_attention(*heads, is_causal=True, enable_gqa=True, scale=states.softmax_scale)
+                outputs.append(module.get_submodule("o_proj")(out[0].transpose(0, 1).flatten(1)))
+            lost.append(float((outputs[1] - outputs[0]).square().sum()))
+        assert lost[1] < 0.5 * lost[0], "an offset far from zero is what a center removes"
+        assert lost[3] < 0.9 * min(lost[1:3])
 
 
 def test_only_int4_gets_feedback() -> None:
-    made, savings = calibrate.calibrate(EvalModel(make_model(8.0)), CacheFormat("int8"), windows(2), windows(1), 64)
+    made = calibrate.calibrate(EvalModel(make_model(8.0)), CacheFormat("int8"), windows(2), 64)
     assert made.k_feedback is made.v_feedback is None
-    assert savings[0][0].cost_fed_back is None
 
 
-def test_short_windows_spread_over_a_context_give_its_centers() -> None:
+def test_windows_are_spread_over_the_context() -> None:
     """Rotary embeddings turn an offset of keys with the position, so where the windows stand decides their mean."""
-    model, text = make_model(8.0), torch.randint(0, 200, (8, 8)).repeat(1, 32)  # 256 tokens of eight, over and over
-    wanted = means_by_the_models_own_cache(model, text)
-    spread, _ = calibrate.calibrate(EvalModel(model), INT4, text[:, :32].repeat(4, 1), text, 256)
-    at_start, _ = calibrate.calibrate(EvalModel(model), INT4, text[:, :32], text[:, :32], 32)
-    for layer, (k, _) in enumerate(wanted):
-        assert relative_error(spread.k_center[layer], k) < 0.15
-        assert relative_error(at_start.k_center[layer], k) > 0.1
+    model, text = EvalModel(make_model(8.0)), windows(4)[:, :32]
+    near, far = (calibrate.calibrate(model, INT4, text, context) for context in (32, 256))
+    assert relative_error(far.k_center, near.k_center) > 0.05
+    assert relative_error(far.v_center[0], near.v_center[0]) < 0.03
 
 
-def test_formats_that_centers_do_not_improve_are_refused() -> None:
+def test_formats_with_nothing_to_fit_are_refused() -> None:
     with pytest.raises(FormatError, match="expected a quantized format"):
-        calibrate.calibrate(EvalModel(make_model()), CacheFormat("bf16"), windows(1), windows(1), 64)
+        calibrate.calibrate(EvalModel(make_model()), CacheFormat("bf16"), windows(1), 64)
 
 
-def test_the_command_writes_a_file_for_this_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("own_text", [False, True])
+def test_the_command_writes_a_file_for_this_model(tmp_path: Path, capsys: pytest.CaptureFixture[str], own_text: bool) -> None:
     folder = next((Path(__file__).parents[1] / "models").glob("sawkv-*"))
-    options = {"cache_format": "int4-k64-v0", "context": 512, "window": 256, "windows": 4, "device": "cpu"}
-    assert calibrate.run_calibrate(folder, None, tmp_path / "c.safetensors", **options) == 0
+    text = tmp_path / "text.txt"
+    text.write_text("Some words, and others. " * 600)
+    options = {"cache_format": "int4-k64-v0", "context": 512, "window": 128, "windows": 2, "device": "cpu"}
+    assert calibrate.run_calibrate(folder, text if own_text else None, tmp_path / "c.safetensors", **options) == 0
     shown = capsys.readouterr().out
     made = Calibration.load(tmp_path / "c.safetensors")
     assert made.fingerprint() in shown
-    assert "layer 4" in shown
+    assert ("text.txt" if own_text else "the text of sawkv") in shown
     assert str(made.format) == "int4-k64-v0"
     assert made.k_center.shape == (5, 2, 128)
-    assert bool(made.k_center.any())
-    assert made.k_feedback is not None
-    assert made.v_feedback is not None
-    assert "with feedback" in shown
-    again = options | {"feedback": False}
-    assert calibrate.run_calibrate(folder, None, tmp_path / "centers.safetensors", **again) == 0
-    bare = Calibration.load(tmp_path / "centers.safetensors")
-    assert bare.k_feedback is None
-    assert torch.equal(bare.k_center, made.k_center)
+    for part in (made.k_center, made.v_center, made.k_gain, made.v_gain, made.k_feedback, made.v_feedback):
+        assert part is not None
+        assert bool(part.any())

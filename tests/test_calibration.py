@@ -396,5 +396,5 @@ def test_the_models_identity_is_its_shape() -> None:
     config = SimpleNamespace(**shape, num_key_value_heads=2, intermediate_size=128)
     same = SimpleNamespace(**vars(config), dtype="bfloat16", quantization_config={"bits": 8}, transformers_version="9")
     assert model_id(config) == model_id(same)
-    for change in ({"hidden_size": 65}, {"sawkv_balanced": "0123456789abcdef"}):
+    for change in ({"hidden_size": 65}, {"num_key_value_heads": 1}):
         assert model_id(config) != model_id(SimpleNamespace(**vars(config) | change))

@@ -132,11 +132,10 @@ def test_what_ends_a_command_is_one_line(
 def test_ctrl_c_is_one_line_and_130(tmp_path: Path) -> None:
     script = """
 from sawkv import cli
-from sawkv.prepare import text
 import time
 def load(*_): print("up", flush=True); time.sleep(60)
 import sawkv.prepare.calibrate
-sawkv.prepare.calibrate.load_text = load
+sawkv.prepare.calibrate.EvalModel.load = load
 raise SystemExit(cli.main())
 """
     command = [sys.executable, "-c", script, "calibrate", "m", "--out", str(tmp_path / "c")]

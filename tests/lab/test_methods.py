@@ -17,8 +17,9 @@ from sawkv.lab.methods.lloyd_max import LloydMax, gaussian_levels
 from sawkv.lab.methods.low_rank import LowRank
 from sawkv.lab.methods.outliers import Outliers
 from sawkv.lab.methods.range_search import RangeSearched
-from sawkv.prepare.balance import channel_scales
+from sawkv.prepare.fit import fit
 from sawkv.prepare.samples import LayerSample, Reader, Sample
+from sawkv.prepare.statistics import LayerStatistics
 from tests.conftest import relative_error
 
 NAMES = [*METHODS, "bf16", "int8", "int4-k16-v0", "int4-k64-v64"]
@@ -44,7 +45,12 @@ def make_sample(num_tokens: int = 400, num_kv_heads: int = 2, head_dim: int = 12
     rows[..., 5 + head_dim // 2] -= offset
     mix = torch.randn(num_kv_heads, head_dim, head_dim) / head_dim**0.5
     hessian = mix @ torch.diag_embed(torch.rand(num_kv_heads, head_dim) ** 4) @ mix.mT
-    return LayerSample(Sample(rows[0], hessian), Sample(rows[1], hessian))
+    statistics = LayerStatistics(num_kv_heads, head_dim, "cpu")
+    root = torch.linalg.cholesky(hessian + 1e-4 * torch.eye(head_dim))
+    statistics.set_output_weight(root.mT.permute(1, 0, 2).flatten(1))  # [head_dim, heads * head_dim], whose columns' Gram matrix it is
+    queries = torch.einsum("thd,hcd->thc", torch.randn(num_tokens, num_kv_heads, head_dim), root)
+    statistics.add(queries, rows[0], rows[1])
+    return LayerSample(Sample(rows[0], hessian), Sample(rows[1], hessian), statistics)
 
 
 def fitted(name: str, sample: LayerSample) -> tuple[Reader, Reader]:
@@ -167,21 +173,18 @@ def test_error_feedback_lowers_the_cost_it_is_given() -> None:
     assert cost["served"] < 0.75 * cost["plain"], "blocks of four channels and 8-bit integers lose little"
 
 
-def test_balancing_undoes_a_scaled_pair() -> None:
-    sample = make_sample().k
-    scaled = sample.rows.clone()
-    scaled[..., [9, 73]] *= 64
-    hessian = sample.hessian.clone()
-    for index in (9, 73):
-        hessian[:, index] /= 64
-        hessian[:, :, index] /= 64
-    scales = channel_scales(Sample(scaled, hessian), paired=True, shared=False)
-    ratio = scales / channel_scales(sample, paired=True, shared=False)
-    assert torch.equal(scales.log2(), scales.log2().round())
-    assert torch.equal(scales[:, :64], scales[:, 64:])
-    others = torch.ones(128, dtype=torch.bool)
-    others[[9, 73]] = False
-    assert bool((ratio[:, 9] / ratio[:, others].amax(-1) >= 16).all())
+def test_what_is_prepared_reads_what_pages_give_back() -> None:
+    """The fit, `append`, then `gather`, to the last bit."""
+    sample = make_sample(num_tokens=40, offset=20.0)
+    cache_format = CacheFormat("int4").resolve(128)
+    cache = PagedKVCache.allocate(PageLayout(cache_format, 2, 128, 16), 3, **vars(fit([sample.statistics], cache_format)[0]))
+    append(sample.k.rows, sample.v.rows, cache, torch.arange(40), backend="reference")
+    out = torch.empty(2, 40, 2, 128)
+    one = torch.tensor([40], dtype=torch.int32)
+    pages = torch.arange(3, dtype=torch.int32)[None]
+    gather(cache, pages, one, torch.tensor([0, 40], dtype=torch.int32), out[0], out[1], rotated=False, backend="reference")
+    for read, part, want in zip(fitted("prepared", sample), (sample.k, sample.v), out, strict=True):
+        assert torch.equal(read(part.rows), want)
 
 
 def test_outliers_are_kept_exactly() -> None:

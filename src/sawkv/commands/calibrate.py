@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from sawkv.commands import options
 
-SUMMARY = "measure centers and error feedback of a model's K and V, and write a file that engines load"
+SUMMARY = "prepare a model on a text of your own, and write a file that engines load"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
-    options.add_text(parser)
+    parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to read (default: the text that ships with sawkv)")
     options.add_out(parser, "safetensors file", required=True)
     options.add_format(parser, "cache format that will be served")
-    options.add_tokens(parser, tokens=32768, window=1024)
+    options.add_tokens(parser, tokens=8192, window=512)
     parser.add_argument(
         "--context",
         type=options.positive,
@@ -22,7 +23,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="COUNT",
         help="tokens of a request that will be served; windows are placed all over it (default: %(default)s)",
     )
-    parser.add_argument("--no-feedback", action="store_true", help="write centers alone")
     options.add_device(parser)
 
 
@@ -38,5 +38,4 @@ def run(args: argparse.Namespace) -> int:
         window=args.window,
         windows=max(1, args.tokens // args.window),
         device=args.device,
-        feedback=not args.no_feedback,
     )

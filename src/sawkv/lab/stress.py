@@ -1,6 +1,6 @@
 """Function-preserving stress: some RoPE pairs of keys made larger, and the same of queries smaller, so that the model computes what it did.
 
-Channels i and i + head_dim / 2 of K are scaled by s and those of Q by 1 / s in the weights (`folding`). With s a power of two the 16-bit
+Channels i and i + head_dim / 2 of K are scaled by s and those of Q by 1 / s in the weights. With s a power of two the 16-bit
 model's logits are bit-identical. Keys then have outlier channels as large models do. It is our stress test, no trained model.
 """
 
@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from sawkv.errors import UnsupportedError
-from sawkv.prepare.balance import scale_keys
 
 PAIRS_STRESSED = 2
 
@@ -36,3 +35,29 @@ def apply_stress(layers: Sequence[nn.Module], head_dim: int, s: int) -> None:
         for pair in stressed_pairs(index, head_dim):
             factors[[pair, pair + head_dim // 2]] = s
         scale_keys(layer, factors)
+
+
+@torch.no_grad()
+def scale_keys(layer: nn.Module, factors: torch.Tensor) -> None:
+    """Scale key channels by `factors`, [head_dim], and those of queries by their inverse, for all heads of an attention module, in place.
+
+    Raises:
+        UnsupportedError: the module has neither QK-norms over head_dim nor q_proj and k_proj.
+    """
+    head_dim = factors.numel()
+    for side, by in (("q", 1 / factors), ("k", factors)):
+        norm, projection = getattr(layer, f"{side}_norm", None), getattr(layer, f"{side}_proj", None)
+        if norm is not None:
+            if norm.weight.shape != factors.shape:
+                raise UnsupportedError(f"keys: expected a {side}_norm over head_dim {head_dim}, got {list(norm.weight.shape)}")
+            norm.weight.mul_(by.to(norm.weight))
+        elif isinstance(projection, nn.Linear) and projection.out_features % head_dim == 0:
+            _scale_rows(projection, by.repeat(projection.out_features // head_dim))
+        else:
+            raise UnsupportedError(f"keys: expected attention with {side}_proj or {side}_norm, got {type(layer).__name__}")
+
+
+def _scale_rows(projection: nn.Linear, by: torch.Tensor) -> None:
+    projection.weight.mul_(by.to(projection.weight)[:, None])
+    if projection.bias is not None:
+        projection.bias.mul_(by.to(projection.bias))

@@ -338,7 +338,7 @@ def model_id(config: object) -> str:
     """16 hex digits that tell models apart by their configuration.
 
     It covers the shape of the language model, which engines and versions of Transformers agree upon, and not the weights: a fine-tuned or
-    quantized copy has the same identity, except what `sawkv balance` writes. Another model's calibration costs accuracy, never correctness.
+    quantized copy has the same identity. Another model's calibration costs accuracy, never correctness.
 
     Args:
         config: a Transformers configuration, of the text model where there are several.
@@ -351,7 +351,6 @@ def model_id(config: object) -> str:
         "num_hidden_layers",
         "num_attention_heads",
         "num_key_value_heads",
-        "sawkv_balanced",
     )
     fields = {name: _config_field(config, name) for name in names}
     return hashlib.sha256(json.dumps(fields, sort_keys=True, default=str).encode()).hexdigest()[:16]

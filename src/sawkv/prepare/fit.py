@@ -25,7 +25,7 @@ from sawkv.format.spec import CacheFormat
 from sawkv.prepare.calibration import LayerCalibration
 from sawkv.prepare.statistics import LayerStatistics
 
-FLOOR = 1e-4
+FLOOR = 1e-8
 """Of variances and importances, as a share of their head's mean: dead channels keep finite gains."""
 STEPS = 16
 """Towards the best gains. After four of them the cost mostly changes by less than a thousandth; strong offsets of queries take more."""

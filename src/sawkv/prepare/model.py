@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from transformers.utils import logging
 
 from sawkv.errors import SawkvError, UnsupportedError
 from sawkv.prepare.corpus import preparation_positions
-from sawkv.prepare.samples import LayerSample, LayerStates, Reader, joined, layer_sample
+from sawkv.prepare.samples import LayerSample, LayerStates, Reader, Sample, joined, samples
+from sawkv.prepare.statistics import LayerStatistics
 
 ATTENTION = "sawkv_eval"
 _HOOK = "_sawkv_eval_hook"
@@ -228,13 +229,31 @@ def output_weight(layer: nn.Module, width: int) -> torch.Tensor | None:
 
 def collect_samples(model: EvalModel, ids: torch.Tensor, context: int = 0) -> list[LayerSample]:
     """Samples of all layers on token ids [num_rows, length], rows at positions spread over `context` tokens, or all at its start."""
-    places = preparation_positions(len(ids), ids.shape[1], context)
-    windows = [
-        [layer_sample(states) for states in model.states(row, where)] for row, where in zip(torch.split(ids, 1), places, strict=True)
-    ]
+    parts: list[list[tuple[Sample, Sample]]] = []
+
+    def keep(states: list[LayerStates]) -> None:
+        parts.append([samples(layer) for layer in states])
+
+    statistics = measure(model, ids, context, keep)
     return [
-        LayerSample(joined([window.k for window in layer]), joined([window.v for window in layer])) for layer in zip(*windows, strict=True)
+        LayerSample(joined([k for k, _ in layer]), joined([v for _, v in layer]), total)
+        for layer, total in zip(zip(*parts, strict=True), statistics, strict=True)
     ]
+
+
+def measure(
+    model: EvalModel, ids: torch.Tensor, context: int, step: Callable[[list[LayerStates]], object] = lambda states: None
+) -> list[LayerStatistics]:
+    """Statistics of all layers on token ids [num_windows, window], windows spread over `context` tokens; `step` sees each one's states."""
+    places = preparation_positions(len(ids), ids.shape[1], context)
+    found: list[LayerStatistics] = []
+    for row, where in zip(torch.split(ids, 1), places, strict=True):
+        states = model.states(row, where)
+        found = found or [layer.empty_statistics() for layer in states]
+        for total, layer in zip(found, states, strict=True):
+            total.add(layer.q, layer.k, layer.v)
+        step(states)
+    return found
 
 
 class _Reading:
@@ -266,7 +285,8 @@ class _Recording:
         q, k, v = (torch.cat(parts) for parts in zip(*self._rows, strict=True))
         scale = getattr(layer, "scaling", None)
         weight = output_weight(layer, q.shape[1] * v.shape[2])
-        return LayerStates(q, k, v, weight, float(k.shape[2] ** -0.5 if scale is None else scale))
+        window = getattr(layer, "sliding_window", None) or 0
+        return LayerStates(q, k, v, weight, float(k.shape[2] ** -0.5 if scale is None else scale), window)
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

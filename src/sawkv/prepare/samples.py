@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
+from sawkv.prepare.statistics import LayerStatistics
+
 Reader = Callable[[torch.Tensor], torch.Tensor]
 """Rows [num_tokens, num_kv_heads, head_dim] fp32 to the same shape and dtype, as attention reads them. Does not mutate its input."""
 
@@ -20,6 +22,7 @@ class LayerStates:
         k, v: [num_tokens, num_kv_heads, head_dim] fp32, K after RoPE. Windows follow each other.
         output_weight: [hidden_size, num_q_heads * head_dim], the projection that follows, as the model holds it; None if it is not found.
         softmax_scale: factor of q.k.
+        sliding_window: tokens that a query sees, its own included; 0 is all before it.
     """
 
     q: torch.Tensor
@@ -27,6 +30,14 @@ class LayerStates:
     v: torch.Tensor
     output_weight: torch.Tensor | None
     softmax_scale: float
+    sliding_window: int = 0
+
+    def empty_statistics(self) -> LayerStatistics:
+        """What rows of such a layer can be added to."""
+        statistics = LayerStatistics(self.k.shape[1], self.k.shape[2], self.k.device, self.softmax_scale, self.sliding_window)
+        if self.output_weight is not None:
+            statistics.set_output_weight(self.output_weight)
+        return statistics
 
 
 @dataclass(frozen=True)
@@ -50,10 +61,11 @@ class Sample:
 
 @dataclass(frozen=True)
 class LayerSample:
-    """K and V of one layer on calibration text."""
+    """K and V of one layer on calibration text, and their statistics, as engines gather them when they prepare a model."""
 
     k: Sample
     v: Sample
+    statistics: LayerStatistics
 
 
 def key_hessian(states: LayerStates) -> torch.Tensor:
@@ -76,8 +88,15 @@ def value_hessian(states: LayerStates) -> torch.Tensor:
 
 
 def layer_sample(states: LayerStates) -> LayerSample:
-    """K and V of one layer, with what their errors cost."""
-    return LayerSample(Sample(states.k, key_hessian(states)), Sample(states.v, value_hessian(states)))
+    """K and V of one layer on one window."""
+    statistics = states.empty_statistics()
+    statistics.add(states.q, states.k, states.v)
+    return LayerSample(*samples(states), statistics)
+
+
+def samples(states: LayerStates) -> tuple[Sample, Sample]:
+    """Rows of K and of V, with what their errors cost."""
+    return Sample(states.k, key_hessian(states)), Sample(states.v, value_hessian(states))
 
 
 def joined(samples: Sequence[Sample]) -> Sample:

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from sawkv.errors import SawkvError
+from sawkv.prepare.corpus import preparation_text
 from sawkv.prepare.model import EvalModel, load_tokenizer
 
 Encode = Callable[[str], list[int]]
@@ -92,12 +93,8 @@ def with_bos(text: Text, model: EvalModel) -> Text:
     return replace(text, prefix=(bos, *text.prefix))
 
 
-def load_text(model: Path, file: Path | None) -> Text:
-    """The text in `file`, UTF-8, in the tokens of the model; None for the model's own held-out text.
-
-    Raises:
-        SawkvError: there is no such text, or it does not decode.
-    """
+def load_encoder(model: Path) -> tuple[Encode, tuple[int, ...]]:
+    """A model's text to ids, without special tokens, and what its tokenizer starts every sequence with."""
     tokenizer = load_tokenizer(model)
 
     def encode(text: str) -> list[int]:
@@ -105,7 +102,22 @@ def load_text(model: Path, file: Path | None) -> Text:
         return ids
 
     special: Sequence[int] = tokenizer("")["input_ids"]
-    prefix = tuple(token for token in special if token != tokenizer.eos_token_id)
+    return encode, tuple(token for token in special if token != tokenizer.eos_token_id)
+
+
+def shipped_text(model: Path) -> Text:
+    """The text that ships with sawkv, on which engines prepare a model at their start."""
+    encode, prefix = load_encoder(model)
+    return Text("the text of sawkv", torch.tensor(encode(preparation_text()), dtype=torch.int64), prefix, encode)
+
+
+def load_text(model: Path, file: Path | None) -> Text:
+    """The text in `file`, UTF-8, in the tokens of the model; None for the model's own held-out text.
+
+    Raises:
+        SawkvError: there is no such text, or it does not decode.
+    """
+    encode, prefix = load_encoder(model)
     if file is None:
         held_out = model / HELD_OUT
         if not held_out.is_file():

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 
 from sawkv.errors import FormatError
 from sawkv.format.spec import CacheFormat
-from sawkv.lab.methods.balanced import Balanced
 from sawkv.lab.methods.base import Method, Quantizer
 from sawkv.lab.methods.centered import Centered
 from sawkv.lab.methods.feedback import FedBack
@@ -20,6 +19,7 @@ from sawkv.lab.methods.kmeans import KMeans
 from sawkv.lab.methods.lloyd_max import LloydMax
 from sawkv.lab.methods.low_rank import LowRank
 from sawkv.lab.methods.outliers import Outliers
+from sawkv.lab.methods.prepared import Prepared
 from sawkv.lab.methods.range_search import RangeSearched
 from sawkv.lab.methods.rotated import Rotated
 from sawkv.lab.methods.vllm_int4 import VllmInt4
@@ -44,21 +44,11 @@ _INT4 = Coded("int4")
 _ROTATED = Rotated(_INT4)
 _FED_BACK = Rotated(FedBack())
 
-
-def _balanced(rotated: Quantizer) -> tuple[Quantizer, Quantizer]:
-    """Of K and of V."""
-    return Balanced(rotated, paired=True, shared=True), Balanced(rotated)
-
-
-_BALANCED = _balanced(_ROTATED)
-_BALANCED_FED_BACK = _balanced(_FED_BACK)
-
-# `prepared`: the format served by default, int4-k128-v128 at head_dim 128, with the centers and the feedback of `sawkv calibrate`, from a
-# checkpoint that `sawkv balance` wrote. Without the latter it is `int4_center_feedback`, without either `int4`.
+# `prepared` is what is served by default. `int4` is the same format with nothing fitted: `--no-prepare`.
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Method("prepared", Centered(_BALANCED_FED_BACK[0]), Centered(_BALANCED_FED_BACK[1]), calibrated=True, served="sawkv"),
+        Prepared("prepared", _FED_BACK, _FED_BACK, calibrated=True, served="sawkv"),
         _both("fp8", Float8(), calibrated=True, served="vllm"),
         _both("vllm_int4_per_token_head", VllmInt4(), served="vllm"),
         served_format(CacheFormat("int8", 0, 0), "int8_plain"),
@@ -71,7 +61,6 @@ METHODS: dict[str, Method] = {
         Method("int4_center_v", _ROTATED, Centered(_ROTATED), calibrated=True, served="sawkv"),
         _both("int4_center_range_search", Centered(Rotated(RangeSearched())), calibrated=True),
         _both("int4_center_plain", Centered(_INT4), calibrated=True, served="sawkv"),
-        Method("int4_balanced", *_BALANCED, calibrated=True, served="sawkv"),
         _both("int4_outliers", Outliers(_INT4, 4)),
         _both("int4_outliers_rotated", Outliers(_ROTATED, 4)),
         _both("kmeans", KMeans(), calibrated=True),

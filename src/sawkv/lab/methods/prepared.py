@@ -1,0 +1,43 @@
+"""What is served: INT4 pages written with the centers, gains and feedback that engines fit when they prepare a model (`sawkv.prepare`).
+
+y = H((x - center) * gain), coded by the product's codec with feedback, and read back as (H y) * (1 / gain) + center, in its arithmetic.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sawkv.format.codecs import IntegerCodec
+from sawkv.format.feedback import Feedback
+from sawkv.format.rotation import rotate
+from sawkv.format.spec import CacheFormat
+from sawkv.lab.methods.base import Method
+from sawkv.prepare.fit import fit
+from sawkv.prepare.samples import LayerSample, Reader
+
+
+@dataclass(frozen=True)
+class Prepared(Method):
+    """Fitted to statistics alone; `k` and `v` say what a row takes."""
+
+    def fit(self, sample: LayerSample) -> tuple[Reader, Reader]:
+        cache_format = CacheFormat("int4").resolve(sample.k.head_dim)
+        layer = fit([sample.statistics], cache_format)[0]
+        return (
+            _reader(layer.k_center, layer.k_gain, layer.k_feedback, cache_format.k_rotation_order or 0),
+            _reader(layer.v_center, layer.v_gain, layer.v_feedback, cache_format.v_rotation_order or 0),
+        )
+
+
+def _reader(center: torch.Tensor | None, gain: torch.Tensor | None, feedback: Feedback | None, order: int) -> Reader:
+    if center is None or gain is None:
+        raise TypeError("a fit has centers and gains")
+    codec, inverse = IntegerCodec(4), gain.reciprocal()
+
+    def read(rows: torch.Tensor) -> torch.Tensor:
+        stored = codec.encode(rotate((rows - center) * gain, order), feedback)
+        return rotate(codec.decode(*stored), order) * inverse + center
+
+    return read
