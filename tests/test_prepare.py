@@ -11,11 +11,13 @@ from sawkv.errors import UnsupportedError
 from sawkv.format.feedback import cost_with_feedback, fit_feedback
 from sawkv.format.rotation import hadamard_matrix
 from sawkv.format.spec import CacheFormat
+from sawkv.prepare.calibration import Calibration
 from sawkv.prepare.corpus import preparation_positions, preparation_text, preparation_windows, random_windows
 from sawkv.prepare.fit import fit
 from sawkv.prepare.statistics import QUERY_STEP, LayerStatistics
 
 HEADS, GROUP, HEAD_DIM, SCALE = 2, 3, 32, 0.02
+INT4 = CacheFormat("int4").resolve(HEAD_DIM)
 
 
 def windows_of(seed: int, dtype: torch.dtype = torch.float32) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
@@ -100,7 +102,7 @@ def test_statistics_refuse_other_shapes(change: str) -> None:
 def test_fit_centers_scales_and_feeds_back() -> None:
     weight = torch.randn(11, HEADS * GROUP * HEAD_DIM)
     layers = [measured(windows_of(0), weight), measured(windows_of(1))]
-    fitted = fit(layers, CacheFormat.parse("int4"))
+    fitted = fit(layers, INT4)
     hadamard = hadamard_matrix(HEAD_DIM)
     for statistics, layer in zip(layers, fitted, strict=True):
         means = statistics.sums / statistics.weights[..., None]
@@ -135,13 +137,26 @@ def test_fit_centers_scales_and_feeds_back() -> None:
 
 def test_fit_gives_the_same_bytes_twice_and_whatever_else_is_fitted() -> None:
     one, two = measured(windows_of(0)), measured(windows_of(1))
-    together, alone = fit([one, two], CacheFormat.parse("int4"))[1], fit([two], CacheFormat.parse("int4"))[0]
+    together, alone = fit([one, two], INT4)[1], fit([two], INT4)[0]
     assert together.k_feedback is not None
     assert alone.k_feedback is not None
     assert together.k_feedback.weights.equal(alone.k_feedback.weights)
     for name in ("k_center", "v_center", "k_gain", "v_gain"):
         a, b = getattr(together, name), getattr(alone, name)
         assert a.equal(b)
+
+
+def test_what_is_dead_can_be_fitted_and_kept_in_a_file() -> None:
+    """A head of zeros, a channel that never changes, one that no query sees; and one token is enough of a text."""
+    q, k, v = windows_of(0)[0]
+    k[:, 1], v[:, 1], q[:, GROUP:] = 0, 0, 0
+    k[..., 3], q[..., 7] = 5, 0
+    layers = fit([measured([(q, k, v)], torch.zeros(8, HEADS * GROUP * HEAD_DIM)), measured([tuple(x[:1] for x in (q, k, v))])], INT4)
+    for layer in layers:
+        for name, part in vars(layer).items():
+            assert not name.endswith(("center", "gain")) or bool(part.isfinite().all())
+    made = Calibration.from_layers(INT4, "0123456789abcdef", 2, dict(enumerate(layers)))
+    assert made.layer(0).k_gain is not None
 
 
 def test_fit_of_int8_feeds_nothing_back() -> None:
@@ -164,7 +179,7 @@ def test_fit_says_which_layer_cannot_be_fitted(spoil: float | None, got: str) ->
         k[3, 1, 5] = spoil
         bad.add(q, k, v)
     with pytest.raises(UnsupportedError, match=rf"attention layer 1, got {got}"):
-        fit([measured(windows_of(0)), bad], CacheFormat.parse("int4"))
+        fit([measured(windows_of(0)), bad], INT4)
 
 
 def test_the_text_has_many_scripts() -> None:

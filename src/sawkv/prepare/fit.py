@@ -27,6 +27,8 @@ from sawkv.prepare.statistics import LayerStatistics
 
 FLOOR = 1e-8
 """Of variances and importances, as a share of their head's mean: dead channels keep finite gains."""
+WIDEST = 256.0
+"""The largest gain and the inverse of the smallest, for channels that no query sees or no row fills."""
 STEPS = 16
 """Towards the best gains. After four of them the cost mostly changes by less than a thousandth; strong offsets of queries take more."""
 
@@ -97,7 +99,7 @@ def _value_hessian(layer: LayerStatistics) -> torch.Tensor:
 
 
 def _gains(variance: torch.Tensor, hessian: torch.Tensor, order: int, feeds_back: bool) -> torch.Tensor:
-    """[..., head_dim], of geometric mean 1: a common factor changes nothing."""
+    """[..., head_dim], of geometric mean 1, but for dead channels: a common factor changes nothing."""
     variance, importance = _floored(variance), _floored(hessian.diagonal(dim1=-2, dim2=-1))
     best = _normalized((importance / variance).pow(0.25))
     if not feeds_back:
@@ -119,7 +121,8 @@ def _gains(variance: torch.Tensor, hessian: torch.Tensor, order: int, feeds_back
 
 
 def _normalized(gains: torch.Tensor) -> torch.Tensor:
-    return (gains.log() - gains.log().mean(-1, keepdim=True)).exp()
+    logarithm = gains.log()
+    return (logarithm - logarithm.mean(-1, keepdim=True)).exp().clamp(1 / WIDEST, WIDEST)
 
 
 def _stored(hessian: torch.Tensor, gains: torch.Tensor) -> torch.Tensor:
