@@ -132,7 +132,7 @@ def test_what_may_work_is_started(changes: dict[str, Any], options: list[str], s
 
 
 def test_damaged_models_are_refused_in_one_line(started: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "there is no such directory here" in refusal(capsys, "models/sawkv-6n", "--port", "0")
+    assert "no such directory, it is not in the hub's cache" in refusal(capsys, "models/sawkv-6n", "--port", "0")
     assert "which has none" in refusal(capsys, str(tmp_path), "--port", "0")
     folder = write(tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"\1\0\0\0\0\0\0\0{")

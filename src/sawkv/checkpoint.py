@@ -7,6 +7,7 @@ import os
 import re
 import struct
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,27 +17,59 @@ from sawkv.files import reason
 MAX_JSON_BYTES: Final = 100 << 20
 """More than any config.json, and than any header of safetensors, which that library limits to this."""
 
-_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?", re.ASCII)
+HUB_TIMEOUT: Final = 5.0
+"""Seconds to wait for the hub, asked once for each of two small answers."""
+
+_HUB_NAME: Final = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 _OTHER_HEAD_DIMS: Final = ("kv_channels", "attention_head_dim", "hidden_size_per_head", "qk_nope_head_dim", "d_kv", "head_size")
 """Keys of models whose head_dim is not hidden_size / num_attention_heads."""
 
 
-def read_config(model: str) -> dict[str, Any] | None:
-    """The config.json of a checkpoint directory or of a model on the Hugging Face hub; None where an engine may find what is not seen here.
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's config, and where its weights can be measured.
+
+    Attributes:
+        name: as the user gave it.
+        config: the object in config.json.
+        folder: the directory of its files, None where only the hub has them.
+    """
+
+    name: str
+    config: dict[str, Any]
+    folder: Path | None
+
+    def hub_dtypes(self) -> dict[str, int] | None:
+        """Elements of all weights by safetensors dtype, as the hub counts them; None where it cannot be asked."""
+        if self.folder is not None:
+            return None
+        try:
+            from huggingface_hub import HfApi
+
+            counted = HfApi().model_info(self.name, timeout=HUB_TIMEOUT).safetensors
+        except Exception:  # whatever the HTTP client of this version raises: the caller has another way
+            return None
+        return None if counted is None else dict(counted.parameters)
+
+
+def read_checkpoint(model: str) -> Checkpoint | None:
+    """The checkpoint in a directory, in the hub's cache, or on the hub; None for what has no config.json and only an engine can read.
 
     Raises:
-        SawkvError: there is no such model, or its config.json does not parse.
+        SawkvError: there is no such model, or its config.json does not parse, or it can only be on the hub, which cannot be asked.
     """
     path = Path(model).expanduser()
     try:
         if path.is_dir():
             if (path / "config.json").is_file():
-                return parse_config(path / "config.json")
+                return Checkpoint(model, parse_config(path / "config.json"), path)
             if (path / "params.json").is_file() or any(path.glob("*.gguf")):  # Mistral's own files, and llama.cpp's
                 return None
             raise SawkvError(f"model: expected a checkpoint directory with a config.json, got {model}, which has none")
-        if path.exists() or "://" in model:  # a GGUF file, or a store that vLLM reads
+        if "://" in model or (path.suffix == ".gguf" and path.exists()):  # a store that vLLM reads
             return None
+        if path.exists():
+            raise SawkvError(f"model: expected a checkpoint directory, got the file {model}: name the directory that it is in")
     except (OSError, ValueError) as error:  # too long a name, a null byte
         raise SawkvError(f"model: expected a checkpoint directory, got {model[:200]!r}: {reason(error)}") from error
     if os.environ.get("VLLM_USE_MODELSCOPE", "").lower() in ("1", "true"):
@@ -51,13 +84,21 @@ def parse_config(file: Path) -> dict[str, Any]:
         SawkvError: it is not a JSON object.
     """
     try:
-        if file.stat().st_size > MAX_JSON_BYTES:
-            raise SawkvError(f"{file}: expected at most {MAX_JSON_BYTES} bytes, got {file.stat().st_size}")
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        if (size := file.stat().st_size) > MAX_JSON_BYTES:
+            raise SawkvError(f"{file}: expected at most {MAX_JSON_BYTES} bytes, got {size}")
+        content = file.read_bytes()
+    except OSError as error:
         raise SawkvError(f"{file}: expected JSON, got what cannot be read: {reason(error)}") from error
+    return _parse(content, str(file))
+
+
+def _parse(content: bytes, name: str) -> dict[str, Any]:
+    try:
+        config = json.loads(content)
+    except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
+        raise SawkvError(f"expected JSON in {name}, got: {reason(error)}") from error
     if not isinstance(config, dict):
-        raise SawkvError(f"{file}: expected a JSON object, got {type(config).__name__}")
+        raise SawkvError(f"expected a JSON object in {name}, got {type(config).__name__}")
     return config
 
 
@@ -130,29 +171,30 @@ def start_of_lfs_pointer(file: Path) -> bool:
         return False
 
 
-def _from_hub(model: str) -> dict[str, Any] | None:
+def _from_hub(model: str) -> Checkpoint | None:
+    wanted = f"model: expected a checkpoint directory or a model of the Hugging Face hub, got {model[:200]!r}: no such directory"
     if not _HUB_NAME.fullmatch(model):
-        raise SawkvError(
-            f"model: expected a checkpoint directory or a name on the Hugging Face hub, got {model[:200]!r}: no such directory"
-        )
+        raise SawkvError(wanted)
     try:
-        from huggingface_hub import get_hf_file_metadata, hf_hub_download, hf_hub_url, try_to_load_from_cache
-        from huggingface_hub.errors import EntryNotFoundError, GatedRepoError, RepositoryNotFoundError
-    except ImportError:  # vLLM brings it
-        return None
-    cached = try_to_load_from_cache(model, "config.json")
-    if isinstance(cached, str):
-        return parse_config(Path(cached))
-    problem: object
+        from huggingface_hub import hf_hub_url, try_to_load_from_cache
+        from huggingface_hub.utils import build_hf_headers, get_session  # type: ignore[attr-defined]
+    except ImportError as error:
+        raise SawkvError(f"{wanted}, and huggingface_hub is not installed") from error
     try:
-        get_hf_file_metadata(hf_hub_url(model, "config.json"), timeout=10)
-        return parse_config(Path(hf_hub_download(model, "config.json")))
-    except GatedRepoError:
-        problem = "it is gated: ask for access on its page, then `hf auth login`"
-    except EntryNotFoundError:
+        cached = try_to_load_from_cache(model, "config.json")
+        if isinstance(cached, str):
+            return Checkpoint(model, parse_config(Path(cached)), Path(cached).parent)
+        # One plain request: the library's own download tries five times, with warnings.
+        url, headers = hf_hub_url(model, "config.json"), build_hf_headers()
+        answer = get_session().get(url, headers=headers, timeout=HUB_TIMEOUT, follow_redirects=True)
+    except SawkvError:
+        raise
+    except Exception as error:  # whatever the HTTP client of this version raises
+        raise SawkvError(f"{wanted}, it is not in the hub's cache, and the hub cannot be asked ({type(error).__name__})") from error
+    if answer.status_code in (401, 403):
+        raise SawkvError(f"{wanted}, and the hub wants a login that may see such a model (`hf auth login`)")
+    if answer.status_code == 404 and answer.headers.get("X-Error-Code") == "EntryNotFound":
         return None  # perhaps Mistral's own files
-    except RepositoryNotFoundError:
-        problem = "there is no such directory here, and no such model on the hub (or it is private)"
-    except Exception as error:  # no network, by whatever library the hub's client uses
-        problem = f"there is no such directory here, it is not in the hub's cache, and the hub does not answer ({reason(error)[:200]})"
-    raise SawkvError(f"model: expected a checkpoint directory or a model of the Hugging Face hub, got {model!r}: {problem}")
+    if answer.status_code != 200:
+        raise SawkvError(f"{wanted}, and the hub has no config.json of it (status {answer.status_code})")
+    return Checkpoint(model, _parse(answer.content, f"config.json of {model}"), None)

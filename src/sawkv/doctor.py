@@ -18,7 +18,7 @@ import torch
 
 from sawkv import __version__
 from sawkv.cache import PagedKVCache
-from sawkv.checkpoint import head_dims, read_config
+from sawkv.checkpoint import head_dims, read_checkpoint
 from sawkv.errors import SawkvError
 from sawkv.files import reason
 from sawkv.format.layout import PageLayout
@@ -174,8 +174,8 @@ def _judged(probed: dict[str, Any] | str) -> Iterator[Finding]:
 
 def _model(model: str, dims: list[int]) -> Iterator[Finding]:
     try:
-        config = read_config(model)
-        dims[:] = (head_dims(config) if config is not None else []) or dims
+        checkpoint = read_checkpoint(model)
+        dims[:] = (head_dims(checkpoint.config) if checkpoint is not None else []) or dims
         preflight.check_model(model, CacheFormat("int4"), preflight.Options([]), on_gpu=torch.cuda.is_available())
     except SawkvError as error:
         yield Finding(TROUBLE, str(error))

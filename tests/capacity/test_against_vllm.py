@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from sawkv.capacity.checkpoint import Checkpoint
 from sawkv.capacity.memory import GIB, KVCache, Setting, cut_blocks, engine_caches
 from sawkv.capacity.model import read_shape
 from sawkv.capacity.weights import weights_of
+from sawkv.checkpoint import Checkpoint
 from sawkv.format.spec import CacheFormat
 from tests.capacity.configs import CONFIGS, write_config
 from tests.vllm.engine import ENVIRONMENT, REPOSITORY

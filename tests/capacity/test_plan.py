@@ -247,7 +247,7 @@ class Hub:
         self.asked += 1
         if self.status is None:
             raise ConnectionError(url)
-        return SimpleNamespace(status_code=self.status, content=self.content)
+        return SimpleNamespace(status_code=self.status, content=self.content, headers={})
 
 
 def ask(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, hub: Hub, model: str) -> int:
@@ -301,4 +301,4 @@ def test_a_file_is_not_a_directory(tmp_path: Path, capsys: pytest.CaptureFixture
     assert cli.main(["plan", str(config), "--gpu-memory", "80GiB"]) == 2
     assert f"expected a checkpoint directory, got the file {config}" in capsys.readouterr().err
     assert cli.main(["plan", str(tmp_path.parent), "--gpu-memory", "80GiB"]) == 2
-    assert "expected a config.json in" in capsys.readouterr().err
+    assert "expected a checkpoint directory with a config.json, got" in capsys.readouterr().err

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from benchmarks.shapes import SHAPES
-from sawkv.capacity.checkpoint import Checkpoint, read_checkpoint
 from sawkv.capacity.model import read_shape
 from sawkv.capacity.weights import Weights, weights_of
+from sawkv.checkpoint import Checkpoint, read_checkpoint
 from sawkv.errors import SawkvError, UnsupportedError
 from tests.capacity.configs import AWQ, CONFIGS, FP8, write_config
 from tests.vllm.engine import MODEL

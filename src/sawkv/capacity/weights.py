@@ -12,8 +12,8 @@ from math import prod
 from pathlib import Path
 from typing import Any, Final
 
-from sawkv.capacity.checkpoint import Checkpoint
 from sawkv.capacity.model import ModelShape
+from sawkv.checkpoint import Checkpoint
 from sawkv.errors import SawkvError, UnsupportedError
 
 STORED_BYTES: Final = {"F64": 2, "F32": 2, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2}

@@ -39,9 +39,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """The exit status is 1 if in none of the formats a request of this context fits."""
     from sawkv.capacity import memory, table
-    from sawkv.capacity.checkpoint import read_checkpoint
     from sawkv.capacity.model import read_shape
     from sawkv.capacity.weights import Weights, weights_of
+    from sawkv.checkpoint import read_checkpoint
+    from sawkv.errors import SawkvError
     from sawkv.format.spec import CacheFormat
 
     cache_format = CacheFormat.parse(args.format)
@@ -58,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
     )
     weight_bytes = None if args.weights is None else memory.size_bytes("--weights", args.weights)
     checkpoint = read_checkpoint(args.model)
+    if checkpoint is None:
+        raise SawkvError(f"plan: expected a checkpoint directory with a config.json, or a model of the hub, got {args.model}")
     shape = read_shape(checkpoint.config, args.language_model_only)
     caches = [*memory.engine_caches(shape), memory.KVCache.of_format(cache_format, shape)]
     if weight_bytes is None:

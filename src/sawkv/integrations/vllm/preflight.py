@@ -11,7 +11,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Final
 
-from sawkv.checkpoint import check_weights, head_dims, read_config, text_config
+from sawkv.checkpoint import Checkpoint, check_weights, head_dims, read_checkpoint, text_config
 from sawkv.errors import FormatError, SawkvError, UnsupportedError
 from sawkv.files import reason
 from sawkv.format.layout import PAGE_SIZE_MULTIPLE
@@ -109,29 +109,29 @@ def check(model: str, cache_format: CacheFormat, options: Options, calibration: 
         if options.has(name) and (wanted is None or options.get(name) != wanted):
             raise UnsupportedError(f"{name}: {why}; got {options.get(name)}. With `vllm serve` all options are yours (docs/vllm.md)")
     check_address(options)
-    config = check_model(model, cache_format, options, on_gpu=on_gpu)
+    checkpoint = check_model(model, cache_format, options, on_gpu=on_gpu)
     if calibration is not None:
-        _check_calibration(Calibration.load(calibration), model, config, cache_format)
+        _check_calibration(Calibration.load(calibration), checkpoint, cache_format)
 
 
-def check_model(model: str, cache_format: CacheFormat, options: Options, *, on_gpu: bool) -> dict[str, Any] | None:
-    """Refuse a model that cannot be served with these options; arguments as in `check`. Returns its config.json, if that is seen.
+def check_model(model: str, cache_format: CacheFormat, options: Options, *, on_gpu: bool) -> Checkpoint | None:
+    """Refuse a model that cannot be served with these options; arguments as in `check`. Returns it, if it can be seen here.
 
     Raises:
         SawkvError: what cannot be, all reasons in one line.
     """
-    config = read_config(model)
+    checkpoint = read_checkpoint(model)
     folder = Path(model).expanduser()
     if folder.is_dir() and options.get("--load-format") != "dummy":
         check_weights(folder)
     reasons = _of_options(options, on_gpu)
-    if config is not None:
-        reasons += _of_model(config, cache_format, options)
+    if checkpoint is not None:
+        reasons += _of_model(checkpoint.config, cache_format, options)
     speculative = options.json("--speculative-config")
     reasons += _of_draft(speculative, cache_format)
     if reasons:
         raise UnsupportedError(f"sawkv cannot serve {model}: {'; '.join(reasons)}. `vllm serve` serves it in 16 bits, if vLLM can")
-    return config
+    return checkpoint
 
 
 def check_installation() -> None:
@@ -240,19 +240,20 @@ def _of_draft(speculative: Mapping[str, Any], cache_format: CacheFormat) -> list
     model = speculative.get("model")
     if not isinstance(model, str) or speculative.get("kv_cache_dtype") not in (None, "int4_per_token_head", "int8_per_token_head"):
         return []
-    if not cache_format.quantized or not (Path(model).is_dir() and (config := read_config(model))):
+    checkpoint = read_checkpoint(model) if cache_format.quantized and Path(model).is_dir() else None
+    if checkpoint is None:
         return []
     way_out = 'add "kv_cache_dtype": "auto" to --speculative-config'
-    return [f"the draft model, {found} ({way_out})" for found in _of_head_dims(config, CacheFormat(cache_format.codec))]
+    return [f"the draft model, {found} ({way_out})" for found in _of_head_dims(checkpoint.config, CacheFormat(cache_format.codec))]
 
 
-def _check_calibration(calibration: Calibration, model: str, config: Mapping[str, Any] | None, cache_format: CacheFormat) -> None:
-    if config is None or not Path(model).is_dir():
+def _check_calibration(calibration: Calibration, checkpoint: Checkpoint | None, cache_format: CacheFormat) -> None:
+    if checkpoint is None or checkpoint.folder is None:
         return
     from transformers import AutoConfig
 
     try:
-        text = AutoConfig.from_pretrained(model).get_text_config()
+        text = AutoConfig.from_pretrained(checkpoint.folder).get_text_config()
         layers, head_dim = text.num_hidden_layers, getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     except Exception:  # vLLM knows models that Transformers does not, and will check
