@@ -169,7 +169,7 @@ def _check(name: str, formats: Sequence[str], dtype: str, model: str, common: di
             options = common | {"attention_backend": "TRITON_ATTN"}
         else:
             codec = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}[dtype] if kind == "plain" else kind
-            options = engine_options(CacheFormat(codec, order, order)) | common
+            options = engine_options(CacheFormat(codec, order, order), prepare=False) | common
         if kind == "plain" and not codes_move:
             work = partial(_equality, wide, dtype)
         else:

@@ -120,6 +120,12 @@ class PagedKVCache:
         """A cache with `num_pages` fresh pages, their bytes not initialized. `constants` are fields, by their names."""
         return cls(torch.empty(layout.pages_shape(num_pages), dtype=torch.uint8, device=device), layout, **constants)
 
+    def refresh(self) -> None:
+        """Make what follows from the gains again, in place: call it when they were changed in place."""
+        for constants in self.constants:
+            if constants.gain is not None and constants.gain_inverse is not None:
+                torch.reciprocal(constants.gain, out=constants.gain_inverse)
+
     @property
     def num_slots(self) -> int:
         """Tokens that the pages can hold."""

@@ -33,6 +33,7 @@ def run_engine(
     mutate: str | None = None,
     waves: list[list[list[int]]] | None = None,
     max_tokens: int = 32,
+    scores: bool = False,
     refused: dict[str, Any] | None = None,
     **engine_options: Any,
 ) -> dict[str, Any]:
@@ -46,14 +47,23 @@ def run_engine(
             `keep_out`: vLLM loads another plugin alone, which takes the names of backends for itself.
         waves: batches of prompts; a wave starts when the one before has ended.
         max_tokens: tokens to generate for each prompt.
+        scores: whether to return the log-probabilities of the prompts' own tokens too.
         refused: options of an engine that is to be refused before, in the same process.
-        engine_options: passed to `vllm.LLM`.
+        engine_options: passed to `vllm.LLM`. The model is not prepared unless `additional_config` says so: most tests are of the pages.
 
     Returns:
-        `tokens` and `logprobs` for each wave and prompt, `metrics` (counters by name), `kv_tokens`, `implementation` (classes of the
-        attention layers), or `error`, the text of what refused the start; `log`, lines of the log that begin with `sawkv: `.
+        `tokens` and `logprobs` for each wave and prompt, `scores` if asked for, `metrics` (counters by name), `kv_tokens`,
+        `implementation` (classes of the attention layers), or `error`, the text of what refused the start; `log`, lines of the log that
+        begin with `sawkv: `.
     """
-    job = {"mutate": mutate, "waves": waves or [], "max_tokens": max_tokens, "refused": refused, "options": engine_options}
+    job = {
+        "mutate": mutate,
+        "waves": waves or [],
+        "max_tokens": max_tokens,
+        "scores": scores,
+        "refused": refused,
+        "options": engine_options,
+    }
     return _run(json.dumps(job, sort_keys=True))
 
 
@@ -86,7 +96,12 @@ def _main(job: str, folder: str) -> None:
 
 
 def _generate(
-    mutate: str | None, waves: list[list[list[int]]], max_tokens: int, refused: dict[str, Any] | None, options: dict[str, Any]
+    mutate: str | None,
+    waves: list[list[list[int]]],
+    max_tokens: int,
+    scores: bool,
+    refused: dict[str, Any] | None,
+    options: dict[str, Any],
 ) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
@@ -102,14 +117,20 @@ def _generate(
     if refused is not None:
         with pytest.raises(SawkvError):
             LLM(**(common | refused))
+    if "kv_cache_dtype" in options:
+        additional = options.get("additional_config", {})
+        options["additional_config"] = additional | {"sawkv": {"prepare": False} | additional.get("sawkv", {})}
     try:
         llm = LLM(**options)
     except Exception as error:
         return {"error": str(error)}
-    sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=0)
-    tokens, logprobs = [], []
+    sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=0, prompt_logprobs=0 if scores else None)
+    tokens, logprobs, scored = [], [], []
     for wave in waves:
-        outputs = [o.outputs[0] for o in llm.generate([{"prompt_token_ids": p} for p in wave], sampling, use_tqdm=False)]
+        requests = llm.generate([{"prompt_token_ids": p} for p in wave], sampling, use_tqdm=False)
+        outputs = [o.outputs[0] for o in requests]
+        for prompt, request in zip(wave, requests, strict=True) if scores else ():
+            scored.append([step[token].logprob for step, token in zip(request.prompt_logprobs[1:], prompt[1:], strict=True)])
         tokens.append([list(o.token_ids) for o in outputs])
         logprobs.append([[step[token].logprob for step, token in zip(o.logprobs, o.token_ids, strict=True)] for o in outputs])
     metrics = {m.name.removeprefix("vllm:"): m.value for m in llm.get_metrics() if hasattr(m, "value")}
@@ -118,9 +139,10 @@ def _generate(
     return {
         "tokens": tokens,
         "logprobs": logprobs,
+        "scores": scored,
         "metrics": metrics,
         "kv_tokens": config.cache_config.num_gpu_blocks * config.cache_config.block_size,
-        "implementation": sorted({type(layer.impl).__name__ for layer in layers}),
+        "implementation": sorted({type(layer.impl).__name__ for layer in layers if hasattr(layer, "impl")}),
     }
 
 

@@ -27,6 +27,7 @@ def main() -> None:
     llm = LLM(
         str(MODEL),
         kv_cache_dtype="int4_per_token_head",
+        additional_config={"sawkv": {"prepare": False}},
         enforce_eager=True,
         max_model_len=512,
         block_size=BLOCK,

@@ -43,6 +43,6 @@ def test_int4_pages_under_a_checkpoint_made_for_fp8_pages(tmp_path: Path) -> Non
     assert "expected --kv-cache-dtype bfloat16, got fp8, which the checkpoint's quantization_config asks for" in wide["error"]
 
     got = generate(asking)
-    assert got == generate(plain) | {"metrics": got["metrics"]}, "tokens, log-probabilities and capacity"
+    assert got == generate(plain) | {name: got[name] for name in ("metrics", "log")}, "tokens, log-probabilities and capacity"
     assert got["kv_tokens"] == (unquantized := generate(MODEL))["kv_tokens"]
     assert got["logprobs"] != unquantized["logprobs"], "the weights are the quantized ones"

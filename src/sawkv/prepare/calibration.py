@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from sawkv.errors import CalibrationError, FormatError
 from sawkv.files import writing
 from sawkv.format.feedback import Feedback, takes_from
+from sawkv.format.layout import PageLayout
 from sawkv.format.spec import FORMAT_VERSION, CacheFormat
 
 VERSION: Final = "2"
@@ -51,6 +52,38 @@ class LayerCalibration:
     v_gain: torch.Tensor | None = None
     k_feedback: Feedback | None = None
     v_feedback: Feedback | None = None
+
+    @classmethod
+    def blank(cls, layout: PageLayout, device: torch.device | str) -> LayerCalibration:
+        """All that a layer of this layout can have, with values that change nothing: to be filled in place later."""
+        heads, head_dim = layout.num_kv_heads, layout.head_dim
+
+        def vectors(value: float) -> torch.Tensor:
+            return torch.full((heads, head_dim), value, dtype=torch.float32, device=device)
+
+        def feedback() -> Feedback | None:
+            if layout.format.codec != "int4":
+                return None
+            weights = torch.zeros(heads, head_dim, head_dim, dtype=torch.int8, device=device)
+            return Feedback(weights, torch.zeros(heads, dtype=torch.float32, device=device))
+
+        return cls(vectors(0), vectors(0), vectors(1), vectors(1), feedback(), feedback())
+
+    def fill(self, values: LayerCalibration) -> None:
+        """Copy `values` into this one's tensors, which stay where they are. Parts that `values` lacks are left as they are.
+
+        Raises:
+            CalibrationError: `values` has a part that this one lacks.
+        """
+        for name, part in vars(values).items():
+            mine = getattr(self, name)
+            if part is not None and mine is None:
+                raise CalibrationError(f"{name}: expected none, as in the layer, got one")
+            if isinstance(part, Feedback):
+                mine.weights.copy_(part.weights)
+                mine.step.copy_(part.step)
+            elif part is not None:
+                mine.copy_(part)
 
     def to(self, device: torch.device | str) -> LayerCalibration:
         """The same on a device."""

@@ -21,9 +21,10 @@ def register() -> None:
     from vllm.logger import init_logger
 
     from sawkv.errors import UnsupportedError
-    from sawkv.integrations.vllm.selection import install
+    from sawkv.integrations.vllm import prepare, selection
 
     try:
-        install()
+        selection.install()
+        prepare.install()
     except UnsupportedError as error:
         init_logger("vllm.sawkv").error("%s. No layer is sawkv's in this process", error)

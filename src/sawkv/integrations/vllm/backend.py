@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from vllm.config import get_current_vllm_config
-from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 from vllm.logger import init_logger
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -35,10 +34,12 @@ from sawkv.errors import CalibrationError, SawkvError, UnsupportedError
 from sawkv.format.layout import ENGINE_PAGE_SIZE, PAGE_SIZE_MULTIPLE, PageLayout
 from sawkv.format.spec import HEAD_DIMS, CacheFormat
 from sawkv.integrations.vllm import announce, refusals
-from sawkv.integrations.vllm.config import KV_CACHE_DTYPE_CODECS, SawConfig
+from sawkv.integrations.vllm.config import KV_CACHE_DTYPE_CODECS, SawConfig, is_draft
 from sawkv.integrations.vllm.contract import check_contract
+from sawkv.integrations.vllm.measure import LayerMeasurement, Prompt, first_kv_head, layer_index, whole_prompts
 from sawkv.integrations.vllm.metrics import CounterReader
 from sawkv.integrations.vllm.prefill import FlashPrefill, PrefillSlice, slice_prefills, speculated_tokens
+from sawkv.integrations.vllm.prepare import is_installed
 from sawkv.integrations.vllm.windows import VLLM_SIZES_WINDOWS, pack_windows
 from sawkv.kernels import DecodePlan, select_backend
 from sawkv.prepare.calibration import Calibration, LayerCalibration, model_id
@@ -64,6 +65,7 @@ class SawMetadata(AttentionMetadata):
     block_table: torch.Tensor
     plans: Mapping[PlanKey, DecodePlan]
     prefills: Mapping[int, Sequence[PrefillSlice]]
+    prompts: Sequence[Prompt] = ()  # while layers measure
 
 
 class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
@@ -90,6 +92,7 @@ class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
         layout = self._impls[0].layout(kv_cache_spec.block_size)
         announce.say_pages(kv_cache_spec, layout, bool(cache_config.enable_prefix_caching))
         self._plans: dict[PlanKey, DecodePlan] = {}
+        self._unprepared = self._impls
         self._reader = self._make_reader(layers, vllm_config.parallel_config.rank)
         # The least: a draft model's layers have a configuration of their own.
         self._workspace_tokens = min((impl.prefill.capacity for impl in self._impls if impl.prefill is not None), default=0)
@@ -148,7 +151,12 @@ class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
             block_table=common.block_table_tensor[:num_decodes],
             plans=self._plans,
             prefills=self._slice_prefills(common, num_decodes) if num_decodes < common.num_reqs else {},
+            prompts=whole_prompts(common) if self._measures() else (),
         )
+
+    def _measures(self) -> bool:
+        self._unprepared = [impl for impl in self._unprepared if impl.unprepared]
+        return any(impl.measurement is not None for impl in self._unprepared)
 
     def _slice_prefills(self, common: CommonAttentionMetadata, first: int) -> dict[int, list[PrefillSlice]]:
         """Requests from `first` on, by the window of the layers that attend them."""
@@ -197,11 +205,16 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
             _check_calibration(config.calibration, self, vllm_config)
             self._layer_calibration = None  # until the layer's name is known
         self._calibration = config.calibration
-        self._tp_rank, self._tp_size = get_tensor_model_parallel_rank(), get_tensor_model_parallel_world_size()
+        if config.prepares and not is_installed():  # vLLM logs and swallows what a plugin raises when it is loaded
+            raise UnsupportedError("sawkv: expected vLLM to have loaded the plugin whole, got an engine that does not prepare its model")
+        self.unprepared = config.prepares
+        self.measurement: LayerMeasurement | None = None
         if not any(self._is_like(getattr(layer, "impl", None)) for layer in self._layers.values()):  # the first of its kind
             device = torch.device(vllm_config.device_config.device_type)
             fingerprint = "" if config.calibration is None else config.calibration.fingerprint()
             announce.say_format(self._format, head_size, self.num_kv_heads, device, fingerprint)
+            if self._format.codec == "int4" and config.calibration is None and not config.prepare and not is_draft(vllm_config):
+                announce.warn_unprepared()
         self.prefill: FlashPrefill | None = None
         if vllm_config.device_config.device_type != "cpu":
             self.prefill = FlashPrefill(
@@ -219,7 +232,8 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
         self, layer: torch.nn.Module, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
     ) -> None:
         """Append the step's new tokens. vLLM pads: `key` may be longer than `slot_mapping`, whose padding is -1."""
-        ops.append(key, value, self._bind(kv_cache), slot_mapping)
+        if self.measurement is None:
+            ops.append(key, value, self._bind(kv_cache), slot_mapping)
 
     def forward(
         self,
@@ -240,6 +254,8 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
             return output.zero_()
         if output_scale is not None or output_block_scale is not None:
             raise UnsupportedError("sawkv: fused quantization of the attention output is not supported")
+        if self.measurement is not None:
+            return self.measurement.attend(self, query, key, value, attn_metadata.prompts, output)
         cache = self._bind(kv_cache)
         num_tokens = attn_metadata.num_decode_tokens
         if num_tokens:
@@ -290,23 +306,34 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
         """
         if self._calibration is None or self._layer_calibration is not None:
             return
-        name = self.kv_sharing_target_layer_name or layer_name  # whose pages this layer reads
-        indices = [int(part) for part in name.split(".") if part.isdigit()]
-        if len(indices) != 1:
-            raise CalibrationError(f"sawkv calibration: expected a layer name with one index, got {name}")
-        first = self._tp_rank * self._calibration.num_kv_heads // self._tp_size  # ranks beyond the heads share one, as vLLM replicates it
-        self._layer_calibration = self._calibration.layer(indices[0], slice(first, first + self.num_kv_heads))
+        index = layer_index(self.kv_sharing_target_layer_name or layer_name)  # whose pages this layer reads
+        first = first_kv_head(self._calibration.num_kv_heads)
+        self._layer_calibration = self._calibration.layer(index, slice(first, first + self.num_kv_heads))
+
+    def take_prepared(self, part: LayerCalibration, device: torch.device) -> None:
+        """Write pages with `part` from now on, in place: graphs that are captured already see it."""
+        self._written_with(device).fill(part)
+        if self._cache is not None:
+            self._cache.refresh()
+        self.unprepared = False
+
+    def _written_with(self, device: torch.device) -> LayerCalibration:
+        """What pages are written with. For a layer that waits to be prepared, tensors that change nothing until they are filled."""
+        if self._layer_calibration is None:
+            raise CalibrationError("sawkv calibration: vLLM runs a layer that it did not name at start-up")
+        # Made here and not at start-up: vLLM's sleep mode discards what is allocated while it loads weights or makes the cache.
+        if self.unprepared and self._layer_calibration.k_center is None:
+            self._layer_calibration = LayerCalibration.blank(self.layout(PAGE_SIZE_MULTIPLE), device)
+        self._layer_calibration = self._layer_calibration.to(device)
+        return self._layer_calibration
 
     def _bind(self, kv_cache: torch.Tensor) -> PagedKVCache:
         """The pages that vLLM handed over, checked once and again whenever they change (after a wake-up, say)."""
         if self._cache is None or self._kv_cache is not kv_cache:
-            if self._layer_calibration is None:
-                raise CalibrationError("sawkv calibration: vLLM runs a layer that it did not name at start-up")
-            # Copied here and not at start-up: vLLM's sleep mode discards what is allocated while it loads weights or makes the cache.
-            self._layer_calibration = self._layer_calibration.to(kv_cache.device)
+            parts = vars(self._written_with(kv_cache.device))
             counters = None if self.reader is None else self.reader.counters
             layout = self.layout(kv_cache.shape[2])
-            self._cache = PagedKVCache(kv_cache.view(torch.uint8), layout, **vars(self._layer_calibration), counters=counters)
+            self._cache = PagedKVCache(kv_cache.view(torch.uint8), layout, **parts, counters=counters)
             self._kv_cache = kv_cache
         return self._cache
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 KV_CACHE_DTYPE_CODECS: Final = {"int4_per_token_head": "int4", "int8_per_token_head": "int8"}
 """The names of vLLM that sawkv takes over, since vLLM before 0.33 accepts no new ones. They size pages as our formats do."""
 
+_KEYS: Final = ("format", "calibration", "prepare", "prepare_cache")
 _FLOAT_DTYPE_CODECS: Final = {"bfloat16": "bf16", "float16": "fp16"}
 _FLOAT_CODECS: Final[dict[object, str]] = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
@@ -31,18 +32,27 @@ class SawConfig:
 
     Attributes:
         format: the cache format; without one, that of the calibration, or the default of int4 or int8 as `--kv-cache-dtype` says.
-        calibration: centers and feedback of K and V, from the file that the key `calibration` names, or None.
+        calibration: what pages are written with, from the file that the key `calibration` names, or None.
+        prepare: what the key `prepare` says: whether the model is prepared when it is loaded.
+        prepare_cache: the folder that keeps what was prepared, from the key `prepare_cache`; None is one in the user's cache.
     """
 
     format: CacheFormat
     calibration: Calibration | None = None
+    prepare: bool = True
+    prepare_cache: Path | None = None
+
+    @property
+    def prepares(self) -> bool:
+        """Whether the engine has to prepare the model: a file says all that is needed, and formats of 8 bits and more need nothing."""
+        return self.prepare and self.calibration is None and self.format.codec == "int4"
 
     @classmethod
     def from_vllm(cls, vllm_config: VllmConfig, kv_cache_dtype: str) -> SawConfig | None:
         """The settings for a layer of `kv_cache_dtype`, or None where its cache is not ours.
 
         The `sawkv` entry is of the target model: a draft's layers are ours if their dtype is one of our two, with the default format of
-        their head_dim and no calibration. A layer is not ours if vLLM gave it another dtype than the user (`--kv-cache-dtype-skip-layers`).
+        their head_dim, no calibration and no preparation. A layer is not ours if vLLM gave it another dtype than the user (`--kv-cache-dtype-skip-layers`).
 
         Raises:
             UnsupportedError: the settings contradict vLLM's.
@@ -63,6 +73,12 @@ class SawConfig:
         path = options.get("calibration")
         if path is not None and not isinstance(path, str):
             raise UnsupportedError(f"sawkv calibration: expected the path of a file that `sawkv calibrate` wrote, got {path!r}")
+        prepare = options.get("prepare", not draft)
+        if not isinstance(prepare, bool):
+            raise UnsupportedError(f"sawkv prepare: expected true or false, got {prepare!r}")
+        folder = options.get("prepare_cache")
+        if folder is not None and not isinstance(folder, str):
+            raise UnsupportedError(f"sawkv prepare_cache: expected the path of a folder, got {folder!r}")
         calibration = None if path is None else _load(path)
         name = options.get("format", codec if calibration is None else str(calibration.format))
         if not isinstance(name, str):
@@ -75,13 +91,21 @@ class SawConfig:
                 f"sawkv format {cache_format} needs pages of its own size: expected --kv-cache-dtype {wanted}, "
                 f"got {kv_cache_dtype}{_asked_by_checkpoint(vllm_config, kv_cache_dtype)}"
             )
-        return cls(cache_format, calibration)
+        return cls(cache_format, calibration, prepare, None if folder is None else Path(folder))
 
 
-def engine_options(cache_format: CacheFormat, calibration: str | Path | None = None) -> dict[str, Any]:
-    """Arguments of `vllm.LLM`, or of its server with dashes, that store KV caches in `cache_format`, with what a calibration file says."""
+def engine_options(
+    cache_format: CacheFormat, calibration: str | Path | None = None, prepare: bool = True, prepare_cache: str | Path | None = None
+) -> dict[str, Any]:
+    """Arguments of `vllm.LLM`, or of its server with dashes, that store KV caches in `cache_format`. Others as in `SawConfig`."""
     dtype = next((dtype for dtype, codec in KV_CACHE_DTYPE_CODECS.items() if codec == cache_format.codec), "auto")
-    settings = {"format": str(cache_format)} | ({} if calibration is None else {"calibration": str(Path(calibration).resolve())})
+    settings: dict[str, Any] = {"format": str(cache_format)}
+    if calibration is not None:
+        settings["calibration"] = str(Path(calibration).resolve())
+    if not prepare:
+        settings["prepare"] = False
+    if prepare_cache is not None:
+        settings["prepare_cache"] = str(Path(prepare_cache).resolve())
     options: dict[str, Any] = {
         "kv_cache_dtype": dtype,
         "additional_config": {"sawkv": settings},
@@ -121,10 +145,10 @@ def _load(path: str) -> Calibration:
 def _options(vllm_config: VllmConfig) -> Mapping[str, Any]:
     additional = vllm_config.additional_config
     options = additional.get("sawkv", {}) if isinstance(additional, dict) else {}
-    unknown = set(options) - {"format", "calibration"} if isinstance(options, dict) else {repr(options)}
+    unknown = set(options) - set(_KEYS) if isinstance(options, dict) else {repr(options)}
     if unknown:
         raise UnsupportedError(
-            f"sawkv entry of --additional-config: expected an object with the keys format and calibration, got {', '.join(sorted(unknown))}"
+            f"sawkv entry of --additional-config: expected an object with the keys {', '.join(_KEYS)}, got {', '.join(sorted(unknown))}"
         )
     return options
 

@@ -24,6 +24,7 @@ def check_contract() -> None:
     from vllm.model_executor.layers.attention import attention
     from vllm.v1.attention.backend import AttentionBackend, AttentionMetadataBuilder, CommonAttentionMetadata
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
+    from vllm.v1.engine.core import EngineCore
 
     missing = []
     version = tuple(int(part) for part in vllm.__version__.split(".")[:2] if part.isdigit())
@@ -42,6 +43,8 @@ def check_contract() -> None:
     if build[:4] != ["self", "common_prefix_len", "common_attn_metadata", "fast_build"]:
         missing.append(f"AttentionMetadataBuilder.build(common_prefix_len, common_attn_metadata, fast_build), got ({', '.join(build[1:])})")
     missing += [f"AttentionBackendEnum.{name}" for name in ("CUSTOM", "CPU_ATTN") if name not in AttentionBackendEnum.__members__]
+    if list(inspect.signature(getattr(EngineCore, "_initialize_kv_caches", lambda: None)).parameters) != ["self", "vllm_config"]:
+        missing.append("EngineCore._initialize_kv_caches(vllm_config), where models are prepared")
     if missing:
         raise UnsupportedError(f"sawkv does not fit vLLM {vllm.__version__}: it needs {'; '.join(missing)}")
     if version > NEWEST_VLLM:

@@ -181,3 +181,18 @@ class FlashPrefill:
             s_aux=self._sinks,
             **self._options,
         )
+
+    def attend_exactly(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, output: torch.Tensor) -> None:
+        """Attend a prompt to itself, without pages. q, output: [num_tokens, num_heads, head_dim]; k, v: of KV heads; cu_seqlens: [2]."""
+        self._flash_attention(
+            q=q,
+            k=k,
+            v=v,
+            out=output,
+            cu_seqlens_q=cu_seqlens,
+            cu_seqlens_k=cu_seqlens,
+            max_seqlen_q=len(q),
+            max_seqlen_k=len(k),
+            s_aux=self._sinks,
+            **self._options,
+        )

@@ -22,15 +22,13 @@ from sawkv.integrations.vllm.config import KV_CACHE_DTYPE_CODECS, engine_options
 from sawkv.prepare.calibration import Calibration
 
 
-def server_command(
-    model: str, cache_format: CacheFormat | None, options: Sequence[str] = (), calibration: str | Path | None = None
-) -> list[str]:
-    """The command that serves `model`; `cache_format` None is vLLM as it is, in 16 bits.
+def server_command(model: str, cache_format: CacheFormat | None, options: Sequence[str] = (), **settings: Any) -> list[str]:
+    """The command that serves `model`; `cache_format` None is vLLM as it is, in 16 bits. `settings` as in `config.engine_options`.
 
     Options that are given twice are the last's, for vLLM.
     """
     command = [sys.executable, "-m", *_program(model)]
-    for name, value in engine_options(cache_format, calibration).items() if cache_format is not None else ():
+    for name, value in engine_options(cache_format, **settings).items() if cache_format is not None else ():
         command += [f"--{name.replace('_', '-')}", value if isinstance(value, str) else json.dumps(value)]
     return [*command, *options]
 
@@ -46,14 +44,23 @@ def _program(model: str) -> list[str]:
     return ["vllm.entrypoints.launchers.api_server.entry" if newer else "vllm.entrypoints.openai.api_server", "--model", model]
 
 
-def serve(model: str, format_name: str | None, options: Sequence[str], calibration: str | None = None) -> int:
+def serve(
+    model: str,
+    format_name: str | None,
+    options: Sequence[str],
+    calibration: str | None = None,
+    prepare: bool = True,
+    prepare_cache: str | None = None,
+) -> int:
     """Serve until interrupted; returns the server's exit status.
 
     Args:
         model: a checkpoint directory, or a name that vLLM resolves.
         format_name: cache format; None is the calibration's, or int4.
         options: for vLLM, as they are.
-        calibration: path of a file that `sawkv calibrate` wrote.
+        calibration: path of a file that `sawkv calibrate` wrote; None has the engine prepare the model.
+        prepare: False leaves the model unprepared.
+        prepare_cache: folder that keeps what was prepared; None is one in the user's cache.
 
     Raises:
         SawkvError: bad input, by name.
@@ -62,7 +69,8 @@ def serve(model: str, format_name: str | None, options: Sequence[str], calibrati
         format_name = "int4" if calibration is None else str(Calibration.load(calibration).format)
     cache_format, on_gpu = CacheFormat.parse(format_name), bool(torch.cuda.device_count())
     preflight.check(model, cache_format, preflight.Options(options), calibration, on_gpu=on_gpu)
-    command = server_command(model, cache_format, with_drafts_backend(options) if on_gpu else options, calibration)
+    options = with_drafts_backend(options) if on_gpu else options
+    command = server_command(model, cache_format, options, calibration=calibration, prepare=prepare, prepare_cache=prepare_cache)
     with (
         tempfile.TemporaryDirectory(prefix="sawkv-metrics-") as folder,  # through it /metrics shows what workers count
         running(command, env={"PROMETHEUS_MULTIPROC_DIR": folder} | preflight.environment()) as server,

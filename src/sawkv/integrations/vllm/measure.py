@@ -1,0 +1,356 @@
+"""What a worker does while its model is prepared: attend exactly, measure, fit, and write its layers with what was fitted.
+
+`prepare` conducts it, from the engine core, by calling the functions at the end of this file in every worker.
+
+Pages that are written unprepared would corrupt the states of all later layers, so no page is read or written while a layer measures: it
+attends to the step's own K and V, in 16 bits. Only prompts that lie whole in their step count, since only their tokens see all that they
+should.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.distributed import get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size, get_world_group
+from vllm.model_executor.layers.linear import RowParallelLinear
+
+from sawkv.errors import CalibrationError, UnsupportedError
+from sawkv.format.feedback import Feedback
+from sawkv.format.spec import CacheFormat
+from sawkv.integrations.vllm.config import SawConfig
+from sawkv.prepare.calibration import Calibration, LayerCalibration, model_id
+from sawkv.prepare.fit import fit
+from sawkv.prepare.statistics import LayerStatistics
+
+if TYPE_CHECKING:
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+    from sawkv.integrations.vllm.backend import SawAttentionImpl
+
+QUERY_BLOCK = 256
+"""Queries that the CPU attends at a time: scores of a window of 2,048 tokens then take 2 MB a head."""
+IDENTITY_ROWS = 256
+"""Rows of the identity that are pushed through a packed projection at a time."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A request whose tokens all lie in this step.
+
+    Attributes:
+        tokens: its rows of the step's tensors.
+        cu_seqlens: [2] int32 on the device, 0 and the number of its tokens.
+    """
+
+    tokens: slice
+    cu_seqlens: torch.Tensor
+
+
+def whole_prompts(common: CommonAttentionMetadata) -> list[Prompt]:
+    """The step's requests that had nothing computed before. Waits for the device."""
+    starts, lengths = common.query_start_loc_cpu.tolist(), common.seq_lens.tolist()
+    spans = [(first, last) for first, last, length in zip(starts, starts[1:], lengths, strict=False) if length == last - first > 0]
+    device = common.seq_lens.device
+    return [Prompt(slice(a, b), torch.tensor([0, b - a], dtype=torch.int32, device=device)) for a, b in spans]
+
+
+class LayerMeasurement:
+    """One layer that measures.
+
+    Attributes:
+        statistics: what it adds to, its own or, if it reads the pages of another layer, that layer's.
+        source: the measurement of the layer whose pages this one reads, or None.
+        rows: K and V of the step, as the layer got them; for the layers that read its pages.
+    """
+
+    def __init__(self, statistics: LayerStatistics, source: LayerMeasurement | None = None) -> None:
+        self.statistics, self.source = statistics, source
+        self.rows: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def attend(
+        self,
+        impl: SawAttentionImpl,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        prompts: Sequence[Prompt],
+        output: torch.Tensor,
+    ) -> torch.Tensor:
+        """Attend each prompt to itself, exactly, and add its rows. Shapes as in `SawAttentionImpl.forward`; other rows give zeros."""
+        if self.source is None:
+            self.rows = key, value
+        elif self.source.rows is not None:
+            key, value = self.source.rows
+        output.zero_()
+        for prompt in prompts:
+            q, k, v = query[prompt.tokens], key[prompt.tokens], value[prompt.tokens]
+            if impl.prefill is not None:
+                impl.prefill.attend_exactly(q, k, v, prompt.cu_seqlens, output[prompt.tokens])
+            else:
+                output[prompt.tokens] = attend_exactly(
+                    q,
+                    k,
+                    v,
+                    softmax_scale=impl.scale,
+                    sliding_window=impl.sliding_window,
+                    logit_softcap=impl.logits_soft_cap,
+                    sinks=impl.sinks,
+                ).to(output.dtype)
+            self.statistics.add(q, k, v)
+        return output
+
+
+def attend_exactly(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    softmax_scale: float,
+    sliding_window: int = 0,
+    logit_softcap: float = 0.0,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Causal attention of one prompt to its own tokens, in fp32, a block of queries at a time. Words as in `ops.decode_attention`.
+
+    Args:
+        q: [num_tokens, num_q_heads, head_dim]; k, v: [num_tokens, num_kv_heads, head_dim].
+
+    Returns:
+        [num_tokens, num_q_heads, head_dim] fp32.
+    """
+    num_tokens, num_q_heads, head_dim = q.shape
+    num_kv_heads = k.shape[1]
+    queries = q.float().view(num_tokens, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)  # [kv heads, queries a head, tokens, head_dim]
+    keys, values = (x.float().transpose(0, 1)[:, None] for x in (k, v))
+    out = torch.empty(num_tokens, num_q_heads, head_dim, dtype=torch.float32, device=q.device)
+    places = torch.arange(num_tokens, device=q.device)
+    for first in range(0, num_tokens, QUERY_BLOCK):
+        last = min(first + QUERY_BLOCK, num_tokens)
+        start = max(0, first - sliding_window + 1) if sliding_window else 0
+        scores = softmax_scale * queries[:, :, first:last] @ keys[:, :, start:last].mT
+        if logit_softcap:
+            scores = logit_softcap * torch.tanh(scores / logit_softcap)
+        distance = places[first:last, None] - places[start:last]
+        unseen = distance < 0 if not sliding_window else (distance < 0) | (distance >= sliding_window)
+        scores = scores.masked_fill_(unseen, -torch.inf)
+        if sinks is not None:
+            sink = sinks.float().view(num_kv_heads, -1, 1, 1).expand(-1, -1, last - first, 1)
+            scores = torch.cat([scores, sink], -1)
+        weights = scores.softmax(-1)[..., : last - start]
+        out[first:last] = (weights @ values[:, :, start:last]).permute(2, 0, 1, 3).flatten(1, 2)
+    return out
+
+
+class MeasuredModel:
+    """Stands in for a runner's model while it measures: shifts the positions that the model gets, and counts its calls.
+
+    Keys turn with their position, so prompts have to be placed all over the context that will be served. The shift is undone after each
+    call, since the step goes on with these positions (a draft model's slots follow from them), and done in place, since a captured graph
+    reads that address.
+
+    Attributes:
+        shifts: [window] int64 on the device, what is added to the position of a prompt's token, by its place in the prompt.
+        calls: how often the model was called.
+    """
+
+    def __init__(self, model: Any, device: torch.device) -> None:
+        self.model, self.calls = model, 0
+        self.shifts = torch.zeros(1, dtype=torch.int64, device=device)
+
+    def __call__(self, *args: Any, positions: torch.Tensor, **kwargs: Any) -> Any:
+        self.calls += 1
+        shifts = self.shifts[positions.clamp(0, len(self.shifts) - 1)]
+        positions += shifts
+        try:
+            return self.model(*args, positions=positions, **kwargs)
+        finally:
+            positions -= shifts
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+
+def layer_index(name: str) -> int:
+    """The layer's number in the model, from vLLM's name of its attention.
+
+    Raises:
+        CalibrationError: the name has no number, or more than one.
+    """
+    indices = [int(part) for part in name.split(".") if part.isdigit()]
+    if len(indices) != 1:
+        raise CalibrationError(f"sawkv calibration: expected a layer name with one index, got {name}")
+    return indices[0]
+
+
+def first_kv_head(num_kv_heads: int) -> int:
+    """Of those that this rank holds, of `num_kv_heads` in the whole model. Ranks beyond the heads share one, as vLLM replicates it."""
+    return int(get_tensor_model_parallel_rank()) * num_kv_heads // int(get_tensor_model_parallel_world_size())
+
+
+# What `prepare` calls in every worker, in this order.
+
+
+def waiting(worker: Any) -> list[int]:
+    """The head_dim of each of this worker's layers that wait to be prepared."""
+    return [layer.impl.head_size for layer in _waiting(worker).values()]
+
+
+@torch.inference_mode()
+def begin(worker: Any) -> None:
+    """Have the layers measure from now on."""
+    runner, layers = worker.model_runner, _waiting(worker)
+    model = runner.get_model()
+    for name, layer in layers.items():
+        impl = layer.impl
+        if impl.kv_sharing_target_layer_name is None:
+            statistics = LayerStatistics(impl.num_kv_heads, impl.head_size, worker.device, impl.scale, impl.sliding_window)
+            if (weight := output_weight(model, name, layer, worker.device)) is not None:
+                statistics.set_output_weight(weight)
+            impl.measurement = LayerMeasurement(statistics)
+    for layer in layers.values():
+        if (target := layer.impl.kv_sharing_target_layer_name) is not None:
+            source = layers[target].impl.measurement
+            layer.impl.measurement = LayerMeasurement(source.statistics, source)
+    runner.model = MeasuredModel(runner.model, worker.device)
+
+
+def place(worker: Any, positions: torch.Tensor) -> None:
+    """Where the tokens of the next prompt stand: [window] int64 on the CPU."""
+    shifts = positions - torch.arange(len(positions), device="cpu")
+    worker.model_runner.model.shifts = shifts.to(worker.device)
+
+
+@torch.inference_mode()
+def finish(worker: Any) -> Calibration:
+    """Fit what was measured and write the layers with it. All ranks return the same, which is for the whole model.
+
+    Raises:
+        UnsupportedError: a rank measured nothing, or NaN.
+    """
+    runner = worker.model_runner
+    measured, runner.model = runner.model, runner.model.model
+    own: dict[int, tuple[int, LayerCalibration]] | str
+    try:
+        own = _fit(worker, measured.calls)
+    except Exception as error:  # raised once all ranks have said how they fared: those that wait here would wait for ever
+        own = str(error) or type(error).__name__
+    parts = [own]
+    if get_world_group().world_size > 1:
+        parts = [own] * get_world_group().world_size
+        torch.distributed.all_gather_object(parts, own, group=get_world_group().cpu_group)
+    if failed := [part for part in parts if isinstance(part, str)]:
+        raise UnsupportedError(failed[0])
+    calibration = _assemble(worker, [part for part in parts if not isinstance(part, str)])
+    apply(worker, calibration)
+    return calibration
+
+
+@torch.inference_mode()
+def apply(worker: Any, calibration: Calibration) -> None:
+    """Write the layers that wait with this from now on."""
+    for name, layer in _waiting(worker).items():
+        impl = layer.impl
+        first = first_kv_head(calibration.num_kv_heads)
+        part = calibration.layer(layer_index(impl.kv_sharing_target_layer_name or name), slice(first, first + impl.num_kv_heads))
+        impl.take_prepared(part, worker.device)
+
+
+def all_agree(worker: Any, found: bool) -> bool:
+    """Whether every rank has `found`: of all engines that step together."""
+    answer = torch.tensor([int(found)])
+    if get_world_group().world_size > 1:
+        torch.distributed.all_reduce(answer, torch.distributed.ReduceOp.MIN, group=get_world_group().cpu_group)
+    return bool(answer)
+
+
+def _waiting(worker: Any) -> dict[str, Any]:
+    """vLLM's attention layers of the model itself, by name, that wait. Those of a draft model are another model's."""
+    own = {id(module) for module in worker.model_runner.get_model().modules()}
+    layers = worker.vllm_config.compilation_config.static_forward_context
+    mine = {name: layer for name, layer in layers.items() if id(layer) in own}
+    return {name: layer for name, layer in mine.items() if getattr(getattr(layer, "impl", None), "unprepared", False)}
+
+
+def _fit(worker: Any, calls: int) -> dict[int, tuple[int, LayerCalibration]]:
+    """This rank's parts, on the CPU, by layer: the first of its KV heads, and what was fitted for them."""
+    if not calls:
+        raise UnsupportedError("the engine never called its model")
+    impls = {name: layer.impl for name, layer in _waiting(worker).items()}
+    owners = {name: impl for name, impl in impls.items() if impl.kv_sharing_target_layer_name is None}
+    statistics = [impl.measurement.statistics for impl in owners.values()]
+    for impl in impls.values():
+        impl.measurement = None
+    fitted = fit(statistics, _format(worker)) if owners else []  # a stage of a pipeline may have no attention
+    first = first_kv_head(worker.vllm_config.model_config.get_total_num_kv_heads())
+    return {layer_index(name): (first, part.to("cpu")) for name, part in zip(owners, fitted, strict=True)}
+
+
+def _assemble(worker: Any, parts: Sequence[dict[int, tuple[int, LayerCalibration]]]) -> Calibration:
+    """The whole model's, of the ranks'. Where ranks share a KV head, that of the first counts."""
+    config = worker.vllm_config.model_config.hf_text_config
+    heads: dict[int, dict[int, LayerCalibration]] = {}
+    for part in parts:
+        for index, (first, layer) in part.items():
+            heads.setdefault(index, {}).setdefault(first, layer)
+    layers = {index: _joined([found[first] for first in sorted(found)]) for index, found in heads.items()}
+    head_dim = next(x.shape[1] for layer in layers.values() for x in (layer.k_center, layer.v_center) if x is not None)
+    return Calibration.from_layers(_format(worker).resolve(head_dim), model_id(config), config.num_hidden_layers, layers)
+
+
+def _format(worker: Any) -> CacheFormat:
+    config = SawConfig.from_vllm(worker.vllm_config, worker.vllm_config.cache_config.cache_dtype)
+    if config is None:
+        raise UnsupportedError("its cache is not sawkv's")
+    return config.format
+
+
+def _joined(parts: list[LayerCalibration]) -> LayerCalibration:
+    """One layer's, of parts that follow each other by their heads."""
+
+    def join(pieces: list[Any]) -> Any:
+        if any(piece is None for piece in pieces):
+            return None
+        if isinstance(pieces[0], Feedback):
+            return Feedback(torch.cat([piece.weights for piece in pieces]), torch.cat([piece.step for piece in pieces]))
+        return torch.cat(pieces)
+
+    return LayerCalibration(**{name: join([getattr(part, name) for part in parts]) for name in vars(parts[0])})
+
+
+def output_weight(model: torch.nn.Module, name: str, layer: torch.nn.Module, device: torch.device) -> torch.Tensor | None:
+    """The projection that follows an attention layer, [hidden_size, num_heads * head_size] of this rank's heads; None if it is not found.
+
+    Weights that are quantized or packed for their kernels are read through these: what the projection makes of the identity.
+    """
+    impl: Any = layer.impl
+    size = impl.num_heads * impl.head_size
+    beside = [linear for linear in _beside(model, layer) if linear.input_size_per_partition == size]
+    numbered = [linear for linear in _numbered(model, layer_index(name)) if linear.input_size_per_partition == size]
+    if not beside and len(numbered) != 1:
+        return None
+    projection = (beside or numbered)[0]
+    weight: torch.Tensor | None = getattr(projection, "weight", None)
+    if weight is not None and weight.is_floating_point() and weight.element_size() > 1 and weight.shape == (projection.output_size, size):
+        return weight
+    identity = torch.eye(size, dtype=projection.params_dtype, device=device)
+    return torch.cat([projection.quant_method.apply(projection, rows.contiguous()) for rows in torch.split(identity, IDENTITY_ROWS)]).T
+
+
+def _beside(model: torch.nn.Module, layer: torch.nn.Module) -> Iterator[Any]:
+    """Row-parallel projections that have the attention layer's parent."""
+    for parent in model.modules():
+        if any(child is layer for child in parent.children()):
+            yield from _row_parallel(parent.children())
+
+
+def _numbered(model: torch.nn.Module, index: int) -> Iterator[Any]:
+    """Those of the layer of this number, for models whose attention stands apart."""
+    yield from _row_parallel(module for path, module in model.named_modules() if str(index) in path.split("."))
+
+
+def _row_parallel(modules: Iterable[torch.nn.Module]) -> Iterator[Any]:
+    inner = (getattr(module, "base_layer", module) for module in modules)  # of a projection with LoRA
+    yield from (module for module in inner if isinstance(module, RowParallelLinear))

@@ -1,0 +1,271 @@
+"""Preparing the loaded model before it serves anybody: conducted in the engine core, done in the workers (`measure`).
+
+Prompts of the text that ships with sawkv go through the engine's own scheduler and workers, one at a time. So everything is as it will be
+when it serves, whatever the model is made of: recurrent layers, stages of a pipeline, ranks, quantized weights, compiled or not.
+
+vLLM has no hook at the one place where that can be: in the engine core, when the caches exist and nobody was told yet that the engine is
+ready. So one method is replaced, `EngineCore._initialize_kv_caches`, by one that goes on to prepare. `contract` stops the start of an
+engine that does not have it.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import hashlib
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from vllm.logger import init_logger
+
+from sawkv.errors import SawkvError, UnsupportedError
+from sawkv.integrations.vllm.config import SawConfig
+from sawkv.prepare import corpus
+from sawkv.prepare.calibration import Calibration, model_id
+from sawkv.prepare.store import CalibrationStore, contents_digest, make_key
+
+if TYPE_CHECKING:
+    from vllm.config import ModelConfig, VllmConfig
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+
+WINDOW: Final = 512
+NUM_WINDOWS: Final = 8
+LEAST_WINDOW: Final = 16
+FILE_FORMATS: Final = ("auto", "hf", "safetensors", "fastsafetensors", "pt", "npcache", "mistral", "gguf", "bitsandbytes")
+"""Of vLLM's --load-format, those that load a checkpoint's files from the folder that --model names, or from the hub's cache."""
+LONGEST_CONTEXT: Final = 32768
+"""Positions up to here are measured: with longer contexts windows would lie too far apart."""
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+def install() -> None:
+    """Have every engine core of this process prepare its model. May be called again."""
+    from vllm.v1.engine.core import EngineCore
+
+    if is_installed():
+        return
+    initialize = EngineCore._initialize_kv_caches
+
+    @functools.wraps(initialize)
+    def initialize_and_prepare(self: Any, vllm_config: VllmConfig) -> KVCacheConfig:
+        kv_cache_config: KVCacheConfig = initialize(self, vllm_config)
+        prepare(self.model_executor, vllm_config, kv_cache_config)
+        return kv_cache_config
+
+    initialize_and_prepare.prepares = True  # type: ignore[attr-defined]
+    EngineCore._initialize_kv_caches = initialize_and_prepare  # type: ignore[method-assign]
+
+
+def is_installed() -> bool:
+    from vllm.v1.engine.core import EngineCore
+
+    return getattr(getattr(EngineCore, "_initialize_kv_caches", None), "prepares", False)
+
+
+def prepare(executor: Any, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
+    """Prepare the layers that wait for it, if there are any.
+
+    Raises:
+        UnsupportedError: that did not work; nothing must be served.
+    """
+    config = SawConfig.from_vllm(vllm_config, vllm_config.cache_config.cache_dtype)
+    if config is None or not config.prepares:
+        return
+    try:
+        _prepare(executor, vllm_config, kv_cache_config, config)
+    except Exception as error:
+        raise UnsupportedError(
+            f"sawkv cannot prepare this model for {config.format}: {error}. Serve it with --format int8 or, unprepared, with --no-prepare "
+            '(in vLLM\'s own command line --kv-cache-dtype int8_per_token_head, and "prepare": false in the sawkv entry of '
+            "--additional-config), or in 8 bits by vLLM itself with --kv-cache-dtype fp8 alone"
+        ) from error
+
+
+def _prepare(executor: Any, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config: SawConfig) -> None:
+    from sawkv.integrations.vllm import measure  # imports the attention backend, which an engine core otherwise does without
+
+    if getattr(vllm_config.parallel_config, "enable_elastic_ep", False):
+        raise UnsupportedError("expected engines that start together, got elastic expert parallelism")
+    started = time.monotonic()
+    head_dims = {head_dim for rank in executor.collective_rpc(measure.waiting) for head_dim in rank}
+    if not head_dims:
+        return
+    if len(head_dims) > 1:
+        raise UnsupportedError(f"expected one head_dim in all attention layers, got {sorted(head_dims)}")
+    windows, positions = _windows(vllm_config)
+    entry = _Entry(vllm_config, config, head_dims.pop(), windows, positions)
+    calibration: Any = entry.load()
+    if all(executor.collective_rpc(measure.all_agree, args=(calibration is not None,))):
+        executor.collective_rpc(measure.apply, args=(calibration,))
+        source = f"from {entry.path}"
+    else:
+        logger.info("sawkv: preparing the model on %d windows of %d tokens", *windows.shape)
+        engine = _Engine(executor, vllm_config, kv_cache_config)
+        executor.collective_rpc(measure.begin)
+        for ids, places in zip(windows, positions, strict=True):
+            executor.collective_rpc(measure.place, args=(places,))
+            engine.run(ids.tolist())
+        calibration = executor.collective_rpc(measure.finish)[0]
+        source = f"on {len(windows)} windows of {windows.shape[1]} tokens, {entry.save(calibration)}"
+    logger.info("sawkv: prepared in %.1f s %s, fingerprint %s", time.monotonic() - started, source, calibration.fingerprint())
+
+
+def _windows(vllm_config: VllmConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and their positions, both [num_windows, window] int64."""
+    model = vllm_config.model_config
+    # One token is generated, which takes a place; a window has to be one step.
+    window = min(WINDOW, model.max_model_len - 1, vllm_config.scheduler_config.max_num_batched_tokens)
+    if vllm_config.device_config.device_type == "cpu" and vllm_config.cache_config.enable_prefix_caching:
+        # vLLM's CPU kernel of Mamba2 gives one state a prompt. With prefix caching one for each chunk is asked for: longer prompts fail.
+        window = min(window, model.get_mamba_chunk_size() or window)
+    if window < LEAST_WINDOW:
+        raise UnsupportedError(f"expected --max-model-len and --max-num-batched-tokens above {LEAST_WINDOW}, got room for {window} tokens")
+    positions = corpus.preparation_positions(NUM_WINDOWS, window, min(model.max_model_len, LONGEST_CONTEXT))
+    encoder = _encoder(model)
+    if encoder is not None:
+        windows = corpus.preparation_windows(encoder[0], window, NUM_WINDOWS, encoder[1])
+        if int(windows.max()) < model.get_vocab_size():
+            return windows, positions
+    logger.warning("sawkv: the model is prepared on random tokens, which is worse: it has no tokenizer here, or not its own")
+    return corpus.random_windows(model.get_vocab_size(), window, NUM_WINDOWS), positions
+
+
+def _encoder(model: ModelConfig) -> tuple[Any, list[int]] | None:
+    """Text to token ids without special tokens, and those that go before a text; None with --skip-tokenizer-init."""
+    from vllm.tokenizers import cached_tokenizer_from_config
+
+    tokenizer = cached_tokenizer_from_config(model)
+    if tokenizer is None:
+        return None
+    plain, special = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a", add_special_tokens=True)
+    before = next((i for i in range(len(special)) if special[i : i + len(plain)] == plain), 0)
+    return functools.partial(tokenizer.encode, add_special_tokens=False), special[:before]
+
+
+class _Entry:
+    """What is on disk of this model's preparation, or why nothing can be."""
+
+    def __init__(self, vllm_config: VllmConfig, config: SawConfig, head_dim: int, windows: torch.Tensor, positions: torch.Tensor) -> None:
+        model = vllm_config.model_config
+        self._expected = {
+            "cache_format": config.format,
+            "model": model_id(model.hf_text_config),
+            "num_layers": model.hf_text_config.num_hidden_layers,
+            "num_kv_heads": model.get_total_num_kv_heads(),
+            "head_dim": head_dim,
+        }
+        text = {"windows": list(windows.shape), "text": _digest(windows), "positions": _digest(positions)}
+        self.path, self.reason = None, ""
+        try:
+            weights = _weights_digest(vllm_config)
+            if weights is None:
+                self.reason = f"the weights are not files of a checkpoint (--load-format {vllm_config.load_config.load_format})"
+                return
+            self._store = CalibrationStore(config.prepare_cache, logger)
+        except (SawkvError, OSError) as error:
+            self.reason = str(error)
+            return
+        self._key = make_key({**self._expected, **text, **_computation(vllm_config), "weights": weights})
+        self.path = self._store.path(self._key)
+
+    def load(self) -> Calibration | None:
+        return None if self.path is None else self._store.load(self._key, **self._expected)
+
+    def save(self, calibration: Calibration) -> str:
+        """Keep it if that is possible, and say where, or why not."""
+        try:
+            return f"not kept: {self.reason}" if self.path is None else f"kept in {self._store.save(self._key, calibration)}"
+        except SawkvError as error:
+            return f"not kept: {error}"
+
+
+def _digest(x: torch.Tensor) -> str:
+    return hashlib.sha256(x.numpy().tobytes()).hexdigest()
+
+
+def _weights_digest(vllm_config: VllmConfig) -> str | None:
+    """Of the checkpoint that vLLM loaded; None if it did not load one from files, or from files that are not found."""
+    model, load = vllm_config.model_config, vllm_config.load_config
+    if str(load.load_format) not in FILE_FORMATS:
+        return None
+    path = Path(model.model)
+    if not path.exists():
+        from huggingface_hub import snapshot_download
+
+        try:
+            path = Path(snapshot_download(model.model, revision=model.revision, cache_dir=load.download_dir, local_files_only=True))
+        except (OSError, ValueError):  # ValueError: not a name of the hub
+            return None
+    return contents_digest(path)
+
+
+def _computation(vllm_config: VllmConfig) -> dict[str, Any]:
+    """What else changes the numbers that the model computes, by name. Ranks and batches change no more than rounding."""
+    import vllm
+    from vllm.platforms import current_platform
+
+    model = vllm_config.model_config
+    config = model.hf_config.to_dict()  # with what --hf-overrides changed
+    for name in ("_name_or_path", "transformers_version"):
+        config.pop(name, None)
+    return {
+        "config": config,
+        "dtype": str(model.dtype),
+        "quantization": model.quantization,
+        "engine": f"vllm {vllm.__version__}",
+        "device": f"{vllm_config.device_config.device_type} {current_platform.get_device_name()}",
+    }
+
+
+class _Engine:
+    """Steps the workers through single prompts, by a scheduler of vLLM's that nobody else uses."""
+
+    def __init__(self, executor: Any, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
+        from vllm.utils.hashing import get_hash_fn_by_name
+        from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash, resolve_kv_cache_block_sizes
+        from vllm.v1.structured_output import StructuredOutputManager
+
+        config = copy.copy(vllm_config)
+        config.kv_events_config = None  # whose port the engine's scheduler takes
+        block_size, hash_block_size = resolve_kv_cache_block_sizes(kv_cache_config, config)
+        self._hasher = None
+        if config.cache_config.enable_prefix_caching:  # a scheduler that caches wants hashes
+            hash_function = get_hash_fn_by_name(config.cache_config.prefix_caching_hash_algo)
+            init_none_hash(hash_function)
+            self._hasher = get_request_block_hasher(hash_block_size, hash_function)
+        self._scheduler = config.scheduler_config.get_scheduler_cls()(
+            vllm_config=config,
+            kv_cache_config=kv_cache_config,
+            structured_output_manager=StructuredOutputManager(config),
+            block_size=block_size,
+            hash_block_size=hash_block_size,
+        )
+        self._executor = executor
+        self._pools = config.model_config.runner_type == "pooling"
+        self._count = 0
+
+    def run(self, prompt_token_ids: list[int]) -> None:
+        """One prompt, from its first step to the one that tells the workers that it has ended."""
+        from vllm import PoolingParams, SamplingParams
+        from vllm.v1.request import Request
+
+        self._count += 1
+        self._scheduler.add_request(
+            Request(
+                request_id=f"sawkv-prepare-{self._count}",
+                prompt_token_ids=prompt_token_ids,
+                sampling_params=None if self._pools else SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False),
+                pooling_params=PoolingParams(task=self._executor.supported_tasks[0]) if self._pools else None,
+                cache_salt=str(self._count),  # or windows that begin alike would hit each other's pages
+                block_hasher=self._hasher,
+            )
+        )
+        while self._scheduler.has_requests():
+            scheduled = self._scheduler.schedule()
+            output = self._executor.execute_model(scheduled)
+            if output is None:
+                output = self._executor.sample_tokens(None)
+            self._scheduler.update_from_output(scheduled, output)
