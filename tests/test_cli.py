@@ -18,10 +18,14 @@ from sawkv.integrations.vllm import server
 
 def test_serve_hands_other_options_to_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
-    monkeypatch.setattr(server, "serve", lambda *arguments: seen.append(arguments) or 0)
+    monkeypatch.setattr(server, "serve", lambda *arguments, **settings: seen.append((arguments, settings)) or 0)
     assert cli.main(["serve", "a/model", "--format", "int8", "--port", "9000"]) == 0
-    assert cli.main(["serve", "a/model", "--max-model-len", "64", "--fo", "x"]) == 0
-    assert seen == [("a/model", "int8", ["--port", "9000"], None), ("a/model", None, ["--max-model-len", "64", "--fo", "x"], None)]
+    assert cli.main(["serve", "a/model", "--no-prepare", "--max-model-len", "64", "--fo", "x"]) == 0
+    prepared = {"calibration": None, "prepare": True, "prepare_cache": None}
+    assert seen == [
+        (("a/model", "int8", ["--port", "9000"]), prepared),
+        (("a/model", None, ["--max-model-len", "64", "--fo", "x"]), prepared | {"prepare": False}),
+    ]
 
 
 def test_serve_takes_no_word_of_an_option_for_the_model(capsys: pytest.CaptureFixture[str]) -> None:
@@ -41,7 +45,7 @@ time.sleep(60)
 from sawkv import cli
 from sawkv.integrations.vllm import preflight, server
 preflight.check = lambda *_, **__: None
-server.server_command = lambda *_: [{sys.executable!r}, "-c", {server!r}]
+server.server_command = lambda *_, **__: [{sys.executable!r}, "-c", {server!r}]
 cli.main()
 """
     with subprocess.Popen([sys.executable, "-c", script, "serve", "m"], cwd=tmp_path, stdout=subprocess.PIPE) as command:

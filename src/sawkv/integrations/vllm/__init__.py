@@ -23,8 +23,8 @@ def register() -> None:
     from sawkv.errors import UnsupportedError
     from sawkv.integrations.vllm import prepare, selection
 
-    try:
-        selection.install()
-        prepare.install()
-    except UnsupportedError as error:
-        init_logger("vllm.sawkv").error("%s. No layer is sawkv's in this process", error)
+    for part in (selection, prepare):
+        try:
+            part.install()
+        except UnsupportedError as error:
+            init_logger("vllm.sawkv").error("%s. No layer is sawkv's in this process", error)

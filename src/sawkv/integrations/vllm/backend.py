@@ -205,8 +205,8 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
             _check_calibration(config.calibration, self, vllm_config)
             self._layer_calibration = None  # until the layer's name is known
         self._calibration = config.calibration
-        if config.prepares and not is_installed():  # vLLM logs and swallows what a plugin raises when it is loaded
-            raise UnsupportedError("sawkv: expected vLLM to have loaded the plugin whole, got an engine that does not prepare its model")
+        if config.prepares and not is_installed():
+            raise UnsupportedError("sawkv: expected an engine that prepares its model, got one without (the log has the reason above)")
         self.unprepared = config.prepares
         self.measurement: LayerMeasurement | None = None
         if not any(self._is_like(getattr(layer, "impl", None)) for layer in self._layers.values()):  # the first of its kind

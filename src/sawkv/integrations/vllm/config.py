@@ -52,7 +52,8 @@ class SawConfig:
         """The settings for a layer of `kv_cache_dtype`, or None where its cache is not ours.
 
         The `sawkv` entry is of the target model: a draft's layers are ours if their dtype is one of our two, with the default format of
-        their head_dim, no calibration and no preparation. A layer is not ours if vLLM gave it another dtype than the user (`--kv-cache-dtype-skip-layers`).
+        their head_dim, no calibration and no preparation.
+        A layer is not ours if vLLM gave it another dtype than the user (`--kv-cache-dtype-skip-layers`).
 
         Raises:
             UnsupportedError: the settings contradict vLLM's.

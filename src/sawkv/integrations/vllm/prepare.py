@@ -42,12 +42,18 @@ logger = init_logger(f"vllm.{__name__}")
 
 
 def install() -> None:
-    """Have every engine core of this process prepare its model. May be called again."""
+    """Have every engine core of this process prepare its model. May be called again.
+
+    Raises:
+        UnsupportedError: this vLLM has no place for it.
+    """
     from vllm.v1.engine.core import EngineCore
 
     if is_installed():
         return
-    initialize = EngineCore._initialize_kv_caches
+    initialize = getattr(EngineCore, "_initialize_kv_caches", None)
+    if initialize is None:
+        raise UnsupportedError("sawkv does not fit this vLLM: it needs vllm.v1.engine.core.EngineCore._initialize_kv_caches")
 
     @functools.wraps(initialize)
     def initialize_and_prepare(self: Any, vllm_config: VllmConfig) -> KVCacheConfig:
