@@ -3,7 +3,7 @@
     python examples/transformers_generate.py
 
 Hides a number in a long text, lets the model find it again with 16-bit K and V and with INT4 pages, and prints what each cache holds and
-how fast it decodes. Then: a padded batch, beams, prompt lookup, and a conversation that goes on.
+how fast it decodes. The first SawCache prepares the model, which takes seconds, once. Then: a padded batch, beams, prompt lookup, and a conversation that goes on.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def main() -> None:
     inputs = tokenizer(text, return_tensors="pt")
     for name, cache, attention in (
         ("DynamicCache", DynamicCache(config=model.config), "sdpa"),
-        ("SawCache", SawCache(model.config), "sawkv"),
+        ("SawCache", SawCache(model), "sawkv"),
     ):
         model.set_attn_implementation(attention)
         model.generate(**inputs, past_key_values=cache, max_new_tokens=1)
@@ -52,23 +52,23 @@ def main() -> None:
     ]
     batch = tokenizer(prompts, return_tensors="pt", padding=True)
     options = {"max_new_tokens": 24, "do_sample": False}
-    for row in model.generate(**batch, past_key_values=SawCache(model.config), **options)[:, batch.input_ids.shape[1] :]:
+    for row in model.generate(**batch, past_key_values=SawCache(model), **options)[:, batch.input_ids.shape[1] :]:
         print(f"  {tokenizer.decode(row, skip_special_tokens=True)!r}")
 
     print("Three beams")
-    out = model.generate(**batch, past_key_values=SawCache(model.config), num_beams=3, **options)
+    out = model.generate(**batch, past_key_values=SawCache(model), num_beams=3, **options)
     print(f"  {tokenizer.decode(out[1, batch.input_ids.shape[1] :], skip_special_tokens=True)!r}")
 
     print("Prompt lookup: drafts are checked eight at a time, and taken back where they are wrong")
     one = tokenizer(prompts[1], return_tensors="pt")
     passes: list[object] = []
     hook = model.register_forward_hook(lambda *_: passes.append(None))
-    out = model.generate(**one, past_key_values=SawCache(model.config), max_new_tokens=60, prompt_lookup_num_tokens=7)
+    out = model.generate(**one, past_key_values=SawCache(model), max_new_tokens=60, prompt_lookup_num_tokens=7)
     hook.remove()
     print(f"  {out.shape[1] - one.input_ids.shape[1]} tokens in {len(passes)} passes")
 
     print("A conversation that goes on with one cache")
-    cache, ids = SawCache(model.config), one.input_ids
+    cache, ids = SawCache(model), one.input_ids
     for addition in ("", "\n    def pop(self):\n", "\n    def __len__(self):\n"):
         if addition:
             ids = torch.cat([ids, tokenizer(addition, return_tensors="pt").input_ids], 1)

@@ -68,6 +68,17 @@ def test_aot_autograd_keeps_every_layer() -> None:
         assert torch.equal(got.sequences, want.sequences)
 
 
+def test_new_caches_compile_once_more_in_all() -> None:
+    """The cache's number is a constant of the first graph, and an argument of the second."""
+    ids, model = prompt(), make_model("qwen3")
+    graphs: list[torch.fx.GraphModule] = []
+    compiler, want = counting(graphs), generate(model, SawCache(model), ids)
+    for _ in range(4):
+        got = generate(model, static(model), ids, compile_config=compiled_by(compiler))
+        assert torch.equal(got.sequences, want.sequences)
+    assert len(graphs) == 2
+
+
 def test_a_compiled_step_checks_its_mask_and_room() -> None:
     """It cannot ask the host, so the device stops with an error."""
     model, ids = make_model("llama"), prompt()

@@ -39,7 +39,7 @@ logger = logging.getLogger(__name__)
 CACHES: weakref.WeakValueDictionary[int, SawCache] = weakref.WeakValueDictionary()
 """By `SawCache.handle`: a compiled graph can hold a number, but not a cache."""
 
-_handles = itertools.count()
+_handles = itertools.count(2)  # compilers make constants of 0 and 1
 
 
 @dataclass(eq=False)
