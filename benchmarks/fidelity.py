@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
@@ -260,10 +260,16 @@ def summary(scores: TokenScores, wide_loss: torch.Tensor) -> dict[str, Any]:
     }
 
 
-def interval(window_means: torch.Tensor) -> torch.Tensor:
-    """Both ends of the 95 % interval of the mean: windows drawn again and again, the same draws for every method."""
-    draws = torch.randint(len(window_means), (RESAMPLES, len(window_means)), generator=torch.Generator().manual_seed(0))
-    return torch.quantile(window_means.double()[draws].mean(1), torch.tensor([0.025, 0.975], dtype=torch.float64))
+def interval(window_means: torch.Tensor, of: Callable[[torch.Tensor], torch.Tensor] = lambda means: means) -> torch.Tensor:
+    """Both ends of a 95 % interval: windows are drawn again and again, the same draws for every method.
+
+    Args:
+        window_means: [..., num_windows].
+        of: maps means [..., draws] to what the interval is of, [draws]; by default the mean itself.
+    """
+    count = window_means.shape[-1]
+    draws = torch.randint(count, (RESAMPLES, count), generator=torch.Generator().manual_seed(0))
+    return torch.quantile(of(window_means.double()[..., draws].mean(-1)), torch.tensor([0.025, 0.975], dtype=torch.float64))
 
 
 def _recall(client: Client, prompts: Sequence[Prompt]) -> Iterator[dict[str, Any]]:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from benchmarks import fidelity
+from benchmarks import fidelity, fidelity_tables
 from benchmarks.recorder import Recorder
 from sawkv.integrations.vllm.client import Client, _cause
 from sawkv.lab.divergence import TokenScores
@@ -99,3 +99,33 @@ def test_the_log_says_the_cause_the_size_and_whether_sawkv_runs(tmp_path: Path) 
     assert fidelity._bits(client, "served", tmp_path) == 4.5
     assert _cause("ValueError: too big\nRuntimeError: Engine failed. See root cause above.\n") == "too big"
     assert _cause("killed\n") == "killed"
+
+
+def made_record(method: str, through: str, scale: float, **changes: Any) -> dict[str, Any]:
+    by_window = [scale * value for value in (1.0, 1.2, 0.8, 1.1)]
+    return {
+        "device": "a GPU", "commit": "abc", "model": "m", "method": method, "through": through, "bits": 4.25, "text": "prose", "window": 64,
+        "tokens": 252, "mean_kl": 1.025 * scale, "kl_ci95": [0.9 * scale, 1.1 * scale], "kl_p999": 1.0, "same_top1": 0.9,
+        "ppl": 10.1, "ppl_16bit": 10.0, "ppl_ratio_ci95": [1.0, 1.02], "kl_by_window": by_window,
+    } | changes  # fmt: skip
+
+
+def test_what_was_wanted_passes_and_fails() -> None:
+    served, lab = made_record("served", "server", 0.02), made_record("prepared", "lab", 0.019)
+    peer, fp8 = made_record("vllm_int4_per_token_head", "server", 0.06), made_record("fp8", "server", 0.012)
+    assert [passed for passed, _ in fidelity_tables.checks([served, lab, peer, fp8])] == [True] * 4
+    assert "KL 0.33 (0.33 to 0.33) of vllm_int4_per_token_head" in next(what for _, what in fidelity_tables.checks([served, peer]))
+    worse = made_record("served", "server", 0.03, ppl=10.4)
+    assert [passed for passed, _ in fidelity_tables.checks([worse, lab, peer, fp8])] == [False] * 4
+    qwen = [record | {"model": "Qwen2.5-0.5B"} for record in (served, fp8)]
+    assert [passed for passed, _ in fidelity_tables.checks(qwen)] == [False, True]
+    assert "| **`sawkv serve`** | 4.25 | 0.0205 (0.0180 to 0.0220) | 1 | 90.0% | 10.10 (+1.0%) |" in fidelity_tables.tables([served], [])
+
+
+def test_lost_answers_are_counted_at_every_depth() -> None:
+    def cell(method: str, depth: float, correct: int) -> dict[str, Any]:
+        return {"model": "m", "task": "needle", "length": 4096, "depth": depth, "method": method, "correct": correct, "asked": 20}
+
+    recall = [cell("16bit", 0.0, 20), cell("16bit", 0.5, 3), cell("served", 0.0, 18), cell("served", 0.5, 2)]
+    assert [passed for passed, _ in fidelity_tables.recall_checks(recall)] == [False, True]
+    assert "| m | needle | 4,096 | 23 of 40 | 20 of 40 |" in fidelity_tables.recall_table(recall)

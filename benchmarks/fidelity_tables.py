@@ -1,0 +1,155 @@
+"""The tables of real checkpoints in docs/accuracy.md, from the records of `benchmarks.fidelity`; and what was wanted of them.
+
+python -m benchmarks.fidelity_tables --write docs/accuracy.md     # the tables
+python -m benchmarks.fidelity_tables --check                      # one line for each thing wanted; the exit status counts failures
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from benchmarks.fidelity import RESULTS, interval
+
+BEGIN, END = "<!-- real checkpoints -->", "<!-- end of real checkpoints -->"
+SERVED, PEER, FP8, LAB = "served", "vllm_int4_per_token_head", "fp8", "prepared"
+NAMES: Final = {
+    "served": "**`sawkv serve`**",
+    "unprepared": "`sawkv serve --no-prepare`",
+    "int8": "`sawkv serve --format int8`",
+    "bf16": "16-bit pages of sawkv: rounding alone",
+    "fp8": "vLLM, `fp8`",
+    "vllm_int4_per_token_head": "vLLM, `int4_per_token_head`",
+}
+NEAR_LAB, NEAR_PEER, NEAR_FP8, NEAR_FP8_OTHERS, PERPLEXITY = 1.1, 0.35, 1.0, 2.0, 1.03
+"""Of KL: what is served over the lab's figure, over vLLM's INT4, over fp8 on Qwen2.5 and on others; of perplexity: over 16 bits."""
+MISSED: Final = 0.05
+"""Share of answers that 16 bits give and what is served may not."""
+Record = dict[str, Any]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--records", type=Path, default=RESULTS / "real_models.jsonl", help="default: %(default)s")
+    parser.add_argument("--recall", type=Path, default=RESULTS / "real_recall.jsonl", help="default: %(default)s")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the tables into this page; default: print them")
+    parser.add_argument("--check", action="store_true", help="say what was wanted and what came")
+    args = parser.parse_args()
+    records, recall = read(args.records), read(args.recall)
+    if args.check:
+        failed = 0
+        for passed, what in [*checks(records), *recall_checks(recall)]:
+            failed += not passed
+            print(f"{'PASS' if passed else 'FAIL'}  {what}")
+        return failed
+    text = tables(records, recall)
+    if args.write is None:
+        print(text)
+        return 0
+    before, mark, rest = args.write.read_text().partition(BEGIN)
+    _, end_mark, after = rest.partition(END)
+    if not mark or not end_mark:
+        raise SystemExit(f"{args.write}: expected the marks {BEGIN} and {END}")
+    args.write.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+    return 0
+
+
+def read(file: Path) -> list[Record]:
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+
+
+def tables(records: Sequence[Record], recall: Sequence[Record]) -> str:
+    """One for each model, text and way; then recall."""
+    parts = []
+    for key in dict.fromkeys((r["model"], r["text"], r["window"], r["device"]) for r in records):
+        rows = [r for r in records if (r["model"], r["text"], r["window"], r["device"]) == key]
+        model, text, window, device = key
+        commits = ", ".join(sorted({r["commit"] for r in rows}))
+        parts.append(
+            f"**{model}**, {text}, {rows[0]['tokens']:,} predictions in windows of {window}, {device}, {commits}; "
+            f"perplexity in 16 bits {rows[0]['ppl_16bit']:.2f}\n\n"
+            "| served by | bits | mean KL (95 %) | p99.9 | same top-1 | perplexity |\n|-|-|-|-|-|-|\n"
+            + "\n".join(_row(r) for r in sorted(rows, key=lambda r: float(r["mean_kl"])))
+        )
+    if recall:
+        parts.append(recall_table(recall))
+    return "\n\n".join(parts)
+
+
+def _row(r: Record) -> str:
+    name = NAMES.get(r["method"], f"`{r['method']}`") if r["through"] == "server" else f"`{r['method']}` in the lab"
+    low, high = r["kl_ci95"]
+    bits = "" if r["bits"] is None else f"{r['bits']:g}"
+    change = r["ppl"] / r["ppl_16bit"] - 1
+    return (
+        f"| {name} | {bits} | {_kl(r['mean_kl'])} ({_kl(low)} to {_kl(high)}) | {r['kl_p999']:.3g} | {r['same_top1']:.1%} "
+        f"| {r['ppl']:.2f} ({change:+.1%}) |"
+    )
+
+
+def recall_table(recall: Sequence[Record]) -> str:
+    """Right answers by model, task and length, over all depths."""
+    methods = list(dict.fromkeys(r["method"] for r in recall))
+    lines = [f"| model | task | tokens | {' | '.join(methods)} |", f"|-|-|-|{'-|' * len(methods)}"]
+    for model, task, length in dict.fromkeys((r["model"], r["task"], r["length"]) for r in recall):
+        cells = []
+        for method in methods:
+            rows = [r for r in recall if (r["model"], r["task"], r["length"], r["method"]) == (model, task, length, method)]
+            cells.append(f"{sum(r['correct'] for r in rows)} of {sum(r['asked'] for r in rows)}" if rows else "-")
+        lines.append(f"| {model} | {task} | {length:,} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def checks(records: Sequence[Record]) -> Iterator[tuple[bool, str]]:
+    """Whether each thing wanted of what is served came, and what it is."""
+    for r in records:
+        if (r["method"], r["through"]) != (SERVED, "server"):
+            continue
+        alike = [o for o in records if all(o[key] == r[key] for key in ("model", "text", "window"))]
+        fp8 = NEAR_FP8 if "qwen2.5" in r["model"].lower() else NEAR_FP8_OTHERS
+        for method, through, limit in ((LAB, "lab", NEAR_LAB), (PEER, "server", NEAR_PEER), (FP8, "server", fp8)):
+            for other in alike:
+                if (other["method"], other["through"]) == (method, through) and (through == "lab" or other["device"] == r["device"]):
+                    ratio, (low, high) = r["mean_kl"] / other["mean_kl"], ratio_interval(r, other)
+                    yield (
+                        ratio <= limit,
+                        f"{r['model']}, {r['text']}: KL {ratio:.2f} ({low:.2f} to {high:.2f}) of {method}, at most {limit}",
+                    )
+        ratio, (low, high) = r["ppl"] / r["ppl_16bit"], r["ppl_ratio_ci95"]
+        yield (
+            ratio <= PERPLEXITY,
+            f"{r['model']}, {r['text']}: perplexity {ratio:.4f} ({low:.4f} to {high:.4f}) of 16 bits, at most {PERPLEXITY}",
+        )
+
+
+def ratio_interval(a: Record, b: Record) -> tuple[float, float]:
+    """95 % of the ratio of two mean KLs on the same windows."""
+    means = torch.tensor([a["kl_by_window"], b["kl_by_window"]], dtype=torch.float64)
+    low, high = interval(means, lambda drawn: drawn[0] / drawn[1]).tolist()
+    return low, high
+
+
+def recall_checks(recall: Sequence[Record]) -> Iterator[tuple[bool, str]]:
+    """By model, task, length and depth: answers that 16 bits give and what is served does not."""
+    cells = {(r["model"], r["task"], r["length"], r["depth"], r["method"]): r for r in recall}
+    for (model, task, length, depth, method), r in cells.items():
+        wide = cells.get((model, task, length, depth, "16bit"))
+        if method == SERVED and wide is not None:
+            lost = (wide["correct"] - r["correct"]) / r["asked"]
+            what = (
+                f"{model}, {task}, {length:,} tokens, {depth:.0%} deep: {r['correct']} of {r['asked']} where 16 bits have {wide['correct']}"
+            )
+            yield lost <= MISSED, what
+
+
+def _kl(value: float) -> str:
+    return f"{value:.2f}" if value >= 1 else f"{value:.4f}" if value >= 0.01 else f"{value:.5f}"
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
