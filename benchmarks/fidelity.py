@@ -42,10 +42,10 @@ from sawkv.format.spec import CacheFormat
 from sawkv.integrations.vllm.client import Client, serving
 from sawkv.integrations.vllm.server import server_command
 from sawkv.lab.divergence import TokenScores, compare
-from sawkv.lab.evaluate import device_name
+from sawkv.lab.evaluate import device_name, shipped_samples
 from sawkv.lab.methods import find_method, fit
 from sawkv.lab.tasks import Prompt, make_prompts
-from sawkv.prepare.model import EvalModel, collect_samples, default_dtype, find_device
+from sawkv.prepare.model import EvalModel, default_dtype, find_device
 from sawkv.prepare.text import Text, load_text
 
 RESULTS: Final = Path("docs/results")
@@ -66,6 +66,7 @@ class Job:
         name, folder: of the checkpoint.
         ids: [num_windows, window] of all texts, one after the other; None leaves predictions out.
         texts: name and number of windows of each.
+        text: one of them, with the model's tokenizer.
         prompts: of recall.
         states: file for the hidden states of 16 bits.
         work: folder for files and logs.
@@ -76,6 +77,7 @@ class Job:
     folder: Path
     ids: torch.Tensor | None
     texts: dict[str, int]
+    text: Text
     prompts: list[Prompt]
     work: Path
     options: list[str]
@@ -145,17 +147,17 @@ def _named(model: str) -> tuple[str, Path]:
 def _job(name: str, folder: Path, args: argparse.Namespace) -> Job:
     texts = {text: load_text(folder, text_file(text, args.work)) for text in args.texts}
     count = -(-args.tokens // (args.window - 1))
-    windows = {text: loaded.split(args.window, count, 1)[0] for text, loaded in texts.items()} if count else {}
-    longest = json.loads((folder / "config.json").read_text())
-    longest = int((longest.get("text_config") or longest)["max_position_embeddings"])
+    windows = {text: loaded.windows(args.window, count) for text, loaded in texts.items()} if count else {}
+    config = json.loads((folder / "config.json").read_text())
+    longest = int((config.get("text_config") or config)["max_position_embeddings"])
     first = next(iter(texts.values()))
     prompts = _prompts(first, [length for length in args.recall_lengths if length <= longest], args.recall_count)
-    room = max([args.window, *(len(prompt.ids) for prompt in prompts)]) + 1
-    options = ["--max-model-len", str(min(longest, room)), "--max-num-batched-tokens", str(max(2048, args.window)), "--enforce-eager"]
+    # Not --max-model-len: the model is prepared for its whole context, as it is for users who do not limit it.
+    options = ["--max-num-batched-tokens", str(max(2048, args.window)), "--enforce-eager"]
     options += ["--kv-cache-memory-bytes", str(args.kv_cache_memory << 20)]
     options += ["--gpu-memory-utilization", "0.05"] if torch.cuda.device_count() else []  # vLLM asks for so much to be free
     ids = torch.cat(list(windows.values())) if windows else None
-    return Job(name, folder, ids, {text: len(rows) for text, rows in windows.items()}, prompts, args.work, [*options, *args.options])
+    return Job(name, folder, ids, {text: len(rows) for text, rows in windows.items()}, first, prompts, args.work, [*options, *args.options])
 
 
 def _prompts(text: Text, lengths: Sequence[int], count: int) -> list[Prompt]:
@@ -294,7 +296,7 @@ def _lab(job: Job, args: argparse.Namespace) -> list[dict[str, Any]]:
     assert job.ids is not None
     device = find_device(args.device)
     model = EvalModel.load(job.folder, device, getattr(torch, args.dtype) if args.dtype else default_dtype(device))
-    samples = collect_samples(model, job.ids[-2:])
+    samples = shipped_samples(model, job.text)
     methods = [find_method(name) for name in args.methods]
     reference, scores = compare(model, job.ids, {method.name: fit(method, samples) for method in methods}, batch=1)
     records = []

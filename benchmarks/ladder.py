@@ -46,9 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if fetched:
             return fetched
     start = time.monotonic()
-    plan = Plan(
-        tokens=args.tokens, window=args.window, calibration_tokens=2048, layer_tokens=0, floor_tokens=0, recall_count=0, free_runs=0
-    )
+    plan = Plan(tokens=args.tokens, window=args.window, layer_tokens=0, floor_tokens=0, recall_count=0, free_runs=0)
     with tempfile.TemporaryDirectory() as folder:
         text = text_file(args.text, Path(folder))
         found = evaluate(

@@ -13,7 +13,7 @@ from sawkv import SawkvError
 from sawkv.lab import analyze
 from sawkv.lab.analyze import Analysis, MethodError, recommend
 from sawkv.lab.methods import Method, find_method
-from sawkv.prepare.model import EvalModel
+from sawkv.prepare.model import EvalModel, collect_samples
 from sawkv.prepare.samples import LayerStates, Sample
 from tests.test_calibrate import make_model, windows
 
@@ -122,7 +122,8 @@ def test_statistics_show_an_offset_an_outlier_and_a_sink() -> None:
 
 
 def run(methods: list[Method] | None = None) -> Analysis:
-    return analyze.analyze(EvalModel(make_model(8.0, 1.0)), windows(2), windows(2), methods, name="a model", text="random")
+    model = EvalModel(make_model(8.0, 1.0))
+    return analyze.analyze(model, windows(2), collect_samples(model, windows(2)), methods, name="a model", text="random")
 
 
 def test_a_whole_analysis() -> None:

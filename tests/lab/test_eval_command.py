@@ -18,6 +18,7 @@ from sawkv.lab.divergence import mean_and_error
 from sawkv.lab.methods import find_method, fit
 from sawkv.lab.records import Evaluation
 from sawkv.lab.tasks import DEPTHS, free_run, make_prompts, recall
+from sawkv.prepare.corpus import preparation_windows
 from sawkv.prepare.model import EvalModel
 from sawkv.prepare.text import Text, load_text, with_bos
 
@@ -25,7 +26,7 @@ MODEL = next(Path("models").glob("sawkv-*"))
 
 
 def test_eval_writes_records_and_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--formats", "prepared,int4_plain", "--tokens", "512", "--window", "128", "--calibration-tokens", "256"]
+    arguments = ["--formats", "prepared,int4_plain", "--tokens", "512", "--window", "128", "--floor-tokens", "256"]
     arguments += ["--layer-tokens", "128", "--recall-lengths", "96", "--recall-count", "1", "--free-runs", "1", "--stress", "16", "--quiet"]
     assert cli.main(["eval", str(MODEL), *arguments, "--out", str(tmp_path / "new" / "eval.json")]) == 0
     shown = capsys.readouterr().out
@@ -33,7 +34,7 @@ def test_eval_writes_records_and_a_table(tmp_path: Path, capsys: pytest.CaptureF
     assert Evaluation.from_json(evaluation.to_json()) == evaluation
     assert [result.method for result in evaluation.results] == ["bf16_floor", "prepared", "int4_plain"]
     assert all(result.method in shown for result in (evaluation.reference, *evaluation.results))
-    assert max(map(len, shown.splitlines())) <= 80
+    assert max(len(line) for line in shown.splitlines() if str(tmp_path) not in line) <= 80
     floor, prepared, plain = evaluation.results
     assert floor.divergence.mean_kl < prepared.divergence.mean_kl < plain.divergence.mean_kl
     assert prepared.divergence.tokens == 4 * 127
@@ -46,21 +47,23 @@ def test_eval_writes_records_and_a_table(tmp_path: Path, capsys: pytest.CaptureF
     assert 0 <= prepared.free_run.mean <= prepared.free_run.limit
 
 
-@pytest.mark.parametrize(("plan", "context"), [({"recall_count": 1}, 160), ({"recall_count": 0}, 64), ({"recall_lengths": ()}, 64)])
-def test_methods_learn_at_the_positions_that_are_read(plan: dict[str, Any], context: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Recall prompts are longer than windows: what learns must have seen their positions."""
-    asked = []
+@pytest.mark.parametrize(("asked", "context"), [(0, 8192), (300, 300)])
+def test_methods_learn_what_an_engine_would_prepare_the_model_on(asked: int, context: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text that ships with sawkv, over the model's own context, or over that which will be served; never the text that is scored."""
+    seen: list[tuple[Any, ...]] = []
 
     def stop(*arguments: Any) -> None:
-        asked.append(arguments[-1])
+        seen.append(arguments)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(evaluate, "collect_samples", stop)
+    plan = Plan(tokens=64, window=64, floor_tokens=0, recall_count=0, free_runs=0, context=asked)
     with pytest.raises(KeyboardInterrupt):
-        evaluate.evaluate(
-            MODEL, [find_method("prepared")], plan=Plan(window=64, **({"recall_lengths": (96, 160)} | plan)), device=torch.device("cpu")
-        )
-    assert asked == [context]
+        evaluate.evaluate(MODEL, [find_method("prepared")], plan=plan, device=torch.device("cpu"))
+    ((_, ids, given),) = seen
+    assert given == context
+    text = load_text(MODEL, None)
+    assert torch.equal(ids, preparation_windows(text.encode, min(512, context), 8, text.prefix))
 
 
 def test_another_model_needs_a_text(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -71,7 +74,7 @@ def test_another_model_needs_a_text(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "expected --text FILE" in capsys.readouterr().err
     (tmp_path / "short.txt").write_text("too short")
     assert cli.main(["eval", str(tmp_path), "--text", str(tmp_path / "short.txt"), "--quiet"]) == 2
-    assert "expected at least 2048 tokens" in capsys.readouterr().err
+    assert "expected at least 1024 tokens" in capsys.readouterr().err
     (tmp_path / "latin.txt").write_bytes(b"\xe9\xe8")
     assert cli.main(["eval", str(tmp_path), "--text", str(tmp_path / "latin.txt"), "--quiet"]) == 2
     assert "expected a UTF-8 file" in capsys.readouterr().err
@@ -81,7 +84,7 @@ def test_another_model_needs_a_text(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "expected at least 32 tokens" in capsys.readouterr().err
 
 
-SMALL = ["--tokens", "128", "--window", "64", "--calibration-tokens", "64", "--layer-tokens", "0", "--floor-tokens", "0"]
+SMALL = ["--tokens", "128", "--window", "64", "--layer-tokens", "0", "--floor-tokens", "0"]
 SMALL += ["--recall-count", "0", "--free-runs", "0", "--quiet", "--device", "cpu"]
 
 

@@ -20,7 +20,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_formats(parser, DEFAULT_FORMATS, DEFAULT_FORMATS)
     options.add_tokens(parser, defaults.tokens, defaults.window)
     for name, default, help_text in (
-        ("calibration", defaults.calibration_tokens, "tokens of other text, for methods that learn"),
         ("batch", defaults.batch_tokens, "tokens in one pass of the model"),
         ("layer", defaults.layer_tokens, "tokens of the text for the measurement layer by layer; 0 leaves it out"),
         ("floor", defaults.floor_tokens, "tokens of the text for the noise of 16-bit arithmetic; 0 leaves it out"),
@@ -40,6 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("free-runs", defaults.free_runs, "prompts to continue freely; 0 leaves that out"),
     ):
         parser.add_argument(f"--{name}", type=options.count, default=default, metavar="COUNT", help=f"{help_text} (default: %(default)s)")
+    help_text = "tokens of a request that would be served, for which methods learn (default: the model's limit, at most 32768)"
+    parser.add_argument("--context", type=options.positive, default=0, metavar="COUNT", help=help_text)
     options.add_stress(parser)
     options.add_device(parser)
     parser.add_argument("--dtype", choices=DTYPES, help="of the model's arithmetic (default: bfloat16 on a GPU, float32 on a CPU)")
@@ -74,7 +75,6 @@ def run(args: argparse.Namespace) -> int:
     plan = Plan(
         tokens=args.tokens,
         window=args.window,
-        calibration_tokens=args.calibration_tokens,
         batch_tokens=args.batch_tokens,
         layer_tokens=args.layer_tokens,
         floor_tokens=args.floor_tokens,
@@ -82,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
         recall_count=args.recall_count,
         free_runs=args.free_runs,
         stress=args.stress,
+        context=args.context,
     )
     evaluation = evaluate(
         args.model,

@@ -20,14 +20,14 @@ import torch
 from tqdm import tqdm
 
 from sawkv.files import check_writable, writing
+from sawkv.lab.evaluate import shipped_samples
 from sawkv.lab.methods import Method, check_fits, find_method, fit
 from sawkv.lab.records import ModelShape, parse_record
 from sawkv.lab.stress import apply_stress
-from sawkv.prepare.model import EvalModel, collect_samples, default_dtype, find_device
-from sawkv.prepare.samples import LayerStates, Reader
+from sawkv.prepare.model import EvalModel, default_dtype, find_device
+from sawkv.prepare.samples import LayerSample, LayerStates, Reader
 from sawkv.prepare.text import load_text, with_bos
 
-CALIBRATION_WINDOWS = 2
 QUERIES = 256
 """Queries of each window and head at which attention is compared."""
 MAX_OUTPUT_ERROR = 0.1
@@ -213,10 +213,10 @@ def run_analyze(
     for method in chosen or ():
         check_fits(method.name, model.shape[2])
     text = with_bos(load_text(model_folder, text_file), model)
-    scored, calibrating = text.split(window, windows, CALIBRATION_WINDOWS)
+    scored = text.windows(window, windows)
     if stress > 1:
         apply_stress(model.layers, model.shape[2], stress)
-    analysis = analyze(model, scored, calibrating, chosen, name=model_folder.resolve().name, text=text.name, stress=stress)
+    analysis = analyze(model, scored, shipped_samples(model, text), chosen, name=model_folder.resolve().name, text=text.name, stress=stress)
     print(describe(analysis))
     if out is not None:
         with writing(out) as part:
@@ -229,7 +229,7 @@ def run_analyze(
 def analyze(
     model: EvalModel,
     windows: torch.Tensor,
-    calibrating: torch.Tensor,
+    samples: Sequence[LayerSample],
     methods: Sequence[Method] | None = None,
     *,
     name: str,
@@ -241,7 +241,7 @@ def analyze(
     Args:
         model: unquantized.
         windows: [num_windows, window] token ids to measure on.
-        calibrating: [num_windows, window] other token ids, for methods that learn.
+        samples: of other text, for methods that learn.
         methods: None is a selection that `default_methods` makes.
         name, text, stress: of the model and of the text, for the record.
     """
@@ -249,9 +249,7 @@ def analyze(
     num_q_heads, num_kv_heads, head_dim = model.shape
     methods = default_methods() if methods is None else methods
     num_layers = len(model.layers)
-    samples = collect_samples(model, calibrating)
     readers = [fit(method, samples) for method in tqdm(methods, desc="fitting", unit="method", leave=False, disable=None)]
-    del samples
     stats = [_StatsSum() for _ in range(num_layers)]
     errors = [[_ErrorSum() for _ in range(num_layers)] for _ in methods]
     progress = tqdm(total=len(windows) * num_layers, desc="measuring", unit="layer", leave=False, disable=None)

@@ -21,6 +21,7 @@ from sawkv.lab.methods import Method, check_fits, fit
 from sawkv.lab.records import Evaluation, LayerKL, MethodResult, ModelShape
 from sawkv.lab.stress import apply_stress
 from sawkv.lab.tasks import Prompt, free_run, make_prompts, recall
+from sawkv.prepare.corpus import LONGEST_CONTEXT, NUM_WINDOWS, WINDOW, preparation_windows
 from sawkv.prepare.model import EvalModel, collect_samples, default_dtype, find_device
 from sawkv.prepare.samples import LayerSample
 from sawkv.prepare.text import Text, load_text, with_bos
@@ -69,7 +70,7 @@ def evaluate(
     source = with_bos(load_text(checkpoint, text), loaded)
     if plan.stress > 1:
         apply_stress(loaded.layers, head_dim, plan.stress)
-    windows, calibration = source.split(plan.window, -(-plan.tokens // plan.window), -(-plan.calibration_tokens // plan.window))
+    windows = source.windows(plan.window, -(-plan.tokens // plan.window))
     prompts = _prompts(source, plan)
     floor_windows = windows[: -(-plan.floor_tokens // plan.window)] if plan.floor_tokens else windows[:0]
     layer_windows = windows[: -(-plan.layer_tokens // plan.window)] if plan.layer_tokens else windows[:0]
@@ -127,7 +128,7 @@ def evaluate(
                 add(known[method.name])
                 continue
             bar.set_description(f"{name}: fit")
-            samples = samples or collect_samples(loaded, calibration, plan.context)
+            samples = samples or shipped_samples(loaded, source, plan.context)
             readers = fit(method, samples)
             bar.set_description(f"{name}: text")
             score = reference.compare(readers, step=bar.update)
@@ -140,6 +141,18 @@ def evaluate(
             parts = (score.divergence(), score.by_position(), layers, recalled, run)
             add(MethodResult(method.name, bits, method.served, calibrated, *parts))
     return found
+
+
+def shipped_samples(model: EvalModel, text: Text, context: int = 0) -> list[LayerSample]:
+    """What methods learn from: the text that ships with sawkv, at the positions at which engines prepare a model on it.
+
+    Args:
+        model, text: the model, and its tokenizer.
+        context: see `Plan`.
+    """
+    context = context or min(getattr(model.model.config.get_text_config(), "max_position_embeddings", LONGEST_CONTEXT), LONGEST_CONTEXT)
+    window = min(WINDOW, context)
+    return collect_samples(model, preparation_windows(text.encode, window, NUM_WINDOWS, text.prefix), context)
 
 
 def _known(before: Evaluation, now: Evaluation) -> dict[str, MethodResult]:

@@ -11,6 +11,11 @@ import torch
 TEXT_VERSION: Final = 1
 """Changes with the text: what was fitted on another is fitted again."""
 SEPARATOR: Final = "\n\n"
+WINDOW: Final = 512
+"""Tokens of a window that a model is prepared on."""
+NUM_WINDOWS: Final = 8
+LONGEST_CONTEXT: Final = 32768
+"""Positions up to here are measured: with longer contexts windows would lie too far apart."""
 FIRST_TOKENS: Final = 4
 """Of every window that stand at the start of the context: what models attend to from everywhere lies there."""
 

@@ -55,6 +55,17 @@ class Text:
         scored = min(num_windows, available - calibrating)
         return self._windows(self.ids[: scored * size], size), self._windows(self.ids[-calibrating * size :], size)
 
+    def windows(self, window: int, num_windows: int) -> torch.Tensor:
+        """Windows from the start of the text, [at most num_windows, window].
+
+        Raises:
+            SawkvError: the text is too short for one.
+        """
+        size = window - len(self.prefix)
+        if size < 2 or len(self.ids) < size:
+            raise SawkvError(f"text: expected at least {max(size, 2)} tokens for a window of {window}, got {len(self.ids)} in {self.name}")
+        return self._windows(self.ids[: min(num_windows, len(self.ids) // size) * size], size)
+
     def _windows(self, ids: torch.Tensor, size: int) -> torch.Tensor:
         rows = ids.view(-1, size)
         return torch.cat([torch.tensor(self.prefix, dtype=torch.int64).expand(len(rows), -1), rows], 1)

@@ -30,15 +30,12 @@ from sawkv.format.spec import CacheFormat
 from sawkv.integrations.transformers.models import NAME, head_dim_of, layer_configs, layer_windows
 from sawkv.prepare import corpus
 from sawkv.prepare.calibration import Calibration, LayerCalibration, model_id
+from sawkv.prepare.corpus import LONGEST_CONTEXT, NUM_WINDOWS, WINDOW
 from sawkv.prepare.fit import fit
 from sawkv.prepare.model import output_weight
 from sawkv.prepare.statistics import LayerStatistics
 from sawkv.prepare.store import CalibrationStore, make_key
 
-WINDOW: Final = 512
-NUM_WINDOWS: Final = 8
-LONGEST_CONTEXT: Final = 32768
-"""Positions up to here are measured: with longer contexts windows would lie too far apart."""
 SAMPLED: Final = 64
 """Numbers of a large weight that are looked at to see whether it has changed since the last preparation. Of small ones all are."""
 SMALL: Final = 4096

@@ -30,13 +30,9 @@ if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
-WINDOW: Final = 512
-NUM_WINDOWS: Final = 8
 LEAST_WINDOW: Final = 16
 FILE_FORMATS: Final = ("auto", "hf", "safetensors", "fastsafetensors", "pt", "npcache", "mistral", "gguf", "bitsandbytes")
 """Of vLLM's --load-format, those that load a checkpoint's files from the folder that --model names, or from the hub's cache."""
-LONGEST_CONTEXT: Final = 32768
-"""Positions up to here are measured: with longer contexts windows would lie too far apart."""
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -123,20 +119,20 @@ def _windows(vllm_config: VllmConfig) -> tuple[torch.Tensor, torch.Tensor]:
     """Token ids and their positions, both [num_windows, window] int64."""
     model = vllm_config.model_config
     # One token is generated, which takes a place; a window has to be one step.
-    window = min(WINDOW, model.max_model_len - 1, vllm_config.scheduler_config.max_num_batched_tokens)
+    window = min(corpus.WINDOW, model.max_model_len - 1, vllm_config.scheduler_config.max_num_batched_tokens)
     if vllm_config.device_config.device_type == "cpu" and vllm_config.cache_config.enable_prefix_caching:
         # vLLM's CPU kernel of Mamba2 gives one state a prompt. With prefix caching one for each chunk is asked for: longer prompts fail.
         window = min(window, model.get_mamba_chunk_size() or window)
     if window < LEAST_WINDOW:
         raise UnsupportedError(f"expected --max-model-len and --max-num-batched-tokens above {LEAST_WINDOW}, got room for {window} tokens")
-    positions = corpus.preparation_positions(NUM_WINDOWS, window, min(model.max_model_len, LONGEST_CONTEXT))
+    positions = corpus.preparation_positions(corpus.NUM_WINDOWS, window, min(model.max_model_len, corpus.LONGEST_CONTEXT))
     encoder = _encoder(model)
     if encoder is not None:
-        windows = corpus.preparation_windows(encoder[0], window, NUM_WINDOWS, encoder[1])
+        windows = corpus.preparation_windows(encoder[0], window, corpus.NUM_WINDOWS, encoder[1])
         if int(windows.max()) < model.get_vocab_size():
             return windows, positions
     logger.warning("sawkv: the model is prepared on random tokens, which is worse: it has no tokenizer here, or not its own")
-    return corpus.random_windows(model.get_vocab_size(), window, NUM_WINDOWS), positions
+    return corpus.random_windows(model.get_vocab_size(), window, corpus.NUM_WINDOWS), positions
 
 
 def _encoder(model: ModelConfig) -> tuple[Any, list[int]] | None:
