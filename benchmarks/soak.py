@@ -35,6 +35,7 @@ from typing import Any
 import aiohttp
 
 from sawkv.format.spec import CacheFormat
+from sawkv.integrations.vllm.preflight import environment
 from sawkv.integrations.vllm.server import free_port, server_command
 
 TIE = 0.01
@@ -115,7 +116,7 @@ class Server:
     async def start(self) -> None:
         """Start, and wait until the server answers."""
         self._metrics = tempfile.TemporaryDirectory(prefix="sawkv-metrics-")
-        env = os.environ | {"PROMETHEUS_MULTIPROC_DIR": self._metrics.name}
+        env = environment() | {"PROMETHEUS_MULTIPROC_DIR": self._metrics.name}
         with self.log.open("ab") as sink:
             self._process = subprocess.Popen(self._command, env=env, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True)
         timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT)

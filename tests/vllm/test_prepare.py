@@ -16,7 +16,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sawkv import CacheFormat
-from sawkv.integrations.vllm import prepare
 from sawkv.prepare import corpus
 from sawkv.prepare.calibration import Calibration
 from sawkv.prepare.fit import fit
@@ -119,8 +118,8 @@ class Truth:
     def fitted(self, cache_format: CacheFormat, context: int) -> Calibration:
         """What the text of preparation says, here random tokens, as the models have no tokenizer."""
         self._statistics = {}
-        window = min(prepare.WINDOW, getattr(self._model.config, "mamba_chunk_size", prepare.WINDOW))
-        windows = corpus.random_windows(VOCABULARY, window, prepare.NUM_WINDOWS)
+        window = min(corpus.WINDOW, getattr(self._model.config, "mamba_chunk_size", corpus.WINDOW))
+        windows = corpus.random_windows(VOCABULARY, window, corpus.NUM_WINDOWS)
         for ids, places in zip(windows, corpus.preparation_positions(*windows.shape, context), strict=True):
             self._model(ids[None], position_ids=places[None])
         found, self._statistics = self._statistics, None

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=options.positive,
         default=4096,
         metavar="COUNT",
-        help="tokens of a request that will be served; windows are placed all over it (default: %(default)s)",
+        help="tokens of the longest request that will be served (default: %(default)s)",
     )
     options.add_device(parser)
 

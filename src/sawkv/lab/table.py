@@ -16,7 +16,7 @@ def table(evaluation: Evaluation) -> str:
         f"{evaluation.model}{f', stress {evaluation.stress}' if evaluation.stress > 1 else ''}: {heads}",
         f"{evaluation.text}: {reference.divergence.tokens:,} predictions in windows of {evaluation.window:,}",
         f"{evaluation.dtype} on {evaluation.device}, {evaluation.seconds:,.0f} s",
-        "KL in nats a token, from the model with its cache unquantized; +-: one standard error",
+        "KL in nats a token, from the model with an unquantized cache; +-: one SE",
         "",
         HEAD,
         *(line(result) for result in (reference, *evaluation.results)),

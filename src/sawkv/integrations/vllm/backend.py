@@ -206,7 +206,9 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
             self._layer_calibration = None  # until the layer's name is known
         self._calibration = config.calibration
         if config.prepares and not is_installed():
-            raise UnsupportedError("sawkv: expected an engine that prepares its model, got one without (the log has the reason above)")
+            raise UnsupportedError(
+                "sawkv: expected an engine that prepares its model, got one without: VLLM_PLUGINS leaves sawkv out, or see the log above"
+            )
         self.unprepared = config.prepares
         self.measurement: LayerMeasurement | None = None
         if not any(self._is_like(getattr(layer, "impl", None)) for layer in self._layers.values()):  # the first of its kind
