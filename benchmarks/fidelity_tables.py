@@ -64,8 +64,9 @@ def read(file: Path) -> list[Record]:
 
 
 def tables(records: Sequence[Record], recall: Sequence[Record]) -> str:
-    """One for each model, text and way; then recall."""
+    """One for each model and text, of what was asked through a server; then recall."""
     parts = []
+    records = [record for record in records if record["through"] == "server"]
     for key in dict.fromkeys((r["model"], r["text"], r["window"], r["device"]) for r in records):
         rows = [r for r in records if (r["model"], r["text"], r["window"], r["device"]) == key]
         model, text, window, device = key
@@ -82,7 +83,7 @@ def tables(records: Sequence[Record], recall: Sequence[Record]) -> str:
 
 
 def _row(r: Record) -> str:
-    name = NAMES.get(r["method"], f"`{r['method']}`") if r["through"] == "server" else f"`{r['method']}` in the lab"
+    name = NAMES.get(r["method"], f"`{r['method']}`")
     low, high = r["kl_ci95"]
     bits = "" if r["bits"] is None else f"{r['bits']:g}"
     change = r["ppl"] / r["ppl_16bit"] - 1
@@ -110,7 +111,7 @@ def checks(records: Sequence[Record]) -> Iterator[tuple[bool, str]]:
     for r in records:
         if (r["method"], r["through"]) != (SERVED, "server"):
             continue
-        alike = [o for o in records if all(o[key] == r[key] for key in ("model", "text", "window"))]
+        alike = [o for o in records if all(o.get(key) == r[key] for key in ("model", "text", "window"))]
         fp8 = NEAR_FP8 if "qwen2.5" in r["model"].lower() else NEAR_FP8_OTHERS
         for method, through, limit in ((LAB, "lab", NEAR_LAB), (PEER, "server", NEAR_PEER), (FP8, "server", fp8)):
             for other in alike:
