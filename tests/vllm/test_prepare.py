@@ -7,6 +7,7 @@ such a model is far from itself in 16 bits. Its true log-probabilities are those
 from __future__ import annotations
 
 import random
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -115,10 +116,9 @@ class Truth:
         return out
 
     @torch.no_grad()
-    def fitted(self, cache_format: CacheFormat, context: int) -> Calibration:
+    def fitted(self, cache_format: CacheFormat, context: int, window: int) -> Calibration:
         """What the text of preparation says, here random tokens, as the models have no tokenizer."""
         self._statistics = {}
-        window = min(corpus.WINDOW, getattr(self._model.config, "mamba_chunk_size", corpus.WINDOW))
         windows = corpus.random_windows(VOCABULARY, window, corpus.NUM_WINDOWS)
         for ids, places in zip(windows, corpus.preparation_positions(*windows.shape, context), strict=True):
             self._model(ids[None], position_ids=places[None])
@@ -202,19 +202,19 @@ def test_a_prepared_model_is_near_itself_in_16_bits(folder: Path, tmp_path: Path
     (line,) = logged(prepared, "prepared in")
     kept = Calibration.load(entry(tmp_path))
     assert f"fingerprint {kept.fingerprint()}" in line
-    assert_near(kept, truth.fitted(kept.format, CONTEXT))
+    window = int(re.search(r"windows of (\d+) tokens", line)[1])  # with recurrent layers it depends on vLLM's version
+    assert_near(kept, truth.fitted(kept.format, CONTEXT, window))
     assert not logged(prepared, "unprepared")
     assert logged(unprepared, "served unprepared")
 
 
 def test_a_second_start_runs_no_text_and_serves_the_same(biased: tuple[Path, Path, dict[str, Any]]) -> None:
     model, kept, first = biased
-    more = [*PROMPTS, [1, 2, 3]]
-    second = engine(model, kept, more)
+    second = engine(model, kept, seed=1)  # another engine, asked the same
     assert logged(first, "preparing the model on")
     assert not logged(second, "preparing the model on")
     assert logged(second, f"from {entry(kept)}, fingerprint {Calibration.load(entry(kept)).fingerprint()}")
-    assert second["scores"][:2] == first["scores"]
+    assert second["scores"] == first["scores"]
     assert second["kv_tokens"] == first["kv_tokens"]
 
 
@@ -224,11 +224,11 @@ def test_a_damaged_entry_is_made_again_with_equal_bytes(biased: tuple[Path, Path
     fingerprint = Calibration.load(path).fingerprint()
     content[-100] ^= 4
     path.write_bytes(content)
-    again = engine(model, kept, [*PROMPTS, [4, 5, 6]])
+    again = engine(model, kept, seed=2)
     assert logged(again, "made again")
     assert logged(again, "preparing the model on")
     assert Calibration.load(path).fingerprint() == fingerprint
-    assert again["scores"][:2] == first["scores"]
+    assert again["scores"] == first["scores"]
 
 
 def test_two_ranks_fit_what_one_does(biased: tuple[Path, Path, dict[str, Any]], tmp_path: Path) -> None:

@@ -83,8 +83,8 @@ def test_what_a_skipped_layer_costs_in_a_pool_that_groups_share_is_said(name: st
         for skipped in ([], ["0"])
     )
     assert not [line for line in whole["log"] if "pads our pages" in line]
-    (said,) = [line for line in skipping["log"] if "pads our pages" in line]
-    assert "they hold 0.50 times the tokens of a 16-bit cache and not 3.88 times" in said, "as the skipped layer's fp32 pages do"
+    said = [line for line in skipping["log"] if "pads our pages" in line]
+    assert any("they hold 0.50 times the tokens of a 16-bit cache and not 3.88 times" in line for line in said), "as fp32 pages do"
     assert skipping["kv_tokens"] < 0.3 * whole["kv_tokens"]
 
 
