@@ -23,7 +23,7 @@ Record = dict[str, Any]
 INTRODUCTION: Final = """# Performance
 
 Made by `python -m benchmarks.plots` from the records in [results](results): to change a number, measure again. Tables name their device,
-vLLM and commit. What was tried, and why it did or did not work, is in [log.md](log.md).
+vLLM and commit. What was tried, and why it did or did not work, is in the [lab log](lab/README.md).
 """
 SERVING: Final = """## Whole engine
 

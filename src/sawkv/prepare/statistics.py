@@ -3,7 +3,7 @@
 Not every row's error costs the same. Rows that attention reads much, such as the first token of a text in many models, count for what
 the layer's output loses by them. For the error of a value, which attention adds up with weights a, that is the sum of a^2 over the queries
 that see it; for an error of a score it is a^2 |v - o|^2, since the output o moves by a (v - o). Without this the mean is that of rows that
-hardly matter, and the error of the first token alone is half of all error (docs/log.md).
+hardly matter, and the error of the first token alone is half of all error (docs/lab/2026-11.md).
 
 No rows are kept, so the memory does not grow with the text. Q and K come after RoPE, as the cache stores K.
 """
