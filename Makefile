@@ -2,6 +2,7 @@
 # make serve  keep the INT4 server up on port 8000
 # make soak   a million greedy tokens under random load and faults, each checked: an hour or so on two cores
 # make audit  known vulnerabilities of what is installed
+# make docs   the documentation as a site, in build/docs
 # make test   all checks and tests, with the oldest and the newest vLLM that run on the CPU
 # Each sets up what it needs. On a machine with an NVIDIA GPU, vLLM's CUDA build is used.
 
@@ -18,13 +19,16 @@ PYTEST := python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reord
 # Two environments are set up at once, as pip uses one core.
 MAKEFLAGS += --jobs=2
 
-.PHONY: demo serve test check soak audit setup setup-oldest clean
+.PHONY: demo serve test check docs soak audit setup setup-oldest clean
 
 demo: $(REAL)
 	$(BIN)/sawkv demo $(REAL)
 
 serve: setup
 	$(BIN)/sawkv serve $(MODEL) --max-model-len 4096 --kv-cache-memory-bytes 268435456
+
+# mkdocs-material advertises its successor at each build.
+export NO_MKDOCS_2_WARNING := 1
 
 # Threads that spin while they wait would keep the cores from the other process of tests.
 test: export OMP_WAIT_POLICY := passive
@@ -49,6 +53,10 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/mkdocs build --quiet
+
+docs: setup
+	$(BIN)/mkdocs build
 
 $(REAL): | setup
 	@$(BIN)/python tools/fetch_model.py $@

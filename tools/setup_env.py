@@ -62,7 +62,7 @@ def main() -> None:
         install(wanted, "--no-deps", wanted)
         listed = subprocess.run([python, "-c", LIST_DEPENDENCIES], check=True, capture_output=True, text=True).stdout
         install("what vLLM needs", CPU_TORCH, *listed.split("\n")[:-1])
-    install("sawkv and its development tools", "--editable", f"{REPOSITORY}[cpu,dev,eval]")
+    install("sawkv and its development tools", "--editable", f"{REPOSITORY}[cpu,dev,docs,eval]")
     stamp.write_text(digest)
     print(f"  {time.monotonic() - started:4.0f} s  {args.folder}: done", flush=True)
 
