@@ -88,7 +88,7 @@ def test_what_is_fitted_lowers_the_error_of_attention_read_from_pages() -> None:
         gains = replace(whole, k_feedback=None, v_feedback=None)
         lost = []
         for given in (LayerCalibration(), centers, gains, whole):
-            cache = PagedKVCache.allocate(PageLayout(made.format, 2, 32, 16), 4, **vars(given))
+            cache = PagedKVCache.allocate(PageLayout(made.format, 2, 32, 16), 4, **given.constants())
             append(states.k, states.v, cache, torch.arange(64), backend="reference")
             k, v = torch.empty(2, 64, 2, 32)
             ends = torch.tensor([0, 64], dtype=torch.int32)

@@ -35,7 +35,8 @@ def make_fed(num_layers: int = 3, num_kv_heads: int = 2, head_dim: int = 128) ->
     weights = torch.randint(-127, 128, (2, *shape, head_dim, head_dim), dtype=torch.int8) * takes_from(head_dim).to(torch.int8)
     step = torch.rand(2, *shape) / 1e4
     made = make_gained(num_layers, num_kv_heads, head_dim)
-    return replace(made, k_feedback=weights[0], k_feedback_step=step[0], v_feedback=weights[1], v_feedback_step=step[1])
+    fed = replace(made, k_feedback=weights[0], k_feedback_step=step[0], v_feedback=weights[1], v_feedback_step=step[1])
+    return replace(fed, k_energy=torch.rand(shape) + 0.1, v_energy=torch.rand(shape) + 0.1)
 
 
 def make_gained(num_layers: int = 3, num_kv_heads: int = 2, head_dim: int = 128) -> Calibration:
@@ -67,7 +68,18 @@ def load_bytes(path: Path, content: bytes) -> Calibration:
     return Calibration.load(path)
 
 
-TENSORS = ("k_center", "v_center", "k_gain", "v_gain", "k_feedback", "k_feedback_step", "v_feedback", "v_feedback_step")
+TENSORS = (
+    "k_center",
+    "v_center",
+    "k_gain",
+    "v_gain",
+    "k_feedback",
+    "k_feedback_step",
+    "v_feedback",
+    "v_feedback_step",
+    "k_energy",
+    "v_energy",
+)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +134,7 @@ def test_what_a_rank_gets_and_none_where_there_is_nothing_to_do() -> None:
     assert torch.equal(layer.k_feedback.step, made.k_feedback_step[1, 2:4])
     assert layer.v_feedback is None
     assert made.layer(0).v_feedback is not None
-    cache = PagedKVCache.allocate(PageLayout(FORMAT, 2, 128, 16), 1, "cpu", **vars(layer.to("cpu")))
+    cache = PagedKVCache.allocate(PageLayout(FORMAT, 2, 128, 16), 1, "cpu", **layer.to("cpu").constants())
     assert len({each.fingerprint() for each in (cache, replace(cache, k_feedback=None), replace(cache, v_gain=None))}) == 3
     for index, heads in ((3, slice(0, 1)), (-1, slice(0, 1)), (0, slice(3, 5))):
         with pytest.raises(CalibrationError, match="expected"):
@@ -229,6 +241,10 @@ def test_a_misfit_names_all_that_differs() -> None:
         ({"k_gain": torch.full((3, 2, 128), 0.0)}, "k_gain: expected values from 1/1024"),
         ({"v_gain": torch.full((3, 2, 128), -1.0)}, "v_gain: expected values from 1/1024"),
         ({"v_gain": torch.full((3, 2, 128), 1025.0)}, "v_gain: expected values from 1/1024"),
+        ({"k_energy": torch.ones(3, 1)}, r"k_energy: expected float32 \[3, 2\] on the CPU, got torch.float32 \[3, 1\]"),
+        ({"v_energy": torch.ones(3, 2).double()}, r"v_energy: expected float32 \[3, 2\]"),
+        ({"v_energy": torch.full((3, 2), torch.nan)}, "v_energy: expected finite values from 0"),
+        ({"k_energy": torch.full((3, 2), -1.0)}, "k_energy: expected finite values from 0"),
         ({"format": CacheFormat("int4")}, "int4-k128-v128, got int4"),
         ({"format": CacheFormat("int4", 256, 0)}, "divisor"),
     ],

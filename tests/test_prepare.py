@@ -9,7 +9,7 @@ import torch
 
 from sawkv.errors import UnsupportedError
 from sawkv.format.feedback import cost_with_feedback, fit_feedback
-from sawkv.format.rotation import hadamard_matrix
+from sawkv.format.rotation import hadamard_matrix, rotate
 from sawkv.format.spec import CacheFormat
 from sawkv.prepare.calibration import Calibration
 from sawkv.prepare.corpus import preparation_positions, preparation_text, preparation_windows, random_windows
@@ -135,13 +135,25 @@ def test_fit_centers_scales_and_feeds_back() -> None:
             torch.testing.assert_close(got.step, wanted.step, rtol=1e-4, atol=1e-12)
 
 
+def test_energies_are_those_of_the_rows_as_they_are_stored() -> None:
+    windows = windows_of(0)
+    layer = fit([measured(windows)], INT4)[0]
+    for rows, center, gain, energy in (
+        (torch.cat([k for _, k, _ in windows]), layer.k_center, layer.k_gain, layer.k_energy),
+        (torch.cat([v for _, _, v in windows]), layer.v_center, layer.v_gain, layer.v_energy),
+    ):
+        stored = rotate((rows - center) * gain, INT4.k_rotation_order or 0)
+        assert energy is not None
+        torch.testing.assert_close(energy, stored.square().sum(-1).mean(0), rtol=1e-4, atol=0)
+
+
 def test_fit_gives_the_same_bytes_twice_and_whatever_else_is_fitted() -> None:
     one, two = measured(windows_of(0)), measured(windows_of(1))
     together, alone = fit([one, two], INT4)[1], fit([two], INT4)[0]
     assert together.k_feedback is not None
     assert alone.k_feedback is not None
     assert together.k_feedback.weights.equal(alone.k_feedback.weights)
-    for name in ("k_center", "v_center", "k_gain", "v_gain"):
+    for name in ("k_center", "v_center", "k_gain", "v_gain", "k_energy", "v_energy"):
         a, b = getattr(together, name), getattr(alone, name)
         assert a.equal(b)
 
@@ -154,7 +166,7 @@ def test_what_is_dead_can_be_fitted_and_kept_in_a_file() -> None:
     layers = fit([measured([(q, k, v)], torch.zeros(8, HEADS * GROUP * HEAD_DIM)), measured([tuple(x[:1] for x in (q, k, v))])], INT4)
     for layer in layers:
         for name, part in vars(layer).items():
-            assert not name.endswith(("center", "gain")) or bool(part.isfinite().all())
+            assert not name.endswith(("center", "gain", "energy")) or bool(part.isfinite().all())
     made = Calibration.from_layers(INT4, "0123456789abcdef", 2, dict(enumerate(layers)))
     assert made.layer(0).k_gain is not None
 

@@ -177,7 +177,7 @@ def test_what_is_prepared_reads_what_pages_give_back() -> None:
     """The fit, `append`, then `gather`, to the last bit."""
     sample = make_sample(num_tokens=40, offset=20.0)
     cache_format = CacheFormat("int4").resolve(128)
-    cache = PagedKVCache.allocate(PageLayout(cache_format, 2, 128, 16), 3, **vars(fit([sample.statistics], cache_format)[0]))
+    cache = PagedKVCache.allocate(PageLayout(cache_format, 2, 128, 16), 3, **fit([sample.statistics], cache_format)[0].constants())
     append(sample.k.rows, sample.v.rows, cache, torch.arange(40), backend="reference")
     out = torch.empty(2, 40, 2, 128)
     one = torch.tensor([40], dtype=torch.int32)

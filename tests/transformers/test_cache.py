@@ -311,7 +311,7 @@ def test_feedback_is_in_the_bytes_and_kept(offload: bool) -> None:
         if i == 0:
             cache.reorder_cache(torch.tensor([1, 0]))
     for layer, (before, after) in enumerate(zip(*written, strict=True)):
-        wanted = [PagedKVCache.allocate(layout, 3, **vars(given)) for given in (made.layer(layer), LayerCalibration())]
+        wanted = [PagedKVCache.allocate(layout, 3, **given.constants()) for given in (made.layer(layer), LayerCalibration())]
         for each in wanted:
             rows = [torch.cat([old[1], new[0]], 1).transpose(0, 1) for old, new in zip(before, after, strict=True)]
             append(*rows, each, torch.arange(48), backend="reference")

@@ -13,7 +13,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -39,12 +39,19 @@ MAX_STEP: Final = 1.0
 _CENTERS: Final = ("k_center", "v_center")
 _GAINS: Final = ("k_gain", "v_gain")
 _FEEDBACK: Final = ("k_feedback", "k_feedback_step", "v_feedback", "v_feedback_step")
+_ENERGIES: Final = ("k_energy", "v_energy")
 _KEYS: Final = ("version", "format", "model", "num_layers", "num_kv_heads", "head_dim", "fingerprint", "made_by")
 
 
 @dataclass(frozen=True, eq=False)
 class LayerCalibration:
-    """What one layer's pages are written with. The fields are those of `PagedKVCache`, which takes `**vars(self)`; None is for nothing."""
+    """What one layer's pages are written with, and what its rows were like; None is for nothing.
+
+    Attributes:
+        k_center, v_center, k_gain, v_gain, k_feedback, v_feedback: as in `PagedKVCache`, which takes `**constants()`.
+        k_energy, v_energy: [num_kv_heads] fp32, the mean squared length of rows as they are stored, after centering and gain, on the text
+            that they were fitted on. Quantization errors grow in proportion to it.
+    """
 
     k_center: torch.Tensor | None = None
     v_center: torch.Tensor | None = None
@@ -52,6 +59,12 @@ class LayerCalibration:
     v_gain: torch.Tensor | None = None
     k_feedback: Feedback | None = None
     v_feedback: Feedback | None = None
+    k_energy: torch.Tensor | None = None
+    v_energy: torch.Tensor | None = None
+
+    def constants(self) -> dict[str, Any]:
+        """What changes the bytes of pages: the fields of `PagedKVCache`, by their names."""
+        return {name: part for name, part in vars(self).items() if name not in _ENERGIES}
 
     @classmethod
     def blank(cls, layout: PageLayout, device: torch.device | str) -> LayerCalibration:
@@ -67,7 +80,8 @@ class LayerCalibration:
             weights = torch.zeros(heads, head_dim, head_dim, dtype=torch.int8, device=device)
             return Feedback(weights, torch.zeros(heads, dtype=torch.float32, device=device))
 
-        return cls(vectors(0), vectors(0), vectors(1), vectors(1), feedback(), feedback())
+        energies = (torch.zeros(heads, dtype=torch.float32, device=device) for _ in _ENERGIES)
+        return cls(vectors(0), vectors(0), vectors(1), vectors(1), feedback(), feedback(), *energies)
 
     def fill(self, values: LayerCalibration) -> None:
         """Copy `values` into this one's tensors, which stay where they are. Parts that `values` lacks are left as they are.
@@ -102,6 +116,7 @@ class Calibration:
         k_feedback, v_feedback: [num_layers, num_kv_heads, head_dim, head_dim] int8, weights as in `Feedback`, for int4 alone; None, or
             zeros in all of a layer, pass on nothing.
         k_feedback_step, v_feedback_step: [num_layers, num_kv_heads] fp32, as in `Feedback`; None where the weights are.
+        k_energy, v_energy: [num_layers, num_kv_heads] fp32, as in `LayerCalibration`. Zeros, and None, are unknown.
 
     Raises:
         CalibrationError: a tensor or the format is not as said.
@@ -118,6 +133,8 @@ class Calibration:
     k_feedback_step: torch.Tensor | None = None
     v_feedback: torch.Tensor | None = None
     v_feedback_step: torch.Tensor | None = None
+    k_energy: torch.Tensor | None = None
+    v_energy: torch.Tensor | None = None
 
     def __post_init__(self) -> None:
         vectors = {name: x for name in (*_CENTERS, *_GAINS) if (x := getattr(self, name)) is not None}
@@ -141,6 +158,14 @@ class Calibration:
             raise CalibrationError(f"format: expected rotation orders, for example {resolved}, got {self.format}")
         for name in ("k_feedback", "v_feedback"):
             self._check_feedback(name, getattr(self, name), getattr(self, f"{name}_step"))
+        for name in _ENERGIES:
+            x, shape = getattr(self, name), self.k_center.shape[:2]
+            if x is None:
+                continue
+            if x.dtype != torch.float32 or x.shape != shape or x.device.type != "cpu":
+                raise CalibrationError(f"{name}: expected float32 {list(shape)} on the CPU, got {x.dtype} {list(x.shape)} on {x.device}")
+            if not bool(((x >= 0) & (x < torch.inf)).all()):  # NaN fails both
+                raise CalibrationError(f"{name}: expected finite values from 0, got NaN or others")
 
     def _check_feedback(self, name: str, weights: torch.Tensor | None, step: torch.Tensor | None) -> None:
         if weights is None and step is None:
@@ -187,7 +212,7 @@ class Calibration:
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Those that there are, by their names in the file, always in the same order."""
-        return {name: x for name in (*_CENTERS, *_GAINS, *_FEEDBACK) if (x := getattr(self, name)) is not None}
+        return {name: x for name in (*_CENTERS, *_GAINS, *_FEEDBACK, *_ENERGIES) if (x := getattr(self, name)) is not None}
 
     def check(self, *, cache_format: CacheFormat, model: str, num_layers: int, num_kv_heads: int, head_dim: int) -> None:
         """Refuse a cache or a model that the calibration was not made for.
@@ -240,8 +265,15 @@ class Calibration:
         def feedback(name: str) -> Feedback | None:
             return Feedback(taken[name], taken[f"{name}_step"]) if name in taken and taken[name].any() else None
 
+        energies = {name: taken[name] for name in _ENERGIES if name in taken and bool(taken[name].any())}
         return LayerCalibration(
-            center("k_center"), center("v_center"), gain("k_gain"), gain("v_gain"), feedback("k_feedback"), feedback("v_feedback")
+            center("k_center"),
+            center("v_center"),
+            gain("k_gain"),
+            gain("v_gain"),
+            feedback("k_feedback"),
+            feedback("v_feedback"),
+            **energies,
         )
 
     @classmethod
@@ -260,7 +292,7 @@ class Calibration:
         """
         if any(not 0 <= index < num_layers for index in layers):
             raise CalibrationError(f"layers: expected indices from 0 to {num_layers - 1}, got {sorted(layers)}")
-        parts: dict[str, dict[int, torch.Tensor]] = {name: {} for name in (*_CENTERS, *_GAINS, *_FEEDBACK)}
+        parts: dict[str, dict[int, torch.Tensor]] = {name: {} for name in (*_CENTERS, *_GAINS, *_FEEDBACK, *_ENERGIES)}
         found = []
         for index, layer in layers.items():
             for name, part in vars(layer).items():
@@ -269,7 +301,8 @@ class Calibration:
                     found.append(part.weights.shape[:2])
                 elif part is not None:
                     parts[name][index] = part
-                    found.append(part.shape)
+                    if name not in _ENERGIES:
+                        found.append(part.shape)
         if not found:
             raise CalibrationError("layers: expected a center, gain or feedback in one of them, got none")
         shape = found[0]
@@ -289,6 +322,7 @@ class Calibration:
                     name: assembled(name, (*shape, shape[1]), dtype=torch.int8),
                     f"{name}_step": assembled(f"{name}_step", shape[:1]),
                 }
+        others |= {name: assembled(name, shape[:1]) for name in _ENERGIES if parts[name]}
         return cls(cache_format, model, assembled("k_center", shape), assembled("v_center", shape), **others)
 
     def save(self, path: str | Path) -> None:
@@ -338,11 +372,12 @@ class Calibration:
             with safe_open(path, framework="pt") as file:
                 metadata, names = file.metadata() or {}, sorted(file.keys())
                 _check_metadata(metadata)
-                wrong = set(_CENTERS) - set(names) or set(names) - {*_CENTERS, *_GAINS, *_FEEDBACK}
+                wrong = set(_CENTERS) - set(names) or set(names) - {*_CENTERS, *_GAINS, *_FEEDBACK, *_ENERGIES}
                 if wrong:
                     raise CalibrationError(
-                        f"tensors: expected {' and '.join(_CENTERS)}, {' and '.join(_GAINS)} where there are gains, and "
-                        f"{', '.join(_FEEDBACK)} where there is feedback, got {_show(', '.join(names) or 'none')}"
+                        f"tensors: expected {' and '.join(_CENTERS)}, {' and '.join(_GAINS)} where there are gains, "
+                        f"{', '.join(_FEEDBACK)} where there is feedback, and perhaps {' and '.join(_ENERGIES)}, "
+                        f"got {_show(', '.join(names) or 'none')}"
                     )
                 shape = [_whole(metadata, key) for key in ("num_layers", "num_kv_heads", "head_dim")]
                 for name in names:

@@ -7,6 +7,7 @@
   g_i^4 = h_i / c_i (Cauchy-Schwarz; SmoothQuant, arXiv 2211.10438, balances weights and activations so). With feedback it is least where
   every channel has the same share of that sum as of the cost that feedback leaves, which a few steps find.
 - Feedback is fitted to the hessian of what is stored: rows after their gain, rotated (`format.feedback`).
+- The energy of stored rows on this text tells later how far the traffic's rows have moved from it (`sawkv_drift`, docs/observability.md).
 
 The hessian says what an error e of a row costs, e^T hessian e: for K the squared error of scores, from the queries of the text; for V the
 squared error of the layer's output, from the output projection, or of the head's own output where that is unknown.
@@ -67,6 +68,7 @@ def _fit_alike(statistics: list[LayerStatistics], cache_format: CacheFormat) -> 
     keys = torch.stack([layer.query_gram / layer.queries for layer in statistics])
     values = torch.stack([_value_hessian(layer) for layer in statistics])
     hessians = torch.stack([keys, values], 1)
+    rows = mean.new_tensor([layer.rows for layer in statistics])[:, None, None, None]
     feeds_back = cache_format.codec == "int4"
     centers, gains = mean.float(), torch.empty_like(mean)
     feedback: list[list[Feedback | None]] = [[None, None] for _ in statistics]
@@ -79,6 +81,9 @@ def _fit_alike(statistics: list[LayerStatistics], cache_format: CacheFormat) -> 
             for layer, pair in enumerate(feedback):
                 part = slice(layer * heads, (layer + 1) * heads)
                 pair[kind] = Feedback(fed.weights[part].clone(), fed.step[part].clone())
+    plain_sums, plain_squares = (torch.stack([getattr(layer, name) for layer in statistics]) for name in ("plain_sums", "plain_squares"))
+    about_center = plain_squares - 2 * centers * plain_sums + rows * centers.square()  # sums over the rows, by channel
+    energies = ((about_center * gains.square()).sum(-1) / rows[..., 0]).clamp_min(0).float()
     return [
         LayerCalibration(
             k_center=centers[i, 0].clone(),
@@ -87,6 +92,8 @@ def _fit_alike(statistics: list[LayerStatistics], cache_format: CacheFormat) -> 
             v_gain=gains[i, 1].float(),
             k_feedback=feedback[i][0],
             v_feedback=feedback[i][1],
+            k_energy=energies[i, 0].clone(),
+            v_energy=energies[i, 1].clone(),
         )
         for i in range(len(statistics))
     ]

@@ -28,6 +28,7 @@ class LayerStatistics:
         weights: [2, num_kv_heads], the sum of what K's and V's rows count.
         sums: [2, num_kv_heads, head_dim], of K and of V, by what they count.
         squares: the same, of the rows' squares.
+        plain_sums, plain_squares: the same two with every row counting alike, for what traffic is compared with.
         query_gram: [num_kv_heads, head_dim, head_dim], the sum of q q^T over the queries that read the head.
         queries: how many of them for each head.
         output_gram: [num_kv_heads, head_dim, head_dim], of the columns of the output projection that read the head; None if never set.
@@ -51,7 +52,7 @@ class LayerStatistics:
         self.sliding_window = sliding_window
         self.rows = self.queries = 0
         self.weights = zeros(2, num_kv_heads)
-        self.sums, self.squares = zeros(2, num_kv_heads, head_dim), zeros(2, num_kv_heads, head_dim)
+        self.sums, self.squares, self.plain_sums, self.plain_squares = (zeros(2, num_kv_heads, head_dim) for _ in range(4))
         self.query_gram = zeros(num_kv_heads, head_dim, head_dim)
         self.output_gram: torch.Tensor | None = None
 
@@ -100,6 +101,8 @@ class LayerStatistics:
                 self.weights[kind, head] += weight.sum()
                 self.sums[kind, head] += weight @ exact
                 self.squares[kind, head] += weight @ exact.square()
+                self.plain_sums[kind, head] += exact.sum(0)
+                self.plain_squares[kind, head] += exact.square().sum(0)
             flat = queries.flatten(0, 1).double()
             self.query_gram[head] += flat.mT @ flat
         self.queries += grouped.shape[1] * len(q)

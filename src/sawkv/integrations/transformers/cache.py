@@ -391,7 +391,7 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if source is not None:
             self._calibration = source.layer(self.index).to(self.paging.device)
         if self.pages is not None:
-            self.pages = PagedKVCache(self.pages.pages, layout, **vars(self._calibration))
+            self.pages = PagedKVCache(self.pages.pages, layout, **self._calibration.constants())
         self._is_calibrated = True
 
     def enter_compiled(self, key_states: torch.Tensor, value_states: torch.Tensor, num_q_heads: int, mask: torch.Tensor | None) -> None:
@@ -493,7 +493,7 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if self.pages is not None and self._held == (first_page, num_pages):
             return
         paging = self.paging
-        pages = PagedKVCache.allocate(paging.layout, num_pages * paging.batch_size, paging.device, **vars(self._calibration))
+        pages = PagedKVCache.allocate(paging.layout, num_pages * paging.batch_size, paging.device, **self._calibration.constants())
         if self.pages is not None:
             size, first = paging.batch_size, max(first_page, self._held[0])
             end = max(first, min(first_page + num_pages, sum(self._held)))
@@ -513,7 +513,7 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Bring offloaded pages to the device. Like `_store` in the order of its stream, so nothing waits."""
         if self.pages is None and self._home is not None:
             pages = torch.empty_like(self._home, device=self.paging.device).copy_(self._home, non_blocking=True)
-            self.pages = PagedKVCache(pages, self.paging.layout, **vars(self._calibration))
+            self.pages = PagedKVCache(pages, self.paging.layout, **self._calibration.constants())
 
     @torch.inference_mode(False)
     def _store(self, first_row: int) -> None:
@@ -578,7 +578,7 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if self._settings.max_len is not None and taken.shape == old.shape:
             old.copy_(taken)
         else:
-            self.pages = PagedKVCache(taken.flatten(0, 1), pages.layout, **vars(self._calibration))
+            self.pages = PagedKVCache(taken.flatten(0, 1), pages.layout, **self._calibration.constants())
         if self._settings.offload:
             self._store(0)
         if self.is_first:

@@ -332,7 +332,7 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
     def _bind(self, kv_cache: torch.Tensor) -> PagedKVCache:
         """The pages that vLLM handed over, checked once and again whenever they change (after a wake-up, say)."""
         if self._cache is None or self._kv_cache is not kv_cache:
-            parts = vars(self._written_with(kv_cache.device))
+            parts = self._written_with(kv_cache.device).constants()
             counters = None if self.reader is None else self.reader.counters
             layout = self.layout(kv_cache.shape[2])
             self._cache = PagedKVCache(kv_cache.view(torch.uint8), layout, **parts, counters=counters)
