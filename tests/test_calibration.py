@@ -298,7 +298,7 @@ def metadata(content: bytes, **changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": "1"}, "expected a calibration of version 2, got '1'. `sawkv calibrate` makes it again"),
+        ({"version": "1"}, "expected a calibration of version 2, got '1'. `sawkv prepare` makes it again"),
         ({"version": None}, "got 'no version'"),
         ({"model": None}, "expected the keys"),
         ({"colour": "red"}, "colour"),

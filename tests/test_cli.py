@@ -73,10 +73,10 @@ def test_bad_input_is_named_and_gives_2(capsys: pytest.CaptureFixture[str]) -> N
     assert cli.main(["serve", "m", "--format", "int5"]) == 2
     assert "got 'int5'" in capsys.readouterr().err
     for arguments in (
-        ["calibrate", "m", "--out", "x", "--device", "foo"],
+        ["prepare", "m", "--out", "x", "--device", "foo"],
         ["doctor", "--colour"],
         ["demo", "m", "--kv-cache-memory", "0"],
-        ["calibrate", "m", "--out", "x", "--context", "-1"],
+        ["prepare", "m", "--out", "x", "--context", "-1"],
     ):
         with pytest.raises(SystemExit, match="2"):
             cli.main(arguments)
@@ -142,7 +142,7 @@ import sawkv.prepare.calibrate
 sawkv.prepare.calibrate.EvalModel.load = load
 raise SystemExit(cli.main())
 """
-    command = [sys.executable, "-c", script, "calibrate", "m", "--out", str(tmp_path / "c")]
+    command = [sys.executable, "-c", script, "prepare", "m", "--out", str(tmp_path / "c")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "up\n"

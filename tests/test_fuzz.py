@@ -99,7 +99,7 @@ words = st.one_of(
             "serve",
             "plan",
             "eval",
-            "calibrate",
+            "prepare",
             "--out",
             "--format",
             "--head-dim",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from safetensors.torch import save_file
 from sawkv import CacheFormat, UnsupportedError
 from sawkv.prepare import store
 from sawkv.prepare.calibration import Calibration
-from sawkv.prepare.store import CalibrationStore, contents_digest, make_key
+from sawkv.prepare.store import CalibrationStore, contents_digest, load_shipped, make_key, shipped_path
 
 FORMAT = CacheFormat.parse("int4-k32-v32")
 EXPECTED = {"cache_format": FORMAT, "model": "m", "num_layers": 3, "num_kv_heads": 2, "head_dim": 32}
@@ -51,6 +52,32 @@ def test_a_damaged_entry_is_refused_and_removed(damage: str, tmp_path: Path, cap
     assert str(path) in caplog.text or damage == "of another model"
     assert "made again" in caplog.text
     assert not path.exists()
+
+
+@pytest.mark.parametrize("fault", [None, "other weights", "no weights named", "another model", "another format", "damaged"])
+def test_what_comes_with_a_checkpoint_is_used_for_its_very_weights(
+    fault: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_file({"w": torch.randn(3)}, tmp_path / "model.safetensors")
+    digest = contents_digest(tmp_path)
+    assert digest is not None
+    weights = {"other weights": "f" * 64, "no weights named": ""}.get(fault or "", digest)
+    saved = replace(calibration("another" if fault == "another model" else "m"), weights=weights)
+    path = shipped_path(tmp_path, CacheFormat.parse("int4-k32-v0") if fault == "another format" else FORMAT)
+    saved.save(path)
+    assert contents_digest(tmp_path) == digest, "it is no part of the checkpoint's weights"
+    if fault == "damaged":
+        path.write_bytes(path.read_bytes()[:-7])
+    content = path.read_bytes()
+    loaded = load_shipped(tmp_path, digest, **EXPECTED)
+    assert path.read_bytes() == content, "what came with a model is not ours to remove"
+    if fault is None:
+        assert loaded is not None
+        assert (loaded.fingerprint(), loaded.weights) == (saved.fingerprint(), digest)
+        assert not caplog.text
+    else:
+        assert loaded is None
+        assert fault == "another format" or (str(path) in caplog.text and "prepared anew" in caplog.text)
 
 
 def test_a_folder_that_others_can_write_to_is_refused_for_the_users_cache_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,10 @@ import functools
 import gc
 import logging
 import pickle
+import shutil
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,10 @@ import torch
 from torch.nn.modules import module as torch_modules
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from sawkv import LayoutError, UnsupportedError
+from sawkv import CacheFormat, LayoutError, UnsupportedError
 from sawkv.integrations.transformers import SawCache, prepare
-from sawkv.prepare.calibration import Calibration, LayerCalibration
-from sawkv.prepare.store import CalibrationStore
+from sawkv.prepare.calibration import Calibration, LayerCalibration, model_id
+from sawkv.prepare.store import CalibrationStore, contents_digest, shipped_path
 from tests.transformers.models import SMALL, make_model, plain_attention, using
 from tests.transformers.test_compile import compiled_by, counting
 
@@ -147,6 +149,47 @@ def test_a_new_process_finds_it_on_disk(runs: list[PreTrainedModel], tmp_path: P
     assert runs == [first.model, again.model], "a damaged entry is made again"
     assert "made again" in caplog.text
     assert_equal(written_with(caches[0]), written_with(caches[2]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("changed", [None, "in memory", "rotary embeddings", "in the file", "of other weights"])
+def test_a_preparation_that_comes_with_the_model(
+    changed: str | None, dtype: torch.dtype, runs: list[PreTrainedModel], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is used by the model in those files, in whatever dtype it is loaded, and by no other."""
+    folder = tmp_path / "published"
+    biased().save_pretrained(folder)
+    calibration = prepared_for(folder)
+    shutil.rmtree(tmp_path / "store")
+    path = shipped_path(folder, calibration.format)
+    replace(calibration, weights="0" * 64 if changed == "of other weights" else contents_digest(folder) or "").save(path)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sawkv").eval()
+    del runs[:]
+    with torch.no_grad(), caplog.at_level(logging.INFO, "sawkv"):
+        if changed == "in memory":
+            model.model.layers[1].self_attn.k_proj.weight[0, 0] += 1
+        elif changed == "rotary embeddings":
+            model.config.rope_parameters = {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}
+        elif changed == "in the file":
+            path.write_bytes(path.read_bytes()[:-3])
+        cache = SawCache(model)
+        distance(model, cache)
+    if changed is None:
+        assert runs == []
+        assert f"from {path}, which came with the model" in caplog.text
+        assert_equal(written_with(cache), [calibration.layer(i) for i in range(calibration.num_layers)])
+    else:
+        assert runs == [model.model]
+        assert "which came with the model, cannot be used" in caplog.text or "the model in memory is not the one" in caplog.text
+
+
+def prepared_for(folder: Path) -> Calibration:
+    """What a model in a folder is prepared with."""
+    model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation="sawkv").eval()
+    cache = SawCache(model)
+    distance(model, cache)
+    layers = dict(enumerate(written_with(cache)))
+    return Calibration.from_layers(CacheFormat("int4").resolve(model.config.head_dim), model_id(model.config), len(layers), layers)
 
 
 @pytest.mark.parametrize("how", ["in place", "one number of a bias", "data", "an adapter"])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from sawkv.prepare import corpus
 from sawkv.prepare.calibration import Calibration
 from sawkv.prepare.fit import fit
 from sawkv.prepare.statistics import LayerStatistics
+from sawkv.prepare.store import contents_digest, shipped_path
 from tests.vllm.engine import run_engine
 
 pytestmark = pytest.mark.vllm
@@ -240,6 +242,22 @@ def test_two_ranks_fit_what_one_does(biased: tuple[Path, Path, dict[str, Any]], 
     assert distance(ranked["scores"], first["scores"]) < 0.02
 
 
+def test_a_preparation_that_comes_with_the_model_is_used(biased: tuple[Path, Path, dict[str, Any]], tmp_path: Path) -> None:
+    model, kept, first = biased
+    published = Path(shutil.copytree(model, tmp_path / "published"))
+    path = publish(published, Calibration.load(entry(kept)), contents_digest(published) or "")
+    served = engine(published, tmp_path / "none", seed=3)
+    assert logged(served, f"from {path}, which came with the model, fingerprint {Calibration.load(path).fingerprint()}")
+    assert not logged(served, "preparing the model on")
+    assert served["scores"] == first["scores"]
+
+
+def publish(folder: Path, calibration: Calibration, weights: str) -> Path:
+    path = shipped_path(folder, calibration.format)
+    replace(calibration, weights=weights).save(path)
+    return path
+
+
 def test_one_changed_weight_is_another_model_and_a_small_engine_prepares_it(
     biased: tuple[Path, Path, dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -248,9 +266,11 @@ def test_one_changed_weight_is_another_model_and_a_small_engine_prepares_it(
     tensors = load_file(changed / "model.safetensors")
     tensors["model.norm.weight"][3] *= 1.001
     save_file(tensors, changed / "model.safetensors", {"format": "pt"})
+    publish(changed, Calibration.load(entry(kept)), contents_digest(model) or "")
     mine = Path(shutil.copytree(kept, tmp_path / "kept"))
     small = {"max_model_len": CONTEXT, "max_num_batched_tokens": CONTEXT, "max_num_seqs": 1, "enable_chunked_prefill": False}
     result = engine(changed, mine, [[1, 2, 3]], enable_prefix_caching=False, enable_lora=True, **small)
+    assert logged(result, "which came with the model, cannot be used, and the model is prepared anew")
     assert logged(result, "preparing the model on")
     assert len(list(mine.glob("*.safetensors"))) == 2
 

@@ -39,8 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("free-runs", defaults.free_runs, "prompts to continue freely; 0 leaves that out"),
     ):
         parser.add_argument(f"--{name}", type=options.count, default=default, metavar="COUNT", help=f"{help_text} (default: %(default)s)")
-    help_text = "tokens of the longest request that will be served (default: the model's limit, at most 32768)"
-    parser.add_argument("--context", type=options.positive, default=0, metavar="COUNT", help=help_text)
+    options.add_context(parser)
     options.add_stress(parser)
     options.add_device(parser)
     parser.add_argument("--dtype", choices=DTYPES, help="of the model's arithmetic (default: bfloat16 on a GPU, float32 on a CPU)")

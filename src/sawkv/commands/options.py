@@ -16,8 +16,8 @@ def add_served_model(parser: argparse.ArgumentParser, note: str = "") -> None:
     parser.add_argument("model", metavar="MODEL", help=f"a checkpoint directory, or a model of the Hugging Face hub{note}")
 
 
-def add_text(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--text", type=Path, metavar="FILE", help="UTF-8 text to read (default: the model's held-out text, if it has one)")
+def add_text(parser: argparse.ArgumentParser, shown: str = "the model's held-out text, if it has one") -> None:
+    parser.add_argument("--text", type=Path, metavar="FILE", help=f"UTF-8 text to read (default: {shown})")
 
 
 def add_tokens(parser: argparse.ArgumentParser, tokens: int, window: int) -> None:
@@ -39,8 +39,17 @@ def add_formats(parser: argparse.ArgumentParser, default: str | None, shown: str
     parser.add_argument("--formats", type=names, default=default, metavar="NAMES", help=help_text)
 
 
-def add_out(parser: argparse.ArgumentParser, what: str, **options: object) -> None:
-    parser.add_argument("--out", type=Path, metavar="FILE", help=f"{what} to write; its folder is made if there is none", **options)  # type: ignore[arg-type]
+def add_out(parser: argparse.ArgumentParser, what: str, default: Path | None = None, shown: str = "") -> None:
+    """The file to write; `shown` describes the default where that is no constant."""
+    help_text = f"{what} to write; its folder is made if there is none"
+    if default is not None or shown:
+        help_text += f" (default: {shown or default})"
+    parser.add_argument("--out", type=Path, default=default, metavar="FILE", help=help_text)
+
+
+def add_context(parser: argparse.ArgumentParser) -> None:
+    help_text = "tokens of the longest request that will be served (default: the model's limit, at most 32768)"
+    parser.add_argument("--context", type=positive, default=0, metavar="COUNT", help=help_text)
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:

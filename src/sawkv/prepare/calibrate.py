@@ -1,27 +1,29 @@
-"""`sawkv calibrate`: what engines do at their start (`statistics`, `fit`), in Transformers, on a text of one's own, into a file."""
+"""`sawkv prepare`: what engines do at their start (`statistics`, `fit`), in Transformers, once, into a file that travels with the model."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from tqdm import tqdm
 
-from sawkv.errors import FormatError, UnsupportedError
+from sawkv.errors import FormatError, SawkvError, UnsupportedError
 from sawkv.files import check_writable
 from sawkv.format.spec import CacheFormat
 from sawkv.prepare.calibration import Calibration, model_id
-from sawkv.prepare.corpus import preparation_windows
+from sawkv.prepare.corpus import LONGEST_CONTEXT, preparation_windows
 from sawkv.prepare.fit import fit
 from sawkv.prepare.model import EvalModel, default_dtype, find_device, measure
+from sawkv.prepare.store import SHIPPED, contents_digest, shipped_path
 from sawkv.prepare.text import load_text, shipped_text, with_bos
 
 
-def run_calibrate(
+def run_prepare(
     model_folder: Path,
     text_file: Path | None,
-    out: Path,
+    out: Path | None,
     *,
     cache_format: str,
     context: int,
@@ -29,14 +31,14 @@ def run_calibrate(
     windows: int,
     device: str | None,
 ) -> int:
-    """Measure, fit, and write `out`. Returns 0.
+    """Measure, fit, and write the file. Returns 0.
 
     Args:
         model_folder: a checkpoint directory.
         text_file: UTF-8 text; None is the text that ships with sawkv, on which engines prepare a model at their start.
-        out: the file to write.
+        out: the file to write; None is where engines look for it by themselves (`store.shipped_path`).
         cache_format: name of the format that will be served.
-        context: tokens of the sequences that will be served.
+        context: tokens of the longest request that will be served; 0 is the model's limit, at most `LONGEST_CONTEXT`.
         window: tokens read from an empty cache at a time, at positions somewhere in that context.
         windows: how many.
         device: None is a GPU where there is one.
@@ -45,10 +47,16 @@ def run_calibrate(
         SawkvError: bad input, by name.
     """
     wanted = CacheFormat.parse(cache_format)
-    check_writable(out)
-    window = min(window, context)
+    ships = out is None
+    if ships and not model_folder.is_dir():
+        raise SawkvError(f"prepare: expected a checkpoint directory to write into, or --out FILE, got {model_folder}")
+    check_writable(out or model_folder / SHIPPED / "probe")
     where = find_device(device)
     model = EvalModel.load(model_folder, where, default_dtype(where))
+    weights = contents_digest(model_folder)
+    limit = getattr(model.model.config.get_text_config(), "max_position_embeddings", None) or LONGEST_CONTEXT
+    context = context or min(limit, LONGEST_CONTEXT)
+    window = min(window, context)
     text = with_bos(shipped_text(model_folder) if text_file is None else load_text(model_folder, text_file), model)
     if text_file is None:
         ids = preparation_windows(text.encode, window, windows, text.prefix)
@@ -57,11 +65,15 @@ def run_calibrate(
     print(f"model   {model_folder.resolve().name}: {len(model.layers)} layers, {model.shape[1]} KV heads of {model.shape[2]}")
     print(f"text    {text.name}: {len(ids)} windows of {window:,} tokens, at positions up to {context:,}")
     started = time.monotonic()
-    calibration = calibrate(model, wanted, ids, context)
-    calibration.save(out)
+    calibration = replace(calibrate(model, wanted, ids, context), weights=weights or "")
+    path = out or shipped_path(model_folder, calibration.format)
+    calibration.save(path)
     print(f"format  {calibration.format}, fitted in {time.monotonic() - started:.1f} s")
-    print(f"wrote {out}, {out.stat().st_size:,} bytes, fingerprint {calibration.fingerprint()}")
-    print(f"to use it: sawkv serve {model_folder} --calibration {out}")
+    print(f"wrote   {path}, {path.stat().st_size:,} bytes, fingerprint {calibration.fingerprint()}")
+    if ships:
+        print(f"Whoever serves {model_folder} finds it there, for as long as its weights are the same.")
+    else:
+        print(f"to use it: sawkv serve {model_folder} --calibration {path}")
     return 0
 
 
@@ -81,13 +93,13 @@ def calibrate(model: EvalModel, cache_format: CacheFormat, windows: torch.Tensor
     _, num_kv_heads, head_dim = model.shape
     resolved = cache_format.resolve(head_dim)
     if not resolved.quantized:
-        raise FormatError(f"calibrate: expected a quantized format such as int4, got {resolved}, for which there is nothing to fit")
+        raise FormatError(f"prepare: expected a quantized format such as int4, got {resolved}, for which there is nothing to fit")
     with tqdm(total=len(windows), desc="measuring", unit="window", leave=False, disable=None) as bar:
         statistics = measure(model, windows, context, lambda states: bar.update())
     for index, layer in enumerate(statistics):
         if (layer.num_kv_heads, layer.head_dim) != (num_kv_heads, head_dim):
             raise UnsupportedError(
-                f"calibrate: expected every layer to have {num_kv_heads} KV heads of {head_dim}, "
+                f"prepare: expected every layer to have {num_kv_heads} KV heads of {head_dim}, "
                 f"got {layer.num_kv_heads} of {layer.head_dim} in layer {index}"
             )
     config = model.model.config.get_text_config()

@@ -2,7 +2,7 @@
 
 See docs/calibration.md. Centers and gains change nothing but the error of quantization: a row is stored as (x - center) * gain, and readers
 undo both. Feedback (`format.feedback`) chooses codes whose errors attention feels less; nothing that reads pages knows of it.
-`sawkv calibrate` makes the file; the engines load it.
+`sawkv prepare` makes the file; the engines load it.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ _GAINS: Final = ("k_gain", "v_gain")
 _FEEDBACK: Final = ("k_feedback", "k_feedback_step", "v_feedback", "v_feedback_step")
 _ENERGIES: Final = ("k_energy", "v_energy")
 _KEYS: Final = ("version", "format", "model", "num_layers", "num_kv_heads", "head_dim", "fingerprint", "made_by")
+_OPTIONAL_KEYS: Final = ("weights",)
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +118,8 @@ class Calibration:
             zeros in all of a layer, pass on nothing.
         k_feedback_step, v_feedback_step: [num_layers, num_kv_heads] fp32, as in `Feedback`; None where the weights are.
         k_energy, v_energy: [num_layers, num_kv_heads] fp32, as in `LayerCalibration`. Zeros, and None, are unknown.
+        weights: `store.contents_digest` of the checkpoint that they were measured on; "" where that is not known. It changes no page, so
+            the fingerprint does not cover it.
 
     Raises:
         CalibrationError: a tensor or the format is not as said.
@@ -135,6 +138,7 @@ class Calibration:
     v_feedback_step: torch.Tensor | None = None
     k_energy: torch.Tensor | None = None
     v_energy: torch.Tensor | None = None
+    weights: str = ""
 
     def __post_init__(self) -> None:
         vectors = {name: x for name in (*_CENTERS, *_GAINS) if (x := getattr(self, name)) is not None}
@@ -242,7 +246,7 @@ class Calibration:
         }
         wrong = [f"{name}: expected {wanted[name]}, got {got[name]}" for name in wanted if wanted[name] != got[name]]
         if wrong:
-            raise CalibrationError(f"the calibration file is made for something else; {'; '.join(wrong)}. `sawkv calibrate` makes one")
+            raise CalibrationError(f"the calibration file is made for something else; {'; '.join(wrong)}. `sawkv prepare` makes one")
 
     def layer(self, index: int, heads: slice = slice(None)) -> LayerCalibration:
         """What a layer's KV heads are written with, copies on the CPU; None where there is nothing to subtract, multiply by or pass on.
@@ -315,7 +319,7 @@ class Calibration:
                 whole[index] = part
             return whole
 
-        others = {name: assembled(name, shape, 1) for name in _GAINS if parts[name]}
+        others: dict[str, Any] = {name: assembled(name, shape, 1) for name in _GAINS if parts[name]}
         for name in ("k_feedback", "v_feedback"):
             if parts[name]:
                 others |= {
@@ -341,6 +345,8 @@ class Calibration:
             "fingerprint": self.fingerprint(),
             "made_by": f"sawkv {importlib.metadata.version('sawkv')}",
         }
+        if self.weights:
+            metadata["weights"] = self.weights
         tensors = {name: x.clone(memory_format=torch.contiguous_format) for name, x in self._tensors().items()}
         try:
             with writing(Path(path)) as part:
@@ -394,7 +400,7 @@ class Calibration:
             cache_format = CacheFormat.parse(metadata["format"])
         except FormatError as error:
             raise CalibrationError(str(error)) from error
-        calibration = cls(cache_format, metadata["model"], **tensors)
+        calibration = cls(cache_format, metadata["model"], weights=metadata.get("weights", ""), **tensors)
         if calibration.fingerprint() != metadata["fingerprint"]:
             raise CalibrationError(
                 f"fingerprint: expected {calibration.fingerprint()}, that of the contents, got {_show(metadata['fingerprint'])}"
@@ -435,9 +441,9 @@ def _check_metadata(metadata: dict[str, str]) -> None:
     if metadata.get("version") != VERSION:
         raise CalibrationError(
             f"metadata: expected a calibration of version {VERSION}, got {_show(repr(metadata.get('version', 'no version')))}. "
-            "`sawkv calibrate` makes it again"
+            "`sawkv prepare` makes it again"
         )
-    if sorted(metadata) != sorted(_KEYS):
+    if sorted(set(metadata) - set(_OPTIONAL_KEYS)) != sorted(_KEYS):
         raise CalibrationError(f"metadata: expected the keys {', '.join(sorted(_KEYS))}, got {_show(', '.join(sorted(metadata)))}")
 
 

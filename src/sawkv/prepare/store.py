@@ -18,11 +18,14 @@ from typing import Any, Final
 from sawkv import __version__
 from sawkv.errors import CalibrationError
 from sawkv.files import writing
+from sawkv.format.spec import CacheFormat
 from sawkv.kernels.disk import private_folder
 from sawkv.prepare.calibration import VERSION, Calibration
 
 SUFFIXES: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".py")
 """Of files that hold weights, and of code that comes with a checkpoint. Its configuration is for the engine to name, as it changed it."""
+SHIPPED: Final = "sawkv"
+"""Folder in a checkpoint's folder, with calibrations made for it, one for each format. Beside the weights engines would load them too."""
 PIECE: Final = 64 << 20
 """Bytes of a file that one thread hashes at a time."""
 
@@ -79,6 +82,43 @@ class CalibrationStore:
         with writing(path) as part:
             calibration.save(part)
         return path
+
+
+def shipped_path(checkpoint: Path, cache_format: CacheFormat) -> Path:
+    """Where a checkpoint keeps its calibration for a format, so that engines find it without being told.
+
+    Args:
+        checkpoint: its folder.
+        cache_format: with its rotation orders.
+    """
+    return checkpoint / SHIPPED / f"{cache_format}.safetensors"
+
+
+def load_shipped(
+    checkpoint: Path, weights: str, cache_format: CacheFormat, *, log: logging.Logger = logger, **expected: Any
+) -> Calibration | None:
+    """The calibration that a checkpoint brings for a format; None where it has none for these very weights, which `log` says.
+
+    Args:
+        checkpoint: its folder. Nothing in it is changed.
+        weights: `contents_digest` of that folder.
+        cache_format: of the cache, with its rotation orders.
+        log: gets a warning of a file that is there and cannot be used.
+        expected: what `Calibration.check` asks for, but for the format.
+    """
+    path = shipped_path(checkpoint, cache_format)
+    if not path.exists():
+        return None
+    try:
+        calibration = Calibration.load(path)
+        calibration.check(cache_format=cache_format, **expected)
+        if calibration.weights != weights:
+            got = f"{calibration.weights[:16]}..." if calibration.weights else "none named"
+            raise CalibrationError(f"weights: expected {weights[:16]}..., those of the checkpoint, got {got}")
+    except CalibrationError as error:
+        log.warning("sawkv: %s, which came with the model, cannot be used, and the model is prepared anew: %s", path, error)
+        return None
+    return calibration
 
 
 def make_key(parts: Mapping[str, Any]) -> str:

@@ -79,7 +79,7 @@ class SawCache(Cache):
         max_cache_len: allocate for this many tokens at once, so that `generate` compiles the decoding step (to CUDA graphs, by default).
             None grows as needed, and is not compiled.
         exact_prefill: let the attention of a fresh prompt see its exact K and V. Its output then depends on how it was cut into passes.
-        calibration: what pages of this model are written with, from `sawkv calibrate`, or its file. Without one the model is prepared.
+        calibration: what pages of this model are written with, from `sawkv prepare`, or its file. Without one the model is prepared.
         prepare: False writes pages without preparation, which may cost much accuracy. It matters for int4 alone.
         offload: keep pages in the host's memory, and bring those of one layer at a time to the device.
         backend: kernels by name, from `sawkv doctor`; None chooses the fastest.

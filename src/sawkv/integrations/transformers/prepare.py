@@ -18,12 +18,15 @@ import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Final
 
 import torch
 import transformers
+from huggingface_hub import try_to_load_from_cache
+from safetensors import safe_open
 from torch import nn
-from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from sawkv.errors import SawkvError, UnsupportedError
 from sawkv.format.spec import CacheFormat
@@ -34,7 +37,7 @@ from sawkv.prepare.corpus import LONGEST_CONTEXT, NUM_WINDOWS, WINDOW
 from sawkv.prepare.fit import fit
 from sawkv.prepare.model import output_weight
 from sawkv.prepare.statistics import LayerStatistics
-from sawkv.prepare.store import CalibrationStore, make_key
+from sawkv.prepare.store import CalibrationStore, contents_digest, load_shipped, make_key, shipped_path
 
 SAMPLED: Final = 64
 """Numbers of a large weight that are looked at to see whether it has changed since the last preparation. Of small ones all are."""
@@ -144,9 +147,8 @@ def _prepare(model: PreTrainedModel, decoder: PretrainedConfig, cache_format: Ca
     context = min(getattr(decoder, "max_position_embeddings", None) or LONGEST_CONTEXT, LONGEST_CONTEXT)
     window = min(WINDOW, context)
     windows, positions = _windows(model, decoder, window), corpus.preparation_positions(NUM_WINDOWS, window, context)
-    entry = _Entry(trunk_of(model), decoder, cache_format, windows, positions)
-    layers = entry.load()
-    source = f"from {entry.path}"
+    entry = _Entry(trunk_of(model), decoder, cache_format, windows, positions, _folder_of(model, decoder))
+    layers, source = entry.load()
     if layers is None:
         statistics = measure(trunk_of(model), decoder, windows, positions)
         layers = [LayerCalibration()] * len(statistics)
@@ -292,17 +294,40 @@ def _encoder(name: str | None) -> tuple[Callable[[str], list[int]], list[int]] |
         return ids
 
     plain, whole = encode("a"), encode("a", special=True)
+    if not plain:  # Transformers makes an empty tokenizer for a folder that holds none
+        return None
     before = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
     return encode, whole[:before]
 
 
+def _folder_of(model: PreTrainedModel, decoder: PretrainedConfig) -> Path | None:
+    """Of the checkpoint that a model was loaded from, if it is on this machine."""
+    name = model.name_or_path or decoder._name_or_path
+    if not name:
+        return None
+    try:
+        found = None if Path(name).is_dir() else try_to_load_from_cache(name, "config.json")
+    except ValueError:  # not a name of the hub
+        return None
+    folder = Path(found).parent if isinstance(found, str) else Path(name)
+    return folder if folder.is_dir() else None
+
+
 class _Entry:
-    """What is on disk of this model's preparation, or why nothing can be."""
+    """What is on disk of this model's preparation, with the model or in the user's cache, or why nothing can be."""
 
     def __init__(
-        self, model: PreTrainedModel, decoder: PretrainedConfig, cache_format: CacheFormat, windows: torch.Tensor, positions: torch.Tensor
+        self,
+        model: PreTrainedModel,
+        decoder: PretrainedConfig,
+        cache_format: CacheFormat,
+        windows: torch.Tensor,
+        positions: torch.Tensor,
+        folder: Path | None,
     ) -> None:
-        self.path, self._key = None, ""
+        self._model, self._decoder, self._folder = model, decoder, folder
+        self._store: CalibrationStore | None = None
+        self._expected: dict[str, Any] = {}
         shapes = {(_kv_heads(layer), head_dim_of(layer)) for layer in layer_configs(decoder)}
         weights = weights_digest(dict(itertools.chain(model.named_parameters(), model.named_buffers())))
         if len(shapes) != 1 or weights is None:
@@ -331,16 +356,34 @@ class _Entry:
             self._store = CalibrationStore(log=logger)
         except (SawkvError, OSError) as error:
             self._reason = str(error)
-            return
-        self.path = self._store.path(self._key)
 
-    def load(self) -> list[LayerCalibration] | None:
-        calibration = None if self.path is None else self._store.load(self._key, **self._expected)
-        return None if calibration is None else [calibration.layer(i).to(self._device) for i in range(calibration.num_layers)]
+    def load(self) -> tuple[list[LayerCalibration] | None, str]:
+        """What is there by layer, and where it was found."""
+        found = self._load_shipped()
+        if found is not None and self._folder is not None:
+            source = f"from {shipped_path(self._folder, found.format)}, which came with the model"
+        elif self._store is not None and (found := self._store.load(self._key, **self._expected)) is not None:
+            source = f"from {self._store.path(self._key)}"
+        else:
+            return None, ""
+        return [found.layer(i).to(self._device) for i in range(found.num_layers)], source
+
+    def _load_shipped(self) -> Calibration | None:
+        """What the checkpoint brings, where it is for the weights in its files, and these are the ones in memory."""
+        if self._folder is None or not self._expected or not shipped_path(self._folder, self._expected["cache_format"]).exists():
+            return None
+        try:
+            found = load_shipped(self._folder, contents_digest(self._folder) or "", log=logger, **self._expected)
+            if found is None or _is_as_loaded(self._model, self._decoder, self._folder):
+                return found
+        except OSError as error:
+            logger.debug("sawkv: %s", error)
+        logger.info("sawkv: the preparation that came with the model is not used: the model in memory is not the one in its files")
+        return None
 
     def save(self, layers: list[LayerCalibration]) -> str:
         """Keep it if that is possible, and say where, or why not."""
-        if self.path is None:
+        if self._store is None:
             return f"not kept on disk: {self._reason}"
         expected = self._expected
         try:
@@ -350,6 +393,40 @@ class _Entry:
             return f"kept in {self._store.save(self._key, calibration)}"
         except SawkvError as error:
             return f"not kept on disk: {error}"
+
+
+def _is_as_loaded(trunk: PreTrainedModel, decoder: PretrainedConfig, folder: Path) -> bool:
+    """Whether a language model in memory is the one in a folder's safetensors files, rounded to its dtype, without adapters.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    ignored = ("_name_or_path", "transformers_version", "use_cache", "dtype", "architectures")
+    try:
+        there = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config(decoder=True)
+    except ValueError:  # of a model that brings its own code
+        return False
+    configs = [{key: x for key, x in config.to_dict().items() if key not in ignored} for config in (there, decoder)]
+    if configs[0] != configs[1] or any(_adapters(trunk)):
+        return False
+    missing = dict(trunk.state_dict())
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - it is no dictionary
+                mine = next((end for end in _ends(name) if end in missing), None)
+                if mine is None:
+                    continue
+                x, y = missing.pop(mine), file.get_tensor(name)
+                if x.shape != y.shape or not torch.equal(x, y.to(x.device, x.dtype)):
+                    return False
+    return not missing
+
+
+def _ends(name: str) -> Iterator[str]:
+    """A name in a file, and what is left of it without its first parts: `model.layers.0.x`, `layers.0.x`, `0.x`, `x`."""
+    while name:
+        yield name
+        name = name.partition(".")[2]
 
 
 def _kv_heads(layer: PretrainedConfig) -> int:

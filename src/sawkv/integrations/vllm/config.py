@@ -73,7 +73,7 @@ class SawConfig:
                 )
         path = options.get("calibration")
         if path is not None and not isinstance(path, str):
-            raise UnsupportedError(f"sawkv calibration: expected the path of a file that `sawkv calibrate` wrote, got {path!r}")
+            raise UnsupportedError(f"sawkv calibration: expected the path of a file that `sawkv prepare` wrote, got {path!r}")
         prepare = options.get("prepare", not draft)
         if not isinstance(prepare, bool):
             raise UnsupportedError(f"sawkv prepare: expected true or false, got {prepare!r}")

@@ -24,7 +24,7 @@ from sawkv.errors import SawkvError, UnsupportedError
 from sawkv.integrations.vllm.config import SawConfig
 from sawkv.prepare import corpus
 from sawkv.prepare.calibration import Calibration, model_id
-from sawkv.prepare.store import CalibrationStore, contents_digest, make_key
+from sawkv.prepare.store import CalibrationStore, contents_digest, load_shipped, make_key, shipped_path
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -99,10 +99,10 @@ def _prepare(executor: Any, vllm_config: VllmConfig, kv_cache_config: KVCacheCon
         raise UnsupportedError(f"expected one head_dim in all attention layers, got {sorted(head_dims)}")
     windows, positions = _windows(vllm_config)
     entry = _Entry(vllm_config, config, head_dims.pop(), windows, positions)
-    calibration: Any = entry.load()
+    calibration: Any
+    calibration, source = entry.load()
     if all(executor.collective_rpc(measure.all_agree, args=(calibration is not None,))):
         executor.collective_rpc(measure.apply, args=(calibration,))
-        source = f"from {entry.path}"
     else:
         logger.info("sawkv: preparing the model on %d windows of %d tokens", *windows.shape)
         engine = _Engine(executor, vllm_config, kv_cache_config)
@@ -148,38 +148,54 @@ def _encoder(model: ModelConfig) -> tuple[Any, list[int]] | None:
 
 
 class _Entry:
-    """What is on disk of this model's preparation, or why nothing can be."""
+    """What is on disk of this model's preparation, with the model or in the user's cache, or why nothing can be."""
 
     def __init__(self, vllm_config: VllmConfig, config: SawConfig, head_dim: int, windows: torch.Tensor, positions: torch.Tensor) -> None:
         model = vllm_config.model_config
         self._expected = {
-            "cache_format": config.format,
+            "cache_format": config.format.resolve(head_dim),
             "model": model_id(model.hf_text_config),
             "num_layers": model.hf_text_config.num_hidden_layers,
             "num_kv_heads": model.get_total_num_kv_heads(),
             "head_dim": head_dim,
         }
         text = {"windows": list(windows.shape), "text": _digest(windows), "positions": _digest(positions)}
-        self.path, self.reason = None, ""
+        self._store: CalibrationStore | None = None
+        self._checkpoint: Path | None = None
+        self._weights: str | None = None
+        self._reason, self._overridden = "", bool(model.hf_overrides)
         try:
-            weights = _weights_digest(vllm_config)
-            if weights is None:
-                self.reason = f"the weights are not files of a checkpoint (--load-format {vllm_config.load_config.load_format})"
+            self._checkpoint = _checkpoint_path(vllm_config)
+            self._weights = None if self._checkpoint is None else contents_digest(self._checkpoint)
+            if self._weights is None:
+                self._reason = f"the weights are not files of a checkpoint (--load-format {vllm_config.load_config.load_format})"
                 return
+            self._key = make_key({**self._expected, **text, **_computation(vllm_config), "weights": self._weights})
             self._store = CalibrationStore(config.prepare_cache, logger)
         except (SawkvError, OSError) as error:
-            self.reason = str(error)
-            return
-        self._key = make_key({**self._expected, **text, **_computation(vllm_config), "weights": weights})
-        self.path = self._store.path(self._key)
+            self._reason = str(error)
 
-    def load(self) -> Calibration | None:
-        return None if self.path is None else self._store.load(self._key, **self._expected)
+    def load(self) -> tuple[Calibration | None, str]:
+        """What is there, and where it was found."""
+        shipped = self._load_shipped()
+        if shipped is not None and self._checkpoint is not None:
+            return shipped, f"from {shipped_path(self._checkpoint, shipped.format)}, which came with the model"
+        found = None if self._store is None else self._store.load(self._key, **self._expected)
+        return found, "" if found is None or self._store is None else f"from {self._store.path(self._key)}"
+
+    def _load_shipped(self) -> Calibration | None:
+        if self._checkpoint is None or self._weights is None or not self._checkpoint.is_dir():
+            return None
+        found = load_shipped(self._checkpoint, self._weights, log=logger, **self._expected)
+        if found is not None and self._overridden:
+            logger.warning("sawkv: the preparation that came with the model is not used: --hf-overrides changes what it was made for")
+            return None
+        return found
 
     def save(self, calibration: Calibration) -> str:
         """Keep it if that is possible, and say where, or why not."""
         try:
-            return f"not kept: {self.reason}" if self.path is None else f"kept in {self._store.save(self._key, calibration)}"
+            return f"not kept: {self._reason}" if self._store is None else f"kept in {self._store.save(self._key, calibration)}"
         except SawkvError as error:
             return f"not kept: {error}"
 
@@ -188,8 +204,8 @@ def _digest(x: torch.Tensor) -> str:
     return hashlib.sha256(x.numpy().tobytes()).hexdigest()
 
 
-def _weights_digest(vllm_config: VllmConfig) -> str | None:
-    """Of the checkpoint that vLLM loaded; None if it did not load one from files, or from files that are not found."""
+def _checkpoint_path(vllm_config: VllmConfig) -> Path | None:
+    """The folder or file of the checkpoint that vLLM loaded; None if it did not load one from files, or from files that are not found."""
     model, load = vllm_config.model_config, vllm_config.load_config
     if str(load.load_format) not in FILE_FORMATS:
         return None
@@ -201,7 +217,7 @@ def _weights_digest(vllm_config: VllmConfig) -> str | None:
             path = Path(snapshot_download(model.model, revision=model.revision, cache_dir=load.download_dir, local_files_only=True))
         except (OSError, ValueError):  # ValueError: not a name of the hub
             return None
-    return contents_digest(path)
+    return path
 
 
 def _computation(vllm_config: VllmConfig) -> dict[str, Any]:

@@ -58,7 +58,7 @@ def serve(
         model: a checkpoint directory, or a name that vLLM resolves.
         format_name: cache format; None is the calibration's, or int4.
         options: for vLLM, as they are.
-        calibration: path of a file that `sawkv calibrate` wrote; None has the engine prepare the model.
+        calibration: path of a file that `sawkv prepare` wrote; None has the engine prepare the model.
         prepare: False leaves the model unprepared.
         prepare_cache: folder that keeps what was prepared; None is one in the user's cache.
 

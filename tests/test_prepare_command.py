@@ -1,22 +1,25 @@
-"""What `sawkv calibrate` fits to a model: against its own modules and cache, and by what it saves."""
+"""What `sawkv prepare` fits to a model: against its own modules and cache, and by what it saves."""
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
-from sawkv import CacheFormat, FormatError, PagedKVCache, PageLayout, append, gather
+from sawkv import CacheFormat, FormatError, PagedKVCache, PageLayout, append, cli, gather
+from sawkv.integrations.transformers import SawCache
 from sawkv.prepare import calibrate
 from sawkv.prepare.calibration import Calibration, LayerCalibration
 from sawkv.prepare.fit import fit
 from sawkv.prepare.model import EvalModel
 from sawkv.prepare.statistics import LayerStatistics
+from sawkv.prepare.store import contents_digest
 from tests.conftest import relative_error
 
 INT4 = CacheFormat("int4")
@@ -121,13 +124,33 @@ def test_formats_with_nothing_to_fit_are_refused() -> None:
         calibrate.calibrate(EvalModel(make_model()), CacheFormat("bf16"), windows(1), 64)
 
 
+def test_by_default_the_file_travels_with_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shipped = next((Path(__file__).parents[1] / "models").glob("sawkv-*"))
+    folder = Path(shutil.copytree(shipped, tmp_path / "model"))
+    assert cli.main(["prepare", str(folder), "--tokens", "512", "--window", "128", "--device", "cpu"]) == 0
+    path = folder / "sawkv" / "int4-k128-v128.safetensors"
+    assert str(path) in capsys.readouterr().out
+    made = Calibration.load(path)
+    assert made.weights == contents_digest(shipped)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sawkv")
+    cache = SawCache(model)
+    model.generate(torch.tensor([[1, 2, 3]]), past_key_values=cache, max_new_tokens=1)
+    assert torch.equal(cache.layers[2]._calibration.k_center, made.k_center[2])
+
+
+def test_there_is_no_folder_beside_a_model_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["prepare", str(tmp_path / "typo")]) == 2
+    assert "expected a checkpoint directory" in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("own_text", [False, True])
 def test_the_command_writes_a_file_for_this_model(tmp_path: Path, capsys: pytest.CaptureFixture[str], own_text: bool) -> None:
     folder = next((Path(__file__).parents[1] / "models").glob("sawkv-*"))
     text = tmp_path / "text.txt"
     text.write_text("Some words, and others. " * 600)
     options = {"cache_format": "int4-k64-v0", "context": 512, "window": 128, "windows": 2, "device": "cpu"}
-    assert calibrate.run_calibrate(folder, text if own_text else None, tmp_path / "c.safetensors", **options) == 0
+    assert calibrate.run_prepare(folder, text if own_text else None, tmp_path / "c.safetensors", **options) == 0
     shown = capsys.readouterr().out
     made = Calibration.load(tmp_path / "c.safetensors")
     assert made.fingerprint() in shown

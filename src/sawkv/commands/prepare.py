@@ -1,0 +1,34 @@
+"""`sawkv prepare`: a calibration that travels with its model, or in a file of its own."""
+
+from __future__ import annotations
+
+import argparse
+
+from sawkv.commands import options
+
+SUMMARY = "prepare a model once, so that whoever serves it need not: writes into its folder, or where --out says"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    options.add_model(parser)
+    options.add_text(parser, "the text that ships with sawkv")
+    options.add_out(parser, "safetensors file", shown="one in MODEL's folder, where engines find it")
+    options.add_format(parser, "cache format that will be served")
+    options.add_tokens(parser, tokens=8192, window=512)
+    options.add_context(parser)
+    options.add_device(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    from sawkv.prepare.calibrate import run_prepare
+
+    return run_prepare(
+        args.model,
+        args.text,
+        args.out,
+        cache_format=args.format,
+        context=args.context,
+        window=args.window,
+        windows=max(1, args.tokens // args.window),
+        device=args.device,
+    )
