@@ -131,6 +131,31 @@ def test_offload_and_transfer_of_pages_are_refused_at_start_up() -> None:
     assert "sawkv cannot serve this configuration: --kv-offloading-size." in error
 
 
+def test_the_thread_reads_what_no_step_has_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sawkv.integrations.vllm import metrics
+
+    reader = metrics.CounterReader(PageLayout(CacheFormat("int4"), 2, 128, 16), 1, torch.device("cpu"), 7)
+    sample = metrics._metrics()["tokens"].labels("7")._value.get
+    reader.flush()  # before the first step
+    reader.poll()
+    assert reader.counters is not None
+    start = reader._stepped
+    reader.counters[:, 0] += 20
+    reader.flush_if_idle(start + metrics.IDLE / 2)
+    assert sample() == 0, "a step began just now"
+    for _ in range(2):
+        reader.flush_if_idle(start + metrics.IDLE)
+        assert sample() == 10, "20 rows of 2 heads in 1 layer, once"
+    reader.poll()
+    reader.counters[:, 0] += 2
+    with reader._lock:  # while the thread reads, a step goes on
+        reader.poll()
+    reader.flush()
+    assert sample() == 11
+    monkeypatch.setattr(reader, "flush", lambda: pytest.fail("it is long idle"))
+    reader.flush_if_idle(reader._changed + metrics.PATIENCE)
+
+
 def test_bad_rows_are_a_warning_but_not_a_flood(monkeypatch: pytest.MonkeyPatch) -> None:
     from sawkv.integrations.vllm import metrics
 

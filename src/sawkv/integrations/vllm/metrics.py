@@ -2,11 +2,16 @@
 
 vLLM's /metrics shows the metrics of its other processes in Prometheus' multi-process mode only: with PROMETHEUS_MULTIPROC_DIR naming an
 empty folder when vLLM starts, as `sawkv serve` does. docs/observability.md says what each metric means.
+
+A step starts a read and the next one publishes it, so that no step waits for the device. When no step comes, a thread of the worker reads.
 """
 
 from __future__ import annotations
 
+import atexit
+import threading
 import time
+import weakref
 from functools import cache
 from typing import Any, Final
 
@@ -19,6 +24,10 @@ from sawkv.format.layout import PageLayout
 
 INTERVAL: Final = 1.0
 """Seconds between two reads of the device's counters."""
+IDLE: Final = 1.0
+"""Seconds without a step after which the thread reads, and between its reads."""
+PATIENCE: Final = 60.0
+"""Seconds without a step and without news after which the thread stops reading. No step takes as long."""
 WARNING_INTERVAL: Final = 60.0
 KINDS: Final = ("k", "v")
 
@@ -43,10 +52,21 @@ class CounterReader:
         self._copied: Any = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._is_copying = False
         self._published = torch.zeros_like(self._copy)
-        self._due = self._warning_due = 0.0
+        self._due = self._warning_due = self._stepped = self._changed = 0.0
+        self._lock = threading.Lock()
+        self._stream: torch.cuda.Stream | None = None
+        _readers.add(self)
 
     def poll(self) -> None:
         """Call once a step. Most times it compares numbers; every `INTERVAL` seconds it starts a copy, published once that has ended."""
+        self._stepped = time.monotonic()
+        if (self._is_copying or self._stepped >= self._due) and self._lock.acquire(blocking=False):  # the thread may read just now
+            try:
+                self._poll()
+            finally:
+                self._lock.release()
+
+    def _poll(self) -> None:
         if self._is_copying and (self._copied is None or self._copied.query()):
             self._is_copying = False
             self._publish()
@@ -60,7 +80,33 @@ class CounterReader:
         if self._copied is not None:
             self._copied.record()
 
+    def flush(self) -> None:
+        """Publish all that the device has counted. Waits for the copy alone; called by the thread, and at the end of the process."""
+        with self._lock:
+            if self.counters is None or (self._is_copying and self._copied is not None and not self._copied.query()):
+                return
+            if self._is_copying:
+                self._is_copying = False
+                self._publish()
+            if self._copied is None:
+                self._copy.copy_(self.counters)
+            else:
+                with torch.cuda.device(self._device):
+                    self._stream = self._stream or torch.cuda.Stream()  # type: ignore[no-untyped-call]
+                    with torch.cuda.stream(self._stream):
+                        self._copy.copy_(self.counters, non_blocking=True)
+                        self._stream.synchronize()
+            self._publish()
+
+    def flush_if_idle(self, now: float) -> None:
+        """`flush`, if no step has begun for `IDLE` seconds. A step that began may still count: so it goes on until there is no news."""
+        if now - self._stepped >= IDLE and now - max(self._stepped, self._changed) < PATIENCE:
+            self.flush()
+
     def _publish(self) -> None:
+        if torch.equal(self._copy, self._published):
+            return
+        self._changed = time.monotonic()
         new = (self._copy - self._published).tolist()
         self._published.copy_(self._copy)
         layout, metrics = self._layout, _metrics()
@@ -78,6 +124,32 @@ class CounterReader:
                 non_finite,
                 saturated,
             )
+
+
+_readers: weakref.WeakSet[CounterReader] = weakref.WeakSet()
+
+
+def publish_when_idle(worker: Any) -> None:
+    """Have a worker publish its counts when no steps come, and when it ends. Called in each when vLLM has captured its CUDA graphs:
+    while it does, other threads may not use CUDA.
+    """
+    _start_thread()
+
+
+@cache
+def _start_thread() -> None:
+    def watch() -> None:
+        while True:
+            time.sleep(IDLE)
+            for reader in list(_readers):
+                reader.flush_if_idle(time.monotonic())
+
+    def end() -> None:
+        for reader in list(_readers):
+            reader.flush()
+
+    threading.Thread(target=watch, name="sawkv-metrics", daemon=True).start()
+    atexit.register(end)
 
 
 @cache

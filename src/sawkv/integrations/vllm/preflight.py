@@ -89,8 +89,8 @@ class Options:
             self._values[name.replace("_", "-")] = value if equals else following
 
 
-def check(model: str, cache_format: CacheFormat, options: Options, calibration: str | None, *, on_gpu: bool) -> None:
-    """Refuse what cannot be served.
+def check(model: str, cache_format: CacheFormat, options: Options, calibration: str | None, *, on_gpu: bool) -> Checkpoint | None:
+    """Refuse what cannot be served; returns the model, if it can be seen here.
 
     Args:
         model: a checkpoint directory, or a model of the hub.
@@ -112,6 +112,7 @@ def check(model: str, cache_format: CacheFormat, options: Options, calibration: 
     checkpoint = check_model(model, cache_format, options, on_gpu=on_gpu)
     if calibration is not None:
         _check_calibration(Calibration.load(calibration), checkpoint, cache_format)
+    return checkpoint
 
 
 def check_model(model: str, cache_format: CacheFormat, options: Options, *, on_gpu: bool) -> Checkpoint | None:

@@ -55,6 +55,10 @@ def install() -> None:
     def initialize_and_prepare(self: Any, vllm_config: VllmConfig) -> KVCacheConfig:
         kv_cache_config: KVCacheConfig = initialize(self, vllm_config)
         prepare(self.model_executor, vllm_config, kv_cache_config)
+        if SawConfig.from_vllm(vllm_config, vllm_config.cache_config.cache_dtype) is not None:
+            from sawkv.integrations.vllm.metrics import publish_when_idle
+
+            self.model_executor.collective_rpc(publish_when_idle)
         return kv_cache_config
 
     initialize_and_prepare.prepares = True  # type: ignore[attr-defined]

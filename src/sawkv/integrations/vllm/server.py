@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from sawkv.format.spec import CacheFormat
-from sawkv.integrations.vllm import preflight
+from sawkv.integrations.vllm import greeting, preflight
 from sawkv.integrations.vllm.config import KV_CACHE_DTYPE_CODECS, engine_options
 from sawkv.prepare.calibration import Calibration
 
@@ -68,13 +68,19 @@ def serve(
     if format_name is None:
         format_name = "int4" if calibration is None else str(Calibration.load(calibration).format)
     cache_format, on_gpu = CacheFormat.parse(format_name), bool(torch.cuda.device_count())
-    preflight.check(model, cache_format, preflight.Options(options), calibration, on_gpu=on_gpu)
+    known = preflight.Options(options)
+    checkpoint = preflight.check(model, cache_format, known, calibration, on_gpu=on_gpu)
     options = with_drafts_backend(options) if on_gpu else options
+    plain_chat = greeting.lacks_chat_template(checkpoint, known)
+    if plain_chat:
+        options = [*options, "--chat-template", greeting.PLAIN_CHAT]
     command = server_command(model, cache_format, options, calibration=calibration, prepare=prepare, prepare_cache=prepare_cache)
     with (
         tempfile.TemporaryDirectory(prefix="sawkv-metrics-") as folder,  # through it /metrics shows what workers count
         running(command, env={"PROMETHEUS_MULTIPROC_DIR": folder} | preflight.environment()) as server,
     ):
+        if (url := greeting.base_url(known)) is not None:
+            greeting.greet_when_ready(server, greeting.greeting(model, known, plain_chat), url)
         try:
             status = server.wait()
         except KeyboardInterrupt:  # the terminal sent it to vLLM too
