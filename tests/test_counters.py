@@ -65,6 +65,7 @@ def test_counts_are_those_of_the_rows_written(format_name: str, fed_back: bool, 
     used = kept & is_sampled(slots)
     assert not torch.isin(slots[used], BAD_SLOTS).any()
     assert 8 < int(used.sum()) < 40
+    assert column(cache, "sampled_rows") == [2 * int(used.sum())] * 2
     read = torch.empty(2, PAGES * 16, 2, 64)
     tables = torch.arange(PAGES, dtype=torch.int32)[None], torch.tensor([PAGES * 16], dtype=torch.int32)
     gather(cache, *tables, torch.tensor([0, PAGES * 16], dtype=torch.int32), *read, rotated=False, backend="reference")
@@ -101,6 +102,6 @@ def test_counting_changes_no_byte_and_wrong_counters_are_refused() -> None:
         append(k, v, cache, torch.arange(300))
     assert torch.equal(counted.pages, plain.pages)
     assert counted.fingerprint() == plain.fingerprint()
-    for wrong in (torch.zeros(2, 5), torch.zeros(5, 2, dtype=torch.float64).T, torch.zeros(2, 4, dtype=torch.float64)):
-        with pytest.raises(LayoutError, match=r"counters: expected contiguous float64 \[2, 5\]"):
+    for wrong in (torch.zeros(2, 6), torch.zeros(6, 2, dtype=torch.float64).T, torch.zeros(2, 5, dtype=torch.float64)):
+        with pytest.raises(LayoutError, match=r"counters: expected contiguous float64 \[2, 6\]"):
             PagedKVCache(plain.pages, plain.layout, counters=wrong)

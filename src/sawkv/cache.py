@@ -44,7 +44,7 @@ class PagedKVCache:
             nothing), by which channels are multiplied after centering and before rotation, or None. Readers divide by them: attention
             divides q by K's and the output by V's.
         k_feedback, v_feedback: how `append` passes on the errors of codes, or None. For int4 alone; readers need not know of it.
-        counters: [2, 5] fp64, from `counters.new_counters`, which `append` updates; None counts nothing.
+        counters: [2, 6] fp64, from `counters.new_counters`, which `append` updates; None counts nothing.
         constants: all that K is written and read with, and all that V is. Made here, so that readers compute nothing again.
 
     Raises:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import prometheus_client
 import pytest
 import torch
 
@@ -134,20 +135,20 @@ def test_offload_and_transfer_of_pages_are_refused_at_start_up() -> None:
 def test_the_thread_reads_what_no_step_has_read(monkeypatch: pytest.MonkeyPatch) -> None:
     from sawkv.integrations.vllm import metrics
 
-    reader = metrics.CounterReader(PageLayout(CacheFormat("int4"), 2, 128, 16), 1, torch.device("cpu"), 7)
+    reader = metrics.CounterReader(PageLayout(CacheFormat("int4"), 2, 128, 16), [metrics.CountedLayer("a")], torch.device("cpu"), 7)
     sample = metrics._metrics()["tokens"].labels("7")._value.get
     reader.flush()  # before the first step
     reader.poll()
     assert reader.counters is not None
     start = reader._stepped
-    reader.counters[:, 0] += 20
+    reader.counters[..., 0] += 20
     reader.flush_if_idle(start + metrics.IDLE / 2)
     assert sample() == 0, "a step began just now"
     for _ in range(2):
         reader.flush_if_idle(start + metrics.IDLE)
         assert sample() == 10, "20 rows of 2 heads in 1 layer, once"
     reader.poll()
-    reader.counters[:, 0] += 2
+    reader.counters[..., 0] += 2
     with reader._lock:  # while the thread reads, a step goes on
         reader.poll()
     reader.flush()
@@ -162,11 +163,54 @@ def test_bad_rows_are_a_warning_but_not_a_flood(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(metrics, "INTERVAL", 0.0)
     warnings: list[tuple[Any, ...]] = []
     monkeypatch.setattr(metrics.logger, "warning", lambda *arguments: warnings.append(arguments[1:]))
-    reader = metrics.CounterReader(PageLayout(CacheFormat("int4"), 2, 128, 16), 1, torch.device("cpu"), None)
+    reader = metrics.CounterReader(PageLayout(CacheFormat("int4"), 2, 128, 16), [metrics.CountedLayer("a")], torch.device("cpu"), None)
     reader.poll()
     assert reader.counters is not None
     for non_finite in (0, 3, 5):  # of K; counted up
-        reader.counters[0, :2] = torch.tensor([100.0, non_finite])
+        reader.counters[0, 0, :2] = torch.tensor([100.0, non_finite])
         reader.poll()
         reader.poll()
     assert warnings == [(3, 0)]
+
+
+def test_drift_is_the_energy_of_rows_over_that_of_the_text_of_preparation(monkeypatch: pytest.MonkeyPatch) -> None:
+    """1 for rows like those of preparation, 4 for rows twice as far from the center, and none without enough rows."""
+    from sawkv import PagedKVCache, append
+    from sawkv.integrations.vllm import metrics
+    from sawkv.prepare.fit import fit
+    from sawkv.prepare.statistics import LayerStatistics
+
+    monkeypatch.setattr(metrics, "INTERVAL", 0.0)
+    layout, slots = PageLayout(CacheFormat("int4").resolve(32), 2, 32, 16), 160_000
+    q, k, v = torch.randn(512, 2, 32), torch.randn(512, 2, 32) + 3, torch.randn(512, 2, 32) * torch.linspace(0.1, 4, 32)
+    statistics = LayerStatistics(2, 32, "cpu")
+    statistics.add(q, k, v)
+    (prepared,) = fit([statistics], layout.format)
+    assert prepared.k_energy is not None
+    assert prepared.v_energy is not None
+    energies = float(prepared.k_energy.mean()), float(prepared.v_energy.mean())
+    layers = [metrics.CountedLayer(f"drift.{name}", known) for name, known in (("a", energies), ("b", energies), ("unknown", None))]
+    reader = metrics.CounterReader(layout, layers, torch.device("cpu"), None)
+    reader.poll()
+    assert reader.counters is not None
+    wide = 3 + 2 * (k - 3)  # of which the center is about 3
+    for place, (keys, values, count) in enumerate([(k, v, slots), (wide, v, slots // 4), (k, v, slots)]):
+        cache = PagedKVCache.allocate(layout, slots // 16, counters=reader.counters[place], **prepared.constants())
+        chosen = torch.randint(512, (count,))
+        append(keys[chosen], values[chosen], cache, torch.arange(count))
+    reader.poll()
+    reader.poll()
+
+    def drift(layer: str, kind: str) -> float | None:
+        return prometheus_client.REGISTRY.get_sample_value("sawkv_drift", {"layer": f"drift.{layer}", "kind": kind})
+
+    assert drift("a", "k") == pytest.approx(1, rel=0.15)
+    assert drift("a", "v") == pytest.approx(1, rel=0.15)
+    assert drift("b", "k") is None  # 78 rows sampled
+    assert drift("unknown", "k") is None
+    cache = PagedKVCache.allocate(layout, slots // 16, counters=reader.counters[1], **prepared.constants())
+    append(wide[torch.randint(512, (slots,))], v[torch.randint(512, (slots,))], cache, torch.arange(slots))
+    reader.poll()
+    reader.poll()
+    assert drift("b", "k") == pytest.approx(4, rel=0.2)
+    assert drift("b", "v") == pytest.approx(1, rel=0.15)

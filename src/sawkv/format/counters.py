@@ -1,6 +1,6 @@
 """What `append` counts of the rows that it writes, on the device of the pages. docs/observability.md says what the numbers mean.
 
-A counters tensor is [2, 5] fp64: one line for K and one for V, with the columns of `COLUMNS`. The layers of a model may share one.
+A counters tensor is [2, 6] fp64: one line for K and one for V, with the columns of `COLUMNS`. Layers may share one.
 """
 
 from __future__ import annotations
@@ -9,10 +9,10 @@ from typing import Final
 
 import torch
 
-COLUMNS: Final = ("rows", "non_finite_rows", "saturated_rows", "squared_error", "squared_norm")
+COLUMNS: Final = ("rows", "non_finite_rows", "saturated_rows", "squared_error", "squared_norm", "sampled_rows")
 """Rows (of one token and KV head) written; those that decode to NaN or infinity; those whose scale is the largest fp16, so that their
 error is not bounded; and over all other rows of sampled slots the sums of (y - decoded)^2 and of y^2, y being the row after centering, gain
-and rotation."""
+and rotation, and how many rows these are."""
 
 SAMPLE: Final = 1024
 """One slot in so many is sampled: a page and offset chosen by a hash, so that no position of a sequence is preferred."""
@@ -21,7 +21,7 @@ MAX_SCALE: Final = 65504.0
 
 
 def new_counters(device: torch.device | str) -> torch.Tensor:
-    """Counters at zero: [2, 5] fp64 on `device`."""
+    """Counters at zero: [2, 6] fp64 on `device`."""
     return torch.zeros(2, len(COLUMNS), dtype=torch.float64, device=device)
 
 

@@ -52,7 +52,7 @@ def _count(counters: torch.Tensor, rows: torch.Tensor, decoded: torch.Tensor, me
     saturated = torch.zeros_like(finite) if meta is None else meta[..., 0] == MAX_SCALE
     used = (finite & ~saturated & sampled[:, None])[..., None]
     error, norm = (decoded - rows).where(used, 0), rows.where(used, 0)
-    counts = (torch.ones_like(finite), ~finite, saturated, error.double() ** 2, norm.double() ** 2)
+    counts = (torch.ones_like(finite), ~finite, saturated, error.double() ** 2, norm.double() ** 2, used)
     counters += torch.stack([count.sum(dtype=torch.float64) for count in counts])
 
 

@@ -37,7 +37,7 @@ from sawkv.integrations.vllm import announce, refusals
 from sawkv.integrations.vllm.config import KV_CACHE_DTYPE_CODECS, SawConfig, is_draft
 from sawkv.integrations.vllm.contract import check_contract
 from sawkv.integrations.vllm.measure import LayerMeasurement, Prompt, first_kv_head, layer_index, whole_prompts
-from sawkv.integrations.vllm.metrics import CounterReader
+from sawkv.integrations.vllm.metrics import CountedLayer, CounterReader
 from sawkv.integrations.vllm.prefill import FlashPrefill, PrefillSlice, slice_prefills, speculated_tokens
 from sawkv.integrations.vllm.prepare import is_installed
 from sawkv.integrations.vllm.windows import VLLM_SIZES_WINDOWS, pack_windows
@@ -85,7 +85,7 @@ class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
         self._impls: list[SawAttentionImpl] = [layers[name].impl for name in layer_names]
         for name, impl in zip(layer_names, self._impls, strict=True):
             impl.check_page_size(kv_cache_spec)
-            impl.take_calibration(name)
+            impl.take_name(name)
         cache_config = vllm_config.cache_config
         if self._first_impl(layers) in self._impls:
             announce.say_layers(layers, SawAttentionImpl, cache_config.kv_cache_dtype_skip_layers)
@@ -107,10 +107,13 @@ class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
         if not select_backend(self.device, layout).counts:
             return None
         first = self._first_impl(layers)
-        num_layers = sum(impl.kv_sharing_target_layer_name is None for impl in self._impls)
-        reader = self._impls[0].reader or CounterReader(layout, num_layers, self.device, rank if first in self._impls else None)
-        for impl in self._impls:
-            impl.reader = reader
+        writers = [impl for impl in self._impls if impl.kv_sharing_target_layer_name is None]
+        if not writers:
+            return None
+        counted = [impl.counted for impl in writers]
+        reader = writers[0].reader or CounterReader(layout, counted, self.device, rank if first in self._impls else None)
+        for place, impl in enumerate(writers):
+            impl.reader, impl.reader_place = reader, place
         return reader
 
     @staticmethod
@@ -196,6 +199,8 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.plan_key: PlanKey = (self.num_heads, self.num_kv_heads, self.sliding_window)
         self.reader: CounterReader | None = None
+        self.reader_place = 0
+        self.counted = CountedLayer("")  # until the layer's name is known
         self._cache: PagedKVCache | None = None
         self._kv_cache: torch.Tensor | None = None
         self._layer_calibration: LayerCalibration | None = LayerCalibration()
@@ -300,23 +305,26 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
                 f"in {self._format}, got {spec.unpadded_page_size_bytes} of {type(spec).__name__}"
             )
 
-    def take_calibration(self, layer_name: str) -> None:
+    def take_name(self, layer_name: str) -> None:
         """Pick what is this layer's and this rank's out of the calibration, once vLLM has told the layer's name.
 
         Raises:
             CalibrationError: the calibration has no such layer.
         """
+        self.counted.name = layer_name
         if self._calibration is None or self._layer_calibration is not None:
             return
         index = layer_index(self.kv_sharing_target_layer_name or layer_name)  # whose pages this layer reads
         first = first_kv_head(self._calibration.num_kv_heads)
         self._layer_calibration = self._calibration.layer(index, slice(first, first + self.num_kv_heads))
+        self.counted.energies = _energies(self._layer_calibration)
 
     def take_prepared(self, part: LayerCalibration, device: torch.device) -> None:
         """Write pages with `part` from now on, in place: graphs that are captured already see it."""
         self._written_with(device).fill(part)
         if self._cache is not None:
             self._cache.refresh()
+        self.counted.energies = _energies(part)
         self.unprepared = False
 
     def _written_with(self, device: torch.device) -> LayerCalibration:
@@ -333,7 +341,7 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
         """The pages that vLLM handed over, checked once and again whenever they change (after a wake-up, say)."""
         if self._cache is None or self._kv_cache is not kv_cache:
             parts = self._written_with(kv_cache.device).constants()
-            counters = None if self.reader is None else self.reader.counters
+            counters = None if self.reader is None or self.reader.counters is None else self.reader.counters[self.reader_place]
             layout = self.layout(kv_cache.shape[2])
             self._cache = PagedKVCache(kv_cache.view(torch.uint8), layout, **parts, counters=counters)
             self._kv_cache = kv_cache
@@ -411,6 +419,13 @@ class SawAttentionBackend(AttentionBackend):
         from vllm.v1.kv_cache_interface import KVCacheLayout  # type: ignore[attr-defined]  # not in the oldest vLLM
 
         return KVCacheLayout.LBHNC, KVCacheLayout.BLHNC
+
+
+def _energies(part: LayerCalibration) -> tuple[float, float] | None:
+    """What the rows of K and of V should be like, over the heads."""
+    if part.k_energy is None or part.v_energy is None:
+        return None
+    return float(part.k_energy.mean()), float(part.v_energy.mean())
 
 
 def token_bytes(codec: str, head_size: int) -> int:

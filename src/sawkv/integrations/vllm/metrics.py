@@ -12,6 +12,8 @@ import atexit
 import threading
 import time
 import weakref
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Final
 
@@ -30,8 +32,24 @@ PATIENCE: Final = 60.0
 """Seconds without a step and without news after which the thread stops reading. No step takes as long."""
 WARNING_INTERVAL: Final = 60.0
 KINDS: Final = ("k", "v")
+LEAST_SAMPLED: Final = 128
+"""Sampled rows of a layer from which its drift is told: with fewer it would be noise."""
 
 logger = init_logger(f"vllm.{__name__}")
+
+
+@dataclass
+class CountedLayer:
+    """A layer as its metrics know it.
+
+    Attributes:
+        name: vLLM's.
+        energies: what the mean squared length of its rows of K and of V should be: `LayerCalibration.k_energy` and `v_energy`, over its
+            heads. None if it is not known.
+    """
+
+    name: str
+    energies: tuple[float, float] | None = None
 
 
 class CounterReader:
@@ -39,19 +57,20 @@ class CounterReader:
 
     Args:
         layout: of the layers' pages.
-        num_layers: that append to them in this process.
+        layers: that append to them in this process.
         device: of the pages.
         rank: label of the tokens' metric; ranks of a model see the same tokens. None if another group of layers counts them.
     """
 
-    def __init__(self, layout: PageLayout, num_layers: int, device: torch.device, rank: int | None) -> None:
+    def __init__(self, layout: PageLayout, layers: Sequence[CountedLayer], device: torch.device, rank: int | None) -> None:
         self.counters: torch.Tensor | None = None
-        """Made by the first `poll`, and not earlier: vLLM's sleep mode discards what is allocated while it makes the cache."""
-        self._layout, self._num_layers, self._device, self._rank = layout, num_layers, device, rank
-        self._copy = torch.zeros(2, len(COLUMNS), dtype=torch.float64, pin_memory=device.type == "cuda")
+        """[num_layers, 2, 6] fp64, a layer's as in `sawkv.format.counters`. Made by the first `poll`, and not earlier: vLLM's sleep mode
+        discards what is allocated while it makes the cache."""
+        self._layout, self._layers, self._device, self._rank = layout, layers, device, rank
+        self._copy = torch.zeros(len(layers), 2, len(COLUMNS), dtype=torch.float64, pin_memory=device.type == "cuda")
         self._copied: Any = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
         self._is_copying = False
-        self._published = torch.zeros_like(self._copy)
+        self._published, self._compared = torch.zeros_like(self._copy), torch.zeros_like(self._copy)
         self._due = self._warning_due = self._stepped = self._changed = 0.0
         self._lock = threading.Lock()
         self._stream: torch.cuda.Stream | None = None
@@ -74,7 +93,7 @@ class CounterReader:
         if self._is_copying or now < self._due:
             return
         if self.counters is None:
-            self.counters = new_counters(self._device)
+            self.counters = torch.stack([new_counters(self._device) for _ in self._layers])
         self._due, self._is_copying = now + INTERVAL, True
         self._copy.copy_(self.counters, non_blocking=True)
         if self._copied is not None:
@@ -107,7 +126,8 @@ class CounterReader:
         if torch.equal(self._copy, self._published):
             return
         self._changed = time.monotonic()
-        new = (self._copy - self._published).tolist()
+        self._publish_drift()
+        new = (self._copy - self._published).sum(0).tolist()
         self._published.copy_(self._copy)
         layout, metrics = self._layout, _metrics()
         for kind, values in zip(KINDS, new, strict=True):
@@ -115,7 +135,7 @@ class CounterReader:
                 metrics[column].labels(kind).inc(value)
             metrics["saved_bytes"].inc(values[0] * max(0.0, 2 * layout.head_dim - layout.token_bytes / 2))
         if self._rank is not None:
-            metrics["tokens"].labels(str(self._rank)).inc(new[0][0] / (self._num_layers * layout.num_kv_heads))
+            metrics["tokens"].labels(str(self._rank)).inc(new[0][0] / (len(self._layers) * layout.num_kv_heads))
         non_finite, saturated = (int(sum(values[COLUMNS.index(name)] for values in new)) for name in ("non_finite_rows", "saturated_rows"))
         if (non_finite or saturated) and time.monotonic() >= self._warning_due:
             self._warning_due = time.monotonic() + WARNING_INTERVAL
@@ -124,6 +144,16 @@ class CounterReader:
                 non_finite,
                 saturated,
             )
+
+    def _publish_drift(self) -> None:
+        """For each layer and kind of which enough rows were sampled since it was last told."""
+        new = self._copy - self._compared
+        sampled, norm = (new[..., COLUMNS.index(name)].tolist() for name in ("sampled_rows", "squared_norm"))
+        for place, layer in enumerate(self._layers):
+            for kind, energy in enumerate(layer.energies or ()):
+                if energy and sampled[place][kind] >= LEAST_SAMPLED:
+                    _drift().labels(layer.name, KINDS[kind]).set(norm[place][kind] / sampled[place][kind] / energy)
+                    self._compared[place, kind] = self._copy[place, kind]
 
 
 _readers: weakref.WeakSet[CounterReader] = weakref.WeakSet()
@@ -161,8 +191,16 @@ def _metrics() -> dict[str, prometheus_client.Counter]:
         "saturated_rows": "Rows appended whose range exceeds the format's: they are clamped.",
         "squared_error": "Sum of squared quantization errors over sampled rows, after centering and rotation.",
         "squared_norm": "Sum of squared values over the same rows.",
+        "sampled_rows": "The rows that these sums are over.",
     }
     metrics = {name: prometheus_client.Counter(f"sawkv_{name}", text, ["kind"]) for name, text in helps.items()}
     metrics["tokens"] = prometheus_client.Counter("sawkv_tokens", "Tokens appended to the cache, recomputed ones included.", ["rank"])
     metrics["saved_bytes"] = prometheus_client.Counter("sawkv_saved_bytes", "Bytes that these rows would have taken more in 16 bits.")
     return metrics
+
+
+@cache
+def _drift() -> prometheus_client.Gauge:
+    """Made when there is a first value. Ranks have other heads; of what they say the largest counts."""
+    text = "Mean squared length of a layer's rows as they are stored, over that on the text that it was prepared on. Errors grow with it."
+    return prometheus_client.Gauge("sawkv_drift", text, ["layer", "kind"], multiprocess_mode="livemax")

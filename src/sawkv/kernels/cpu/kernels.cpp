@@ -355,7 +355,7 @@ DecodeTokens decode_tokens_of(int codec) {
 
 // What append counts of the rows of K or V, in the order of sawkv.format.counters.COLUMNS.
 struct Counts {
-  double rows, non_finite_rows, saturated_rows, squared_error, squared_norm;
+  double rows, non_finite_rows, saturated_rows, squared_error, squared_norm, sampled_rows;
 };
 
 inline void add(Counts& to, const Counts& from) {
@@ -364,6 +364,7 @@ inline void add(Counts& to, const Counts& from) {
   to.saturated_rows += from.saturated_rows;
   to.squared_error += from.squared_error;
   to.squared_norm += from.squared_norm;
+  to.sampled_rows += from.sampled_rows;
 }
 
 constexpr uint16_t kNanScale = 0x7E00, kMaxScale = 0x7BFF;  // fp16
@@ -384,6 +385,7 @@ void count_row(const Cache& cache, const float* y, const uint8_t* meta, int64_t 
   counts.non_finite_rows += !finite;
   counts.saturated_rows += saturated;
   if (!sampled || !finite || saturated) return;
+  counts.sampled_rows += 1;
   for (int d = 0; d < cache.head_dim; ++d) {
     const double error = stored[d] - y[d];
     counts.squared_error += error * error;

@@ -135,7 +135,7 @@ struct Quantizer {
   __device__ u32 shifted(float y) const { return __float_as_uint(fmaf(y, inverse, zero_point) + ROUNDER); }
 };
 
-enum { ROWS, NON_FINITE_ROWS, SATURATED_ROWS, SQUARED_ERROR, SQUARED_NORM, COUNTER_COLUMNS };  // sawkv.format.counters.COLUMNS
+enum { ROWS, NON_FINITE_ROWS, SATURATED_ROWS, SQUARED_ERROR, SQUARED_NORM, SAMPLED_ROWS, COUNTER_COLUMNS };  // sawkv.format.counters.COLUMNS
 constexpr u32 SAMPLE = 1024;
 
 __device__ inline bool is_sampled(i64 slot) { return (u32)slot * 2654435761u < (1ull << 32) / SAMPLE; }
@@ -155,6 +155,7 @@ __device__ inline void count_row(const AppendParams& p, bool is_v, u32 meta, Sum
   const double scale = ptx::half_to_float(scale_bits);
   atomicAdd(&counters[SQUARED_ERROR], sums.error * scale * scale);
   atomicAdd(&counters[SQUARED_NORM], (double)sums.norm);
+  if (is_first_lane) atomicAdd(&counters[SAMPLED_ROWS], 1.0);
 }
 
 // One path for K and V where their orders are one: it is long, and instructions are fetched as well.

@@ -244,3 +244,4 @@ def _count(counters, squared_error, squared_norm, is_kept, is_counted, is_finite
     tl.atomic_add(counters + 2, tl.sum((is_kept & is_saturated).to(tl.float64)))
     tl.atomic_add(counters + 3, tl.sum(tl.where(is_used, squared_error, 0.0)).to(tl.float64))
     tl.atomic_add(counters + 4, tl.sum(tl.where(is_used, squared_norm, 0.0)).to(tl.float64))
+    tl.atomic_add(counters + 5, tl.sum(is_used.to(tl.float64)))
