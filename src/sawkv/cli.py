@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from sawkv import __version__
 from sawkv.errors import SawkvError
 
-COMMANDS = ("serve", "doctor", "plan", "prepare", "eval", "analyze", "report", "demo")
+COMMANDS = ("serve", "doctor", "plan", "prepare", "formats", "eval", "analyze", "report", "demo")
 
 INTERRUPTED, BROKEN_PIPE, TERMINATED = (128 + number for number in (signal.SIGINT, signal.SIGPIPE, signal.SIGTERM))
 

@@ -97,6 +97,7 @@ def test_what_it_says_when_it_answers_can_be_typed(server: Client) -> None:
     assert "Route: /v1/chat/completions" not in shown, "it comes after the routes"
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what vLLM imports
 def test_every_option_of_vllm_that_is_named_exists() -> None:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -114,6 +115,7 @@ def test_every_option_of_vllm_that_is_named_exists() -> None:
                 Options(words)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_every_argument_of_llm_that_is_named_exists() -> None:
     from vllm.engine.arg_utils import EngineArgs
 
