@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 from sawkv import __version__
 from sawkv.errors import SawkvError
 
-COMMANDS = ("serve", "doctor", "plan", "prepare", "formats", "eval", "analyze", "report", "demo")
+COMMANDS = ("serve", "doctor", "plan", "prepare", "formats", "eval", "analyze", "report", "bench", "demo")
 
 INTERRUPTED, BROKEN_PIPE, TERMINATED = (128 + number for number in (signal.SIGINT, signal.SIGPIPE, signal.SIGTERM))
 
@@ -62,8 +63,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     if others and "engine_options" not in args:
         parser.error(f"unknown arguments: {' '.join(others)}")
     if others and argv.index(others[0]) < argv.index(args.model):  # whether `--option WORD` takes the word, only vLLM knows
-        parser.error(f"serve: expected MODEL before vLLM's options, got {others[0]} before it")
+        parser.error(f"{argv[0]}: expected MODEL before vLLM's options, got {others[0]} before it")
     args.engine_options = others
+    args.typed = shlex.join(["sawkv", *argv])  # for the records that commands write
     return args
 
 

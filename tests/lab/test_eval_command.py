@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from msgspec.structs import replace
 
 from sawkv import SawkvError, cli
 from sawkv.lab import evaluate
@@ -104,15 +104,15 @@ def test_a_stopped_run_keeps_its_methods_and_is_resumed(
         assert cli.main([*command, "int8,int4_plain,fp8"]) == 130
     kept = Evaluation.from_json(out.read_text())
     assert [result.method for result in kept.results] == ["int8"], "a floor of 0 tokens is left out"
-    marked = dataclasses.replace(kept.results[0].divergence, kl_max=123.0)  # what a second measurement would not give
-    out.write_text(dataclasses.replace(kept, results=(dataclasses.replace(kept.results[0], divergence=marked),)).to_json())
+    marked = replace(kept.results[0].divergence, kl_max=123.0)  # what a second measurement would not give
+    out.write_text(replace(kept, results=(replace(kept.results[0], divergence=marked),)).to_json())
     assert cli.main([*command, "int8,int4_plain", "--resume"]) == 0
     first, second = Evaluation.from_json(out.read_text()).results
     assert (first.divergence, second.method) == (marked, "int4_plain")
     capsys.readouterr()
     assert cli.main([*command, "int8", "--resume", "--window", "128"]) == 2
     assert "expected a record with the same plan" in capsys.readouterr().err
-    other = dataclasses.replace(kept, reference=dataclasses.replace(kept.reference, divergence=dataclasses.replace(marked, ppl=2.0)))
+    other = replace(kept, reference=replace(kept.reference, divergence=replace(marked, ppl=2.0)))
     out.write_text(other.to_json())
     assert cli.main([*command, "int8", "--resume"]) == 2
     assert "expected a record of this model and text, whose perplexity is" in capsys.readouterr().err
@@ -222,4 +222,3 @@ def test_damaged_records_are_refused() -> None:
         Evaluation.from_json('{"model": 1}')
     with pytest.raises(SawkvError, match="does not parse"):
         Evaluation.from_json("[]")
-    assert dataclasses.is_dataclass(Evaluation)

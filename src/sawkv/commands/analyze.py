@@ -31,4 +31,5 @@ def run(args: argparse.Namespace) -> int:
         windows=max(1, args.tokens // args.window),
         stress=args.stress,
         device=args.device,
+        command=args.typed,
     )

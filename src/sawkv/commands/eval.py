@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_device(parser)
     parser.add_argument("--dtype", choices=DTYPES, help="of the model's arithmetic (default: bfloat16 on a GPU, float32 on a CPU)")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
-    parser.add_argument("--resume", action="store_true", help="go on with the record in --out: its methods are not measured again")
+    options.add_resume(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -93,6 +93,7 @@ def run(args: argparse.Namespace) -> int:
         quiet=args.quiet,
         before=before,
         keep=keep,
+        command=args.typed,
     )
     print(table(evaluation))
     if out is not None:

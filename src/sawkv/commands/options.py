@@ -52,6 +52,10 @@ def add_context(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--context", type=positive, default=0, metavar="COUNT", help=help_text)
 
 
+def add_resume(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--resume", action="store_true", help="go on with the record in --out: what it holds is not measured again")
+
+
 def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", choices=("cpu", "cuda"), help="where to run the model (default: a GPU where there is one)")
 

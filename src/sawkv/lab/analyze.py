@@ -7,22 +7,34 @@ one by one on the states of the unquantized model, so errors here do not build u
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 import textwrap
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from msgspec.structs import replace
 from tqdm import tqdm
 
 from sawkv.files import check_writable, writing
+from sawkv.lab.analysis import (
+    PREPARED,
+    WIDER,
+    Analysis,
+    ChannelStats,
+    Grid,
+    LayerStats,
+    MethodError,
+    Recommendation,
+    average,
+    label,
+    mean,
+    pair_energy,
+)
 from sawkv.lab.evaluate import shipped_samples
 from sawkv.lab.methods import Method, check_fits, find_method, fit
-from sawkv.lab.records import ModelShape, parse_record
+from sawkv.lab.records import ModelShape
 from sawkv.lab.stress import apply_stress
 from sawkv.prepare.model import EvalModel, default_dtype, find_device
 from sawkv.prepare.samples import LayerSample, LayerStates, Reader
@@ -32,151 +44,6 @@ QUERIES = 256
 """Queries of each window and head at which attention is compared."""
 MAX_OUTPUT_ERROR = 0.1
 """Error of a layer's attention output, as a share of its variance, above which 8 bits are recommended."""
-
-PREPARED, WIDER = "prepared", "int8"
-"""What `sawkv serve` serves by itself, and what it serves with more bits."""
-NAMES = {
-    "int4": "int4, unprepared",
-    "int4_plain": "int4, unrotated",
-    "vllm_int4_per_token_head": "vLLM's own int4",
-    "reference": "unquantized",
-    "bf16_floor": "16-bit noise",
-}
-"""What people read in place of some methods' names."""
-
-Grid = tuple[tuple[float, ...], ...]
-
-
-@dataclass(frozen=True)
-class ChannelStats:
-    """K or V of one layer.
-
-    Attributes:
-        rms, mean: [num_kv_heads][head_dim], of each channel over tokens.
-        offset: [num_kv_heads], share of the rows' energy that is their mean, a static vector: what a center removes.
-        outlier: [num_kv_heads], rms of the largest channel over that of the median one.
-    """
-
-    rms: Grid
-    mean: Grid
-    offset: tuple[float, ...]
-    outlier: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class LayerStats:
-    """One layer.
-
-    Attributes:
-        k, v: K after RoPE, and V.
-        sink: [num_q_heads], attention that a window's first token gets, mean over queries.
-        sink_norm: [num_kv_heads], length of the first token's key over the median key's.
-    """
-
-    k: ChannelStats
-    v: ChannelStats
-    sink: tuple[float, ...]
-    sink_norm: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class MethodError:
-    """What one way of storing K and V does, by layer and KV head: each [num_layers][num_kv_heads].
-
-    Attributes:
-        method, bits, served: as in `Method`.
-        k, v: squared error as a share of the variance.
-        score: error of the scores in nats: their standard deviation under the attention itself, since a common offset of a query's scores
-            changes nothing. Half its square is about the divergence of the attention.
-        output: squared error of the attention output as a share of its variance over queries.
-    """
-
-    method: str
-    bits: float
-    served: str
-    k: Grid
-    v: Grid
-    score: Grid
-    output: Grid
-
-    @property
-    def mean_output(self) -> float:
-        return mean(self.output)
-
-    @property
-    def worst(self) -> tuple[int, float]:
-        """The layer that loses most of its output, and how much."""
-        return max(enumerate(sum(heads) / len(heads) for heads in self.output), key=lambda pair: pair[1])
-
-
-@dataclass(frozen=True)
-class Recommendation:
-    """What to serve.
-
-    Attributes:
-        method: the method that it is, one of those measured; "" if none of sawkv's was.
-        reason: one sentence an entry.
-    """
-
-    method: str
-    reason: tuple[str, ...]
-
-    @property
-    def title(self) -> str:
-        """In a few words."""
-        return {PREPARED: "int4, prepared: nothing to do", WIDER: "int8, prepared"}.get(self.method, "nothing, for want of measurements")
-
-    @property
-    def command(self) -> str:
-        """What to type."""
-        return "sawkv serve MODEL" + (f" --format {WIDER}" if self.method == WIDER else "")
-
-
-@dataclass(frozen=True)
-class Analysis:
-    """One run of `sawkv analyze`. Attributes not listed are those of `records.Evaluation`.
-
-    Attributes:
-        windows: contexts of `window` tokens.
-        layers: those that attend, first to last.
-        rope_theta: base of RoPE's wavelengths, 0 if unknown.
-    """
-
-    model: str
-    shape: ModelShape
-    device: str
-    dtype: str
-    text: str
-    window: int
-    windows: int
-    stress: int
-    rope_theta: float
-    layers: tuple[LayerStats, ...]
-    methods: tuple[MethodError, ...]
-    recommendation: Recommendation
-    seconds: float
-
-    @property
-    def name(self) -> str:
-        """The model's, with its stress."""
-        return self.model + (f", stress {self.stress}" if self.stress > 1 else "")
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), separators=(",", ":")) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> Analysis:
-        """The inverse of `to_json`.
-
-        Raises:
-            SawkvError: the text is not such a record.
-        """
-        return parse_record(cls, text, "sawkv analyze")
-
-
-def mean(grid: Grid) -> float:
-    values = [value for row in grid for value in row]
-    return sum(values) / len(values)
 
 
 def run_analyze(
@@ -189,6 +56,7 @@ def run_analyze(
     windows: int,
     stress: int,
     device: str | None,
+    command: str = "",
 ) -> int:
     """Measure, print, and write the record as JSON to `out` if it is given. Returns 0.
 
@@ -201,6 +69,7 @@ def run_analyze(
         windows: how many.
         stress: see `stress.apply_stress`; 1 is none.
         device: None is a GPU where there is one.
+        command: what was typed, for the record.
 
     Raises:
         SawkvError: bad input, by name.
@@ -217,10 +86,11 @@ def run_analyze(
     if stress > 1:
         apply_stress(model.layers, model.shape[2], stress)
     analysis = analyze(model, scored, shipped_samples(model, text), chosen, name=model_folder.resolve().name, text=text.name, stress=stress)
+    analysis = replace(analysis, command=command)
     print(describe(analysis))
     if out is not None:
         with writing(out) as part:
-            part.write_text(analysis.to_json(), encoding="utf-8")
+            part.write_text(analysis.to_json(indent=None), encoding="utf-8")
         print(f"\nwrote {out}; `sawkv report {out}` makes a page of it")
     return 0
 
@@ -311,11 +181,6 @@ def recommend(errors: Sequence[MethodError]) -> Recommendation:
         reason += [f"They lose {known[WIDER].mean_output:.2%}." for _ in range(WIDER in known)]
     reason.append("How far the model's predictions move is for `sawkv eval` to measure.")
     return Recommendation(WIDER if worst > MAX_OUTPUT_ERROR else PREPARED, tuple(reason))
-
-
-def label(method: str) -> str:
-    """A method's name for people."""
-    return NAMES.get(method, method)
 
 
 class _Attention:
@@ -456,8 +321,8 @@ def describe(analysis: Analysis) -> str:
     ]
     for index, layer in enumerate(analysis.layers):
         lines.append(
-            f"{index:>5}{_mean(layer.k.offset):>8.0%}{_mean(layer.k.outlier):>8.1f}x  {_pairs(layer.k):<{PAIR_CELLS}}"
-            f"{_mean(layer.v.offset):>8.0%}{_mean(layer.v.outlier):>8.1f}x{_mean(layer.sink):>6.0%}{_mean(layer.sink_norm):>6.1f}x"
+            f"{index:>5}{average(layer.k.offset):>8.0%}{average(layer.k.outlier):>8.1f}x  {_pairs(layer.k):<{PAIR_CELLS}}"
+            f"{average(layer.v.offset):>8.0%}{average(layer.v.outlier):>8.1f}x{average(layer.sink):>6.0%}{average(layer.sink_norm):>6.1f}x"
         )
     lines += [
         "offset: energy in one static vector.  outlier: largest channel / median one.",
@@ -481,16 +346,6 @@ def describe(analysis: Analysis) -> str:
 def _percent(share: float) -> str:
     """Of at most seven columns."""
     return f"{share:.2%}" if share < 1 else f"{min(share, 9999):.0%}"
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def pair_energy(stats: ChannelStats) -> list[float]:
-    """Mean square of K in each pair of channels (i, i + head_dim / 2) that RoPE turns together, over heads; the fastest pair first."""
-    half = len(stats.rms[0]) // 2
-    return [_mean([row[i] ** 2 + row[i + half] ** 2 for row in stats.rms]) for i in range(half)]
 
 
 PAIR_CELLS = 26

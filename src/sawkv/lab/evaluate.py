@@ -7,22 +7,23 @@ import math
 import platform
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
+from msgspec.structs import replace
 from tqdm import tqdm
 
 from sawkv import __version__
 from sawkv.errors import SawkvError
 from sawkv.lab.budget import Plan
 from sawkv.lab.divergence import Readers, Reference, TokenScores, compare, compare_floor, reading_only
+from sawkv.lab.excerpts import EXCERPT, excerpt_kl, forks, pieces, worst
 from sawkv.lab.methods import Method, check_fits, fit
 from sawkv.lab.records import Evaluation, LayerKL, MethodResult, ModelShape
 from sawkv.lab.stress import apply_stress
 from sawkv.lab.tasks import Prompt, free_run, make_prompts, recall
 from sawkv.prepare.corpus import LONGEST_CONTEXT, NUM_WINDOWS, WINDOW, preparation_windows
-from sawkv.prepare.model import EvalModel, collect_samples, default_dtype, find_device
+from sawkv.prepare.model import EvalModel, collect_samples, default_dtype, find_device, load_tokenizer
 from sawkv.prepare.samples import LayerSample
 from sawkv.prepare.text import Text, load_text, with_bos
 
@@ -43,6 +44,7 @@ def evaluate(
     quiet: bool = False,
     before: Evaluation | None = None,
     keep: Callable[[Evaluation], object] = lambda evaluation: None,
+    command: str = "",
 ) -> Evaluation:
     """Measure each method on a checkpoint.
 
@@ -55,6 +57,7 @@ def evaluate(
         quiet: no progress bars.
         before: what an earlier run of the same found; its methods are not measured again.
         keep: called with what is found so far, whenever another method has been measured.
+        command: what was typed, for the record.
 
     Raises:
         SawkvError: the model, the text or the plan cannot be used, or `before` is of another model, text or plan.
@@ -78,6 +81,10 @@ def evaluate(
     for_method = windows.numel() + prompt_tokens + 2 * layer_windows.numel() * len(loaded.layers)
     total = windows.numel() + prompt_tokens + 2 * floor_windows.numel() + for_method * len(methods)
     batch = max(1, plan.batch_tokens // plan.window)
+    tokenizer = load_tokenizer(checkpoint)
+
+    def decode(ids: Sequence[int]) -> str:
+        return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
     with tqdm(total=total, unit=" tokens", unit_scale=True, disable=quiet, dynamic_ncols=True) as bar:
         bar.set_description("16 bits")
@@ -96,6 +103,8 @@ def evaluate(
             seconds=0.0,
             versions=_versions(),
             plan=plan,
+            excerpt=pieces(decode, windows[0, 1:][-EXCERPT:].tolist()),
+            command=command,
         )
         known = {} if before is None else _known(before, found)
         asked = before.reference.recall if before is not None else None
@@ -120,7 +129,7 @@ def evaluate(
                 add(known[FLOOR])
             else:
                 floor = _floor(loaded, checkpoint, floor_windows, plan.stress, bar.update)
-                add(MethodResult(FLOOR, 16.0, "", False, floor.divergence(), floor.by_position()))
+                add(MethodResult(FLOOR, 16.0, "", False, floor.divergence(), floor.by_position(), excerpt_kl=excerpt_kl(floor)))
         for number, method in enumerate(methods, 1):
             name = f"{number}/{len(methods)} {method.name}"
             if method.name in known:
@@ -137,9 +146,23 @@ def evaluate(
             bar.set_description(f"{name}: recall")
             recalled = recall(loaded, prompts, readers, tokens_at_once=plan.batch_tokens, step=bar.update)
             run = None if continuation is None else free_run(loaded, *continuation, readers)
-            bits, calibrated = method.bits(head_dim), method.calibrated
-            parts = (score.divergence(), score.by_position(), layers, recalled, run)
-            add(MethodResult(method.name, bits, method.served, calibrated, *parts))
+            texts = () if continuation is None or run is None else forks(loaded, *continuation, run, readers, decode)
+            add(
+                MethodResult(
+                    method.name,
+                    method.bits(head_dim),
+                    method.served,
+                    method.calibrated,
+                    score.divergence(),
+                    score.by_position(),
+                    layers,
+                    recalled,
+                    run,
+                    excerpt_kl(score),
+                    worst(loaded, windows, score, readers, decode),
+                    texts,
+                )
+            )
     return found
 
 

@@ -1,26 +1,18 @@
-"""What an evaluation found: frozen records that pass through JSON unchanged.
+"""What an evaluation found.
 
-`Evaluation.to_json` and `Evaluation.from_json` are inverse. Divergences are in nats; p is the next-token distribution of the reference, the
+Divergences are in nats; p is the next-token distribution of the reference, the
 same model with its cache unquantized, and q that of the model reading the cache under test, after the same tokens.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import json
-import types
-import typing
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import ClassVar
 
-from sawkv.errors import SawkvError
 from sawkv.lab.budget import Plan
+from sawkv.records import Record
 
-R = TypeVar("R")
 
-
-@dataclass(frozen=True)
-class Divergence:
+class Divergence(Record, frozen=True):
     """How far q lies from p over all tokens of the text.
 
     Attributes:
@@ -41,8 +33,7 @@ class Divergence:
     ppl: float
 
 
-@dataclass(frozen=True)
-class PositionKL:
+class PositionKL(Record, frozen=True):
     """Mean KL over the predictions made from positions `start` to `end` (exclusive) of their windows."""
 
     start: int
@@ -51,8 +42,7 @@ class PositionKL:
     kl_se: float
 
 
-@dataclass(frozen=True)
-class LayerKL:
+class LayerKL(Record, frozen=True):
     """Mean KL when only this layer's cache is under test and all others are unquantized; on a part of the text."""
 
     layer: int
@@ -60,8 +50,7 @@ class LayerKL:
     kl_se: float
 
 
-@dataclass(frozen=True)
-class Recall:
+class Recall(Record, frozen=True):
     """How often a fact stated at `depth` (0 to 1) of a prompt of `length` tokens is recalled, every token of it right.
 
     `task` is "passkey" (a number in real text) or "needle" (one of four entries of a table in real text).
@@ -74,8 +63,7 @@ class Recall:
     asked: int
 
 
-@dataclass(frozen=True)
-class FreeRun:
+class FreeRun(Record, frozen=True):
     """Greedy continuations of the reference that the cache under test follows: the tokens until it first chooses another.
 
     `tokens` has one number a prompt; `limit` is the length of the continuations.
@@ -89,8 +77,47 @@ class FreeRun:
         return sum(self.tokens) / max(1, len(self.tokens))
 
 
-@dataclass(frozen=True)
-class MethodResult:
+class Surprise(Record, frozen=True):
+    """A token at which p and q lie far apart.
+
+    Attributes:
+        window, position: of the token from which they predict.
+        kl: in nats.
+        before: the text that ends there.
+        token: what follows in the text.
+        expected, expected_p: the most likely token of p, and its probability.
+        chosen, chosen_p: the same of q.
+    """
+
+    window: int
+    position: int
+    kl: float
+    before: str
+    token: str
+    expected: str
+    expected_p: float
+    chosen: str
+    chosen_p: float
+
+
+class Fork(Record, frozen=True):
+    """A greedy continuation that leaves the reference's.
+
+    Attributes:
+        prompt: number of the prompt, in the order of `FreeRun.tokens`.
+        tokens: that both have before they part.
+        common: the end of their common text.
+        reference, other: how each goes on.
+    """
+
+    prompt: int
+    tokens: int
+    common: str
+    reference: str
+    other: str
+
+
+class MethodResult(Record, frozen=True):
     """All that was measured of one method on one model.
 
     Attributes:
@@ -102,6 +129,9 @@ class MethodResult:
         by_position, by_layer: the same, split; empty if not measured.
         recall: one entry for each task, length and depth.
         free_run: None if not measured.
+        excerpt_kl: KL at each token of `Evaluation.excerpt`, of the prediction of that token.
+        worst: the tokens of the largest KL.
+        forks: the first of the free runs that part from the reference.
     """
 
     method: str
@@ -113,6 +143,9 @@ class MethodResult:
     by_layer: tuple[LayerKL, ...] = ()
     recall: tuple[Recall, ...] = ()
     free_run: FreeRun | None = None
+    excerpt_kl: tuple[float, ...] = ()
+    worst: tuple[Surprise, ...] = ()
+    forks: tuple[Fork, ...] = ()
 
     @property
     def passkey(self) -> float | None:
@@ -125,8 +158,7 @@ class MethodResult:
         return sum(cell.correct for cell in cells) / sum(cell.asked for cell in cells) if cells else None
 
 
-@dataclass(frozen=True)
-class ModelShape:
+class ModelShape(Record, frozen=True):
     """The shape of the model's attention."""
 
     num_layers: int
@@ -135,8 +167,7 @@ class ModelShape:
     head_dim: int
 
 
-@dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Record, frozen=True):
     """One run of `sawkv eval`.
 
     Attributes:
@@ -151,7 +182,11 @@ class Evaluation:
         seconds: wall time.
         versions: of sawkv and what it ran on.
         plan: how much was to be measured; None in records of old.
+        excerpt: the last tokens of the first window, as text; empty in records of old.
+        command: what was typed; empty in records of old.
     """
+
+    written_by: ClassVar[str] = "sawkv eval"
 
     model: str
     shape: ModelShape
@@ -165,48 +200,5 @@ class Evaluation:
     seconds: float
     versions: dict[str, str]
     plan: Plan | None = None
-
-    def to_json(self) -> str:
-        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> Evaluation:
-        """The inverse of `to_json`.
-
-        Raises:
-            SawkvError: the text is not such a record.
-        """
-        return parse_record(cls, text, "sawkv eval")
-
-
-def parse_record(kind: type[R], text: str, command: str) -> R:
-    """The JSON text of a record that `command` wrote.
-
-    Raises:
-        SawkvError: the text is not such a record.
-    """
-    try:
-        record: R = from_plain(kind, json.loads(text))
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise SawkvError(f"expected a record of `{command}`, got one that does not parse: {error}") from error
-    return record
-
-
-def from_plain(kind: Any, value: Any) -> Any:
-    """`value`, as JSON gives it, as the type `kind` says: dataclasses, tuples of them, optional ones, and plain values.
-
-    Raises:
-        ValueError, TypeError, KeyError, AttributeError: it does not fit.
-    """
-    if dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        unknown = set(value) - set(hints)
-        if unknown:
-            raise ValueError(f"unknown fields {sorted(unknown)} in {getattr(kind, '__name__', kind)}")
-        return kind(**{name: from_plain(hints[name], item) for name, item in value.items()})  # type: ignore[operator]
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if origin is tuple:
-        return tuple(from_plain(arguments[0], item) for item in value)
-    if origin in (typing.Union, types.UnionType):
-        return None if value is None else from_plain(arguments[0], value)
-    return value
+    excerpt: tuple[str, ...] = ()
+    command: str = ""

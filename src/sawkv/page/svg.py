@@ -1,4 +1,8 @@
-"""Plots as SVG text: heat maps, lines, points. Colours are CSS variables of the page (report.css), so one drawing serves light and dark."""
+"""Plots as SVG text, for the pages and for the docs: heat maps, lines, points, bars.
+
+Colours are CSS variables (plots.css), so one drawing serves light, dark and print, and each mark has its value as a tooltip.
+docs/decisions/0018-pages.md says why no plotting library draws them.
+"""
 
 from __future__ import annotations
 
@@ -7,10 +11,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from html import escape
+from importlib import resources
 
 COLOURS = 6
 """Colours that lines have; later ones start again."""
 LINE_HEIGHT = 15
+LEGEND_BELOW = 600
+"""Drawings narrower than this name their lines and points below, not beside them."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +32,19 @@ class Point:
 
 @dataclass(frozen=True)
 class Line:
-    """A named line through (x, y); `dashed` for what is a level to compare with."""
+    """A named line through (x, y).
+
+    Attributes:
+        dashed: for what is a level to compare with.
+        dotted: for the lesser one of two that belong together.
+        colour: number of its colour; None is that of its place.
+    """
 
     name: str
     points: Sequence[tuple[float, float]]
     dashed: bool = False
+    dotted: bool = False
+    colour: int | None = None
 
 
 def heat_map(
@@ -43,7 +58,8 @@ def heat_map(
     low: float | None = None,
     high: float | None = None,
     log: bool = False,
-    cell_width: int | None = None,
+    width: int = 900,
+    widest: int = 58,
 ) -> str:
     """A grid of cells, darker for more.
 
@@ -55,15 +71,16 @@ def heat_map(
         column_title: under the column labels.
         low, high: ends of the colour scale; None takes those of the values.
         log: the scale is logarithmic.
-        cell_width: in pixels; None fits the number of columns.
+        width: of the drawing, in pixels, that cells have to fit.
+        widest: a cell may be.
     """
     known = [value for row in values for value in row if math.isfinite(value)]
     low = min(known, default=0.0) if low is None else low
     high = max(known, default=1.0) if high is None else high
-    width = cell_width or max(9, min(58, 900 // max(1, len(columns))))
+    left = 12 + max((len(row) for row in rows), default=0) * 7
+    width = max(3, min(widest, (width - left) // max(1, len(columns))))
     height = 26 if width >= 40 else 20
     fits = all(7.5 * len(show(value)) <= width - 4 for value in known)  # all cells have their text, or none
-    left = 12 + max((len(row) for row in rows), default=0) * 7
     parts = []
     for i, row in enumerate(values):
         y = i * height
@@ -96,9 +113,10 @@ def line_chart(
     lines: Sequence[Line], *, x_labels: Sequence[str], x_title: str, y_title: str, title: str, width: int = 900, height: int = 320
 ) -> str:
     """Lines over numbered places 0, 1, ... on a logarithmic y-axis, each named at its end."""
-    left, right, top, bottom = 62, 200, 12, 46
     lines = [replace(line, points=[(x, y) for x, y in line.points if 0 < y < math.inf]) for line in lines]
     drawn = [line for line in lines if line.points]
+    below = width < LEGEND_BELOW
+    left, right, top, bottom = 62, 14 if below else 200, 12, 46
     lowest, highest = _decades([y for line in drawn for _, y in line.points])
     step = (width - left - right) / max(1, len(x_labels) - 1)
 
@@ -106,25 +124,46 @@ def line_chart(
         return left + x * step, _on_log(y, lowest, highest, height - bottom, top)
 
     parts = _y_axis(lowest, highest, left, width - right, height - bottom, top, y_title)
-    parts += [_text(left + i * step, height - bottom + 16, label, "middle") for i, label in enumerate(x_labels)]
+    every = max(1, math.ceil(max((7 * len(label) for label in x_labels), default=0) / step)) if step else 1
+    parts += [_text(left + i * step, height - bottom + 16, label, "middle") for i, label in enumerate(x_labels) if i % every == 0]
     parts.append(_text(left + (width - left - right) / 2, height - 8, x_title, "middle", "axis"))
     ends = []
     for i, line in enumerate(drawn):
         places = [place(x, y) for x, y in line.points]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-        kind = "dashed" if line.dashed else f"c{i % COLOURS}"
+        kind = "dashed" if line.dashed else f"{'dotted ' if line.dotted else ''}c{(i if line.colour is None else line.colour) % COLOURS}"
         parts.append(f'<polyline class="line {kind}" points="{path}"/>')
+        kind = kind.removeprefix("dotted ")
         if not line.dashed:
             for (x, y), (_, value) in zip(places, line.points, strict=True):
                 parts.append(
                     f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="3"><title>{escape(line.name)}: {value:.3g}</title></circle>'
                 )
         ends.append((places[-1], line.name, kind))
+    if below:
+        parts += _legend([(name, kind) for _, name, kind in ends], left, height)
+        return _svg("chart", width, height + 4 + LEGEND_STEP * len(ends), parts, title)
     spread = _spread([y for (_, y), _, _ in ends], LINE_HEIGHT, top, height - bottom)
     for ((x, y), name, kind), at in zip(ends, spread, strict=True):
         parts.append(f'<line class="leader" x1="{x + 5:.1f}" y1="{y:.1f}" x2="{x + 14:.1f}" y2="{at:.1f}"/>')
         parts.append(_text(x + 17, at, name, "start", f"label {kind}"))
     return _svg("chart", width, height, parts, title)
+
+
+LEGEND_STEP = 19
+
+
+def _legend(entries: Sequence[tuple[str, str]], left: float, top: float) -> list[str]:
+    """Names with a dot in the colour of their class, one a line."""
+    parts = []
+    for i, (name, kind) in enumerate(entries):
+        y = top + 8 + LEGEND_STEP * i
+        if kind == "dashed":
+            parts.append(f'<line class="dashed" x1="{left - 10:.1f}" y1="{y:.1f}" x2="{left + 8:.1f}" y2="{y:.1f}"/>')
+        else:
+            parts.append(f'<circle class="{kind}" cx="{left:.1f}" cy="{y:.1f}" r="4"/>')
+        parts.append(_text(left + 14, y, name, "start", "row"))
+    return parts
 
 
 def scatter(
@@ -142,7 +181,9 @@ def scatter(
     shown = [point for point in points if 0 < point.y < math.inf]
     lowest, highest = _decades([point.y for point in shown] + ([level[1]] if level and level[1] > 0 else []))
     fewest, greatest = min((point.x for point in shown), default=4.0), max((point.x for point in shown), default=8.0)
-    least, most = math.floor(fewest - 0.3), math.ceil(greatest + 0.4 * (greatest - fewest) + 0.5)  # room for labels on the right
+    below = width < LEGEND_BELOW
+    room = 0.0 if below else 0.4 * (greatest - fewest)  # for labels on the right
+    least, most = math.floor(fewest - 0.3), math.ceil(greatest + room + 0.5)
 
     def place(x: float, y: float) -> tuple[float, float]:
         across = left + (x - least) / (most - least) * (width - left - right)
@@ -154,14 +195,15 @@ def scatter(
     if level and level[1] > 0:
         y = place(least, level[1])[1]
         parts.append(f'<polyline class="line dashed" points="{left},{y:.1f} {width - right},{y:.1f}"/>')
-        parts.append(_text(width - right, y - 8, level[0], "end", "axis"))
+        parts.append(_text(width - right, y - 8, level[0], "end", "axis label"))
     corners: list[str] = []
     for before, point in zip([None, *frontier(shown)], frontier(shown), strict=False):
         x, y = place(point.x, point.y)
         corners += [f"{x:.1f},{place(before.x, before.y)[1]:.1f}"] if before else []
         corners.append(f"{x:.1f},{y:.1f}")
     parts.append(f'<polyline class="frontier" points="{" ".join(corners)}"/>')
-    for _, group in itertools.groupby(sorted(shown, key=lambda point: (point.x, point.y)), key=lambda point: round(2 * point.x)):
+    numbered = sorted(shown, key=lambda point: (point.x, point.y))
+    for _, group in itertools.groupby(numbered, key=lambda point: round(2 * point.x)):
         members = sorted(group, key=lambda point: -point.y)
         places = [place(point.x, point.y) for point in members]
         column = max(x for x, _ in places) + 22
@@ -169,7 +211,13 @@ def scatter(
             kind, tip = "strong" if point.strong else "weak", escape(f"{point.name}: {point.x:g}, {point.y:.3g}")
             parts.append(f'<line class="leader" x1="{x + 5:.1f}" y1="{y:.1f}" x2="{column - 3:.1f}" y2="{at:.1f}"/>')
             parts.append(f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="5"><title>{tip}</title></circle>')
-            parts.append(_text(column, at, point.name, "start", f"label {kind}"))
+            name = _letter(numbered.index(point)) if below else point.name
+            parts.append(_text(column, at, name, "start", f"label {kind}"))
+    if below:
+        parts += _legend(
+            [(f"{_letter(i)}: {point.name}", "strong" if point.strong else "weak") for i, point in enumerate(numbered)], left, height
+        )
+        return _svg("chart", width, height + 4 + LEGEND_STEP * len(numbered), parts, title)
     return _svg("chart", width, height, parts, title)
 
 
@@ -182,9 +230,97 @@ def frontier(points: Sequence[Point]) -> list[Point]:
     return kept
 
 
-def bar(share: float) -> str:
-    """A small bar for a table cell, 0 to 1 of its width."""
-    return f'<span class="bar" style="--share:{100 * min(1.0, max(0.0, share)):.0f}%"></span>'
+def _letter(number: int) -> str:
+    return chr(ord("a") + number % 26) + (str(number // 26) if number >= 26 else "")
+
+
+def bars(
+    groups: Sequence[tuple[str, Sequence[float]]], names: Sequence[str], *, show: Callable[[float], str], title: str, width: int = 900
+) -> str:
+    """Horizontal bars from 0, in groups, with a line at 1: ratios to something.
+
+    Args:
+        groups: a name and a value for each of `names`; NaN is a bar that is not there.
+        names: of the bars of each group.
+        show: a value as text, at the bar's end.
+        title: above the drawing.
+        width: in pixels.
+    """
+    left, right, thick = 12 + max((len(name) for name, _ in groups), default=0) * 7, 56, 13
+    greatest = max((value for _, values in groups for value in values if math.isfinite(value)), default=1.0)
+    scale = (width - left - right) / max(greatest, 1.0)
+    parts, y = [_text(left, 10, title, "start", "title")], 30.0
+    x = left
+    for i, name in enumerate(names):
+        parts.append(f'<rect class="c{i % COLOURS}" x="{x:.1f}" y="{y - 6:.1f}" width="12" height="12" rx="2"/>')
+        parts.append(_text(x + 17, y, name, "start", "row"))
+        x += 34 + 7 * len(name)
+    y, first = y + 20, y + 14
+    for name, values in groups:
+        parts.append(_text(left - 8, y + thick * len(values) / 2, name, "end", "row"))
+        for i, value in enumerate(values):
+            if math.isfinite(value):
+                tip = escape(f"{name}, {names[i]}: {show(value)}")
+                parts.append(
+                    f'<rect class="c{i % COLOURS}" x="{left}" y="{y:.1f}" width="{value * scale:.1f}" height="{thick - 2}" rx="2">'
+                    f"<title>{tip}</title></rect>"
+                )
+                parts.append(_text(left + value * scale + 5, y + thick / 2 - 1, show(value), "start"))
+            y += thick
+        y += 10
+    parts.append(f'<line class="dashed" x1="{left + scale:.1f}" y1="{first:.1f}" x2="{left + scale:.1f}" y2="{y - 6:.1f}"/>')
+    return _svg("chart", width, y, parts, title)
+
+
+def cloud(
+    series: Sequence[tuple[str, Sequence[tuple[float, float]]]],
+    *,
+    level: tuple[str, float],
+    x_title: str,
+    y_title: str,
+    title: str,
+    width: int = 900,
+    height: int = 420,
+) -> str:
+    """Points of named series over a logarithmic x-axis, from 0 to a little above `level`, a named dashed line."""
+    left, right, top, bottom = 76, 20, 52, 46
+    xs = [x for _, points in series for x, _ in points]
+    low, high = _decades(xs)
+    most = 1.15 * max([level[1], *(y for _, points in series for _, y in points)])
+
+    def place(x: float, y: float) -> tuple[float, float]:
+        across = left + (math.log(x) - math.log(low)) / (math.log(high) - math.log(low)) * (width - left - right)
+        return across, height - bottom - y / most * (height - bottom - top)
+
+    parts = [_text(left, 10, title, "start", "title")]
+    unit = 10 ** math.floor(math.log10(most / 2))
+    for tick in range(0, math.floor(most / unit) + 1, max(1, round(most / unit / 6))):
+        y = place(low, tick * unit)[1]
+        parts.append(f'<line class="grid" x1="{left}" y1="{y:.1f}" x2="{width - right}" y2="{y:.1f}"/>')
+        parts.append(_text(left - 7, y, f"{tick * unit:,.0f}", "end"))
+    for exponent in range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1):
+        parts.append(_text(place(10.0**exponent, 0)[0], height - bottom + 16, f"{10.0**exponent:,g}", "middle"))
+    parts.append(_text(left + (width - left - right) / 2, height - 8, x_title, "middle", "axis"))
+    parts.append(_upright(14, (top + height - bottom) / 2, y_title))
+    y = place(low, level[1])[1]
+    parts.append(f'<line class="dashed" x1="{left}" y1="{y:.1f}" x2="{width - right}" y2="{y:.1f}"/>')
+    parts.append(_text(width - right, y - 9, level[0], "end", "axis"))
+    x = float(left)
+    for i, (name, points) in enumerate(series):
+        parts.append(f'<circle class="c{i % COLOURS}" cx="{x + 5:.1f}" cy="32" r="4"/>')
+        parts.append(_text(x + 14, 32, name, "start", "row"))
+        x += 32 + 7 * len(name)
+        for point in points:
+            px, py = place(*point)
+            tip = escape(f"{name}: {point[0]:,.3g}, {point[1]:,.0f}")
+            parts.append(f'<circle class="c{i % COLOURS}" cx="{px:.1f}" cy="{py:.1f}" r="4"><title>{tip}</title></circle>')
+    return _svg("chart", width, height, parts, title)
+
+
+def standalone(drawing: str) -> str:
+    """The drawing as a file of its own, with its colours for light and dark on a transparent ground."""
+    style = resources.files("sawkv.page").joinpath("plots.css").read_text(encoding="utf-8")
+    return drawing.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(">", f"><style>\n{style}</style>", 1) + "\n"
 
 
 def _svg(kind: str, width: float, height: float, parts: Sequence[str], title: str) -> str:
@@ -216,6 +352,17 @@ def _decades(values: Sequence[float]) -> tuple[float, float]:
     )
 
 
+def log_scale(values: Sequence[float]) -> tuple[float, float]:
+    """Ends of a logarithmic scale around the positive values: powers of ten."""
+    low, high = _decades(values)
+    return 10.0 ** math.floor(math.log10(low)), 10.0 ** math.ceil(math.log10(high))
+
+
+def on_scale(value: float, scale: tuple[float, float]) -> float:
+    """Place of a value on such a scale, 0 to 1."""
+    return _share(value, *scale, log=True)
+
+
 def _on_log(y: float, low: float, high: float, bottom: float, top: float) -> float:
     return bottom - (math.log(max(y, low)) - math.log(low)) / (math.log(high) - math.log(low)) * (bottom - top)
 
@@ -231,10 +378,13 @@ def _y_axis(low: float, high: float, left: float, right: float, bottom: float, t
             parts.append(f'<line class="grid" x1="{left:.1f}" y1="{y:.1f}" x2="{right:.1f}" y2="{y:.1f}"/>')
             parts.append(_text(left - 7, y, f"{value:.12f}".rstrip("0").rstrip(".") if value >= 1e-6 else f"{value:g}", "end"))
     middle = (top + bottom) / 2
-    parts.append(
-        f'<text class="axis" x="12" y="{middle:.1f}" text-anchor="middle" transform="rotate(-90 12 {middle:.1f})">{escape(title)}</text>'
-    )
+    parts.append(_upright(12, middle, title))
     return parts
+
+
+def _upright(x: float, y: float, text: str) -> str:
+    """The title of a y-axis."""
+    return f'<text class="axis" x="{x}" y="{y:.1f}" text-anchor="middle" transform="rotate(-90 {x} {y:.1f})">{escape(text)}</text>'
 
 
 def _spread(wanted: Sequence[float], gap: float, top: float, bottom: float) -> list[float]:
