@@ -123,7 +123,10 @@ def serving(
     """
     port = free_port()
     command = [*command, "--host", "127.0.0.1", "--port", str(port)]
-    with log.open("wb") as sink, running(command, STOP_TIMEOUT, stdout=sink, stderr=subprocess.STDOUT, env=env) as server:
+    with (
+        log.open("wb") as sink,
+        running(command, STOP_TIMEOUT, stdout=sink, stderr=subprocess.STDOUT, env=env, start_new_session=True) as server,
+    ):
         client = Client(port, log)
         _wait(client, server, say)
         yield client

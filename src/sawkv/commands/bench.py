@@ -1,0 +1,57 @@
+"""`sawkv bench`: caches under load, on the machine at hand."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from sawkv.bench.records import FP8, SIXTEEN_BITS, Setting
+from sawkv.commands import options
+
+SUMMARY = "throughput and latency in 16 bits, fp8 and a cache format, here; options not listed go to vLLM"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    defaults = Setting("")
+    options.add_served_model(parser, "; before all options of vLLM")
+    options.add_formats(parser, f"{SIXTEEN_BITS},{FP8},int4", f"{SIXTEEN_BITS},{FP8},int4; the first is what others are compared with")
+    options.add_out(parser, "record, JSON,", default=Path("bench.json"))
+    for name, default, help_text in (
+        ("input", defaults.input_tokens, "tokens of a prompt"),
+        ("output", defaults.output_tokens, "tokens of an answer"),
+        ("prefix", defaults.prefix_tokens, "tokens of the prompt that requests share in one of the loads; 0 leaves it out"),
+        ("requests", defaults.requests, "requests of each load"),
+    ):
+        kind = options.count if name == "prefix" else options.positive
+        parser.add_argument(f"--{name}", type=kind, default=default, metavar="COUNT", help=f"{help_text} (default: %(default)s)")
+    parser.add_argument(
+        "--rates",
+        type=rates,
+        default=(),
+        metavar="RATES",
+        help="requests per second, separated by commas (default: found from the first load)",
+    )
+    for name, limit, help_text in (
+        ("ttft", defaults.ttft_ms, "time to first token within which a request counts as goodput"),
+        ("tpot", defaults.tpot_ms, "time per token after it, likewise"),
+    ):
+        parser.add_argument(f"--{name}", type=float, default=limit, metavar="MS", help=f"{help_text} (default: %(default)g)")
+    options.add_resume(parser)
+    parser.set_defaults(engine_options=())
+
+
+def rates(text: str) -> tuple[float, ...]:
+    """Numbers separated by commas."""
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected numbers separated by commas, got {text!r}") from None
+
+
+def run(args: argparse.Namespace) -> int:
+    from sawkv.bench.run import run_bench
+
+    setting = Setting(
+        args.model, args.input, args.output, args.prefix, args.requests, args.rates, args.ttft, args.tpot, tuple(args.engine_options)
+    )
+    return run_bench(setting, args.formats, args.out, resume=args.resume, command=args.typed)
