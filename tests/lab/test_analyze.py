@@ -16,7 +16,7 @@ from sawkv.lab.analyze import recommend
 from sawkv.lab.methods import Method, find_method
 from sawkv.prepare.model import EvalModel, collect_samples
 from sawkv.prepare.samples import LayerStates, Sample
-from tests.test_calibrate import make_model, windows
+from tests.test_prepare_command import make_model, windows
 
 
 class Scaled:

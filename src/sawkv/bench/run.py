@@ -120,12 +120,13 @@ def measure(
                 )
                 if cache not in (SIXTEEN_BITS, FP8) and not served.notice:
                     raise UnsupportedError("vLLM's log: expected sawkv's line, got none: vLLM runs with a cache of its own")
-                for bench in _measure_cache(bench, served, client, generator, tell):
+                for found in _measure_cache(bench, served, client, generator, tell):
+                    bench = found
                     keep(bench)
         except UnsupportedError as error:
             tell(f"not measured: {error}")
-            found = bench.of(cache) or Served(cache)
-            bench = _with(bench, replace(found, problem=str(error)))
+            kept = bench.of(cache) or Served(cache)
+            bench = _with(bench, replace(kept, problem=str(error)))
             keep(bench)
     return bench
 
