@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar, Self
 
 import msgspec
 
 from sawkv.errors import SawkvError
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
 
 
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
