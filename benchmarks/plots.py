@@ -104,7 +104,7 @@ def read_records(path: Path) -> list[Record]:
 
 def serving_table(records: Iterable[Record]) -> str:
     """A table for each device and model."""
-    latest = {(r["device"], r.get("model", ""), _load_name(r), r["format"]): r for r in records}
+    latest = {(r["device"], r.get("model", ""), load_name(r), r["format"]): r for r in records}
     return _tables(latest, "load", SERVING_COLUMNS, lambda device, model: f"{model} on {device}")
 
 
@@ -147,7 +147,7 @@ def append_gather_table(records: Iterable[Record]) -> str:
 
 def plot_serving(records: Iterable[Record], path: Path) -> None:
     """Output tok/s of each format over that of `bf16`, for the loads of the last-named device that have both."""
-    device, found = list(_by_device(records, lambda r: (_load_name(r), r["format"])).items())[-1]
+    device, found = list(_by_device(records, lambda r: (load_name(r), r["format"])).items())[-1]
     bases = {load: r["output_tok_s"] for (load, name), r in found.items() if name == "bf16"}
     formats = [name for name in dict.fromkeys(name for _, name in found) if name != "bf16"]
     with _figure(path) as axes:
@@ -281,7 +281,8 @@ def _shape_name(shape: str) -> str:
     return shape.replace("x", " x ", 1) if shape[0].isdigit() and "x" in shape.split(" ")[0] else shape
 
 
-def _load_name(record: Record) -> str:
+def load_name(record: Record) -> str:
+    """INPUT/OUTPUT x REQUESTS, or PREFIX+NEW/OUTPUT x REQUESTS."""
     prefix = record.get("shared_prefix", 0)
     inp = f"{prefix}+{record['inp'] - prefix}" if prefix else f"{record['inp']}"
     return f"{inp}/{record['out']} x {record['requests']}"

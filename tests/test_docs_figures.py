@@ -1,0 +1,88 @@
+"""Figures in the documentation: tables are those of the records, and prose repeats no measured ratio that no table holds."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks import accuracy_tables, docs_tables, fidelity_tables
+from benchmarks.plots import RESULTS, read_records
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ["README.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md")))]
+RATIO = re.compile(r"(?<![\w.^*])\d+\.\d+x(?!\w)")
+"""A speed-up or a saving, such as 2.13x."""
+
+
+def prose_and_tables(page: str) -> tuple[str, str]:
+    """A page's text outside of tables and code, and its tables."""
+    text = re.sub(r"^```.*?^```", "", page, flags=re.M | re.S)
+    lines = text.splitlines()
+    return "\n".join(line for line in lines if not line.startswith("|")), "\n".join(line for line in lines if line.startswith("|"))
+
+
+def unfounded(prose: str, tables: str) -> list[str]:
+    """Ratios of the prose that stand in none of the tables."""
+    held = set(RATIO.findall(tables))
+    return [ratio for ratio in RATIO.findall(prose) if ratio not in held]
+
+
+@pytest.mark.parametrize("page", docs_tables.PAGES)
+def test_marked_tables_are_those_of_the_records(page: str) -> None:
+    text = (ROOT / page).read_text()
+    assert docs_tables.MARKED.search(text), "the page has lost its marks"
+    assert text == docs_tables.filled(text), "run python -m benchmarks.docs_tables"
+
+
+def test_a_changed_figure_is_noticed() -> None:
+    """The control."""
+    text = (ROOT / "README.md").read_text()
+    assert "2.13x" in text
+    changed = text.replace("2.13x", "2.31x")
+    assert docs_tables.filled(changed) != changed
+
+
+def test_accuracy_tables_are_those_of_the_records() -> None:
+    page = (ROOT / "docs/accuracy.md").read_text()
+    recall = fidelity_tables.read(RESULTS / "real_recall.jsonl")
+    assert fidelity_tables.tables(fidelity_tables.read(RESULTS / "real_models.jsonl"), recall) in page
+    records = read_records(RESULTS / "accuracy.jsonl")
+    cells = sorted({(r["model"], r["stress"]) for r in records}, key=lambda c: (accuracy_tables.MODELS.index(c[0]), c[1]))
+    by_cell = {cell: {r["method"]: r for r in records if (r["model"], r["stress"]) == cell} for cell in cells}
+    for table in (accuracy_tables.kl_table, accuracy_tables.peer_table, accuracy_tables.worst_table):
+        assert table(by_cell) in page
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_prose_repeats_only_ratios_that_a_table_holds(page: str) -> None:
+    prose, _ = prose_and_tables((ROOT / page).read_text())
+    tables = "\n".join(prose_and_tables((ROOT / other).read_text())[1] for other in PAGES)
+    assert unfounded(prose, tables) == [], "a measured ratio needs a table of docs/results behind it"
+
+
+def test_an_invented_ratio_is_noticed() -> None:
+    """The control."""
+    assert unfounded("serves 2.13x and 9.87x of it, at 4.25 bits", "| a | 1,255 (2.13x) |") == ["9.87x"]
+
+
+def test_claims_of_the_accuracy_page_follow_from_the_records() -> None:
+    served = {
+        (r["model"].split("-")[0].split(" ")[0], r["text"], r["method"]): r
+        for r in read_records(RESULTS / "real_models.jsonl")
+        if r["through"] == "server"
+    }
+
+    def ratio(model: str, text: str, peer: str) -> float:
+        return float(served[model, text, "served"]["mean_kl"]) / float(served[model, text, peer]["mean_kl"])
+
+    for text in ("prose", "python"):
+        assert ratio("Qwen2.5", text, "fp8") < 1  # less than fp8 on the model with biased keys
+        assert 1 < ratio("SmolLM2", text, "fp8") <= 1.75  # more on the others, up to 1.7 times
+        assert 1 < ratio("Gemma", text, "fp8") <= 1.75
+        assert ratio("SmolLM2", text, "vllm_int4_per_token_head") == pytest.approx(1 / 3, abs=0.02)
+        assert ratio("Qwen2.5", text, "vllm_int4_per_token_head") < 0.015
+    ours = [r for (_, _, method), r in served.items() if method == "served"]
+    assert len(ours) == 6
+    assert all(r["ppl"] <= 1.03 * r["ppl_16bit"] for r in ours)
