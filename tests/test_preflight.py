@@ -29,7 +29,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     def start(command: list[str], **options: Any) -> Any:
         found.append((command, options["env"]))
-        return SimpleNamespace(wait=lambda *_: 0, terminate=lambda: None)
+        return SimpleNamespace(poll=lambda: 0, wait=lambda *_: 0, terminate=lambda: None)
 
     monkeypatch.setattr(server, "subprocess", SimpleNamespace(Popen=start))
     monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: SimpleNamespace(submodule_search_locations=[]))
@@ -75,6 +75,10 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--kv-transfer-config", '{"kv_connector": "X"}'], "--kv-transfer-config"),
         (["--decode-context-parallel-size", "2"], "--decode-context-parallel-size 2"),
         (["--block-size", "24"], "--block-size: expected a multiple of 16, got 24"),
+        (["--prepare-cache", "/proc/none/x"], "--prepare-cache: expected a folder that can be written to, got /proc/none/x"),
+        (["--tensor-parallel-size", "3"], "--tensor-parallel-size: expected a divisor of the model's 4 attention heads, got 3"),
+        (["--gpu-memory-utilization", "2"], "--gpu-memory-utilization: expected a share above 0 and up to 1, got 2"),
+        (["--gpu-memory-utilization=nan"], "--gpu-memory-utilization: expected a share above 0 and up to 1, got nan"),
         (["--port", "99999"], "--port: expected a number from 0 to 65535, got '99999'"),
         (["--port", "http"], "got 'http'"),
         (["--speculative-config", "{"], "--speculative-config: expected a JSON object, got '{'"),

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
 import socket
+import tempfile
 from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
@@ -158,6 +160,22 @@ def environment() -> dict[str, str]:
     return os.environ | {"VLLM_PLUGINS": ",".join([*filter(None, allowed.split(",")), PLUGIN])}
 
 
+def check_prepare_cache(folder: str | None) -> None:
+    """Make the folder of --prepare-cache, and refuse one that cannot keep what is prepared.
+
+    Raises:
+        SawkvError: it cannot be made or written to.
+    """
+    if folder is None:
+        return
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except (OSError, ValueError) as error:  # ValueError: a null byte
+        raise SawkvError(f"--prepare-cache: expected a folder that can be written to, got {folder}: {reason(error)}") from error
+
+
 def check_address(options: Options) -> None:
     """Refuse an address on which no server can listen.
 
@@ -199,6 +217,10 @@ def _of_options(options: Options, on_gpu: bool) -> list[str]:
             found.append(f"{name} {options.get(name)}")
     if options.whole("--block-size", PAGE_SIZE_MULTIPLE) % PAGE_SIZE_MULTIPLE:
         found.append(f"--block-size: expected a multiple of {PAGE_SIZE_MULTIPLE}, got {options.get('--block-size')}")
+    share = options.get("--gpu-memory-utilization")
+    with contextlib.suppress(TypeError, ValueError):
+        if share is not None and not 0 < float(share) <= 1:
+            found.append(f"--gpu-memory-utilization: expected a share above 0 and up to 1, got {share}")
     if on_gpu and options.get("--dtype") in ("float32", "float"):
         found.append("--dtype: expected bfloat16 or float16 on a GPU, got float32")
     return found
@@ -218,6 +240,9 @@ def _of_model(config: Mapping[str, Any], cache_format: CacheFormat, options: Opt
         found.append("ALiBi")
     if _sees_images_both_ways(config) and not options.has("--language-model-only"):
         found.append(refusals.BIDIRECTIONAL)
+    heads, ranks = text.get("num_attention_heads"), options.whole("--tensor-parallel-size", 1)
+    if isinstance(heads, int) and ranks > 1 and heads % ranks:
+        found.append(f"--tensor-parallel-size: expected a divisor of the model's {heads} attention heads, got {ranks}")
     if options.has("--kv-sharing-fast-prefill") and text.get("num_kv_shared_layers"):
         found.append("--kv-sharing-fast-prefill")
     return found

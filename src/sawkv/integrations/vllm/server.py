@@ -71,6 +71,7 @@ def serve(
         format_name = "int4" if calibration is None else str(Calibration.load(calibration).format)
     cache_format, on_gpu = CacheFormat.parse(format_name), bool(torch.cuda.device_count())
     known = preflight.Options(options)
+    preflight.check_prepare_cache(prepare_cache)
     checkpoint = preflight.check(model, cache_format, known, calibration, on_gpu=on_gpu)
     options = with_drafts_backend(options) if on_gpu else options
     plain_chat = greeting.lacks_chat_template(checkpoint, known)
