@@ -22,7 +22,7 @@ def text(bench: Bench) -> str:
         f"{setting.requests} requests of {setting.input_tokens:,} tokens in and {setting.output_tokens:,} out; times in ms",
         f"good: first token within {setting.ttft_ms:g} ms, and {setting.tpot_ms:g} ms per token after it",
         "",
-        f"{'':16}{'KV tokens':>12}{'':>7}{'predicted':>12}{'measured less':>16}",
+        f"{'':16}{'KV tokens':>12}{'':>7}{'predicted':>12}{'difference':>16}",
     ]
     for served in _served(bench):
         predicted, off = _predicted(served)
@@ -156,7 +156,7 @@ def _facts(bench: Bench) -> list[tuple[str, str]]:
 
 
 def _capacity(bench: Bench) -> Table:
-    columns = [Column("cache"), Column("tokens held, measured"), Column("of first"), Column("predicted"), Column("measured less")]
+    columns = [Column("cache"), Column("tokens held, measured"), Column("of first"), Column("predicted"), Column("difference")]
     rows = []
     for served in _served(bench):
         predicted, off = _predicted(served)
