@@ -195,7 +195,7 @@ def _metrics() -> dict[str, prometheus_client.Counter]:
     }
     metrics = {name: prometheus_client.Counter(f"sawkv_{name}", text, ["kind"]) for name, text in helps.items()}
     metrics["tokens"] = prometheus_client.Counter("sawkv_tokens", "Tokens appended to the cache, recomputed ones included.", ["rank"])
-    metrics["saved_bytes"] = prometheus_client.Counter("sawkv_saved_bytes", "Bytes that these rows would have taken more in 16 bits.")
+    metrics["saved_bytes"] = prometheus_client.Counter("sawkv_saved_bytes", "Bytes saved by these rows, compared with a 16-bit cache.")
     return metrics
 
 
