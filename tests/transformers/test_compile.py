@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from typing import Any
 
 import pytest
@@ -77,6 +78,23 @@ def test_new_caches_compile_once_more_in_all() -> None:
         got = generate(model, static(model), ids, compile_config=compiled_by(compiler))
         assert torch.equal(got.sequences, want.sequences)
     assert len(graphs) == 2
+
+
+@pytest.mark.parametrize("is_alive", [True, False])
+def test_a_pickled_cache_is_one_of_its_own(is_alive: bool) -> None:
+    """In the process that holds the original, and in others, whose caches have numbers of their own."""
+    ids, model = prompt(1), make_model("llama")
+    want = generate(model, SawCache(model.config), ids)
+    cache = static(model)
+    with torch.no_grad():
+        model(ids[:, :-1], **using(cache))
+    pickled, before = pickle.dumps(cache), int(cache.get_seq_length())
+    if not is_alive:
+        del cache
+    other = pickle.loads(pickled)  # noqa: S301  # its own
+    got = generate(model, other, ids, compile_config=compiled_by("eager"))
+    assert torch.equal(got.sequences, want.sequences)
+    assert not is_alive or int(cache.get_seq_length()) == before
 
 
 def test_a_compiled_step_checks_its_mask_and_room() -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from sawkv import FormatError, LayoutError, UnsupportedError
 from sawkv.integrations.transformers import SawCache
-from sawkv.integrations.transformers.pages import CROP_MARGIN
+from sawkv.integrations.transformers.pages import CROP_MARGIN, Paging
 from tests.transformers.models import SMALL, make_model, plain_attention, using
 
 LOSSLESS = "fp32-k16-v16"
@@ -541,3 +543,171 @@ def test_quantized_layers_show_quantized_numbers() -> None:
         want, _ = held.update(k, k, layer)
     assert torch.equal(held.layers[3].keys, want)
     assert not torch.equal(held.layers[3].keys, k)
+
+
+def test_gradients_of_sinks_alone_are_refused() -> None:
+    """All else is frozen, so that Q, K and V of the last layer never require one; its attention reads pages."""
+    model = make_model("gpt_oss").requires_grad_(False)
+    model.model.layers[-1].self_attn.sinks.requires_grad_()
+    for tokens in (4, 12):
+        with pytest.raises(UnsupportedError, match="no gradients flow"):
+            model(ids(2, tokens), **using(saw(model)))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # PyTorch's own formulas use it
+@pytest.mark.parametrize("attention", ["sawkv", "eager"])
+def test_differentiation_by_transforms_is_refused(attention: str) -> None:
+    """Forward-mode tangents, torch.func and vmap, also without autograd."""
+    model, x = make_model("llama", attention), ids(2, 4)
+    embedded = model.get_input_embeddings()(x).detach()
+    weights = dict(model.named_parameters())
+
+    def run(inputs: torch.Tensor, held: Any) -> torch.Tensor:
+        out: torch.Tensor = model(inputs_embeds=inputs, **using(held)).logits
+        return out
+
+    held = saw(model)
+    with torch.no_grad():
+        with forward_ad.dual_level(), pytest.raises(UnsupportedError, match="got those of forward-mode differentiation"):
+            run(forward_ad.make_dual(embedded, torch.ones_like(embedded)), held)
+        with pytest.raises(UnsupportedError, match="expected K and V with data, got Tensor"):
+            torch.func.vmap(lambda inputs: run(inputs, held))(embedded[None])
+    with pytest.raises(UnsupportedError, match="no gradients flow"):
+        torch.func.grad(lambda p: torch.func.functional_call(model, p, (x,), using(held)).logits.sum())(weights)
+    assert_close(logits(model, x, held), logits(make_model("llama", "sdpa"), x, None))
+
+
+@pytest.mark.parametrize("attention", ["sawkv", "sdpa"])
+@pytest.mark.parametrize("cache", KINDS)
+def test_a_first_allocation_that_fails(cache: str, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same call may be made again, when there is room."""
+    model, x = make_model("llama", attention), ids()
+    held = saw(model, **KINDS[cache])
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patched:
+        patched.setattr("sawkv.integrations.transformers.cache.PagedKVCache.allocate", fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            logits(model, x, held)
+    assert_close(logits(model, x, held), logits(model, x, None))
+
+
+@pytest.mark.parametrize("cache", KINDS)
+@pytest.mark.parametrize(("where", "what"), [("_find_padding", "begin"), ("advance", "begin"), ("crop", "a crop")])
+def test_a_change_of_lengths_that_stops_half_way(where: str, what: str, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C can come anywhere. Tables that do not fit the pages would have kernels write past them."""
+    model, x = make_model("llama"), ids()
+    held = saw(model, **KINDS[cache])
+    if where != "_find_padding":
+        logits(model, x, held)
+    before = getattr(Paging, where)
+
+    def stop(self: Paging, *args: Any) -> None:
+        before(self, *args)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Paging, where, stop)
+        with pytest.raises(KeyboardInterrupt):
+            held.crop(-3) if where == "crop" else logits(model, x, held)
+    for use in (lambda: logits(model, x, held), lambda: held.crop(-1), lambda: held.batch_repeat_interleave(2)):
+        with pytest.raises(LayoutError, match=rf"{what}.* stopped half way.*reset"):
+            use()
+    held.reset()
+    assert_close(logits(model, x, held), logits(model, x, None))
+
+
+@pytest.mark.parametrize("cache", KINDS)
+def test_batch_changes_in_one_mode_and_another(cache: str) -> None:
+    """What inference mode makes cannot be written outside of it."""
+    model, x = make_model("llama"), ids(4)
+    held = saw(model, **KINDS[cache])
+    with torch.inference_mode():
+        logits(model, x, held)
+        held.batch_repeat_interleave(2)
+    for index in ([1, 0, 3, 2, 5, 4, 7, 6], [0, 2, 4]):
+        held.reorder_cache(torch.tensor(index))
+    picked = x.repeat_interleave(2, 0)[[1, 3, 5]]
+    assert_close(logits(model, picked, held), logits(model, picked.repeat(1, 2), None)[:, 12:])
+
+
+def test_indices_of_other_types() -> None:
+    model, x = make_model("llama"), ids()
+    held = saw(model)
+    logits(model, x, held)
+    for wrong in (torch.tensor([0.0, 1.0]), torch.tensor([[0, 1]]), torch.tensor(0)):
+        with pytest.raises(LayoutError, match="expected a vector of indices"):
+            held.reorder_cache(wrong)
+    with pytest.raises(TypeError, match="float"):
+        held.crop(1.5)  # type: ignore[arg-type]
+    held.batch_select_indices([1, 0])  # type: ignore[arg-type]  # as DynamicCache
+    held.reorder_cache(torch.tensor([1, 0], dtype=torch.uint8))
+    assert_close(logits(model, x, held), logits(model, torch.cat([x, x], 1), None)[:, 12:])
+
+
+@pytest.mark.parametrize("other", [None, "models/none", {}])
+def test_what_is_no_model_is_named(other: Any) -> None:
+    with pytest.raises(UnsupportedError, match="expected a model of Transformers or its config, got"):
+        SawCache(other)
+
+
+# Any order of calls
+
+
+@pytest.mark.parametrize("cache", KINDS)
+@pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "gpt_oss"])
+def test_any_order_of_calls(kind: str, cache: str) -> None:
+    """Passes with padding and holes, deaths, crops, changes of the batch, copies and changes of mode, against no cache at all."""
+    changes = {"num_experts_per_tok": 4} if kind == "gpt_oss" else {}  # no expert is chosen by rounding
+    plain = make_model(kind, plain_attention(kind), **changes)
+    for _ in range(4):
+        model = make_model(kind, random.choice(["sawkv", "eager"]), **changes)
+        held, tokens, mask = saw(model, **KINDS[cache]), torch.zeros(2, 0, dtype=torch.long), torch.zeros(2, 0, dtype=torch.long)
+        said = []
+        for _ in range(12):
+            operation = random.choice(["pass"] * 4 + ["die", "crop", "batch", "copy", "record"]) if tokens.numel() else "pass"
+            mode = random.choice([torch.no_grad, torch.inference_mode])
+            said.append(f"{operation} {mode.__name__}")
+            if operation in ("pass", "die"):
+                new = ids(len(tokens), random.choice([1, 1, 2, 7, 9, 25]))
+                shown = torch.ones_like(new)
+                if not tokens.numel():
+                    shown[0, : random.randrange(new.shape[1])] = 0
+                elif random.random() < 0.2:
+                    shown[-1, : random.randrange(new.shape[1])] = 0
+                longer, seen = torch.cat([tokens, new], 1), torch.cat([mask, shown], 1)
+                places = (seen.cumsum(-1) - 1).clamp(min=0)
+                given = {"attention_mask": seen, "position_ids": places[:, -new.shape[1] :]}
+                if operation == "die":
+                    hook = die_in(model, random.randrange(4))
+                    with mode(), pytest.raises(Died):
+                        model(new, **using(held), **given)
+                    hook.remove()
+                    held.crop(-new.shape[1])
+                    continue
+                with mode():
+                    got = model(new, **using(held), **given).logits
+                want = logits(plain, longer, None, attention_mask=seen, position_ids=places)[:, -new.shape[1] :]
+                torch.testing.assert_close(got[shown.bool()], want[shown.bool()], atol=2e-3, rtol=2e-3)
+                tokens, mask = longer, seen
+            elif operation == "crop":
+                removed = random.choice([1, 4, tokens.shape[1], random.randrange(tokens.shape[1] + 3)])
+                try:
+                    held.crop(-removed)
+                except LayoutError:  # a window has let go of what would be seen again
+                    assert kind != "llama", said
+                    continue
+                kept = max(0, tokens.shape[1] - removed)
+                tokens, mask = tokens[:, :kept], mask[:, :kept]
+            elif operation == "batch":
+                index = torch.randint(0, len(tokens), (random.randint(1, 3),))
+                with mode():
+                    held.batch_select_indices(index)
+                tokens, mask = tokens[index], mask[index]
+            elif operation == "copy":
+                held = copy.deepcopy(held)
+            else:
+                held.layers[0].activate_past_recording()
+            assert {int(held.get_seq_length(i)) for i in range(4)} == {tokens.shape[1]}, said

@@ -58,7 +58,7 @@ def saw_attention(
         if not torch.compiler.is_compiling():
             note(module, query, key, value, scale)
         return attend_tensors(module, query, key, value, attention_mask, scale, dropout, softcap, s_aux, kwargs), None
-    refuse_gradients(query, key.key, key.value)
+    refuse_gradients(query, key.key, key.value, s_aux)
     if not kwargs.get("is_causal", getattr(module, "is_causal", True)) or kwargs.get("position_bias") is not None:
         raise UnsupportedError(f"sawkv: expected causal attention without position bias, got {type(module).__name__}")
     if not torch.compiler.is_compiling():

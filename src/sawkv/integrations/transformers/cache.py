@@ -5,13 +5,15 @@ from __future__ import annotations
 import copy
 import itertools
 import logging
+import operator
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
+from torch.autograd import forward_ad
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
@@ -110,7 +112,8 @@ class SawCache(Cache):
         model = find_model(config) if isinstance(config, torch.nn.Module) else None
         if model is not None:
             config = model.config
-        assert isinstance(config, PretrainedConfig)
+        if not isinstance(config, PretrainedConfig):
+            raise UnsupportedError(f"SawCache: expected a model of Transformers or its config, got {type(config).__name__}")
         decoder = config.get_text_config(decoder=True)
         windows = layer_windows(config)
         cache_format = CacheFormat.parse(format) if isinstance(format, str) else format
@@ -132,6 +135,11 @@ class SawCache(Cache):
     def _register(self) -> None:
         self.handle = next(_handles)
         CACHES[self.handle] = self
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Of a pickle: a cache of its own, for graphs too, here and in other processes."""
+        vars(self).update(state)
+        self._register()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SawCache:
         """A cache with the same tokens, as for a prompt that many conversations begin with. The model's config stays shared."""
@@ -203,15 +211,17 @@ class SawCache(Cache):
             LayoutError: a sliding window has dropped tokens that would be in it again, or the last pass is not in all layers and more
                 than these tokens. Nothing has changed then.
         """
+        tokens_to_remove = operator.index(tokens_to_remove)
         pagings = self.settings.pagings.values()
         held = max((paging.length for paging in pagings), default=0)
         length = max(0, held + tokens_to_remove) if tokens_to_remove <= 0 else min(held, tokens_to_remove)
         self.settings.passes.check_whole(held - length)
         for paging in pagings:
             paging.check_crop(length)
-        for paging in pagings:
-            paging.crop(length)
-        self.settings.passes.take_back(is_empty=length == 0)
+        with self.settings.passes.changing("a crop"):
+            for paging in pagings:
+                paging.crop(length)
+            self.settings.passes.take_back(is_empty=length == 0)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Make the batch of these sequences, in this order.
@@ -223,17 +233,17 @@ class SawCache(Cache):
         if not layers:
             return
         self.settings.passes.check_whole()
-        size = layers[0].batch_size
+        size, beam_idx = layers[0].batch_size, torch.as_tensor(beam_idx)
+        if beam_idx.ndim != 1 or beam_idx.is_floating_point():
+            raise LayoutError(f"SawCache: expected a vector of indices, got {beam_idx.dtype} {list(beam_idx.shape)}")
+        beam_idx = beam_idx.long()
         outside = beam_idx.device.type == "cpu" and bool(((beam_idx < -size) | (beam_idx >= size)).any())  # a GPU stops by itself
         if not beam_idx.numel() or outside:
             raise LayoutError(f"SawCache: expected sequences from 0 to {size - 1}, got {beam_idx.tolist()}")
         beam_idx = torch.where(beam_idx < 0, beam_idx + size, beam_idx)
-        try:
+        with self.settings.passes.changing("a change of the batch"):
             for layer in layers:
                 layer.reorder_cache(beam_idx)
-        except BaseException:
-            self.settings.passes.broken = "a change of the batch"
-            raise
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sequence."""
@@ -241,6 +251,7 @@ class SawCache(Cache):
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep these sequences: their indices, or a bool for each sequence. Errors as of `reorder_cache`."""
+        indices = torch.as_tensor(indices)
         if indices.dtype == torch.bool:
             if indices.shape[0] != self.batch_size > 0:
                 raise LayoutError(f"SawCache: expected a bool for each of {self.batch_size} sequences, got {indices.shape[0]}")
@@ -266,7 +277,6 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self._settings = settings
         self.index, self.window = index, window
         self.is_sliding = window > 0
-        self.is_first = False
         self.paging: Paging
         self.pages: PagedKVCache | None = None
         self._held = 0, 0  # first_page and num_pages of self.pages
@@ -287,6 +297,11 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def is_compileable(self) -> bool:  # type: ignore[override]  # a class attribute there
         """Whether decoding steps can be compiled: pages that never move, read by our attention."""
         return self._settings.max_len is not None and self._settings.read_by_sawkv
+
+    @property
+    def is_first(self) -> bool:
+        """Whether it moves on the `paging` that it shares."""
+        return self.paging.first_layer == self.index
 
     @property
     def exact(self) -> bool:
@@ -331,12 +346,12 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         settings, device = self._settings, key_states.device
         layout = PageLayout(settings.format, num_kv_heads, head_dim, PAGE_SIZE)
         key = device, layout, self.window
-        self.is_first = key not in settings.pagings
-        if self.is_first:
+        if key not in settings.pagings:
             if select_backend(device, layout, settings.backend).name == "reference" and settings.backend is None:
                 logger.warning("sawkv: there are no fast kernels here (`sawkv doctor` says why): attention is right but very slow")
-            settings.pagings[key] = Paging(layout, device, self.window, batch_size, settings.max_len, settings.backend)
-            settings.pagings[key].record_past(settings.record_past)
+            paging = Paging(layout, device, self.window, batch_size, settings.max_len, settings.backend, first_layer=self.index)
+            paging.record_past(settings.record_past)
+            settings.pagings[key] = paging
         self.paging = settings.pagings[key]
         self.hold(self.paging.first_page, self.paging.num_pages)
         if settings.offload:
@@ -371,9 +386,10 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self._check(key_states, value_states)
         if not self._is_calibrated:
             self._calibrate()
-        if self.is_first:
-            self.paging.begin(num_new, num_q_heads, mask)
-        passes.begin(self.index, num_new)
+        with passes.changing("the begin of a forward pass"):
+            if self.is_first:
+                self.paging.begin(num_new, num_q_heads, mask)
+            passes.begin(self.index, num_new)
         self._dtypes = key_states.dtype, value_states.dtype
 
     @torch.inference_mode(False)
@@ -399,9 +415,10 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         passes = self._settings.passes
         passes.enter(self.index, 1)
         self._check(key_states, value_states)
-        if self.is_first:
-            self.paging.begin_compiled(num_q_heads, mask)
-        passes.begin(self.index, 1)
+        with passes.changing("the begin of a forward pass"):
+            if self.is_first:
+                self.paging.begin_compiled(num_q_heads, mask)
+            passes.begin(self.index, 1)
 
     def _check(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         check_states(key_states, value_states)
@@ -565,6 +582,7 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Transformers calls this before it drafts tokens."""
         self.record_past = True
 
+    @torch.inference_mode(False)  # pages outlive the mode that a caller is in
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
         """Make the batch of these sequences, in this order."""
         if not self.is_initialized:
@@ -627,19 +645,29 @@ def _refuse(states: NewStates, *args: Any) -> NoReturn:
     states.refuse()
 
 
-for _operator in ("getitem", "len", "iter", "add", "radd", "sub", "mul", "rmul", "truediv", "matmul", "rmatmul", "neg", "pow"):
+_OPERATORS = (
+    "getitem setitem len iter contains neg abs float array add radd sub rsub mul rmul truediv rtruediv floordiv mod pow matmul rmatmul "
+    "lt le gt ge and or xor invert"
+)
+for _operator in _OPERATORS.split():
     setattr(NewStates, f"__{_operator}__", _refuse)
 
 
-def refuse_gradients(*states: torch.Tensor) -> None:
+def refuse_gradients(*states: torch.Tensor | None) -> None:
     """
     Raises:
-        UnsupportedError: autograd would have to follow these through pages, where there is no gradient.
+        UnsupportedError: autograd would have to follow these through pages, where there is no gradient, backward or forward.
     """
-    if torch.is_grad_enabled() and any(x.requires_grad for x in states):
+    given = [x for x in states if x is not None]
+    if torch.is_grad_enabled() and any(x.requires_grad for x in given):
         raise UnsupportedError(
-            "SawCache: expected torch.no_grad() or torch.inference_mode() around the model, got Q, K or V that require a gradient: "
+            "SawCache: expected torch.no_grad() or torch.inference_mode() around the model, got Q, K, V or sinks that require a gradient: "
             "pages hold quantized numbers, through which no gradients flow. Train with use_cache=False"
+        )
+    if not torch.compiler.is_compiling() and _has_tangent(given):
+        raise UnsupportedError(
+            "SawCache: expected Q, K and V without tangents, got those of forward-mode differentiation: pages hold quantized numbers, "
+            "through which no gradients flow. Differentiate with use_cache=False"
         )
 
 
@@ -651,13 +679,30 @@ def check_states(key_states: torch.Tensor, value_states: torch.Tensor) -> None:
     """
     if key_states.shape != value_states.shape:
         raise UnsupportedError(f"SawCache: expected K and V of one shape, got {list(key_states.shape)} and {list(value_states.shape)}")
+    if key_states.ndim != 4:
+        raise UnsupportedError(f"SawCache: expected K and V of 4 dimensions, got {list(key_states.shape)}")
     if key_states.device != value_states.device or key_states.device.type == "meta":
         raise UnsupportedError(f"SawCache: expected K and V with data, on one device, got {key_states.device} and {value_states.device}")
+    if not (_has_data(key_states) and _has_data(value_states)):
+        raise UnsupportedError(
+            f"SawCache: expected K and V with data, got {type(key_states).__name__} without, as of torch.func, vmap or torch.export"
+        )
     for states in (key_states, value_states):
         if states.dtype not in ops.FLOAT_DTYPES:
             raise UnsupportedError(f"SawCache: expected K and V in bfloat16, float16 or float32, got {states.dtype}")
     if key_states.shape[0] == 0:
         raise LayoutError("SawCache: expected at least one sequence, got a batch of 0")
+
+
+def _has_tangent(states: Iterable[torch.Tensor]) -> bool:
+    return any(forward_ad.unpack_dual(x).tangent is not None for x in states)  # type: ignore[no-untyped-call]
+
+
+def _has_data(x: torch.Tensor) -> bool:
+    try:
+        return x.data_ptr() != 0 or x.numel() == 0
+    except RuntimeError:  # what transforms and tracers wrap
+        return False
 
 
 def _rows(x: torch.Tensor) -> torch.Tensor:

@@ -32,6 +32,7 @@ class Paging:
         layout, device: of the pages.
         window: tokens that a query sees, itself included; 0 is no limit. Pages before it are dropped.
         batch_size: sequences.
+        first_layer: index of the layer that calls `begin`.
         max_len: tokens that each sequence may have, for layers whose pages never move; None for layers that grow.
         lengths: [batch_size] int32, positions used so far: the length less the padding.
         pads: [batch_size] int32, left padding.
@@ -48,8 +49,16 @@ class Paging:
 
     @torch.inference_mode(False)  # what is made here outlives a pass, and the mode of that pass
     def __init__(
-        self, layout: PageLayout, device: torch.device, window: int, batch_size: int, max_len: int | None, backend: str | None
+        self,
+        layout: PageLayout,
+        device: torch.device,
+        window: int,
+        batch_size: int,
+        max_len: int | None,
+        backend: str | None,
+        first_layer: int,
     ) -> None:
+        self.first_layer = first_layer
         self.layout, self.device, self.window, self.max_len, self.backend = layout, device, window, max_len, backend
         self.reads_pages = self.is_fresh = False
         self.num_keys = self.first_written = 0

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-from sawkv.errors import LayoutError
+from sawkv.errors import LayoutError, SawkvError
 
 
 @dataclass(eq=False)
@@ -52,6 +54,17 @@ class Passes:
     def finish(self, index: int) -> None:
         """Layer `index` has written its tokens, and attended."""
         self.done[index] = self.number
+
+    @contextmanager
+    def changing(self, what: str) -> Iterator[None]:
+        """Around a change of all layers: refusals come before it, anything else that stops it leaves the cache `broken`."""
+        try:
+            yield
+        except SawkvError:
+            raise
+        except BaseException:
+            self.broken = what
+            raise
 
     @property
     def unfinished(self) -> bool:
