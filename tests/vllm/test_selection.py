@@ -254,15 +254,47 @@ def test_lost_capacity_is_said_with_its_factor(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(announce.logger, level, lambda text, *arguments: said.append(text % arguments), raising=False)
     layout = PageLayout(CacheFormat("int4"), 2, 128, 64)
     right = 64 * 2 * 136
-    announce.say_pages(SimpleNamespace(page_size_bytes=right), layout, True)  # type: ignore[arg-type]
+    announce.say_pages(SimpleNamespace(page_size_bytes=right), layout, 64)  # type: ignore[arg-type]
     assert said == []
-    announce.say_pages(SimpleNamespace(page_size_bytes=64 * 2 * 512), layout, True)  # type: ignore[arg-type]
+    announce.say_pages(SimpleNamespace(page_size_bytes=64 * 2 * 512), layout, 64)  # type: ignore[arg-type]
     assert "pads our pages from 17408 to 65536 bytes" in said[0]
     assert "hold 1.00 times the tokens of a 16-bit cache and not 3.76 times" in said[0]
     large = PageLayout(CacheFormat("int4"), 2, 128, 1024)
-    announce.say_pages(SimpleNamespace(page_size_bytes=1024 * 2 * 136), large, False)  # type: ignore[arg-type]
-    announce.say_pages(SimpleNamespace(page_size_bytes=1024 * 2 * 136), large, True)  # type: ignore[arg-type]
+    announce.say_pages(SimpleNamespace(page_size_bytes=1024 * 2 * 136), large, 0)  # type: ignore[arg-type]
+    announce.say_pages(SimpleNamespace(page_size_bytes=1024 * 2 * 136), large, 1024)  # type: ignore[arg-type]
     assert said[1:] == ["sawkv: blocks have 1024 tokens, so the prefix cache finds multiples of 1024 tokens, and shorter prompts never"]
+
+
+@pytest.mark.parametrize(
+    ("gpu", "block", "page"),
+    [(True, 64, 64), (True, 48, 16), (True, 512, 256), (True, 1056, 32), (True, 2112, 64), (True, 4096, 256), (False, 2112, 2112)],
+)
+def test_large_blocks_of_hybrids_are_cut_into_pages_on_a_gpu_alone(
+    monkeypatch: pytest.MonkeyPatch, gpu: bool, block: int, page: int
+) -> None:
+    """vLLM's CPU runner clears new blocks as if each were a page, so there they have to be."""
+    from vllm.v1.worker.utils import select_common_block_size
+
+    from sawkv.integrations.vllm import backend
+
+    monkeypatch.setattr(backend, "current_platform", SimpleNamespace(is_cpu=lambda: not gpu))
+    ours = backend.SawAttentionBackend
+    assert ours.supports_block_size(block)
+    assert ours.get_preferred_block_size(16) == 64
+    assert select_common_block_size(block, [ours]) == page
+
+
+def test_the_log_names_the_kernels_that_read_the_real_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sawkv import CacheFormat, PageLayout
+    from sawkv.integrations.vllm import announce
+
+    said: list[str] = []
+    monkeypatch.setattr(announce.logger, "warning_once", lambda text, *arguments: said.append(text % arguments), raising=False)
+    choose = {16: "cuda", 64: "cuda", 48: "triton"}
+    monkeypatch.setattr(announce, "select_backend", lambda device, layout: SimpleNamespace(name=choose[layout.page_size]))
+    for page_size in (16, 64, 48):
+        announce.say_kernels(PageLayout(CacheFormat("int4"), 2, 128, page_size), torch.device("cpu"))
+    assert said == ["sawkv: pages have 48 tokens, which triton kernels read, and not cuda kernels"]
 
 
 def test_layers_that_are_not_ours_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,8 @@ from sawkv.format.spec import CacheFormat
 PAGE_SIZE_MULTIPLE = 16
 ENGINE_PAGE_SIZE = 64
 """What engines are asked to use: docs/decisions/0009-page-size.md."""
+GPU_PAGE_SIZES = (16, 32, 64, 128, 256)
+"""Pages that the fastest GPU kernels take; engines cut larger blocks into these."""
 SEGMENT_BYTES = 16
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -53,13 +54,13 @@ def warn_unprepared() -> None:
     )
 
 
-def say_pages(spec: AttentionSpec, layout: PageLayout, reuses_prefixes: bool) -> None:
+def say_pages(spec: AttentionSpec, layout: PageLayout, reused_block: int) -> None:
     """Say what vLLM does to the pages of a group of layers that takes capacity or hits away.
 
     Args:
         spec: vLLM's, of the group.
         layout: of the group's pages.
-        reuses_prefixes: whether the prefix cache is on.
+        reused_block: tokens of what the prefix cache finds, which vLLM may cut into several pages; 0 where it is off.
     """
     needed, taken = layout.num_kv_heads * layout.span_bytes, int(spec.page_size_bytes)
     wide = 4 * layout.head_dim * layout.num_kv_heads * layout.page_size
@@ -72,12 +73,19 @@ def say_pages(spec: AttentionSpec, layout: PageLayout, reuses_prefixes: bool) ->
             wide / taken,
             wide / needed,
         )
-    if layout.page_size > LARGE_BLOCK and reuses_prefixes:
+    if reused_block > LARGE_BLOCK:
         logger.info_once(
             "sawkv: blocks have %d tokens, so the prefix cache finds multiples of %d tokens, and shorter prompts never",
-            layout.page_size,
-            layout.page_size,
+            reused_block,
+            reused_block,
         )
+
+
+def say_kernels(layout: PageLayout, device: torch.device) -> None:
+    """Say which kernels read the group's pages, where it is not those that `say_format` named, which knows no page size yet."""
+    named, real = (select_backend(device, each).name for each in (replace(layout, page_size=PAGE_SIZE_MULTIPLE), layout))
+    if real != named:
+        logger.warning_once("sawkv: pages have %d tokens, which %s kernels read, and not %s kernels", layout.page_size, real, named)
 
 
 def say_layers(layers: Mapping[str, Any], ours: type, skipped: Iterable[str]) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
+from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
     AttentionCGSupport,
@@ -31,7 +32,7 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from sawkv import ops
 from sawkv.cache import PagedKVCache
 from sawkv.errors import CalibrationError, SawkvError, UnsupportedError
-from sawkv.format.layout import ENGINE_PAGE_SIZE, PAGE_SIZE_MULTIPLE, PageLayout
+from sawkv.format.layout import ENGINE_PAGE_SIZE, GPU_PAGE_SIZES, PAGE_SIZE_MULTIPLE, PageLayout
 from sawkv.format.spec import HEAD_DIMS, CacheFormat
 from sawkv.integrations.vllm import announce, refusals
 from sawkv.integrations.vllm.config import KV_CACHE_DTYPE_CODECS, SawConfig, is_draft
@@ -90,7 +91,8 @@ class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
         if self._first_impl(layers) in self._impls:
             announce.say_layers(layers, SawAttentionImpl, cache_config.kv_cache_dtype_skip_layers)
         layout = self._impls[0].layout(kv_cache_spec.block_size)
-        announce.say_pages(kv_cache_spec, layout, bool(cache_config.enable_prefix_caching))
+        announce.say_pages(kv_cache_spec, layout, cache_config.block_size if cache_config.enable_prefix_caching else 0)
+        announce.say_kernels(layout, device)
         self._plans: dict[PlanKey, DecodePlan] = {}
         self._unprepared = self._impls
         self._reader = self._make_reader(layers, vllm_config.parallel_config.rank)
@@ -370,7 +372,12 @@ class SawAttentionBackend(AttentionBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: object = None) -> list[int | MultipleOf]:
-        return [MultipleOf(PAGE_SIZE_MULTIPLE)]
+        """Tokens of the pages that kernels get. vLLM cuts a larger block into the largest of these that divides it.
+
+        Blocks of hybrid models have thousands of tokens, which CUDA kernels do not take as a page. On a CPU a block is a page, since
+        vLLM's CPU runner (0.32) clears new blocks as if it were.
+        """
+        return [MultipleOf(PAGE_SIZE_MULTIPLE)] if current_platform.is_cpu() else list(GPU_PAGE_SIZES)
 
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:

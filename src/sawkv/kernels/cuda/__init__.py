@@ -15,7 +15,7 @@ import torch
 
 from sawkv.cache import PagedKVCache
 from sawkv.errors import LayoutError
-from sawkv.format.layout import PageLayout
+from sawkv.format.layout import GPU_PAGE_SIZES, PageLayout
 from sawkv.kernels import DecodePlan
 from sawkv.kernels.cuda import runtime
 
@@ -24,7 +24,6 @@ counts = True
 
 MIN_CAPABILITY = (9, 0)
 MIN_SHARED_BYTES = 227 << 10
-PAGE_SIZES = (16, 32, 64, 128, 256)
 ELEMENTS = {torch.bfloat16: "sawkv::Bfloat", torch.float16: "sawkv::Half", torch.float32: "float"}
 """The device code's names of dtypes."""
 MAX_CHUNKS_PER_BLOCK = 8
@@ -44,8 +43,8 @@ def unsupported_reason(device: torch.device, layout: PageLayout) -> str | None:
         return f"expected int4, got {layout.format.codec}"
     if layout.head_dim % 32 or not 64 <= layout.head_dim <= 256:
         return f"expected head_dim a multiple of 32 from 64 to 256, got {layout.head_dim}"
-    if layout.page_size not in PAGE_SIZES:
-        return f"expected page_size {', '.join(map(str, PAGE_SIZES))}, got {layout.page_size}"
+    if layout.page_size not in GPU_PAGE_SIZES:
+        return f"expected page_size {', '.join(map(str, GPU_PAGE_SIZES))}, got {layout.page_size}"
     properties = torch.cuda.get_device_properties(device)
     if (properties.major, properties.minor) < MIN_CAPABILITY or getattr(properties, "shared_memory_per_block_optin", 0) < MIN_SHARED_BYTES:
         return f"expected Hopper, or newer with as much shared memory, got {properties.name}"
