@@ -70,7 +70,6 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--additional-config.sawkv.format", "int8"], "--additional-config: sawkv serve makes it"),
         (["--attention-backend", "FLASH_ATTN"], "--attention-backend: sawkv serve chooses it"),
         (["--model", "other"], "--model: it is the first argument"),
-        (["--worker-extension-cls", "mine.Extension"], "--worker-extension-cls: sawkv serve gives its own"),
         (["--format", "int4-k256-v0"], "K rotation order: expected a divisor of head_dim 128, got 256"),
         (["--kv-offloading-size", "1"], "--kv-offloading-size. `vllm serve` serves it"),
         (["--kv-transfer-config", '{"kv_connector": "X"}'], "--kv-transfer-config"),

@@ -30,7 +30,6 @@ _TAKEN: Final = {
     "--attention-config": "sawkv serve chooses the attention backend: expected none",
     "--kv-cache-dtype": "it follows from sawkv's --format: expected none",
     "--model": "it is the first argument of sawkv serve: expected none",
-    "--worker-extension-cls": "sawkv serve gives its own, without which a worker could start without sawkv: expected none",
 }
 """Options of vLLM that `sawkv serve` gives itself, and why the user need not."""
 _IMAGES_IN_BOTH_DIRECTIONS: Final = ("bagel", "gemma3", "molmo2", "moondream3", "paligemma")
