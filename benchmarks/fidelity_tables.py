@@ -1,4 +1,4 @@
-"""The tables of real checkpoints in docs/accuracy.md, from the records of `benchmarks.fidelity`; and what was wanted of them.
+"""The tables of real checkpoints in docs/accuracy.md, from the records of `benchmarks.fidelity`; and the limits that they must keep.
 
 python -m benchmarks.fidelity_tables --write docs/accuracy.md     # the tables
 python -m benchmarks.fidelity_tables --check                      # one line for each thing wanted; the exit status counts failures
@@ -38,7 +38,7 @@ def main() -> int:
     parser.add_argument("--records", type=Path, default=RESULTS / "real_models.jsonl", help="default: %(default)s")
     parser.add_argument("--recall", type=Path, default=RESULTS / "real_recall.jsonl", help="default: %(default)s")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="put the tables into this page; default: print them")
-    parser.add_argument("--check", action="store_true", help="say what was wanted and what came")
+    parser.add_argument("--check", action="store_true", help="compare the records with their limits; exit 1 if one is missed")
     args = parser.parse_args()
     records, recall = read(args.records), read(args.recall)
     if args.check:

@@ -235,9 +235,9 @@ def _check(
             return
         raise LayoutError(f"{name}: expected a contiguous last dimension, got strides {list(x.stride())}")
     if not _fits(x.shape, shape) or x.dtype not in dtypes:
-        wanted_shape = ", ".join("*" if size is None else str(size) for size in shape)
-        wanted_dtype = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise LayoutError(f"{name}: expected {wanted_dtype} [{wanted_shape}], got {_show(x)}")
+        expected_shape = ", ".join("*" if size is None else str(size) for size in shape)
+        expected_dtype = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise LayoutError(f"{name}: expected {expected_dtype} [{expected_shape}], got {_show(x)}")
     raise LayoutError(f"{name}: expected device {cache.pages.device}, that of the pages, got {x.device}")
 
 

@@ -17,6 +17,7 @@ from vllm.v1.worker.workspace import current_workspace_manager
 from sawkv import ops
 from sawkv.cache import PagedKVCache
 from sawkv.errors import UnsupportedError
+from sawkv.integrations.vllm import refusals
 from sawkv.kernels import select_backend
 
 if TYPE_CHECKING:
@@ -139,7 +140,7 @@ class FlashPrefill:
         if sinks is not None and version == 2:
             raise UnsupportedError(
                 "sawkv on a GPU: expected FlashAttention 3 or newer for a model with attention sinks, got FlashAttention 2, "
-                "which this card or --attention-config takes. To serve it in 16 bits, drop --kv-cache-dtype and --attention-backend"
+                f"which this card or --attention-config takes. {refusals.WAY_OUT}"
             )
         from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func  # type: ignore[attr-defined]  # only where CUDA is
 

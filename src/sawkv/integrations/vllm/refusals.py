@@ -11,7 +11,7 @@ from sawkv.integrations.vllm.config import is_draft
 MLA: Final = "MLA (multi-head latent attention)"
 CHUNKS: Final = "attention in chunks (attention_chunk_size)"
 BIDIRECTIONAL: Final = "attention in both directions among the tokens of an image (add --language-model-only to serve text alone)"
-WAY_OUT: Final = "To serve it in 16 bits, drop --kv-cache-dtype and --attention-backend."
+WAY_OUT: Final = "To serve it in 16 bits, start `vllm serve` without --kv-cache-dtype and --attention-backend."
 
 _SUBCLASSES: Final = {
     "FastPrefill": "--kv-sharing-fast-prefill",
