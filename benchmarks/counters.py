@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 
-from sawkv import CacheFormat, PagedKVCache, PageLayout, append, decode_attention, make_decode_plan
+from sawkv import Attention, CacheFormat, PagedKVCache, PageLayout, Schedule, append
 from sawkv.format.counters import new_counters
 from sawkv.kernels import select_backend
 
@@ -59,11 +59,9 @@ def _measure(layout: PageLayout, num_seqs: int, q_heads: int, device: torch.devi
     lengths = torch.full((num_seqs,), CONTEXT, dtype=torch.int32, device=device)
     starts = torch.arange(num_seqs + 1, dtype=torch.int32, device=device)
     q = torch.randn(num_seqs, q_heads, 128, device=device, dtype=torch.bfloat16)
-    plan = make_decode_plan(layout, device, num_q_heads=q_heads, max_num_seqs=num_seqs, max_query_len=1)
-    plan.update(lengths, starts)
-
-    def attend() -> None:
-        decode_attention(q, caches[0], table, lengths, starts, softmax_scale=128**-0.5, max_query_len=1, plan=plan)
+    schedule = Schedule(layout, device, num_q_heads=q_heads, max_num_seqs=num_seqs, max_query_len=1)
+    step = schedule.update(table, lengths, starts)
+    attend = partial(Attention(caches[0], num_q_heads=q_heads, softmax_scale=128**-0.5), q, step)
 
     plain, counted = _times([partial(append, k, v, cache, slots) for cache in caches], device)
     return plain, counted, _times([attend], device)[0]

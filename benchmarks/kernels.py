@@ -25,10 +25,10 @@ import triton.testing
 
 from benchmarks.plots import RESULTS
 from benchmarks.serving import git_head
-from sawkv import CacheFormat, PagedKVCache, PageLayout, append, decode_attention, gather, make_decode_plan
+from sawkv import Attention, CacheFormat, PagedKVCache, PageLayout, Schedule, append, decode_attention, gather
 from sawkv.format.feedback import ERROR_STEPS, MAX_WEIGHT, Feedback, channel_blocks
 from sawkv.format.layout import ENGINE_PAGE_SIZE
-from sawkv.kernels import reference, unsupported_reason
+from sawkv.kernels import unsupported_reason
 
 PEERS = ("fa3_bf16", "fa3_fp8", "vllm_int4_per_token_head")
 BACKENDS = ("cuda", "triton")
@@ -166,48 +166,35 @@ def fill(batch: Batch, shape: Shape, kernel: str) -> PagedKVCache:
     return cache
 
 
-def sawkv_decode(shape: Shape, batch: Batch, cache: PagedKVCache, backend: str) -> tuple[Callable[[], torch.Tensor], Callable[[], None]]:
+def sawkv_decode(shape: Shape, batch: Batch, cache: PagedKVCache, backend: str) -> tuple[Callable[[], torch.Tensor], Callable[[], object]]:
     """The call to time, and that of the schedule."""
-    options = {"max_query_len": shape.query_len, "sliding_window": shape.options.get("sliding_window", 0)}
-    plan = make_decode_plan(
-        cache.layout, cache.pages.device, num_q_heads=shape.q_heads, max_num_seqs=len(shape.lengths), backend=backend, **options
+    heads, device = shape.q_heads, cache.pages.device
+    window = shape.options.get("sliding_window", 0)
+    schedule = Schedule(
+        cache.layout,
+        device,
+        num_q_heads=heads,
+        max_num_seqs=len(shape.lengths),
+        max_query_len=shape.query_len,
+        sliding_window=window,
+        backend=backend,
     )
-    plan.update(batch.seq_lens, batch.query_start_loc)
-    out = torch.full_like(batch.q, torch.nan)
-
-    def run() -> torch.Tensor:
-        return decode_attention(
-            batch.q,
-            cache,
-            batch.block_table,
-            batch.seq_lens,
-            batch.query_start_loc,
-            softmax_scale=shape.head_dim**-0.5,
-            out=out,
-            plan=plan,
-            backend=backend,
-            **options,
-        )
-
-    return run, lambda: plan.update(batch.seq_lens, batch.query_start_loc)
+    attention = Attention(cache, num_q_heads=heads, softmax_scale=shape.head_dim**-0.5, sliding_window=window, backend=backend)
+    update = partial(schedule.update, batch.block_table, batch.seq_lens, batch.query_start_loc)
+    return partial(attention, batch.q, update(), torch.full_like(batch.q, torch.nan)), update
 
 
 def relative_error(shape: Shape, batch: Batch, cache: PagedKVCache, got: torch.Tensor) -> float:
     """Against fp32 attention over the decoded cache."""
-    want = torch.empty(batch.q.shape, device="cuda")
-    reference.decode_attention(
+    want = decode_attention(
         batch.q.float(),
         cache,
         batch.block_table,
         batch.seq_lens,
         batch.query_start_loc,
-        want,
-        None,
         softmax_scale=shape.head_dim**-0.5,
         max_query_len=shape.query_len,
-        sliding_window=0,
-        logit_softcap=0,
-        sinks=None,
+        backend="reference",
     )
     return float((got.float() - want).norm() / want.norm())
 

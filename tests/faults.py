@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import torch
 
-from sawkv import CacheFormat, PagedKVCache, PageLayout, append, decode_attention, gather, make_decode_plan
+from sawkv import Attention, CacheFormat, PagedKVCache, PageLayout, Schedule, append, decode_attention, gather
 from sawkv.format.counters import COLUMNS, new_counters
 from sawkv.format.rotation import rotate
 from sawkv.kernels import load_backend
@@ -108,14 +108,15 @@ def padding_of_a_captured_step_is_ignored(backend: str, device: str) -> None:
     seq_lens = torch.zeros(8, dtype=torch.int32, device=device)
     starts = torch.zeros(9, dtype=torch.int32, device=device)
     out = torch.zeros_like(q)
-    plan = make_decode_plan(batch.cache.layout, batch.cache.pages.device, num_q_heads=8, max_num_seqs=8, max_query_len=1, backend=backend)
+    layout = batch.cache.layout
+    attention = Attention(batch.cache, num_q_heads=8, softmax_scale=0.1, sinks=sinks, backend=backend)
+    schedule = Schedule(layout, batch.cache.pages.device, num_q_heads=8, max_num_seqs=8, max_query_len=1, backend=backend)
 
     def step() -> None:
-        append(k, v, batch.cache, slots, backend=backend)
-        options = {"softmax_scale": 0.1, "max_query_len": 1, "sinks": sinks, "out": out, "plan": plan, "backend": backend}
-        decode_attention(q, batch.cache, batch.block_table, seq_lens, starts, **options)  # type: ignore[arg-type]
+        attention.append(k, v, slots)
+        attention(q, where, out)
 
-    plan.update(seq_lens, starts)
+    where = schedule.update(batch.block_table, seq_lens, starts)
     run = capture(step) if device == "cuda" else step
     for count in (8, 1, 5, 8, 2):
         for x in (k, v, q):
@@ -124,7 +125,7 @@ def padding_of_a_captured_step_is_ignored(backend: str, device: str) -> None:
         mirror.seq_lens[:count] += 1
         seq_lens.zero_()[:count] = mirror.seq_lens[:count]
         starts.copy_(torch.arange(9).clamp(max=count))
-        plan.update(seq_lens, starts)
+        schedule.update(batch.block_table, seq_lens, starts)
         run()
         append(k[:count], v[:count], mirror.cache, slots[:count], backend="reference")
         want = attend(mirror, q[:count], [1] * count + [0] * (8 - count), "reference", softmax_scale=0.1, sinks=sinks)

@@ -15,7 +15,7 @@ import torch
 
 from sawkv import CacheFormat, PagedKVCache, PageLayout
 from sawkv.format.counters import new_counters
-from sawkv.kernels import Backend, cuda
+from sawkv.kernels import Backend, Layer, Prefixes, ScheduleShape, Step, cuda
 from tests.conftest import random_vectors
 from tests.kernel_checks import random_feedback
 
@@ -72,31 +72,21 @@ def run_all(backend: Backend, shape: Shape) -> None:
     counters = new_counters(CPU) if shape.counted else None
     k, v = torch.zeros(2, 32, shape.kv_heads, shape.head_dim, dtype=torch.bfloat16)
     for cache in (plain, replace(plain, counters=counters), replace(prepared, counters=counters)):
-        backend.append(k, v, cache, torch.arange(32))
+        backend.Pages(cache).append(k, v, torch.arange(32))
     window = shape.options.get("sliding_window", 0)
-    plan = backend.make_plan(layout, CPU, shape.q_heads, 2, shape.query_len, window)
+    schedule = backend.Schedule(ScheduleShape(layout, CPU, shape.q_heads, 2, shape.query_len, window))
     seq_lens, starts = torch.tensor([64, 64], dtype=torch.int32), torch.tensor([0, 1, 2], dtype=torch.int32) * shape.query_len
-    plan.update(seq_lens, starts)
+    schedule.update(seq_lens, starts)
     block_table = torch.zeros(2, 8, dtype=torch.int32)
+    step = Step(block_table, seq_lens, starts, schedule)
     q = torch.zeros(2 * shape.query_len, shape.q_heads, shape.head_dim, dtype=torch.bfloat16)
     options = {"sliding_window": 0, "logit_softcap": 0.0, "sinks": None} | shape.options
     lse = torch.empty(q.shape[:2]) if shape.counted else None  # makes attention compute what scores lack by K's center
     for cache, wanted in ((plain, None), (prepared, None), (prepared, lse)):
-        backend.decode_attention(
-            q,
-            cache,
-            block_table,
-            seq_lens,
-            starts,
-            torch.empty_like(q),
-            wanted,
-            softmax_scale=1.0,
-            max_query_len=shape.query_len,
-            plan=plan,
-            **options,
-        )
+        backend.Attention(Layer(cache, shape.q_heads, 1.0, **options))(q, step, torch.empty_like(q), wanted)
+    prefixes = Prefixes(block_table, seq_lens, torch.tensor([0, 64, 128], dtype=torch.int32))
     for cache, rotated in ((plain, True), (plain, False), (prepared, False)):
-        backend.gather(cache, block_table, seq_lens, torch.tensor([0, 64, 128], dtype=torch.int32), k[:2], v[:2], rotated=rotated)
+        backend.Pages(cache).gather(prefixes, k[:2], v[:2], rotated)
 
 
 # ---------------------------------------------------------------------------------------------------------------- CUDA C++
@@ -117,7 +107,6 @@ def compile_cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], dict[str, s
         monkeypatch.setattr(cuda.runtime, "load", load)
         monkeypatch.setattr(cuda, "_stream", lambda _: 0)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
-        cuda._page_kernel.cache_clear()
         return logs
 
     return prepare

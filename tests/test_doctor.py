@@ -103,7 +103,7 @@ def test_an_installation_without_its_entry_point(capsys: pytest.CaptureFixture[s
 
 def test_kernels_that_write_other_bytes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(k: Any, v: Any, cache: Any, slots: torch.Tensor, *, backend: str | None) -> None:
-        reference.append(k, v, cache, slots)
+        reference.Pages(cache).append(k, v, slots)
         if backend is None:
             cache.pages[0, 0, 0, 0] ^= 1
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 import sawkv.kernels.triton as triton_backend
-from sawkv import CacheFormat, LayoutError, PagedKVCache, PageLayout, append, make_decode_plan
+from sawkv import Attention, CacheFormat, LayoutError, PagedKVCache, PageLayout, Schedule, append
 from sawkv.format.counters import is_sampled, new_counters
 from sawkv.kernels import unsupported_reason
 from tests import faults
@@ -135,19 +137,24 @@ def test_long_sequences_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
     check_attention("triton", "cpu", "int4", [3, 900, 64, 0, 400, 1, 65], [1, 2, 1, 1, 1, 0, 1], group=1, head_dim=64)
 
 
-def test_one_plan_serves_batches_of_any_lengths() -> None:
+def test_one_schedule_serves_batches_of_any_lengths() -> None:
     layout = PageLayout(CacheFormat.parse("int4-k64-v64"), 2, 64, 16)
-    plan = make_decode_plan(layout, torch.device("cpu"), num_q_heads=8, max_num_seqs=3, max_query_len=2, backend="triton")
+    schedule = Schedule(layout, "cpu", num_q_heads=8, max_num_seqs=3, max_query_len=2, backend="triton")
     for seq_lens, query_lens in (([300, 2, 40], [1, 2, 2]), ([0, 700], [0, 1]), ([5], [2])):
         batch, starts = make_batch("int4", seq_lens, head_dim=64), starts_of(query_lens, "cpu")
         q = torch.randn(int(starts[-1]), 8, 64).bfloat16()
-        plan.update(batch.seq_lens, starts)
-        got = attend(batch, q, starts, "triton", plan=plan, max_query_len=2)
+        attention = Attention(batch.cache, num_q_heads=8, softmax_scale=64**-0.5, backend="triton")
+        step, lse = schedule.update(batch.block_table, batch.seq_lens, starts), torch.full((len(q), 8), math.nan)
+        got = attention(q, step, torch.full_like(q, math.nan), lse), lse
         compare_attention(got, attend(batch, q, starts, "reference"), starts)
     with pytest.raises(LayoutError, match="at most 3 sequences"):
-        plan.update(torch.ones(4, dtype=torch.int32), torch.arange(5, dtype=torch.int32))
-    with pytest.raises(LayoutError, match="expected one made for this layout"):
-        attend(batch, q, starts, "triton", plan=plan, max_query_len=1)
+        schedule.update(torch.ones(4, 1, dtype=torch.int32), torch.ones(4, dtype=torch.int32), torch.arange(5, dtype=torch.int32))
+    for other in (
+        Attention(batch.cache, num_q_heads=8, softmax_scale=0.1, sliding_window=9, backend="triton"),
+        Attention(batch.cache, num_q_heads=8, softmax_scale=0.1, backend="cpu"),
+    ):
+        with pytest.raises(LayoutError, match="expected one made for this layout"):
+            other(q, step)
 
 
 def test_a_broken_page_is_noticed() -> None:

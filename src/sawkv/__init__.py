@@ -10,22 +10,25 @@ if TYPE_CHECKING:
     from sawkv.errors import FormatError, LayoutError, SawkvError, UnsupportedError
     from sawkv.format.layout import PageLayout
     from sawkv.format.spec import CacheFormat
-    from sawkv.ops import append, decode_attention, gather, make_decode_plan
+    from sawkv.ops import Attention, Pages, Schedule, append, decode_attention, gather, prefixes
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Attention",
     "CacheFormat",
     "FormatError",
     "LayoutError",
     "PageLayout",
     "PagedKVCache",
+    "Pages",
     "SawkvError",
+    "Schedule",
     "UnsupportedError",
     "append",
     "decode_attention",
     "gather",
-    "make_decode_plan",
+    "prefixes",
 ]
 
 _HOMES = {
@@ -33,7 +36,7 @@ _HOMES = {
     "sawkv.errors": ("FormatError", "LayoutError", "SawkvError", "UnsupportedError"),
     "sawkv.format.layout": ("PageLayout",),
     "sawkv.format.spec": ("CacheFormat",),
-    "sawkv.ops": ("append", "decode_attention", "gather", "make_decode_plan"),
+    "sawkv.ops": ("Attention", "Pages", "Schedule", "append", "decode_attention", "gather", "prefixes"),
 }
 
 

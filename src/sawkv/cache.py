@@ -46,6 +46,7 @@ class PagedKVCache:
         k_feedback, v_feedback: how `append` passes on the errors of codes, or None. For int4 alone; readers need not know of it.
         counters: [2, 6] fp64, from `counters.new_counters`, which `append` updates; None counts nothing.
         constants: all that K is written and read with, and all that V is. Made here, so that readers compute nothing again.
+        bound: what `sawkv.ops` keeps with this cache: kernels bound to its pages. Copies have none.
 
     Raises:
         LayoutError: a tensor does not fit the layout.
@@ -62,6 +63,7 @@ class PagedKVCache:
     v_feedback: Feedback | None = None
     counters: torch.Tensor | None = None
     constants: tuple[Constants, Constants] = field(init=False, repr=False)
+    bound: dict[object, object] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         layout, pages = self.layout, self.pages
@@ -119,6 +121,10 @@ class PagedKVCache:
     ) -> PagedKVCache:
         """A cache with `num_pages` fresh pages, their bytes not initialized. `constants` are fields, by their names."""
         return cls(torch.empty(layout.pages_shape(num_pages), dtype=torch.uint8, device=device), layout, **constants)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For copies: kernels are bound to the addresses of these tensors."""
+        return vars(self) | {"bound": {}}
 
     def refresh(self) -> None:
         """Make what follows from the gains again, in place: call it when they were changed in place."""

@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from sawkv import CacheFormat, PagedKVCache, PageLayout, append, decode_attention, make_decode_plan
+from sawkv import Attention, CacheFormat, PagedKVCache, PageLayout, Schedule, append
 from sawkv.kernels import unsupported_reason
 from tests.conftest import Batch, make_batch
 from tests.kernel_checks import (
@@ -174,12 +174,11 @@ def test_one_graph_serves_any_lengths(backend: str, query_len: int) -> None:
     q = torch.zeros(4 * query_len, 8, 128, dtype=torch.bfloat16, device=DEVICE)
     out, lse = torch.empty_like(q), torch.empty(q.shape[:2], device=DEVICE)
     options = {"num_q_heads": 8, "max_num_seqs": 4, "max_query_len": query_len}
-    plan = make_decode_plan(cache.layout, cache.pages.device, backend=backend, **options)
+    schedule = Schedule(cache.layout, cache.pages.device, backend=backend, **options)
+    attention = Attention(cache, num_q_heads=8, softmax_scale=0.1, backend=backend)
 
     def step() -> None:
-        plan.update(seq_lens, starts)
-        arguments = {"softmax_scale": 0.1, "max_query_len": query_len, "out": out, "lse": lse, "plan": plan, "backend": backend}
-        decode_attention(q, cache, table, seq_lens, starts, **arguments)  # type: ignore[arg-type]
+        attention(q, schedule.update(table, seq_lens, starts), out, lse)
 
     replay = step
     if not DRY_RUN:

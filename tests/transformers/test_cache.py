@@ -284,12 +284,12 @@ def test_centers_and_gains_where_attention_has_a_soft_cap_or_sinks(kind: str, mo
     with torch.no_grad():
         want = make_model(kind, "eager")(ids, use_cache=False).logits
         torch.testing.assert_close(logits(), want, atol=1e-3, rtol=1e-3)
-        attention = ops.decode_attention
+        attention = ops.attention
 
-        def lose_center(q: torch.Tensor, cache: PagedKVCache, *args: Any, **options: Any) -> torch.Tensor:
-            return attention(q, replace(cache, k_center=None), *args, **options)
+        def lose_center(cache: PagedKVCache, **options: Any) -> ops.Attention:
+            return attention(replace(cache, k_center=None), **options)
 
-        monkeypatch.setattr(ops, "decode_attention", lose_center)
+        monkeypatch.setattr(ops, "attention", lose_center)
         assert (logits() - want).abs().max() > 0.05, "the control: a cap and sinks do see the center"
 
 

@@ -159,6 +159,14 @@ def _mutate(kind: str | None) -> None:
 
     int4, fp32 = IntegerCodec(4), PassthroughCodec(torch.float32)
 
+    def append_by_reference(**changed: None) -> None:
+        """Have the reference write the pages, of a cache that is changed so."""
+
+        def append(self: ops.Pages, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+            reference.Pages(replace(self.cache, **changed)).append(k, v, slot_mapping)
+
+        ops.Pages.append = append  # type: ignore[method-assign]
+
     class Simulated(PassthroughCodec):
         def encode(self, y: torch.Tensor, feedback: Feedback | None = None) -> tuple[torch.Tensor, None]:
             return fp32.encode(int4.decode(*int4.encode(y, feedback)))
@@ -177,13 +185,13 @@ def _mutate(kind: str | None) -> None:
         register_backend(AttentionBackendEnum.CPU_ATTN, "vllm.v1.attention.backends.cpu_attn.CPUAttentionBackend")
         return
     if kind == "lose_v_center":
-        ops.append = lambda k, v, cache, slots: reference.append(k, v, replace(cache, v_center=None), slots)
+        append_by_reference(v_center=None)
         return
     if kind == "lose_feedback":
-        ops.append = lambda k, v, cache, slots: reference.append(k, v, replace(cache, k_feedback=None, v_feedback=None), slots)
+        append_by_reference(k_feedback=None, v_feedback=None)
         return
     if kind == "by_reference":
-        ops.append = reference.append
+        append_by_reference()
         return
     if kind == "leave_windows":
         from sawkv.integrations.vllm import backend
@@ -195,4 +203,4 @@ def _mutate(kind: str | None) -> None:
     else:
         CODECS["int4"] = Swapped(4)
     # The mutated codec is Python's, so the reference writes; the backend under test still reads.
-    ops.append = reference.append
+    append_by_reference()

@@ -20,6 +20,7 @@ def main() -> None:
     import torch
     from vllm import LLM, SamplingParams
 
+    from sawkv import ops
     from sawkv.integrations.vllm import backend, metrics
     from sawkv.kernels.reference import planes
 
@@ -41,7 +42,8 @@ def main() -> None:
     def remember(self: Any, *args: Any, **kwargs: Any) -> Any:
         metadata = kwargs["attn_metadata"] if "attn_metadata" in kwargs else args[5]
         if metadata is not None:
-            seen["table"], seen["length"] = metadata.block_table[0].clone(), int(metadata.seq_lens[0])
+            (step,) = metadata.steps.values()
+            seen["table"], seen["length"] = step.block_table[0].clone(), int(step.seq_lens[0])
         return forward(self, *args, **kwargs)
 
     backend.SawAttentionImpl.forward = remember  # type: ignore[method-assign]
@@ -64,7 +66,7 @@ def main() -> None:
         assert seen["length"] == len(prompt)
         position = torch.arange(len(prompt))
         page, offset = seen["table"][position // BLOCK].long(), position % BLOCK
-        return torch.stack([torch.cat([plane[page, :, offset].flatten(1) for plane in planes(impl._cache)], 1) for impl in impls])
+        return torch.stack([torch.cat([plane[page, :, offset].flatten(1) for plane in planes(impl._attention.cache)], 1) for impl in impls])
 
     def counter(name: str) -> float:
         """A counter of vLLM's, or ours summed over its labels."""
@@ -93,21 +95,21 @@ def main() -> None:
     llm.reset_prefix_cache()
     prompts = [PROMPT[:50], OTHER[:60], OTHER[60:100]]
     clean = generate(prompts, 40)
-    appended, append = 0, backend.ops.append
+    appended, append = 0, ops.Pages.append
 
-    def poisoned(k: torch.Tensor, v: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+    def poisoned(self: ops.Pages, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
         nonlocal appended
         appended += 1
         if appended == 10 * len(impls) + 1:  # the first layer in a step in which all three decode; the first row is the first request's
             k = k.clone()
             k[0, 0, 0] = float("nan")
-        append(k, v, *args, **kwargs)
+        append(self, k, v, slot_mapping)
 
     non_finite = counter("sawkv_non_finite_rows_total")
     llm.reset_prefix_cache()
-    backend.ops.append = poisoned
+    ops.Pages.append = poisoned  # type: ignore[method-assign]
     dirty = generate(prompts, 40)
-    backend.ops.append = append
+    ops.Pages.append = append  # type: ignore[method-assign]
     llm.reset_prefix_cache()
     again = generate(prompts, 40)
     result |= {

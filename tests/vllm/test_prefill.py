@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from sawkv import CacheFormat, PagedKVCache, PageLayout, append, gather
+from sawkv import CacheFormat, PagedKVCache, PageLayout, Pages, append, gather, prefixes
 from sawkv.errors import UnsupportedError
 
 pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore::DeprecationWarning")]  # of torch.jit, as vLLM is imported
@@ -63,7 +63,7 @@ def test_each_layer_reads_its_own_pages(monkeypatch: pytest.MonkeyPatch) -> None
 
     lengths, starts = torch.tensor([20, 30], dtype=torch.int32), torch.tensor([0, 20, 50], dtype=torch.int32)
     table = torch.tensor([[3, 1], [0, 2]], dtype=torch.int32)
-    piece = PrefillSlice(slice(0, 50), starts, starts, lengths, table, num_keys=50, max_query_len=30, max_seq_len=30)
+    piece = PrefillSlice(slice(0, 50), starts, prefixes(table, lengths, starts), num_keys=50, max_query_len=30, max_seq_len=30)
     workspaces: list[torch.Tensor] = []
 
     def workspace(_: object) -> tuple[torch.Tensor, torch.Tensor]:
@@ -81,7 +81,7 @@ def test_each_layer_reads_its_own_pages(monkeypatch: pytest.MonkeyPatch) -> None
         wanted = torch.empty(2, 50, 2, 64)
         gather(cache, table, lengths, starts, *wanted, rotated=False)
         output = torch.empty_like(q)
-        prefill.attend(q, cache, piece, output)
+        prefill.attend(q, Pages(cache), piece, output)
         torch.testing.assert_close(output, q + wanted[0] + 2 * wanted[1])
     assert len(workspaces) == 1
 
@@ -135,10 +135,10 @@ def check(window: int, capacity: int, host_knows_lengths: bool, begins_with: int
     slices = slice_prefills(common, 1, capacity, begins_with, size, short_by if slack is None else slack)
     for piece in slices:
         states = torch.full((2, piece.num_keys, 2, 64), torch.nan)
-        gather(cache, piece.block_table, piece.seq_lens, piece.cu_seqlens_k, *states, rotated=False)
-        assert int(piece.seq_lens.max()) <= piece.max_seq_len
-        for j in range(len(piece.seq_lens)):
-            rows, keys = (slice(*cu[j : j + 2].tolist()) for cu in (piece.cu_seqlens_q, piece.cu_seqlens_k))
+        Pages(cache).gather(piece.prefixes, states[0], states[1], rotated=False)
+        assert int(piece.prefixes.seq_lens.max()) <= piece.max_seq_len
+        for j in range(len(piece.prefixes.seq_lens)):
+            rows, keys = (slice(*cu[j : j + 2].tolist()) for cu in (piece.cu_seqlens_q, piece.prefixes.cu_seq_lens))
             got = attend(q[piece.tokens][rows], *states[:, keys], window)
             want = attend(q[starts[done] : starts[done + 1]], *whole[done], window)
             torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)

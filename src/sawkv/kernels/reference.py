@@ -9,7 +9,9 @@ from sawkv.format.codecs import CODECS
 from sawkv.format.counters import MAX_SCALE, is_sampled
 from sawkv.format.layout import SEGMENT_BYTES, PageLayout
 from sawkv.format.rotation import rotate
-from sawkv.kernels import DecodePlan
+from sawkv.kernels import Layer, Prefixes, Schedule, Step
+
+__all__ = ["Attention", "Pages", "Schedule", "counts", "name", "unsupported_reason"]
 
 name = "reference"
 counts = True
@@ -20,30 +22,88 @@ def unsupported_reason(device: torch.device, layout: PageLayout) -> str | None:
     return None
 
 
-def append(k: torch.Tensor, v: torch.Tensor, cache: PagedKVCache, slot_mapping: torch.Tensor) -> None:
-    """See `sawkv.ops.append`."""
-    layout = cache.layout
-    num_tokens = slot_mapping.shape[0]
-    kept = (slot_mapping >= 0) & (slot_mapping < cache.num_slots)
-    page, offset = slot_mapping[kept] // layout.page_size, slot_mapping[kept] % layout.page_size
-    codec = CODECS[layout.format.codec]
-    k_codes, k_meta, v_codes, v_meta = planes(cache)
-    for x, center, gain, order, feedback, codes, meta in (
-        (k, cache.k_center, cache.k_gain, layout.k_rotation_order, cache.k_feedback, k_codes, k_meta),
-        (v, cache.v_center, cache.v_gain, layout.v_rotation_order, cache.v_feedback, v_codes, v_meta),
-    ):
-        rows = x[:num_tokens][kept].float()
-        rows = rows if center is None else rows - center
-        rows = rotate(rows if gain is None else rows * gain, order)
-        new_codes, new_meta = codec.encode(rows, feedback)
-        if cache.counters is not None:
-            decoded = codec.decode(new_codes, new_meta)
-            _count(cache.counters[int(codes is v_codes)], rows, decoded, new_meta, is_sampled(slot_mapping[kept]))
-        if codes is v_codes:
-            new_codes = swizzle_segments(new_codes, offset[:, None], layout)
-        codes[page, :, offset] = new_codes
-        if new_meta is not None:
-            meta[page, :, offset] = new_meta.view(torch.uint8)
+class Pages:
+    """See `sawkv.ops.Pages`."""
+
+    def __init__(self, cache: PagedKVCache) -> None:
+        self.cache = cache
+
+    def append(self, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+        """See `sawkv.ops.append`."""
+        cache, layout = self.cache, self.cache.layout
+        num_tokens = slot_mapping.shape[0]
+        kept = (slot_mapping >= 0) & (slot_mapping < cache.num_slots)
+        page, offset = slot_mapping[kept] // layout.page_size, slot_mapping[kept] % layout.page_size
+        codec = CODECS[layout.format.codec]
+        k_codes, k_meta, v_codes, v_meta = planes(cache)
+        for x, center, gain, order, feedback, codes, meta in (
+            (k, cache.k_center, cache.k_gain, layout.k_rotation_order, cache.k_feedback, k_codes, k_meta),
+            (v, cache.v_center, cache.v_gain, layout.v_rotation_order, cache.v_feedback, v_codes, v_meta),
+        ):
+            rows = x[:num_tokens][kept].float()
+            rows = rows if center is None else rows - center
+            rows = rotate(rows if gain is None else rows * gain, order)
+            new_codes, new_meta = codec.encode(rows, feedback)
+            if cache.counters is not None:
+                decoded = codec.decode(new_codes, new_meta)
+                _count(cache.counters[int(codes is v_codes)], rows, decoded, new_meta, is_sampled(slot_mapping[kept]))
+            if codes is v_codes:
+                new_codes = swizzle_segments(new_codes, offset[:, None], layout)
+            codes[page, :, offset] = new_codes
+            if new_meta is not None:
+                meta[page, :, offset] = new_meta.view(torch.uint8)
+
+    def gather(self, prefixes: Prefixes, k_out: torch.Tensor, v_out: torch.Tensor, rotated: bool) -> None:
+        """See `sawkv.ops.gather`."""
+        seq_lens, cu_seq_lens = prefixes.seq_lens, prefixes.cu_seq_lens
+        for i in range(seq_lens.shape[0]):
+            start, length = int(cu_seq_lens[i]), int(seq_lens[i])
+            keys, values = read_sequence(self.cache, prefixes.block_table[i], length)
+            if not rotated:
+                keys, values = restore(keys, values, self.cache)
+            k_out[start : start + length] = keys.to(k_out.dtype)
+            v_out[start : start + length] = values.to(v_out.dtype)
+
+
+class Attention:
+    """See `sawkv.ops.Attention`."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer = layer
+
+    def __call__(self, q: torch.Tensor, step: Step, out: torch.Tensor, lse: torch.Tensor | None) -> None:
+        """See `sawkv.ops.Attention.__call__`."""
+        layer, cache, layout = self.layer, self.layer.cache, self.layer.cache.layout
+        query_start_loc, seq_lens = step.query_start_loc, step.seq_lens
+        group = q.shape[1] // layout.num_kv_heads
+        of_k, of_v = cache.constants
+        q = q.float().view(-1, layout.num_kv_heads, group, layout.head_dim)
+        rotated_q = rotate(q if of_k.gain_inverse is None else q * of_k.gain_inverse[:, None], layout.k_rotation_order)
+        for i in range(seq_lens.shape[0]):
+            start, end, length = int(query_start_loc[i]), int(query_start_loc[i + 1]), int(seq_lens[i])
+            keys, values = read_sequence(cache, step.block_table[i], length)
+            for token in range(start, end):
+                last = length - (end - token)  # position of this query; it sees keys first..last
+                first = max(0, last + 1 - layer.sliding_window) if layer.sliding_window else 0
+                visible = slice(first, max(last + 1, first))
+                scores = torch.einsum("hgd,khd->hgk", rotated_q[token], keys[visible]) * layer.softmax_scale
+                if of_k.center is not None:  # what centering took from them, which a cap, a sink and the log-sum-exp see
+                    scores = scores + torch.einsum("hgd,hd->hg", q[token], of_k.center)[..., None] * layer.softmax_scale
+                if layer.logit_softcap:
+                    scores = layer.logit_softcap * torch.tanh(scores / layer.logit_softcap)
+                if layer.sinks is not None:  # a logit that takes weight and gives no value
+                    scores = torch.cat([scores, layer.sinks.float().view(layout.num_kv_heads, group, 1)], -1)
+                total = torch.logsumexp(scores, -1, keepdim=True)
+                # A query that sees no key gives zeros, and a log-sum-exp of -inf (or of its sink alone).
+                weights = (scores - total).exp()[..., : visible.stop - visible.start]
+                attended = rotate(torch.einsum("hgk,khd->hgd", weights, values[visible]), layout.v_rotation_order)
+                if of_v.gain_inverse is not None:
+                    attended = attended * of_v.gain_inverse[:, None]
+                if of_v.center is not None:
+                    attended = attended + of_v.center[:, None] * weights.sum(-1, keepdim=True)
+                out[token] = attended.flatten(0, 1).to(out.dtype)
+                if lse is not None:
+                    lse[token] = total.flatten()
 
 
 def _count(counters: torch.Tensor, rows: torch.Tensor, decoded: torch.Tensor, meta: torch.Tensor | None, sampled: torch.Tensor) -> None:
@@ -56,75 +116,6 @@ def _count(counters: torch.Tensor, rows: torch.Tensor, decoded: torch.Tensor, me
     counters += torch.stack([count.sum(dtype=torch.float64) for count in counts])
 
 
-def decode_attention(
-    q: torch.Tensor,
-    cache: PagedKVCache,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-    *,
-    softmax_scale: float,
-    max_query_len: int,
-    sliding_window: int,
-    logit_softcap: float,
-    sinks: torch.Tensor | None,
-    plan: DecodePlan | None = None,
-) -> None:
-    """See `sawkv.ops.decode_attention`."""
-    layout = cache.layout
-    group = q.shape[1] // layout.num_kv_heads
-    of_k, of_v = cache.constants
-    q = q.float().view(-1, layout.num_kv_heads, group, layout.head_dim)
-    rotated_q = rotate(q if of_k.gain_inverse is None else q * of_k.gain_inverse[:, None], layout.k_rotation_order)
-    for i in range(seq_lens.shape[0]):
-        start, end, length = int(query_start_loc[i]), int(query_start_loc[i + 1]), int(seq_lens[i])
-        keys, values = read_sequence(cache, block_table[i], length)
-        for token in range(start, end):
-            last = length - (end - token)  # position of this query; it sees keys first..last
-            first = max(0, last + 1 - sliding_window) if sliding_window else 0
-            visible = slice(first, max(last + 1, first))
-            scores = torch.einsum("hgd,khd->hgk", rotated_q[token], keys[visible]) * softmax_scale
-            if of_k.center is not None:  # what centering took from them, which a cap, a sink and the log-sum-exp see
-                scores = scores + torch.einsum("hgd,hd->hg", q[token], of_k.center)[..., None] * softmax_scale
-            if logit_softcap:
-                scores = logit_softcap * torch.tanh(scores / logit_softcap)
-            if sinks is not None:  # a logit that takes weight and gives no value
-                scores = torch.cat([scores, sinks.float().view(layout.num_kv_heads, group, 1)], -1)
-            total = torch.logsumexp(scores, -1, keepdim=True)
-            # A query that sees no key gives zeros, and a log-sum-exp of -inf (or of its sink alone).
-            weights = (scores - total).exp()[..., : visible.stop - visible.start]
-            attended = rotate(torch.einsum("hgk,khd->hgd", weights, values[visible]), layout.v_rotation_order)
-            if of_v.gain_inverse is not None:
-                attended = attended * of_v.gain_inverse[:, None]
-            if of_v.center is not None:
-                attended = attended + of_v.center[:, None] * weights.sum(-1, keepdim=True)
-            out[token] = attended.flatten(0, 1).to(out.dtype)
-            if lse is not None:
-                lse[token] = total.flatten()
-
-
-def gather(
-    cache: PagedKVCache,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    cu_seq_lens: torch.Tensor,
-    k_out: torch.Tensor,
-    v_out: torch.Tensor,
-    *,
-    rotated: bool = True,
-) -> None:
-    """See `sawkv.ops.gather`."""
-    for i in range(seq_lens.shape[0]):
-        start, length = int(cu_seq_lens[i]), int(seq_lens[i])
-        keys, values = read_sequence(cache, block_table[i], length)
-        if not rotated:
-            keys, values = restore(keys, values, cache)
-        k_out[start : start + length] = keys.to(k_out.dtype)
-        v_out[start : start + length] = values.to(v_out.dtype)
-
-
 def restore(keys: torch.Tensor, values: torch.Tensor, cache: PagedKVCache) -> tuple[torch.Tensor, torch.Tensor]:
     """Undo rotation, gains and centering of rows [num_tokens, num_kv_heads, head_dim] fp32."""
     restored = []
@@ -134,13 +125,6 @@ def restore(keys: torch.Tensor, values: torch.Tensor, cache: PagedKVCache) -> tu
         x = x if constants.gain_inverse is None else x * constants.gain_inverse
         restored.append(x if constants.center is None else x + constants.center)
     return restored[0], restored[1]
-
-
-def make_plan(
-    layout: PageLayout, device: torch.device, num_q_heads: int, max_num_seqs: int, max_query_len: int, sliding_window: int
-) -> DecodePlan:
-    """See `sawkv.ops.make_decode_plan`. Nothing to plan."""
-    return DecodePlan()
 
 
 def read_sequence(cache: PagedKVCache, block_table_row: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -448,7 +448,7 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
         Args:
             query: [batch_size, num_q_heads, num_new, head_dim].
-            scale, softcap, sinks: as in `ops.decode_attention`.
+            scale, softcap, sinks: as in `ops.Attention`.
 
         Returns:
             [batch_size, num_new, num_q_heads, head_dim].
@@ -456,20 +456,17 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         paging = self.paging
         batch_size, num_q_heads, num_new, head_dim = query.shape
         assert self.pages is not None
-        attended = ops.decode_attention(
-            _rows(query.detach()),
+        assert paging.step is not None
+        attention = ops.attention(
             self.pages,
-            paging.block_table,
-            paging.lengths,
-            paging.query_start_loc,
+            num_q_heads=num_q_heads,
             softmax_scale=scale,
-            max_query_len=num_new,
             sliding_window=self.window,
             logit_softcap=softcap,
             sinks=sinks,
-            plan=paging.plan(num_q_heads, num_new),
             backend=paging.backend,
         )
+        attended = attention(_rows(query.detach()), paging.step)
         return attended.view(batch_size, num_new, num_q_heads, head_dim)
 
     def decode(self, k_dtype: torch.dtype, v_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:

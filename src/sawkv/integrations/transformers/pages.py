@@ -9,7 +9,7 @@ import torch
 from sawkv import ops
 from sawkv.errors import LayoutError
 from sawkv.format.layout import PageLayout
-from sawkv.kernels import DecodePlan
+from sawkv.kernels import Step
 
 MAX_PAGED_QUERIES = 8
 """Query tokens a sequence up to which attention reads pages; longer ones are prompts, and run in the model's own 16-bit attention."""
@@ -41,7 +41,7 @@ class Paging:
         first_written: the first page that this pass writes to, if pages grow.
         block_table: [batch_size, first_page + num_pages] int32.
         slots: [batch_size * num_new] int64, where this pass writes; -1 for padding.
-        query_start_loc: [batch_size + 1] int32, for this pass.
+        step: what layers attend with in this pass, if its attention reads pages.
         reads_pages: whether this pass's attention reads pages; else K and V are decoded for the model's own attention.
         is_fresh: whether this pass's tokens are the first.
         num_keys: K and V rows of each sequence that the model's own attention gets in this pass, new ones included.
@@ -77,7 +77,8 @@ class Paging:
         self._one_slot = torch.empty(self.batch_size, dtype=torch.int64, device=self.device)  # CUDA graphs need a fixed address
         self.slots = self._one_slot
         self._starts: dict[int, torch.Tensor] = {}
-        self._plans: dict[tuple[int, int], DecodePlan] = {}
+        self._schedules: dict[tuple[int, int], ops.Schedule] = {}
+        self.step: Step | None = None
         self._start_of(1)
 
     @property
@@ -131,9 +132,8 @@ class Paging:
         if mask is not None and not reads_pages and not is_fresh and self._max_pad:
             self._check_padding(mask, num_new)
         if num_q_heads is not None and self.max_len is not None:
-            self.plan(num_q_heads, 1)  # made here, since a compiled step must not allocate what it keeps
-        plan = self.plan(num_q_heads, num_new) if reads_pages and num_q_heads is not None else None
-        self.query_start_loc = self._start_of(num_new)
+            self._schedule(num_q_heads, 1)  # made here, since a compiled step must not allocate what it keeps
+        schedule = self._schedule(num_q_heads, num_new) if reads_pages and num_q_heads is not None else None
         if self.max_len is None:
             self._make_room(length, length + num_new)
         self.is_fresh, self.reads_pages = is_fresh, reads_pages
@@ -141,8 +141,7 @@ class Paging:
         self.first_written = max(0, length - self._max_pad) // self.layout.page_size
         self.advance(num_new)
         self._length = length + num_new
-        if plan is not None:
-            plan.update(self.lengths, self.query_start_loc)
+        self.step = None if schedule is None else schedule.update(self.block_table, self.lengths, self._start_of(num_new))
 
     def begin_compiled(self, num_q_heads: int, mask: torch.Tensor | None) -> None:
         """`begin` for one new token, on the device alone; `max_len` is set, and an uncompiled pass came first.
@@ -154,8 +153,7 @@ class Paging:
         torch._assert_async((self.lengths + self.pads <= self.max_len).all())
         if mask is not None:
             torch._assert_async(self.agrees(mask, 1))
-        self.plan(num_q_heads, 1).update(self.lengths, self._start_of(1))
-        self.query_start_loc = self._start_of(1)
+        self.step = self._schedule(num_q_heads, 1).update(self.block_table, self.lengths, self._start_of(1))
 
     def cut_mask(self, mask: torch.Tensor | None, num_new: int) -> torch.Tensor | None:
         """A mask for the `num_keys` keys that `SawLayer.decode` gives; None where PyTorch's causal attention is it."""
@@ -193,11 +191,11 @@ class Paging:
         seen = (key >= 0) & (key <= query)
         return seen & (query - key < self.window) if self.window else seen
 
-    def plan(self, num_q_heads: int, num_new: int) -> DecodePlan:
-        """The schedule that all layers share in a pass."""
+    def _schedule(self, num_q_heads: int, num_new: int) -> ops.Schedule:
+        """What all layers share in a pass of `num_new` tokens of each sequence."""
         key = num_q_heads, num_new
-        if key not in self._plans:
-            self._plans[key] = ops.make_decode_plan(
+        if key not in self._schedules:
+            self._schedules[key] = ops.Schedule(
                 self.layout,
                 self.device,
                 num_q_heads=num_q_heads,
@@ -206,7 +204,7 @@ class Paging:
                 sliding_window=self.window,
                 backend=self.backend,
             )
-        return self._plans[key]
+        return self._schedules[key]
 
     def tail_table(self, num_tokens: int, held: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
         """Where the last `num_tokens` tokens of each sequence are, in whole pages.
@@ -268,7 +266,7 @@ class Paging:
 
     def __getstate__(self) -> dict[str, object]:
         """For copies: without schedules, which serve one cache at a time."""
-        return vars(self) | {"_plans": {}}
+        return vars(self) | {"_schedules": {}, "step": None}
 
     def _past_keys(self, length: int) -> int:
         return min(length, self.window - 1) if self.window else length

@@ -42,31 +42,32 @@ from sawkv.integrations.vllm.metrics import CountedLayer, CounterReader
 from sawkv.integrations.vllm.prefill import FlashPrefill, PrefillSlice, slice_prefills, speculated_tokens
 from sawkv.integrations.vllm.prepare import is_installed
 from sawkv.integrations.vllm.windows import VLLM_SIZES_WINDOWS, pack_windows
-from sawkv.kernels import DecodePlan, select_backend
+from sawkv.kernels import Step, select_backend
 from sawkv.prepare.calibration import Calibration, LayerCalibration, model_id
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.kv_cache_interface import AttentionSpec
 
-PlanKey = tuple[int, int, int]
-"""num_heads, num_kv_heads and sliding_window: what layers that share a plan have in common."""
+LikeLayers = tuple[int, int, int]
+"""num_heads, num_kv_heads and sliding_window: what layers that share a schedule have in common."""
 
 logger = init_logger(f"vllm.{__name__}")  # under vLLM's name, so that its log settings apply
 
 
 @dataclass
 class SawMetadata(AttentionMetadata):
-    """What one step's attention needs, for all layers of a group. Shapes as in `ops.decode_attention`."""
+    """What one step's attention needs, for all layers of a group.
 
-    num_decode_tokens: int
-    max_query_len: int
-    query_start_loc: torch.Tensor
-    seq_lens: torch.Tensor
-    block_table: torch.Tensor
-    plans: Mapping[PlanKey, DecodePlan]
+    Attributes:
+        steps: of requests that read their pages, for layers by what they have in common; none if there are no such requests.
+        prefills: of the others, by the window of the layers that attend them.
+        prompts: whole prompts, while layers measure.
+    """
+
+    steps: Mapping[LikeLayers, Step]
     prefills: Mapping[int, Sequence[PrefillSlice]]
-    prompts: Sequence[Prompt] = ()  # while layers measure
+    prompts: Sequence[Prompt] = ()
 
 
 class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
@@ -93,7 +94,7 @@ class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
         layout = self._impls[0].layout(kv_cache_spec.block_size)
         announce.say_pages(kv_cache_spec, layout, cache_config.block_size if cache_config.enable_prefix_caching else 0)
         announce.say_kernels(layout, device)
-        self._plans: dict[PlanKey, DecodePlan] = {}
+        self._schedules: dict[LikeLayers, ops.Schedule] = {}
         self._unprepared = self._impls
         self._reader = self._make_reader(layers, vllm_config.parallel_config.rank)
         # The least: a draft model's layers have a configuration of their own.
@@ -101,6 +102,7 @@ class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
         self._bound_slack = speculated_tokens(vllm_config)
         self._windows = {impl.sliding_window for impl in self._impls}
         capture_sizes = vllm_config.compilation_config.cudagraph_capture_sizes or []
+        self._max_query_len = vllm_config.scheduler_config.max_num_batched_tokens  # on a CPU
         self._max_num_seqs = max([vllm_config.scheduler_config.max_num_seqs, *capture_sizes])  # a graph's batch is padded
 
     def _make_reader(self, layers: Mapping[str, Any], rank: int) -> CounterReader | None:
@@ -130,15 +132,24 @@ class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
             self._reader.poll()
         if common.causal is not True:
             raise UnsupportedError("sawkv: expected causal attention, got a request for non-causal attention")
-        if self.device.type == "cpu":
-            num_decodes, num_decode_tokens, max_query_len = common.num_reqs, common.num_actual_tokens, common.max_query_len
-        else:
+        num_decodes, max_query_len = common.num_reqs, self._max_query_len
+        if self.device.type != "cpu":
             max_query_len = self.reorder_batch_threshold or 1
-            num_decodes, _, num_decode_tokens, _ = split_decodes_and_prefills(common, decode_threshold=max_query_len)
-        query_start_loc, seq_lens = common.query_start_loc[: num_decodes + 1], common.seq_lens[:num_decodes]
-        for impl in self._impls if self.device.type != "cpu" and not self._plans else ():
-            if impl.plan_key not in self._plans:
-                self._plans[impl.plan_key] = ops.make_decode_plan(
+            num_decodes, _, _, _ = split_decodes_and_prefills(common, decode_threshold=max_query_len)
+        if not self._schedules:  # not at start-up: the threshold is final only now
+            self._make_schedules(max_query_len)
+        lengths = common.seq_lens[:num_decodes], common.query_start_loc[: num_decodes + 1]
+        block_table, schedules = common.block_table_tensor[:num_decodes], self._schedules if num_decodes else {}
+        return SawMetadata(
+            steps={alike: schedule.update(block_table, *lengths) for alike, schedule in schedules.items()},
+            prefills=self._slice_prefills(common, num_decodes) if num_decodes < common.num_reqs else {},
+            prompts=whole_prompts(common) if self._measures() else (),
+        )
+
+    def _make_schedules(self, max_query_len: int) -> None:
+        for impl in self._impls:
+            if impl.alike not in self._schedules:
+                self._schedules[impl.alike] = ops.Schedule(
                     impl.layout(self.kv_cache_spec.block_size),
                     self.device,
                     num_q_heads=impl.num_heads,
@@ -146,18 +157,6 @@ class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
                     max_query_len=max_query_len,
                     sliding_window=impl.sliding_window,
                 )
-        for plan in self._plans.values() if num_decodes else ():
-            plan.update(seq_lens, query_start_loc)
-        return SawMetadata(
-            num_decode_tokens=num_decode_tokens,
-            max_query_len=max_query_len,
-            query_start_loc=query_start_loc,
-            seq_lens=seq_lens,
-            block_table=common.block_table_tensor[:num_decodes],
-            plans=self._plans,
-            prefills=self._slice_prefills(common, num_decodes) if num_decodes < common.num_reqs else {},
-            prompts=whole_prompts(common) if self._measures() else (),
-        )
 
     def _measures(self) -> bool:
         self._unprepared = [impl for impl in self._unprepared if impl.unprepared]
@@ -199,11 +198,11 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
         self.logits_soft_cap = logits_soft_cap or 0.0
         self.kv_cache_dtype, self.attn_type, self.sinks = kv_cache_dtype, attn_type, sinks
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
-        self.plan_key: PlanKey = (self.num_heads, self.num_kv_heads, self.sliding_window)
+        self.alike: LikeLayers = (self.num_heads, self.num_kv_heads, self.sliding_window)
         self.reader: CounterReader | None = None
         self.reader_place = 0
         self.counted = CountedLayer("")  # until the layer's name is known
-        self._cache: PagedKVCache | None = None
+        self._attention: ops.Attention | None = None
         self._kv_cache: torch.Tensor | None = None
         self._layer_calibration: LayerCalibration | None = LayerCalibration()
         self._format = _check_supported(vllm_config, config, head_size, attn_type, alibi_slopes is not None, other_arguments)
@@ -242,7 +241,7 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
     ) -> None:
         """Append the step's new tokens. vLLM pads: `key` may be longer than `slot_mapping`, whose padding is -1."""
         if self.measurement is None:
-            ops.append(key, value, self._bind(kv_cache), slot_mapping)
+            self._bind(kv_cache).append(key, value, slot_mapping)
 
     def forward(
         self,
@@ -265,26 +264,12 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
             raise UnsupportedError("sawkv: fused quantization of the attention output is not supported")
         if self.measurement is not None:
             return self.measurement.attend(self, query, key, value, attn_metadata.prompts, output)
-        cache = self._bind(kv_cache)
-        num_tokens = attn_metadata.num_decode_tokens
-        if num_tokens:
-            ops.decode_attention(
-                query[:num_tokens],
-                cache,
-                attn_metadata.block_table,
-                attn_metadata.seq_lens,
-                attn_metadata.query_start_loc,
-                softmax_scale=self.scale,
-                max_query_len=attn_metadata.max_query_len,
-                sliding_window=self.sliding_window,
-                logit_softcap=self.logits_soft_cap,
-                sinks=self.sinks,
-                out=output[:num_tokens],
-                plan=attn_metadata.plans.get(self.plan_key),
-            )
-        if self.prefill is not None:  # only a GPU's metadata has prefills
-            for prefill in attn_metadata.prefills.get(self.sliding_window, ()):
-                self.prefill.attend(query, cache, prefill, output)
+        attention = self._bind(kv_cache)
+        if attn_metadata.steps:
+            attention(query, attn_metadata.steps[self.alike], output)
+        if attn_metadata.prefills and self.prefill is not None:  # only a GPU's metadata has prefills
+            for prefill in attn_metadata.prefills[self.sliding_window]:
+                self.prefill.attend(query, attention, prefill, output)
         return output
 
     def _is_like(self, other: object) -> bool:
@@ -324,8 +309,8 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
     def take_prepared(self, part: LayerCalibration, device: torch.device) -> None:
         """Write pages with `part` from now on, in place: graphs that are captured already see it."""
         self._written_with(device).fill(part)
-        if self._cache is not None:
-            self._cache.refresh()
+        if self._attention is not None:
+            self._attention.cache.refresh()
         self.counted.energies = _energies(part)
         self.unprepared = False
 
@@ -339,15 +324,22 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
         self._layer_calibration = self._layer_calibration.to(device)
         return self._layer_calibration
 
-    def _bind(self, kv_cache: torch.Tensor) -> PagedKVCache:
-        """The pages that vLLM handed over, checked once and again whenever they change (after a wake-up, say)."""
-        if self._cache is None or self._kv_cache is not kv_cache:
+    def _bind(self, kv_cache: torch.Tensor) -> ops.Attention:
+        """Attention over the pages that vLLM handed over: made at first use and again when they change (after a wake-up, say)."""
+        if self._attention is None or self._kv_cache is not kv_cache:
             parts = self._written_with(kv_cache.device).constants()
             counters = None if self.reader is None or self.reader.counters is None else self.reader.counters[self.reader_place]
-            layout = self.layout(kv_cache.shape[2])
-            self._cache = PagedKVCache(kv_cache.view(torch.uint8), layout, **parts, counters=counters)
+            cache = PagedKVCache(kv_cache.view(torch.uint8), self.layout(kv_cache.shape[2]), **parts, counters=counters)
+            self._attention = ops.Attention(
+                cache,
+                num_q_heads=self.num_heads,
+                softmax_scale=self.scale,
+                sliding_window=self.sliding_window,
+                logit_softcap=self.logits_soft_cap,
+                sinks=self.sinks,
+            )
             self._kv_cache = kv_cache
-        return self._cache
+        return self._attention
 
 
 class SawAttentionBackend(AttentionBackend):

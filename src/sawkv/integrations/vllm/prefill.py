@@ -15,10 +15,9 @@ from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 from vllm.v1.worker.workspace import current_workspace_manager
 
 from sawkv import ops
-from sawkv.cache import PagedKVCache
 from sawkv.errors import UnsupportedError
 from sawkv.integrations.vllm import refusals
-from sawkv.kernels import select_backend
+from sawkv.kernels import Prefixes
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -33,9 +32,8 @@ class PrefillSlice:
 
     Attributes:
         tokens: rows of query and output.
-        cu_seqlens_q, cu_seqlens_k: [num_requests + 1] int32, where each request starts in these rows and in the workspace.
-        seq_lens: [num_requests] int32, tokens to gather, the last of each context.
-        block_table: [num_requests, max_blocks] int32, their pages.
+        cu_seqlens_q: [num_requests + 1] int32, where each request starts in these rows.
+        prefixes: the tokens to gather, the last of each context, and where each request starts in the workspace.
         num_keys: at least as many as the slice gathers.
         max_query_len, max_seq_len: upper bounds.
         workspaces: K and V [num_keys, num_kv_heads, head_dim] to gather into, by `FlashPrefill.shape`: made by the first layer for all.
@@ -43,9 +41,7 @@ class PrefillSlice:
 
     tokens: slice
     cu_seqlens_q: torch.Tensor
-    cu_seqlens_k: torch.Tensor
-    seq_lens: torch.Tensor
-    block_table: torch.Tensor
+    prefixes: Prefixes
     num_keys: int
     max_query_len: int
     max_seq_len: int
@@ -101,9 +97,7 @@ def slice_prefills(
             PrefillSlice(
                 tokens=slice(starts[first], starts[last]),
                 cu_seqlens_q=common.query_start_loc[first : last + 1] - starts[first],
-                cu_seqlens_k=cu_seqlens_k,
-                seq_lens=seq_lens,
-                block_table=block_table,
+                prefixes=ops.prefixes(block_table, seq_lens, cu_seqlens_k),
                 num_keys=min(total, capacity),
                 max_query_len=max(starts[i + 1] - starts[i] for i in range(first, last)),
                 max_seq_len=max(lengths[first:last]),
@@ -161,22 +155,20 @@ class FlashPrefill:
         k, v = current_workspace_manager().get_simultaneous((self.shape, self.dtype), (self.shape, self.dtype))
         return k, v
 
-    def attend(self, query: torch.Tensor, cache: PagedKVCache, prefill: PrefillSlice, output: torch.Tensor) -> None:
-        """Attend the queries of one slice. query, output: [num_tokens, num_heads, head_size], all tokens of the step."""
-        if is_first := self.shape not in prefill.workspaces:
+    def attend(self, query: torch.Tensor, pages: ops.Pages, prefill: PrefillSlice, output: torch.Tensor) -> None:
+        """Attend the queries of one slice to a layer's pages. query, output: [num_tokens, num_heads, head_size], all tokens of the step."""
+        if self.shape not in prefill.workspaces:
             k, v = self.workspace()
             prefill.workspaces[self.shape] = k[: prefill.num_keys], v[: prefill.num_keys]
         k, v = prefill.workspaces[self.shape]
-        # The first layer has the arguments checked that it shares with the others: a short prompt waits for what each layer runs here.
-        gather = ops.gather if is_first else select_backend(k.device, cache.layout).gather
-        gather(cache, prefill.block_table, prefill.seq_lens, prefill.cu_seqlens_k, k, v, rotated=False)
+        pages.gather(prefill.prefixes, k, v, rotated=False)
         self._flash_attention(
             q=query[prefill.tokens],
             k=k,
             v=v,
             out=output[prefill.tokens],
             cu_seqlens_q=prefill.cu_seqlens_q,
-            cu_seqlens_k=prefill.cu_seqlens_k,
+            cu_seqlens_k=prefill.prefixes.cu_seq_lens,
             max_seqlen_q=prefill.max_query_len,
             max_seqlen_k=prefill.max_seq_len,
             s_aux=self._sinks,

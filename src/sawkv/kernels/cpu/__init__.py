@@ -10,8 +10,10 @@ import torch
 from sawkv.cache import Constants, PagedKVCache
 from sawkv.errors import UnsupportedError
 from sawkv.format.layout import PageLayout
-from sawkv.kernels import DecodePlan
+from sawkv.kernels import Layer, Prefixes, Schedule, Step
 from sawkv.kernels.cpu.build import load_library
+
+__all__ = ["Attention", "Pages", "Schedule", "counts", "name", "unsupported_reason"]
 
 name = "cpu"
 counts = True
@@ -25,6 +27,8 @@ def unsupported_reason(device: torch.device, layout: PageLayout) -> str | None:
     """Builds the kernels if that has not been done."""
     if device.type != "cpu":
         return f"expected device cpu, got {device.type}"
+    if layout.format.codec not in _CODECS:
+        return f"expected {', '.join(_CODECS)}, got {layout.format.codec}"
     try:
         load_library()
     except UnsupportedError as error:
@@ -77,110 +81,91 @@ class _Gather(Structure):
     )
 
 
-def append(k: torch.Tensor, v: torch.Tensor, cache: PagedKVCache, slot_mapping: torch.Tensor) -> None:
-    """See `sawkv.ops.append`."""
-    slots = slot_mapping.contiguous()
-    arguments = _Append(
-        _describe(cache),
-        k.data_ptr(),
-        v.data_ptr(),
-        *_byte_strides(k),
-        *_byte_strides(v),
-        slots.data_ptr(),
-        _address(cache.counters),
-        slots.shape[0],
-        _DTYPES.index(k.dtype),
-        torch.get_num_threads(),
-    )
-    load_library().sawkv_append(ctypes.byref(arguments))
+class Pages:
+    """See `sawkv.ops.Pages`."""
 
+    def __init__(self, cache: PagedKVCache) -> None:
+        self._cache, self._described, self._library = cache, _describe(cache), load_library()
 
-def decode_attention(
-    q: torch.Tensor,
-    cache: PagedKVCache,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-    *,
-    softmax_scale: float,
-    max_query_len: int,
-    sliding_window: int,
-    logit_softcap: float,
-    sinks: torch.Tensor | None,
-    plan: DecodePlan | None = None,
-) -> None:
-    """See `sawkv.ops.decode_attention`. Results depend on no other sequence of the batch, to the last bit."""
-    num_q_heads = q.shape[1]
-    if num_q_heads > MAX_GROUP * cache.layout.num_kv_heads:
-        raise UnsupportedError(
-            f"cpu backend: expected at most {MAX_GROUP} query heads a KV head, got {num_q_heads // cache.layout.num_kv_heads}"
+    def append(self, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+        """See `sawkv.ops.append`."""
+        slots = slot_mapping.contiguous()
+        arguments = _Append(
+            self._described,
+            k.data_ptr(),
+            v.data_ptr(),
+            *_byte_strides(k),
+            *_byte_strides(v),
+            slots.data_ptr(),
+            _address(self._cache.counters),
+            slots.shape[0],
+            _DTYPES.index(k.dtype),
+            torch.get_num_threads(),
         )
-    seq_lens, query_start_loc = seq_lens.contiguous(), query_start_loc.contiguous()
-    sinks = None if sinks is None else sinks.float().contiguous()
-    lse_out = (
-        None if lse is None else lse if lse.is_contiguous() else torch.empty_like(lse, memory_format=torch.contiguous_format).copy_(lse)
-    )
-    arguments = _Attention(
-        _describe(cache),
-        q.data_ptr(),
-        out.data_ptr(),
-        *_byte_strides(q),
-        *_byte_strides(out),
-        block_table.data_ptr(),
-        block_table.stride(0),
-        seq_lens.data_ptr(),
-        query_start_loc.data_ptr(),
-        _address(lse_out),
-        _address(sinks),
-        seq_lens.shape[0],
-        num_q_heads,
-        sliding_window,
-        _DTYPES.index(q.dtype),
-        torch.get_num_threads(),
-        softmax_scale,
-        logit_softcap,
-    )
-    load_library().sawkv_attention(ctypes.byref(arguments))
-    if lse is not None and lse_out is not None and lse_out is not lse:
-        lse.copy_(lse_out)
+        self._library.sawkv_append(ctypes.byref(arguments))
+
+    def gather(self, prefixes: Prefixes, k_out: torch.Tensor, v_out: torch.Tensor, rotated: bool) -> None:
+        """See `sawkv.ops.gather`."""
+        seq_lens, cu_seq_lens = prefixes.seq_lens.contiguous(), prefixes.cu_seq_lens.contiguous()
+        arguments = _Gather(
+            self._described,
+            prefixes.block_table.data_ptr(),
+            prefixes.block_table.stride(0),
+            seq_lens.data_ptr(),
+            cu_seq_lens.data_ptr(),
+            k_out.data_ptr(),
+            v_out.data_ptr(),
+            k_out.shape[0],
+            seq_lens.shape[0],
+            _DTYPES.index(k_out.dtype),
+            torch.get_num_threads(),
+            rotated,
+        )
+        self._library.sawkv_gather(ctypes.byref(arguments))
 
 
-def gather(
-    cache: PagedKVCache,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    cu_seq_lens: torch.Tensor,
-    k_out: torch.Tensor,
-    v_out: torch.Tensor,
-    *,
-    rotated: bool = True,
-) -> None:
-    """See `sawkv.ops.gather`."""
-    seq_lens, cu_seq_lens = seq_lens.contiguous(), cu_seq_lens.contiguous()
-    arguments = _Gather(
-        _describe(cache),
-        block_table.data_ptr(),
-        block_table.stride(0),
-        seq_lens.data_ptr(),
-        cu_seq_lens.data_ptr(),
-        k_out.data_ptr(),
-        v_out.data_ptr(),
-        k_out.shape[0],
-        seq_lens.shape[0],
-        _DTYPES.index(k_out.dtype),
-        torch.get_num_threads(),
-        rotated,
-    )
-    load_library().sawkv_gather(ctypes.byref(arguments))
+class Attention:
+    """See `sawkv.ops.Attention`. Results depend on no other sequence of the batch, to the last bit."""
 
+    def __init__(self, layer: Layer) -> None:
+        num_kv_heads = layer.cache.layout.num_kv_heads
+        if layer.num_q_heads > MAX_GROUP * num_kv_heads:
+            raise UnsupportedError(
+                f"cpu backend: expected at most {MAX_GROUP} query heads a KV head, got {layer.num_q_heads // num_kv_heads}"
+            )
+        self._layer, self._described, self._library = layer, _describe(layer.cache), load_library()
 
-def make_plan(
-    layout: PageLayout, device: torch.device, num_q_heads: int, max_num_seqs: int, max_query_len: int, sliding_window: int
-) -> DecodePlan:
-    """See `sawkv.ops.make_decode_plan`. Nothing to plan."""
-    return DecodePlan()
+    def __call__(self, q: torch.Tensor, step: Step, out: torch.Tensor, lse: torch.Tensor | None) -> None:
+        """See `sawkv.ops.Attention.__call__`."""
+        layer = self._layer
+        seq_lens, query_start_loc = step.seq_lens.contiguous(), step.query_start_loc.contiguous()
+        sinks = None if layer.sinks is None else layer.sinks.float().contiguous()
+        lse_out = (
+            None if lse is None else lse if lse.is_contiguous() else torch.empty_like(lse, memory_format=torch.contiguous_format).copy_(lse)
+        )
+        arguments = _Attention(
+            self._described,
+            q.data_ptr(),
+            out.data_ptr(),
+            *_byte_strides(q),
+            *_byte_strides(out),
+            step.block_table.data_ptr(),
+            step.block_table.stride(0),
+            seq_lens.data_ptr(),
+            query_start_loc.data_ptr(),
+            _address(lse_out),
+            _address(sinks),
+            seq_lens.shape[0],
+            layer.num_q_heads,
+            layer.sliding_window,
+            _DTYPES.index(q.dtype),
+            torch.get_num_threads(),
+            layer.softmax_scale,
+            layer.logit_softcap,
+        )
+        self._library.sawkv_attention(ctypes.byref(arguments))
+        if lse is not None and lse_out is not None and lse_out is not lse:
+            lse.copy_(lse_out)
 
 
 def _describe(cache: PagedKVCache) -> _Cache:

@@ -7,16 +7,17 @@ and 16-bit formats, head_dim that is not a multiple of 32, older GPUs) is the Tr
 from __future__ import annotations
 
 import ctypes
-import functools
 import math
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
+from sawkv import kernels
 from sawkv.cache import PagedKVCache
 from sawkv.errors import LayoutError
 from sawkv.format.layout import GPU_PAGE_SIZES, PageLayout
-from sawkv.kernels import DecodePlan
+from sawkv.kernels import Layer, Prefixes, ScheduleShape, Step
 from sawkv.kernels.cuda import runtime
 
 name = "cuda"
@@ -51,57 +52,90 @@ def unsupported_reason(device: torch.device, layout: PageLayout) -> str | None:
     return runtime.missing_reason()
 
 
-def append(k: torch.Tensor, v: torch.Tensor, cache: PagedKVCache, slot_mapping: torch.Tensor) -> None:
-    """See `sawkv.ops.append`."""
-    layout = cache.layout
-    num_tokens = slot_mapping.shape[0]
-    if not num_tokens:
-        return
-    k, v = _vectorizable(k), _vectorizable(v)
-    centers, gains, _, weights, steps = zip(*cache.constants, strict=True)
-    (k_token_stride, k_head_stride, _), (v_token_stride, v_head_stride, _) = k.stride(), v.stride()
-    params = _AppendParams(
-        *map(_pointer, (slot_mapping, cache.pages, cache.counters, k, v, *centers, *gains, *weights, *steps)),
-        *(k_token_stride, v_token_stride, k_head_stride, v_head_stride),
-        cache.pages.stride(0),
-        cache.num_slots,
-        num_tokens,
-    )
-    orders = layout.k_rotation_order, layout.v_rotation_order
-    does = _are_there(gains), _are_there(weights), cache.counters is not None
-    kernel, threads, tokens_per_block = _page_kernel("append", layout, k.dtype, *orders, k.device, *does)
-    grid = (_divide_up(num_tokens, tokens_per_block), layout.num_kv_heads, 2)
-    kernel.launch(grid, threads, _stream(k.device), params, dependent=True)
+class Pages:
+    """See `sawkv.ops.Pages`."""
+
+    def __init__(self, cache: PagedKVCache) -> None:
+        self._cache = cache
+        self._device = cache.pages.device
+        self._appends: dict[torch.dtype, _Variant] = {}
+        self._gathers: dict[tuple[torch.dtype, bool], _Variant] = {}
+
+    def append(self, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+        """See `sawkv.ops.append`."""
+        num_tokens = slot_mapping.shape[0]
+        if not num_tokens:
+            return
+        k, v = _vectorizable(k), _vectorizable(v)
+        variant = self._appends.get(k.dtype) or self._prepare_append(k.dtype)
+        params = _AppendParams.from_buffer_copy(variant.params)
+        params.slot_mapping, params.num_tokens = slot_mapping.data_ptr(), num_tokens
+        params.k, params.v = k.data_ptr(), v.data_ptr()
+        params.k_token_stride, params.k_head_stride, _ = k.stride()
+        params.v_token_stride, params.v_head_stride, _ = v.stride()
+        grid = (_divide_up(num_tokens, variant.tokens_per_block), self._cache.layout.num_kv_heads, 2)
+        variant.kernel.launch(grid, variant.threads, _stream(self._device), params, dependent=True)
+
+    def gather(self, prefixes: Prefixes, k_out: torch.Tensor, v_out: torch.Tensor, rotated: bool) -> None:
+        """See `sawkv.ops.gather`."""
+        num_tokens, num_seqs = k_out.shape[0], prefixes.seq_lens.shape[0]
+        if not num_tokens or not num_seqs:
+            return
+        variant = self._gathers.get((k_out.dtype, rotated)) or self._prepare_gather(k_out.dtype, rotated)
+        params = _GatherParams.from_buffer_copy(variant.params)
+        params.block_table, params.table_stride = prefixes.block_table.data_ptr(), prefixes.block_table.stride(0)
+        params.seq_lens, params.cu_seq_lens = prefixes.seq_lens.data_ptr(), prefixes.cu_seq_lens.data_ptr()
+        params.k_out, params.v_out = k_out.data_ptr(), v_out.data_ptr()
+        params.num_seqs, params.max_tokens = num_seqs, num_tokens
+        blocks = _divide_up(num_tokens, variant.tokens_per_block) * self._cache.layout.num_kv_heads
+        variant.kernel.launch((blocks, 1, 1), variant.threads, _stream(self._device), params, dependent=True)
+
+    def _prepare_append(self, dtype: torch.dtype) -> _Variant:
+        """The kernel for rows of `dtype`, with what the cache knows of its parameters."""
+        cache, layout = self._cache, self._cache.layout
+        centers, gains, _, weights, steps = zip(*cache.constants, strict=True)
+        params = _AppendParams(pages=_pointer(cache.pages), page_stride=cache.pages.stride(0), num_slots=cache.num_slots)
+        params.counters = _pointer(cache.counters)
+        params.k_center, params.v_center = map(_pointer, centers)
+        params.k_gain, params.v_gain = map(_pointer, gains)
+        params.k_weights, params.v_weights = map(_pointer, weights)
+        params.k_step, params.v_step = map(_pointer, steps)
+        does = {"GAIN": _are_there(gains), "FEEDBACK": _are_there(weights), "COUNT": cache.counters is not None}
+        orders = layout.k_rotation_order, layout.v_rotation_order
+        self._appends[dtype] = _Variant.load("append", _page_defines(layout, dtype, *orders), does, self._device, params)
+        return self._appends[dtype]
+
+    def _prepare_gather(self, dtype: torch.dtype, rotated: bool) -> _Variant:
+        """The kernel for outputs of `dtype`, with what the cache knows of its parameters."""
+        cache, layout = self._cache, self._cache.layout
+        centers, inverses = ((None, None),) * 2 if rotated else (tuple(x[i] for x in cache.constants) for i in (0, 2))
+        params = _GatherParams(pages=_pointer(cache.pages), page_stride=cache.pages.stride(0), num_kv_heads=layout.num_kv_heads)
+        params.k_center, params.v_center = map(_pointer, centers)
+        params.k_gain_inverse, params.v_gain_inverse = map(_pointer, inverses)
+        orders = (0, 0) if rotated else (layout.k_rotation_order, layout.v_rotation_order)
+        does = {"GAIN": _are_there(inverses)}
+        variant = _Variant.load("gather", _page_defines(layout, dtype, *orders), does, self._device, params)
+        self._gathers[dtype, rotated] = variant
+        return variant
 
 
-def gather(
-    cache: PagedKVCache,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    cu_seq_lens: torch.Tensor,
-    k_out: torch.Tensor,
-    v_out: torch.Tensor,
-    *,
-    rotated: bool,
-) -> None:
-    """See `sawkv.ops.gather`."""
-    layout = cache.layout
-    if not k_out.shape[0] or not seq_lens.shape[0]:
-        return
-    centers, inverses = ((None, None),) * 2 if rotated else (tuple(x[i] for x in cache.constants) for i in (0, 2))
-    params = _GatherParams(
-        *map(_pointer, (cache.pages, block_table, seq_lens, cu_seq_lens)),
-        *map(_pointer, (*centers, *inverses, k_out, v_out)),
-        cache.pages.stride(0),
-        block_table.stride(0),
-        seq_lens.shape[0],
-        k_out.shape[0],
-        layout.num_kv_heads,
-    )
-    orders = (0, 0) if rotated else (layout.k_rotation_order, layout.v_rotation_order)
-    kernel, threads, tokens_per_block = _page_kernel("gather", layout, k_out.dtype, *orders, k_out.device, _are_there(inverses))
-    grid = (_divide_up(k_out.shape[0], tokens_per_block) * layout.num_kv_heads, 1, 1)
-    kernel.launch(grid, threads, _stream(k_out.device), params, dependent=True)
+class _Variant(NamedTuple):
+    """append or gather compiled for a layout and dtype, and the bytes of its parameters, where those of a call are zero yet.
+
+    A call sets its own in a copy, so that threads may share this.
+    """
+
+    kernel: runtime.Kernel
+    params: bytes
+    threads: int
+    tokens_per_block: int
+
+    @classmethod
+    def load(
+        cls, operation: str, defines: dict[str, int | str], does: dict[str, bool], device: torch.device, params: ctypes.Structure
+    ) -> _Variant:
+        kernel = runtime.load(f"{operation}.cu", f"sawkv_{operation}", defines | {name: int(value) for name, value in does.items()}, device)
+        return cls(kernel, bytes(params), kernel.read_constant("sawkv_threads"), kernel.read_constant("sawkv_tokens_per_block"))
 
 
 @dataclass(frozen=True)
@@ -125,157 +159,124 @@ class QueryShape:
         return cls(group, min(total, columns), column_tiles, row_blocks, _divide_up(total, row_blocks * columns))
 
 
-class CudaPlan(DecodePlan):
-    """What the schedule kernel writes, with room for partial results. See `sawkv.ops.make_decode_plan`."""
+class Schedule(kernels.Schedule):
+    """What the schedule kernel writes, with room for partial results."""
 
-    def __init__(
-        self, layout: PageLayout, device: torch.device, num_q_heads: int, max_num_seqs: int, max_query_len: int, sliding_window: int
-    ) -> None:
-        self.key = (num_q_heads, max_query_len, sliding_window)
-        self.layout = layout
-        self.device = device
-        self.max_num_seqs = max_num_seqs
-        self.sliding_window = sliding_window
-        self.shape = QueryShape.of(num_q_heads // layout.num_kv_heads, max_query_len, layout.head_dim)
-        self.units_per_seq = layout.num_kv_heads * self.shape.row_groups
+    def __init__(self, shape: ScheduleShape) -> None:
+        super().__init__(shape)
+        layout, device = shape.layout, shape.device
+        self.queries = QueryShape.of(shape.num_q_heads // layout.num_kv_heads, shape.max_query_len, layout.head_dim)
+        self.units_per_seq = layout.num_kv_heads * self.queries.row_groups
         self.num_blocks = torch.cuda.get_device_properties(device).multi_processor_count
-        self.kernels = functools.cache(self._load_kernels)
-        self.schedule = runtime.load("schedule.cu", "sawkv_schedule", {"HEAD_DIM": layout.head_dim}, device)
-        self.tile_tokens = self.schedule.read_constant("sawkv_tile_tokens")
-        chunk_rows = 8 * self.shape.column_tiles * self.shape.row_blocks
+        self.kernel = runtime.load("schedule.cu", "sawkv_schedule", {"HEAD_DIM": layout.head_dim}, device)
+        self.tile_tokens = self.kernel.read_constant("sawkv_tile_tokens")
+        chunk_rows = 8 * self.queries.column_tiles * self.queries.row_blocks
         max_split_chunks = self.num_blocks * MAX_CHUNKS_PER_BLOCK * 3 // 2  # units in two or more pieces, their number rounded: 4/3 at most
-        max_chunks = max_split_chunks + max_num_seqs * self.units_per_seq + self.num_blocks  # and each block's claim beyond the last
+        max_chunks = max_split_chunks + shape.max_num_seqs * self.units_per_seq + self.num_blocks  # and each block's claim beyond the last
 
-        def words(*shape: int) -> torch.Tensor:
-            return torch.zeros(shape, dtype=torch.int32, device=device)
+        def words(*sizes: int) -> torch.Tensor:
+            return torch.zeros(sizes, dtype=torch.int32, device=device)
 
         self.header, self.chunks, self.splits = words(8), words(max_chunks, 8), words(max_split_chunks // 2, 8)
         self.partials = torch.empty(max_split_chunks, chunk_rows, layout.head_dim, device=device)
         self.partial_stats = torch.empty(max_split_chunks, chunk_rows, 2, device=device)
 
-    def _load_kernels(
-        self, dtype: torch.dtype, has_gains: bool, has_softcap: bool, has_offsets: bool
-    ) -> tuple[runtime.Kernel, runtime.Kernel, int, int]:
-        """Decode and merge for queries of `dtype`, threads and shared bytes of the first."""
-        shape, layout = self.shape, self.layout
-        defines = _page_defines(layout, dtype, layout.k_rotation_order, layout.v_rotation_order) | {
-            "GROUP": shape.group,
-            "ROWS": shape.rows,
-            "COLUMN_TILES": shape.column_tiles,
-            "ROW_BLOCKS": shape.row_blocks,
-            "ROW_GROUPS": shape.row_groups,
-            "GAIN": int(has_gains),
-            "SOFTCAP": int(has_softcap),
-            "OFFSET": int(has_offsets),
-            **DEBUG_DEFINES,
-        }
-        decode, merge = (runtime.load("decode.cu", kernel, defines, self.device) for kernel in ("sawkv_decode", "sawkv_merge"))
-        return decode, merge, decode.read_constant("sawkv_threads"), decode.read_constant("sawkv_shared_bytes")
-
     def update(self, seq_lens: torch.Tensor, query_start_loc: torch.Tensor) -> None:
-        """See `DecodePlan.update`."""
+        """See `kernels.Schedule.update`."""
         num_seqs = seq_lens.shape[0]
-        if num_seqs > self.max_num_seqs:
-            raise LayoutError(f"plan: expected at most {self.max_num_seqs} sequences, got {num_seqs}")
         params = _ScheduleParams(
             *map(_pointer, (seq_lens, query_start_loc, self.header, self.chunks, self.splits)),
             num_seqs,
             self.units_per_seq,
             self.tile_tokens,
             TILES_PER_CHUNK,
-            self.sliding_window,
+            self.shape.sliding_window,
             self.num_blocks,
             MAX_CHUNKS_PER_BLOCK,
         )
-        self.schedule.launch((1, 1, 1), 1024, _stream(seq_lens.device), params, shared_bytes=4 * 4 * (num_seqs + 1))
+        self.kernel.launch((1, 1, 1), 1024, _stream(seq_lens.device), params, shared_bytes=4 * 4 * (num_seqs + 1))
 
 
-def make_plan(
-    layout: PageLayout, device: torch.device, num_q_heads: int, max_num_seqs: int, max_query_len: int, sliding_window: int
-) -> DecodePlan:
-    """See `sawkv.ops.make_decode_plan`."""
-    return CudaPlan(layout, device, num_q_heads, max_num_seqs, max_query_len, sliding_window)
+class Attention:
+    """See `sawkv.ops.Attention`."""
+
+    def __init__(self, layer: Layer) -> None:
+        self._layer = layer
+        self._device = layer.cache.pages.device
+        self._variants: dict[tuple[Schedule, torch.dtype, bool], _DecodeVariant] = {}
+
+    def __call__(self, q: torch.Tensor, step: Step, out: torch.Tensor, lse: torch.Tensor | None) -> None:
+        """See `sawkv.ops.Attention.__call__`."""
+        num_seqs, schedule, sinks = step.seq_lens.shape[0], step.schedule, self._layer.sinks
+        if not num_seqs or not q.shape[0]:
+            return
+        assert isinstance(schedule, Schedule)
+        if not _is_vectorizable(out):
+            raise LayoutError(f"out: expected rows aligned to 16 bytes, got strides {list(out.stride())} at address {out.data_ptr():#x}")
+        q = _vectorizable(q)
+        key = schedule, q.dtype, lse is not None
+        variant = self._variants.get(key) or self._prepare(*key)
+        params = _DecodeParams.from_buffer_copy(variant.params)
+        params.q, params.out = q.data_ptr(), out.data_ptr()
+        params.block_table, params.table_stride = step.block_table.data_ptr(), step.block_table.stride(0)
+        params.q_token_stride, params.q_head_stride, _ = q.stride()
+        params.out_token_stride, params.out_head_stride, _ = out.stride()
+        if sinks is not None:
+            sinks = sinks.float().contiguous()  # at each call: an engine may write other weights in their place
+            params.sinks = sinks.data_ptr()
+        if lse is not None:
+            params.lse = lse.data_ptr()
+            params.lse_token_stride, params.lse_head_stride = lse.stride()
+        stream = _stream(self._device)
+        variant.decode.launch((schedule.num_blocks, 1, 1), variant.threads, stream, params, variant.shared_bytes, dependent=True)
+        merge_blocks = min(num_seqs * variant.merge_rows_per_seq, MERGE_BLOCKS_PER_SM * schedule.num_blocks)
+        variant.merge.launch((merge_blocks, 1, 1), MERGE_THREADS, stream, params, dependent=True)
+
+    def _prepare(self, schedule: Schedule, dtype: torch.dtype, gives_lse: bool) -> _DecodeVariant:
+        """The kernels for queries of `dtype`, with what the layer and the schedule know of their parameters."""
+        layer, cache, layout, queries = self._layer, self._layer.cache, self._layer.cache.layout, schedule.queries
+        centers, _, inverses, _, _ = zip(*cache.constants, strict=True)
+        softcap = layer.logit_softcap
+        params = _DecodeParams(page_stride=cache.pages.stride(0), window=layer.sliding_window, softcap_log2=softcap * LOG2_E)
+        params.scale_log2 = (2 * layer.softmax_scale / softcap if softcap else layer.softmax_scale) * LOG2_E
+        params.pages, params.header, params.chunks = map(_pointer, (cache.pages, schedule.header, schedule.chunks))
+        params.splits, params.partials, params.partial_stats = map(_pointer, (schedule.splits, schedule.partials, schedule.partial_stats))
+        params.k_center, params.v_center = map(_pointer, centers)
+        params.k_gain_inverse, params.v_gain_inverse = map(_pointer, inverses)
+        defines = _page_defines(layout, dtype, layout.k_rotation_order, layout.v_rotation_order) | {
+            "GROUP": queries.group,
+            "ROWS": queries.rows,
+            "COLUMN_TILES": queries.column_tiles,
+            "ROW_BLOCKS": queries.row_blocks,
+            "ROW_GROUPS": queries.row_groups,
+            "GAIN": int(_are_there(inverses)),
+            "SOFTCAP": int(softcap > 0),
+            "OFFSET": int(layer.adds_offsets or (gives_lse and centers[0] is not None)),
+            **DEBUG_DEFINES,
+        }
+        decode, merge = (runtime.load("decode.cu", kernel, defines, self._device) for kernel in ("sawkv_decode", "sawkv_merge"))
+        variant = _DecodeVariant(
+            decode,
+            merge,
+            bytes(params),
+            decode.read_constant("sawkv_threads"),
+            decode.read_constant("sawkv_shared_bytes"),
+            schedule.units_per_seq * queries.rows * queries.row_blocks,
+        )
+        kept = {key: known for key, known in self._variants.items() if key[0] is schedule}  # a schedule given up holds much memory
+        self._variants = kept | {(schedule, dtype, gives_lse): variant}
+        return variant
 
 
-@functools.lru_cache(maxsize=64)
-def _own_plan(
-    layout: PageLayout, device: torch.device, num_q_heads: int, max_num_seqs: int, max_query_len: int, sliding_window: int, stream: int
-) -> CudaPlan:
-    """For callers that bring no plan. One for each stream, because a plan serves one launch at a time."""
-    return CudaPlan(layout, device, num_q_heads, max_num_seqs, max_query_len, sliding_window)
+class _DecodeVariant(NamedTuple):
+    """decode and merge compiled for a layer and a schedule, and the bytes of their parameters, where those of a call are zero yet."""
 
-
-def decode_attention(
-    q: torch.Tensor,
-    cache: PagedKVCache,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-    *,
-    softmax_scale: float,
-    max_query_len: int,
-    sliding_window: int,
-    logit_softcap: float,
-    sinks: torch.Tensor | None,
-    plan: DecodePlan | None,
-) -> None:
-    """See `sawkv.ops.decode_attention`."""
-    layout = cache.layout
-    num_seqs, num_q_heads = seq_lens.shape[0], q.shape[1]
-    if not num_seqs or not q.shape[0]:
-        return
-    stream = _stream(q.device)
-    if plan is None:
-        capacity = max(64, 1 << (num_seqs - 1).bit_length())
-        plan = _own_plan(layout, q.device, num_q_heads, capacity, max_query_len, sliding_window, stream)
-        plan.update(seq_lens, query_start_loc)
-    if not isinstance(plan, CudaPlan) or plan.key != (num_q_heads, max_query_len, sliding_window) or plan.layout != layout:
-        raise LayoutError("plan: expected one made for this layout, num_q_heads, max_query_len and sliding_window")
-    if not _is_vectorizable(out):
-        raise LayoutError(f"out: expected rows aligned to 16 bytes, got strides {list(out.stride())} at address {out.data_ptr():#x}")
-    q = _vectorizable(q)
-    if sinks is not None:
-        sinks = sinks.float().contiguous()
-    centers, _, inverses, _, _ = zip(*cache.constants, strict=True)
-    params = _DecodeParams(
-        *map(_pointer, (q, cache.pages, block_table, plan.header, plan.chunks, plan.splits, plan.partials, plan.partial_stats)),
-        *map(_pointer, (*centers, *inverses, sinks, out, lse)),
-        cache.pages.stride(0),
-        block_table.stride(0),
-        *q.stride()[:2],
-        *out.stride()[:2],
-        *((0, 0) if lse is None else lse.stride()),
-        (2 * softmax_scale / logit_softcap if logit_softcap else softmax_scale) * LOG2_E,
-        logit_softcap * LOG2_E,
-        sliding_window,
-    )
-    has_offsets = centers[0] is not None and (logit_softcap > 0 or sinks is not None or lse is not None)
-    decode, merge, threads, shared_bytes = plan.kernels(q.dtype, _are_there(inverses), logit_softcap > 0, has_offsets)
-    decode.launch((plan.num_blocks, 1, 1), threads, stream, params, shared_bytes, dependent=True)
-    most_rows = num_seqs * plan.units_per_seq * plan.shape.rows * plan.shape.row_blocks
-    merge_blocks = min(most_rows, MERGE_BLOCKS_PER_SM * plan.num_blocks)
-    merge.launch((merge_blocks, 1, 1), MERGE_THREADS, stream, params, dependent=True)
-
-
-@functools.cache
-def _page_kernel(
-    operation: str,
-    layout: PageLayout,
-    dtype: torch.dtype,
-    k_order: int,
-    v_order: int,
-    device: torch.device,
-    has_gains: bool,
-    feeds_back: bool = False,
-    counts: bool = False,
-) -> tuple[runtime.Kernel, int, int]:
-    """append or gather, its threads a block, and the tokens that a block takes."""
-    does = {"GAIN": has_gains, "FEEDBACK": feeds_back, "COUNT": counts} if operation == "append" else {"GAIN": has_gains}
-    defines = _page_defines(layout, dtype, k_order, v_order) | {name: int(value) for name, value in does.items()}
-    kernel = runtime.load(f"{operation}.cu", f"sawkv_{operation}", defines, device)
-    return kernel, kernel.read_constant("sawkv_threads"), kernel.read_constant("sawkv_tokens_per_block")
+    decode: runtime.Kernel
+    merge: runtime.Kernel
+    params: bytes
+    threads: int
+    shared_bytes: int
+    merge_rows_per_seq: int
 
 
 def _page_defines(layout: PageLayout, dtype: torch.dtype, k_order: int, v_order: int) -> dict[str, int | str]:
@@ -316,11 +317,11 @@ def _divide_up(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _structure(struct_name: str, pointers: str, longs: str, floats: str, ints: str) -> type[ctypes.Structure]:
+def _structure(struct_name: str, pointers: str, longs: str, floats: str, ints: str) -> Any:
     """Mirror of a parameter struct of the device code: its fields in order."""
     kinds = ((pointers, ctypes.c_void_p), (longs, ctypes.c_int64), (floats, ctypes.c_float), (ints, ctypes.c_int32))
     fields = [(field, kind) for names, kind in kinds for field in names.split()]
-    return type(struct_name, (ctypes.Structure,), {"_fields_": fields})
+    return type(struct_name, (ctypes.Structure,), {"_fields_": fields, "__slots__": ()})  # so that no other name can be set
 
 
 _AppendParams = _structure(

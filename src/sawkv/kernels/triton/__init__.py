@@ -5,7 +5,6 @@ What the CUDA backend covers is faster there; this one is for all else, and is w
 
 from __future__ import annotations
 
-import functools
 import math
 from typing import Any
 
@@ -13,10 +12,10 @@ import torch
 import triton
 import triton.language as tl
 
+from sawkv import kernels
 from sawkv.cache import PagedKVCache
-from sawkv.errors import LayoutError
 from sawkv.format.layout import PageLayout
-from sawkv.kernels import DecodePlan
+from sawkv.kernels import Layer, Prefixes, ScheduleShape, Step
 from sawkv.kernels.triton.append import append_kernel
 from sawkv.kernels.triton.common import INTERPRETED
 from sawkv.kernels.triton.decode import decode_kernel, merge_kernel, prepare_kernel, schedule_kernel
@@ -63,82 +62,75 @@ def unsupported_reason(device: torch.device, layout: PageLayout) -> str | None:
     return None
 
 
-def append(k: torch.Tensor, v: torch.Tensor, cache: PagedKVCache, slot_mapping: torch.Tensor) -> None:
-    """See `sawkv.ops.append`."""
-    layout, num_tokens = cache.layout, slot_mapping.shape[0]
-    if not num_tokens:
-        return
-    of_k, of_v = cache.constants
-    tokens, num_warps = (FEEDBACK_TOKENS, 4) if of_k.weights is not None or of_v.weights is not None else (ROTATE_TOKENS, 1)
-    append_kernel[(_divide_up(num_tokens, tokens), layout.num_kv_heads, 2)](
-        k,
-        v,
-        *(x for of in cache.constants for x in (of.center, of.gain, of.weights, of.step)),
-        slot_mapping,
-        cache.pages,
-        cache.counters,
-        num_tokens,
-        cache.num_slots,
-        cache.pages.stride(0) // 16,
-        *k.stride()[:2],
-        *v.stride()[:2],
-        **_page_constants(layout),
-        K_ORDER=layout.k_rotation_order,
-        V_ORDER=layout.v_rotation_order,
-        TOKENS=tokens,
-        num_warps=num_warps,
-        enable_fp_fusion=False,  # every rounding is part of the format
-    )
+class Pages:
+    """See `sawkv.ops.Pages`."""
+
+    def __init__(self, cache: PagedKVCache) -> None:
+        self._cache = cache
+        self._constants = _page_constants(cache.layout)
+
+    def append(self, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+        """See `sawkv.ops.append`."""
+        cache, layout, num_tokens = self._cache, self._cache.layout, slot_mapping.shape[0]
+        if not num_tokens:
+            return
+        of_k, of_v = cache.constants
+        tokens, num_warps = (FEEDBACK_TOKENS, 4) if of_k.weights is not None or of_v.weights is not None else (ROTATE_TOKENS, 1)
+        append_kernel[(_divide_up(num_tokens, tokens), layout.num_kv_heads, 2)](
+            k,
+            v,
+            *(x for of in cache.constants for x in (of.center, of.gain, of.weights, of.step)),
+            slot_mapping,
+            cache.pages,
+            cache.counters,
+            num_tokens,
+            cache.num_slots,
+            cache.pages.stride(0) // 16,
+            *k.stride()[:2],
+            *v.stride()[:2],
+            **self._constants,
+            K_ORDER=layout.k_rotation_order,
+            V_ORDER=layout.v_rotation_order,
+            TOKENS=tokens,
+            num_warps=num_warps,
+            enable_fp_fusion=False,  # every rounding is part of the format
+        )
+
+    def gather(self, prefixes: Prefixes, k_out: torch.Tensor, v_out: torch.Tensor, rotated: bool) -> None:
+        """See `sawkv.ops.gather`."""
+        cache, layout, num_seqs, max_tokens = self._cache, self._cache.layout, prefixes.seq_lens.shape[0], k_out.shape[0]
+        if not num_seqs or not max_tokens:
+            return
+        tokens, num_warps = (COPY_TOKENS, 4) if rotated else (ROTATE_TOKENS, 1)
+        gather_kernel[(_divide_up(max_tokens, tokens), layout.num_kv_heads, 2)](
+            cache.pages,
+            prefixes.block_table,
+            prefixes.seq_lens,
+            prefixes.cu_seq_lens,
+            *((None,) * 4 if rotated else (x for of in cache.constants for x in (of.gain_inverse, of.center))),
+            k_out,
+            v_out,
+            num_seqs,
+            num_seqs.bit_length(),
+            max_tokens,
+            cache.pages.stride(0) // 16,
+            prefixes.block_table.stride(0),
+            **self._constants,
+            K_ORDER=0 if rotated else layout.k_rotation_order,
+            V_ORDER=0 if rotated else layout.v_rotation_order,
+            TOKENS=tokens,
+            num_warps=num_warps,
+            enable_fp_fusion=False,
+        )
 
 
-def gather(
-    cache: PagedKVCache,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    cu_seq_lens: torch.Tensor,
-    k_out: torch.Tensor,
-    v_out: torch.Tensor,
-    *,
-    rotated: bool,
-) -> None:
-    """See `sawkv.ops.gather`."""
-    layout, num_seqs, max_tokens = cache.layout, seq_lens.shape[0], k_out.shape[0]
-    if not num_seqs or not max_tokens:
-        return
-    tokens, num_warps = (COPY_TOKENS, 4) if rotated else (ROTATE_TOKENS, 1)
-    gather_kernel[(_divide_up(max_tokens, tokens), layout.num_kv_heads, 2)](
-        cache.pages,
-        block_table,
-        seq_lens,
-        cu_seq_lens,
-        *((None,) * 4 if rotated else (x for of in cache.constants for x in (of.gain_inverse, of.center))),
-        k_out,
-        v_out,
-        num_seqs,
-        num_seqs.bit_length(),
-        max_tokens,
-        cache.pages.stride(0) // 16,
-        block_table.stride(0),
-        **_page_constants(layout),
-        K_ORDER=0 if rotated else layout.k_rotation_order,
-        V_ORDER=0 if rotated else layout.v_rotation_order,
-        TOKENS=tokens,
-        num_warps=num_warps,
-        enable_fp_fusion=False,
-    )
+class Schedule(kernels.Schedule):
+    """The chunks of a step, and room for queries and partial results."""
 
-
-class TritonPlan(DecodePlan):
-    """The chunks of a step, and room for queries and partial results. See `sawkv.ops.make_decode_plan`."""
-
-    def __init__(
-        self, layout: PageLayout, device: torch.device, num_q_heads: int, max_num_seqs: int, max_query_len: int, sliding_window: int
-    ) -> None:
-        self.key = (num_q_heads, max_query_len, sliding_window)
-        self.layout = layout
-        self.max_num_seqs = max_num_seqs
-        self.sliding_window = sliding_window
-        self.group = num_q_heads // layout.num_kv_heads
+    def __init__(self, shape: ScheduleShape) -> None:
+        super().__init__(shape)
+        layout, device, max_num_seqs, max_query_len = shape.layout, shape.device, shape.max_num_seqs, shape.max_query_len
+        self.group = shape.num_q_heads // layout.num_kv_heads
         self.width = triton.next_power_of_2(layout.head_dim)
         total_rows = self.group * max_query_len
         self.block_rows = 8 if total_rows <= 8 else 16 if total_rows <= 16 or self.width > 128 else 32
@@ -150,11 +142,11 @@ class TritonPlan(DecodePlan):
         self.target_chunks = _divide_up(CHUNKS_PER_SM * num_sms, self.units)
         max_chunks = self.max_chunks(max_num_seqs)
 
-        def words(*shape: int) -> torch.Tensor:
-            return torch.zeros(shape, dtype=torch.int32, device=device)
+        def words(*sizes: int) -> torch.Tensor:
+            return torch.zeros(sizes, dtype=torch.int32, device=device)
 
         self.num_chunks, self.chunks, self.splits = words(1), words(max_chunks, 4), words(max_num_seqs, 2)
-        max_query_rows = max_num_seqs * max_query_len * num_q_heads
+        max_query_rows = max_num_seqs * max_query_len * shape.num_q_heads
         query_dtype = torch.bfloat16 if layout.format.codec == "bf16" else torch.float16
         self.queries = torch.empty(max_query_rows, self.width, dtype=query_dtype, device=device)
         self.query_stats, self.query_offsets = torch.empty(max_query_rows, 2, device=device), torch.empty(max_query_rows, device=device)
@@ -166,10 +158,8 @@ class TritonPlan(DecodePlan):
         return self.target_chunks + num_seqs
 
     def update(self, seq_lens: torch.Tensor, query_start_loc: torch.Tensor) -> None:
-        """See `DecodePlan.update`."""
+        """See `kernels.Schedule.update`."""
         num_seqs = seq_lens.shape[0]
-        if num_seqs > self.max_num_seqs:
-            raise LayoutError(f"plan: expected at most {self.max_num_seqs} sequences, got {num_seqs}")
         if not num_seqs:
             return
         schedule_kernel[(num_seqs,)](
@@ -179,7 +169,7 @@ class TritonPlan(DecodePlan):
             self.chunks,
             self.splits,
             num_seqs,
-            self.sliding_window,
+            self.shape.sliding_window,
             self.target_chunks,
             TILE=self.tile,
             MIN_TILES=MIN_TILES_PER_CHUNK,
@@ -190,127 +180,95 @@ class TritonPlan(DecodePlan):
         )
 
 
-def make_plan(
-    layout: PageLayout, device: torch.device, num_q_heads: int, max_num_seqs: int, max_query_len: int, sliding_window: int
-) -> DecodePlan:
-    """See `sawkv.ops.make_decode_plan`."""
-    return TritonPlan(layout, device, num_q_heads, max_num_seqs, max_query_len, sliding_window)
+class Attention:
+    """See `sawkv.ops.Attention`. Where pages are of 16 bits, a NaN in V reaches all queries of its sequence in the call."""
+
+    def __init__(self, layer: Layer) -> None:
+        self._layer = layer
+        self._constants = _page_constants(layer.cache.layout)
+        self._shape = {key: self._constants[key] for key in ("HEAD_DIM", "WIDTH", "BITS")}
+
+    def __call__(self, q: torch.Tensor, step: Step, out: torch.Tensor, lse: torch.Tensor | None) -> None:
+        """See `sawkv.ops.Attention.__call__`."""
+        layer, cache, layout = self._layer, self._layer.cache, self._layer.cache.layout
+        num_seqs, num_q_heads, schedule = step.seq_lens.shape[0], layer.num_q_heads, step.schedule
+        if not num_seqs or not q.shape[0]:
+            return
+        assert isinstance(schedule, Schedule)
+        softcap, max_query_len = layer.logit_softcap, schedule.shape.max_query_len
+        rows = {"GROUP": schedule.group, "ROWS": schedule.rows, "ROW_GROUPS": schedule.row_groups}
+        num_rows = min(q.shape[0], num_seqs * max_query_len) * num_q_heads
+        of_k, of_v = cache.constants
+        sees_offsets = layer.adds_offsets or (lse is not None and of_k.center is not None)
+        offsets = schedule.query_offsets if sees_offsets else None
+        prepare_kernel[(_divide_up(num_rows, PREPARE_ROWS),)](
+            q,
+            of_k.gain_inverse,
+            of_k.center if sees_offsets else None,
+            schedule.queries,
+            schedule.query_stats,
+            offsets,
+            num_rows,
+            num_q_heads,
+            schedule.group,
+            *q.stride()[:2],
+            (2 * layer.softmax_scale / softcap if softcap else layer.softmax_scale) * LOG2_E,
+            **self._shape,
+            ORDER=layout.k_rotation_order,
+            ROWS=PREPARE_ROWS,
+            num_warps=1,
+            enable_fp_fusion=True,
+        )
+        decode_kernel[(schedule.max_chunks(num_seqs) * schedule.units,)](
+            schedule.queries,
+            schedule.query_stats,
+            offsets if softcap > 0 else None,
+            cache.pages,
+            step.block_table,
+            step.seq_lens,
+            step.query_start_loc,
+            schedule.num_chunks,
+            schedule.chunks,
+            schedule.partials,
+            schedule.partial_stats,
+            cache.pages.stride(0) // 16,
+            step.block_table.stride(0),
+            softcap * LOG2_E,
+            layer.sliding_window,
+            **self._constants,
+            **rows,
+            NUM_KV_HEADS=layout.num_kv_heads,
+            BLOCK_ROWS=schedule.block_rows,
+            MAX_QUERY_LEN=max_query_len,
+            HAS_SOFTCAP=softcap > 0,
+            HAS_WINDOW=layer.sliding_window > 0,
+            TILE=schedule.tile,
+            STAGES=DECODE_STAGES,
+            num_warps=DECODE_WARPS,
+            enable_fp_fusion=True,
+        )
+        merge_kernel[(num_seqs, schedule.units, schedule.rows)](
+            schedule.partials,
+            schedule.partial_stats,
+            schedule.splits,
+            step.query_start_loc,
+            None if softcap > 0 else offsets,
+            of_v.gain_inverse,
+            of_v.center,
+            layer.sinks,
+            out,
+            lse,
+            *out.stride()[:2],
+            *((0, 0) if lse is None else lse.stride()),
+            **self._shape,
+            **rows,
+            ORDER=layout.v_rotation_order,
+            PIECES=MERGE_ELEMENTS // schedule.width,
+            num_warps=1,
+            enable_fp_fusion=False,  # so that lanes with copies of a sum agree to the bit
+        )
 
 
-@functools.lru_cache(maxsize=64)
-def _own_plan(
-    layout: PageLayout, device: torch.device, num_q_heads: int, max_num_seqs: int, max_query_len: int, sliding_window: int, stream: int
-) -> TritonPlan:
-    """For callers that bring no plan. One for each stream, because a plan serves one launch at a time."""
-    return TritonPlan(layout, device, num_q_heads, max_num_seqs, max_query_len, sliding_window)
-
-
-def decode_attention(
-    q: torch.Tensor,
-    cache: PagedKVCache,
-    block_table: torch.Tensor,
-    seq_lens: torch.Tensor,
-    query_start_loc: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor | None,
-    *,
-    softmax_scale: float,
-    max_query_len: int,
-    sliding_window: int,
-    logit_softcap: float,
-    sinks: torch.Tensor | None,
-    plan: DecodePlan | None,
-) -> None:
-    """See `sawkv.ops.decode_attention`. Where pages are of 16 bits, a NaN in V reaches all queries of its sequence in the call."""
-    layout = cache.layout
-    num_seqs, num_q_heads = seq_lens.shape[0], q.shape[1]
-    if not num_seqs or not q.shape[0]:
-        return
-    if plan is None:
-        capacity = max(64, 1 << (num_seqs - 1).bit_length())
-        stream = torch.cuda.current_stream(q.device).cuda_stream if q.is_cuda else 0
-        plan = _own_plan(layout, q.device, num_q_heads, capacity, max_query_len, sliding_window, stream)
-        plan.update(seq_lens, query_start_loc)
-    if not isinstance(plan, TritonPlan) or plan.key != (num_q_heads, max_query_len, sliding_window) or plan.layout != layout:
-        raise LayoutError("plan: expected one made for this layout, num_q_heads, max_query_len and sliding_window")
-    if num_seqs > plan.max_num_seqs:
-        raise LayoutError(f"plan: expected at most {plan.max_num_seqs} sequences, got {num_seqs}")
-    pages = _page_constants(layout)
-    shape = {key: pages[key] for key in ("HEAD_DIM", "WIDTH", "BITS")}
-    rows = {"GROUP": plan.group, "ROWS": plan.rows, "ROW_GROUPS": plan.row_groups}
-    num_rows = min(q.shape[0], num_seqs * max_query_len) * num_q_heads
-    of_k, of_v = cache.constants
-    sees_offsets = of_k.center is not None and (logit_softcap > 0 or sinks is not None or lse is not None)
-    offsets = plan.query_offsets if sees_offsets else None
-    prepare_kernel[(_divide_up(num_rows, PREPARE_ROWS),)](
-        q,
-        of_k.gain_inverse,
-        of_k.center if sees_offsets else None,
-        plan.queries,
-        plan.query_stats,
-        offsets,
-        num_rows,
-        num_q_heads,
-        plan.group,
-        *q.stride()[:2],
-        (2 * softmax_scale / logit_softcap if logit_softcap else softmax_scale) * LOG2_E,
-        **shape,
-        ORDER=layout.k_rotation_order,
-        ROWS=PREPARE_ROWS,
-        num_warps=1,
-        enable_fp_fusion=True,
-    )
-    decode_kernel[(plan.max_chunks(num_seqs) * plan.units,)](
-        plan.queries,
-        plan.query_stats,
-        offsets if logit_softcap > 0 else None,
-        cache.pages,
-        block_table,
-        seq_lens,
-        query_start_loc,
-        plan.num_chunks,
-        plan.chunks,
-        plan.partials,
-        plan.partial_stats,
-        cache.pages.stride(0) // 16,
-        block_table.stride(0),
-        logit_softcap * LOG2_E,
-        sliding_window,
-        **pages,
-        **rows,
-        NUM_KV_HEADS=layout.num_kv_heads,
-        BLOCK_ROWS=plan.block_rows,
-        MAX_QUERY_LEN=max_query_len,
-        HAS_SOFTCAP=logit_softcap > 0,
-        HAS_WINDOW=sliding_window > 0,
-        TILE=plan.tile,
-        STAGES=DECODE_STAGES,
-        num_warps=DECODE_WARPS,
-        enable_fp_fusion=True,
-    )
-    merge_kernel[(num_seqs, plan.units, plan.rows)](
-        plan.partials,
-        plan.partial_stats,
-        plan.splits,
-        query_start_loc,
-        None if logit_softcap > 0 else offsets,
-        of_v.gain_inverse,
-        of_v.center,
-        sinks,
-        out,
-        lse,
-        *out.stride()[:2],
-        *((0, 0) if lse is None else lse.stride()),
-        **shape,
-        **rows,
-        ORDER=layout.v_rotation_order,
-        PIECES=MERGE_ELEMENTS // plan.width,
-        num_warps=1,
-        enable_fp_fusion=False,  # so that lanes with copies of a sum agree to the bit
-    )
-
-
-@functools.cache
 def _page_constants(layout: PageLayout) -> dict[str, Any]:
     multiplier, period = layout.swizzle_factors
     return {
