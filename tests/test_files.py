@@ -17,7 +17,7 @@ from sawkv.prepare import model
 from sawkv.prepare.calibration import Calibration
 
 MODEL = next((Path(__file__).parents[1] / "models").glob("sawkv-*"))
-WRITERS = {"eval": [str(MODEL)], "analyze": [str(MODEL)], "prepare": [str(MODEL)], "report": ["record.json"]}
+WRITERS = {"eval": [str(MODEL)], "analyze": [str(MODEL)], "prepare": [str(MODEL)], "report": ["record.json"], "bench": [str(MODEL)]}
 
 
 def test_what_fails_leaves_the_file_that_was_there(tmp_path: Path) -> None:

@@ -104,14 +104,15 @@ def test_a_compiled_step_checks_its_mask_and_room() -> None:
     full, some = torch.ones(3, 1, 1, 32, dtype=torch.bool), torch.ones(3, 1, 1, 32, dtype=torch.bool)
     some[:, :, :, 5] = False
     with torch.no_grad():
-        cache = SawCache(model.config, max_cache_len=32)
-        model(ids, **using(cache))
-        causal = full & (torch.arange(32) <= 30)
-        step(ids[:, :1], **using(cache), attention_mask=causal, position_ids=torch.full((3, 1), 30))
-        with pytest.raises(RuntimeError, match="Expected"):
-            step(ids[:, :1], **using(cache), attention_mask=some, position_ids=torch.full((3, 1), 31))
-        with pytest.raises(RuntimeError, match="Expected"):
-            step(ids[:, :1], **using(cache), attention_mask=full, position_ids=torch.full((3, 1), 32))
+        for mask, steps in ((some, 1), (full, 2)):  # each of a cache of its own: there is no way back
+            cache = SawCache(model.config, max_cache_len=32)
+            model(ids, **using(cache))
+            causal = full & (torch.arange(32) <= 30)
+            step(ids[:, :1], **using(cache), attention_mask=causal, position_ids=torch.full((3, 1), 30))
+            if steps == 2:
+                step(ids[:, :1], **using(cache), attention_mask=full, position_ids=torch.full((3, 1), 31))
+            with pytest.raises(RuntimeError, match="Expected"):
+                step(ids[:, :1], **using(cache), attention_mask=mask, position_ids=torch.full((3, 1), 30 + steps))
 
 
 def test_a_growing_cache_under_torch_compile_is_right() -> None:

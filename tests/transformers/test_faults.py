@@ -304,7 +304,7 @@ def test_a_long_pass_that_dies_over_a_window_can_only_be_forgotten(options: dict
     assert_close(logits(model, x, cache), logits(model, x, None))
 
 
-@pytest.mark.parametrize("where", ["append", "decode_attention", "gather"])
+@pytest.mark.parametrize("where", ["append", "Attention.__call__", "gather"])
 def test_a_kernel_that_fails(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = make_model("llama"), ids()
     held = saw(model)
