@@ -36,8 +36,8 @@ QUESTIONS: Final = (
     "Write a Python function that reverses a string.",
 )
 DEPTHS: Final = (0.0, 1 / 3, 2 / 3, 1.0)
-KEYS_EACH: Final = 2
-KEY_LINES: Final = 38
+KEYS_EACH: Final = 1
+KEY_LINES: Final = 24
 """Of the page, in which a key is hidden."""
 KEY_TOKENS: Final = 8
 """Tokens that an answer may take; a key of five digits takes at most six."""
@@ -164,7 +164,7 @@ def _windows(ids: list[int]) -> list[list[int]]:
 
 
 def _recalls(client: Client, page: str, depth: float, number: int) -> bool:
-    """Whether a pass-key stated at `depth` of half the page is recalled at its end."""
+    """Whether a pass-key stated at `depth` of the start of the page is recalled at its end."""
     key = str(random.Random(f"{depth} {number}").randrange(10_000, 100_000))
     lines = page.splitlines()[:KEY_LINES]
     lines.insert(round(depth * len(lines)), f"The pass key is {key}.")
