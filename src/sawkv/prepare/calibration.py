@@ -40,6 +40,7 @@ _CENTERS: Final = ("k_center", "v_center")
 _GAINS: Final = ("k_gain", "v_gain")
 _FEEDBACK: Final = ("k_feedback", "k_feedback_step", "v_feedback", "v_feedback_step")
 _ENERGIES: Final = ("k_energy", "v_energy")
+_TENSORS: Final = (*_CENTERS, *_GAINS, *_FEEDBACK, *_ENERGIES)
 _KEYS: Final = ("version", "format", "model", "num_layers", "num_kv_heads", "head_dim", "fingerprint", "made_by")
 _OPTIONAL_KEYS: Final = ("weights",)
 
@@ -69,7 +70,7 @@ class LayerCalibration:
 
     @classmethod
     def blank(cls, layout: PageLayout, device: torch.device | str) -> LayerCalibration:
-        """All that a layer of this layout can have, with values that change nothing: to be filled in place later."""
+        """All constants that a layer of this layout can have, with values that change nothing: to be filled in place later."""
         heads, head_dim = layout.num_kv_heads, layout.head_dim
 
         def vectors(value: float) -> torch.Tensor:
@@ -81,16 +82,15 @@ class LayerCalibration:
             weights = torch.zeros(heads, head_dim, head_dim, dtype=torch.int8, device=device)
             return Feedback(weights, torch.zeros(heads, dtype=torch.float32, device=device))
 
-        energies = (torch.zeros(heads, dtype=torch.float32, device=device) for _ in _ENERGIES)
-        return cls(vectors(0), vectors(0), vectors(1), vectors(1), feedback(), feedback(), *energies)
+        return cls(vectors(0), vectors(0), vectors(1), vectors(1), feedback(), feedback())
 
     def fill(self, values: LayerCalibration) -> None:
-        """Copy `values` into this one's tensors, which stay where they are. Parts that `values` lacks are left as they are.
+        """Copy the constants of `values` into this one's tensors, which stay in place. What `values` lacks is left as it is.
 
         Raises:
             CalibrationError: `values` has a part that this one lacks.
         """
-        for name, part in vars(values).items():
+        for name, part in values.constants().items():
             mine = getattr(self, name)
             if part is not None and mine is None:
                 raise CalibrationError(f"{name}: expected none, as in the layer, got one")
@@ -216,7 +216,7 @@ class Calibration:
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Those that there are, by their names in the file, always in the same order."""
-        return {name: x for name in (*_CENTERS, *_GAINS, *_FEEDBACK, *_ENERGIES) if (x := getattr(self, name)) is not None}
+        return {name: x for name in _TENSORS if (x := getattr(self, name)) is not None}
 
     def check(self, *, cache_format: CacheFormat, model: str, num_layers: int, num_kv_heads: int, head_dim: int) -> None:
         """Refuse a cache or a model that the calibration was not made for.
@@ -296,7 +296,7 @@ class Calibration:
         """
         if any(not 0 <= index < num_layers for index in layers):
             raise CalibrationError(f"layers: expected indices from 0 to {num_layers - 1}, got {sorted(layers)}")
-        parts: dict[str, dict[int, torch.Tensor]] = {name: {} for name in (*_CENTERS, *_GAINS, *_FEEDBACK, *_ENERGIES)}
+        parts: dict[str, dict[int, torch.Tensor]] = {name: {} for name in _TENSORS}
         found = []
         for index, layer in layers.items():
             for name, part in vars(layer).items():
@@ -378,7 +378,7 @@ class Calibration:
             with safe_open(path, framework="pt") as file:
                 metadata, names = file.metadata() or {}, sorted(file.keys())
                 _check_metadata(metadata)
-                wrong = set(_CENTERS) - set(names) or set(names) - {*_CENTERS, *_GAINS, *_FEEDBACK, *_ENERGIES}
+                wrong = set(_CENTERS) - set(names) or set(names) - set(_TENSORS)
                 if wrong:
                     raise CalibrationError(
                         f"tensors: expected {' and '.join(_CENTERS)}, {' and '.join(_GAINS)} where there are gains, "
