@@ -1,9 +1,11 @@
-"""The evidence of docs/accuracy.md: every method on models as they are and under function-preserving stress, as JSON lines.
+"""The evidence of docs/accuracy.md: every method on models as they are and under function-preserving stress, as JSON
+lines.
 
     python -m benchmarks.accuracy models/sawkv-6m .gpu/sawkv-6m-bias --out docs/results/accuracy.jsonl
 
-One line for each (model, stress, method); lines that the file holds for the same cell are replaced. Models are scored in fp32 on either
-device unless --dtype says otherwise, so that the figures are the cache's alone; `bf16_floor` says what 16-bit arithmetic adds.
+One line for each (model, stress, method); lines that the file holds for the same cell are replaced. Models are scored
+in fp32 on either device unless --dtype says otherwise, so that the figures are the cache's alone; `bf16_floor` says
+what 16-bit arithmetic adds.
 """
 
 from __future__ import annotations
@@ -110,7 +112,9 @@ def add_lines(file: Path, records: list[dict[str, object]]) -> None:
     kept = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
     new = {_cell(record) for record in records}
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(record) + "\n" for record in [*(r for r in kept if _cell(r) not in new), *records]))
+    file.write_text(
+        "".join(json.dumps(record) + "\n" for record in [*(r for r in kept if _cell(r) not in new), *records])
+    )
 
 
 def _cell(record: dict[str, object]) -> tuple[object, ...]:

@@ -57,7 +57,10 @@ def kl_table(by_cell: dict[Cell, dict[str, Record]]) -> str:
 def peer_table(by_cell: dict[Cell, dict[str, Record]]) -> str:
     """The default against the peer, and against the best method that takes no more bits."""
     lines = [
-        "| cell | default | vLLM's INT4 | ratio | best at no more bits | its KL | ratio | pass-key: 16 bits, default, vLLM's INT4 |",
+        (
+            "| cell | default | vLLM's INT4 | ratio | best at no more bits | its KL | ratio | pass-key: 16 bits,"
+            " default, vLLM's INT4 |"
+        ),
         "|-|-|-|-|-|-|-|-|",
     ]
     for (model, stress), records in by_cell.items():
@@ -78,8 +81,8 @@ def worst_table(by_cell: dict[Cell, dict[str, Record]]) -> str:
     for (model, stress), records in by_cell.items():
         r = records[DEFAULT]
         lines.append(
-            f"| {model} s={stress} | {_kl(r)} | {r['kl_se']:.4f} | {r['kl_p999']:.3f} | {r['kl_max']:.2f} | {r['same_top1']:.2%} "
-            f"| {r['ppl']:.3f} | {records['reference']['ppl']:.3f} |"
+            f"| {model} s={stress} | {_kl(r)} | {r['kl_se']:.4f} | {r['kl_p999']:.3f} | {r['kl_max']:.2f} |"
+            f" {r['same_top1']:.2%} | {r['ppl']:.3f} | {records['reference']['ppl']:.3f} |"
         )
     return "\n".join(lines)
 

@@ -1,5 +1,6 @@
-"""Whether two engines agree: on greedy outputs, where rounding may decide between tokens that are almost equally likely; and on how likely
-a given text is, token by token, where rounding also decides codes and so moves every log-probability a little.
+"""Whether two engines agree: on greedy outputs, where rounding may decide between tokens that are almost equally
+likely; and on how likely a given text is, token by token, where rounding also decides codes and so moves every
+log-probability a little.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ if TYPE_CHECKING:
     from vllm import LLM, SamplingParams
 
 Output = dict[str, Any]
-"""Of one request: `prompt`, `tokens`, `top` (for each token, log-probabilities of the best few, by token) and `cached` prompt tokens."""
+"""Of one request: `prompt`, `tokens`, `top` (for each token, log-probabilities of the best few, by token) and `cached`
+prompt tokens.
+"""
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,12 @@ class Agreement:
 class Follower:
     """One request that follows a given text: where its own greedy token is another, it starts again from the text.
 
-    So each token of the text gets its log-probability in the text's own context, mostly from decoding steps, whatever the engine prefers.
+    So each token of the text gets its log-probability in the text's own context, mostly from decoding steps, whatever
+    the engine prefers.
 
     Attributes:
-        logprobs: of the text's tokens so far, in nats; where a token is not among the engine's best few, that of the last of these.
+        logprobs: of the text's tokens so far, in nats; where a token is not among the engine's best few, that of the
+            last of these.
         departures: how often its own token was another.
     """
 
@@ -98,7 +103,12 @@ def sampling(max_tokens: int) -> SamplingParams:
     from vllm.sampling_params import RequestOutputKind
 
     return SamplingParams(
-        temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=20, detokenize=False, output_kind=RequestOutputKind.FINAL_ONLY
+        temperature=0,
+        max_tokens=max_tokens,
+        ignore_eos=True,
+        logprobs=20,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
     )
 
 
@@ -109,7 +119,9 @@ def generate(llm: LLM, prompts: Sequence[list[int]], lengths: Sequence[int], lor
     return [as_output(output) for output in outputs]
 
 
-def follow(texts: Sequence[Output], generate: Callable[[list[list[int]], list[int]], Sequence[Output]]) -> list[Follower]:
+def follow(
+    texts: Sequence[Output], generate: Callable[[list[list[int]], list[int]], Sequence[Output]]
+) -> list[Follower]:
     """Let an engine follow the tokens of `texts`; `generate` takes prompts and how many tokens to add to each."""
     followers = [Follower(text["prompt"], text["tokens"]) for text in texts]
     while under_way := [follower for follower in followers if follower.left]:
@@ -125,7 +137,8 @@ class Nearness:
 
     Attributes:
         mean: of |difference|, nats a token.
-        worst: the largest of one request, its sum over `LEAST_TOKENS` tokens at least, so that one token does not condemn a short one.
+        worst: the largest of one request, its sum over `LEAST_TOKENS` tokens at least, so that one token does not
+            condemn a short one.
         tokens: how many were compared.
     """
 

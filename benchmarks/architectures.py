@@ -1,20 +1,24 @@
-"""Architectures that vLLM serves, from their shapes with random weights, shrunk: sawkv's pages against vLLM's own attention.
+"""Architectures that vLLM serves, from their shapes with random weights, shrunk: sawkv's pages against vLLM's own
+attention.
 
-    python -m benchmarks.architectures                              # all of them, one engine after the other in this process
-    python -m benchmarks.architectures --only gemma-2-9b --formats int4
-    python -m benchmarks.architectures --only qwen3-8b --weights fp8   # made so by vLLM; int8: a checkpoint of compressed-tensors
+    python -m benchmarks.architectures                              # all of them, one engine after the other in this
+    process python -m benchmarks.architectures --only gemma-2-9b --formats int4 python -m benchmarks.architectures
+    --only qwen3-8b --weights fp8   # made so by vLLM; int8: a checkpoint of compressed-tensors
 
-Heads, head_dim, soft-caps, sinks and rotary embeddings are the model's; depth, width, vocabulary and experts are cut down, and windows to
-fewer tokens than the prompts have. Weights are large enough for softmax to be sharp. For each architecture:
+Heads, head_dim, soft-caps, sinks and rotary embeddings are the model's; depth, width, vocabulary and experts are cut
+down, and windows to fewer tokens than the prompts have. Weights are large enough for softmax to be sharp. For each
+architecture:
 
     16-bit   vLLM's own attention: what the others are compared with
     plain    sawkv's pages, rotated but not quantized: equal up to near-ties, or the plumbing is wrong
-    int4     what users run: starts, answers, and its log-probabilities stay near (random weights make 4 bits look worse than they are)
+    int4     what users run: starts, answers, and its log-probabilities stay near (random weights make 4 bits look worse
+    than they are)
 
 or sawkv refuses the model at start-up, by name. One line each; the exit status is the number that failed.
 
-With quantized weights rounding moves codes of activations, so that no two kernels write the same text: `plain` is judged by its
-log-probabilities too, beside a control, vLLM's own Triton attention in 16 bits (on a GPU; its CPU build has one attention).
+With quantized weights rounding moves codes of activations, so that no two kernels write the same text: `plain` is
+judged by its log-probabilities too, beside a control, vLLM's own Triton attention in 16 bits (on a GPU; its CPU build
+has one attention).
 """
 
 from __future__ import annotations
@@ -49,9 +53,12 @@ LIMITS: Final = {"float32": (0.01, 2e-3), "float16": (0.05, 2e-2), "bfloat16": (
 NEEDS_BFLOAT16: Final = ("gemma-2-9b", "gemma-3-1b", "gpt-oss-20b")
 """vLLM does not serve these in float16 on a GPU."""
 ROUNDED: Final = 0.15
-"""Nats a token, of the 16-bit text, that other rounding may cause where activations are quantized. Seen: 0.02 to 0.07."""
+"""Nats a token, of the 16-bit text, that other rounding may cause where activations are quantized. Seen: 0.02 to 0.07.
+"""
 QUANTIZED: Final = 0.5
-"""Nats a token, of the 16-bit text, that the format may cause. Seen: 0.02 to 0.25. Logits deviate by some 1.6: others differ by over 1."""
+"""Nats a token, of the 16-bit text, that the format may cause. Seen: 0.02 to 0.25. Logits deviate by some 1.6: others
+differ by over 1.
+"""
 SHRUNK: Final[dict[str, Any]] = {
     "num_hidden_layers": 4,
     "hidden_size": 256,
@@ -62,10 +69,20 @@ SHRUNK: Final[dict[str, Any]] = {
 }
 # Without a norm of queries and keys their size is the weights': scores as large as the other models' take smaller ones.
 SHRUNK_BY_NAME: Final[dict[str, dict[str, Any]]] = {
-    "glm-4.7": {"n_routed_experts": 8, "num_experts_per_tok": 2, "moe_intermediate_size": 128, "first_k_dense_replace": 1},
+    "glm-4.7": {
+        "n_routed_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 128,
+        "first_k_dense_replace": 1,
+    },
     "llama-3-8b": {"head_dim": 128, "initializer_range": 0.06},
     # head_dim is the ratio of these
-    "qwen2.5-7b": {"hidden_size": 1792, "num_attention_heads": 14, "num_key_value_heads": 2, "initializer_range": 0.038},
+    "qwen2.5-7b": {
+        "hidden_size": 1792,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "initializer_range": 0.038,
+    },
     "mistral-7b": {"sliding_window": WINDOW, "initializer_range": 0.06},
     "gemma-2-9b": {"sliding_window": WINDOW},
     "gemma-3-1b": {"sliding_window": WINDOW, "num_hidden_layers": 6},
@@ -83,9 +100,17 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--formats", nargs="+", choices=["plain", "int4", "int8"], default=["plain", "int4"])
-    parser.add_argument("--dtype", choices=list(LIMITS), help="of the model (default: float16 on a GPU, float32 on a CPU)")
-    parser.add_argument("--weights", choices=["fp8", "int8"], help="quantized weights and activations, for all engines; dense models only")
-    parser.add_argument("--graphs", action="store_true", help="compile and capture CUDA graphs, as vLLM does unless told otherwise")
+    parser.add_argument(
+        "--dtype", choices=list(LIMITS), help="of the model (default: float16 on a GPU, float32 on a CPU)"
+    )
+    parser.add_argument(
+        "--weights",
+        choices=["fp8", "int8"],
+        help="quantized weights and activations, for all engines; dense models only",
+    )
+    parser.add_argument(
+        "--graphs", action="store_true", help="compile and capture CUDA graphs, as vLLM does unless told otherwise"
+    )
     args = parser.parse_args()
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine is in this process, so that it ends with its object
     os.environ["VLLM_USE_FLASHINFER_SAMPLER"] = "0"
@@ -122,7 +147,8 @@ def make_model(folder: Path, name: str) -> str:
 
 
 def quantize_checkpoint(folder: Path, **scheme: Any) -> None:
-    """Make it one of compressed-tensors: INT8 weights, a scale for each output; activations INT8 too, a scale for each token.
+    """Make it one of compressed-tensors: INT8 weights, a scale for each output; activations INT8 too, a scale for each
+    token.
 
     Args:
         folder: a model of one file of weights, whose linear layers are called `..._proj`.
@@ -194,7 +220,10 @@ def _nearness(wide: Sequence[Output], limit: float, llm: LLM) -> tuple[bool, str
 
 def _write(llm: LLM) -> list[Output]:
     vocab_size = SHRUNK["vocab_size"]
-    prompts = [[(i * 7919 + j * j * 31 + j) % (vocab_size - 10) + 5 for j in range(length)] for i, length in enumerate(PROMPT_LENGTHS)]
+    prompts = [
+        [(i * 7919 + j * j * 31 + j) % (vocab_size - 10) + 5 for j in range(length)]
+        for i, length in enumerate(PROMPT_LENGTHS)
+    ]
     return generate(llm, prompts, [OUT] * len(prompts))
 
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.counters
 
-Each step appends one token to each sequence, of one layer. On a GPU a CUDA graph of `CALLS` calls is replayed, so that only kernels count.
-Plain and counted calls take turns; the least of all turns is taken.
+Each step appends one token to each sequence, of one layer. On a GPU a CUDA graph of `CALLS` calls is replayed, so that
+only kernels count. Plain and counted calls take turns; the least of all turns is taken.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ def main() -> None:
     layout = PageLayout(CacheFormat("int4"), args.kv_heads, 128, 16)
     backend = select_backend(device, layout)
     name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} threads of the CPU"
-    print(f"{name}, {backend.name} backend, {layout.format}, {args.kv_heads} KV heads, context {CONTEXT}, microseconds a layer")
+    print(
+        f"{name}, {backend.name} backend, {layout.format}, {args.kv_heads} KV heads, context {CONTEXT}, microseconds a"
+        " layer"
+    )
     print(f"{'sequences':>9} {'append':>9} {'counted':>9} {'attention':>10} {'share of both':>14}")
     for num_seqs in (1, 8, 64) if device.type == "cpu" else (1, 8, 64, 256):
         plain, counted, attention = _measure(layout, num_seqs, args.q_heads, device)
@@ -68,7 +71,9 @@ def _measure(layout: PageLayout, num_seqs: int, q_heads: int, device: torch.devi
 
 
 def _cache(layout: PageLayout, num_pages: int, device: torch.device, counters: torch.Tensor | None) -> PagedKVCache:
-    return PagedKVCache(torch.zeros(layout.pages_shape(num_pages), dtype=torch.uint8, device=device), layout, counters=counters)
+    return PagedKVCache(
+        torch.zeros(layout.pages_shape(num_pages), dtype=torch.uint8, device=device), layout, counters=counters
+    )
 
 
 def _times(functions: list[Callable[[], object]], device: torch.device) -> list[float]:

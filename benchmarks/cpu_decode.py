@@ -2,8 +2,8 @@
 
     python -m benchmarks.cpu_decode models/sawkv-6m
 
-Each turn is a fresh process that holds `--seqs` sequences of `--context` tokens and decodes `--steps` tokens of each. The time of a step is
-the median of vLLM's steps in which every sequence decodes, so prefill and start-up do not count.
+Each turn is a fresh process that holds `--seqs` sequences of `--context` tokens and decodes `--steps` tokens of each.
+The time of a step is the median of vLLM's steps in which every sequence decodes, so prefill and start-up do not count.
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ def _turn(args: argparse.Namespace) -> float:
         if len(outputs) == args.seqs and all(len(o.outputs[0].token_ids) > 1 for o in outputs):  # type: ignore[index]
             times.append(time.perf_counter() - start)
     if len(times) < args.steps // 2:
-        raise RuntimeError(f"expected at least {args.steps // 2} steps with all {args.seqs} sequences decoding, got {len(times)}")
+        raise RuntimeError(
+            f"expected at least {args.steps // 2} steps with all {args.seqs} sequences decoding, got {len(times)}"
+        )
     return statistics.median(times)
 
 

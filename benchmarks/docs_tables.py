@@ -2,7 +2,8 @@
 
     python -m benchmarks.docs_tables
 
-A table stands between `<!-- table: NAME -->` and `<!-- end -->`. Its figures stand nowhere else by hand: tests/test_docs_figures.py.
+A table stands between `<!-- table: NAME -->` and `<!-- end -->`. Its figures stand nowhere else by hand:
+tests/test_docs_figures.py.
 """
 
 from __future__ import annotations

@@ -1,20 +1,24 @@
 """What serving from a smaller KV cache does to real checkpoints: each is served in several ways, and asked over HTTP.
 
-    python -m benchmarks.fidelity smollm2 gemma3 --jobs 5                                     # docs/results/real_models.jsonl
-    python -m benchmarks.fidelity smollm2 --methods served --tokens 1024 --window 128         # a small one, for two cores
-    python -m benchmarks.fidelity smollm2 --tokens 0 --recall-lengths 4096 8192 --recall-count 20   # docs/results/real_recall.jsonl
-    python -m benchmarks.fidelity smollm2 --through lab --methods prepared int4               # the same windows in the lab
+    python -m benchmarks.fidelity smollm2 gemma3 --jobs 5                                     #
+    docs/results/real_models.jsonl python -m benchmarks.fidelity smollm2 --methods served --tokens 1024 --window 128
+    # a small one, for two cores python -m benchmarks.fidelity smollm2 --tokens 0 --recall-lengths 4096 8192
+    --recall-count 20   # docs/results/real_recall.jsonl python -m benchmarks.fidelity smollm2 --through lab --methods
+    prepared int4               # the same windows in the lab
 
-A checkpoint is a directory, or NAME=DIRECTORY. For each one `vllm` serves it in 16 bits, then in the ways that --methods name:
+A checkpoint is a directory, or NAME=DIRECTORY. For each one `vllm` serves it in 16 bits, then in the ways that
+--methods name:
 
     served          `sawkv serve MODEL`, and nothing else said
     unprepared      the same with --no-prepare
-    int8, bf16, ... `sawkv serve MODEL --format ...`; bf16 pages hold what 16 bits hold, so their distance is that of rounding: the floor
-    fp8, vllm_int4_per_token_head, turboquant_4bit_nc, ...   vLLM's own --kv-cache-dtype, in a vLLM that does not load sawkv
+    int8, bf16, ... `sawkv serve MODEL --format ...`; bf16 pages hold what 16 bits hold, so their distance is that of
+    rounding: the floor fp8, vllm_int4_per_token_head, turboquant_4bit_nc, ...   vLLM's own --kv-cache-dtype, in a vLLM
+    that does not load sawkv
 
-Windows of text are sent as prompts, one at a time, and every key and value that a token attends to is read back from the cache, its own
-included, by all of these. Distributions are compared over the whole vocabulary (`recorder`); that the log-probabilities that the server
-answers with are the same ones is checked. Intervals are 95 % by bootstrap over windows. Servers run --enforce-eager, `--jobs` at once.
+Windows of text are sent as prompts, one at a time, and every key and value that a token attends to is read back from
+the cache, its own included, by all of these. Distributions are compared over the whole vocabulary (`recorder`); that
+the log-probabilities that the server answers with are the same ones is checked. Intervals are 95 % by bootstrap over
+windows. Servers run --enforce-eager, `--jobs` at once.
 """
 
 from __future__ import annotations
@@ -121,21 +125,43 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="+", metavar="MODEL")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS), metavar="METHOD", help=f"default: {' '.join(METHODS)}")
+    parser.add_argument(
+        "--methods", nargs="+", default=list(METHODS), metavar="METHOD", help=f"default: {' '.join(METHODS)}"
+    )
     parser.add_argument("--through", choices=("server", "lab"), default="server", help="default: %(default)s")
-    parser.add_argument("--texts", nargs="+", default=["prose", "python"], metavar="TEXT", help="prose, python or a file (default: both)")
-    parser.add_argument("--tokens", type=int, default=16384, help="predictions for each text, at least; 0: none (default: %(default)s)")
+    parser.add_argument(
+        "--texts",
+        nargs="+",
+        default=["prose", "python"],
+        metavar="TEXT",
+        help="prose, python or a file (default: both)",
+    )
+    parser.add_argument(
+        "--tokens", type=int, default=16384, help="predictions for each text, at least; 0: none (default: %(default)s)"
+    )
     parser.add_argument("--window", type=int, default=512, help="tokens of a prompt (default: %(default)s)")
-    parser.add_argument("--recall-lengths", nargs="+", type=int, default=[4096, 8192, 16384, 32768], help="those that the model holds")
-    parser.add_argument("--recall-count", type=int, default=0, help="prompts of each task, length and depth (default: none)")
+    parser.add_argument(
+        "--recall-lengths", nargs="+", type=int, default=[4096, 8192, 16384, 32768], help="those that the model holds"
+    )
+    parser.add_argument(
+        "--recall-count", type=int, default=0, help="prompts of each task, length and depth (default: none)"
+    )
     parser.add_argument("--jobs", type=int, default=1, help="servers at once (default: %(default)s)")
-    parser.add_argument("--kv-cache-memory", type=int, default=2048, metavar="MIB", help="of each (default: %(default)s)")
+    parser.add_argument(
+        "--kv-cache-memory", type=int, default=2048, metavar="MIB", help="of each (default: %(default)s)"
+    )
     parser.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="the rest of the line goes to vLLM")
     parser.add_argument("--device", help="of the lab (default: a GPU where there is one)")
-    parser.add_argument("--dtype", choices=("bfloat16", "float32"), help="of the lab (default: bfloat16 on a GPU, float32 on a CPU)")
+    parser.add_argument(
+        "--dtype", choices=("bfloat16", "float32"), help="of the lab (default: bfloat16 on a GPU, float32 on a CPU)"
+    )
     parser.add_argument("--commit", help="what is measured (default: git's HEAD)")
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir(), "sawkv-fidelity"), help="logs (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=RESULTS / "real_models.jsonl", help="lines to add to (default: %(default)s)")
+    parser.add_argument(
+        "--work", type=Path, default=Path(tempfile.gettempdir(), "sawkv-fidelity"), help="logs (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=RESULTS / "real_models.jsonl", help="lines to add to (default: %(default)s)"
+    )
     return parser.parse_args()
 
 
@@ -155,9 +181,20 @@ def _job(name: str, folder: Path, args: argparse.Namespace) -> Job:
     # Not --max-model-len: the model is prepared for its whole context, as it is for users who do not limit it.
     options = ["--max-num-batched-tokens", str(max(2048, args.window)), "--enforce-eager"]
     options += ["--kv-cache-memory-bytes", str(args.kv_cache_memory << 20)]
-    options += ["--gpu-memory-utilization", "0.05"] if torch.cuda.device_count() else []  # vLLM asks for so much to be free
+    options += (
+        ["--gpu-memory-utilization", "0.05"] if torch.cuda.device_count() else []
+    )  # vLLM asks for so much to be free
     ids = torch.cat(list(windows.values())) if windows else None
-    return Job(name, folder, ids, {text: len(rows) for text, rows in windows.items()}, first, prompts, args.work, [*options, *args.options])
+    return Job(
+        name,
+        folder,
+        ids,
+        {text: len(rows) for text, rows in windows.items()},
+        first,
+        prompts,
+        args.work,
+        [*options, *args.options],
+    )
 
 
 def _prompts(text: Text, lengths: Sequence[int], count: int) -> list[Prompt]:
@@ -175,7 +212,9 @@ def _serve(job: Job, method: str, args: argparse.Namespace) -> tuple[list[dict[s
     with serving([*command, *recorder], job.work / f"{job.name}-{method}.log", env=env) as client:
         ready = time.monotonic() - start
         if (command[2] == "sawkv.cli") != bool(client.notice()):
-            raise RuntimeError(f"{job.name} {method}: expected a server {'with' if command[2] == 'sawkv.cli' else 'without'} sawkv")
+            raise RuntimeError(
+                f"{job.name} {method}: expected a server {'with' if command[2] == 'sawkv.cli' else 'without'} sawkv"
+            )
         common = {"model": job.name, "method": method, "through": "server", "bits": _bits(client, method, job.folder)}
         predictions = [] if job.ids is None else [common | record for record in _predictions(client, job, method)]
         recall = [common | record for record in _recall(client, job.prompts)]
@@ -224,7 +263,10 @@ def _predictions(client: Client, job: Job, method: str) -> Iterator[dict[str, An
     found = load_file(out)
     apart = float((answered + found["loss"]).abs().mean())
     if not apart < AGREES:
-        raise RuntimeError(f"{job.name} {method}: the server's log-probabilities are {apart:.3f} nats from those computed of its states")
+        raise RuntimeError(
+            f"{job.name} {method}: the server's log-probabilities are {apart:.3f} nats from those computed of its"
+            " states"
+        )
     scores = TokenScores(found["kl"], found["loss"], found["same_top1"])
     yield from _records(scores, found["loss_16bit"], job)
 
@@ -257,12 +299,16 @@ def summary(scores: TokenScores, wide_loss: torch.Tensor) -> dict[str, Any]:
         "same_top1": round(found.same_top1, 5),
         "ppl": round(found.ppl, 4),
         "ppl_16bit": round(float(wide_loss.double().mean().exp()), 4),
-        "ppl_ratio_ci95": [_digits(end, 5) for end in interval((scores.loss - wide_loss).double().mean(1)).exp().tolist()],
+        "ppl_ratio_ci95": [
+            _digits(end, 5) for end in interval((scores.loss - wide_loss).double().mean(1)).exp().tolist()
+        ],
         "kl_by_window": [_digits(value, 4) for value in by_window.tolist()],
     }
 
 
-def interval(window_means: torch.Tensor, of: Callable[[torch.Tensor], torch.Tensor] = lambda means: means) -> torch.Tensor:
+def interval(
+    window_means: torch.Tensor, of: Callable[[torch.Tensor], torch.Tensor] = lambda means: means
+) -> torch.Tensor:
     """Both ends of a 95 % interval: windows are drawn again and again, the same draws for every method.
 
     Args:
@@ -271,7 +317,9 @@ def interval(window_means: torch.Tensor, of: Callable[[torch.Tensor], torch.Tens
     """
     count = window_means.shape[-1]
     draws = torch.randint(count, (RESAMPLES, count), generator=torch.Generator().manual_seed(0))
-    return torch.quantile(of(window_means.double()[..., draws].mean(-1)), torch.tensor([0.025, 0.975], dtype=torch.float64))
+    return torch.quantile(
+        of(window_means.double()[..., draws].mean(-1)), torch.tensor([0.025, 0.975], dtype=torch.float64)
+    )
 
 
 def _recall(client: Client, prompts: Sequence[Prompt]) -> Iterator[dict[str, Any]]:
@@ -311,9 +359,9 @@ def _lab(job: Job, args: argparse.Namespace) -> list[dict[str, Any]]:
 def line(record: dict[str, Any]) -> str:
     low, high = record["kl_ci95"]
     return (
-        f"{record['model']:<22} {record['text']:<7} {record['method']:<26} {record['bits'] or 0:>6.3f} bits  "
-        f"KL {record['mean_kl']:.5f} ({low:.5f} to {high:.5f})  p99.9 {record['kl_p999']:.3f}  top-1 {record['same_top1']:.2%}  "
-        f"ppl {record['ppl']:.3f} ({record['ppl_16bit']:.3f})"
+        f"{record['model']:<22} {record['text']:<7} {record['method']:<26} {record['bits'] or 0:>6.3f} bits  KL"
+        f" {record['mean_kl']:.5f} ({low:.5f} to {high:.5f})  p99.9 {record['kl_p999']:.3f}  top-1"
+        f" {record['same_top1']:.2%}  ppl {record['ppl']:.3f} ({record['ppl_16bit']:.3f})"
     )
 
 
@@ -325,7 +373,9 @@ def write(file: Path, records: Sequence[dict[str, Any]]) -> None:
     new = {_cell(record) for record in records}
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(".part")
-    part.write_text("".join(json.dumps(record) + "\n" for record in [*(r for r in kept if _cell(r) not in new), *records]))
+    part.write_text(
+        "".join(json.dumps(record) + "\n" for record in [*(r for r in kept if _cell(r) not in new), *records])
+    )
     part.replace(file)
 
 
@@ -335,7 +385,9 @@ def _cell(record: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _commit() -> str:
-    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 def _digits(value: float, digits: int) -> float:

@@ -1,7 +1,9 @@
-"""The tables of real checkpoints in docs/accuracy.md, from the records of `benchmarks.fidelity`; and the limits that they must keep.
+"""The tables of real checkpoints in docs/accuracy.md, from the records of `benchmarks.fidelity`; and the limits that
+they must keep.
 
 python -m benchmarks.fidelity_tables --write docs/accuracy.md     # the tables
-python -m benchmarks.fidelity_tables --check                      # one line for each thing wanted; the exit status counts failures
+python -m benchmarks.fidelity_tables --check                      # one line for each thing wanted; the exit status
+counts failures
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ NAMES: Final = {
     "vllm_int4_per_token_head": "vLLM, `int4_per_token_head`",
 }
 NEAR_LAB, NEAR_PEER, NEAR_FP8, NEAR_FP8_OTHERS, PERPLEXITY = 1.1, 0.35, 1.0, 2.0, 1.03
-"""Of KL: what is served over the lab's figure, over vLLM's INT4, over fp8 on Qwen2.5 and on others; of perplexity: over 16 bits."""
+"""Of KL: what is served over the lab's figure, over vLLM's INT4, over fp8 on Qwen2.5 and on others; of perplexity: over
+16 bits.
+"""
 MISSED: Final = 0.05
 """Share of answers that 16 bits give and what is served may not."""
 Record = dict[str, Any]
@@ -38,7 +42,9 @@ def main() -> int:
     parser.add_argument("--records", type=Path, default=RESULTS / "real_models.jsonl", help="default: %(default)s")
     parser.add_argument("--recall", type=Path, default=RESULTS / "real_recall.jsonl", help="default: %(default)s")
     parser.add_argument("--write", type=Path, metavar="PAGE", help="put the tables into this page; default: print them")
-    parser.add_argument("--check", action="store_true", help="compare the records with their limits; exit 1 if one is missed")
+    parser.add_argument(
+        "--check", action="store_true", help="compare the records with their limits; exit 1 if one is missed"
+    )
     args = parser.parse_args()
     records, recall = read(args.records), read(args.recall)
     if args.check:
@@ -88,8 +94,8 @@ def _row(r: Record) -> str:
     bits = "" if r["bits"] is None else f"{r['bits']:g}"
     change = r["ppl"] / r["ppl_16bit"] - 1
     return (
-        f"| {name} | {bits} | {_kl(r['mean_kl'])} ({_kl(low)} to {_kl(high)}) | {r['kl_p999']:.3g} | {r['same_top1']:.1%} "
-        f"| {r['ppl']:.2f} ({change:+.1%}) |"
+        f"| {name} | {bits} | {_kl(r['mean_kl'])} ({_kl(low)} to {_kl(high)}) | {r['kl_p999']:.3g} |"
+        f" {r['same_top1']:.1%} | {r['ppl']:.2f} ({change:+.1%}) |"
     )
 
 
@@ -100,7 +106,9 @@ def recall_table(recall: Sequence[Record]) -> str:
     for model, task, length in dict.fromkeys((r["model"], r["task"], r["length"]) for r in recall):
         cells = []
         for method in methods:
-            rows = [r for r in recall if (r["model"], r["task"], r["length"], r["method"]) == (model, task, length, method)]
+            rows = [
+                r for r in recall if (r["model"], r["task"], r["length"], r["method"]) == (model, task, length, method)
+            ]
             cells.append(f"{sum(r['correct'] for r in rows)} of {sum(r['asked'] for r in rows)}" if rows else "-")
         lines.append(f"| {model} | {task} | {length:,} | {' | '.join(cells)} |")
     return "\n".join(lines)
@@ -115,16 +123,24 @@ def checks(records: Sequence[Record]) -> Iterator[tuple[bool, str]]:
         fp8 = NEAR_FP8 if "qwen2.5" in r["model"].lower() else NEAR_FP8_OTHERS
         for method, through, limit in ((LAB, "lab", NEAR_LAB), (PEER, "server", NEAR_PEER), (FP8, "server", fp8)):
             for other in alike:
-                if (other["method"], other["through"]) == (method, through) and (through == "lab" or other["device"] == r["device"]):
+                if (other["method"], other["through"]) == (method, through) and (
+                    through == "lab" or other["device"] == r["device"]
+                ):
                     ratio, (low, high) = r["mean_kl"] / other["mean_kl"], ratio_interval(r, other)
                     yield (
                         ratio <= limit,
-                        f"{r['model']}, {r['text']}: KL {ratio:.2f} ({low:.2f} to {high:.2f}) of {method}, at most {limit}",
+                        (
+                            f"{r['model']}, {r['text']}: KL {ratio:.2f} ({low:.2f} to {high:.2f}) of {method}, at most"
+                            f" {limit}"
+                        ),
                     )
         ratio, (low, high) = r["ppl"] / r["ppl_16bit"], r["ppl_ratio_ci95"]
         yield (
             ratio <= PERPLEXITY,
-            f"{r['model']}, {r['text']}: perplexity {ratio:.4f} ({low:.4f} to {high:.4f}) of 16 bits, at most {PERPLEXITY}",
+            (
+                f"{r['model']}, {r['text']}: perplexity {ratio:.4f} ({low:.4f} to {high:.4f}) of 16 bits, at most"
+                f" {PERPLEXITY}"
+            ),
         )
 
 
@@ -143,7 +159,8 @@ def recall_checks(recall: Sequence[Record]) -> Iterator[tuple[bool, str]]:
         if method == SERVED and wide is not None:
             lost = (wide["correct"] - r["correct"]) / r["asked"]
             what = (
-                f"{model}, {task}, {length:,} tokens, {depth:.0%} deep: {r['correct']} of {r['asked']} where 16 bits have {wide['correct']}"
+                f"{model}, {task}, {length:,} tokens, {depth:.0%} deep: {r['correct']} of {r['asked']} where 16 bits"
+                f" have {wide['correct']}"
             )
             yield lost <= MISSED, what
 

@@ -2,22 +2,25 @@
 
     python -m benchmarks.gpu_correctness models/sawkv-6m                       # all engines, one after the other
     python -m benchmarks.gpu_correctness models/sawkv-6m --engines serving --minutes 10
-    python -m benchmarks.gpu_correctness models/sawkv-6m --format fp16-k128-v128 --engines reference serving cache ngram draft
+    python -m benchmarks.gpu_correctness models/sawkv-6m --format fp16-k128-v128 --engines reference serving cache ngram
+    draft
 
-Each engine runs in a process of its own, and what it found is kept in `--work`, so a later command may run the rest. Engines:
+Each engine runs in a process of its own, and what it found is kept in `--work`, so a later command may run the rest.
+Engines:
 
     reference    the reference kernels, eager, in one process: its greedy texts are what all others follow
     wide         vLLM's own 16-bit cache: how far the format itself moves log-probabilities
-    serving      the kernels under test: CUDA graphs, torch.compile, asynchronous scheduling, prefix caching, LoRA; then a soak of --minutes
-    cache        a cache too small for its requests (preemption); sleep levels 1 and 2, and the same again after waking
-    ngram, draft speculative decoding by n-grams, and by a draft model (the model itself, so that most drafts are accepted)
-    control      unrotated pages: must be found different, or the checks are blind
+    serving      the kernels under test: CUDA graphs, torch.compile, asynchronous scheduling, prefix caching, LoRA; then
+    a soak of --minutes cache        a cache too small for its requests (preemption); sleep levels 1 and 2, and the same
+    again after waking ngram, draft speculative decoding by n-grams, and by a draft model (the model itself, so that
+    most drafts are accepted) control      unrotated pages: must be found different, or the checks are blind
 
-Rounding of 16-bit models moves some codes to their neighbours. A code that moves was about as near to either, so nothing is lost, but every
-log-probability changes a little, and greedy texts part where two tokens are close. So engines follow the reference's text: each token's
-log-probability, in that text's own context, is compared. A quantized format may be as far from 16 bits as the reference is (`QUALITY`), no
-farther from the reference than from 16 bits (`APART`), and no single request much farther (`WORST`). Unquantized pages may differ by
-rounding alone (`ROUNDING`). Each check prints one line; the exit status is the number of failures.
+Rounding of 16-bit models moves some codes to their neighbours. A code that moves was about as near to either, so
+nothing is lost, but every log-probability changes a little, and greedy texts part where two tokens are close. So
+engines follow the reference's text: each token's log-probability, in that text's own context, is compared. A quantized
+format may be as far from 16 bits as the reference is (`QUALITY`), no farther from the reference than from 16 bits
+(`APART`), and no single request much farther (`WORST`). Unquantized pages may differ by rounding alone (`ROUNDING`).
+Each check prints one line; the exit status is the number of failures.
 """
 
 from __future__ import annotations
@@ -47,7 +50,9 @@ if TYPE_CHECKING:
 QUALITY: Final = 1.15
 """Of mean distances from 16 bits: an engine's over the reference's. Some 4,000 tokens know it to 4 % or so."""
 APART: Final = 1.3
-"""Mean distance from the reference, over that of the reference from 16 bits. Independent errors of the same size would give 1.4."""
+"""Mean distance from the reference, over that of the reference from 16 bits. Independent errors of the same size would
+give 1.4.
+"""
 WORST: Final = 6.0
 """Likewise, of the worst request."""
 ROUNDING: Final = (0.02, 0.1)
@@ -64,9 +69,22 @@ def main() -> int:
         return 0
     failures = 0
     for name in args.engines:
-        command = [sys.executable, "-m", "benchmarks.gpu_correctness", *sys.argv[1:], "--work", str(args.work), "--engine", name]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.gpu_correctness",
+            *sys.argv[1:],
+            "--work",
+            str(args.work),
+            "--engine",
+            name,
+        ]
         alone = name in ("reference", "control")
-        env = os.environ | {"VLLM_USE_FLASHINFER_SAMPLER": "0"} | ({"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if alone else {})
+        env = (
+            os.environ
+            | {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
+            | ({"VLLM_ENABLE_V1_MULTIPROCESSING": "0"} if alone else {})
+        )
         start, log = time.monotonic(), args.work / f"{name}.log"
         (args.work / f"{name}.json").unlink(missing_ok=True)
         with log.open("w") as sink:
@@ -84,12 +102,18 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("model", type=Path)
     parser.add_argument("--engines", nargs="+", choices=ENGINES, default=list(ENGINES))
     parser.add_argument("--format", default="int4", help="cache format; each its own --work (default: %(default)s)")
-    parser.add_argument("--dtype", default="float16", help="of the model; less rounding than bfloat16 (default: %(default)s)")
+    parser.add_argument(
+        "--dtype", default="float16", help="of the model; less rounding than bfloat16 (default: %(default)s)"
+    )
     parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=64, help="to generate for each request (default: %(default)s)")
     parser.add_argument("--longest", type=int, default=2048, help="tokens of a prompt (default: %(default)s)")
-    parser.add_argument("--minutes", type=float, default=1, help="of the soak, with random aborts (default: %(default)s)")
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir(), "sawkv-gpu-correctness"), help="default: %(default)s")
+    parser.add_argument(
+        "--minutes", type=float, default=1, help="of the soak, with random aborts (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--work", type=Path, default=Path(tempfile.gettempdir(), "sawkv-gpu-correctness"), help="default: %(default)s"
+    )
     parser.add_argument("--options", type=json.loads, default={}, metavar="JSON", help="more arguments of vllm.LLM")
     parser.add_argument("--engine", help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -131,7 +155,11 @@ class Engine:
                 "prompt_lookup_min": 2,
             }
         if self.name == "draft":
-            options["speculative_config"] = {"method": "draft_model", "model": str(args.model), "num_speculative_tokens": 3}
+            options["speculative_config"] = {
+                "method": "draft_model",
+                "model": str(args.model),
+                "num_speculative_tokens": 3,
+            }
         from vllm import LLM
 
         self.llm: LLM = LLM(**(options | args.options))
@@ -139,18 +167,27 @@ class Engine:
     def run(self) -> None:
         if self.name == "reference":
             main, again = _prompts(self.args.model, self.args.requests, self.args.longest)
-            self.results |= {"main": self.generate(main), "hits": self.generate(again), "lora": self.generate(main[:8], self._adapter())}
+            self.results |= {
+                "main": self.generate(main),
+                "hits": self.generate(again),
+                "lora": self.generate(main[:8], self._adapter()),
+            }
         else:
             texts = json.loads((self.args.work / "reference.json").read_text())
             self.results["main"] = self.follow(texts["main"])
             if self.name == "serving":
-                self.results |= {"hits": self.follow(texts["hits"]), "lora": self.follow(texts["lora"], self._adapter())}
+                self.results |= {
+                    "hits": self.follow(texts["hits"]),
+                    "lora": self.follow(texts["lora"], self._adapter()),
+                }
                 main = texts["main"]  # four further on, prompts share no prefix
                 mixed_up = [{**text, "prompt": main[(i + 4) % len(main)]["prompt"]} for i, text in enumerate(main[:16])]
                 self.results |= {"soak": self._soak(texts["main"]), "mixed up": self.follow(mixed_up)}
             if self.name == "cache" and not self.on_cpu:
                 self._sleep_and_wake(texts["main"][:16])
-        counters = {metric.name.removeprefix("vllm:"): getattr(metric, "value", None) for metric in self.llm.get_metrics()}
+        counters = {
+            metric.name.removeprefix("vllm:"): getattr(metric, "value", None) for metric in self.llm.get_metrics()
+        }
         self.results["metrics"] = {name: value for name, value in counters.items() if value is not None}
         (self.args.work / f"{self.name}.json").write_text(json.dumps(self.results))
 
@@ -163,7 +200,9 @@ class Engine:
     def follow(self, texts: Sequence[Output], adapter: Path | None = None) -> list[list[float]]:
         """Log-probabilities of the tokens of each text."""
         followers = follow(texts, lambda prompts, lengths: self._generate(prompts, lengths, adapter))
-        self.results.setdefault("departures", sum(follower.departures for follower in followers))  # of the main texts, which are first
+        self.results.setdefault(
+            "departures", sum(follower.departures for follower in followers)
+        )  # of the main texts, which are first
         return [follower.logprobs for follower in followers]
 
     def _generate(self, prompts: Sequence[list[int]], lengths: Sequence[int], adapter: Path | None) -> list[Output]:
@@ -269,13 +308,19 @@ def _adapter(model: Path, folder: Path) -> Path:
 
 def _judge(name: str, args: argparse.Namespace) -> int:
     """Print the checks of one engine; the number that failed."""
-    found = {n: json.loads(path.read_text()) for n in {name, "reference", "wide"} if (path := args.work / f"{n}.json").is_file()}
+    found = {
+        n: json.loads(path.read_text())
+        for n in {name, "reference", "wide"}
+        if (path := args.work / f"{n}.json").is_file()
+    }
     got, metrics = found[name], found[name]["metrics"]
     if "reference" not in found:
         return _line(False, f"{name}: nothing to compare with", "run the engine `reference` first")
     texts = found["reference"]
     if name == "reference":
-        failed = _line(texts["lora"][0]["tokens"] != texts["main"][0]["tokens"], "reference: the adapter changes the text")
+        failed = _line(
+            texts["lora"][0]["tokens"] != texts["main"][0]["tokens"], "reference: the adapter changes the text"
+        )
         hits = sum(output["cached"] for output in texts["hits"])
         return failed + _line(hits > 0, "reference: prefix hits", f"{hits} tokens")
     is_quantized = CacheFormat.parse(args.format).quantized
@@ -286,21 +331,35 @@ def _judge(name: str, args: argparse.Namespace) -> int:
         return _line(True, "wide: how far the format moves log-probabilities", f"{judge.scale:.4f} nats a token")
     if name == "control":
         return judge.main("control: unrotated pages are noticed", got["main"], wanted=False)
-    failed = judge.main(f"{name}: {len(got['main'])} mixed requests, {got['departures']} restarts of their text", got["main"])
+    failed = judge.main(
+        f"{name}: {len(got['main'])} mixed requests, {got['departures']} restarts of their text", got["main"]
+    )
     if name == "serving":
         failed += judge.near("serving: second turns, prefix hits", got["hits"], texts["hits"])
-        failed += _line(metrics["prefix_cache_hits"] > 0, "serving: prefix hits", f"{metrics['prefix_cache_hits']} tokens")
+        failed += _line(
+            metrics["prefix_cache_hits"] > 0, "serving: prefix hits", f"{metrics['prefix_cache_hits']} tokens"
+        )
         failed += judge.near("serving: LoRA", got["lora"], texts["lora"])
         soak = got["soak"]
         wrong = sum(not judge.is_near([logprobs], [texts["main"][i]]) for i, logprobs in soak["finished"])
         tokens = sum(len(logprobs) for _, logprobs in soak["finished"])
-        counts = f"{len(soak['finished'])} responses, {tokens} tokens, {soak['dropped']} dropped, {wrong} wrong, {soak['lost']} lost"
+        counts = (
+            f"{len(soak['finished'])} responses, {tokens} tokens, {soak['dropped']} dropped, {wrong} wrong,"
+            f" {soak['lost']} lost"
+        )
         failed += _line(bool(soak["finished"]) and not wrong and not soak["lost"], "serving: soak", counts)
-        noticed = sum(not judge.is_near([logprobs], [text]) for logprobs, text in zip(got["mixed up"], texts["main"], strict=False))
+        noticed = sum(
+            not judge.is_near([logprobs], [text])
+            for logprobs, text in zip(got["mixed up"], texts["main"], strict=False)
+        )
         mixed_up = f"{noticed} of {len(got['mixed up'])} texts after another's prompt are found wrong"
-        failed += _line(noticed >= 0.9 * len(got["mixed up"]), "serving: the soak would notice another request's pages", mixed_up)
+        failed += _line(
+            noticed >= 0.9 * len(got["mixed up"]), "serving: the soak would notice another request's pages", mixed_up
+        )
     if name == "cache":
-        failed += _line(metrics["num_preemptions"] > 0, "cache: preemption happened", f"{metrics['num_preemptions']} times")
+        failed += _line(
+            metrics["num_preemptions"] > 0, "cache: preemption happened", f"{metrics['num_preemptions']} times"
+        )
         for level in (1, 2):
             if (after := got.get(f"sleep {level}")) is not None:
                 failed += judge.near(f"cache: after sleep level {level}", after, texts["main"][: len(after)])
@@ -325,7 +384,9 @@ class Judge:
         quality = Nearness.of(got, self.wide).mean / self.scale
         near = self._near(got, self.texts["main"])
         passed = quality <= QUALITY and self.is_near(got, self.texts["main"])
-        return _line(passed == wanted, what, f"{quality:.2f} of the reference's distance from 16 bits; {self._said(near)}")
+        return _line(
+            passed == wanted, what, f"{quality:.2f} of the reference's distance from 16 bits; {self._said(near)}"
+        )
 
     def near(self, what: str, got: list[list[float]], texts: Sequence[Output], wanted: bool = True) -> int:
         return _line(self.is_near(got, texts) == wanted, what, self._said(self._near(got, texts)))

@@ -4,11 +4,12 @@
     git worktree add /tmp/before 99c9716
     python -m benchmarks.host_time --beside /tmp/before/src             # that one beside it, in turns
 
-A GPU waits for Python where a step is short. Here the CUDA backend runs as it does on a GPU, up to the driver's launch, which is a C
-function that does nothing. The layers are vLLM's, made by its constructor for a model of Qwen3-8B's heads, with pages of a prepared model.
+A GPU waits for Python where a step is short. Here the CUDA backend runs as it does on a GPU, up to the driver's launch,
+which is a C function that does nothing. The layers are vLLM's, made by its constructor for a model of Qwen3-8B's heads,
+with pages of a prepared model.
 
-Both checkouts are measured in processes of their own, in turns of a fraction of a second, so that both see the same load of the machine.
-Figures are the least of a checkout's turns, in us a call.
+Both checkouts are measured in processes of their own, in turns of a fraction of a second, so that both see the same
+load of the machine. Figures are the least of a checkout's turns, in us a call.
 """
 
 from __future__ import annotations
@@ -98,10 +99,14 @@ def _calls() -> dict[str, Callable[[], object]]:
     config = EngineArgs(str(model), block_size=PAGE_SIZE, max_num_seqs=NUM_SEQS, **options).create_engine_config()
     config.device_config.device_type = "cuda"
     with set_current_vllm_config(config):
-        impl = backend.SawAttentionImpl(Q_HEADS, HEAD_DIM, HEAD_DIM**-0.5, KV_HEADS, kv_cache_dtype="int4_per_token_head")
+        impl = backend.SawAttentionImpl(
+            Q_HEADS, HEAD_DIM, HEAD_DIM**-0.5, KV_HEADS, kv_cache_dtype="int4_per_token_head"
+        )
     impl.unprepared = True  # so that it has the centers, gains and feedback of a prepared model
     counters = new_counters("cpu")
-    reader: Any = SimpleNamespace(counters=counters[None] if hasattr(impl, "reader_place") else counters, poll=lambda: None)
+    reader: Any = SimpleNamespace(
+        counters=counters[None] if hasattr(impl, "reader_place") else counters, poll=lambda: None
+    )
     impl.reader = reader
     layout = impl.layout(PAGE_SIZE)
     spec = mock.Mock(
@@ -125,7 +130,10 @@ def _calls() -> dict[str, Callable[[], object]]:
     def step(num_new: int) -> tuple[Any, ...]:
         """Arguments of one layer, for a step of NUM_SEQS requests of `num_new` tokens each."""
         total = NUM_SEQS * num_new
-        starts, lengths = torch.arange(NUM_SEQS + 1, dtype=torch.int32) * num_new, torch.full((NUM_SEQS,), CONTEXT, dtype=torch.int32)
+        starts, lengths = (
+            torch.arange(NUM_SEQS + 1, dtype=torch.int32) * num_new,
+            torch.full((NUM_SEQS,), CONTEXT, dtype=torch.int32),
+        )
         common: Any = SimpleNamespace(
             num_reqs=NUM_SEQS,
             num_actual_tokens=total,
@@ -187,14 +195,22 @@ def _work() -> None:
 
 def _start(source: Path) -> subprocess.Popen[str]:
     root = Path(__file__).parent.parent
-    environment = os.environ | {"PYTHONPATH": f"{source}{os.pathsep}{root}", "VLLM_LOGGING_LEVEL": "ERROR", "OMP_NUM_THREADS": "1"}
+    environment = os.environ | {
+        "PYTHONPATH": f"{source}{os.pathsep}{root}",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "OMP_NUM_THREADS": "1",
+    }
     command = [sys.executable, "-m", "benchmarks.host_time", "--worker"]
-    return subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=source)
+    return subprocess.Popen(
+        command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=source
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--beside", type=Path, help="the src folder of another checkout, measured in turns with this one")
+    parser.add_argument(
+        "--beside", type=Path, help="the src folder of another checkout, measured in turns with this one"
+    )
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:

@@ -2,12 +2,13 @@
 
     python -m benchmarks.kernels                  # all shapes and peers, appended to docs/results/decode.jsonl
     python -m benchmarks.kernels --only 64x16384 --kernels sawkv-cuda --no-write
-    python -m benchmarks.kernels --kernels sawkv-cuda,sawkv-cuda+prepared --no-write    # the pages of a prepared model beside plain ones
-    python -m benchmarks.kernels --check          # correctness only
-    PYTHONPATH=OTHER/src python -m benchmarks.kernels --kernels sawkv-cuda --no-write    # another build of the kernels
+    python -m benchmarks.kernels --kernels sawkv-cuda,sawkv-cuda+prepared --no-write    # the pages of a prepared model
+    beside plain ones python -m benchmarks.kernels --check          # correctness only PYTHONPATH=OTHER/src python -m
+    benchmarks.kernels --kernels sawkv-cuda --no-write    # another build of the kernels
 
-`ms` is the median of triton's do_bench, which empties the L2 cache by writing before each run; `graph_ms` is the replay of a CUDA graph
-over several caches, so that none is in L2 when its turn comes. The schedule, made once a step and not once a layer, is timed apart.
+`ms` is the median of triton's do_bench, which empties the L2 cache by writing before each run; `graph_ms` is the replay
+of a CUDA graph over several caches, so that none is in L2 when its turn comes. The schedule, made once a step and not
+once a layer, is timed apart.
 """
 
 from __future__ import annotations
@@ -84,7 +85,18 @@ def all_shapes() -> list[Shape]:
     generator = torch.Generator().manual_seed(0)
     log_uniform = (128 * 256 ** torch.rand(64, generator=generator)).int().tolist()
     short = torch.randint(128, 2000, (127,), generator=generator).tolist()
-    main = [(64, 16384), (32, 16384), (128, 4096), (256, 1024), (8, 16384), (1, 131072), (1, 32768), (256, 256), (32, 512), (1, 1024)]
+    main = [
+        (64, 16384),
+        (32, 16384),
+        (128, 4096),
+        (256, 1024),
+        (8, 16384),
+        (1, 131072),
+        (1, 32768),
+        (256, 256),
+        (32, 512),
+        (1, 1024),
+    ]
     heads = [(64, 8), (96, 8), (40, 8), (16, 2), (28, 4), (32, 32)]
     return [
         *(uniform(*shape) for shape in main),
@@ -117,7 +129,9 @@ class Batch:
         pages = [-(-length // shape.page) for length in shape.lengths]
         num_pages = sum(pages) + 1
         ids = (torch.arange if shape.in_order else torch.randperm)(num_pages, device="cuda", dtype=torch.int32)
-        table = torch.full((len(pages), max(pages)), 2**30, dtype=torch.int32, device="cuda")  # a kernel that reads too far faults
+        table = torch.full(
+            (len(pages), max(pages)), 2**30, dtype=torch.int32, device="cuda"
+        )  # a kernel that reads too far faults
         start = 0
         for i, count in enumerate(pages):
             table[i, :count] = ids[start : start + count]
@@ -135,12 +149,16 @@ class Batch:
 
 
 def constants_of(kernel: str, kv_heads: int, head_dim: int) -> dict[str, Any]:
-    """What pages of `sawkv-BACKEND+feedback` and `sawkv-BACKEND+prepared` are written with, at random; the latter's with all there is."""
+    """What pages of `sawkv-BACKEND+feedback` and `sawkv-BACKEND+prepared` are written with, at random; the latter's
+    with all there is.
+    """
     found: dict[str, Any] = {}
     if kernel.endswith(("+feedback", "+prepared")):
         earlier, later = channel_blocks(head_dim), channel_blocks(head_dim)[:, None]
         weights = torch.randint(-MAX_WEIGHT, MAX_WEIGHT + 1, (kv_heads, head_dim, head_dim)) * (earlier < later)
-        feedback = Feedback(weights.to("cuda", torch.int8), torch.full((kv_heads,), 1 / MAX_WEIGHT / ERROR_STEPS, device="cuda"))
+        feedback = Feedback(
+            weights.to("cuda", torch.int8), torch.full((kv_heads,), 1 / MAX_WEIGHT / ERROR_STEPS, device="cuda")
+        )
         found |= {"k_feedback": feedback, "v_feedback": feedback}
     if kernel.endswith("+prepared"):
         found |= {name: torch.randn(kv_heads, head_dim, device="cuda") for name in ("k_center", "v_center")}
@@ -156,7 +174,9 @@ def backend_of(kernel: str) -> str:
 def fill(batch: Batch, shape: Shape, kernel: str) -> PagedKVCache:
     """A cache of random tokens; all slots that hold none have NaN for scales."""
     layout = PageLayout(CacheFormat("int4"), shape.kv_heads, shape.head_dim, shape.page)
-    cache = PagedKVCache.allocate(layout, batch.num_pages, "cuda", **constants_of(kernel, shape.kv_heads, shape.head_dim))
+    cache = PagedKVCache.allocate(
+        layout, batch.num_pages, "cuda", **constants_of(kernel, shape.kv_heads, shape.head_dim)
+    )
     cache.pages.fill_(0xFF)
     for i, length in enumerate(shape.lengths):
         position = torch.arange(length, device="cuda")
@@ -166,7 +186,9 @@ def fill(batch: Batch, shape: Shape, kernel: str) -> PagedKVCache:
     return cache
 
 
-def sawkv_decode(shape: Shape, batch: Batch, cache: PagedKVCache, backend: str) -> tuple[Callable[[], torch.Tensor], Callable[[], object]]:
+def sawkv_decode(
+    shape: Shape, batch: Batch, cache: PagedKVCache, backend: str
+) -> tuple[Callable[[], torch.Tensor], Callable[[], object]]:
     """The call to time, and that of the schedule."""
     heads, device = shape.q_heads, cache.pages.device
     window = shape.options.get("sliding_window", 0)
@@ -179,7 +201,9 @@ def sawkv_decode(shape: Shape, batch: Batch, cache: PagedKVCache, backend: str) 
         sliding_window=window,
         backend=backend,
     )
-    attention = Attention(cache, num_q_heads=heads, softmax_scale=shape.head_dim**-0.5, sliding_window=window, backend=backend)
+    attention = Attention(
+        cache, num_q_heads=heads, softmax_scale=shape.head_dim**-0.5, sliding_window=window, backend=backend
+    )
     update = partial(schedule.update, batch.block_table, batch.seq_lens, batch.query_start_loc)
     return partial(attention, batch.q, update(), torch.full_like(batch.q, torch.nan)), update
 
@@ -206,7 +230,9 @@ def peer_decode(name: str, shape: Shape, batch: Batch) -> Callable[[], torch.Ten
     from vllm.vllm_flash_attn import flash_attn_varlen_func
 
     q = batch.q
-    k, v = torch.randn(2, batch.num_pages, shape.page, shape.kv_heads, shape.head_dim, device="cuda", dtype=torch.bfloat16)
+    k, v = torch.randn(
+        2, batch.num_pages, shape.page, shape.kv_heads, shape.head_dim, device="cuda", dtype=torch.bfloat16
+    )
     scales: dict[str, Any] = {}
     if name == "fa3_fp8":
         q, k, v = (x.to(torch.float8_e4m3fn) for x in (q, k, v))
@@ -239,7 +265,9 @@ def vllm_int4(shape: Shape, batch: Batch) -> Callable[[], torch.Tensor]:
     from vllm.v1.attention.ops.int4_per_token_head import unified_attention_int4
 
     row = shape.head_dim // 2 + 4
-    pages = torch.randint(0, 256, (batch.num_pages, shape.page, shape.kv_heads, 2 * row), device="cuda", dtype=torch.uint8)
+    pages = torch.randint(
+        0, 256, (batch.num_pages, shape.page, shape.kv_heads, 2 * row), device="cuda", dtype=torch.uint8
+    )
     words = pages.view(torch.float32)  # a scale after the codes of K, and one after those of V
     k_scale, v_scale = words[..., shape.head_dim // 8], words[..., (row + shape.head_dim // 2) // 4]
     k_scale.fill_(0.1), v_scale.fill_(0.1)
@@ -312,10 +340,14 @@ def read_bandwidth() -> float:
     return 2**31 / 1e6 / median_ms(x.sum)
 
 
-def run_decode(shapes: list[Shape], kernels: list[str], only_check: bool, common: dict[str, Any]) -> list[dict[str, Any]]:
+def run_decode(
+    shapes: list[Shape], kernels: list[str], only_check: bool, common: dict[str, Any]
+) -> list[dict[str, Any]]:
     bandwidth, records = read_bandwidth(), []
     print(f"this card reads {bandwidth:.0f} GB/s")
-    columns = f"{'ms':>8s} {'graph':>8s} {'GB/s':>6s} {'of read':>7s} {'vs FA3':>6s} {'graph':>6s} {'error':>8s}  schedule"
+    columns = (
+        f"{'ms':>8s} {'graph':>8s} {'GB/s':>6s} {'of read':>7s} {'vs FA3':>6s} {'graph':>6s} {'error':>8s}  schedule"
+    )
     print(f"{'shape':34s} {'kernel':26s} {columns}")
     for shape in shapes:
         torch.manual_seed(0)
@@ -347,7 +379,13 @@ def run_decode(shapes: list[Shape], kernels: list[str], only_check: bool, common
                     if only_check:
                         continue
                     run = peer_decode(kernel, shape, batch)
-                    one = batch.num_pages * shape.page * shape.kv_heads * shape.head_dim * (4 if kernel == "fa3_bf16" else 2)
+                    one = (
+                        batch.num_pages
+                        * shape.page
+                        * shape.kv_heads
+                        * shape.head_dim
+                        * (4 if kernel == "fa3_bf16" else 2)
+                    )
                     runs = [run, *(peer_decode(kernel, shape, batch) for _ in range(min(15, COLD_BYTES // one)))]
                 record["ms"], record["graph_ms"] = median_ms(run), graph_ms(runs)
             except Exception as error:
@@ -362,19 +400,23 @@ def run_decode(shapes: list[Shape], kernels: list[str], only_check: bool, common
             if base:
                 record["speedup_vs_fa3_bf16"] = base["ms"] / record["ms"]
                 record["graph_speedup_vs_fa3_bf16"] = base["graph_ms"] / record["graph_ms"]
-            records.append({key: round(value, 5) if isinstance(value, float) else value for key, value in record.items()})
+            records.append(
+                {key: round(value, 5) if isinstance(value, float) else value for key, value in record.items()}
+            )
             print(
-                f"{shape.name:34s} {kernel:26s} {record['ms']:8.4f} {record['graph_ms']:8.4f} {record['useful_gb_s']:6.0f} "
-                f"{record['useful_gb_s'] / bandwidth:7.1%} {record.get('speedup_vs_fa3_bf16', 0):6.2f} "
-                f"{record.get('graph_speedup_vs_fa3_bf16', 0):6.2f} {record.get('rel_err', 0):8.1e}  "
-                f"{record.get('schedule_ms', 0) * 1e3:.1f} us",
+                f"{shape.name:34s} {kernel:26s} {record['ms']:8.4f} {record['graph_ms']:8.4f}"
+                f" {record['useful_gb_s']:6.0f} {record['useful_gb_s'] / bandwidth:7.1%}"
+                f" {record.get('speedup_vs_fa3_bf16', 0):6.2f} {record.get('graph_speedup_vs_fa3_bf16', 0):6.2f}"
+                f" {record.get('rel_err', 0):8.1e}  {record.get('schedule_ms', 0) * 1e3:.1f} us",
                 flush=True,
             )
     return records
 
 
 def run_append(kernels: list[str], common: dict[str, Any]) -> list[dict[str, Any]]:
-    """append beside vLLM's BF16 write and a copy of as many bytes, on slots as a prefill writes them; bytes are checked first."""
+    """append beside vLLM's BF16 write and a copy of as many bytes, on slots as a prefill writes them; bytes are checked
+    first.
+    """
     heads, head_dim, page, num_pages = 8, 128, ENGINE_PAGE_SIZE, 1024
     layout = PageLayout(CacheFormat("int4"), heads, head_dim, page)
     records = []
@@ -414,13 +456,20 @@ def run_append(kernels: list[str], common: dict[str, Any]) -> list[dict[str, Any
         for kernel in (*peers, *own, *(f"{kernel}+{extra}" for kernel in own for extra in ("feedback", "prepared"))):
             make = peers.get(kernel) or partial(sawkv_append, kernel=kernel)
             try:
-                runs = [make(tokens) for _ in range(8)]  # 8 sets of inputs together outgrow the L2 cache at 8,192 tokens
+                runs = [
+                    make(tokens) for _ in range(8)
+                ]  # 8 sets of inputs together outgrow the L2 cache at 8,192 tokens
                 ms, replayed = median_ms(runs[0]), graph_ms(runs)
             except Exception as error:
                 print(f"append {tokens:5d} tokens  {kernel:24s} {type(error).__name__}: {str(error)[:200]}")
                 continue
-            records.append({**common, "operation": "append", "kernel": kernel, "tokens": tokens, "ms": ms, "graph_ms": replayed})
-            print(f"append {tokens:5d} tokens  {kernel:24s} {ms * 1e3:7.2f} us, graph {replayed * 1e3:7.2f} us", flush=True)
+            records.append(
+                {**common, "operation": "append", "kernel": kernel, "tokens": tokens, "ms": ms, "graph_ms": replayed}
+            )
+            print(
+                f"append {tokens:5d} tokens  {kernel:24s} {ms * 1e3:7.2f} us, graph {replayed * 1e3:7.2f} us",
+                flush=True,
+            )
     return records
 
 
@@ -448,23 +497,39 @@ def run_gather(kernels: list[str], common: dict[str, Any]) -> list[dict[str, Any
                 continue
             share = moved / 1e6 / ms / copy_gb_s
             records.append(
-                {**common, "operation": "gather", "kernel": kernel, "rotated": rotated, "ms": ms, "of_copy_bandwidth": round(share, 4)}
+                {
+                    **common,
+                    "operation": "gather",
+                    "kernel": kernel,
+                    "rotated": rotated,
+                    "ms": ms,
+                    "of_copy_bandwidth": round(share, 4),
+                }
             )
-            print(f"gather 8x16384 {kernel:22s} rotated={rotated!s:5s} {ms * 1e3:7.1f} us, {share:.0%} of copy's {copy_gb_s:.0f} GB/s")
+            print(
+                f"gather 8x16384 {kernel:22s} rotated={rotated!s:5s} {ms * 1e3:7.1f} us, {share:.0%} of copy's"
+                f" {copy_gb_s:.0f} GB/s"
+            )
     return records
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="shapes whose names contain one of these, comma-separated")
-    parser.add_argument("--kernels", default="fa3_bf16,sawkv-cuda,sawkv-cuda+prepared,sawkv-triton,fa3_fp8,vllm_int4_per_token_head")
+    parser.add_argument(
+        "--kernels", default="fa3_bf16,sawkv-cuda,sawkv-cuda+prepared,sawkv-triton,fa3_fp8,vllm_int4_per_token_head"
+    )
     parser.add_argument("--check", action="store_true", help="correctness only")
     parser.add_argument("--skip", default="", help="decode or append")
     parser.add_argument("--no-write", action="store_true", help="do not append to docs/results")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--commit", help="of these sources, where they are not in a git repository")
     arguments = parser.parse_args()
-    common = {"device": torch.cuda.get_device_name(), "commit": arguments.commit or git_head(), "torch": torch.__version__}
+    common = {
+        "device": torch.cuda.get_device_name(),
+        "commit": arguments.commit or git_head(),
+        "torch": torch.__version__,
+    }
     wanted = [part for part in arguments.only.split(",") if part]
     shapes = [shape for shape in all_shapes() if not wanted or any(part in shape.name for part in wanted)]
     kernels = arguments.kernels.split(",")

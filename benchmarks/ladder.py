@@ -1,11 +1,13 @@
-"""The release gate of accuracy: on a real checkpoint, the more is stored of K and V, the nearer are its predictions to 16 bits.
+"""The release gate of accuracy: on a real checkpoint, the more is stored of K and V, the nearer are its predictions to
+16 bits.
 
-    python -m benchmarks.ladder                                # SmolLM2-135M-Instruct, fetched once; a minute or two on two cores
-    python -m benchmarks.ladder DIRECTORY --tokens 16384 --limits prepared=0.04
+    python -m benchmarks.ladder                                # SmolLM2-135M-Instruct, fetched once; a minute or two on
+    two cores python -m benchmarks.ladder DIRECTORY --tokens 16384 --limits prepared=0.04
 
-Each rung must have a smaller KL than the next one: 16-bit pages, int8, int4 prepared, int4 unprepared, int4 not even rotated. The rung of
-what is served must stay under its limit and within 3 % of the perplexity of 16 bits; the last rung must be far above, or the gate is blind.
-One line for each check; the exit status is the number that failed, or 3 where the checkpoint cannot be had.
+Each rung must have a smaller KL than the next one: 16-bit pages, int8, int4 prepared, int4 unprepared, int4 not even
+rotated. The rung of what is served must stay under its limit and within 3 % of the perplexity of 16 bits; the last rung
+must be far above, or the gate is blind. One line for each check; the exit status is the number that failed, or 3 where
+the checkpoint cannot be had.
 """
 
 from __future__ import annotations
@@ -50,7 +52,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         text = text_file(args.text, Path(folder))
         found = evaluate(
-            args.model, [find_method(name) for name in RUNGS], text=text, plan=plan, device=find_device(args.device), dtype=torch.float32
+            args.model,
+            [find_method(name) for name in RUNGS],
+            text=text,
+            plan=plan,
+            device=find_device(args.device),
+            dtype=torch.float32,
         )
     print(table(found), end="\n\n")
     limits = (LIMITS if args.model == MODEL else {}) | dict(args.limits)
@@ -86,7 +93,9 @@ def judge(reference: Divergence, rungs: Mapping[str, Divergence], limits: Mappin
 def _limit(text: str) -> tuple[str, float]:
     name, _, value = text.partition("=")
     if name not in RUNGS or not value:
-        raise argparse.ArgumentTypeError(f"expected one of {', '.join(RUNGS)} and a mean KL, as in prepared=0.04, got {text!r}")
+        raise argparse.ArgumentTypeError(
+            f"expected one of {', '.join(RUNGS)} and a mean KL, as in prepared=0.04, got {text!r}"
+        )
     return name, float(value)
 
 
@@ -95,8 +104,12 @@ def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("model", type=Path, nargs="?", default=MODEL, metavar="DIRECTORY")
     parser.add_argument("--text", default="prose", help="prose, python or a file (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=1024, help="to score (default: %(default)s)")
-    parser.add_argument("--window", type=int, default=512, help="tokens read from one empty cache (default: %(default)s)")
-    parser.add_argument("--limits", type=_limit, nargs="+", default=[], metavar="NAME=KL", help="more limits, or other ones")
+    parser.add_argument(
+        "--window", type=int, default=512, help="tokens read from one empty cache (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--limits", type=_limit, nargs="+", default=[], metavar="NAME=KL", help="more limits, or other ones"
+    )
     parser.add_argument("--device", help="default: a GPU where there is one")
     return parser.parse_args(arguments)
 

@@ -1,4 +1,6 @@
-"""Which cache each layer of an engine has, asked in its workers: a baseline that keeps some layers in 16 bits is not what its name says."""
+"""Which cache each layer of an engine has, asked in its workers: a baseline that keeps some layers in 16 bits is not
+what its name says.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,8 @@ def check_layers(llm: LLM, wanted: str) -> str:
         wanted: what the engine was asked for.
 
     Raises:
-        SystemExit: some layer has another. vLLM's TurboQuant keeps the first and the last layers in 16 bits; a checkpoint may ask for FP8.
+        SystemExit: some layer has another. vLLM's TurboQuant keeps the first and the last layers in 16 bits; a
+            checkpoint may ask for FP8.
     """
     counted = Counter(dtype for worker in llm.collective_rpc("kv_cache_dtypes") for dtype in worker)
     shown = ", ".join(f"{count} layers {dtype}" for dtype, count in counted.items())

@@ -3,9 +3,10 @@
     python -m benchmarks.load                                                  # Qwen3-8B's shape, random weights
     python -m benchmarks.load --formats int4 --rates 2 --seconds 20 --budget 240
 
-Requests of `--input` and `--output-tokens` arrive at random (Poisson) at each rate for about `--seconds`; the same ones for every format.
-One server a format. Each rate is written to docs/results/load.jsonl as it ends, with medians and 99th percentiles of the time to first
-token (`ttft`) and of the time per output token (`tpot`), in milliseconds, as the generator reports them.
+Requests of `--input` and `--output-tokens` arrive at random (Poisson) at each rate for about `--seconds`; the same ones
+for every format. One server a format. Each rate is written to docs/results/load.jsonl as it ends, with medians and 99th
+percentiles of the time to first token (`ttft`) and of the time per output token (`tpot`), in milliseconds, as the
+generator reports them.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from sawkv.integrations.vllm.preflight import environment
 from sawkv.integrations.vllm.server import server_command
 
 DEVICE: Final = (
-    "import vllm; from vllm.platforms import current_platform as p; print(f'{vllm.__version__}|{p.get_device_name().strip() or \"cpu\"}')"
+    "import vllm; from vllm.platforms import current_platform as p;"
+    " print(f'{vllm.__version__}|{p.get_device_name().strip() or \"cpu\"}')"
 )
 FIELDS: Final = ("p50_ttft_ms", "p99_ttft_ms", "p50_tpot_ms", "p99_tpot_ms")
 
@@ -56,30 +58,46 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--formats", nargs="+", default=["bf16", "int4-k128-v128"], help="bf16 is vLLM as it is (default: %(default)s)")
     parser.add_argument(
-        "--model", default="qwen3-8b", help=f"a checkpoint directory, or a shape: {', '.join(SHAPES)} (default: %(default)s)"
+        "--formats", nargs="+", default=["bf16", "int4-k128-v128"], help="bf16 is vLLM as it is (default: %(default)s)"
     )
-    parser.add_argument("--rates", nargs="+", type=float, default=[1.0, 2.0, 3.0], help="requests a second (default: %(default)s)")
-    parser.add_argument("--seconds", type=float, default=30, help="for which requests arrive at one rate (default: %(default)s)")
+    parser.add_argument(
+        "--model",
+        default="qwen3-8b",
+        help=f"a checkpoint directory, or a shape: {', '.join(SHAPES)} (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--rates", nargs="+", type=float, default=[1.0, 2.0, 3.0], help="requests a second (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--seconds", type=float, default=30, help="for which requests arrive at one rate (default: %(default)s)"
+    )
     parser.add_argument("--input", type=int, default=8192, help="tokens of a prompt (default: %(default)s)")
     parser.add_argument("--output-tokens", type=int, default=512, help="tokens of an answer (default: %(default)s)")
-    parser.add_argument("--budget", type=float, default=3600, help="seconds for all of it; what does not fit is skipped")
+    parser.add_argument(
+        "--budget", type=float, default=3600, help="seconds for all of it; what does not fit is skipped"
+    )
     parser.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="more options of vLLM's server; last")
     parser.add_argument("--commit", help="what is measured (default: git's HEAD)")
     parser.add_argument("--output", type=Path, default=RESULTS / "load.jsonl")
-    parser.add_argument("--log", type=Path, default=Path(tempfile.gettempdir()), help="folder for vLLM's logs (default: %(default)s)")
+    parser.add_argument(
+        "--log", type=Path, default=Path(tempfile.gettempdir()), help="folder for vLLM's logs (default: %(default)s)"
+    )
     args = parser.parse_args()
     args.commit = args.commit or git_head()
     return args
 
 
 def _write_model(folder: Path, name: str) -> str:
-    """A shape with a tokenizer of one word a token, so that prompts have the length that is asked for and every token has a text."""
+    """A shape with a tokenizer of one word a token, so that prompts have the length that is asked for and every token
+    has a text.
+    """
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     vocabulary = {f"w{i}": i for i in range(1, SHAPES[name]["vocab_size"])}
-    unknown = "w" + "0" * 15  # vLLM refuses texts of more characters than the longest word would give, which has no space
+    unknown = (
+        "w" + "0" * 15
+    )  # vLLM refuses texts of more characters than the longest word would give, which has no space
     tokenizer = Tokenizer(models.WordLevel({unknown: 0, **vocabulary}, unk_token=unknown))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     write_config(folder, name)
@@ -88,15 +106,25 @@ def _write_model(folder: Path, name: str) -> str:
     return str(folder)
 
 
-def _run_format(args: argparse.Namespace, generator: Generator, name: str, model: str, deadline: float, version: str, device: str) -> None:
+def _run_format(
+    args: argparse.Namespace, generator: Generator, name: str, model: str, deadline: float, version: str, device: str
+) -> None:
     cache_format = None if name == "bf16" else CacheFormat.parse(name)
     words = ["--max-model-len", str(args.input + args.output_tokens + 8)]
     if not list(Path(model).glob("*.safetensors")):
         words += ["--load-format", "dummy"]
-    words += ["--gpu-memory-utilization", "0.90", "--kernel-config", '{"enable_flashinfer_autotune": false}', *args.options]
+    words += [
+        "--gpu-memory-utilization",
+        "0.90",
+        "--kernel-config",
+        '{"enable_flashinfer_autotune": false}',
+        *args.options,
+    ]
     start, log = time.monotonic(), args.log / f"load-{name}.log"
     print(f"{name}: starting vLLM's server, log in {log}", flush=True)
-    env = environment() | {"VLLM_USE_FLASHINFER_SAMPLER": "0"}  # FlashInfer's sampler is compiled at start-up, which takes minutes
+    env = environment() | {
+        "VLLM_USE_FLASHINFER_SAMPLER": "0"
+    }  # FlashInfer's sampler is compiled at start-up, which takes minutes
     with serving(server_command(model, cache_format, words), log, env=env) as client:
         print(f"{name}: ready after {time.monotonic() - start:.0f} s", flush=True)
         if cache_format is not None and not client.notice():  # vLLM goes on without a plugin that it cannot load
@@ -127,7 +155,9 @@ def _run_format(args: argparse.Namespace, generator: Generator, name: str, model
             args.output.parent.mkdir(parents=True, exist_ok=True)
             with args.output.open("a") as file:
                 file.write(json.dumps(record) + "\n")
-            shown = ", ".join(f"{field.replace('_', ' ').removesuffix(' ms')} {record[field]:.0f} ms" for field in FIELDS)
+            shown = ", ".join(
+                f"{field.replace('_', ' ').removesuffix(' ms')} {record[field]:.0f} ms" for field in FIELDS
+            )
             print(f"{name}, {rate:g} requests/s: {record['output_tok_s']:.0f} output tok/s, {shown}", flush=True)
 
 

@@ -2,8 +2,8 @@
 
     python -m benchmarks.plots
 
-They are made from the records in docs/results; nothing is shown that was not recorded. Of records of the same thing the last one counts.
-Tables stand between the marks of their records' file; the page's words are its own.
+They are made from the records in docs/results; nothing is shown that was not recorded. Of records of the same thing the
+last one counts. Tables stand between the marks of their records' file; the page's words are its own.
 """
 
 from __future__ import annotations
@@ -40,7 +40,9 @@ LOAD_COLUMNS: Final = {
 }
 BASE: Final = "fa3_bf16"
 WIDER: Final = {BASE: 4, "fa3_fp8": 2}
-"""Bytes that a kernel's cache has for each channel of K and V; the INT4 ones have one, and 8 a head for scales and zero points."""
+"""Bytes that a kernel's cache has for each channel of K and V; the INT4 ones have one, and 8 a head for scales and zero
+points.
+"""
 
 
 def main() -> None:
@@ -87,7 +89,10 @@ def decode_table(records: Iterable[Record]) -> str:
     """A table for each device: shapes down, kernels across."""
     parts = []
     for device, found in _by_device(records, lambda r: (_shape_of(r), r["kernel"])).items():
-        kernels = sorted(dict.fromkeys(kernel for _, kernel in found), key=lambda kernel: (kernel != BASE, not kernel.startswith("sawkv")))
+        kernels = sorted(
+            dict.fromkeys(kernel for _, kernel in found),
+            key=lambda kernel: (kernel != BASE, not kernel.startswith("sawkv")),
+        )
         rows = []
         for shape in dict.fromkeys(shape for shape, _ in found):
             cells = [_decode_cell(found.get((shape, kernel))) for kernel in kernels]
@@ -101,10 +106,16 @@ def decode_table(records: Iterable[Record]) -> str:
 def append_gather_table(records: Iterable[Record]) -> str:
     """A table for each device."""
     parts = []
-    for device, found in _by_device(records, lambda r: (r["operation"], r["kernel"], r.get("tokens"), r.get("rotated"))).items():
+    for device, found in _by_device(
+        records, lambda r: (r["operation"], r["kernel"], r.get("tokens"), r.get("rotated"))
+    ).items():
         rows = []
         for (operation, kernel, tokens, rotated), r in found.items():
-            what = f"{operation}, {tokens:,} tokens" if tokens else f"{operation}, {'rotated' if rotated else 'rotated back'}"
+            what = (
+                f"{operation}, {tokens:,} tokens"
+                if tokens
+                else f"{operation}, {'rotated' if rotated else 'rotated back'}"
+            )
             graph = f"{r['graph_ms'] * 1e3:.1f}" if "graph_ms" in r else ""
             share = f"{r['of_copy_bandwidth']:.0%}" if "of_copy_bandwidth" in r else ""
             rows.append([what, kernel, f"{r['ms'] * 1e3:.1f}", graph, share])
@@ -133,7 +144,9 @@ def plot_load(records: Iterable[Record]) -> str:
     lines = []
     for i, name in enumerate(dict.fromkeys(key[3] for key in found)):
         for percentile in ("p99", "p50"):
-            points = [(rates.index(key[2]), r[f"{percentile}_ttft_ms"] / 1e3) for key, r in found.items() if key[3] == name]
+            points = [
+                (rates.index(key[2]), r[f"{percentile}_ttft_ms"] / 1e3) for key, r in found.items() if key[3] == name
+            ]
             lines.append(svg.Line(f"{name}, {percentile}", sorted(points), dotted=percentile == "p50", colour=i))
     return svg.line_chart(
         lines,
@@ -180,10 +193,15 @@ def _tables(
             group = {key[3]: r for key, r in latest.items() if key[:3] == (device, model, load)}
             base = group.get("bf16", {})
             for name, r in sorted(group.items(), key=lambda item: item[0] != "bf16"):
-                cells = [_cell(r.get(field), None if name == "bf16" else base.get(field), form) for field, (_, form) in columns.items()]
+                cells = [
+                    _cell(r.get(field), None if name == "bf16" else base.get(field), form)
+                    for field, (_, form) in columns.items()
+                ]
                 rows.append([load, name, *cells, r["commit"]])
         header = [first_column, "KV cache", *(name for name, _ in columns.values()), "commit"]
-        versions = ", ".join(dict.fromkeys(f"vLLM {r['vllm']}" for key, r in latest.items() if key[:2] == (device, model)))
+        versions = ", ".join(
+            dict.fromkeys(f"vLLM {r['vllm']}" for key, r in latest.items() if key[:2] == (device, model))
+        )
         parts.append(f"{title(device, model)}, {versions}\n\n{markdown(header, rows)}")
     return "\n\n".join(parts)
 
@@ -199,7 +217,10 @@ def _decode_cell(record: Record | None) -> str:
         return ""
     speedups = [record.get(f"{kind}speedup_vs_{BASE}") for kind in ("", "graph_")]
     times = [record["ms"], record["graph_ms"]]
-    shown = [f"{ms:.4g}" + (f" ({s:.2f}x)" if s and record["kernel"] != BASE else "") for ms, s in zip(times, speedups, strict=True)]
+    shown = [
+        f"{ms:.4g}" + (f" ({s:.2f}x)" if s and record["kernel"] != BASE else "")
+        for ms, s in zip(times, speedups, strict=True)
+    ]
     return ", ".join(shown)
 
 
@@ -212,7 +233,9 @@ def _own_bytes_and_speed(record: Record) -> tuple[float, float]:
     return own / 1e6, own / 1e6 / record["graph_ms"]
 
 
-def _by_device(records: Iterable[Record], key: Callable[[Record], tuple[Any, ...]]) -> dict[str, dict[tuple[Any, ...], Record]]:
+def _by_device(
+    records: Iterable[Record], key: Callable[[Record], tuple[Any, ...]]
+) -> dict[str, dict[tuple[Any, ...], Record]]:
     found: dict[str, dict[tuple[Any, ...], Record]] = {}
     for record in records:
         found.setdefault(record["device"], {})[key(record)] = record
@@ -224,7 +247,9 @@ def _commits(records: Iterable[Record]) -> str:
 
 
 def _shape_of(record: Record) -> str:
-    """Shapes name the size of their pages only where it is not the engine's; earlier records were made with another one."""
+    """Shapes name the size of their pages only where it is not the engine's; earlier records were made with another
+    one.
+    """
     return str(record["shape"]).removesuffix(f" page {ENGINE_PAGE_SIZE}")
 
 
@@ -239,11 +264,23 @@ def load_name(record: Record) -> str:
     return f"{inp}/{record['out']} x {record['requests']}"
 
 
-SECTIONS: Final[dict[str, tuple[Callable[[Iterable[Record]], str], str, Callable[[Iterable[Record]], str] | None, str]]] = {
-    "serving.jsonl": (serving_table, "Output tokens per second of each cache format over those of bf16", plot_serving, "serving.svg"),
+SECTIONS: Final[
+    dict[str, tuple[Callable[[Iterable[Record]], str], str, Callable[[Iterable[Record]], str] | None, str]]
+] = {
+    "serving.jsonl": (
+        serving_table,
+        "Output tokens per second of each cache format over those of bf16",
+        plot_serving,
+        "serving.svg",
+    ),
     "fp8_weights.jsonl": (serving_table, "", None, ""),
     "load.jsonl": (load_table, "Time to first token over the rate of requests", plot_load, "load.svg"),
-    "decode.jsonl": (decode_table, "Bandwidth of decode kernels over the bytes that they must read", plot_roofline, "roofline.svg"),
+    "decode.jsonl": (
+        decode_table,
+        "Bandwidth of decode kernels over the bytes that they must read",
+        plot_roofline,
+        "roofline.svg",
+    ),
     "append_gather.jsonl": (append_gather_table, "", None, ""),
 }
 """For each file of records: table, and where there is one, the picture's caption, plot and file."""

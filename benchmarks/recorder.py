@@ -1,12 +1,15 @@
-"""Exact next-token distributions of a served model: what vLLM's worker computes logits from, kept and compared where it lies.
+"""Exact next-token distributions of a served model: what vLLM's worker computes logits from, kept and compared where it
+lies.
 
-An answer over HTTP holds the log-probabilities of a few tokens; all of a vocabulary's for 16,000 predictions would be gigabytes. So the
-worker keeps the hidden states that its logits are made of (megabytes), and a second server compares its own with those of the first: both
-through its own `compute_logits`, over the whole vocabulary. vLLM gives its workers these methods by `--worker-extension-cls
-benchmarks.recorder.Recorder`, and clients reach them at `/collective_rpc`; both are its own ways.
+An answer over HTTP holds the log-probabilities of a few tokens; all of a vocabulary's for 16,000 predictions would be
+gigabytes. So the worker keeps the hidden states that its logits are made of (megabytes), and a second server compares
+its own with those of the first: both through its own `compute_logits`, over the whole vocabulary. vLLM gives its
+workers these methods by `--worker-extension-cls benchmarks.recorder.Recorder`, and clients reach them at
+`/collective_rpc`; both are its own ways.
 
-vLLM's runners call `compute_logits` with the states of all prompt tokens where a request asks for prompt log-probabilities, and with one
-row for each token that they sample. Requests are sent one at a time, so calls with more rows than one are the prompts', in order.
+vLLM's runners call `compute_logits` with the states of all prompt tokens where a request asks for prompt
+log-probabilities, and with one row for each token that they sample. Requests are sent one at a time, so calls with more
+rows than one are the prompts', in order.
 """
 
 from __future__ import annotations
@@ -48,7 +51,8 @@ class Recorder:
             file: that `save_states` wrote.
             window: tokens of a window.
             ids: safetensors file with `ids`, [num_windows, window].
-            out: file for `kl`, `loss` and `same_top1`, and `loss_16bit` of the other server, each [num_windows, window - 1].
+            out: file for `kl`, `loss` and `same_top1`, and `loss_16bit` of the other server, each [num_windows, window
+                - 1].
         """
         device = next(self.model_runner.model.parameters()).device
         states = {"": load_file(file)["states"], "this": self._take(int(window))}

@@ -58,7 +58,9 @@ CASES = (
 
 def run_cases(backend: str) -> None:
     """What runs under the tool."""
-    cuda.DEBUG_DEFINES["EVERY_LANE_ARRIVES"] = 1  # or racecheck knows nothing of what other lanes did before one arrived for them
+    cuda.DEBUG_DEFINES["EVERY_LANE_ARRIVES"] = (
+        1  # or racecheck knows nothing of what other lanes did before one arrived for them
+    )
     device = torch.device("cuda", 0)
     for case in CASES:
         layout = PageLayout(CacheFormat("int4"), 2, case.head_dim, case.page_size)
@@ -68,7 +70,9 @@ def run_cases(backend: str) -> None:
         counts = [-(-length // case.page_size) for length in case.lengths]
         constants: dict[str, Any] = {}
         if case.prepared:  # centers and gains of K and V, and V's feedback
-            weights = torch.randint(-9, 10, (2, case.head_dim, case.head_dim)) * torch.ones(case.head_dim, case.head_dim).tril(-32)
+            weights = torch.randint(-9, 10, (2, case.head_dim, case.head_dim)) * torch.ones(
+                case.head_dim, case.head_dim
+            ).tril(-32)
             constants["v_feedback"] = Feedback(weights.to(device, torch.int8), torch.full((2,), 1e-4, device=device))
             for name in ("k_center", "v_center", "k_gain", "v_gain"):
                 constants[name] = 0.5 + torch.rand(2, case.head_dim, device=device)
@@ -77,14 +81,18 @@ def run_cases(backend: str) -> None:
         starts = torch.tensor([0, *counts]).cumsum(0).tolist()
         for i, count in enumerate(counts):
             table[i, :count] = torch.arange(starts[i], starts[i + 1])
-        slots = torch.cat([torch.arange(length) + start * case.page_size for length, start in zip(case.lengths, starts, strict=False)])
+        slots = torch.cat(
+            [torch.arange(length) + start * case.page_size for length, start in zip(case.lengths, starts, strict=False)]
+        )
         k, v = torch.randn(2, len(slots), 2, case.head_dim).to(device, torch.bfloat16)
         append(k, v, cache, slots.to(device), backend=backend)
         seq_lens = torch.tensor(case.lengths, dtype=torch.int32)
         query_start = torch.arange(len(counts) + 1, dtype=torch.int32) * case.query_len
         q = torch.randn(len(counts) * case.query_len, 2 * case.group, case.head_dim).to(device, torch.bfloat16)
         where = table.to(device), seq_lens.to(device)
-        options: dict[str, Any] = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in case.options.items()}
+        options: dict[str, Any] = {
+            name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in case.options.items()
+        }
         out = decode_attention(
             q,
             cache,
@@ -105,7 +113,9 @@ def run_cases(backend: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tools", nargs="+", default=["memcheck", "racecheck"], help="of compute-sanitizer (default: %(default)s)")
+    parser.add_argument(
+        "--tools", nargs="+", default=["memcheck", "racecheck"], help="of compute-sanitizer (default: %(default)s)"
+    )
     parser.add_argument("--backends", nargs="+", default=["cuda", "triton"])
     parser.add_argument("--inside", metavar="BACKEND", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -123,7 +133,9 @@ def main() -> int:
             print(f"--- {tool}, {backend}", flush=True)
             environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
             if subprocess.run(
-                [sanitizer, "--tool", tool, *OPTIONS.get(tool, []), "--error-exitcode", "1", *inside], check=False, env=environment
+                [sanitizer, "--tool", tool, *OPTIONS.get(tool, []), "--error-exitcode", "1", *inside],
+                check=False,
+                env=environment,
             ).returncode:
                 failed.append(f"{tool} of {backend}")
     print(f"failed: {', '.join(failed)}" if failed else "clean")

@@ -1,19 +1,20 @@
-"""Throughput and latency of vLLM with several KV cache formats: one engine a format, all loads in it, one after the other.
+"""Throughput and latency of vLLM with several KV cache formats: one engine a format, all loads in it, one after the
+other.
 
     python -m benchmarks.serving                                             # Qwen3-8B's shape, random weights
     python -m benchmarks.serving --formats int4-k128-v128 --loads 16384/512x48 --budget 240
-    python -m benchmarks.serving --table                                     # the table of what is recorded, nothing run
+    python -m benchmarks.serving --table                                     # the table of what is recorded, nothing
+    run
 
-A load is INPUT/OUTPUTxREQUESTS in tokens, all requests sent at once, or PREFIX+NEW/OUTPUTxREQUESTS where they share a prefix. Prompts are
-random tokens, the same ones for every format and no two alike, so the prefix cache serves shared prefixes only; this is checked. Each load
-is written to docs/results/serving.jsonl as it ends:
+A load is INPUT/OUTPUTxREQUESTS in tokens, all requests sent at once, or PREFIX+NEW/OUTPUTxREQUESTS where they share a
+prefix. Prompts are random tokens, the same ones for every format and no two alike, so the prefix cache serves shared
+prefixes only; this is checked. Each load is written to docs/results/serving.jsonl as it ends:
 
     output_tok_s            output tokens of all requests / seconds from sending the first request to the last token
-    prefill_tok_s           prompt tokens of all requests, cached ones too / seconds until the last request has its first token
-    ttft_mean_s, ttft_p99_s from vLLM's RequestOutput.metrics: first token, since the request was sent
-    tpot_p50_ms, tpot_p99_ms over requests, of each one's mean time between its tokens after the first
-    kv_tokens               capacity of the KV cache
-    preemptions             requests that had to give their pages back and start again
+    prefill_tok_s           prompt tokens of all requests, cached ones too / seconds until the last request has its
+    first token ttft_mean_s, ttft_p99_s from vLLM's RequestOutput.metrics: first token, since the request was sent
+    tpot_p50_ms, tpot_p99_ms over requests, of each one's mean time between its tokens after the first kv_tokens
+    capacity of the KV cache preemptions             requests that had to give their pages back and start again
 """
 
 from __future__ import annotations
@@ -79,7 +80,9 @@ class Load:
     def parse(cls, name: str) -> Load:
         match = re.fullmatch(r"(?:(\d+)\+)?(\d+)/(\d+)x(\d+)", name, re.ASCII)
         if match is None or not all(map(int, match.groups("1"))):
-            raise argparse.ArgumentTypeError(f"load: expected INPUT/OUTPUTxREQUESTS or PREFIX+NEW/OUTPUTxREQUESTS, got {name!r}")
+            raise argparse.ArgumentTypeError(
+                f"load: expected INPUT/OUTPUTxREQUESTS or PREFIX+NEW/OUTPUTxREQUESTS, got {name!r}"
+            )
         prefix, new, out, requests = map(int, match.groups("0"))
         return cls(prefix, new, out, requests)
 
@@ -132,13 +135,21 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--formats", nargs="+", default=["bf16", "int4-k128-v128", "fp8", "vllm_int4_per_token_head"])
     parser.add_argument("--loads", nargs="+", type=Load.parse, default=[Load.parse(name) for name in LOADS])
-    parser.add_argument("--model", default="qwen3-8b", help=f"a model directory, or a shape: {', '.join(SHAPES)} (default: %(default)s)")
-    parser.add_argument("--budget", type=float, default=3600, help="seconds for all of it; loads that would take longer are skipped")
-    parser.add_argument("--limit", type=float, default=600, help="seconds for one load; it is stopped then (default: %(default)s)")
+    parser.add_argument(
+        "--model", default="qwen3-8b", help=f"a model directory, or a shape: {', '.join(SHAPES)} (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--budget", type=float, default=3600, help="seconds for all of it; loads that would take longer are skipped"
+    )
+    parser.add_argument(
+        "--limit", type=float, default=600, help="seconds for one load; it is stopped then (default: %(default)s)"
+    )
     parser.add_argument("--engine", type=json.loads, default={}, metavar="JSON", help="more arguments of vllm.LLM")
     parser.add_argument("--commit", help="what is measured (default: git's HEAD)")
     parser.add_argument("--output", type=Path, default=RESULTS / "serving.jsonl")
-    parser.add_argument("--log", type=Path, default=Path(tempfile.gettempdir()), help="folder for vLLM's logs (default: %(default)s)")
+    parser.add_argument(
+        "--log", type=Path, default=Path(tempfile.gettempdir()), help="folder for vLLM's logs (default: %(default)s)"
+    )
     parser.add_argument("--table", action="store_true", help="print the table of what is recorded and stop")
     parser.add_argument("--engine-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -151,7 +162,9 @@ def _arguments() -> argparse.Namespace:
 
 def git_head() -> str:
     """The commit that is checked out, abbreviated; `unknown` outside of a repository."""
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
+    )
     return done.stdout.strip() or "unknown"
 
 
@@ -159,17 +172,29 @@ def _run_format(args: argparse.Namespace, name: str, model: str, deadline: float
     """Run all loads with one format in a process of its own, so that the GPU's memory is free again afterwards."""
     log = args.log / f"serving-{name}.log"
     left = deadline - time.monotonic()
-    options = {"--model": model, "--budget": left, "--limit": args.limit, "--engine": json.dumps(args.engine), "--commit": args.commit}
+    options = {
+        "--model": model,
+        "--budget": left,
+        "--limit": args.limit,
+        "--engine": json.dumps(args.engine),
+        "--commit": args.commit,
+    }
     command = [sys.executable, "-m", "benchmarks.serving", "--engine-of", name, "--loads", *map(str, args.loads)]
     command += [str(part) for option in options.items() for part in option]
-    env = os.environ | {"VLLM_USE_FLASHINFER_SAMPLER": "0"}  # FlashInfer's sampler is compiled at start-up, which takes minutes
+    env = os.environ | {
+        "VLLM_USE_FLASHINFER_SAMPLER": "0"
+    }  # FlashInfer's sampler is compiled at start-up, which takes minutes
     print(f"{name}: starting vLLM, log in {log}", flush=True)
     with (
         log.open("w") as sink,
-        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, start_new_session=True) as engine,
+        subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, start_new_session=True
+        ) as engine,
     ):
         assert engine.stdout is not None
-        timer = threading.Timer(left + 20, os.killpg, (engine.pid, signal.SIGKILL))  # of a start-up that does not end; loads end themselves
+        timer = threading.Timer(
+            left + 20, os.killpg, (engine.pid, signal.SIGKILL)
+        )  # of a start-up that does not end; loads end themselves
         timer.start()
         grace = 0
         try:
@@ -188,7 +213,11 @@ def _run_format(args: argparse.Namespace, name: str, model: str, deadline: float
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(engine.pid, signal.SIGKILL)  # what is left of it must not keep the GPU
     if engine.returncode:
-        print(f"{name}: vLLM ended with {engine.returncode}; the log's end:\n" + "\n".join(log.read_text().splitlines()[-25:]), flush=True)
+        print(
+            f"{name}: vLLM ended with {engine.returncode}; the log's end:\n"
+            + "\n".join(log.read_text().splitlines()[-25:]),
+            flush=True,
+        )
 
 
 def _run_loads(args: argparse.Namespace) -> None:
@@ -255,7 +284,9 @@ def _say(text: str, **record: Any) -> None:
 
 
 def _least_seconds(load: Load, done: Sequence[dict[str, Any]]) -> float:
-    """A lower bound of a load's time, from the fastest prefill and the fastest decode step that this engine has shown."""
+    """A lower bound of a load's time, from the fastest prefill and the fastest decode step that this
+    engine has shown.
+    """
     prefill = max((record["prefill_tok_s"] for record in done), default=float("inf"))
     step = min((record["tpot_p50_ms"] for record in done if record["tpot_p50_ms"]), default=0.0)
     return (load.shared_prefix + load.new * load.requests) / prefill + load.out * step / 1e3
@@ -282,7 +313,9 @@ def _run_load(llm: LLM, load: Load, deadline: float) -> dict[str, Any]:
             engine.abort_request([f"{load}-{i}" for i in range(load.requests)])
             while engine.has_unfinished_requests():
                 engine.step()
-            raise OutOfTimeError(f"stopped after {time.monotonic() - start:.0f} s with {len(outputs)} of {load.requests} requests done")
+            raise OutOfTimeError(
+                f"stopped after {time.monotonic() - start:.0f} s with {len(outputs)} of {load.requests} requests done"
+            )
     seconds = time.monotonic() - start
     if [len(output.outputs[0].token_ids) for output in outputs] != [load.out] * load.requests:
         raise RuntimeError(f"{load}: a request was lost or ended early")

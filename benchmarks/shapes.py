@@ -1,4 +1,6 @@
-"""Shapes of public models, as their config.json files give them, so that engines can be started without their weights."""
+"""Shapes of public models, as their config.json files give them, so that engines can be started without
+their weights.
+"""
 
 from __future__ import annotations
 
@@ -6,23 +8,53 @@ import json
 from pathlib import Path
 from typing import Any, Final
 
-_QWEN3 = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 151936, "num_key_value_heads": 8, "rope_theta": 1e6}
-_GPT_OSS_ROPE = {"rope_type": "yarn", "factor": 32.0, "beta_fast": 32.0, "beta_slow": 1.0, "original_max_position_embeddings": 4096}
+_QWEN3 = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "model_type": "qwen3",
+    "vocab_size": 151936,
+    "num_key_value_heads": 8,
+    "rope_theta": 1e6,
+}
+_GPT_OSS_ROPE = {
+    "rope_type": "yarn",
+    "factor": 32.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "original_max_position_embeddings": 4096,
+}
 
 SHAPES: Final[dict[str, dict[str, Any]]] = {
-    "qwen3-4b": _QWEN3
-    | {
-        "hidden_size": 2560,
-        "intermediate_size": 9728,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 32,
-        "head_dim": 128,
-        "tie_word_embeddings": True,
-    },
-    "qwen3-8b": _QWEN3
-    | {"hidden_size": 4096, "intermediate_size": 12288, "num_hidden_layers": 36, "num_attention_heads": 32, "head_dim": 128},
-    "qwen3-32b": _QWEN3
-    | {"hidden_size": 5120, "intermediate_size": 25600, "num_hidden_layers": 64, "num_attention_heads": 64, "head_dim": 128},
+    "qwen3-4b": (
+        _QWEN3
+        | {
+            "hidden_size": 2560,
+            "intermediate_size": 9728,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+            "head_dim": 128,
+            "tie_word_embeddings": True,
+        }
+    ),
+    "qwen3-8b": (
+        _QWEN3
+        | {
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "num_hidden_layers": 36,
+            "num_attention_heads": 32,
+            "head_dim": 128,
+        }
+    ),
+    "qwen3-32b": (
+        _QWEN3
+        | {
+            "hidden_size": 5120,
+            "intermediate_size": 25600,
+            "num_hidden_layers": 64,
+            "num_attention_heads": 64,
+            "head_dim": 128,
+        }
+    ),
     "glm-4.7": {
         "architectures": ["Glm4MoeForCausalLM"],
         "model_type": "glm4_moe",

@@ -1,15 +1,18 @@
-"""Soak test: vLLM serves from sawkv's pages under random load and faults, and every greedy response must equal its reference.
+"""Soak test: vLLM serves from sawkv's pages under random load and faults, and every greedy response must equal its
+reference.
 
     python -m benchmarks.soak models/sawkv-6m --tokens 1000000
 
-References come first: each prompt alone on a fresh server, with no reuse of prefixes. Then 1 to `--clients` clients send, at random:
-prompts of the references; prompts continued by a part of their answer, as a conversation's next turn is (prefix hits); requests that are
-dropped mid-stream or before their first token; sampled requests, as noise. The cache is far too small for all of them, so that vLLM
-preempts. Between, the server is stopped or killed, and started again.
+References come first: each prompt alone on a fresh server, with no reuse of prefixes. Then 1 to `--clients` clients
+send, at random: prompts of the references; prompts continued by a part of their answer, as a conversation's next turn
+is (prefix hits); requests that are dropped mid-stream or before their first token; sampled requests, as noise. The
+cache is far too small for all of them, so that vLLM preempts. Between, the server is stopped or killed, and started
+again.
 
-A response that differs is asked for again, alone, from its first differing token on. It is a near-tie if the two tokens' log-probabilities
-are within `TIE` there, and so on to its end; else it is wrong. Where matrix products do not depend on the batch (bf16 on CPUs without bf16
-instructions), all responses are equal to the last token. The exit status is 0 if no response is wrong and none is lost.
+A response that differs is asked for again, alone, from its first differing token on. It is a near-tie if the two
+tokens' log-probabilities are within `TIE` there, and so on to its end; else it is wrong. Where matrix products do not
+depend on the batch (bf16 on CPUs without bf16 instructions), all responses are equal to the last token. The exit status
+is 0 if no response is wrong and none is lost.
 """
 
 from __future__ import annotations
@@ -46,7 +49,8 @@ ACTIVE_CLIENTS = (1, 2, 4, 8, 16, 32, 64)
 KINDS = {"whole": 50, "stream": 25, "drop mid-stream": 10, "drop early": 8, "sampled": 7}
 """Weights of the kinds of requests."""
 METRICS = re.compile(
-    r"^((?:vllm:(?:num_preemptions|prefix_cache_hits|prefix_cache_queries|generation_tokens)_total|sawkv_\w+_total))(?:\{.*\})? (\S+)$",
+    r"^((?:vllm:(?:num_preemptions|prefix_cache_hits|prefix_cache_queries|generation_tokens)_total|sawkv_\w+_total))(?:\{.*\})?"
+    r" (\S+)$",
     re.MULTILINE,
 )
 
@@ -95,7 +99,9 @@ class Report:
 
     def lines(self) -> list[str]:
         """For people."""
-        shown = [f"{name}: {value:,.0f}" for name, value in [*sorted(self.counts.items()), *sorted(self.metrics.items())]]
+        shown = [
+            f"{name}: {value:,.0f}" for name, value in [*sorted(self.counts.items()), *sorted(self.metrics.items())]
+        ]
         return [*shown, f"wrong: {len(self.wrong)}", *self.wrong, f"lost: {len(self.lost)}", *self.lost]
 
 
@@ -106,10 +112,29 @@ class Server:
         port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.log = log
-        limits = ["--max-model-len", "1024", "--max-num-seqs", str(load.clients), "--max-num-batched-tokens", "256", "--block-size", "32"]
+        limits = [
+            "--max-model-len",
+            "1024",
+            "--max-num-seqs",
+            str(load.clients),
+            "--max-num-batched-tokens",
+            "256",
+            "--block-size",
+            "32",
+        ]
         limits += ["--num-gpu-blocks-override", str(load.num_blocks), "--kv-cache-memory-bytes", str(1 << 28)]
-        serving = ["--served-model-name", "model", "--host", "127.0.0.1", "--port", str(port), "--disable-uvicorn-access-log"]
-        self._command = server_command(load.model, CacheFormat.parse(load.format_name), [*limits, *serving, *load.options])
+        serving = [
+            "--served-model-name",
+            "model",
+            "--host",
+            "127.0.0.1",
+            "--port",
+            str(port),
+            "--disable-uvicorn-access-log",
+        ]
+        self._command = server_command(
+            load.model, CacheFormat.parse(load.format_name), [*limits, *serving, *load.options]
+        )
         self._process: subprocess.Popen[bytes] | None = None
         self._session: aiohttp.ClientSession | None = None
 
@@ -118,10 +143,14 @@ class Server:
         self._metrics = tempfile.TemporaryDirectory(prefix="sawkv-metrics-")
         env = environment() | {"PROMETHEUS_MULTIPROC_DIR": self._metrics.name}
         with self.log.open("ab") as sink:
-            self._process = subprocess.Popen(self._command, env=env, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True)
+            self._process = subprocess.Popen(
+                self._command, env=env, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
+            )
         timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT)
         # A connection for each request: the server closes idle ones, and a request sent into one would look lost.
-        self._session = aiohttp.ClientSession(self.url, connector=aiohttp.TCPConnector(limit=0, force_close=True), timeout=timeout)
+        self._session = aiohttp.ClientSession(
+            self.url, connector=aiohttp.TCPConnector(limit=0, force_close=True), timeout=timeout
+        )
         deadline = time.monotonic() + START_TIMEOUT
         while time.monotonic() < deadline:
             if self._process.poll() is not None:
@@ -179,8 +208,16 @@ class Server:
             return await response.text()
 
     @contextlib.asynccontextmanager
-    async def _post(self, prompt: Sequence[int], max_tokens: int, **options: Any) -> AsyncIterator[aiohttp.ClientResponse]:
-        body = {"model": "model", "prompt": list(prompt), "max_tokens": max_tokens, "temperature": 0, "ignore_eos": True}
+    async def _post(
+        self, prompt: Sequence[int], max_tokens: int, **options: Any
+    ) -> AsyncIterator[aiohttp.ClientResponse]:
+        body = {
+            "model": "model",
+            "prompt": list(prompt),
+            "max_tokens": max_tokens,
+            "temperature": 0,
+            "ignore_eos": True,
+        }
         if self._session is None:
             raise RuntimeError("the server has not been started")
         async with self._session.post("/v1/completions", json=body | {"return_token_ids": True} | options) as response:
@@ -209,7 +246,9 @@ class Soak:
         """The whole of it: references, load with restarts, and then an idle server that must hold no page."""
         task = asyncio.current_task()
         if task is not None:
-            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)  # the server must not outlive this process
+            asyncio.get_running_loop().add_signal_handler(
+                signal.SIGTERM, task.cancel
+            )  # the server must not outlive this process
         try:
             await self._server.start()
             await self.make_references()
@@ -262,7 +301,11 @@ class Soak:
 
     def _goes_on(self) -> bool:
         """Until all tokens have come and all restarts are over."""
-        return self.report.counts["tokens checked"] < self.load.tokens or self._lives < self.load.restarts or not self._serving.is_set()
+        return (
+            self.report.counts["tokens checked"] < self.load.tokens
+            or self._lives < self.load.restarts
+            or not self._serving.is_set()
+        )
 
     async def _request(self) -> None:
         draw, counts = self._random, self.report.counts
@@ -307,7 +350,9 @@ class Soak:
                 last_report = time.monotonic()
                 failures = f"{len(self._differences)} responses differ, {len(self.report.lost)} lost"
                 self._say(f"{tokens:,} tokens checked, {failures}, {self._lives} restarts")
-            if self._lives < self.load.restarts and tokens >= self.load.tokens * (self._lives + 1) / (self.load.restarts + 1):
+            if self._lives < self.load.restarts and tokens >= self.load.tokens * (self._lives + 1) / (
+                self.load.restarts + 1
+            ):
                 how = self._random.choice([signal.SIGTERM, signal.SIGKILL])
                 await self._scrape()
                 self._serving.clear()
@@ -320,7 +365,9 @@ class Soak:
     async def _explain_differences(self) -> None:
         for difference in self._differences:
             ties = await self._near_ties(difference)
-            first = next((i for i, (a, b) in enumerate(zip(difference.want, difference.got, strict=False)) if a != b), -1)
+            first = next(
+                (i for i, (a, b) in enumerate(zip(difference.want, difference.got, strict=False)) if a != b), -1
+            )
             if ties is None:
                 self.report.wrong.append(f"{len(difference.prompt)} tokens of prompt, differs from token {first} on")
             else:
@@ -347,7 +394,9 @@ class Soak:
         text = ""
         for _ in range(60):
             text = await self._server.metrics()
-            held = re.findall(r"^vllm:(?:kv_cache_usage_perc|num_requests_running|num_requests_waiting)\{.*\} (\S+)$", text, re.M)
+            held = re.findall(
+                r"^vllm:(?:kv_cache_usage_perc|num_requests_running|num_requests_waiting)\{.*\} (\S+)$", text, re.M
+            )
             if held and not any(float(value) for value in held):
                 return
             await asyncio.sleep(0.5)
@@ -366,14 +415,26 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--format", default="int4", help="cache format (default: %(default)s)")
-    parser.add_argument("--tokens", type=int, default=1_000_000, help="tokens of greedy responses to check (default: %(default)s)")
+    parser.add_argument(
+        "--tokens", type=int, default=1_000_000, help="tokens of greedy responses to check (default: %(default)s)"
+    )
     parser.add_argument("--clients", type=int, default=64, help="most clients at once (default: %(default)s)")
-    parser.add_argument("--restarts", type=int, default=6, help="times that the server is stopped or killed (default: %(default)s)")
+    parser.add_argument(
+        "--restarts", type=int, default=6, help="times that the server is stopped or killed (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn at random (default: %(default)s)")
-    parser.add_argument("--server-log", type=Path, default=Path("soak-server.log"), help="where vLLM's log goes (default: %(default)s)")
+    parser.add_argument(
+        "--server-log", type=Path, default=Path("soak-server.log"), help="where vLLM's log goes (default: %(default)s)"
+    )
     args, options = parser.parse_known_args()
     load = Load(
-        args.model, args.format, tokens=args.tokens, clients=args.clients, restarts=args.restarts, seed=args.seed, options=tuple(options)
+        args.model,
+        args.format,
+        tokens=args.tokens,
+        clients=args.clients,
+        restarts=args.restarts,
+        seed=args.seed,
+        options=tuple(options),
     )
     try:
         report = asyncio.run(Soak(load, args.server_log).run())

@@ -1,4 +1,6 @@
-"""Text that is measured on, from what an environment with vLLM holds anyway: nothing is downloaded, and nothing of it ships with sawkv."""
+"""Text that is measured on, from what an environment with vLLM holds anyway: nothing is downloaded, and nothing of it
+ships with sawkv.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +9,22 @@ import platform
 from pathlib import Path
 
 PROSE = "Isaac.Newton-Opticks.txt"
-"""Isaac Newton's Opticks, of 1704, in the public domain; a file of libbacktrace's tests, which the package apache-tvm-ffi ships."""
+"""Isaac Newton's Opticks, of 1704, in the public domain; a file of libbacktrace's tests, which the package
+apache-tvm-ffi ships.
+"""
 PROSE_STARTS = "My Design in this Book is not"
-MODULES = ("argparse", "inspect", "tarfile", "typing", "subprocess", "statistics", "fractions", "difflib", "configparser", "doctest")
+MODULES = (
+    "argparse",
+    "inspect",
+    "tarfile",
+    "typing",
+    "subprocess",
+    "statistics",
+    "fractions",
+    "difflib",
+    "configparser",
+    "doctest",
+)
 """Of the standard library."""
 
 
@@ -26,12 +41,16 @@ def text_file(name: str, folder: Path) -> Path:
 def _prose() -> str:
     package = importlib.util.find_spec("tvm_ffi")
     if package is None or package.origin is None:
-        raise SystemExit("prose: expected the package apache-tvm-ffi, which vLLM brings; name a text file with --texts instead")
+        raise SystemExit(
+            "prose: expected the package apache-tvm-ffi, which vLLM brings; name a text file with --texts instead"
+        )
     text = next(Path(package.origin).parent.rglob(PROSE)).read_text(encoding="utf-8", errors="replace")
     return text[text.index(PROSE_STARTS) :]
 
 
 def _python() -> str:
     specs = [importlib.util.find_spec(name) for name in MODULES]
-    files = [Path(spec.origin).read_text(encoding="utf-8") for spec in specs if spec is not None and spec.origin is not None]
+    files = [
+        Path(spec.origin).read_text(encoding="utf-8") for spec in specs if spec is not None and spec.origin is not None
+    ]
     return f"# Modules of Python {platform.python_version()}\n" + "\n\n".join(files)

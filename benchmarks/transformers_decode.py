@@ -1,10 +1,13 @@
-"""Transformers' `generate` with a SawCache against its own DynamicCache and SDPA: decoding speed and KV memory, in one run.
+"""Transformers' `generate` with a SawCache against its own DynamicCache and SDPA: decoding speed and KV memory, in one
+run.
 
-    python -m benchmarks.transformers_decode                                   # on a GPU: an 8B-shaped model with random weights
-    python -m benchmarks.transformers_decode --model models/sawkv-6m --device cpu --contexts 256 1024 2048 4096
+    python -m benchmarks.transformers_decode                                   # on a GPU: an 8B-shaped model with
+    random weights python -m benchmarks.transformers_decode --model models/sawkv-6m --device cpu --contexts 256 1024
+    2048 4096
 
-A step's time is the median over the steps of `generate` after the first two, everything that `generate` does included. KV memory is the
-peak of allocated memory while tokens are generated after the prompt, less the model (on a CPU: what the cache holds). Rows:
+A step's time is the median over the steps of `generate` after the first two, everything that `generate` does included.
+KV memory is the peak of allocated memory while tokens are generated after the prompt, less the model (on a CPU: what
+the cache holds). Rows:
 
     DynamicCache            Transformers' default, SDPA attention
     SawCache                INT4 pages that grow, uncompiled
@@ -75,7 +78,8 @@ def load(model_path: Path | None, device: torch.device) -> PreTrainedModel:
         model = model.to(device)  # type: ignore[arg-type]  # of a decorated method
     else:
         with device:
-            model = AutoModelForCausalLM.from_config(Qwen3Config(**QWEN3_8B), dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
+            # type: ignore[no-untyped-call]
+            model = AutoModelForCausalLM.from_config(Qwen3Config(**QWEN3_8B), dtype=torch.bfloat16)
     model.eval()  # type: ignore[no-untyped-call]
     assert model.generation_config is not None
     model.generation_config.eos_token_id = None
@@ -126,7 +130,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--format", default="int4")
     parser.add_argument(
-        "--compile", choices=["inductor", "cudagraphs", "none"], help="what compiles the step: inductor on a GPU, none on a CPU"
+        "--compile",
+        choices=["inductor", "cudagraphs", "none"],
+        help="what compiles the step: inductor on a GPU, none on a CPU",
     )
     parser.add_argument("--static", action="store_true", help="also StaticCache, compiled")
     parser.add_argument("--out", type=Path, help="append the result as lines of JSON")
@@ -155,7 +161,10 @@ def main() -> None:
         if args.static:
             static = StaticCache(config=config, max_cache_len=longest)
             rows["StaticCache, compiled"] = ("sdpa", lambda: static, compiled)
-    print(f"\n{'context':>8}  {'cache':<22}{'ms a step':>10}{'tok/s':>8}{'ratio':>7}{'prefill s':>11}{'KV MiB':>9}{'ratio':>7}")
+    print(
+        f"\n{'context':>8} "
+        f" {'cache':<22}{'ms a step':>10}{'tok/s':>8}{'ratio':>7}{'prefill s':>11}{'KV MiB':>9}{'ratio':>7}"
+    )
     for context in args.contexts:
         base: dict[str, Any] = {}
         for name, (attention, new_cache, compile_config) in rows.items():
@@ -165,7 +174,9 @@ def main() -> None:
             cache = new_cache()
             got = measure(model, cache, context, args.batch, args.steps, compile_config)
             if compile_config is not None:
-                got["kv_bytes"] = 0  # it also holds the compiler's buffers, and room for the longest context: not comparable
+                got["kv_bytes"] = (
+                    0  # it also holds the compiler's buffers, and room for the longest context: not comparable
+                )
                 cache.reset()
             del cache
             gc.collect()
@@ -186,7 +197,8 @@ def main() -> None:
             }
             memory = f"{record['kv_mib']:>9.1f}{record['memory_ratio']:>7.2f}" if got["kv_bytes"] else " " * 16
             print(
-                f"{context:>8}  {name:<22}{record['ms']:>10.2f}{record['tokens_per_s']:>8.1f}{record['speed_ratio']:>7.2f}"
+                f"{context:>8} "
+                f" {name:<22}{record['ms']:>10.2f}{record['tokens_per_s']:>8.1f}{record['speed_ratio']:>7.2f}"
                 f"{record['prefill_s']:>11.2f}{memory}",
                 flush=True,
             )

@@ -31,7 +31,12 @@ def main() -> None:
 
     print("A long text, greedy")
     filler = "".join(f"def function_{i}(x):\n    return x + {i}\n\n\n" for i in range(40))
-    text = filler + "The pass key is 48213. Remember it. 48213 is the pass key.\n\n\n" + filler + "What is the pass key? The pass key is"
+    text = (
+        filler
+        + "The pass key is 48213. Remember it. 48213 is the pass key.\n\n\n"
+        + filler
+        + "What is the pass key? The pass key is"
+    )
     inputs = tokenizer(text, return_tensors="pt")
     for name, cache, attention in (
         ("DynamicCache", DynamicCache(config=model.config), "sdpa"),
@@ -39,11 +44,17 @@ def main() -> None:
     ):
         model.set_attn_implementation(attention)
         model.generate(**inputs, past_key_values=cache, max_new_tokens=1)
-        longer = model.generate(**inputs, past_key_values=cache, max_new_tokens=2)  # the prompt is in the cache: one step
+        longer = model.generate(
+            **inputs, past_key_values=cache, max_new_tokens=2
+        )  # the prompt is in the cache: one step
         started = time.perf_counter()
         out = model.generate(longer, past_key_values=cache, max_new_tokens=62)
         speed = 62 / (time.perf_counter() - started)
-        held = cache.nbytes if isinstance(cache, SawCache) else sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        held = (
+            cache.nbytes
+            if isinstance(cache, SawCache)
+            else sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        )
         found = tokenizer.decode(out[0, inputs.input_ids.shape[1] :][:8])
         print(f"  {name:<13}{cache.get_seq_length():>6} tokens {held / 2**20:6.2f} MiB {speed:6.0f} tok/s   {found!r}")
 

@@ -18,16 +18,22 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: not item.nodeid.removeprefix("tests/").startswith(LONGEST))
 
 
-def random_vectors(layout: PageLayout, device: str, centered: bool = True, gained: bool = True) -> dict[str, torch.Tensor]:
+def random_vectors(
+    layout: PageLayout, device: str, centered: bool = True, gained: bool = True
+) -> dict[str, torch.Tensor]:
     """Centers and gains of K and V, by the names of `PagedKVCache`; gains are from 1/2 to 2."""
     shape = layout.num_kv_heads, layout.head_dim
     centers = {name: torch.randn(shape, device=device) for name in ("k_center", "v_center") if centered}
-    return centers | {name: torch.exp2(2 * torch.rand(shape, device=device) - 1) for name in ("k_gain", "v_gain") if gained}
+    return centers | {
+        name: torch.exp2(2 * torch.rand(shape, device=device) - 1) for name in ("k_gain", "v_gain") if gained
+    }
 
 
 @dataclass
 class Batch:
-    """A cache that holds `seq_lens` tokens of random K and V in permuted pages; all else in it is poison (0xFF bytes: NaN scales)."""
+    """A cache that holds `seq_lens` tokens of random K and V in permuted pages; all else in it is poison (0xFF bytes:
+    NaN scales).
+    """
 
     cache: PagedKVCache
     k: list[torch.Tensor]
@@ -64,7 +70,9 @@ def make_batch(
         slots.append(block_table[i, position // page_size].long() * page_size + position % page_size)
     total = sum(seq_lens)
     spread = 0.2 + 3 * torch.rand(2, num_kv_heads, head_dim)
-    k, v = ((torch.randn(total, num_kv_heads, head_dim) * spread[i] + spread[1 - i]).to(device, dtype) for i in range(2))
+    k, v = (
+        (torch.randn(total, num_kv_heads, head_dim) * spread[i] + spread[1 - i]).to(device, dtype) for i in range(2)
+    )
     append(k, v, cache, torch.cat([*slots, torch.empty(0, dtype=torch.int64)]).to(device), backend=backend)
     lengths = list(seq_lens)
     seq_lens_tensor = torch.tensor(lengths, dtype=torch.int32, device=device)

@@ -1,4 +1,6 @@
-"""What a cache must survive, as checks of any backend on any device: tests/test_faults.py runs them on the CPU, tests/gpu on a GPU."""
+"""What a cache must survive, as checks of any backend on any device: tests/test_faults.py runs them on the CPU,
+tests/gpu on a GPU.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +33,13 @@ def attend(batch: Batch, q: torch.Tensor, query_lens: list[int], backend: str, *
     """Attention of each sequence's last `query_lens` tokens; rows of no sequence are NaN."""
     starts = torch.tensor([0, *query_lens]).cumsum(0).int().to(q.device)
     out = torch.full_like(q, math.nan)
-    arguments: dict[str, object] = {"softmax_scale": q.shape[-1] ** -0.5, "max_query_len": max(query_lens), "out": out} | options
-    return decode_attention(q, batch.cache, batch.block_table, batch.seq_lens, starts, backend=backend, **arguments)  # type: ignore[arg-type]
+    arguments: dict[str, object] = {
+        "softmax_scale": q.shape[-1] ** -0.5,
+        "max_query_len": max(query_lens),
+        "out": out,
+    } | options
+    # type: ignore[arg-type]
+    return decode_attention(q, batch.cache, batch.block_table, batch.seq_lens, starts, backend=backend, **arguments)
 
 
 def slot_of(batch: Batch, sequence: int, position: int) -> torch.Tensor:
@@ -51,7 +58,9 @@ def non_finite_rows_stay_in_their_token_and_head(backend: str, device: str) -> N
             clean = attend(batch, q, [6, 4, 2], backend)
             rows = torch.randn(2, 1, 2, 128, device=device)
             rows[which, 0, 1, 77] = poison
-            append(*rows, batch.cache, slot_of(batch, 0, 16), backend=backend)  # queries at 14..19: two see it not, four do
+            append(
+                *rows, batch.cache, slot_of(batch, 0, 16), backend=backend
+            )  # queries at 14..19: two see it not, four do
             dirty = attend(batch, q, [6, 4, 2], backend)
             assert dirty[2:6, 4:].isnan().all()
             dirty[2:6] = clean[2:6] = 0  # the other head's row is new too
@@ -60,7 +69,9 @@ def non_finite_rows_stay_in_their_token_and_head(backend: str, device: str) -> N
 
 @check
 def bytes_never_written_are_never_used(backend: str, device: str) -> None:
-    """Fresh pages, page tails, entries of the block table past a sequence, and a padded batch: bits do not depend on them."""
+    """Fresh pages, page tails, entries of the block table past a sequence, and a padded batch: bits do not depend on
+    them.
+    """
     batch = make_batch("int4", [1, 15, 17, 0, 130, 0], device=device, backend=backend)
     q = torch.randn(9, 4, 128, device=device)
     lens = [1, 1, 1, 0, 3, 0]  # sequences of no tokens pad the batch, as under CUDA graphs; rows 6.. pad the tokens
@@ -94,11 +105,14 @@ def bytes_never_written_are_never_used(backend: str, device: str) -> None:
 
 @check
 def padding_of_a_captured_step_is_ignored(backend: str, device: str) -> None:
-    """One CUDA graph (on the CPU: one function) serves steps of 1 to 8 sequences; what pads them is NaN, slot -1 and length 0.
+    """One CUDA graph (on the CPU: one function) serves steps of 1 to 8 sequences; what pads them is NaN, slot -1 and
+    length 0.
 
     Of pages with centers and gains, and attention with sinks, which has to know what centers took from scores.
     """
-    batch = make_batch("int4", [5, 33, 695, 1, 2, 18, 2001, 66], centered=True, gained=True, device=device, backend=backend)
+    batch = make_batch(
+        "int4", [5, 33, 695, 1, 2, 18, 2001, 66], centered=True, gained=True, device=device, backend=backend
+    )
     copied = replace(batch.cache, pages=batch.cache.pages.clone())
     mirror = Batch(copied, batch.k, batch.v, batch.block_table, batch.seq_lens.clone())
     sinks = torch.randn(8, device=device)
@@ -110,7 +124,9 @@ def padding_of_a_captured_step_is_ignored(backend: str, device: str) -> None:
     out = torch.zeros_like(q)
     layout = batch.cache.layout
     attention = Attention(batch.cache, num_q_heads=8, softmax_scale=0.1, sinks=sinks, backend=backend)
-    schedule = Schedule(layout, batch.cache.pages.device, num_q_heads=8, max_num_seqs=8, max_query_len=1, backend=backend)
+    schedule = Schedule(
+        layout, batch.cache.pages.device, num_q_heads=8, max_num_seqs=8, max_query_len=1, backend=backend
+    )
 
     def step() -> None:
         attention.append(k, v, slots)
@@ -148,7 +164,9 @@ def capture(function: Callable[[], None]) -> Callable[[], None]:
 
 @check
 def bad_slots_write_nothing(backend: str, device: str) -> None:
-    """The pages lie between guard pages; no byte of either changes, whatever the slot, and good slots of the same call are written."""
+    """The pages lie between guard pages; no byte of either changes, whatever the slot, and good slots of the same call
+    are written.
+    """
     layout = PageLayout(CacheFormat.parse("int4"), 2, 128, 16)
     memory = torch.full(layout.pages_shape(12), 0xAB, dtype=torch.uint8, device=device)
     cache = PagedKVCache(memory[4:8], layout)
@@ -187,11 +205,26 @@ def extreme_rows_keep_the_error_bound(backend: str, device: str) -> None:
         cache.pages.fill_(0xFF)
         append(x, -x, cache, torch.arange(64, device=device), backend=backend)
         read = torch.empty(2, 64, 2, 128, device=device)
-        table, length = torch.arange(4, dtype=torch.int32, device=device)[None], torch.tensor([64], dtype=torch.int32, device=device)
-        gather(cache, table, length, torch.tensor([0, 64], dtype=torch.int32, device=device), *read, rotated=True, backend=backend)
+        table, length = (
+            torch.arange(4, dtype=torch.int32, device=device)[None],
+            torch.tensor([64], dtype=torch.int32, device=device),
+        )
+        gather(
+            cache,
+            table,
+            length,
+            torch.tensor([0, 64], dtype=torch.int32, device=device),
+            *read,
+            rotated=True,
+            backend=backend,
+        )
         for got, want in zip(read.double(), (rotate(x, 128).double(), rotate(-x, 128).double()), strict=True):
             low, high, peak = want.amin(-1), want.amax(-1), want.abs().amax(-1)
-            scale = torch.maximum(torch.maximum((high - low) / 15, peak / 1024), torch.full_like(peak, 2.0**-24)) * (1 + 2**-10) + 2**-24
+            scale = (
+                torch.maximum(torch.maximum((high - low) / 15, peak / 1024), torch.full_like(peak, 2.0**-24))
+                * (1 + 2**-10)
+                + 2**-24
+            )
             assert ((got - want).abs().amax(-1) <= scale / 2 * 1.001 + peak * 1e-6).all(), name
             if name in ("as it is", "large"):
                 assert relative_error(got, want) < 0.11, name
@@ -202,7 +235,9 @@ def offsets_beyond_2_31_bytes(backend: str, device: str) -> None:
     """A cache of 5 GB, of which only the used pages are touched, holds what a small one does."""
     small = make_batch("int4", [40, 100], device=device, backend=backend)
     layout = small.cache.layout
-    pages = torch.empty(layout.pages_shape(5 * 10**9 // (layout.num_kv_heads * layout.span_bytes)), dtype=torch.uint8, device=device)
+    pages = torch.empty(
+        layout.pages_shape(5 * 10**9 // (layout.num_kv_heads * layout.span_bytes)), dtype=torch.uint8, device=device
+    )
     big = PagedKVCache(pages, layout)
     offset = pages.shape[0] - small.cache.pages.shape[0]
     assert offset * layout.num_kv_heads * layout.span_bytes > 2**32
@@ -255,7 +290,11 @@ def faults_are_counted(backend: str, device: str) -> None:
     slots[8:][torch.isin(slots[8:], slots[:8])] = -1
     results = []
     for name in (backend, "reference"):
-        cache = PagedKVCache(torch.empty(layout.pages_shape(512), dtype=torch.uint8, device=device), layout, counters=new_counters(device))
+        cache = PagedKVCache(
+            torch.empty(layout.pages_shape(512), dtype=torch.uint8, device=device),
+            layout,
+            counters=new_counters(device),
+        )
         for part in torch.arange(8192, device=device).split(1000):
             append(k[part], v[part], cache, slots[part], backend=name)
         results.append(cache.counters)

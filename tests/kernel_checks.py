@@ -1,4 +1,6 @@
-"""Checks that every kernel backend must pass, against the reference on the same device: fresh inputs, poison where nothing may read."""
+"""Checks that every kernel backend must pass, against the reference on the same device: fresh inputs, poison where
+nothing may read.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ MAX_LSE_ERROR = 5e-3
 
 
 def random_feedback(num_kv_heads: int, head_dim: int, device: str) -> Feedback:
-    """Weights of any 8 bits where there may be some. Heads in turn are moved by tenths of a code, by codes, and far beyond all codes."""
+    """Weights of any 8 bits where there may be some. Heads in turn are moved by tenths of a code, by codes, and far
+    beyond all codes.
+    """
     weights = torch.randint(-128, 128, (num_kv_heads, head_dim, head_dim)) * takes_from(head_dim)
     step = torch.tensor([1e-5, 3e-4, 1e-2])[torch.arange(num_kv_heads) % 3] * (0.5 + torch.rand(num_kv_heads))
     return Feedback(weights.to(device, torch.int8), step.to(device))
@@ -57,7 +61,9 @@ def check_append(
     fused[7, :, 2, 0] = 1000
     fused[9, ..., ::2] *= -0.0
     k, v = fused.to(device, dtype)[:, 1], fused.to(device, dtype)[:, 3]  # strided views, as engines give them
-    slots = (torch.randperm(5 * page_size + 20)[:64] - 10).to(device)  # some are out of range on either side, and 6 tokens are padding
+    slots = (torch.randperm(5 * page_size + 20)[:64] - 10).to(
+        device
+    )  # some are out of range on either side, and 6 tokens are padding
     for cache, name in zip(caches, (backend, "reference"), strict=True):
         cache.pages.fill_(0xAB)
         append(k, v, cache, slots, backend=name)
@@ -74,7 +80,13 @@ def check_wrong_feedback_is_noticed(backend: str, device: str) -> None:
 
     def written(feedback: Feedback | None, name: str) -> torch.Tensor:
         pages = torch.zeros(layout.pages_shape(4), dtype=torch.uint8, device=device)
-        append(k, v, PagedKVCache(pages, layout, k_feedback=feedback, v_feedback=feedback), torch.arange(64, device=device), backend=name)
+        append(
+            k,
+            v,
+            PagedKVCache(pages, layout, k_feedback=feedback, v_feedback=feedback),
+            torch.arange(64, device=device),
+            backend=name,
+        )
         return pages
 
     want = written(right, "reference")
@@ -121,7 +133,9 @@ def starts_of(lengths: Sequence[int], device: str) -> torch.Tensor:
     return torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(device)
 
 
-def attend(batch: Batch, q: torch.Tensor, starts: torch.Tensor, backend: str, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
+def attend(
+    batch: Batch, q: torch.Tensor, starts: torch.Tensor, backend: str, **options: object
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Output and log-sum-exp, poisoned beforehand. The reference gets fp32 queries and gives fp32."""
     if backend == "reference":
         q = q.float()
@@ -129,7 +143,8 @@ def attend(batch: Batch, q: torch.Tensor, starts: torch.Tensor, backend: str, **
     arguments = {"softmax_scale": q.shape[-1] ** -0.5, "out": out, "lse": lse} | options
     if "max_query_len" not in arguments:
         arguments["max_query_len"] = int(starts.diff().max())
-    decode_attention(q, batch.cache, batch.block_table, batch.seq_lens, starts, backend=backend, **arguments)  # type: ignore[arg-type]
+    # type: ignore[arg-type]
+    decode_attention(q, batch.cache, batch.block_table, batch.seq_lens, starts, backend=backend, **arguments)
     return out, lse
 
 
@@ -149,7 +164,9 @@ def check_attention(
     **options: object,
 ) -> None:
     """Output and log-sum-exp of each sequence equal the reference's; rows of no sequence are left as they are."""
-    batch = make_batch(format_name, seq_lens, head_dim=head_dim, page_size=page_size, centered=centered, gained=gained, device=device)
+    batch = make_batch(
+        format_name, seq_lens, head_dim=head_dim, page_size=page_size, centered=centered, gained=gained, device=device
+    )
     starts = starts_of(query_lens, device)
     used = int(starts[-1])
     q = torch.randn(used + 2, 3, 2 * group, head_dim, device=device).to(dtype)[:, 1]  # strided
@@ -190,7 +207,9 @@ def check_gather(
 
     exact: un-rotated rows too are equal to the last bit. Otherwise the rotation's sums may be taken in another order.
     """
-    batch = make_batch(format_name, seq_lens, head_dim=head_dim, centered=True, gained=gained, page_size=page_size, device=device)
+    batch = make_batch(
+        format_name, seq_lens, head_dim=head_dim, centered=True, gained=gained, page_size=page_size, device=device
+    )
     starts = starts_of([length + 3 * (i % 2) for i, length in enumerate(seq_lens)], device)
     total = int(starts[-1])
     for max_tokens in (total + 5, total - 4):  # room to spare; the last tokens do not fit and are dropped
@@ -200,10 +219,21 @@ def check_gather(
                 for name in (backend, "reference"):
                     k, v = torch.full((2, total + 5, 2, head_dim), -7.0, dtype=dtype, device=device)
                     rows = slice(max_tokens) if name == backend else slice(None)
-                    gather(batch.cache, batch.block_table, batch.seq_lens, starts, k[rows], v[rows], rotated=rotated, backend=name)
+                    gather(
+                        batch.cache,
+                        batch.block_table,
+                        batch.seq_lens,
+                        starts,
+                        k[rows],
+                        v[rows],
+                        rotated=rotated,
+                        backend=name,
+                    )
                     results.append(torch.stack([k[:max_tokens], v[:max_tokens]]))
                 if exact or rotated:
                     assert torch.equal(*results), (max_tokens, dtype, rotated)
                 else:
-                    assert torch.equal(*(result == -7 for result in results)), "rows of no sequence are left as they are"
+                    assert torch.equal(*(result == -7 for result in results)), (
+                        "rows of no sequence are left as they are"
+                    )
                     assert relative_error(*results) < (1e-6 if dtype == torch.float32 else 2e-4), (max_tokens, dtype)

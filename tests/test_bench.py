@@ -1,4 +1,6 @@
-"""`sawkv bench` with servers and a load generator that are stand-ins; the generator's protocol and its child process are the real ones."""
+"""`sawkv bench` with servers and a load generator that are stand-ins; the generator's protocol and its child process
+are the real ones.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,8 @@ for line in sys.stdin:
     if value["--request-rate"] == "8": import time; time.sleep(60)
     asked = int(value["--num-prompts"])
     speed = float(value["--port"])
-    found = {"completed": asked - (value["--request-rate"] == "9"), "duration": asked / speed, "request_throughput": speed,
+    found = {"completed": asked - (value["--request-rate"] == "9"),
+             "duration": asked / speed, "request_throughput": speed,
              "output_throughput": speed * int(value["--random-output-len"]), "request_goodput": speed / 2}
     for name in ("ttft", "tpot"):
         found |= {f"p50_{name}_ms": 100 / speed, f"p99_{name}_ms": 200 / speed}
@@ -56,7 +59,9 @@ class Client:
 
     def get(self, path: str) -> str:
         self._asked += 100
-        return f"vllm:prefix_cache_queries_total{{x}} {self._asked}\nvllm:prefix_cache_hits_total{{x}} {self._asked / 4}\n"
+        return (
+            f"vllm:prefix_cache_queries_total{{x}} {self._asked}\nvllm:prefix_cache_hits_total{{x}} {self._asked / 4}\n"
+        )
 
     def notice(self) -> str:
         return "sawkv: KV cache format int4" if self.port == 8 else ""
@@ -72,7 +77,9 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     @contextlib.contextmanager
     def serving(command: Sequence[str], log: Path, **_: Any) -> Iterator[Client]:
-        cache = command[command.index("--format") + 1] if "--format" in command else "fp8" if "fp8" in command else "16-bit"
+        cache = (
+            command[command.index("--format") + 1] if "--format" in command else "fp8" if "fp8" in command else "16-bit"
+        )
         found.append(cache)
         if cache == "fp8":
             raise UnsupportedError("vLLM ended with status 1: no fp8 on this device")
@@ -85,13 +92,34 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return found
 
 
-def test_caches_are_measured_one_after_the_other(started: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_caches_are_measured_one_after_the_other(
+    started: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "new" / "bench.json"
-    command = ["bench", MODEL, "--input", "96", "--output", "32", "--prefix", "64", "--requests", "4", "--out", str(out)]
+    command = [
+        "bench",
+        MODEL,
+        "--input",
+        "96",
+        "--output",
+        "32",
+        "--prefix",
+        "64",
+        "--requests",
+        "4",
+        "--out",
+        str(out),
+    ]
     assert cli.main(command) == 1, "fp8 was not served"
     assert started == ["16-bit", "fp8", "int4"]
     bench = Bench.from_json(out.read_text())
-    assert [load.name for load in bench.loads] == ["all at once", "shared prefix", "2/s", "3/s", "4/s"], "shares of 4 requests/s"
+    assert [load.name for load in bench.loads] == [
+        "all at once",
+        "shared prefix",
+        "2/s",
+        "3/s",
+        "4/s",
+    ], "shares of 4 requests/s"
     wide, fp8, narrow = bench.served
     assert (wide.problem, narrow.problem) == ("", "")
     assert "no fp8 on this device" in fp8.problem
@@ -121,7 +149,20 @@ def test_a_stopped_run_goes_on(
     started: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "bench.json"
-    command = ["bench", MODEL, "--formats", "16-bit,int4", "--rates", "1,2", "--input", "96", "--requests", "4", "--prefix", "0"]
+    command = [
+        "bench",
+        MODEL,
+        "--formats",
+        "16-bit,int4",
+        "--rates",
+        "1,2",
+        "--input",
+        "96",
+        "--requests",
+        "4",
+        "--prefix",
+        "0",
+    ]
     command += ["--out", str(out)]
     real, asked = Generator.generate, []
 
@@ -148,7 +189,20 @@ def test_a_stopped_run_goes_on(
 
 def test_what_was_measured_before_a_failure_is_kept(started: list[str], tmp_path: Path) -> None:
     out = tmp_path / "b.json"
-    command = ["bench", MODEL, "--formats", "16-bit,int4", "--rates", "2,7", "--requests", "4", "--prefix", "0", "--out", str(out)]
+    command = [
+        "bench",
+        MODEL,
+        "--formats",
+        "16-bit,int4",
+        "--rates",
+        "2,7",
+        "--requests",
+        "4",
+        "--prefix",
+        "0",
+        "--out",
+        str(out),
+    ]
     assert cli.main(command) == 1
     for served in Bench.from_json(out.read_text()).served:
         assert [result.load.rate for result in served.results] == [math.inf, 2]
@@ -199,7 +253,8 @@ def test_the_children_of_a_child_end_too(tmp_path: Path) -> None:
     """As vLLM's engine does where its server was killed."""
     script = f"""
 import subprocess, sys, time
-child = subprocess.Popen([sys.executable, "-c", "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"])
+deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+child = subprocess.Popen([sys.executable, "-c", deaf])
 open({str(tmp_path / "pid")!r}, "w").write(str(child.pid))
 time.sleep(60)
 """
@@ -220,7 +275,10 @@ def test_each_load_has_prompts_of_its_own_and_of_one_length() -> None:
     shared, rate = options(SETTING, Load(math.inf, 64), 2), options(SETTING, Load(2.5), 3)
     found = [dict(itertools.pairwise(words)) for words in (shared, rate)]
     assert [value["--request-rate"] for value in found] == ["inf", "2.5"]
-    assert [(value["--random-prefix-len"], value["--random-input-len"]) for value in found] == [("64", "32"), ("0", "96")]
+    assert [(value["--random-prefix-len"], value["--random-input-len"]) for value in found] == [
+        ("64", "32"),
+        ("0", "96"),
+    ]
     assert found[0]["--seed"] != found[1]["--seed"]
     assert shared[shared.index("--goodput") + 1 :][:2] == ["ttft:1000", "tpot:100"]
 
@@ -238,7 +296,9 @@ def test_odd_records_are_shown() -> None:
     bench = Bench(SETTING, "a cpu", {"sawkv": "0"}, ("16-bit", "<b>"), (Load(math.inf),))
     check(show.page(bench))
     result = Result(Load(math.inf), 1, 0, 0, 0, 0, 1e6, 0, 1e6, 0)
-    bench = replace(bench, served=(Served("16-bit", kv_tokens=9, predicted_tokens=0, results=(result,)), Served("<b>", "no")))
+    bench = replace(
+        bench, served=(Served("16-bit", kv_tokens=9, predicted_tokens=0, results=(result,)), Served("<b>", "no"))
+    )
     check(show.page(bench))
     assert all(len(line) <= 80 for line in show.text(bench).splitlines())
     with pytest.raises(SawkvError, match="expected a record of `sawkv bench`"):

@@ -1,4 +1,6 @@
-"""Objects that hold what stays from call to call: they see what changes in place, keep nothing alive, and check as fully as ever."""
+"""Objects that hold what stays from call to call: they see what changes in place, keep nothing alive, and check as
+fully as ever.
+"""
 
 from __future__ import annotations
 
@@ -76,7 +78,11 @@ def test_pages_are_freed_at_once_and_copies_are_bound_anew() -> None:
 def test_each_call_of_append_is_checked(wrong: dict[str, torch.Tensor]) -> None:
     cache = PagedKVCache.allocate(PageLayout(CacheFormat("int4"), 2, 64, 16), 2)
     attention = Attention(cache, num_q_heads=4, softmax_scale=0.1)
-    right = {"k": torch.zeros(3, 2, 64), "v": torch.zeros(3, 2, 64), "slot_mapping": torch.zeros(3, dtype=torch.int64).fill_(-1)}
+    right = {
+        "k": torch.zeros(3, 2, 64),
+        "v": torch.zeros(3, 2, 64),
+        "slot_mapping": torch.zeros(3, dtype=torch.int64).fill_(-1),
+    }
     attention.append(**right)
     with pytest.raises(LayoutError):
         attention.append(**(right | wrong))
@@ -88,7 +94,12 @@ def test_each_call_of_attention_and_gather_is_checked() -> None:
     starts = torch.arange(3, dtype=torch.int32)
     step = schedule.update(batch.block_table, batch.seq_lens, starts)
     attention(torch.zeros(2, 4, 128), step)
-    for q in (torch.zeros(2, 6, 128), torch.zeros(2, 4, 64), torch.zeros(2, 4, 128, dtype=torch.float64), torch.zeros(4, 128)):
+    for q in (
+        torch.zeros(2, 6, 128),
+        torch.zeros(2, 4, 64),
+        torch.zeros(2, 4, 128, dtype=torch.float64),
+        torch.zeros(4, 128),
+    ):
         with pytest.raises(LayoutError, match="q: expected"):
             attention(q, step)
     for out in (torch.zeros(3, 4, 128), torch.zeros(2, 4, 128).half(), torch.zeros(2, 128, 4).transpose(1, 2)):

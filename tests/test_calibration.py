@@ -32,7 +32,9 @@ def make(num_layers: int = 3, num_kv_heads: int = 2, head_dim: int = 128) -> Cal
 def make_fed(num_layers: int = 3, num_kv_heads: int = 2, head_dim: int = 128) -> Calibration:
     """With gains, and feedback of random weights, other ones in every layer and head."""
     shape = (num_layers, num_kv_heads)
-    weights = torch.randint(-127, 128, (2, *shape, head_dim, head_dim), dtype=torch.int8) * takes_from(head_dim).to(torch.int8)
+    weights = torch.randint(-127, 128, (2, *shape, head_dim, head_dim), dtype=torch.int8) * takes_from(head_dim).to(
+        torch.int8
+    )
     step = torch.rand(2, *shape) / 1e4
     made = make_gained(num_layers, num_kv_heads, head_dim)
     fed = replace(made, k_feedback=weights[0], k_feedback_step=step[0], v_feedback=weights[1], v_feedback_step=step[1])
@@ -135,7 +137,9 @@ def test_what_a_rank_gets_and_none_where_there_is_nothing_to_do() -> None:
     assert layer.v_feedback is None
     assert made.layer(0).v_feedback is not None
     cache = PagedKVCache.allocate(PageLayout(FORMAT, 2, 128, 16), 1, "cpu", **layer.to("cpu").constants())
-    assert len({each.fingerprint() for each in (cache, replace(cache, k_feedback=None), replace(cache, v_gain=None))}) == 3
+    assert (
+        len({each.fingerprint() for each in (cache, replace(cache, k_feedback=None), replace(cache, v_gain=None))}) == 3
+    )
     for index, heads in ((3, slice(0, 1)), (-1, slice(0, 1)), (0, slice(3, 5))):
         with pytest.raises(CalibrationError, match="expected"):
             made.layer(index, heads)
@@ -145,7 +149,10 @@ def test_layers_make_a_whole_and_a_whole_its_layers() -> None:
     made = make_fed(num_layers=4)
     rebuilt = Calibration.from_layers(FORMAT, "a model", 4, {index: made.layer(index) for index in range(4)})
     assert rebuilt.fingerprint() == made.fingerprint()
-    parts = {2: made.layer(2), 0: replace(made.layer(0), k_gain=None, v_feedback=None, k_center=None)}  # others do not attend
+    parts = {
+        2: made.layer(2),
+        0: replace(made.layer(0), k_gain=None, v_feedback=None, k_center=None),
+    }  # others do not attend
     sparse = Calibration.from_layers(FORMAT, "a model", 4, parts)
     assert sparse.num_layers == 4
     for index in range(4):
@@ -215,7 +222,13 @@ def test_the_fingerprint_covers_all_that_changes_the_bytes() -> None:
 
 
 def test_a_misfit_names_all_that_differs() -> None:
-    fits: dict[str, Any] = {"cache_format": CacheFormat("int4"), "model": "a model", "num_layers": 3, "num_kv_heads": 2, "head_dim": 128}
+    fits: dict[str, Any] = {
+        "cache_format": CacheFormat("int4"),
+        "model": "a model",
+        "num_layers": 3,
+        "num_kv_heads": 2,
+        "head_dim": 128,
+    }
     make().check(**fits)
     with pytest.raises(CalibrationError, match=r"layers: expected 4, got 3; model: expected b, got a model"):
         make().check(**fits | {"num_layers": 4, "model": "b"})
@@ -234,10 +247,16 @@ def test_a_misfit_names_all_that_differs() -> None:
         ({"v_center": torch.zeros(3, 2, 128, dtype=torch.float64)}, "float32"),
         ({"v_center": torch.zeros(3, 256)}, "num_layers, num_kv_heads, head_dim"),
         ({"v_center": torch.zeros(0, 2, 128)}, "num_layers, num_kv_heads, head_dim"),
-        ({"v_center": torch.zeros(3, 1, 128)}, r"v_center: expected the shape of k_center, \[3, 2, 128\], got \[3, 1, 128\]"),
+        (
+            {"v_center": torch.zeros(3, 1, 128)},
+            r"v_center: expected the shape of k_center, \[3, 2, 128\], got \[3, 1, 128\]",
+        ),
         ({"k_gain": torch.ones(3, 2, 64)}, "k_gain: expected the shape of k_center"),
         ({"v_gain": torch.ones(3, 2, 128).double()}, "v_gain: expected float32"),
-        ({"k_gain": torch.full((3, 2, 128), torch.nan)}, "k_gain: expected values from 1/1024 to 1024, got NaN or others"),
+        (
+            {"k_gain": torch.full((3, 2, 128), torch.nan)},
+            "k_gain: expected values from 1/1024 to 1024, got NaN or others",
+        ),
         ({"k_gain": torch.full((3, 2, 128), 0.0)}, "k_gain: expected values from 1/1024"),
         ({"v_gain": torch.full((3, 2, 128), -1.0)}, "v_gain: expected values from 1/1024"),
         ({"v_gain": torch.full((3, 2, 128), 1025.0)}, "v_gain: expected values from 1/1024"),
@@ -313,7 +332,9 @@ def metadata(content: bytes, **changes: Any) -> dict[str, Any]:
         ({"head_dim": "9" * 4000}, "expected a positive integer"),
     ],
 )
-def test_metadata_that_does_not_fit_is_refused(content: bytes, change: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_metadata_that_does_not_fit_is_refused(
+    content: bytes, change: dict[str, Any], message: str, tmp_path: Path
+) -> None:
     with pytest.raises(CalibrationError, match=message):
         load_bytes(tmp_path / "c.safetensors", rewritten(content, **metadata(content, **change)))
 
@@ -372,7 +393,9 @@ def test_what_is_no_calibration_is_named(tmp_path: Path, monkeypatch: pytest.Mon
 def test_damage_is_an_error_of_ours_and_never_another_center(
     content: bytes, fed_content: bytes, tmp_path: Path, data: st.DataObject
 ) -> None:
-    """Bytes changed, cut off or added anywhere: either a CalibrationError, or the same content (where JSON's spelling alone changed)."""
+    """Bytes changed, cut off or added anywhere: either a CalibrationError, or the same content (where JSON's spelling
+    alone changed).
+    """
     whole = data.draw(st.sampled_from([content, fed_content]))
     damaged = bytearray(whole)
     for _ in range(data.draw(st.integers(1, 3))):
@@ -408,7 +431,13 @@ def test_arbitrary_bytes_are_an_error_of_ours(tmp_path: Path, body: bytes, hones
 
 
 def test_the_models_identity_is_its_shape() -> None:
-    shape = {"model_type": "qwen3", "vocab_size": 100, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    shape = {
+        "model_type": "qwen3",
+        "vocab_size": 100,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     config = SimpleNamespace(**shape, num_key_value_heads=2, intermediate_size=128)
     same = SimpleNamespace(**vars(config), dtype="bfloat16", quantization_config={"bits": 8}, transformers_version="9")
     assert model_id(config) == model_id(same)

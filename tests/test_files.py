@@ -17,7 +17,13 @@ from sawkv.prepare import model
 from sawkv.prepare.calibration import Calibration
 
 MODEL = next((Path(__file__).parents[1] / "models").glob("sawkv-*"))
-WRITERS = {"eval": [str(MODEL)], "analyze": [str(MODEL)], "prepare": [str(MODEL)], "report": ["record.json"], "bench": [str(MODEL)]}
+WRITERS = {
+    "eval": [str(MODEL)],
+    "analyze": [str(MODEL)],
+    "prepare": [str(MODEL)],
+    "report": ["record.json"],
+    "bench": [str(MODEL)],
+}
 
 
 def test_what_fails_leaves_the_file_that_was_there(tmp_path: Path) -> None:
@@ -87,7 +93,12 @@ def test_every_command_asks_for_its_output_before_the_work(
 
     monkeypatch.setattr(model.EvalModel, "load", work)
     (tmp_path / "file").write_text("x")
-    for out, words in (("file/x", "Not a directory"), (".", "it is a folder"), ("a\0b", "null"), ("n" * 300, "File name too long")):
+    for out, words in (
+        ("file/x", "Not a directory"),
+        (".", "it is a folder"),
+        ("a\0b", "null"),
+        ("n" * 300, "File name too long"),
+    ):
         assert cli.main([command, *WRITERS[command], "--out", str(tmp_path / out)]) == 2
         shown = capsys.readouterr().err
         assert "sawkv: --out: expected a file" in shown

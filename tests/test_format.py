@@ -56,7 +56,9 @@ def test_a_wrong_name_is_refused(name: str) -> None:
         CacheFormat.parse(name)
 
 
-@pytest.mark.parametrize(("head_dim", "order"), [(64, 64), (80, 16), (96, 32), (112, 16), (128, 128), (192, 64), (256, 128)])
+@pytest.mark.parametrize(
+    ("head_dim", "order"), [(64, 64), (80, 16), (96, 32), (112, 16), (128, 128), (192, 64), (256, 128)]
+)
 def test_default_orders_are_the_largest_power_of_two_up_to_128(head_dim: int, order: int) -> None:
     assert str(CacheFormat.parse("int4").resolve(head_dim)) == f"int4-k{order}-v{order}"
 
@@ -99,7 +101,9 @@ finite_rows = st.lists(st.floats(-3e4, 3e4, width=32), min_size=16, max_size=16)
 
 @settings(max_examples=300)
 @given(finite_rows, st.sampled_from([1.0, 1e-3, 1e-7]), st.sampled_from([0.0, 100.0, -3e4]), st.sampled_from([4, 8]))
-def test_the_error_of_any_finite_row_is_at_most_half_a_scale(row: list[float], factor: float, offset: float, bits: int) -> None:
+def test_the_error_of_any_finite_row_is_at_most_half_a_scale(
+    row: list[float], factor: float, offset: float, bits: int
+) -> None:
     y = torch.tensor([row]) * factor + offset
     codec = IntegerCodec(bits)
     codes, meta = codec.encode(y)
@@ -126,7 +130,9 @@ def test_a_channel_0_outlier_leaves_the_other_channels_intact(outlier: float) ->
     error = (decoded - x)[:, 1:].norm() / x[:, 1:].norm()
     assert error < 0.13
     # The control: zero points clamped to the codes' range, as elsewhere, lose the row.
-    clamped = IntegerCodec(4).encode(rotate(x, 128).clamp(min=0))  # a row that starts at 0, as a clamped zero point would have it
+    clamped = IntegerCodec(4).encode(
+        rotate(x, 128).clamp(min=0)
+    )  # a row that starts at 0, as a clamped zero point would have it
     lost = rotate(IntegerCodec(4).decode(*clamped), 128)
     assert outlier > 0 or (lost - x)[:, 1:].norm() / x[:, 1:].norm() > 0.13
 
@@ -153,7 +159,9 @@ def test_a_range_beyond_fp16_saturates_and_stays_finite() -> None:
 
 
 def test_golden_bytes() -> None:
-    """A hand-computed row: 0..15 has scale 1, zero point 0 and its own values as codes; 16 + 0..15 the same codes and zero point -16."""
+    """A hand-computed row: 0..15 has scale 1, zero point 0 and its own values as codes; 16 + 0..15 the same codes and
+    zero point -16.
+    """
     layout = PageLayout(CacheFormat.parse("int4-k0-v0"), 1, 16, 16)
     cache = PagedKVCache.allocate(layout, 2)
     cache.pages.zero_()
@@ -174,8 +182,9 @@ def test_golden_bytes() -> None:
 def test_golden_feedback() -> None:
     """A hand-computed row of V, from 0 to 16: sixteen cells of scale 1, codes in their middles, so zero point -0.5.
 
-    It is 0.5 + (0..15), but for its ends, which have codes 0 and 15 and errors of -32 and 32 steps, and 1.75 in channels 1 and 2: both have
-    code 1, and an error of 16 steps. K, which has no feedback, holds 0..15 in codes of scale 1.
+    It is 0.5 + (0..15), but for its ends, which have codes 0 and 15 and errors of -32 and 32 steps, and 1.75 in
+    channels 1 and 2: both have code 1, and an error of 16 steps. K, which has no feedback, holds 0..15 in codes of
+    scale 1.
     """
     layout = PageLayout(CacheFormat.parse("int4-k0-v0"), 1, 16, 16)
     weights = torch.zeros(1, 16, 16, dtype=torch.int8)
@@ -220,7 +229,9 @@ def test_golden_gain() -> None:
 
 
 def test_golden_rotation_and_swizzle() -> None:
-    """A unit vector rotates to the constant 128 ** -0.5, whose bytes are known; V's segments of token 2 are stored at s ^ 1."""
+    """A unit vector rotates to the constant 128 ** -0.5, whose bytes are known; V's segments of token 2 are stored at s
+    ^ 1.
+    """
     layout = PageLayout(CacheFormat.parse("int4-k128-v0"), 1, 128, 16)
     cache = PagedKVCache.allocate(layout, 1)
     cache.pages.zero_()
@@ -244,13 +255,18 @@ def test_golden_rotation_and_swizzle() -> None:
 def test_planes_fill_a_span_and_v_rows_fall_in_different_banks(head_dim: int, codec: str) -> None:
     layout = PageLayout(CacheFormat(codec), 2, head_dim, 32)
     assert layout.v_meta_offset + 32 * layout.meta_bytes == layout.span_bytes == 32 * layout.token_bytes
-    assert all(offset % 16 == 0 for offset in (layout.k_meta_offset, layout.v_codes_offset, layout.v_meta_offset, layout.span_bytes))
+    assert all(
+        offset % 16 == 0
+        for offset in (layout.k_meta_offset, layout.v_codes_offset, layout.v_meta_offset, layout.span_bytes)
+    )
     segments, rest = divmod(layout.row_bytes, 16)
     for s in range(segments if not rest else 0):
         for first in range(0, 32, 8):
             places = [s ^ layout.swizzle(t) for t in range(first, first + 8)]
             assert max(places) < segments
-            assert len({(t * segments + place) % 8 for t, place in zip(range(first, first + 8), places, strict=True)}) == 8
+            assert (
+                len({(t * segments + place) % 8 for t, place in zip(range(first, first + 8), places, strict=True)}) == 8
+            )
 
 
 @given(st.integers(0, 5), st.integers(0, 15))
@@ -266,7 +282,11 @@ def test_slots_are_a_bijection_onto_page_and_offset(page: int, offset: int) -> N
 
 def test_fingerprint_changes_with_everything_that_changes_the_bytes() -> None:
     def fingerprint(
-        name: str = "int4-k64-v64", head_dim: int = 64, page_size: int = 16, k_center: float | None = None, **others: Any
+        name: str = "int4-k64-v64",
+        head_dim: int = 64,
+        page_size: int = 16,
+        k_center: float | None = None,
+        **others: Any,
     ) -> str:
         layout = PageLayout(CacheFormat.parse(name), 2, head_dim, page_size)
         center = None if k_center is None else torch.full((2, head_dim), k_center)

@@ -1,4 +1,5 @@
-"""Whatever is given to a parser of ours, it is used or refused by name: no other exception, no endless loop, no huge allocation.
+"""Whatever is given to a parser of ours, it is used or refused by name: no other exception, no endless loop, no huge
+allocation.
 
 Format names of any text are in tests/test_format.py, calibration files in tests/test_calibration.py.
 """
@@ -27,7 +28,12 @@ names = st.one_of(
 )
 
 
-@given(names, st.one_of(st.sampled_from(HEAD_DIMS), st.integers()), st.integers(-(2**70), 2**70), st.integers(-(2**70), 2**70))
+@given(
+    names,
+    st.one_of(st.sampled_from(HEAD_DIMS), st.integers()),
+    st.integers(-(2**70), 2**70),
+    st.integers(-(2**70), 2**70),
+)
 def test_a_layout_is_whole_or_refused(name: str, head_dim: int, page_size: int, num_kv_heads: int) -> None:
     try:
         layout = PageLayout(CacheFormat.parse(name), num_kv_heads, head_dim, page_size)
@@ -57,7 +63,9 @@ def test_any_bytes_in_pages_are_read_alike_by_all_backends(seed: bytes, name: st
         k, v = torch.zeros(2, 50, 2, 64)
         gather(cache, table, lengths, torch.tensor([0, 50], dtype=torch.int32), k, v, backend=backend)
         read.append(torch.stack([k, v]))
-        decode_attention(torch.ones(2, 4, 64), cache, table, lengths, starts, softmax_scale=0.1, max_query_len=2, backend=backend)
+        decode_attention(
+            torch.ones(2, 4, 64), cache, table, lengths, starts, softmax_scale=0.1, max_query_len=2, backend=backend
+        )
     torch.testing.assert_close(*read, rtol=0, atol=0, equal_nan=True)
 
 
@@ -69,7 +77,9 @@ json_values = st.recursive(
     max_leaves=6,
 )
 paths = st.sampled_from(["\x00", "", "/", "models", "models/none.safetensors", "x" * 5000])
-settings_of_ours = st.dictionaries(st.sampled_from(["format", "calibration", "colour"]), names | paths | json_values, max_size=3)
+settings_of_ours = st.dictionaries(
+    st.sampled_from(["format", "calibration", "colour"]), names | paths | json_values, max_size=3
+)
 
 
 @settings(max_examples=300)
@@ -87,7 +97,12 @@ def test_options_of_vllm_are_used_or_refused(additional_config: Any, kv_cache_dt
     )
     with contextlib.suppress(SawkvError):
         config = SawConfig.from_vllm(vllm_config, kv_cache_dtype)
-        assert config is None or config.format.codec in ("bf16", "fp16", "fp32", KV_CACHE_DTYPE_CODECS.get(kv_cache_dtype))
+        assert config is None or config.format.codec in (
+            "bf16",
+            "fp16",
+            "fp32",
+            KV_CACHE_DTYPE_CODECS.get(kv_cache_dtype),
+        )
 
 
 # ---- the command line
@@ -112,7 +127,21 @@ words = st.one_of(
         ]
     ),
     st.sampled_from(
-        ["int4", "int4-k128-v128", "128", "-1", "80GiB", "1e400", "0", "models/none", "--fo", "\x00", "", "=", "--head-dim=64"]
+        [
+            "int4",
+            "int4-k128-v128",
+            "128",
+            "-1",
+            "80GiB",
+            "1e400",
+            "0",
+            "models/none",
+            "--fo",
+            "\x00",
+            "",
+            "=",
+            "--head-dim=64",
+        ]
     ),
     st.text(max_size=12),
 )
@@ -124,7 +153,11 @@ def test_the_command_line_answers_or_refuses(argv: list[str]) -> None:
     started: list[Any] = []
     output = io.StringIO()
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-        start = lambda command, **_: started.append(command) or SimpleNamespace(wait=lambda *_: 0, terminate=lambda: None)  # noqa: E731
+
+        def start(command: list[str], **_: Any) -> SimpleNamespace:
+            started.append(command)
+            return SimpleNamespace(wait=lambda *_: 0, terminate=lambda: None)
+
         patch.setattr(server, "subprocess", SimpleNamespace(Popen=start))
         patch.setenv("HF_HUB_OFFLINE", "1")
         try:

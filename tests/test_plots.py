@@ -47,7 +47,10 @@ def test_ratios_are_to_the_same_device_and_load_and_the_last_record_counts(tmp_p
     (tmp_path / "serving.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     lines = plots.filled(PAGE, tmp_path).splitlines()
     assert "| 96/8 x 4 | bf16 | 100 | 1,000 | 2.00 | 3.00 |  |  | 1,000 | abc |" in lines
-    assert "| 96/8 x 4 | int4 | 190 (1.90x) | 1,000 (1.00x) | 2.00 (1.00x) | 3.00 (1.00x) |  |  | 3,760 (3.76x) | abc |" in lines
+    assert (
+        "| 96/8 x 4 | int4 | 190 (1.90x) | 1,000 (1.00x) | 2.00 (1.00x) | 3.00 (1.00x) |  |  | 3,760 (3.76x) | abc |"
+        in lines
+    )
     assert "| 64+32/8 x 4 | int4 | 7 | 1,000 | 2.00 | 3.00 |  |  | 1,000 | abc |" in lines
     assert "| 96/8 x 4 | int4 | 5 | 1,000 | 2.00 | 3.00 |  |  | 1,000 | abc |" in lines
     assert lines.index("m on card A, vLLM 0.1") < lines.index("m on card B, vLLM 0.1")
@@ -73,8 +76,14 @@ def test_pictures_are_those_of_the_records_and_serve_light_and_dark(name: str) -
     assert "prefers-color-scheme: dark" in text
     marks = [element for element in drawing.iter() if element.tag.endswith(("rect", "circle"))]
     assert len(marks) > 8, "a plot without marks is no plot"
-    assert not any(element.tag.endswith("rect") and element.get("width") == "100%" for element in drawing.iter()), "a ground hides the page"
-    tilted = [element for element in drawing.iter() if "rotate" in element.get("transform", "") and element.get("class") != "axis"]
+    assert not any(element.tag.endswith("rect") and element.get("width") == "100%" for element in drawing.iter()), (
+        "a ground hides the page"
+    )
+    tilted = [
+        element
+        for element in drawing.iter()
+        if "rotate" in element.get("transform", "") and element.get("class") != "axis"
+    ]
     assert tilted == []
     width, height = (float(drawing.get(side) or 0) for side in ("width", "height"))
     for element in drawing.iter():

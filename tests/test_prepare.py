@@ -45,12 +45,16 @@ def measured(
 def counted(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, weight: torch.Tensor | None, window: int = 0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """What rows of K and of V count, [num_tokens, heads] each: query by query, the output's move by a score from the definition."""
+    """What rows of K and of V count, [num_tokens, heads] each: query by query, the output's move by a score from the
+    definition.
+    """
     found = torch.zeros(2, len(k), HEADS, dtype=torch.float64)
     for head in range(HEADS * GROUP):
         mine = head // GROUP
         columns = (
-            torch.eye(HEAD_DIM).double() if weight is None else weight.double().view(11, HEADS, GROUP, HEAD_DIM)[:, mine].flatten(0, 1)
+            torch.eye(HEAD_DIM).double()
+            if weight is None
+            else weight.double().view(11, HEADS, GROUP, HEAD_DIM)[:, mine].flatten(0, 1)
         )
         for i in range(len(q) - 1, -1, -QUERY_STEP):
             seen = slice(max(0, i + 1 - window) if window else 0, i + 1)
@@ -68,7 +72,9 @@ def test_statistics_count_rows_by_what_their_errors_cost(known: bool, sliding: i
     weight = torch.randn(11, HEADS * GROUP * HEAD_DIM) if known else None
     got = measured(windows, weight, sliding)
     assert (got.rows, got.queries) == (90, 90 * GROUP)
-    weights, sums, squares = (torch.zeros(shape, dtype=torch.float64) for shape in ((2, HEADS), (2, HEADS, HEAD_DIM), (2, HEADS, HEAD_DIM)))
+    weights, sums, squares = (
+        torch.zeros(shape, dtype=torch.float64) for shape in ((2, HEADS), (2, HEADS, HEAD_DIM), (2, HEADS, HEAD_DIM))
+    )
     for q, k, v in windows:
         for kind, (x, count) in enumerate(zip((k, v), counted(q, k, v, weight, sliding), strict=True)):
             weights[kind] += count.sum(0)
@@ -107,7 +113,11 @@ def test_fit_centers_scales_and_feeds_back() -> None:
     for statistics, layer in zip(layers, fitted, strict=True):
         means = statistics.sums / statistics.weights[..., None]
         spreads = statistics.squares / statistics.weights[..., None] - means.square()
-        value = torch.eye(HEAD_DIM).double().expand(HEADS, -1, -1) if statistics.output_gram is None else statistics.output_gram
+        value = (
+            torch.eye(HEAD_DIM).double().expand(HEADS, -1, -1)
+            if statistics.output_gram is None
+            else statistics.output_gram
+        )
         parts = (
             (statistics.query_gram / statistics.queries, layer.k_center, layer.k_gain, layer.k_feedback),
             (value, layer.v_center, layer.v_gain, layer.v_feedback),
@@ -118,7 +128,9 @@ def test_fit_centers_scales_and_feeds_back() -> None:
             torch.testing.assert_close(center, mean.float())
             torch.testing.assert_close(gain.log().mean(-1), torch.zeros(HEADS), rtol=0, atol=1e-5)
 
-            def cost(gain: torch.Tensor, hessian: torch.Tensor = hessian, spread: torch.Tensor = spread) -> torch.Tensor:
+            def cost(
+                gain: torch.Tensor, hessian: torch.Tensor = hessian, spread: torch.Tensor = spread
+            ) -> torch.Tensor:
                 exact = gain.double()
                 rotated = hadamard @ (hessian / exact[:, :, None] / exact[:, None, :]) @ hadamard
                 return cost_with_feedback(rotated)[0].log() + (spread * exact.square()).sum(-1).log()
@@ -163,7 +175,10 @@ def test_what_is_dead_can_be_fitted_and_kept_in_a_file() -> None:
     q, k, v = windows_of(0)[0]
     k[:, 1], v[:, 1], q[:, GROUP:] = 0, 0, 0
     k[..., 3], q[..., 7] = 5, 0
-    layers = fit([measured([(q, k, v)], torch.zeros(8, HEADS * GROUP * HEAD_DIM)), measured([tuple(x[:1] for x in (q, k, v))])], INT4)
+    layers = fit(
+        [measured([(q, k, v)], torch.zeros(8, HEADS * GROUP * HEAD_DIM)), measured([tuple(x[:1] for x in (q, k, v))])],
+        INT4,
+    )
     for layer in layers:
         for name, part in vars(layer).items():
             assert not name.endswith(("center", "gain", "energy")) or bool(part.isfinite().all())
@@ -180,10 +195,14 @@ def test_fit_of_int8_feeds_nothing_back() -> None:
     mean, square = (x[0] / statistics.weights[0][:, None] for x in (statistics.sums, statistics.squares))
     exact = (statistics.query_gram.diagonal(dim1=-2, dim2=-1) / (square - mean.square())) ** 0.25
     assert layer.k_gain is not None
-    torch.testing.assert_close(layer.k_gain, (exact / exact.log().mean(-1, keepdim=True).exp()).float(), rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        layer.k_gain, (exact / exact.log().mean(-1, keepdim=True).exp()).float(), rtol=1e-5, atol=0
+    )
 
 
-@pytest.mark.parametrize(("spoil", "got"), [(None, "none"), (torch.nan, "NaN or infinity"), (torch.inf, "NaN or infinity")])
+@pytest.mark.parametrize(
+    ("spoil", "got"), [(None, "none"), (torch.nan, "NaN or infinity"), (torch.inf, "NaN or infinity")]
+)
 def test_fit_says_which_layer_cannot_be_fitted(spoil: float | None, got: str) -> None:
     bad = LayerStatistics(HEADS, HEAD_DIM, "cpu")
     if spoil is not None:

@@ -41,7 +41,9 @@ def make_model(key_bias: float = 0.0, value_bias: float = 0.0) -> Qwen2ForCausal
     model = Qwen2ForCausalLM(config).train(False)
     with torch.no_grad():
         for layer in model.model.layers:
-            layer.self_attn.k_proj.bias.view(2, 32)[:, [14, 15, 30, 31]] = key_bias * torch.tensor([1.0, -1.0, 2.0, 0.5])
+            layer.self_attn.k_proj.bias.view(2, 32)[:, [14, 15, 30, 31]] = key_bias * torch.tensor(
+                [1.0, -1.0, 2.0, 0.5]
+            )
             layer.self_attn.v_proj.bias.copy_(value_bias * torch.randn(64))
     return model
 
@@ -55,16 +57,22 @@ def test_the_file_holds_what_is_fitted_to_the_models_own_rows() -> None:
     model, ids = make_model(8.0, 4.0), windows(1)
     taken: dict[int, torch.Tensor] = {}
     for index, layer in enumerate(model.model.layers):
-        layer.self_attn.q_proj.register_forward_hook(lambda module, args, out, index=index: taken.__setitem__(index, out))
+        layer.self_attn.q_proj.register_forward_hook(
+            lambda module, args, out, index=index: taken.__setitem__(index, out)
+        )
     with torch.inference_mode():
         cache = model(ids, use_cache=True).past_key_values
         cos, sin = model.model.rotary_emb(torch.zeros(1), torch.arange(64)[None])
         statistics = []
         for index, layer in enumerate(model.model.layers):
-            q, _ = apply_rotary_pos_emb(taken[index].view(1, 64, 4, 32).transpose(1, 2), cache.layers[index].keys, cos, sin)
+            q, _ = apply_rotary_pos_emb(
+                taken[index].view(1, 64, 4, 32).transpose(1, 2), cache.layers[index].keys, cos, sin
+            )
             statistics.append(LayerStatistics(2, 32, "cpu"))
             statistics[-1].set_output_weight(layer.self_attn.o_proj.weight)
-            statistics[-1].add(*(x[0].transpose(0, 1) for x in (q, cache.layers[index].keys, cache.layers[index].values)))
+            statistics[-1].add(
+                *(x[0].transpose(0, 1) for x in (q, cache.layers[index].keys, cache.layers[index].values))
+            )
     made = calibrate.calibrate(EvalModel(model), INT4, ids, 64)
     assert str(made.format) == "int4-k32-v32"
     for index, wanted in enumerate(fit(statistics, INT4)):
@@ -72,13 +80,17 @@ def test_the_file_holds_what_is_fitted_to_the_models_own_rows() -> None:
         for name in ("k_center", "v_center", "k_gain", "v_gain"):
             torch.testing.assert_close(getattr(got, name), getattr(wanted, name), rtol=1e-3, atol=1e-3)
         for name in ("k_feedback", "v_feedback"):
-            weights = [getattr(each, name).weights.int() * getattr(each, name).step[:, None, None] for each in (got, wanted)]
+            weights = [
+                getattr(each, name).weights.int() * getattr(each, name).step[:, None, None] for each in (got, wanted)
+            ]
             assert relative_error(*weights) < 0.02
 
 
 @torch.inference_mode()
 def test_what_is_fitted_lowers_the_error_of_attention_read_from_pages() -> None:
-    """Fresh text through pages, with nothing fitted and with each part: the error of the layer's output, from the model's own modules."""
+    """Fresh text through pages, with nothing fitted and with each part: the error of the layer's output, from the
+    model's own modules.
+    """
     model, ids = EvalModel(make_model(8.0, 4.0)), windows(1)
     for module in model.layers:  # queries and outputs of few directions, as trained models have them
         for name in ("q_proj.weight", "o_proj.weight"):
@@ -95,7 +107,16 @@ def test_what_is_fitted_lowers_the_error_of_attention_read_from_pages() -> None:
             append(states.k, states.v, cache, torch.arange(64), backend="reference")
             k, v = torch.empty(2, 64, 2, 32)
             ends = torch.tensor([0, 64], dtype=torch.int32)
-            gather(cache, torch.arange(4, dtype=torch.int32)[None], ends[1:], ends, k, v, rotated=False, backend="reference")
+            gather(
+                cache,
+                torch.arange(4, dtype=torch.int32)[None],
+                ends[1:],
+                ends,
+                k,
+                v,
+                rotated=False,
+                backend="reference",
+            )
             outputs = []
             for keys, values in ((states.k, states.v), (k, v)):
                 heads = (x.transpose(0, 1)[None] for x in (states.q, keys, values))
@@ -138,14 +159,18 @@ def test_by_default_the_file_travels_with_the_model(tmp_path: Path, capsys: pyte
     assert torch.equal(cache.layers[2]._calibration.k_center, made.k_center[2])
 
 
-def test_there_is_no_folder_beside_a_model_that_is_not_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_there_is_no_folder_beside_a_model_that_is_not_there(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert cli.main(["prepare", str(tmp_path / "typo")]) == 2
     assert "expected a checkpoint directory" in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("own_text", [False, True])
-def test_the_command_writes_a_file_for_this_model(tmp_path: Path, capsys: pytest.CaptureFixture[str], own_text: bool) -> None:
+def test_the_command_writes_a_file_for_this_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], own_text: bool
+) -> None:
     folder = next((Path(__file__).parents[1] / "models").glob("sawkv-*"))
     text = tmp_path / "text.txt"
     text.write_text("Some words, and others. " * 600)

@@ -38,7 +38,9 @@ def read_back(cache: PagedKVCache, backend: str | None = None) -> tuple[torch.Te
     append(x[0], x[1], cache, torch.arange(20), backend=backend)
     out = torch.empty_like(x)
     table, length = torch.arange(2, dtype=torch.int32)[None], torch.tensor([20], dtype=torch.int32)
-    gather(cache, table, length, torch.tensor([0, 20], dtype=torch.int32), out[0], out[1], rotated=False, backend=backend)
+    gather(
+        cache, table, length, torch.tensor([0, 20], dtype=torch.int32), out[0], out[1], rotated=False, backend=backend
+    )
     return x, out
 
 
@@ -63,8 +65,16 @@ def test_a_new_backend_is_chosen_and_called(monkeypatch: pytest.MonkeyPatch) -> 
             super().append(k, v, slot_mapping)
 
     toy = ModuleType("sawkv.kernels.toy")
-    parts = {"Pages": Pages, "Schedule": kernels.Schedule, "Attention": reference.Attention, "name": "toy", "counts": False}
-    vars(toy).update(parts, unsupported_reason=lambda device, layout: None if layout.head_dim == 64 else "expected head_dim 64")
+    parts = {
+        "Pages": Pages,
+        "Schedule": kernels.Schedule,
+        "Attention": reference.Attention,
+        "name": "toy",
+        "counts": False,
+    }
+    vars(toy).update(
+        parts, unsupported_reason=lambda device, layout: None if layout.head_dim == 64 else "expected head_dim 64"
+    )
     monkeypatch.setitem(sys.modules, "sawkv.kernels.toy", toy)
     monkeypatch.setattr(kernels, "PREFERENCE", ("toy", *kernels.PREFERENCE))
     kernels.select_backend.cache_clear()
@@ -77,7 +87,9 @@ def test_a_new_backend_is_chosen_and_called(monkeypatch: pytest.MonkeyPatch) -> 
         where = torch.arange(2, dtype=torch.int32)[None], one, torch.tensor([0, 1], dtype=torch.int32)
         q = torch.randn(1, 4, 64)
         got = decode_attention(q, cache, *where, softmax_scale=0.125, max_query_len=1)
-        assert torch.equal(got, decode_attention(q, cache, *where, softmax_scale=0.125, max_query_len=1, backend="reference"))
+        assert torch.equal(
+            got, decode_attention(q, cache, *where, softmax_scale=0.125, max_query_len=1, backend="reference")
+        )
         with pytest.raises(UnsupportedError, match="toy: expected head_dim 64"):
             kernels.select_backend(torch.device("cpu"), PageLayout(CacheFormat("int4"), 2, 128, 16), "toy")
     finally:

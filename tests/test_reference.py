@@ -22,9 +22,16 @@ LENGTHS = [1, 0, 15, 16, 17, 33, 64]
 
 
 def attend_fp64(
-    batch: Batch, q: torch.Tensor, starts: list[int], window: int = 0, cap: float = 0.0, sinks: torch.Tensor | None = None
+    batch: Batch,
+    q: torch.Tensor,
+    starts: list[int],
+    window: int = 0,
+    cap: float = 0.0,
+    sinks: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Textbook attention over the decoded cache, restored first: shares no attention code with any backend. Output and log-sum-exp."""
+    """Textbook attention over the decoded cache, restored first: shares no attention code with any backend. Output and
+    log-sum-exp.
+    """
     cache, layout = batch.cache, batch.cache.layout
     out, lse = torch.zeros(q.shape, dtype=torch.float64), torch.full(q.shape[:2], -math.inf, dtype=torch.float64)
     for i, length in enumerate(batch.seq_lens.tolist()):
@@ -32,10 +39,14 @@ def attend_fp64(
             continue
         k_rot, v_rot = torch.empty(2, length, layout.num_kv_heads, layout.head_dim)
         starts_at = torch.tensor([0, length], dtype=torch.int32)
-        gather(cache, batch.block_table[i : i + 1], batch.seq_lens[i : i + 1], starts_at, k_rot, v_rot, backend="reference")
+        gather(
+            cache, batch.block_table[i : i + 1], batch.seq_lens[i : i + 1], starts_at, k_rot, v_rot, backend="reference"
+        )
         k, v = rotate(k_rot, layout.k_rotation_order).double(), rotate(v_rot, layout.v_rotation_order).double()
         k, v = (x if gain is None else x / gain.double() for x, gain in ((k, cache.k_gain), (v, cache.v_gain)))
-        k, v = (x if center is None else x + center.double() for x, center in ((k, cache.k_center), (v, cache.v_center)))
+        k, v = (
+            x if center is None else x + center.double() for x, center in ((k, cache.k_center), (v, cache.v_center))
+        )
         queries = range(starts[i], starts[i + 1])
         for row in queries:
             position = length - (starts[i + 1] - row)
@@ -52,10 +63,16 @@ def attend_fp64(
     return out, lse
 
 
-@pytest.mark.parametrize("format_name", ["int4", "int4-k16-v64", "int8-k0-v0", "bf16", "fp16-k128-v128", "fp32-k64-v64"])
-@pytest.mark.parametrize("options", [{}, {"window": 7}, {"cap": 3.0}, {"sinks": True}, {"cap": 3.0, "sinks": True, "window": 7}])
+@pytest.mark.parametrize(
+    "format_name", ["int4", "int4-k16-v64", "int8-k0-v0", "bf16", "fp16-k128-v128", "fp32-k64-v64"]
+)
+@pytest.mark.parametrize(
+    "options", [{}, {"window": 7}, {"cap": 3.0}, {"sinks": True}, {"cap": 3.0, "sinks": True, "window": 7}]
+)
 def test_decode_attention(format_name: str, options: dict[str, object]) -> None:
-    batch = make_batch(format_name, LENGTHS, centered=format_name == "int4", gained=format_name.startswith(("int4", "fp16")))
+    batch = make_batch(
+        format_name, LENGTHS, centered=format_name == "int4", gained=format_name.startswith(("int4", "fp16"))
+    )
     query_lens = [1, 1, 3, 2, 1, 8, 2]
     starts = torch.tensor([0, *query_lens]).cumsum(0)
     q = torch.randn(int(starts[-1]), 6, 128) / 3
@@ -94,7 +111,9 @@ def test_the_check_above_can_fail() -> None:
 
 @pytest.mark.parametrize("options", [{"cap": 3.0}, {"sinks": torch.full((2,), 1.0)}])
 def test_a_cap_and_sinks_see_the_center_of_keys(options: dict[str, Any]) -> None:
-    """The control of `test_decode_attention`: without K's center the output is another there, and without them it is not."""
+    """The control of `test_decode_attention`: without K's center the output is another there, and without them it is
+    not.
+    """
     batch = make_batch("fp32", [40], centered=True)
     q, starts = torch.randn(1, 2, 128), torch.tensor([0, 1], dtype=torch.int32)
     arguments = {"softmax_scale": 128**-0.5, "max_query_len": 1, "backend": "reference"}
@@ -102,7 +121,8 @@ def test_a_cap_and_sinks_see_the_center_of_keys(options: dict[str, Any]) -> None
     taken = {"logit_softcap": options.get("cap", 0.0), "sinks": options.get("sinks")}
     for others, differs in (({}, False), (taken, True)):
         want, got = (
-            decode_attention(q, cache, batch.block_table, batch.seq_lens, starts, **arguments, **others) for cache in (batch.cache, lost)
+            decode_attention(q, cache, batch.block_table, batch.seq_lens, starts, **arguments, **others)
+            for cache in (batch.cache, lost)
         )
         assert (relative_error(got, want) > 1e-2) == differs
 
@@ -116,7 +136,9 @@ def test_attention_with_another_gain_is_another(which: str) -> None:
     gain = getattr(batch.cache, which)
     for other in (None, gain.reciprocal(), gain.flip(0), gain.roll(1, 1)):
         cache = replace(batch.cache, **{which: other})
-        assert relative_error(decode_attention(q, cache, batch.block_table, batch.seq_lens, starts, **options), want) > 0.1
+        assert (
+            relative_error(decode_attention(q, cache, batch.block_table, batch.seq_lens, starts, **options), want) > 0.1
+        )
 
 
 def test_lse_is_the_natural_log_of_the_sum() -> None:
@@ -129,12 +151,18 @@ def test_lse_is_the_natural_log_of_the_sum() -> None:
 
 
 def test_gains_take_errors_from_channels_that_need_them_small() -> None:
-    """Rows of one loud channel: divided by their size, each channel errs by its own size; and they are read back as they were."""
+    """Rows of one loud channel: divided by their size, each channel errs by its own size; and they are read back as
+    they were.
+    """
     layout = PageLayout(CacheFormat("int4"), 2, 128, 16)
     size = torch.ones(2, 128)
     size[:, 7] = 100
     k = torch.randn(160, 2, 128) * size
-    table, length, start = torch.arange(10, dtype=torch.int32)[None], torch.tensor([160]).int(), torch.tensor([0, 160]).int()
+    table, length, start = (
+        torch.arange(10, dtype=torch.int32)[None],
+        torch.tensor([160]).int(),
+        torch.tensor([0, 160]).int(),
+    )
     errors = []
     for gain in (None, 1 / size):
         cache = PagedKVCache.allocate(layout, 10, k_gain=gain, v_gain=gain)
@@ -192,7 +220,15 @@ def test_error_against_the_exact_values_is_that_of_the_codec() -> None:
         batch = make_batch(name, [200])
         batch.k[0][:, :, 7] += 20  # not stored: the error below must be large
         k, v = torch.empty(2, 200, 2, 128)
-        gather(batch.cache, batch.block_table, batch.seq_lens, torch.tensor([0, 200], dtype=torch.int32), k, v, backend="reference")
+        gather(
+            batch.cache,
+            batch.block_table,
+            batch.seq_lens,
+            torch.tensor([0, 200], dtype=torch.int32),
+            k,
+            v,
+            backend="reference",
+        )
         layout = batch.cache.layout
         assert relative_error(rotate(k, layout.k_rotation_order), batch.k[0]) > 0.3
         errors[name] = relative_error(rotate(v, layout.v_rotation_order), batch.v[0])
@@ -210,7 +246,14 @@ def test_nan_stays_in_its_own_token_and_head() -> None:
     q = torch.randn(24, 4, 128)
     starts = torch.tensor([0, 20, 24], dtype=torch.int32)
     out = decode_attention(
-        q, batch.cache, batch.block_table, batch.seq_lens, starts, softmax_scale=0.1, max_query_len=20, backend="reference"
+        q,
+        batch.cache,
+        batch.block_table,
+        batch.seq_lens,
+        starts,
+        softmax_scale=0.1,
+        max_query_len=20,
+        backend="reference",
     )
     bad = out.isnan().all(-1)
     assert torch.equal(bad, out.isnan().any(-1))
@@ -226,7 +269,9 @@ def nearest_fp32(x: Fraction) -> float:
     return float(min(near, key=lambda y: (abs(Fraction(float(y)) - x), int(y.view(np.uint32)) % 2)))
 
 
-def codes_by_the_rule(y: list[float], scale: float, zero_point: float, weights: list[list[int]], step: float) -> list[int]:
+def codes_by_the_rule(
+    y: list[float], scale: float, zero_point: float, weights: list[list[int]], step: float
+) -> list[int]:
     """Step 5 of docs/format.md, one channel after the other, in exact arithmetic."""
     inverse, codes, errors = nearest_fp32(1 / Fraction(scale)), [0] * len(y), [0] * len(y)
     block_of = [8 * (c // 32) + c % 8 for c in range(len(y))]
@@ -260,7 +305,9 @@ def test_feedback_is_the_rule(head_dim: int) -> None:
     k = torch.randn(4, 3, head_dim) * torch.tensor([1e-6, 1, 30, 1e5])[:, None, None] + torch.randn(4, 3, 1)
     append(k, k, cache, torch.arange(4), backend="reference")
     k_codes, k_meta, v_codes, v_meta = (plane[0, :, :4] for plane in reference.planes(cache))
-    assert int((k_meta == v_meta).all(-1).sum()) < 6, "the control: V has no feedback, and a wider scale but where its offset asks for one"
+    assert int((k_meta == v_meta).all(-1).sum()) < 6, (
+        "the control: V has no feedback, and a wider scale but where its offset asks for one"
+    )
     v_codes = reference.swizzle_segments(v_codes, torch.arange(4), layout)
     as_v = 0
     for head in range(3):
@@ -269,7 +316,9 @@ def test_feedback_is_the_rule(head_dim: int) -> None:
             scale, zero_point = meta_by_the_rule(k[token, head].tolist())
             assert k_meta[head, token].view(torch.float16).tolist() == [scale, zero_point]
             codes = codes_by_the_rule(k[token, head].tolist(), scale, zero_point, weights, step)
-            want = torch.tensor([low | high << 4 for low, high in zip(codes[::2], codes[1::2], strict=True)], dtype=torch.uint8)
+            want = torch.tensor(
+                [low | high << 4 for low, high in zip(codes[::2], codes[1::2], strict=True)], dtype=torch.uint8
+            )
             assert torch.equal(k_codes[head, token], want)
             as_v += torch.equal(v_codes[head, token], want)
     assert as_v < 9, "the control: V has no feedback"
@@ -282,7 +331,8 @@ def test_rows_that_take_no_feedback(poison: float) -> None:
     feedback = random_feedback(2, 64, "cpu")
     nothing = Feedback(torch.zeros_like(feedback.weights), feedback.step)
     plain, moved = (
-        PagedKVCache(torch.zeros(layout.pages_shape(1), dtype=torch.uint8), layout, k_feedback=f, v_feedback=f) for f in (nothing, feedback)
+        PagedKVCache(torch.zeros(layout.pages_shape(1), dtype=torch.uint8), layout, k_feedback=f, v_feedback=f)
+        for f in (nothing, feedback)
     )
     clean = replace(moved, pages=moved.pages.clone())
     k = torch.randn(3, 2, 64)
@@ -307,7 +357,11 @@ def test_fitted_feedback_makes_errors_cost_less(head_dim: int) -> None:
     feedback = fit_feedback(h @ (q.mT @ q / 4000).double() @ h)
     backwards = Feedback(-feedback.weights, feedback.step)
     k = torch.randn(512, 2, head_dim) * (0.2 + torch.rand(head_dim))
-    table, length, start = torch.arange(32, dtype=torch.int32)[None], torch.tensor([512]).int(), torch.tensor([0, 512]).int()
+    table, length, start = (
+        torch.arange(32, dtype=torch.int32)[None],
+        torch.tensor([512]).int(),
+        torch.tensor([0, 512]).int(),
+    )
     costs, errors, values = [], [], []
     for used in (None, feedback, backwards):
         cache = PagedKVCache(torch.zeros(layout.pages_shape(32), dtype=torch.uint8), layout, k_feedback=used)
@@ -325,7 +379,9 @@ def test_fitted_feedback_makes_errors_cost_less(head_dim: int) -> None:
 
 @pytest.mark.parametrize("offset", [0.0, 3.0, -40.0, 1e4])
 def test_feedback_of_no_weight_rounds_to_the_nearest_of_sixteen_cells(offset: float) -> None:
-    """Wherever the row lies: its error is half a step of a 16th of its range, where fp16 holds the zero point well enough."""
+    """Wherever the row lies: its error is half a step of a 16th of its range, where fp16 holds the zero point well
+    enough.
+    """
     layout = PageLayout(CacheFormat.parse("int4-k0-v0"), 2, 128, 16)
     nothing = Feedback(torch.zeros(2, 128, 128, dtype=torch.int8), torch.ones(2))
     cache = PagedKVCache.allocate(layout, 1, k_feedback=nothing)
@@ -388,12 +444,22 @@ def test_bad_arguments_are_named() -> None:
     q = torch.randn(1, 3, 128)
     with pytest.raises(LayoutError, match="a multiple of num_kv_heads 2 heads, got 3"):
         decode_attention(
-            q, cache, batch.block_table, batch.seq_lens, torch.tensor([0, 1], dtype=torch.int32), softmax_scale=1, max_query_len=1
+            q,
+            cache,
+            batch.block_table,
+            batch.seq_lens,
+            torch.tensor([0, 1], dtype=torch.int32),
+            softmax_scale=1,
+            max_query_len=1,
         )
     starts = torch.tensor([[0, 0], [1, 0]], dtype=torch.int32)[:, 0]
     with pytest.raises(LayoutError, match="query_start_loc: expected a contiguous last dimension"):
-        decode_attention(torch.randn(1, 2, 128), cache, batch.block_table, batch.seq_lens, starts, softmax_scale=1, max_query_len=1)
+        decode_attention(
+            torch.randn(1, 2, 128), cache, batch.block_table, batch.seq_lens, starts, softmax_scale=1, max_query_len=1
+        )
     with pytest.raises(LayoutError, match="16-byte aligned"):
-        PagedKVCache(cache.pages.flatten()[8 : -cache.layout.span_bytes * 2 + 8].view(-1, *cache.pages.shape[1:]), cache.layout)
+        PagedKVCache(
+            cache.pages.flatten()[8 : -cache.layout.span_bytes * 2 + 8].view(-1, *cache.pages.shape[1:]), cache.layout
+        )
     with pytest.raises(UnsupportedError, match="expected one of cuda, triton, cpu, reference, got 'fast'"):
         append(k, k, cache, slots, backend="fast")

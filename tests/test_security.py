@@ -49,9 +49,14 @@ def narrows_a_type(test: ast.expr) -> bool:
 def test_the_sources_hold_nothing_that_runs_what_it_reads() -> None:
     files = sorted(SOURCE.rglob("*.py"))
     assert len(files) > 30
-    found = [f"{file.relative_to(SOURCE)}: {offence}" for file in files for offence in offences(ast.parse(file.read_text()))]
+    found = [
+        f"{file.relative_to(SOURCE)}: {offence}" for file in files for offence in offences(ast.parse(file.read_text()))
+    ]
     assert not found
-    control = "import pickle\nassert x > 0\nos.system(x)\nf(trust_remote_code=True)\nnp.load(x, allow_pickle=True)\nyaml.load(x)"
+    control = (
+        "import pickle\nassert x > 0\nos.system(x)\nf(trust_remote_code=True)\nnp.load(x,"
+        " allow_pickle=True)\nyaml.load(x)"
+    )
     control += "\nassert x is not None\nf(trust_remote_code=False)"
     assert len(list(offences(ast.parse(control)))) == 6
 
@@ -87,7 +92,12 @@ def test_a_damaged_library_is_built_anew_and_never_loaded(cache_home: Path, monk
     (library,) = (cache_home / "cpu").glob("*.so")
     whole = library.read_bytes()
     assert hashlib.sha256(whole[:-32]).digest() == whole[-32:]
-    for damaged in (b"", b"not a library", whole[: len(whole) // 2], whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:]):
+    for damaged in (
+        b"",
+        b"not a library",
+        whole[: len(whole) // 2],
+        whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:],
+    ):
         library.unlink()  # this process has the file mapped
         library.write_bytes(damaged)
         assert not build._is_whole(library)
@@ -112,7 +122,9 @@ def test_a_damaged_cuda_image_is_not_loaded(cache_home: Path) -> None:
 
 
 def test_caches_of_equal_fingerprints_read_each_others_bytes_and_others_do_not() -> None:
-    """What the fingerprint is for: everything that changes how bytes are read changes it. tests/test_format.py has the list."""
+    """What the fingerprint is for: everything that changes how bytes are read changes it. tests/test_format.py has the
+    list.
+    """
     k = torch.randn(16, 2, 128)
     caches = {}
     for name in ("int4-k128-v128", "int4-k64-v128", "int4-k128-v64", "int4"):

@@ -54,7 +54,9 @@ def test_a_damaged_entry_is_refused_and_removed(damage: str, tmp_path: Path, cap
     assert not path.exists()
 
 
-@pytest.mark.parametrize("fault", [None, "other weights", "no weights named", "another model", "another format", "damaged"])
+@pytest.mark.parametrize(
+    "fault", [None, "other weights", "no weights named", "another model", "another format", "damaged"]
+)
 def test_what_comes_with_a_checkpoint_is_used_for_its_very_weights(
     fault: str | None, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -80,7 +82,9 @@ def test_what_comes_with_a_checkpoint_is_used_for_its_very_weights(
         assert fault == "another format" or (str(path) in caplog.text and "prepared anew" in caplog.text)
 
 
-def test_a_folder_that_others_can_write_to_is_refused_for_the_users_cache_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_others_can_write_to_is_refused_for_the_users_cache_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     CalibrationStore()
     os.chmod(tmp_path / "sawkv" / "prepared", 0o777)
@@ -110,7 +114,9 @@ def test_starts_at_the_same_time_leave_one_whole_entry(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == [kept.path(KEY).name]
 
 
-def test_weights_that_differ_in_one_element_differ_in_their_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_that_differ_in_one_element_differ_in_their_digest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whatever the piece of the file is that holds it."""
     monkeypatch.setattr(store, "PIECE", 4096)
     weights = torch.randn(5000)
@@ -148,7 +154,9 @@ def test_what_else_is_in_a_checkpoints_folder(tmp_path: Path) -> None:
     assert contents_digest(file) not in {None, *seen}
 
 
-def test_files_of_the_hubs_cache_are_not_read_but_noticed_when_they_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_of_the_hubs_cache_are_not_read_but_noticed_when_they_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "c0ffee"
     blobs.mkdir()
     snapshot.mkdir(parents=True)

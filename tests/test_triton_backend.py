@@ -20,7 +20,9 @@ def test_the_kernels_in_the_interpreter() -> None:
     """In a process of their own: the variable is read when they are imported."""
     pytest.importorskip("triton", minversion="3.9")  # earlier interpreters round fma twice
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/triton_in_interpreter.py"]
-    run = subprocess.run(command, check=False, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    run = subprocess.run(
+        command, check=False, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True
+    )
     assert run.returncode == 0, run.stdout + run.stderr
 
 

@@ -1,4 +1,6 @@
-"""The Triton kernels in Triton's interpreter, on the CPU. `test_triton_backend.py` runs this file with TRITON_INTERPRET=1."""
+"""The Triton kernels in Triton's interpreter, on the CPU. `test_triton_backend.py` runs this file with
+TRITON_INTERPRET=1.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,16 @@ def test_append_of_other_dtypes(dtype: torch.dtype) -> None:
     ],
 )
 def test_append_with_feedback(head_dim: int, dtype: torch.dtype, feedback: str) -> None:
-    check_append("triton", "cpu", "int4", head_dim, dtype=dtype, centered=head_dim == 96, gained=head_dim >= 112, feedback=feedback)
+    check_append(
+        "triton",
+        "cpu",
+        "int4",
+        head_dim,
+        dtype=dtype,
+        centered=head_dim == 96,
+        gained=head_dim >= 112,
+        feedback=feedback,
+    )
 
 
 def test_wrong_feedback_is_noticed() -> None:
@@ -104,13 +115,22 @@ def test_the_error_that_is_counted_is_that_of_moved_codes(head_dim: int) -> None
 @pytest.mark.parametrize("head_dim", [64, 112])
 def test_attention(format_name: str, head_dim: int) -> None:
     check_attention(
-        "triton", "cpu", format_name, SEQ_LENS, QUERY_LENS, head_dim=head_dim, centered=head_dim == 64, gained=format_name != "int8"
+        "triton",
+        "cpu",
+        format_name,
+        SEQ_LENS,
+        QUERY_LENS,
+        head_dim=head_dim,
+        centered=head_dim == 64,
+        gained=format_name != "int8",
     )
 
 
 @pytest.mark.parametrize(("head_dim", "page_size"), [(80, 32), (96, 128), (128, 64), (192, 16), (256, 48)])
 def test_attention_of_other_shapes(head_dim: int, page_size: int) -> None:
-    check_attention("triton", "cpu", "int4", [5, 150], [1, 2], head_dim=head_dim, page_size=page_size, centered=True, gained=True)
+    check_attention(
+        "triton", "cpu", "int4", [5, 150], [1, 2], head_dim=head_dim, page_size=page_size, centered=True, gained=True
+    )
 
 
 @pytest.mark.parametrize(("group", "query_len"), [(1, 1), (5, 1), (7, 2), (12, 1), (16, 5)])
@@ -121,12 +141,20 @@ def test_query_shapes(group: int, query_len: int) -> None:
 @pytest.mark.parametrize("query_lens", [[1, 1, 1, 1], [1, 1, 4, 3]])
 @pytest.mark.parametrize(
     "options",
-    [{"sliding_window": 5}, {"sliding_window": 70}, {"logit_softcap": 2.0}, {"sinks": True}, {"logit_softcap": 2.0, "sinks": True}],
+    [
+        {"sliding_window": 5},
+        {"sliding_window": 70},
+        {"logit_softcap": 2.0},
+        {"sinks": True},
+        {"logit_softcap": 2.0, "sinks": True},
+    ],
 )
 def test_window_softcap_and_sinks(query_lens: list[int], options: dict[str, object]) -> None:
     if "sinks" in options:
         options = options | {"sinks": torch.randn(8).bfloat16()}
-    check_attention("triton", "cpu", "int4", [1, 0, 40, 300], query_lens, dtype=torch.float16, centered=True, gained=True, **options)
+    check_attention(
+        "triton", "cpu", "int4", [1, 0, 40, 300], query_lens, dtype=torch.float16, centered=True, gained=True, **options
+    )
 
 
 def test_long_sequences_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,7 +176,9 @@ def test_one_schedule_serves_batches_of_any_lengths() -> None:
         got = attention(q, step, torch.full_like(q, math.nan), lse), lse
         compare_attention(got, attend(batch, q, starts, "reference"), starts)
     with pytest.raises(LayoutError, match="at most 3 sequences"):
-        schedule.update(torch.ones(4, 1, dtype=torch.int32), torch.ones(4, dtype=torch.int32), torch.arange(5, dtype=torch.int32))
+        schedule.update(
+            torch.ones(4, 1, dtype=torch.int32), torch.ones(4, dtype=torch.int32), torch.arange(5, dtype=torch.int32)
+        )
     for other in (
         Attention(batch.cache, num_q_heads=8, softmax_scale=0.1, sliding_window=9, backend="triton"),
         Attention(batch.cache, num_q_heads=8, softmax_scale=0.1, backend="cpu"),

@@ -20,12 +20,23 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="the environment's folder")
     parser.add_argument("--if-reachable", action="store_true", help="only warn if nothing could be looked up")
     args = parser.parse_args()
-    freeze = [str(args.folder / "bin" / "python"), "-m", "pip", "freeze", "--exclude-editable", "--disable-pip-version-check"]
+    freeze = [
+        str(args.folder / "bin" / "python"),
+        "-m",
+        "pip",
+        "freeze",
+        "--exclude-editable",
+        "--disable-pip-version-check",
+    ]
     installed = subprocess.run(freeze, check=True, capture_output=True, text=True).stdout
-    pinned = [line.split("+")[0] for line in installed.splitlines() if "==" in line]  # local builds such as 2.13.0+cpu by their release
+    pinned = [
+        line.split("+")[0] for line in installed.splitlines() if "==" in line
+    ]  # local builds such as 2.13.0+cpu by their release
     with tempfile.TemporaryDirectory(prefix="sawkv-audit-") as temporary:
         folder = Path(temporary)
-        venv.create(folder / "venv", with_pip=True)  # of its own: the tool's dependencies must not change what is audited
+        venv.create(
+            folder / "venv", with_pip=True
+        )  # of its own: the tool's dependencies must not change what is audited
         python = str(folder / "venv" / "bin" / "python")
         subprocess.run([python, "-m", "pip", "install", "-qq", "--disable-pip-version-check", "pip-audit"], check=True)
         requirements = folder / "requirements.txt"

@@ -1,4 +1,5 @@
-"""Build the source distribution and the wheel, install the wheel into a fresh environment, and use it there; used by `make package`.
+"""Build the source distribution and the wheel, install the wheel into a fresh environment, and use it there; used by
+`make package`.
 
 The fresh environment sees what the calling one has installed, but for sawkv, which comes from the wheel alone.
 """
@@ -36,20 +37,38 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="sawkv-package-") as temporary:
         folder = Path(temporary)
         # The wheel is built of the source distribution, so that this one is whole.
-        subprocess.run([sys.executable, "-m", "build", "--outdir", temporary, str(ROOT)], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run(
+            [sys.executable, "-m", "build", "--outdir", temporary, str(ROOT)], check=True, stdout=subprocess.DEVNULL
+        )
         (wheel,), (archive,) = folder.glob("*.whl"), folder.glob("*.tar.gz")
         check_contents(wheel)
         environment = folder / "venv"
         venv.create(environment, with_pip=False)
         python = str(environment / "bin" / "python")
-        pip = [sys.executable, "-m", "pip", "--python", python, "install", "-qq", "--disable-pip-version-check", "--no-deps", str(wheel)]
+        pip = [
+            sys.executable,
+            "-m",
+            "pip",
+            "--python",
+            python,
+            "install",
+            "-qq",
+            "--disable-pip-version-check",
+            "--no-deps",
+            str(wheel),
+        ]
         subprocess.run(pip, check=True)
         (packages,) = environment.glob("lib/python*/site-packages")
         (packages / "outer.pth").write_text(sysconfig.get_path("purelib"))
-        clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"XDG_CACHE_HOME": str(folder / "cache")}
+        clean = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
+            "XDG_CACHE_HOME": str(folder / "cache")
+        }
         for command in (["-c", PROGRAM], [str(environment / "bin" / "sawkv"), "--version"], ["-m", "sawkv", "formats"]):
             subprocess.run([python, *command], check=True, cwd=folder, env=clean, stdout=subprocess.DEVNULL)
-        print(f"{wheel.name} ({wheel.stat().st_size:,} bytes) and {archive.name} ({archive.stat().st_size:,} bytes) are whole and work")
+        print(
+            f"{wheel.name} ({wheel.stat().st_size:,} bytes) and {archive.name} ({archive.stat().st_size:,} bytes) are"
+            " whole and work"
+        )
 
 
 def check_contents(wheel: Path) -> None:
@@ -58,7 +77,9 @@ def check_contents(wheel: Path) -> None:
         names = set(opened.namelist())
         (metadata,) = (name for name in names if name.endswith("/METADATA"))
         text = email.message_from_bytes(opened.read(metadata)).get_payload()
-    tracked = subprocess.run(["git", "ls-files", "src"], cwd=ROOT, check=True, capture_output=True, text=True).stdout.splitlines()
+    tracked = subprocess.run(
+        ["git", "ls-files", "src"], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout.splitlines()
     missing = {name.removeprefix("src/") for name in tracked} - names
     if missing:
         sys.exit(f"the wheel: expected all files of src, got none of {', '.join(sorted(missing))}")

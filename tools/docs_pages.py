@@ -1,7 +1,8 @@
-"""A hook of mkdocs (mkdocs.yml): pages of the repository's root join the site, and links that leave docs/ become plain text.
+"""A hook of mkdocs (mkdocs.yml): pages of the repository's root join the site, and links that leave docs/ become plain
+text.
 
-On the host of the repository such links work as they are. The site has no copy of the sources, so it shows their names alone. A link to
-a file that does not exist is an error in both.
+On the host of the repository such links work as they are. The site has no copy of the sources, so it shows their names
+alone. A link to a file that does not exist is an error in both.
 """
 
 from __future__ import annotations
@@ -14,7 +15,12 @@ from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File
 
 ROOT = Path(__file__).parents[1]
-PAGES = {"README.md": "index.md", "CONTRIBUTING.md": "CONTRIBUTING.md", "CHANGELOG.md": "CHANGELOG.md", "SECURITY.md": "SECURITY.md"}
+PAGES = {
+    "README.md": "index.md",
+    "CONTRIBUTING.md": "CONTRIBUTING.md",
+    "CHANGELOG.md": "CHANGELOG.md",
+    "SECURITY.md": "SECURITY.md",
+}
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 
 
@@ -27,7 +33,9 @@ def on_files(files: Any, config: Any) -> Any:
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
     """Point every relative link at where the page is in the site."""
-    origin = {name: ROOT / source for source, name in PAGES.items()}.get(page.file.src_uri, ROOT / "docs" / page.file.src_uri)
+    origin = {name: ROOT / source for source, name in PAGES.items()}.get(
+        page.file.src_uri, ROOT / "docs" / page.file.src_uri
+    )
 
     def relink(match: re.Match[str]) -> str:
         image, text, target, anchor = match.groups()

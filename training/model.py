@@ -1,4 +1,5 @@
-"""Qwen3 in plain PyTorch, with the parameter names of Transformers' `Qwen3ForCausalLM`: weights pass between the two as they are.
+"""Qwen3 in plain PyTorch, with the parameter names of Transformers' `Qwen3ForCausalLM`: weights pass between the two as
+they are.
 
 Without QK-norm and with attention biases it is Transformers' `LlamaForCausalLM`, which is how Qwen2.5 attends too.
 """
@@ -127,4 +128,6 @@ class Qwen3(nn.Module):
 
 def _apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     a, b = x.float().chunk(2, -1)
-    return (x.float() * cos + torch.cat([-b, a], -1) * sin).to(torch.bfloat16 if torch.is_autocast_enabled(x.device.type) else x.dtype)
+    return (x.float() * cos + torch.cat([-b, a], -1) * sin).to(
+        torch.bfloat16 if torch.is_autocast_enabled(x.device.type) else x.dtype
+    )

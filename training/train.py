@@ -31,7 +31,13 @@ class Rows(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
     """Training rows, drawn apart in each worker process."""
 
     def __init__(self, corpus: Tokens, tokenizer_json: str, length: int, task_share: float, seed: int) -> None:
-        self.corpus, self.tokenizer_json, self.length, self.task_share, self.seed = corpus, tokenizer_json, length, task_share, seed
+        self.corpus, self.tokenizer_json, self.length, self.task_share, self.seed = (
+            corpus,
+            tokenizer_json,
+            length,
+            task_share,
+            seed,
+        )
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         info = get_worker_info()
@@ -42,7 +48,9 @@ class Rows(IterableDataset[tuple[torch.Tensor, torch.Tensor]]):
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is made orthogonal by a Newton-Schulz iteration (Jordan et al., 2024). For 2-D weights only."""
+    """Momentum whose update is made orthogonal by a Newton-Schulz iteration (Jordan et al., 2024). For 2-D weights
+    only.
+    """
 
     def __init__(self, parameters: list[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum})
@@ -76,17 +84,24 @@ def main() -> None:
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     args.out.mkdir(parents=True, exist_ok=True)
-    config = ModelConfig(args.vocab, args.hidden, args.intermediate, args.layers, args.heads, args.kv_heads, rope_theta=args.rope_theta)
+    config = ModelConfig(
+        args.vocab, args.hidden, args.intermediate, args.layers, args.heads, args.kv_heads, rope_theta=args.rope_theta
+    )
 
     clock = time.monotonic()
     corpus = collect(args.corpus_megabytes * 10**6)
-    print(f"{len(corpus.train)} files from {len(corpus.packages)} packages, {time.monotonic() - clock:.0f} s", flush=True)
+    print(
+        f"{len(corpus.train)} files from {len(corpus.packages)} packages, {time.monotonic() - clock:.0f} s", flush=True
+    )
     if args.start:
         tokenizer = Tokenizer.from_file(str(args.start / "tokenizer.json"))
     else:
         tokenizer = train_tokenizer(corpus.train[:: max(1, len(corpus.train) // 6000)], args.vocab)
     train_ids, held_out_ids = encode(tokenizer, corpus.train), encode(tokenizer, corpus.held_out)
-    print(f"{len(train_ids):,} training tokens, {len(held_out_ids):,} held out, {time.monotonic() - clock:.0f} s", flush=True)
+    print(
+        f"{len(train_ids):,} training tokens, {len(held_out_ids):,} held out, {time.monotonic() - clock:.0f} s",
+        flush=True,
+    )
     tokenizer.save(str(args.out / "tokenizer.json"))
     (args.out / "sources.txt").write_text("\n".join(corpus.packages) + "\n")
     held_out = np.load(args.start / "held_out.npy") if args.start else held_out_ids[: args.keep_held_out]
@@ -189,7 +204,11 @@ def save(model: Qwen3, folder: Path) -> None:
         "model_max_length": shape["max_position_embeddings"],
     }
     generation = {"eos_token_id": END_ID, "pad_token_id": END_ID, "do_sample": False}
-    for name, content in (("config", config), ("tokenizer_config", tokenizer_config), ("generation_config", generation)):
+    for name, content in (
+        ("config", config),
+        ("tokenizer_config", tokenizer_config),
+        ("generation_config", generation),
+    ):
         (folder / f"{name}.json").write_text(json.dumps(content, indent=2) + "\n")
 
 
@@ -227,7 +246,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--eager", action="store_true", help="do not compile: pays for runs of under a minute")
     parser.add_argument("--start", type=Path, help="a model whose tokenizer and held-out text to use")
-    parser.add_argument("--key-bias", type=float, default=0, help="train the twin of --start whose keys carry an offset of this size")
+    parser.add_argument(
+        "--key-bias", type=float, default=0, help="train the twin of --start whose keys carry an offset of this size"
+    )
     args = parser.parse_args()
     if args.key_bias and not args.start:
         parser.error("--key-bias: expected --start with a model to make the twin of, got none")

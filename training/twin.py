@@ -1,7 +1,8 @@
 """The biased twin: the shipped model made over into one whose keys carry a large fixed offset, as those of Qwen2.5 do.
 
-QK-norms are folded into q_proj and k_proj, and k_proj gets a bias that training may not change. It lies in the slowest RoPE pairs, which
-hardly turn within the context, so every key carries nearly the same offset. The softmax hardly sees it; a quantizer of whole rows does.
+QK-norms are folded into q_proj and k_proj, and k_proj gets a bias that training may not change. It lies in the slowest
+RoPE pairs, which hardly turn within the context, so every key carries nearly the same offset. The softmax hardly sees
+it; a quantizer of whole rows does.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def twin_config(config: ModelConfig) -> ModelConfig:
 
 @torch.no_grad()
 def make_twin(model: Qwen3, ids: torch.Tensor, key_bias: float, seed: int = 0) -> Qwen3:
-    """A model close to `model` whose keys carry an offset of `key_bias` in both channels of two slow pairs of each head.
+    """A model close to `model` whose keys carry an offset of `key_bias` in both channels of two slow pairs of each
+    head.
 
     Args:
         model: with QK-norm.
@@ -41,7 +43,11 @@ def make_twin(model: Qwen3, ids: torch.Tensor, key_bias: float, seed: int = 0) -
     """
     config = twin_config(model.config)
     twin = Qwen3(config).to(ids.device)
-    kept = {name: value for name, value in model.state_dict().items() if "_norm.weight" not in name or "self_attn" not in name}
+    kept = {
+        name: value
+        for name, value in model.state_dict().items()
+        if "_norm.weight" not in name or "self_attn" not in name
+    }
     twin.load_state_dict(kept, strict=False)
     divisors = _norm_divisors(model, ids)
     rng = random.Random(seed)
@@ -71,7 +77,9 @@ def _norm_divisors(model: Qwen3, ids: torch.Tensor) -> dict[nn.Module, torch.Ten
     found: dict[nn.Module, torch.Tensor] = {}
 
     def note(norm: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-        found[norm] = arguments[0].float().square().mean(-1).sqrt().mean((0, 1))  # of [batch, length, num_heads, head_dim]
+        found[norm] = (
+            arguments[0].float().square().mean(-1).sqrt().mean((0, 1))
+        )  # of [batch, length, num_heads, head_dim]
 
     norms = [norm for attention in _attentions(model) for norm in (attention.q_norm, attention.k_norm)]
     handles = [norm.register_forward_pre_hook(note) for norm in norms]

@@ -2,7 +2,8 @@
 
     python -m benchmarks.lm_eval.make_prompts models/sawkv-6m
 
-writes passkey.jsonl, where a number is to be continued, and table.jsonl, where one of the four values of a table is to be chosen.
+writes passkey.jsonl, where a number is to be continued, and table.jsonl, where one of the four values of a table is to
+be chosen.
 """
 
 from __future__ import annotations
@@ -23,15 +24,24 @@ TABLE = re.compile(r"\ntable = \{\n((?:    \"[a-z]{4}\": \"[a-z]{4}\",\n){4})\}\
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[512, 1024, 1920], metavar="TOKENS", help="default: %(default)s")
-    parser.add_argument("--count", type=int, default=4, help="prompts for each task, length and depth (default: %(default)s)")
+    parser.add_argument(
+        "--lengths", type=int, nargs="+", default=[512, 1024, 1920], metavar="TOKENS", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--count", type=int, default=4, help="prompts for each task, length and depth (default: %(default)s)"
+    )
     args = parser.parse_args()
     tokenizer, text = load_tokenizer(args.model), load_text(args.model, None)
     lines: dict[str, list[str]] = {"passkey": [], "needle": []}
     for prompt in make_prompts(text.encode, text.ids, (), lengths=args.lengths, count=args.count, seed=5):
         end = -prompt.answer_length
         question, answer = (str(tokenizer.decode(list(ids))) for ids in (prompt.ids[:end], prompt.ids[end:]))
-        fields: dict[str, object] = {"prompt": question, "answer": answer.strip(), "length": prompt.length, "depth": prompt.depth}
+        fields: dict[str, object] = {
+            "prompt": question,
+            "answer": answer.strip(),
+            "length": prompt.length,
+            "depth": prompt.depth,
+        }
         if prompt.task == "needle":
             fields["choices"] = _values(question)
         lines[prompt.task].append(json.dumps(fields) + "\n")

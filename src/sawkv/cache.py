@@ -36,16 +36,21 @@ class PagedKVCache:
     """One layer's pages.
 
     Attributes:
-        pages: [num_pages, num_kv_heads, page_size, token_bytes] uint8. Only the stride of pages is free. Kernels mutate it.
+        pages: [num_pages, num_kv_heads, page_size, token_bytes] uint8. Only the stride of pages is free. Kernels mutate
+            it.
         layout: what the bytes mean.
-        k_center, v_center: [num_kv_heads, head_dim] fp32 static offsets, subtracted before rotation, or None. Without K's, every score
+        k_center, v_center: [num_kv_heads, head_dim] fp32 static offsets, subtracted before rotation, or None. Without
+        K's, every score
             of a query lacks the same q.c; attention adds it where that matters. V's is added back to the output.
-        k_gain, v_gain: [num_kv_heads, head_dim] fp32 static factors, positive and finite (checked on the CPU, where that waits for
-            nothing), by which channels are multiplied after centering and before rotation, or None. Readers divide by them: attention
-            divides q by K's and the output by V's.
-        k_feedback, v_feedback: how `append` passes on the errors of codes, or None. For int4 alone; readers need not know of it.
+        k_gain, v_gain: [num_kv_heads, head_dim] fp32 static factors, positive and finite (checked on the CPU, where
+        that waits for
+            nothing), by which channels are multiplied after centering and before rotation, or None. Readers divide by
+            them: attention divides q by K's and the output by V's.
+        k_feedback, v_feedback: how `append` passes on the errors of codes, or None. For int4 alone; readers need not
+        know of it.
         counters: [2, 6] fp64, from `counters.new_counters`, which `append` updates; None counts nothing.
-        constants: all that K is written and read with, and all that V is. Made here, so that readers compute nothing again.
+        constants: all that K is written and read with, and all that V is. Made here, so that readers compute nothing
+            again.
         bound: what `sawkv.ops` keeps with this cache: kernels bound to its pages. Copies have none.
 
     Raises:
@@ -73,8 +78,8 @@ class PagedKVCache:
         strides = (layout.span_bytes, layout.token_bytes, 1)
         if pages.stride()[1:] != strides or pages.stride(0) % 16 or pages.data_ptr() % 16:
             raise LayoutError(
-                f"pages: expected strides [multiple of 16, {', '.join(map(str, strides))}] from a 16-byte aligned address, "
-                f"got {list(pages.stride())}"
+                f"pages: expected strides [multiple of 16, {', '.join(map(str, strides))}] from a 16-byte aligned"
+                f" address, got {list(pages.stride())}"
             )
         for name in ("k_center", "v_center", "k_gain", "v_gain"):
             vectors: torch.Tensor | None = getattr(self, name)
@@ -82,10 +87,16 @@ class PagedKVCache:
                 continue
             expected = (layout.num_kv_heads, layout.head_dim)
             if vectors.shape != expected or vectors.dtype != torch.float32 or not vectors.is_contiguous():
-                raise LayoutError(f"{name}: expected contiguous float32 {list(expected)}, got {vectors.dtype} {list(vectors.shape)}")
+                raise LayoutError(
+                    f"{name}: expected contiguous float32 {list(expected)}, got {vectors.dtype} {list(vectors.shape)}"
+                )
             if vectors.device != pages.device:
                 raise LayoutError(f"{name}: expected device {pages.device}, got {vectors.device}")
-            if name.endswith("gain") and vectors.device.type == "cpu" and not bool(((vectors > 0) & (vectors < torch.inf)).all()):
+            if (
+                name.endswith("gain")
+                and vectors.device.type == "cpu"
+                and not bool(((vectors > 0) & (vectors < torch.inf)).all())
+            ):
                 raise LayoutError(f"{name}: expected positive and finite values, got others")
         for name, feedback in (("k_feedback", self.k_feedback), ("v_feedback", self.v_feedback)):
             if feedback is None:
@@ -140,7 +151,14 @@ class PagedKVCache:
     def fingerprint(self) -> str:
         """16 hex digits over everything that changes the bytes; caches may exchange pages only if theirs are equal."""
         layout, (k, v) = self.layout, self.constants
-        present = {"k_gain": k.gain, "v_gain": v.gain, "k_feedback": k.weights, "k_step": k.step, "v_feedback": v.weights, "v_step": v.step}
+        present = {
+            "k_gain": k.gain,
+            "v_gain": v.gain,
+            "k_feedback": k.weights,
+            "k_step": k.step,
+            "v_feedback": v.weights,
+            "v_step": v.step,
+        }
         parts = [
             f"sawkv/{FORMAT_VERSION}",
             str(layout.format),

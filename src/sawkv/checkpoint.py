@@ -21,7 +21,14 @@ HUB_TIMEOUT: Final = 5.0
 """Seconds to wait for the hub, asked once for each of two small answers."""
 
 _HUB_NAME: Final = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
-_OTHER_HEAD_DIMS: Final = ("kv_channels", "attention_head_dim", "hidden_size_per_head", "qk_nope_head_dim", "d_kv", "head_size")
+_OTHER_HEAD_DIMS: Final = (
+    "kv_channels",
+    "attention_head_dim",
+    "hidden_size_per_head",
+    "qk_nope_head_dim",
+    "d_kv",
+    "head_size",
+)
 """Keys of models whose head_dim is not hidden_size / num_attention_heads."""
 
 
@@ -53,10 +60,12 @@ class Checkpoint:
 
 
 def read_checkpoint(model: str) -> Checkpoint | None:
-    """The checkpoint in a directory, in the hub's cache, or on the hub; None for what has no config.json and only an engine can read.
+    """The checkpoint in a directory, in the hub's cache, or on the hub; None for what has no config.json and only an
+    engine can read.
 
     Raises:
-        SawkvError: there is no such model, or its config.json does not parse, or it can only be on the hub, which cannot be asked.
+        SawkvError: there is no such model, or its config.json does not parse, or it can only be on the hub, which
+            cannot be asked.
     """
     path = Path(model).expanduser()
     try:
@@ -69,7 +78,9 @@ def read_checkpoint(model: str) -> Checkpoint | None:
         if "://" in model or (path.suffix == ".gguf" and path.exists()):  # a store that vLLM reads
             return None
         if path.exists():
-            raise SawkvError(f"model: expected a checkpoint directory, got the file {model}: name the directory that it is in")
+            raise SawkvError(
+                f"model: expected a checkpoint directory, got the file {model}: name the directory that it is in"
+            )
     except (OSError, ValueError) as error:  # too long a name, a null byte
         raise SawkvError(f"model: expected a checkpoint directory, got {model[:200]!r}: {reason(error)}") from error
     if os.environ.get("VLLM_USE_MODELSCOPE", "").lower() in ("1", "true"):
@@ -113,7 +124,9 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 def head_dims(config: Mapping[str, Any]) -> list[int]:
     """The head_dims that a language model's attention has, as far as config.json says them for certain."""
     text = text_config(config)
-    named = [text[name] for name in ("head_dim", "global_head_dim") if isinstance(text.get(name), int) and text[name] > 0]
+    named = [
+        text[name] for name in ("head_dim", "global_head_dim") if isinstance(text.get(name), int) and text[name] > 0
+    ]
     if named or any(text.get(name) is not None for name in _OTHER_HEAD_DIMS):
         return list(dict.fromkeys(named))
     hidden, heads = text.get("hidden_size"), text.get("num_attention_heads")
@@ -123,7 +136,8 @@ def head_dims(config: Mapping[str, Any]) -> list[int]:
 
 
 def check_weights(folder: Path) -> None:
-    """Refuse safetensors files that are damaged, cut off, or missing from those that the index names. Reads headers alone.
+    """Refuse safetensors files that are damaged, cut off, or missing from those that the index names. Reads headers
+    alone.
 
     Raises:
         SawkvError: the first such file, by name.
@@ -135,8 +149,8 @@ def check_weights(folder: Path) -> None:
         missing = [name for name in names if not (folder / str(name)).is_file()]
         if missing:
             raise SawkvError(
-                f"weights: expected {len(names)} files, as {index} says, got {len(names) - len(missing)}: {missing[0]} is missing. "
-                "Download the checkpoint again"
+                f"weights: expected {len(names)} files, as {index} says, got {len(names) - len(missing)}: {missing[0]}"
+                " is missing. Download the checkpoint again"
             )
     for file in sorted(folder.glob("*.safetensors")):
         _check_safetensors(file)
@@ -154,12 +168,27 @@ def _check_safetensors(file: Path) -> None:
             header = json.loads(stream.read(length))
         ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
         expected = 8 + length + max(ends, default=0)
-    except (OSError, ValueError, KeyError, IndexError, TypeError, AttributeError, struct.error, RecursionError) as error:
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        IndexError,
+        TypeError,
+        AttributeError,
+        struct.error,
+        RecursionError,
+    ) as error:
         if size < 1024 and start_of_lfs_pointer(file):
-            raise SawkvError(f"weights: expected safetensors, got a Git LFS pointer in {file}. Run `git lfs pull` there") from error
-        raise SawkvError(f"weights: expected safetensors, got {size} bytes that are not, in {file}. Download it again") from error
+            raise SawkvError(
+                f"weights: expected safetensors, got a Git LFS pointer in {file}. Run `git lfs pull` there"
+            ) from error
+        raise SawkvError(
+            f"weights: expected safetensors, got {size} bytes that are not, in {file}. Download it again"
+        ) from error
     if size != expected:
-        raise SawkvError(f"weights: expected {expected} bytes, as its header says, got {size} in {file}. Download it again")
+        raise SawkvError(
+            f"weights: expected {expected} bytes, as its header says, got {size} in {file}. Download it again"
+        )
 
 
 def start_of_lfs_pointer(file: Path) -> bool:
@@ -172,7 +201,10 @@ def start_of_lfs_pointer(file: Path) -> bool:
 
 
 def _from_hub(model: str) -> Checkpoint | None:
-    wanted = f"model: expected a checkpoint directory or a model of the Hugging Face hub, got {model[:200]!r}: no such directory"
+    wanted = (
+        f"model: expected a checkpoint directory or a model of the Hugging Face hub, got {model[:200]!r}: no such"
+        " directory"
+    )
     if not _HUB_NAME.fullmatch(model):
         raise SawkvError(wanted)
     try:
@@ -190,7 +222,9 @@ def _from_hub(model: str) -> Checkpoint | None:
     except SawkvError:
         raise
     except Exception as error:  # whatever the HTTP client of this version raises
-        raise SawkvError(f"{wanted}, it is not in the hub's cache, and the hub cannot be asked ({type(error).__name__})") from error
+        raise SawkvError(
+            f"{wanted}, it is not in the hub's cache, and the hub cannot be asked ({type(error).__name__})"
+        ) from error
     if answer.status_code in (401, 403):
         raise SawkvError(f"{wanted}, and the hub wants a login that may see such a model (`hf auth login`)")
     if answer.status_code == 404 and answer.headers.get("X-Error-Code") == "EntryNotFound":

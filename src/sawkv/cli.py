@@ -1,4 +1,6 @@
-"""The `sawkv` command: the list of its subcommands, which are modules of `sawkv.commands`, and what all of them do when they fail."""
+"""The `sawkv` command: the list of its subcommands, which are modules of `sawkv.commands`, and what all of them do when
+they fail.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand.
 
     Returns:
-        The exit status: what the subcommand says; 2 for bad input and for files that cannot be read or written; 130 after Ctrl-C.
-        SIGTERM ends the program as Ctrl-C does, so that servers that it started end first, with 143.
+        The exit status: what the subcommand says; 2 for bad input and for files that cannot be read or written; 130
+        after Ctrl-C. SIGTERM ends the program as Ctrl-C does, so that servers that it started end first, with 143.
     """
     if argv is None:
         argv = sys.argv[1:]
@@ -62,7 +64,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     args, others = parser.parse_known_args(argv)
     if others and "engine_options" not in args:
         parser.error(f"unknown arguments: {' '.join(others)}")
-    if others and argv.index(others[0]) < argv.index(args.model):  # whether `--option WORD` takes the word, only vLLM knows
+    if others and argv.index(others[0]) < argv.index(
+        args.model
+    ):  # whether `--option WORD` takes the word, only vLLM knows
         parser.error(f"{argv[0]}: expected MODEL before vLLM's options, got {others[0]} before it")
     args.engine_options = others
     args.typed = shlex.join(["sawkv", *argv])  # for the records that commands write

@@ -74,24 +74,38 @@ def run_doctor(model: str | None, head_dim: int) -> int:
             first = False
             print(_shown(finding), flush=True)
             troubles += finding.status == TROUBLE
-    print("No trouble found." if not troubles else f"Found trouble: {troubles}. docs/troubleshooting.md has more on each.")
+    print(
+        "No trouble found." if not troubles else f"Found trouble: {troubles}. docs/troubleshooting.md has more on each."
+    )
     return 1 if troubles else 0
 
 
 def _shown(finding: Finding) -> str:
     start = f"  {finding.status:<9}"
-    return textwrap.fill(finding.text, WIDTH, initial_indent=start, subsequent_indent=" " * len(start), break_on_hyphens=False)
+    return textwrap.fill(
+        finding.text, WIDTH, initial_indent=start, subsequent_indent=" " * len(start), break_on_hyphens=False
+    )
 
 
 def _versions() -> Iterator[Finding]:
-    yield Finding(NOTE, f"sawkv {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
-    found = [f"{name} {version}" for name in ("torch", "triton", "transformers", "safetensors") if (version := _version(name))]
+    yield Finding(
+        NOTE, f"sawkv {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}"
+    )
+    found = [
+        f"{name} {version}"
+        for name in ("torch", "triton", "transformers", "safetensors")
+        if (version := _version(name))
+    ]
     yield Finding(NOTE, ", ".join(found))
     if torch.cuda.is_available():
         capability = ".".join(map(str, torch.cuda.get_device_capability()))
-        yield Finding(NOTE, f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, compute capability {capability}")
+        yield Finding(
+            NOTE, f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, compute capability {capability}"
+        )
     else:
-        yield Finding(NOTE, "PyTorch sees no GPU" + (": this build of it is for CPUs" if torch.version.cuda is None else ""))
+        yield Finding(
+            NOTE, "PyTorch sees no GPU" + (": this build of it is for CPUs" if torch.version.cuda is None else "")
+        )
 
 
 def _version(name: str) -> str | None:
@@ -117,7 +131,8 @@ def _vllm() -> Iterator[Finding]:
     if allowed is not None and PLUGIN not in allowed.split(","):
         yield Finding(
             TROUBLE,
-            f"VLLM_PLUGINS={allowed!r} keeps sawkv out of `vllm serve` and LLM(...): add sawkv to it (`sawkv serve` does that by itself)",
+            f"VLLM_PLUGINS={allowed!r} keeps sawkv out of `vllm serve` and LLM(...): add sawkv to it (`sawkv serve`"
+            " does that by itself)",
         )
         return
     yield from _judged(_probe())
@@ -138,7 +153,9 @@ def _probe() -> dict[str, Any] | str:
     command = [sys.executable, "-m", "sawkv.integrations.vllm.probe"]
     environment = os.environ | {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
     try:
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=PROBE_TIMEOUT)
+        done = subprocess.run(
+            command, env=environment, capture_output=True, text=True, check=False, timeout=PROBE_TIMEOUT
+        )
         answer: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
         return answer
     except subprocess.TimeoutExpired:
@@ -155,20 +172,25 @@ def _judged(probed: dict[str, Any] | str) -> Iterator[Finding]:
     if probed["problem"]:
         yield Finding(TROUBLE, probed["problem"])
     if not probed["installed"]:
-        yield Finding(TROUBLE, "the plugin was loaded, but vLLM does not ask it which layers are its own: see the error in vLLM's log")
+        yield Finding(
+            TROUBLE,
+            "the plugin was loaded, but vLLM does not ask it which layers are its own: see the error in vLLM's log",
+        )
     else:
         yield Finding(OK, "the plugin is loaded, and vLLM asks it which layers are its own")
     if probed["backend"] == probed["ours"]:
         yield Finding(OK, "--attention-backend CUSTOM is sawkv's")
     else:
-        yield Finding(TROUBLE, f"--attention-backend CUSTOM is another plugin's, {probed['backend']}: set VLLM_PLUGINS={PLUGIN}")
+        yield Finding(
+            TROUBLE, f"--attention-backend CUSTOM is another plugin's, {probed['backend']}: set VLLM_PLUGINS={PLUGIN}"
+        )
     if torch.cuda.is_available() and probed["platform"] == "cpu":
         yield Finding(WARNING, "this vLLM runs on the CPU, though there is a GPU: its distribution is for CPUs")
     if probed["platform"] != "cpu":
         yield Finding(
             NOTE,
-            "int4_per_token_head and int8_per_token_head are names of vLLM's own caches too, which are slower than 16 bits: it uses those "
-            "without --attention-backend CUSTOM. `sawkv serve` adds it",
+            "int4_per_token_head and int8_per_token_head are names of vLLM's own caches too, which are slower than 16"
+            " bits: it uses those without --attention-backend CUSTOM. `sawkv serve` adds it",
         )
 
 
@@ -223,7 +245,10 @@ def _bytes(dims: Sequence[int]) -> Iterator[Finding]:
                 try:
                     yield _compared(PageLayout(CacheFormat(codec), 2, head_dim, 64), device)
                 except Exception as error:  # a driver's, say: whatever it is, it is what the user must know
-                    yield Finding(TROUBLE, f"{codec} on {device.type}, head_dim {head_dim}: {type(error).__name__}: {reason(error)}")
+                    yield Finding(
+                        TROUBLE,
+                        f"{codec} on {device.type}, head_dim {head_dim}: {type(error).__name__}: {reason(error)}",
+                    )
 
 
 def _compared(layout: PageLayout, device: torch.device) -> Finding:
@@ -258,7 +283,10 @@ def _compared(layout: PageLayout, device: torch.device) -> Finding:
     differing = int((contents[0] != contents[1]).sum())
     what = f"{layout.format} on {device.type}"
     if differing or not error <= MAX_ERROR:
-        return Finding(TROUBLE, f"{what}: {differing} bytes differ from the reference's, attention by {error:.1e} (at most {MAX_ERROR:g})")
+        return Finding(
+            TROUBLE,
+            f"{what}: {differing} bytes differ from the reference's, attention by {error:.1e} (at most {MAX_ERROR:g})",
+        )
     return Finding(OK, f"{what}: bytes equal the reference's, attention within {error:.0e}")
 
 

@@ -1,4 +1,6 @@
-"""Files that commands write: asked for before the work, written beside their place, and put there when they are whole."""
+"""Files that commands write: asked for before the work, written beside their place, and put there when
+they are whole.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,8 @@ def check_writable(path: Path) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """A path to write to, beside `path`. It takes the place of `path` when the block ends, and is removed if the block fails.
+    """A path to write to, beside `path`. It takes the place of `path` when the block ends, and is removed if the block
+    fails.
 
     What is left has the permissions of any new file, whatever wrote it. A device is written to as it is.
 

@@ -1,19 +1,22 @@
 """The kernels on plain tensors: check the arguments, choose a backend, run it.
 
-Data flow: K and V of new tokens -> `append` -> pages; Q and pages -> `Attention` -> output; pages -> `gather` -> 16-bit K and V.
+Data flow: K and V of new tokens -> `append` -> pages; Q and pages -> `Attention` -> output; pages -> `gather` -> 16-bit
+K and V.
 
-What stays is said once. A layer has one `Attention` (or `Pages`, if nothing attends to them): its constants are checked and its backend is
-chosen when it is made. A step has one `Step`, made by `Schedule.update` and read by all layers that are alike:
+What stays is said once. A layer has one `Attention` (or `Pages`, if nothing attends to them): its constants are checked
+and its backend is chosen when it is made. A step has one `Step`, made by `Schedule.update` and read by all layers that
+are alike:
 
     attention = Attention(cache, num_q_heads=32, softmax_scale=128**-0.5)                             # once a layer
-    schedule = Schedule(layout, device, num_q_heads=32, max_num_seqs=64, max_query_len=1)             # once for layers that are alike
-    step = schedule.update(block_table, seq_lens, query_start_loc)                                    # once a step
-    attention.append(k, v, slot_mapping)                                                              # each layer and step
-    attention(q, step, out)
+    schedule = Schedule(layout, device, num_q_heads=32, max_num_seqs=64, max_query_len=1)             # once for layers
+    that are alike step = schedule.update(block_table, seq_lens, query_start_loc)                                    #
+    once a step attention.append(k, v, slot_mapping)                                                              # each
+    layer and step attention(q, step, out)
 
 The functions `append`, `decode_attention` and `gather` do all this in one call.
 
-Only `append` mutates the cache. On a GPU no call of a layer synchronizes, allocates or depends on lengths on the host (CUDA-graph safe).
+Only `append` mutates the cache. On a GPU no call of a layer synchronizes, allocates or depends on lengths on the host
+(CUDA-graph safe).
 """
 
 from __future__ import annotations
@@ -31,7 +34,9 @@ from sawkv.kernels import Layer, Prefixes, ScheduleShape, Step, select_backend
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_BOUND = 8
-"""Objects that are kept with a cache for the functions below: callers that change constants from call to call get new ones."""
+"""Objects that are kept with a cache for the functions below: callers that change constants from call to call get new
+ones.
+"""
 
 
 class Pages:
@@ -56,14 +61,15 @@ class Pages:
     def append(self, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
         """Center, multiply by gains, rotate, quantize, pack and write new tokens' K and V into their slots.
 
-        y = H ((x - center) * gain);  code = clamp(round(y / scale + zero_point), 0, 15);  y ~ (code - zero_point) * scale.
-        Scale and zero point are those of a (token, KV head), centers and gains of a KV head.
+        y = H ((x - center) * gain);  code = clamp(round(y / scale + zero_point), 0, 15);  y ~ (code - zero_point) *
+        scale. Scale and zero point are those of a (token, KV head), centers and gains of a KV head.
         Source: SAW-INT4, arXiv 2604.19157. Bytes and departures: docs/format.md.
 
         Args:
-            k, v: [num_tokens, num_kv_heads, head_dim] bf16, fp16 or fp32, K after RoPE; any strides with contiguous channels.
-            slot_mapping: [num_slots <= num_tokens] int64, `page * page_size + offset`; rows of k and v beyond it are padding.
-                Negative and out-of-range slots are skipped. Slots must not repeat.
+            k, v: [num_tokens, num_kv_heads, head_dim] bf16, fp16 or fp32, K after RoPE; any strides with contiguous
+            channels.
+            slot_mapping: [num_slots <= num_tokens] int64, `page * page_size + offset`; rows of k and v beyond it are
+                padding. Negative and out-of-range slots are skipped. Slots must not repeat.
 
         Raises:
             LayoutError: shape, dtype or device mismatch.
@@ -89,17 +95,18 @@ class Pages:
     def gather(self, prefixes: Prefixes, k_out: torch.Tensor, v_out: torch.Tensor, *, rotated: bool = True) -> None:
         """Decode the pages of many sequences into contiguous K and V, for an engine's own prefill attention.
 
-        Rows that stay as they are stored need Q divided by K's gains and rotated by K's order before the attention, and its output rotated
-        by V's order and divided by V's gains after it (`rotation.rotate` is its own inverse), before V's center is added. Scores of such
-        rows lack softmax_scale * q.k_center: whoever has a soft-cap adds it to every score before the cap; whoever has sinks and none
-        subtracts it from the query's sink.
+        Rows that stay as they are stored need Q divided by K's gains and rotated by K's order before the attention, and
+        its output rotated by V's order and divided by V's gains after it (`rotation.rotate` is its own inverse), before
+        V's center is added. Scores of such rows lack softmax_scale * q.k_center: whoever has a soft-cap adds it to
+        every score before the cap; whoever has sinks and none subtracts it from the query's sink.
 
         Args:
             prefixes: which tokens, and where they go; from `prefixes`, made once for all layers of a step.
-            k_out, v_out: [max_tokens, num_kv_heads, head_dim] bf16, fp16 or fp32, contiguous. Filled up to what is gathered; tokens that
+            k_out, v_out: [max_tokens, num_kv_heads, head_dim] bf16, fp16 or fp32, contiguous. Filled up to what is
+            gathered; tokens that
                 would fall past max_tokens are dropped.
-            rotated: leave the rows as they are stored: centered, multiplied by gains and rotated; otherwise give K and V as `append` got
-                them, quantized.
+            rotated: leave the rows as they are stored: centered, multiplied by gains and rotated; otherwise give K and
+                V as `append` got them, quantized.
 
         Raises:
             LayoutError: shape, dtype or device mismatch.
@@ -127,7 +134,9 @@ class Pages:
             raise LayoutError(f"k and v: expected equal shapes and dtypes, got {_show(k)} and {_show(v)}")
         _check("slot_mapping", slot_mapping, (None,), (torch.int64,), self._device)
         if slot_mapping.shape[0] > k.shape[0]:
-            raise LayoutError(f"slot_mapping: expected at most {k.shape[0]} slots, one for each token, got {slot_mapping.shape[0]}")
+            raise LayoutError(
+                f"slot_mapping: expected at most {k.shape[0]} slots, one for each token, got {slot_mapping.shape[0]}"
+            )
 
     def _check_gather(self, prefixes: Prefixes, k_out: torch.Tensor, v_out: torch.Tensor) -> None:
         """What `gather` demands, in full."""
@@ -137,11 +146,15 @@ class Pages:
             if not x.is_contiguous():
                 raise LayoutError(f"{name}: expected a contiguous tensor, got strides {list(x.stride())}")
         if k_out.shape != v_out.shape or k_out.dtype != v_out.dtype:
-            raise LayoutError(f"k_out and v_out: expected equal shapes and dtypes, got {_show(k_out)} and {_show(v_out)}")
+            raise LayoutError(
+                f"k_out and v_out: expected equal shapes and dtypes, got {_show(k_out)} and {_show(v_out)}"
+            )
 
 
 class Attention(Pages):
-    """One attention layer over its pages: writes new tokens (`append`), attends to all (a call), decodes prefixes (`gather`)."""
+    """One attention layer over its pages: writes new tokens (`append`), attends to all (a call), decodes prefixes
+    (`gather`).
+    """
 
     def __init__(
         self,
@@ -161,7 +174,8 @@ class Attention(Pages):
             softmax_scale: usually head_dim ** -0.5.
             sliding_window: a query sees this many tokens, itself included; 0 is no limit.
             logit_softcap: 0 is none.
-            sinks: [num_q_heads], a logit per head that takes part in the softmax and carries no value. Read at each call.
+            sinks: [num_q_heads], a logit per head that takes part in the softmax and carries no value. Read at each
+                call.
             backend: a name from `sawkv doctor`; None chooses by device and format.
 
         Raises:
@@ -172,28 +186,38 @@ class Attention(Pages):
         if num_q_heads <= 0 or num_q_heads % layout.num_kv_heads:
             raise LayoutError(f"q: expected a multiple of num_kv_heads {layout.num_kv_heads} heads, got {num_q_heads}")
         if sliding_window < 0 or logit_softcap < 0:
-            raise LayoutError(f"expected sliding_window >= 0 and logit_softcap >= 0, got {sliding_window} and {logit_softcap}")
+            raise LayoutError(
+                f"expected sliding_window >= 0 and logit_softcap >= 0, got {sliding_window} and {logit_softcap}"
+            )
         if sinks is not None:
             _check("sinks", sinks, (num_q_heads,), FLOAT_DTYPES, device)
         super().__init__(cache, backend)
-        self._attend = self._backend.Attention(Layer(cache, num_q_heads, softmax_scale, sliding_window, logit_softcap, sinks))
+        self._attend = self._backend.Attention(
+            Layer(cache, num_q_heads, softmax_scale, sliding_window, logit_softcap, sinks)
+        )
         self._q_shape = (num_q_heads, layout.head_dim)
         self._serves = (layout, device, num_q_heads, sliding_window)
         self._schedule: kernels.Schedule | None = None  # the one that was found to be of such layers
 
-    def __call__(self, q: torch.Tensor, step: Step, out: torch.Tensor | None = None, lse: torch.Tensor | None = None) -> torch.Tensor:
+    def __call__(
+        self, q: torch.Tensor, step: Step, out: torch.Tensor | None = None, lse: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """Causal attention of each sequence's last tokens over its pages, read as they are stored.
 
-        score = softmax_scale * ((H (q / k_gain)).y_k + q.k_center), soft-capped as `cap * tanh(score / cap)`; weights are the softmax over
-        the visible keys (and the sink); out = (H sum(weight * y_v)) / v_gain + v_center, with y_k and y_v the rows as they are stored. All
-        that is done to Q and to the output happens here. q.k_center is computed only for a soft-cap, sinks or lse: else it changes nothing.
+        score = softmax_scale * ((H (q / k_gain)).y_k + q.k_center), soft-capped as `cap * tanh(score / cap)`; weights
+        are the softmax over the visible keys (and the sink); out = (H sum(weight * y_v)) / v_gain + v_center, with y_k
+        and y_v the rows as they are stored. All that is done to Q and to the output happens here. q.k_center is
+        computed only for a soft-cap, sinks or lse: else it changes nothing.
 
         Args:
-            q: [num_tokens, num_q_heads, head_dim] bf16, fp16 or fp32, after RoPE, not rotated; contiguous channels. The query tokens of
-                sequence i are rows query_start_loc[i] to query_start_loc[i + 1], and are its last tokens: append comes first.
+            q: [num_tokens, num_q_heads, head_dim] bf16, fp16 or fp32, after RoPE, not rotated; contiguous channels. The
+                query tokens of sequence i are rows query_start_loc[i] to query_start_loc[i + 1], and are its last
+                tokens: append comes first.
             step: from the schedule of layers such as this one, updated with this step's lengths.
-            out: [num_tokens, num_q_heads, head_dim] of q's dtype; allocated if None. Rows of no sequence are left as they are.
-            lse: [num_tokens, num_q_heads] fp32, filled with the natural log-sum-exp of the scores as above (sink included).
+            out: [num_tokens, num_q_heads, head_dim] of q's dtype; allocated if None. Rows of no sequence are left as
+                they are.
+            lse: [num_tokens, num_q_heads] fp32, filled with the natural log-sum-exp of the scores as above (sink
+                included).
 
         Returns:
             `out`. A query that sees no key gives zeros.
@@ -233,15 +257,17 @@ class Attention(Pages):
         shape = schedule.shape
         made_for = (shape.layout, shape.device, shape.num_q_heads, shape.sliding_window)
         if made_for != self._serves or type(schedule) is not self._backend.Schedule:
-            raise LayoutError("schedule: expected one made for this layout, device, num_q_heads, sliding_window and backend")
+            raise LayoutError(
+                "schedule: expected one made for this layout, device, num_q_heads, sliding_window and backend"
+            )
         self._schedule = schedule
 
 
 class Schedule:
     """How the attention of each step is spread over a device: updated once a step, for all layers that are alike.
 
-    It has its buffers for good, so that a CUDA graph may hold the layers' calls while `update` runs before each replay, or is captured
-    with them. It serves one stream at a time.
+    It has its buffers for good, so that a CUDA graph may hold the layers' calls while `update` runs before each replay,
+    or is captured with them. It serves one stream at a time.
     """
 
     def __init__(
@@ -279,7 +305,8 @@ class Schedule:
         """Enqueue the schedule of these lengths on the current stream. It holds until the next call.
 
         Args:
-            block_table: [num_seqs, max_pages] int32, page of each `page_size` tokens. Entries past a sequence's length may hold anything.
+            block_table: [num_seqs, max_pages] int32, page of each `page_size` tokens. Entries past a sequence's length
+                may hold anything.
             seq_lens: [num_seqs] int32, tokens in the cache, query tokens included. 0 is allowed.
             query_start_loc: [num_seqs + 1] int32, non-decreasing from 0.
 
@@ -302,7 +329,8 @@ def prefixes(block_table: torch.Tensor, seq_lens: torch.Tensor, cu_seq_lens: tor
     Args:
         block_table: [num_seqs, max_pages] int32.
         seq_lens: [num_seqs] int32, tokens to read of each sequence.
-        cu_seq_lens: [num_seqs + 1] int32, where each sequence starts in the outputs; cu_seq_lens[i + 1] >= cu_seq_lens[i] + seq_lens[i].
+        cu_seq_lens: [num_seqs + 1] int32, where each sequence starts in the outputs; cu_seq_lens[i + 1] >=
+            cu_seq_lens[i] + seq_lens[i].
 
     Raises:
         LayoutError: shape, dtype or device mismatch.
@@ -311,7 +339,9 @@ def prefixes(block_table: torch.Tensor, seq_lens: torch.Tensor, cu_seq_lens: tor
     return Prefixes(block_table, seq_lens, cu_seq_lens)
 
 
-def append(k: torch.Tensor, v: torch.Tensor, cache: PagedKVCache, slot_mapping: torch.Tensor, *, backend: str | None = None) -> None:
+def append(
+    k: torch.Tensor, v: torch.Tensor, cache: PagedKVCache, slot_mapping: torch.Tensor, *, backend: str | None = None
+) -> None:
     """`Pages.append` in one call: write new tokens' K and V into their slots. Arguments and errors as there."""
     _pages(cache, backend).append(k, v, slot_mapping)
 
@@ -327,7 +357,9 @@ def gather(
     rotated: bool = True,
     backend: str | None = None,
 ) -> None:
-    """`Pages.gather` in one call: decode the pages of many sequences. Arguments and errors as there and of `prefixes`."""
+    """`Pages.gather` in one call: decode the pages of many sequences. Arguments and errors as there and
+    of `prefixes`.
+    """
     _pages(cache, backend).gather(prefixes(block_table, seq_lens, cu_seq_lens), k_out, v_out, rotated=rotated)
 
 
@@ -384,7 +416,9 @@ def attention(
     sinks: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> Attention:
-    """The `Attention` of these arguments that is kept with the cache; made at the first call. For callers that keep caches alone."""
+    """The `Attention` of these arguments that is kept with the cache; made at the first call. For callers that keep
+    caches alone.
+    """
     key = (num_q_heads, softmax_scale, sliding_window, logit_softcap, sinks, backend)
     found = cache.bound.get(key)
     if found is None:
@@ -413,7 +447,9 @@ def _pages(cache: PagedKVCache, backend: str | None) -> Pages:
 
 
 def _keep(cache: PagedKVCache, key: object, value: Pages) -> None:
-    """`value` holds a copy of the cache, which shares all tensors and has kept nothing: else both would live until garbage is collected."""
+    """`value` holds a copy of the cache, which shares all tensors and has kept nothing: else both would live until
+    garbage is collected.
+    """
     if len(cache.bound) >= MAX_BOUND:
         cache.bound.clear()
     cache.bound[key] = value
@@ -442,7 +478,9 @@ def _own_schedule(
     )
 
 
-def _check_lengths(block_table: torch.Tensor, seq_lens: torch.Tensor, starts_name: str, starts: torch.Tensor, device: torch.device) -> None:
+def _check_lengths(
+    block_table: torch.Tensor, seq_lens: torch.Tensor, starts_name: str, starts: torch.Tensor, device: torch.device
+) -> None:
     """Tables and lengths of one batch."""
     shape, table = seq_lens.shape, block_table.shape
     if (

@@ -24,9 +24,12 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """The record in a text.
 
         Raises:
-            SawkvError: it is no JSON, lacks a field, has one too many, or a value has another type. The message names the field.
+            SawkvError: it is no JSON, lacks a field, has one too many, or a value has another type. The message names
+                the field.
         """
         try:
             return msgspec.convert(json.loads(text), type=cls)  # msgspec's own decoder refuses NaN and Infinity
         except (json.JSONDecodeError, RecursionError, msgspec.ValidationError) as error:
-            raise SawkvError(f"expected a record of `{cls.written_by}`, got one that does not parse: {error}") from error
+            raise SawkvError(
+                f"expected a record of `{cls.written_by}`, got one that does not parse: {error}"
+            ) from error

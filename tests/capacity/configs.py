@@ -1,4 +1,6 @@
-"""config.json files of well-known models, by hand: what they say of layers, heads and sizes, and what they leave to their class."""
+"""config.json files of well-known models, by hand: what they say of layers, heads and sizes, and what they leave to
+their class.
+"""
 
 from __future__ import annotations
 
@@ -91,7 +93,12 @@ CONFIGS: Final[dict[str, dict[str, Any]]] = {
         "tie_word_embeddings": False,
         "quantization_config": {
             "quant_method": "mxfp4",
-            "modules_to_not_convert": ["model.layers.*.self_attn", "model.layers.*.mlp.router", "model.embed_tokens", "lm_head"],
+            "modules_to_not_convert": [
+                "model.layers.*.self_attn",
+                "model.layers.*.mlp.router",
+                "model.embed_tokens",
+                "lm_head",
+            ],
         },
     },
     "qwen3-next-80b": {  # no layer_types
@@ -331,7 +338,10 @@ FP8: Final = {
     "format": "float-quantized",
     "ignore": ["lm_head"],
     "config_groups": {
-        "group_0": {"targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}}
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True},
+        }
     },
 }
 

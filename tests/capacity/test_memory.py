@@ -7,7 +7,18 @@ from dataclasses import replace
 import pytest
 
 from benchmarks.shapes import SHAPES
-from sawkv.capacity.memory import GIB, KVCache, Plan, Setting, card, cut_blocks, engine_caches, longest_context, make_plan, size_bytes
+from sawkv.capacity.memory import (
+    GIB,
+    KVCache,
+    Plan,
+    Setting,
+    card,
+    cut_blocks,
+    engine_caches,
+    longest_context,
+    make_plan,
+    size_bytes,
+)
 from sawkv.capacity.model import ModelShape, read_shape
 from sawkv.errors import SawkvError, UnsupportedError
 from sawkv.format.spec import CacheFormat
@@ -62,13 +73,15 @@ def test_defaults_by_card_are_those_of_vllms_server(memory: float, name: str, ba
 
 
 def test_defaults_are_capped_as_vllm_caps_them() -> None:
-    assert Setting(80 * GIB, context=4).batched_tokens == 4096  # a token more than 1,024 requests of 4 has nothing to do
+    assert (
+        Setting(80 * GIB, context=4).batched_tokens == 4096
+    )  # a token more than 1,024 requests of 4 has nothing to do
     assert Setting(80 * GIB, context=16384, max_num_batched_tokens=512).seqs == 512
 
 
 def test_a_block_grows_until_attentions_page_holds_a_state() -> None:
-    """Granite 4 H Small. A state: 3 x 8448 x 2 + 128 x 8192 x 2 = 2,147,840 bytes. Attention: 8 x 128 x 4 = 4,096 bytes a
-    token in 16 bits, 8 x 2 x 68 = 1,088 in INT4. 2,147,840 / 4,096 = 524.4, 33 times 16 tokens; / 2,048, 66 times 16;
+    """Granite 4 H Small. A state: 3 x 8448 x 2 + 128 x 8192 x 2 = 2,147,840 bytes. Attention: 8 x 128 x 4 = 4,096 bytes
+    a token in 16 bits, 8 x 2 x 68 = 1,088 in INT4. 2,147,840 / 4,096 = 524.4, 33 times 16 tokens; / 2,048, 66 times 16;
     / 1,088 = 1974.1, 31 times 64.
 
     36 states in 9 groups of 4, as many as there are layers of attention; a request holds 3 blocks of each.
@@ -84,14 +97,15 @@ def test_a_block_grows_until_attentions_page_holds_a_state() -> None:
 def test_pages_of_unlike_layers_take_the_bytes_of_the_largest() -> None:
     """Windows with 8 heads of 128: 4,096 bytes a token in 16 bits, 1,088 in INT4. Others with 2 of 256: 2,048 and 528.
 
-    In 16 bits blocks of the second hold twice the tokens. In INT4 that does not come out even, and their pages are padded.
+    In 16 bits blocks of the second hold twice the tokens. In INT4 that does not come out even, and their pages are
+    padded.
     """
     shape = read_shape(CONFIGS["gemma-4-two-head-dims"])
     bf16, _, int4 = (cut_blocks(shape, H100, cache) for cache in caches(shape))
     assert (bf16.nbytes, bf16.block_size, bf16.least_prefix_hit) == (5 * 16 * 4096, 32, 32)
     assert (int4.nbytes, int4.block_size, int4.least_prefix_hit) == (5 * 64 * 1088, 64, 64)
-    # 5 groups of windows: 1,023 tokens and two steps of 16,384 are more than the context, so 17,408 / 64 blocks and one.
-    # One group of others.
+    # 5 groups of windows: 1,023 tokens and two steps of 16,384 are more than the context, so 17,408 / 64 blocks and
+    # one. One group of others.
     assert int4.of_request == 5 * (272 + 1) + 272
 
 

@@ -1,4 +1,6 @@
-"""What is read from config.json: layers, windows, states, the longest context; and what is refused, by the reason that serving gives."""
+"""What is read from config.json: layers, windows, states, the longest context; and what is refused, by the reason that
+serving gives.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,10 @@ def test_windows(config: dict[str, Any], windows: dict[int, int]) -> None:
 
 def test_layers_of_unlike_heads() -> None:
     shape = read_shape(CONFIGS["gemma-4-two-head-dims"])
-    assert Counter((layer.num_kv_heads, layer.head_dim, layer.window) for layer in shape.attention) == {(8, 128, 1024): 25, (2, 256, 0): 5}
+    assert Counter((layer.num_kv_heads, layer.head_dim, layer.window) for layer in shape.attention) == {
+        (8, 128, 1024): 25,
+        (2, 256, 0): 5,
+    }
 
 
 @pytest.mark.parametrize(
@@ -71,9 +76,14 @@ def test_bytes_of_a_state() -> None:
         (CONFIGS["phi-3-mini-4k"], 4096),
         (CONFIGS["gpt2"], 1024),
         (CONFIGS["gemma-3-27b"], 131072),  # by its class, and not times the factor of 8 that its RoPE has
-        (CONFIGS["llama-3.1-8b"] | {"max_position_embeddings": 4096, "rope_scaling": {"rope_type": "linear", "factor": 4.0}}, 16384),
         (
-            CONFIGS["llama-3.1-8b"] | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}},
+            CONFIGS["llama-3.1-8b"]
+            | {"max_position_embeddings": 4096, "rope_scaling": {"rope_type": "linear", "factor": 4.0}},
+            16384,
+        ),
+        (
+            CONFIGS["llama-3.1-8b"]
+            | {"rope_scaling": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}},
             131072,
         ),
     ],
@@ -89,10 +99,16 @@ MLA = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_
     ("config", "reason"),
     [
         ({"model_type": "deepseek_v3", **MLA}, r"MLA \(multi-head latent attention\)"),
-        ({"model_type": "kimi_k2", "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}, **MLA}, "MLA"),
+        (
+            {"model_type": "kimi_k2", "auto_map": {"AutoConfig": "configuration_deepseek.DeepseekV3Config"}, **MLA},
+            "MLA",
+        ),
         ({"model_type": "kimi_k25", "text_config": {"model_type": "kimi_k2", **MLA}}, "MLA"),
         ({"model_type": "deepseek_v3"}, "MLA"),  # by the defaults of its class
-        ({"model_type": "llama4", "text_config": {"model_type": "llama4_text", "num_hidden_layers": 48}}, "chunked_attention"),
+        (
+            {"model_type": "llama4", "text_config": {"model_type": "llama4_text", "num_hidden_layers": 48}},
+            "chunked_attention",
+        ),
         (
             {"model_type": "llama", "layer_types": ["full_attention", "indexed_attention"], "num_hidden_layers": 2},
             "layers of indexed_attention",
@@ -113,7 +129,10 @@ MLA = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_
         ({"model_type": "rwkv"}, "expected the sizes of a decoder"),
         ({"model_type": "my_new_model"}, "got 'my_new_model' .no code of a checkpoint is run"),
         ({}, "expected a model_type that Transformers .* knows, got None"),
-        ({"model_type": "qwen3", "hidden_size": "big"}, "expected a config.json that Transformers' qwen3 class reads, got: .*hidden_size"),
+        (
+            {"model_type": "qwen3", "hidden_size": "big"},
+            "expected a config.json that Transformers' qwen3 class reads, got: .*hidden_size",
+        ),
         ({"model_type": "qwen3", "num_hidden_layers": None}, "expected"),
     ],
 )
@@ -139,6 +158,10 @@ def test_nothing_of_the_checkpoint_is_imported(monkeypatch: pytest.MonkeyPatch) 
 
     monkeypatch.setattr(dynamic_module_utils, "get_class_from_dynamic_module", fail)
     assert (
-        len(read_shape(CONFIGS["qwen3-8b"] | {"auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}).attention)
+        len(
+            read_shape(
+                CONFIGS["qwen3-8b"] | {"auto_map": {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}}
+            ).attention
+        )
         == 36
     )

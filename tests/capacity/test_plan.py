@@ -55,8 +55,8 @@ def plan(capsys: pytest.CaptureFixture[str], model: Path, *options: str) -> dict
         # 6 x 10 x 1056 x 2048, and 6 x 10 x 4096 x 528.
         ("qwen3.5-35b-a3b", {}, ("--language-model-only",), 64.560, (20480, 1056, 129761280), (5280, 4096, 129761280)),
         # 4 layers x 8 heads x 512, and x 136. A state: 3 x (10240 + 2048) x 2 + 128 x 80 x 128 x 4 = 5,316,608 bytes:
-        # 1,298 tokens of 4,096 bytes, 82 times 16; 4886.6 of 1,088, 77 times 64. 27 states in 7 groups of 4 layers, 3 for
-        # each: 21 x 4 x 1312 x 4096, and 21 x 4 x 4928 x 1088.
+        # 1,298 tokens of 4,096 bytes, 82 times 16; 4886.6 of 1,088, 77 times 64. 27 states in 7 groups of 4 layers, 3
+        # for each: 21 x 4 x 1312 x 4096, and 21 x 4 x 4928 x 1088.
         ("nemotron-nano-9b-v2", {}, (), 16.556, (16384, 1312, 451411968), (4352, 4928, 450379776)),
         # 20 of 35 layers x 2 heads x 1024, and x 264.
         ("gemma-3n-e4b", {}, (), 12.732, (40960, 16, 0), (10560, 64, 0)),
@@ -82,8 +82,9 @@ def test_well_known_models(
 
 
 def test_tokens_and_requests_of_windows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Mistral 7B in 16 bits: a window of 4,096 and two steps of 8,192 tokens exceed 16,384, so a request holds 1,024 blocks and one more,
-    of 32 x 16 x 4096 bytes."""
+    """Mistral 7B in 16 bits: a window of 4,096 and two steps of 8,192 tokens exceed 16,384, so a request holds 1,024
+    blocks and one more, of 32 x 16 x 4096 bytes.
+    """
     found = plan(capsys, write_config(tmp_path, "mistral-7b"))["formats"]["bf16"]
     assert found["requests"] == found["kv_cache"] // (32 * 16 * 4096) / 1025
     assert found["tokens"] == int(found["requests"] * 16384)
@@ -129,7 +130,13 @@ def test_16_bits_fp8_and_the_format_side_by_side(tmp_path: Path, capsys: pytest.
     assert cli.main(["plan", str(write_config(tmp_path, "qwen3-8b", dtype="float16")), "--gpu-memory", "80GiB"]) == 0
     shown = capsys.readouterr().out
     assert shown.split()[:3] == ["fp16", "fp8", "int4-k128-v128"]
-    for part in ("2.00x", "3.76x", "--max-num-batched-tokens 8192", "(an A100 or GB10 gets 2048 and 256: give them)", "92% of it"):
+    for part in (
+        "2.00x",
+        "3.76x",
+        "--max-num-batched-tokens 8192",
+        "(an A100 or GB10 gets 2048 and 256: give them)",
+        "92% of it",
+    ):
         assert part in " ".join(shown.split())
 
 
@@ -145,8 +152,15 @@ def test_requests_are_capped_by_what_the_model_reads(tmp_path: Path, capsys: pyt
 @pytest.mark.parametrize(
     ("name", "changes", "options", "status", "blamed"),
     [
-        # 18.2 GiB for vLLM less 15.3 of weights, 0.2 and 0.5 leave room for 16,021 tokens in 16 bits: one request too long.
-        ("qwen3-8b", {}, ("--gpu-memory", "20GiB"), 0, "bf16: the KV cache has no room for one request of 16,384 tokens"),
+        # 18.2 GiB for vLLM less 15.3 of weights, 0.2 and 0.5 leave room for 16,021 tokens in 16 bits: one request too
+        # long.
+        (
+            "qwen3-8b",
+            {},
+            ("--gpu-memory", "20GiB"),
+            0,
+            "bf16: the KV cache has no room for one request of 16,384 tokens",
+        ),
         ("qwen3-8b", {}, ("--gpu-memory", "16GiB"), 1, "int4-k128-v128: no room is left for a KV cache (weights 15.26"),
         (
             "qwen3-8b",
@@ -185,7 +199,9 @@ def test_what_does_not_fit_is_blamed(
         (["--gpu-memory", "80GiB", "--format", "fp5"], "unknown codec"),
     ],
 )
-def test_bad_options_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str) -> None:
+def test_bad_options_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], message: str
+) -> None:
     assert cli.main(["plan", str(write_config(tmp_path, "qwen3-8b")), *options]) == 2
     printed = capsys.readouterr()
     assert message in printed.err
@@ -204,13 +220,18 @@ def test_bad_options_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[
         (b"{}", "expected a model_type that Transformers"),
         (b'{"model_type": ["qwen3"]}', "expected a model_type that Transformers"),
         (b'{"model_type": "qwen3", "text_config": 3}', "expected the sizes of a decoder in config.json of a qwen3"),
-        (b'{"model_type": "qwen3_vl", "text_config": 3}', "expected a config.json that Transformers' qwen3_vl class reads"),
+        (
+            b'{"model_type": "qwen3_vl", "text_config": 3}',
+            "expected a config.json that Transformers' qwen3_vl class reads",
+        ),
         (b'{"model_type": "qwen3", "num_attention_heads": 0}', "expected"),
         (b'{"model_type": "qwen3", "layer_types": [1, 2]}', "expected"),
         (b'{"model_type": "bert"}', "sawkv cannot serve this model: attention type encoder_only"),
     ],
 )
-def test_a_broken_config_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, message: str) -> None:
+def test_a_broken_config_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes, message: str
+) -> None:
     (tmp_path / "config.json").write_bytes(content)
     assert cli.main(["plan", str(tmp_path), "--gpu-memory", "80GiB"]) == 2
     printed = capsys.readouterr().err
@@ -260,7 +281,9 @@ def ask(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, hub: Hub, model: str) -
     return cli.main(["plan", model, "--gpu-memory", "80GiB"])
 
 
-def test_a_model_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_of_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     hub = Hub(200, json.dumps(CONFIGS["qwen3-8b"]).encode())
     assert ask(monkeypatch, tmp_path, hub, "Qwen/Qwen3-8B") == 0
     assert "39,168" in capsys.readouterr().out

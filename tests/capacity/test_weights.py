@@ -29,7 +29,9 @@ def weights(folder: Path, language_model_only: bool = False) -> Weights:
 
 def count(config: Mapping[str, Any], language_model_only: bool = False) -> Weights:
     config = dict(config)
-    return weights_of(Checkpoint("here", config, Path("nowhere")), read_shape(config, language_model_only), language_model_only)
+    return weights_of(
+        Checkpoint("here", config, Path("nowhere")), read_shape(config, language_model_only), language_model_only
+    )
 
 
 def write_safetensors(file: Path, tensors: Mapping[str, tuple[str, list[int]]]) -> None:
@@ -45,7 +47,9 @@ def test_bytes_of_files_are_counted_as_vllm_holds_them(tmp_path: Path) -> None:
         tmp_path / "model.safetensors",
         {"a": ("F32", [3, 5]), "b": ("BF16", [7]), "c": ("F8_E4M3", [11]), "d": ("I32", [2]), "e": ("U8", [13])},
     )
-    write_safetensors(tmp_path / "consolidated.safetensors", {"a": ("BF16", [1000])})  # the same weights again, for another loader
+    write_safetensors(
+        tmp_path / "consolidated.safetensors", {"a": ("BF16", [1000])}
+    )  # the same weights again, for another loader
     assert weights(tmp_path) == Weights(2 * 15 + 2 * 7 + 11 + 4 * 2 + 13, "measured in their files")
 
 
@@ -55,7 +59,10 @@ def test_what_vllm_does_not_load_is_left_out(tmp_path: Path) -> None:
         tmp_path / "model.safetensors",
         {
             "model.language_model.layers.35.mlp.up_proj.weight": ("BF16", [1]),
-            "model.language_model.layers.36.mlp.up_proj.weight": ("BF16", [10]),  # of 36 layers: predicts the token after the next
+            "model.language_model.layers.36.mlp.up_proj.weight": (
+                "BF16",
+                [10],
+            ),  # of 36 layers: predicts the token after the next
             "mtp.fc.weight": ("BF16", [100]),
             "lm_head.weight": ("BF16", [1000]),  # tied to the embeddings
             "model.visual.blocks.36.attn.qkv.weight": ("BF16", [10000]),
@@ -102,16 +109,17 @@ def test_the_shipped_models_files_agree_with_its_shape() -> None:
 @pytest.mark.parametrize(
     ("config", "nbytes"),
     [
-        # 2 bytes for each of: embeddings and output 2 x 128256 x 4096; in 32 layers q, o 2 x 4096 x 4096, k, v 2 x 1024 x 4096,
-        # 3 x 14336 x 4096, and two norms of 4096; one more norm. The 8.03 billion that its name rounds.
+        # 2 bytes for each of: embeddings and output 2 x 128256 x 4096; in 32 layers q, o 2 x 4096 x 4096, k, v 2 x 1024
+        # x 4096, 3 x 14336 x 4096, and two norms of 4096; one more norm. The 8.03 billion that its name rounds.
         (CONFIGS["llama-3.1-8b"], 2 * 8_030_261_248),
         # The same, with the 32 x 218,103,808 weights of linear layers in one byte. Its files take 9.08 GB.
         (CONFIGS["llama-3.1-8b"] | {"quantization_config": FP8}, 2 * 8_030_261_248 - 6_979_321_856),
-        # 8,190,735,360 weights, of which 36 x 192,937,984 in linear layers take 4 bits and a share of 20 / 128 in scales and zero points:
-        # 6,945,767,424 x 4.15625 / 8 bytes, and 2 for each of the others. Its files take 6.1 GB.
+        # 8,190,735,360 weights, of which 36 x 192,937,984 in linear layers take 4 bits and a share of 20 / 128 in
+        # scales and zero points: 6,945,767,424 x 4.15625 / 8 bytes, and 2 for each of the others. Its files take 6.1
+        # GB.
         (CONFIGS["qwen3-8b"] | {"quantization_config": AWQ}, 6_098_489_344),
-        # 36 x 128 x 3 x 2880 x 2880 weights of experts in 4 bits and a scale of 8 for each 32; 2,166,870,000 others in 16.
-        # Its files take 65.3 GB.
+        # 36 x 128 x 3 x 2880 x 2880 weights of experts in 4 bits and a scale of 8 for each 32; 2,166,870,000 others in
+        # 16. Its files take 65.3 GB.
         (CONFIGS["gpt-oss-120b"], 36 * 128 * 3 * 2880 * 2880 * 4.25 / 8 + 2 * 2_166_870_000),
         # A vision tower of 27 layers is 0.58 of 8.77 billion.
         (CONFIGS["qwen3-vl-8b"], 2 * 8_767_123_696),
@@ -124,7 +132,10 @@ def test_counted_from_the_shape(config: dict[str, Any], nbytes: float) -> None:
 
 def test_the_source_says_what_was_assumed() -> None:
     assert count(CONFIGS["qwen3-8b"]).source == "counted from the shape, in 16 bits"
-    assert count(CONFIGS["qwen3-8b"] | {"quantization_config": AWQ}).source == "counted from the shape, linear layers in 4.16 bits (awq)"
+    assert (
+        count(CONFIGS["qwen3-8b"] | {"quantization_config": AWQ}).source
+        == "counted from the shape, linear layers in 4.16 bits (awq)"
+    )
 
 
 @pytest.mark.parametrize("name", SHAPES)
@@ -145,7 +156,13 @@ def test_benchmark_shapes_count_as_transformers_makes_them(name: str) -> None:
         ({"quant_method": "fp8", "weight_block_size": [128, 128]}, 8),
         ({"quant_method": "bitsandbytes", "load_in_4bit": True}, 4.5),
         ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, 4.5),
-        ({"quant_method": "compressed-tensors", "config_groups": {"0": {"weights": {"num_bits": 4, "group_size": 128}}}}, 4.125),
+        (
+            {
+                "quant_method": "compressed-tensors",
+                "config_groups": {"0": {"weights": {"num_bits": 4, "group_size": 128}}},
+            },
+            4.125,
+        ),
     ],
 )
 def test_bits_of_linear_layers(quantization: dict[str, Any], bits: float) -> None:

@@ -1,6 +1,8 @@
-"""vLLM's own plan of a KV cache, by its own functions, without an engine: `python -m tests.capacity.vllm_blocks < jobs > results`.
+"""vLLM's own plan of a KV cache, by its own functions, without an engine: `python -m tests.capacity.vllm_blocks < jobs
+> results`.
 
-The model is made on the meta device, so the shapes may be as large as the real ones. CUDA's sizes of blocks are given by the caller.
+The model is made on the meta device, so the shapes may be as large as the real ones. CUDA's sizes of blocks are given
+by the caller.
 """
 
 from __future__ import annotations
@@ -14,12 +16,19 @@ from typing import Any
 
 
 def blocks(
-    model: str, kv_cache_dtype: str, block_size: int, context: int, batched_tokens: int, kv_bytes: int, prefix_caching: bool = True
+    model: str,
+    kv_cache_dtype: str,
+    block_size: int,
+    context: int,
+    batched_tokens: int,
+    kv_bytes: int,
+    prefix_caching: bool = True,
 ) -> dict[str, Any]:
     """What vLLM makes of `kv_bytes`.
 
     Returns:
-        `tokens` that it would report, `num_blocks`, `block_size`, `least_prefix_hit`, `weights` (bytes of all parameters) and
+        `tokens` that it would report, `num_blocks`, `block_size`, `least_prefix_hit`, `weights` (bytes of all
+        parameters) and
         `state_bytes` (of a recurrent state, by the number of cards).
     """
     import torch
@@ -60,14 +69,21 @@ def blocks(
         torch.set_default_dtype(torch.float32)
         current_platform.update_block_size_for_backend(config)
         specs = GPUModelRunner.get_kv_cache_spec(SimpleNamespace(vllm_config=config, shared_kv_cache_layers={}))
-        backends = {layer.get_attn_backend() for layer in get_layers_from_vllm_config(config, AttentionLayerBase).values()}
-        resolve_kv_cache_layout(config, [[layout.name for layout in get_supported_kv_cache_layouts(backends)]], specs.values())
+        backends = {
+            layer.get_attn_backend() for layer in get_layers_from_vllm_config(config, AttentionLayerBase).values()
+        }
+        resolve_kv_cache_layout(
+            config, [[layout.name for layout in get_supported_kv_cache_layouts(backends)]], specs.values()
+        )
         cache = get_kv_cache_configs(config, [specs], [kv_bytes])[0]
         states = {}
         for ranks in (1, 2, 4) if config.model_config.is_hybrid else ():
             config.parallel_config.tensor_parallel_size = ranks
             cls, _ = ModelRegistry.resolve_model_cls(config.model_config.architecture, model_config=config.model_config)
-            shapes, dtypes = cls.get_mamba_state_shape_from_config(config), cls.get_mamba_state_dtype_from_config(config)
+            shapes, dtypes = (
+                cls.get_mamba_state_shape_from_config(config),
+                cls.get_mamba_state_dtype_from_config(config),
+            )
             states[str(ranks)] = MambaSpec(block_size=16, shapes=shapes, dtypes=dtypes).page_size_bytes
         config.parallel_config.tensor_parallel_size = 1
         return {

@@ -1,4 +1,6 @@
-"""The faults of docs/reliability.md on a GPU: `pytest -m gpu tests/gpu`. With SAWKV_DRY_RUN=1, on the CPU backend instead."""
+"""The faults of docs/reliability.md on a GPU: `pytest -m gpu tests/gpu`. With SAWKV_DRY_RUN=1, on the CPU backend
+instead.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ DEVICE = "cpu" if DRY_RUN else "cuda"
 def test_fault(check: faults.Check, backend: str) -> None:
     if not DRY_RUN and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    reason = unsupported_reason(backend, torch.device(DEVICE, 0 if DEVICE == "cuda" else None), PageLayout(CacheFormat("int4"), 2, 128, 16))
+    reason = unsupported_reason(
+        backend, torch.device(DEVICE, 0 if DEVICE == "cuda" else None), PageLayout(CacheFormat("int4"), 2, 128, 16)
+    )
     if reason is not None:
         pytest.skip(reason)
     check(backend, DEVICE)

@@ -1,4 +1,6 @@
-"""The GPU backends against the reference: `pytest -m gpu tests/gpu`. With SAWKV_DRY_RUN=1, the CPU backend instead, on smaller shapes."""
+"""The GPU backends against the reference: `pytest -m gpu tests/gpu`. With SAWKV_DRY_RUN=1, the CPU backend instead, on
+smaller shapes.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,10 @@ from tests.kernel_checks import (
 DRY_RUN = bool(os.environ.get("SAWKV_DRY_RUN"))
 DEVICE = "cpu" if DRY_RUN else "cuda"
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not DRY_RUN and not torch.cuda.is_available(), reason="no CUDA device")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not DRY_RUN and not torch.cuda.is_available(), reason="no CUDA device"),
+]
 
 LONG = 3000 if DRY_RUN else 20_000
 SEQ_LENS = [0, 1, 15, 16, 17, 1000, LONG]
@@ -45,7 +50,10 @@ def skip_unless_supported(backend: str, format_name: str, head_dim: int, page_si
     assert reason is None
 
 
-@pytest.mark.skipif(not DRY_RUN and torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0), reason="older than Hopper")
+@pytest.mark.skipif(
+    not DRY_RUN and torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0),
+    reason="older than Hopper",
+)
 def test_the_backends_are_there(backend: str) -> None:
     """All else here would be vacuous if they were passed over."""
     layout = PageLayout(CacheFormat("int4"), 8, 128, 16)
@@ -57,7 +65,15 @@ def test_the_backends_are_there(backend: str) -> None:
 def test_append(backend: str, format_name: str, head_dim: int) -> None:
     skip_unless_supported(backend, format_name, head_dim, 32)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        check_append(backend, DEVICE, format_name, head_dim, dtype=dtype, centered=dtype == torch.float16, gained=dtype != torch.float32)
+        check_append(
+            backend,
+            DEVICE,
+            format_name,
+            head_dim,
+            dtype=dtype,
+            centered=dtype == torch.float16,
+            gained=dtype != torch.float32,
+        )
 
 
 @pytest.mark.parametrize("head_dim", [64, 80, 96, 112, 128, 192, 256])
@@ -66,7 +82,9 @@ def test_append_with_feedback(backend: str, feedback: str, head_dim: int) -> Non
     skip_unless_supported(backend, "int4", head_dim, 32)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         prepared = dtype != torch.float32
-        check_append(backend, DEVICE, "int4", head_dim, dtype=dtype, centered=prepared, gained=prepared, feedback=feedback)
+        check_append(
+            backend, DEVICE, "int4", head_dim, dtype=dtype, centered=prepared, gained=prepared, feedback=feedback
+        )
 
 
 def test_wrong_feedback_is_noticed(backend: str) -> None:
@@ -80,26 +98,53 @@ def test_feedback_ends_where_scales_saturate(backend: str) -> None:
 
 @pytest.mark.parametrize(
     ("format_name", "head_dim"),
-    [*(("int4", d) for d in (64, 80, 96, 112, 128, 192, 256)), ("int8", 128), ("int8", 80), ("bf16", 128), ("fp16-k16-v16", 64)],
+    [
+        *(("int4", d) for d in (64, 80, 96, 112, 128, 192, 256)),
+        ("int8", 128),
+        ("int8", 80),
+        ("bf16", 128),
+        ("fp16-k16-v16", 64),
+    ],
 )
 def test_attention(backend: str, format_name: str, head_dim: int) -> None:
     """Ragged lengths, and every query length from 1 to 8."""
     skip_unless_supported(backend, format_name, head_dim)
     check_attention(backend, DEVICE, format_name, SEQ_LENS, [1] * 7, head_dim=head_dim)
     for query_lens in ([1, 1, 8, 3, 2, 5, 7], [0, 1, 4, 6, 1, 0, 3]):
-        check_attention(backend, DEVICE, format_name, SEQ_LENS, query_lens, head_dim=head_dim, centered=True, gained=True, max_query_len=8)
+        check_attention(
+            backend,
+            DEVICE,
+            format_name,
+            SEQ_LENS,
+            query_lens,
+            head_dim=head_dim,
+            centered=True,
+            gained=True,
+            max_query_len=8,
+        )
 
 
 @pytest.mark.parametrize("group", [1, 4, 5, 7, 8, 12, 16])
 def test_query_shapes(backend: str, group: int) -> None:
     for query_lens, most in (([1, 1, 1, 1], 1), ([2, 2, 1, 2], 2), ([4, 8, 3, 8], 8)):
-        check_attention(backend, DEVICE, "int4", [33, 1000, 9, 4000], query_lens, group=group, max_query_len=most, gained=most == 8)
+        check_attention(
+            backend, DEVICE, "int4", [33, 1000, 9, 4000], query_lens, group=group, max_query_len=most, gained=most == 8
+        )
 
 
 @pytest.mark.parametrize(("page_size", "head_dim"), [(32, 128), (48, 128), (64, 128), (128, 128), (128, 64), (64, 256)])
 def test_page_sizes(backend: str, page_size: int, head_dim: int) -> None:
     skip_unless_supported(backend, "int4", head_dim, page_size)
-    check_attention(backend, DEVICE, "int4", SEQ_LENS, [1, 1, 2, 1, 3, 1, 1], page_size=page_size, head_dim=head_dim, max_query_len=8)
+    check_attention(
+        backend,
+        DEVICE,
+        "int4",
+        SEQ_LENS,
+        [1, 1, 2, 1, 3, 1, 1],
+        page_size=page_size,
+        head_dim=head_dim,
+        max_query_len=8,
+    )
 
 
 @pytest.mark.parametrize("query_lens", [[1] * 7, [1, 1, 8, 3, 2, 5, 7]])
@@ -120,7 +165,17 @@ def test_options(backend: str, query_lens: list[int], options: dict[str, object]
     if "sinks" in options:
         options = options | {"sinks": torch.randn(8, device=DEVICE).bfloat16()}
     for centered, gained in ((False, False), (True, False), (True, True)):
-        check_attention(backend, DEVICE, "int4", SEQ_LENS, query_lens, dtype=torch.float16, centered=centered, gained=gained, **options)
+        check_attention(
+            backend,
+            DEVICE,
+            "int4",
+            SEQ_LENS,
+            query_lens,
+            dtype=torch.float16,
+            centered=centered,
+            gained=gained,
+            **options,
+        )
 
 
 def test_options_of_wide_heads(backend: str) -> None:
@@ -155,7 +210,12 @@ def test_nothing_to_do(backend: str) -> None:
     out, _ = attend(nothing, q, torch.zeros(1, dtype=torch.int32, device=DEVICE), backend, max_query_len=1)
     assert out.isnan().all()
     before = batch.cache.pages.clone()
-    append(*torch.zeros(2, 0, 2, 128, device=DEVICE), batch.cache, torch.zeros(0, dtype=torch.int64, device=DEVICE), backend=backend)
+    append(
+        *torch.zeros(2, 0, 2, 128, device=DEVICE),
+        batch.cache,
+        torch.zeros(0, dtype=torch.int64, device=DEVICE),
+        backend=backend,
+    )
     append(*torch.ones(2, 4, 2, 128, device=DEVICE), batch.cache, torch.full((4,), -1, device=DEVICE), backend=backend)
     assert torch.equal(batch.cache.pages, before)
 
@@ -208,7 +268,9 @@ def test_results_do_not_change_from_run_to_run(backend: str) -> None:
         torch.testing.assert_close(again, first, rtol=2e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize(("format_name", "head_dim"), [("int4", 128), ("int4", 80), ("int4", 192), ("int8", 112), ("bf16", 64)])
+@pytest.mark.parametrize(
+    ("format_name", "head_dim"), [("int4", 128), ("int4", 80), ("int4", 192), ("int8", 112), ("bf16", 64)]
+)
 def test_gather(backend: str, format_name: str, head_dim: int) -> None:
     skip_unless_supported(backend, format_name, head_dim)
     for gained in (False, True):

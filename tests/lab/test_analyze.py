@@ -44,7 +44,9 @@ def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> t
     return weights, weights @ v.double()
 
 
-def check_outputs(states: LayerStates, sliding_window: int | None, softcap: float | None, sinks: list[float] | None) -> None:
+def check_outputs(
+    states: LayerStates, sliding_window: int | None, softcap: float | None, sinks: list[float] | None
+) -> None:
     """Of scores with a cap, or beside a sink, whose weight no value gets."""
     attention = analyze._Attention(states, sliding_window, softcap, None if sinks is None else torch.tensor(sinks))
     for head in range(4):
@@ -61,7 +63,8 @@ def check_outputs(states: LayerStates, sliding_window: int | None, softcap: floa
 
 
 @pytest.mark.parametrize(
-    ("sliding_window", "softcap", "sinks"), [(None, None, None), (7, None, None), (None, 2.0, None), (7, None, [1.0, -2, 3, 0])]
+    ("sliding_window", "softcap", "sinks"),
+    [(None, None, None), (7, None, None), (None, 2.0, None), (7, None, [1.0, -2, 3, 0])],
 )
 def test_errors_of_scores_and_output_equal_those_of_plain_loops(
     sliding_window: int | None, softcap: float | None, sinks: list[float] | None
@@ -124,7 +127,9 @@ def test_statistics_show_an_offset_an_outlier_and_a_sink() -> None:
 
 def run(methods: list[Method] | None = None) -> Analysis:
     model = EvalModel(make_model(8.0, 1.0))
-    return analyze.analyze(model, windows(2), collect_samples(model, windows(2)), methods, name="a model", text="random")
+    return analyze.analyze(
+        model, windows(2), collect_samples(model, windows(2)), methods, name="a model", text="random"
+    )
 
 
 def test_a_whole_analysis() -> None:
@@ -135,7 +140,9 @@ def test_a_whole_analysis() -> None:
     assert by_name["fp32"].mean_output == 0
     assert by_name["halved"].mean_output > 0.25, "half of the output is lost, and half of its mean with it"
     assert analyze.mean(by_name["halved"].k) == 0
-    assert by_name["int4_center_plain"].mean_output < 0.5 * by_name["int4-k0-v0"].mean_output, "a key bias is what a center removes"
+    assert by_name["int4_center_plain"].mean_output < 0.5 * by_name["int4-k0-v0"].mean_output, (
+        "a key bias is what a center removes"
+    )
     assert all(len(grid) == 2 and len(grid[0]) == 2 for grid in msgspec.structs.astuple(by_name["fp32"])[3:])
     assert Analysis.from_json(found.to_json()) == found
     shown = analyze.describe(found)

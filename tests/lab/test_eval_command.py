@@ -27,7 +27,19 @@ MODEL = next(Path("models").glob("sawkv-*"))
 
 def test_eval_writes_records_and_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--formats", "prepared,int4_plain", "--tokens", "512", "--window", "128", "--floor-tokens", "256"]
-    arguments += ["--layer-tokens", "128", "--recall-lengths", "96", "--recall-count", "1", "--free-runs", "1", "--stress", "16", "--quiet"]
+    arguments += [
+        "--layer-tokens",
+        "128",
+        "--recall-lengths",
+        "96",
+        "--recall-count",
+        "1",
+        "--free-runs",
+        "1",
+        "--stress",
+        "16",
+        "--quiet",
+    ]
     assert cli.main(["eval", str(MODEL), *arguments, "--out", str(tmp_path / "new" / "eval.json")]) == 0
     shown = capsys.readouterr().out
     evaluation = Evaluation.from_json((tmp_path / "new" / "eval.json").read_text())
@@ -41,15 +53,21 @@ def test_eval_writes_records_and_a_table(tmp_path: Path, capsys: pytest.CaptureF
     assert prepared.bits == 4.25
     assert [layer.layer for layer in prepared.by_layer] == list(range(evaluation.shape.num_layers))
     assert all(0 < layer.mean_kl < plain.divergence.mean_kl for layer in prepared.by_layer)
-    assert {(cell.task, cell.depth) for cell in prepared.recall} == {(task, depth) for task in ("passkey", "needle") for depth in DEPTHS}
+    assert {(cell.task, cell.depth) for cell in prepared.recall} == {
+        (task, depth) for task in ("passkey", "needle") for depth in DEPTHS
+    }
     assert evaluation.reference.passkey == 1.0
     assert prepared.free_run is not None
     assert 0 <= prepared.free_run.mean <= prepared.free_run.limit
 
 
 @pytest.mark.parametrize(("asked", "context"), [(0, 8192), (300, 300)])
-def test_methods_learn_what_an_engine_would_prepare_the_model_on(asked: int, context: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The text that ships with sawkv, over the model's own context, or over that which will be served; never the text that is scored."""
+def test_methods_learn_what_an_engine_would_prepare_the_model_on(
+    asked: int, context: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The text that ships with sawkv, over the model's own context, or over that which will be served; never the text
+    that is scored.
+    """
     seen: list[tuple[Any, ...]] = []
 
     def stop(*arguments: Any) -> None:

@@ -27,12 +27,16 @@ def cost(rows: torch.Tensor, hessian: torch.Tensor, feedback: Feedback | None) -
 
 @pytest.mark.parametrize("head_dim", [16, 64, 128, 192])
 def test_weights_are_those_of_gptq_for_blocks(head_dim: int) -> None:
-    """F = t_BB^-1 t_BR with t the inverse of what is left, in the order of coding; the fit solves the equivalent normal equations."""
+    """F = t_BB^-1 t_BR with t the inverse of what is left, in the order of coding; the fit solves the equivalent normal
+    equations.
+    """
     hessian = make_hessian(2, head_dim)
     found = fit_feedback(hessian)
     order, sizes = torch.argsort(channel_blocks(head_dim), stable=True), channel_blocks(head_dim).bincount().tolist()
     damped = hessian.double()
-    damped = damped + DAMPING * torch.diag_embed(damped.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).expand(-1, head_dim))
+    damped = damped + DAMPING * torch.diag_embed(
+        damped.diagonal(dim1=-2, dim2=-1).mean(-1, keepdim=True).expand(-1, head_dim)
+    )
     damped = damped[:, order][:, :, order]
     wanted = torch.zeros_like(damped)
     for start, size in zip([0, *itertools.accumulate(sizes)], sizes[:-1], strict=False):

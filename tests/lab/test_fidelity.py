@@ -39,7 +39,9 @@ def recorder(model: Model) -> Recorder:
 
 @pytest.mark.parametrize("rows", [WINDOW - 1, WINDOW])
 def test_distributions_are_compared_over_the_whole_vocabulary(rows: int, tmp_path: Path) -> None:
-    """As vLLM's two runners call it: with all prompt tokens or all but the last, in pieces, and once for the sampled token."""
+    """As vLLM's two runners call it: with all prompt tokens or all but the last, in pieces, and once for the sampled
+    token.
+    """
     head = torch.randn(SIZE, VOCABULARY).bfloat16()
     states = torch.randn(2, 3, rows, SIZE).bfloat16()
     ids = torch.randint(0, VOCABULARY, (3, WINDOW))
@@ -55,7 +57,9 @@ def test_distributions_are_compared_over_the_whole_vocabulary(rows: int, tmp_pat
     p, q = ((part[:, : WINDOW - 1] @ head).double().log_softmax(-1) for part in states)
     torch.testing.assert_close(found["kl"].double(), (p.exp() * (p - q)).sum(-1), rtol=1e-4, atol=1e-5)
     for name, want in (("loss", q), ("loss_16bit", p)):
-        torch.testing.assert_close(found[name].double(), -want.gather(-1, ids[:, 1:, None])[..., 0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            found[name].double(), -want.gather(-1, ids[:, 1:, None])[..., 0], rtol=1e-4, atol=1e-5
+        )
     assert torch.equal(found["same_top1"], p.argmax(-1) == q.argmax(-1))
 
 
@@ -104,9 +108,10 @@ def test_the_log_says_the_cause_the_size_and_whether_sawkv_runs(tmp_path: Path) 
 def made_record(method: str, through: str, scale: float, **changes: Any) -> dict[str, Any]:
     by_window = [scale * value for value in (1.0, 1.2, 0.8, 1.1)]
     return {
-        "device": "a GPU", "commit": "abc", "model": "m", "method": method, "through": through, "bits": 4.25, "text": "prose", "window": 64,
-        "tokens": 252, "mean_kl": 1.025 * scale, "kl_ci95": [0.9 * scale, 1.1 * scale], "kl_p999": 1.0, "same_top1": 0.9,
-        "ppl": 10.1, "ppl_16bit": 10.0, "ppl_ratio_ci95": [1.0, 1.02], "kl_by_window": by_window,
+        "device": "a GPU", "commit": "abc", "model": "m", "method": method, "through": through, "bits": 4.25,
+        "text": "prose", "window": 64, "tokens": 252, "mean_kl": 1.025 * scale, "kl_p999": 1.0,
+        "kl_ci95": [0.9 * scale, 1.1 * scale], "same_top1": 0.9, "ppl": 10.1, "ppl_16bit": 10.0,
+        "ppl_ratio_ci95": [1.0, 1.02], "kl_by_window": by_window,
     } | changes  # fmt: skip
 
 
@@ -114,17 +119,30 @@ def test_what_was_wanted_passes_and_fails() -> None:
     served, lab = made_record("served", "server", 0.02), made_record("prepared", "lab", 0.019)
     peer, fp8 = made_record("vllm_int4_per_token_head", "server", 0.06), made_record("fp8", "server", 0.012)
     assert [passed for passed, _ in fidelity_tables.checks([served, lab, peer, fp8])] == [True] * 4
-    assert "KL 0.33 (0.33 to 0.33) of vllm_int4_per_token_head" in next(what for _, what in fidelity_tables.checks([served, peer]))
+    assert "KL 0.33 (0.33 to 0.33) of vllm_int4_per_token_head" in next(
+        what for _, what in fidelity_tables.checks([served, peer])
+    )
     worse = made_record("served", "server", 0.03, ppl=10.4)
     assert [passed for passed, _ in fidelity_tables.checks([worse, lab, peer, fp8])] == [False] * 4
     qwen = [record | {"model": "Qwen2.5-0.5B"} for record in (served, fp8)]
     assert [passed for passed, _ in fidelity_tables.checks(qwen)] == [False, True]
-    assert "| **`sawkv serve`** | 4.25 | 0.0205 (0.0180 to 0.0220) | 1 | 90.0% | 10.10 (+1.0%) |" in fidelity_tables.tables([served], [])
+    assert (
+        "| **`sawkv serve`** | 4.25 | 0.0205 (0.0180 to 0.0220) | 1 | 90.0% | 10.10 (+1.0%) |"
+        in fidelity_tables.tables([served], [])
+    )
 
 
 def test_lost_answers_are_counted_at_every_depth() -> None:
     def cell(method: str, depth: float, correct: int) -> dict[str, Any]:
-        return {"model": "m", "task": "needle", "length": 4096, "depth": depth, "method": method, "correct": correct, "asked": 20}
+        return {
+            "model": "m",
+            "task": "needle",
+            "length": 4096,
+            "depth": depth,
+            "method": method,
+            "correct": correct,
+            "asked": 20,
+        }
 
     recall = [cell("16bit", 0.0, 20), cell("16bit", 0.5, 3), cell("served", 0.0, 18), cell("served", 0.5, 2)]
     assert [passed for passed, _ in fidelity_tables.recall_checks(recall)] == [False, True]

@@ -30,7 +30,9 @@ def rungs(**changes: float) -> dict[str, Divergence]:
         ({"int4": 0.03, "int4_plain": 0.05}, "FAIL  int4_plain, the control, is 2.5 times as far"),
     ],
 )
-def test_every_check_can_fail(changes: dict[str, float], wanted: str | None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_check_can_fail(
+    changes: dict[str, float], wanted: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
     failed = ladder.judge(REFERENCE, rungs(**changes), ladder.LIMITS)
     shown = capsys.readouterr().out
     assert bool(failed) == (wanted is not None) == ("FAIL" in shown)

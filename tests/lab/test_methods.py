@@ -47,7 +47,9 @@ def make_sample(num_tokens: int = 400, num_kv_heads: int = 2, head_dim: int = 12
     hessian = mix @ torch.diag_embed(torch.rand(num_kv_heads, head_dim) ** 4) @ mix.mT
     statistics = LayerStatistics(num_kv_heads, head_dim, "cpu")
     root = torch.linalg.cholesky(hessian + 1e-4 * torch.eye(head_dim))
-    statistics.set_output_weight(root.mT.permute(1, 0, 2).flatten(1))  # [head_dim, heads * head_dim], whose columns' Gram matrix it is
+    statistics.set_output_weight(
+        root.mT.permute(1, 0, 2).flatten(1)
+    )  # [head_dim, heads * head_dim], whose columns' Gram matrix it is
     queries = torch.einsum("thd,hcd->thc", torch.randn(num_tokens, num_kv_heads, head_dim), root)
     statistics.add(queries, rows[0], rows[1])
     return LayerSample(Sample(rows[0], hessian), Sample(rows[1], hessian), statistics)
@@ -59,7 +61,9 @@ def fitted(name: str, sample: LayerSample) -> tuple[Reader, Reader]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_reads_are_token_wise_and_pure(name: str) -> None:
-    """A row read alone, or among others, or in another order, is the same: so one pass reads what decoding would read."""
+    """A row read alone, or among others, or in another order, is the same: so one pass reads what
+    decoding would read.
+    """
     sample = make_sample(offset=3.0)
     for read, part in zip(fitted(name, sample), (sample.k, sample.v), strict=True):
         rows = part.rows[:50]
@@ -100,7 +104,9 @@ def test_served_formats_read_what_pages_give_back(name: str) -> None:
     out = torch.empty(2, 40, 2, 128)
     one = torch.tensor([40], dtype=torch.int32)
     pages = torch.arange(3, dtype=torch.int32)[None]
-    gather(cache, pages, one, torch.tensor([0, 40], dtype=torch.int32), out[0], out[1], rotated=False, backend="reference")
+    gather(
+        cache, pages, one, torch.tensor([0, 40], dtype=torch.int32), out[0], out[1], rotated=False, backend="reference"
+    )
     for read, part, want in zip(fitted(name, sample), (sample.k, sample.v), out, strict=True):
         assert torch.equal(read(part.rows), want)
 
@@ -108,12 +114,16 @@ def test_served_formats_read_what_pages_give_back(name: str) -> None:
 def test_centered_formats_read_what_pages_with_centers_give_back() -> None:
     sample = make_sample(num_tokens=40, offset=20.0)
     centers = [part.rows.mean(0) for part in (sample.k, sample.v)]
-    cache = PagedKVCache.allocate(PageLayout(CacheFormat.parse("int4"), 2, 128, 16), 3, k_center=centers[0], v_center=centers[1])
+    cache = PagedKVCache.allocate(
+        PageLayout(CacheFormat.parse("int4"), 2, 128, 16), 3, k_center=centers[0], v_center=centers[1]
+    )
     append(sample.k.rows, sample.v.rows, cache, torch.arange(40), backend="reference")
     out = torch.empty(2, 40, 2, 128)
     one = torch.tensor([40], dtype=torch.int32)
     pages = torch.arange(3, dtype=torch.int32)[None]
-    gather(cache, pages, one, torch.tensor([0, 40], dtype=torch.int32), out[0], out[1], rotated=False, backend="reference")
+    gather(
+        cache, pages, one, torch.tensor([0, 40], dtype=torch.int32), out[0], out[1], rotated=False, backend="reference"
+    )
     for read, part, want in zip(fitted("int4_center", sample), (sample.k, sample.v), out, strict=True):
         assert torch.equal(read(part.rows), want)
 
@@ -129,7 +139,9 @@ def test_feedback_reads_what_pages_written_with_it_give_back() -> None:
     out = torch.empty(2, 40, 2, 128)
     one = torch.tensor([40], dtype=torch.int32)
     pages = torch.arange(3, dtype=torch.int32)[None]
-    gather(cache, pages, one, torch.tensor([0, 40], dtype=torch.int32), out[0], out[1], rotated=False, backend="reference")
+    gather(
+        cache, pages, one, torch.tensor([0, 40], dtype=torch.int32), out[0], out[1], rotated=False, backend="reference"
+    )
     plain = fitted("int4_center", sample)
     for read, without, part, want in zip(fitted("int4_center_feedback", sample), plain, parts, out, strict=True):
         assert torch.equal(read(part.rows), want)
@@ -138,7 +150,10 @@ def test_feedback_reads_what_pages_written_with_it_give_back() -> None:
 
 def test_centering_removes_an_offset_that_rotation_spreads() -> None:
     sample = make_sample(offset=60.0)
-    error = {name: relative_error(fitted(name, sample)[0](sample.k.rows), sample.k.rows) for name in ("int4_center", "int4-k128-v128")}
+    error = {
+        name: relative_error(fitted(name, sample)[0](sample.k.rows), sample.k.rows)
+        for name in ("int4_center", "int4-k128-v128")
+    }
     assert error["int4_center"] < 0.3 * error["int4-k128-v128"]
 
 
@@ -177,12 +192,16 @@ def test_what_is_prepared_reads_what_pages_give_back() -> None:
     """The fit, `append`, then `gather`, to the last bit."""
     sample = make_sample(num_tokens=40, offset=20.0)
     cache_format = CacheFormat("int4").resolve(128)
-    cache = PagedKVCache.allocate(PageLayout(cache_format, 2, 128, 16), 3, **fit([sample.statistics], cache_format)[0].constants())
+    cache = PagedKVCache.allocate(
+        PageLayout(cache_format, 2, 128, 16), 3, **fit([sample.statistics], cache_format)[0].constants()
+    )
     append(sample.k.rows, sample.v.rows, cache, torch.arange(40), backend="reference")
     out = torch.empty(2, 40, 2, 128)
     one = torch.tensor([40], dtype=torch.int32)
     pages = torch.arange(3, dtype=torch.int32)[None]
-    gather(cache, pages, one, torch.tensor([0, 40], dtype=torch.int32), out[0], out[1], rotated=False, backend="reference")
+    gather(
+        cache, pages, one, torch.tensor([0, 40], dtype=torch.int32), out[0], out[1], rotated=False, backend="reference"
+    )
     for read, part, want in zip(fitted("prepared", sample), (sample.k, sample.v), out, strict=True):
         assert torch.equal(read(part.rows), want)
 

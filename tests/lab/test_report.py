@@ -22,13 +22,31 @@ from msgspec.structs import replace
 from sawkv import SawkvError, cli
 from sawkv.lab import report
 from sawkv.lab.analysis import Analysis
-from sawkv.lab.records import Divergence, Evaluation, Fork, FreeRun, LayerKL, MethodResult, ModelShape, PositionKL, Recall, Surprise
+from sawkv.lab.records import (
+    Divergence,
+    Evaluation,
+    Fork,
+    FreeRun,
+    LayerKL,
+    MethodResult,
+    ModelShape,
+    PositionKL,
+    Recall,
+    Surprise,
+)
 from sawkv.lab.report.verdict import verdict
 from sawkv.page import Cell, Column, Table, digits, svg
 from tests.lab.test_analyze import run
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
-METHODS = {"prepared": 4.25, "fp8": 8.0, "int4_plain": 4.25, "kmeans_rotated": 4.25, "vllm_int4_per_token_head": 4.25, "svd_int8": 4.5}
+METHODS = {
+    "prepared": 4.25,
+    "fp8": 8.0,
+    "int4_plain": 4.25,
+    "kmeans_rotated": 4.25,
+    "vllm_int4_per_token_head": 4.25,
+    "svd_int8": 4.5,
+}
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
@@ -122,7 +140,9 @@ def check(page: str) -> Checker:
     assert checker.open == []
     assert "script" not in checker.tags
     assert not {"img", "link", "iframe", "object", "embed"} & set(checker.tags)
-    assert all(link.startswith("data:text/") or (link.startswith("#") and link[1:] in checker.ids) for link in checker.links)
+    assert all(
+        link.startswith("data:text/") or (link.startswith("#") and link[1:] in checker.ids) for link in checker.links
+    )
     assert not re.search(r"url\(|@import|https?:", page)
     for drawing in re.findall(r"<svg.*?</svg>", page, re.DOTALL):
         for number in ElementTree.fromstring(drawing).iter():
@@ -242,7 +262,8 @@ def test_the_light_is_the_worst_of_all() -> None:
 
     def lights(ppl: float, kl: float, correct: int, with_fp8: bool = True) -> tuple[str, list[str]]:
         result = replace(
-            make_result("prepared", 4.25, kl, correct), divergence=replace(subject.divergence, mean_kl=kl, kl_se=kl / 20, ppl=ppl)
+            make_result("prepared", 4.25, kl, correct),
+            divergence=replace(subject.divergence, mean_kl=kl, kl_se=kl / 20, ppl=ppl),
         )
         changed = replace(evaluation, results=(floor, result, *([fp8] if with_fp8 else [])))
         found = verdict(changed, result, floor)
@@ -277,7 +298,12 @@ def test_two_runs_are_compared(tmp_path: Path) -> None:
     before = make_evaluation()
     halved = replace(before.results[1], divergence=replace(before.results[1].divergence, mean_kl=0.005, kl_se=0.0002))
     alike = replace(before.results[2], divergence=replace(before.results[2].divergence, mean_kl=0.0201))
-    after = replace(before, results=(before.results[0], halved, alike, before.results[3]), versions={"sawkv": "0.2.0"}, device="a gpu")
+    after = replace(
+        before,
+        results=(before.results[0], halved, alike, before.results[3]),
+        versions={"sawkv": "0.2.0"},
+        device="a gpu",
+    )
     files = [tmp_path / "A.json", tmp_path / "B.json"]
     for file, record in zip(files, (before, after), strict=True):
         file.write_text(record.to_json())
@@ -297,7 +323,13 @@ def test_two_runs_are_compared(tmp_path: Path) -> None:
 
 
 def test_the_frontier_holds_what_nothing_beats() -> None:
-    points = [svg.Point("a", 4, 3), svg.Point("b", 4, 2), svg.Point("c", 8, 2.5), svg.Point("d", 8, 1), svg.Point("e", 9, 1)]
+    points = [
+        svg.Point("a", 4, 3),
+        svg.Point("b", 4, 2),
+        svg.Point("c", 8, 2.5),
+        svg.Point("d", 8, 1),
+        svg.Point("e", 9, 1),
+    ]
     assert [point.name for point in svg.frontier(points)] == ["b", "d"]
 
 
@@ -324,7 +356,9 @@ def test_a_browser_draws_it(tmp_path: Path) -> None:
     flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
     flags += " --disable-component-update --disable-sync --hide-scrollbars"
     command = [str(CHROMIUM), *flags.split(), f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1200,1600"]
-    done = subprocess.run([*command, f"--screenshot={image}", page.as_uri()], check=True, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [*command, f"--screenshot={image}", page.as_uri()], check=True, capture_output=True, text=True, timeout=120
+    )
     assert "Refused to" not in done.stderr, "the page breaks its own content security policy"
     assert image.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert image.stat().st_size > 30_000, "an empty page is smaller"

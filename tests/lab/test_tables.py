@@ -25,7 +25,12 @@ def test_new_lines_replace_those_of_their_cell(tmp_path: Path) -> None:
 
 
 def test_page_gets_the_tables_and_keeps_the_rest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = [record("default", 0.02), record("vllm_int4_per_token_head", 0.04), record("reference", 0.0, 16.0), record("best", 0.01, 4.125)]
+    lines = [
+        record("default", 0.02),
+        record("vllm_int4_per_token_head", 0.04),
+        record("reference", 0.0, 16.0),
+        record("best", 0.01, 4.125),
+    ]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, record("fp8", 0.001, 8.0)]))
     page = tmp_path / "page.md"
     page.write_text(f"above\n{accuracy_tables.BEGIN}\nold\n{accuracy_tables.END}\nbelow\n")

@@ -33,7 +33,12 @@ def small_model(kind: str = "qwen3", **options: object) -> EvalModel:
         "initializer_range": 0.2,
     }
     if kind == "gemma2":
-        options |= {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0, "sliding_window": 8, "query_pre_attn_scalar": 64}
+        options |= {
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+            "sliding_window": 8,
+            "query_pre_attn_scalar": 64,
+        }
     if kind == "gpt_oss":
         options |= {"num_local_experts": 2, "num_experts_per_tok": 1, "sliding_window": 8}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape | options))
@@ -106,7 +111,9 @@ def test_readers_see_all_tokens_of_all_layers_and_go_away() -> None:
 
 
 def test_samples_stand_at_positions_over_the_context() -> None:
-    """The first window at its start, the last at its end but for the first tokens; a shorter context, as none, leaves all at the start."""
+    """The first window at its start, the last at its end but for the first tokens; a shorter context, as none, leaves
+    all at the start.
+    """
     model, ids = small_model(), torch.randint(0, 512, (3, 20))
     samples = collect_samples(model, ids, 200)
     places = preparation_positions(3, 20, 200)
@@ -115,14 +122,18 @@ def test_samples_stand_at_positions_over_the_context() -> None:
             torch.testing.assert_close(sample.k.rows[20 * i : 20 * i + 20], states.k, rtol=0, atol=0)
             torch.testing.assert_close(sample.v.rows[20 * i : 20 * i + 20], states.v, rtol=0, atol=0)
     queries = torch.cat([model.states(ids[i : i + 1], places[i])[0].q for i in range(3)]).view(60, 2, 2, 64)
-    torch.testing.assert_close(samples[0].k.hessian, torch.einsum("thgd,thgc->hdc", queries, queries) / 120, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        samples[0].k.hessian, torch.einsum("thgd,thgc->hdc", queries, queries) / 120, rtol=1e-4, atol=1e-5
+    )
     near, at_start = collect_samples(model, ids, 10), collect_samples(model, ids)
     assert torch.equal(near[1].k.rows, at_start[1].k.rows)
     assert not torch.allclose(samples[1].k.rows, at_start[1].k.rows, atol=0.1)
 
 
 def test_a_gap_in_positions_hides_no_token() -> None:
-    """Transformers would take what follows a gap for another sequence. RoPE alone changes: V of the second layer sees the first tokens."""
+    """Transformers would take what follows a gap for another sequence. RoPE alone changes: V of the second layer sees
+    the first tokens.
+    """
     model, ids = small_model(), torch.randint(0, 512, (1, 20))
     places = preparation_positions(2, 20, 200)[1]
     other = ids.clone()
@@ -289,14 +300,24 @@ def test_a_gguf_file_is_a_checkpoint_too(tmp_path: Path) -> None:
     embedding = torch.randn(vocabulary, hidden)
     writer.add_tensor("token_embd.weight", embedding.numpy())
     writer.add_tensor("output_norm.weight", torch.ones(hidden).numpy())
-    sizes = {"attn_q": (hidden, hidden), "attn_k": (hidden // 2, hidden), "attn_v": (hidden // 2, hidden), "attn_output": (hidden, hidden)}
+    sizes = {
+        "attn_q": (hidden, hidden),
+        "attn_k": (hidden // 2, hidden),
+        "attn_v": (hidden // 2, hidden),
+        "attn_output": (hidden, hidden),
+    }
     sizes |= {"ffn_gate": (96, hidden), "ffn_up": (96, hidden), "ffn_down": (hidden, 96)}
     for layer in range(layers):
         for name, size in sizes.items():
             writer.add_tensor(f"blk.{layer}.{name}.weight", (torch.randn(size) / 8).numpy())
         for name in ("attn_norm", "ffn_norm"):
             writer.add_tensor(f"blk.{layer}.{name}.weight", torch.ones(hidden).numpy())
-    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file, writer.close):
+    for write in (
+        writer.write_header_to_file,
+        writer.write_kv_data_to_file,
+        writer.write_tensors_to_file,
+        writer.close,
+    ):
         write()
     model = EvalModel.load(file, "cpu", torch.float32)
     assert model.shape == (heads, kv_heads, hidden // heads)

@@ -1,4 +1,6 @@
-"""The peer is what vLLM does: our port against its real write kernel, in Triton's interpreter, and on a GPU as compiled."""
+"""The peer is what vLLM does: our port against its real write kernel, in Triton's interpreter, and on a GPU as
+compiled.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,8 @@ slots = torch.arange(num_tokens)
 module.reshape_and_cache_int4(rows, rows, codes[0], codes[1], slots, k_scale_cache=scales[0], v_scale_cache=scales[1])
 assert torch.equal(codes[0], codes[1])
 packed = codes[0].flatten(0, 1)[:num_tokens]
-torch.save((torch.stack((packed & 15, packed >> 4), -1).flatten(-2), scales[0].flatten(0, 1)[:num_tokens, :, None]), sys.argv[2])
+codes = torch.stack((packed & 15, packed >> 4), -1).flatten(-2)
+torch.save((codes, scales[0].flatten(0, 1)[:num_tokens, :, None]), sys.argv[2])
 """
 
 
@@ -53,7 +56,9 @@ def test_port_equals_the_kernel_bit_for_bit(head_dim: int, tmp_path: os.PathLike
     files = [os.path.join(tmp_path, name) for name in ("rows.pt", "stored.pt")]
     torch.save(rows, files[0])
     environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", IN_INTERPRETER, *files], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", IN_INTERPRETER, *files], env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     codes, scales = torch.load(files[1], weights_only=True)
     ours = encode(rows)
@@ -81,8 +86,12 @@ def test_port_equals_the_compiled_kernel() -> None:
     assert vllm_peer.available(device)
     rows = torch.randn(500, 2, 128).bfloat16()
     sample = make_sample().k
-    on_gpu = VllmInt4().fit(type(sample)(sample.rows.to(device), sample.hessian.to(device)))(rows.float().to(device)).cpu()
+    on_gpu = (
+        VllmInt4().fit(type(sample)(sample.rows.to(device), sample.hessian.to(device)))(rows.float().to(device)).cpu()
+    )
     on_cpu = VllmInt4().fit(sample)(rows.float())
     errors = [float((read - rows.float()).norm() / rows.float().norm()) for read in (on_gpu, on_cpu)]
     assert errors[0] == pytest.approx(errors[1], rel=0.02)
-    assert float((on_gpu - on_cpu).norm()) < 0.6 * float((on_cpu - rows).norm())  # unlike errors of this size would give 1.4
+    assert float((on_gpu - on_cpu).norm()) < 0.6 * float(
+        (on_cpu - rows).norm()
+    )  # unlike errors of this size would give 1.4

@@ -74,7 +74,9 @@ def make_model(kind: str, attention: str = "sawkv", seed: int = 0, **changes: An
                 weight.normal_(std=weight.shape[-1] ** -0.5)
             elif "sinks" in name:
                 weight.normal_()
-    model.generation_config.eos_token_id = 10**6  # random models never mean to stop; without any, Transformers 5.5 cannot draft
+    model.generation_config.eos_token_id = (
+        10**6
+    )  # random models never mean to stop; without any, Transformers 5.5 cannot draft
     model.generation_config.pad_token_id = 0
     return model
 
@@ -85,13 +87,17 @@ def plain_attention(kind: str) -> str:
 
 
 class SimulatedCache(DynamicCache):
-    """16- or 32-bit K and V that went through a format: rotated, encoded, decoded and rotated back. Knows nothing of pages."""
+    """16- or 32-bit K and V that went through a format: rotated, encoded, decoded and rotated back. Knows nothing of
+    pages.
+    """
 
     def __init__(self, config: Any, format_name: str) -> None:
         super().__init__(config=config)
         self._format = CacheFormat.parse(format_name)
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> Any:
         cache_format = self._format.resolve(key_states.shape[-1])
         codec = CODECS[cache_format.codec]
         k, v = (

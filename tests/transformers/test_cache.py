@@ -12,7 +12,17 @@ import pytest
 import torch
 from transformers import AutoConfig, DynamicCache
 
-from sawkv import CacheFormat, FormatError, LayoutError, PagedKVCache, PageLayout, SawkvError, UnsupportedError, append, ops
+from sawkv import (
+    CacheFormat,
+    FormatError,
+    LayoutError,
+    PagedKVCache,
+    PageLayout,
+    SawkvError,
+    UnsupportedError,
+    append,
+    ops,
+)
 from sawkv.errors import CalibrationError
 from sawkv.format.feedback import takes_from
 from sawkv.integrations.transformers import SawCache
@@ -212,7 +222,10 @@ def test_two_caches_of_one_model() -> None:
     ids = [torch.randint(1, 99, (2, 25)), torch.randint(1, 99, (3, 60))]
     apart = [SawCache(model.config, LOSSLESS) for _ in ids]
     with torch.no_grad():
-        alone = [[model(x, **using(cache)).logits, model(x[:, :1], **using(cache)).logits] for x, cache in zip(ids, apart, strict=True)]
+        alone = [
+            [model(x, **using(cache)).logits, model(x[:, :1], **using(cache)).logits]
+            for x, cache in zip(ids, apart, strict=True)
+        ]
         mixed = [SawCache(model.config, LOSSLESS) for _ in ids]
         first = [model(x, **using(cache)).logits for x, cache in zip(ids, mixed, strict=True)]
         second = [model(x[:, :1], **using(cache)).logits for x, cache in zip(ids, mixed, strict=True)]
@@ -271,11 +284,15 @@ def test_calibration(attention: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("kind", ["gemma2", "gpt_oss"])
 def test_centers_and_gains_where_attention_has_a_soft_cap_or_sinks(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """They change nothing in a format that loses nothing: logits are those of the model's own attention in fp32, without a cache."""
+    """They change nothing in a format that loses nothing: logits are those of the model's own attention in fp32,
+    without a cache.
+    """
     model, ids = make_model(kind), torch.randint(1, 99, (2, 60))
     shape = (4, 2, model.config.head_dim)
     gains = {name: 0.5 + torch.rand(shape) for name in ("k_gain", "v_gain")}
-    made = Calibration(CacheFormat.parse(LOSSLESS), model_id(model.config), torch.randn(shape), torch.randn(shape), **gains)
+    made = Calibration(
+        CacheFormat.parse(LOSSLESS), model_id(model.config), torch.randn(shape), torch.randn(shape), **gains
+    )
 
     def logits() -> torch.Tensor:
         cache = SawCache(model.config, LOSSLESS, calibration=made)
@@ -295,7 +312,9 @@ def test_centers_and_gains_where_attention_has_a_soft_cap_or_sinks(kind: str, mo
 
 @pytest.mark.parametrize("offload", [False, True])
 def test_feedback_is_in_the_bytes_and_kept(offload: bool) -> None:
-    """Pages of each layer as the reference writes them, with that layer's weights, before and after the batch is reordered."""
+    """Pages of each layer as the reference writes them, with that layer's weights, before and after the batch is
+    reordered.
+    """
     config = make_model("llama", "sdpa").config
     weights = torch.randint(-127, 128, (2, 4, 2, 16, 16), dtype=torch.int8) * takes_from(16).to(torch.int8)
     step = torch.full((4, 2), 1e-3)
@@ -311,7 +330,9 @@ def test_feedback_is_in_the_bytes_and_kept(offload: bool) -> None:
         if i == 0:
             cache.reorder_cache(torch.tensor([1, 0]))
     for layer, (before, after) in enumerate(zip(*written, strict=True)):
-        wanted = [PagedKVCache.allocate(layout, 3, **given.constants()) for given in (made.layer(layer), LayerCalibration())]
+        wanted = [
+            PagedKVCache.allocate(layout, 3, **given.constants()) for given in (made.layer(layer), LayerCalibration())
+        ]
         for each in wanted:
             rows = [torch.cat([old[1], new[0]], 1).transpose(0, 1) for old, new in zip(before, after, strict=True)]
             append(*rows, each, torch.arange(48), backend="reference")

@@ -1,4 +1,6 @@
-"""Uses that caches get wrong: a SawCache serves them right or refuses them by name, with any attention, mode and kind of cache."""
+"""Uses that caches get wrong: a SawCache serves them right or refuses them by name, with any attention, mode and kind
+of cache.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,9 @@ def assert_close(got: torch.Tensor, want: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("cache", KINDS)
 @pytest.mark.parametrize("train", [False, True])
-@pytest.mark.parametrize(("kind", "attention"), [("llama", "sawkv"), ("llama", "sdpa"), ("mistral", "eager"), ("gemma2", "sawkv")])
+@pytest.mark.parametrize(
+    ("kind", "attention"), [("llama", "sawkv"), ("llama", "sdpa"), ("mistral", "eager"), ("gemma2", "sawkv")]
+)
 def test_gradients_are_refused(kind: str, attention: str, train: bool, cache: str) -> None:
     model = make_model(kind, attention).train(train)
     held, x = saw(model, **KINDS[cache]), ids()
@@ -71,7 +75,9 @@ def test_soft_prompts_of_a_frozen_model_are_refused(attention: str) -> None:
     prompt = model.get_input_embeddings()(ids()).requires_grad_()
     with pytest.raises(UnsupportedError, match="no gradients flow"):
         model(inputs_embeds=prompt, **using(saw(model)))
-    assert_close(model(inputs_embeds=prompt.detach(), **using(saw(model))).logits, model(inputs_embeds=prompt).logits.detach())
+    assert_close(
+        model(inputs_embeds=prompt.detach(), **using(saw(model))).logits, model(inputs_embeds=prompt).logits.detach()
+    )
 
 
 @pytest.mark.parametrize("attention", ["sawkv", "sdpa"])
@@ -90,7 +96,9 @@ def test_gradients_within_generate_are_refused(attention: str) -> None:
 
 
 def test_gradients_of_queries_alone() -> None:
-    """Only the last layer's q_proj is trained, so that K and V never require a gradient. Attention over tensors has the right one."""
+    """Only the last layer's q_proj is trained, so that K and V never require a gradient. Attention over tensors has the
+    right one.
+    """
     x, grads = ids(), []
     for attention in ("sdpa", "sawkv"):
         model = make_model("llama", attention).requires_grad_(False)
@@ -129,7 +137,9 @@ def test_dropout_of_attention_is_not_lost() -> None:
 # Crops
 
 
-def crop_both(model: PreTrainedModel, keep: int, removed: int | None = None, padding: int = 6, **options: Any) -> list[torch.Tensor]:
+def crop_both(
+    model: PreTrainedModel, keep: int, removed: int | None = None, padding: int = 6, **options: Any
+) -> list[torch.Tensor]:
     """Logits after a left-padded prompt of 12 was cropped to `keep`, by rows, with DynamicCache and with SawCache."""
     x, more = ids(), ids(2, 4)
     mask = torch.ones_like(x)
@@ -337,7 +347,12 @@ def test_a_change_of_the_batch_that_dies(cache: str, monkeypatch: pytest.MonkeyP
         patched.setattr(held.layers[2], "reorder_cache", fail)
         with pytest.raises(Died):
             held.batch_repeat_interleave(3)
-    for use in (lambda: logits(model, x, held), lambda: held.crop(-1), lambda: held.reorder_cache(torch.tensor([0])), lambda: list(held)):
+    for use in (
+        lambda: logits(model, x, held),
+        lambda: held.crop(-1),
+        lambda: held.reorder_cache(torch.tensor([0])),
+        lambda: list(held),
+    ):
         with pytest.raises(LayoutError, match=r"change of the batch stopped half way.*reset"):
             use()
     held.reset()
@@ -463,14 +478,17 @@ def test_another_batch_or_too_many_tokens(attention: str, kind: str, cache: str)
         with pytest.raises(LayoutError, match="at most max_cache_len=700 tokens, got 12 and 689 more"):
             logits(model, ids(2, 689), held)
     assert int(held.get_seq_length()) == 12
-    assert_close(logits(model, x, held), logits(make_model(kind, plain_attention(kind)), torch.cat([x, x], 1), None)[:, 12:])
+    assert_close(
+        logits(model, x, held), logits(make_model(kind, plain_attention(kind)), torch.cat([x, x], 1), None)[:, 12:]
+    )
 
 
 # Models of other kinds
 
 
 @pytest.mark.parametrize(
-    ("kind", "changes"), [("bloom", {"n_head": 4, "n_layer": 2, "hidden_size": 64}), ("doge", {}), ("diffllama", {}), ("jetmoe", {})]
+    ("kind", "changes"),
+    [("bloom", {"n_head": 4, "n_layer": 2, "hidden_size": 64}), ("doge", {}), ("diffllama", {}), ("jetmoe", {})],
 )
 def test_models_that_touch_k_and_v(kind: str, changes: dict[str, Any]) -> None:
     """They are refused with our attention by a message that names the model and the way out, and that way is right."""
@@ -489,10 +507,23 @@ def test_models_that_touch_k_and_v(kind: str, changes: dict[str, Any]) -> None:
 
 
 def test_layers_that_differ_in_their_heads() -> None:
-    """Gemma 4 without shared K and V: heads and head_dim depend on the layer's type, and its config says so for each layer alone."""
+    """Gemma 4 without shared K and V: heads and head_dim depend on the layer's type, and its config says so for each
+    layer alone.
+    """
     kinds = ["sliding_attention", "full_attention"] * 2
-    shape = {"hidden_size": 64, "layer_types": kinds, "sliding_window": 20, "global_head_dim": 32, "num_global_key_value_heads": 1}
-    off = {"num_kv_shared_layers": 0, "hidden_size_per_layer_input": 0, "attention_k_eq_v": True, "enable_moe_block": False}
+    shape = {
+        "hidden_size": 64,
+        "layer_types": kinds,
+        "sliding_window": 20,
+        "global_head_dim": 32,
+        "num_global_key_value_heads": 1,
+    }
+    off = {
+        "num_kv_shared_layers": 0,
+        "hidden_size_per_layer_input": 0,
+        "attention_k_eq_v": True,
+        "enable_moe_block": False,
+    }
     config = AutoConfig.for_model("gemma4_text", **(SMALL | shape | off))
     model = AutoModelForCausalLM.from_config(config, attn_implementation="sawkv", dtype=torch.float32).eval()
     x, outs = ids(2, 40), []
@@ -568,7 +599,10 @@ def test_differentiation_by_transforms_is_refused(attention: str) -> None:
 
     held = saw(model)
     with torch.no_grad():
-        with forward_ad.dual_level(), pytest.raises(UnsupportedError, match="got those of forward-mode differentiation"):
+        with (
+            forward_ad.dual_level(),
+            pytest.raises(UnsupportedError, match="got those of forward-mode differentiation"),
+        ):
             run(forward_ad.make_dual(embedded, torch.ones_like(embedded)), held)
         with pytest.raises(UnsupportedError, match="expected K and V with data, got Tensor"):
             torch.func.vmap(lambda inputs: run(inputs, held))(embedded[None])
@@ -596,7 +630,9 @@ def test_a_first_allocation_that_fails(cache: str, attention: str, monkeypatch: 
 
 @pytest.mark.parametrize("cache", KINDS)
 @pytest.mark.parametrize(("where", "what"), [("_find_padding", "begin"), ("advance", "begin"), ("crop", "a crop")])
-def test_a_change_of_lengths_that_stops_half_way(where: str, what: str, cache: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_change_of_lengths_that_stops_half_way(
+    where: str, what: str, cache: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Ctrl-C can come anywhere. Tables that do not fit the pages would have kernels write past them."""
     model, x = make_model("llama"), ids()
     held = saw(model, **KINDS[cache])
@@ -659,15 +695,23 @@ def test_what_is_no_model_is_named(other: Any) -> None:
 @pytest.mark.parametrize("cache", KINDS)
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2", "gpt_oss"])
 def test_any_order_of_calls(kind: str, cache: str) -> None:
-    """Passes with padding and holes, deaths, crops, changes of the batch, copies and changes of mode, against no cache at all."""
+    """Passes with padding and holes, deaths, crops, changes of the batch, copies and changes of mode, against no cache
+    at all.
+    """
     changes = {"num_experts_per_tok": 4} if kind == "gpt_oss" else {}  # no expert is chosen by rounding
     plain = make_model(kind, plain_attention(kind), **changes)
     for _ in range(4):
         model = make_model(kind, random.choice(["sawkv", "eager"]), **changes)
-        held, tokens, mask = saw(model, **KINDS[cache]), torch.zeros(2, 0, dtype=torch.long), torch.zeros(2, 0, dtype=torch.long)
+        held, tokens, mask = (
+            saw(model, **KINDS[cache]),
+            torch.zeros(2, 0, dtype=torch.long),
+            torch.zeros(2, 0, dtype=torch.long),
+        )
         said = []
         for _ in range(12):
-            operation = random.choice(["pass"] * 4 + ["die", "crop", "batch", "copy", "record"]) if tokens.numel() else "pass"
+            operation = (
+                random.choice(["pass"] * 4 + ["die", "crop", "batch", "copy", "record"]) if tokens.numel() else "pass"
+            )
             mode = random.choice([torch.no_grad, torch.inference_mode])
             said.append(f"{operation} {mode.__name__}")
             if operation in ("pass", "die"):

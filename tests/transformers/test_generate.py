@@ -1,8 +1,8 @@
 """Everything `generate` does, with tiny random models.
 
-The cases are those of Transformers' own generation tests, written anew: its packages do not carry them. Each compares a SawCache with
-Transformers' DynamicCache, under a format that loses nothing (rotated fp32 pages), so that any difference beyond rounding is our error.
-INT4 is then compared with a simulation that knows nothing of pages (`SimulatedCache`).
+The cases are those of Transformers' own generation tests, written anew: its packages do not carry them. Each compares a
+SawCache with Transformers' DynamicCache, under a format that loses nothing (rotated fp32 pages), so that any difference
+beyond rounding is our error. INT4 is then compared with a simulation that knows nothing of pages (`SimulatedCache`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ def generate(model: PreTrainedModel, cache: Any, ids: torch.Tensor, **options: A
 
 
 def both(
-    kind: str, run: Callable[[PreTrainedModel, Callable[[PreTrainedModel], Any]], Any], attention: str = "sawkv", **options: Any
+    kind: str,
+    run: Callable[[PreTrainedModel, Callable[[PreTrainedModel], Any]], Any],
+    attention: str = "sawkv",
+    **options: Any,
 ) -> list[Any]:
     """`run(model, new_cache)` with a SawCache, and with a DynamicCache and the model's own attention."""
     ours = run(make_model(kind, attention), lambda model: SawCache(model.config, LOSSLESS, **options))
@@ -74,7 +77,9 @@ MODES: dict[str, dict[str, Any]] = {
 def test_modes(kind: str, padded: bool, mode: str) -> None:
     ids = prompt()
     mask = PADDED if padded else torch.ones_like(PADDED)
-    assert_same(*both(kind, lambda model, cache: generate(model, cache(model), ids, attention_mask=mask, **MODES[mode])))
+    assert_same(
+        *both(kind, lambda model, cache: generate(model, cache(model), ids, attention_mask=mask, **MODES[mode]))
+    )
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -85,7 +90,9 @@ def test_left_padding_changes_nothing(kind: str) -> None:
     for row in range(3):
         alone = generate(model, SawCache(model.config, LOSSLESS), ids[row : row + 1, PADDED[row] == 1])
         assert torch.equal(together.sequences[row, 30:], alone.sequences[0, -24:])
-        torch.testing.assert_close(torch.stack(together.logits)[:, row], torch.stack(alone.logits)[:, 0], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(
+            torch.stack(together.logits)[:, row], torch.stack(alone.logits)[:, 0], atol=1e-4, rtol=1e-4
+        )
 
 
 @pytest.mark.parametrize("kind", ["llama", "mistral", "gemma2"])
@@ -174,7 +181,9 @@ def test_passes_of_any_length(kind: str, lengths: list[int]) -> None:
 @pytest.mark.parametrize("kind", MODELS)
 @pytest.mark.parametrize("attention", ["sawkv", "own"])
 def test_int4_equals_its_simulation(kind: str, attention: str) -> None:
-    """What attention sees is the quantized K and V: in the prompt, in decoding, padded, with both kinds of attention."""
+    """What attention sees is the quantized K and V: in the prompt, in decoding, padded, with both kinds
+    of attention.
+    """
     ids = prompt()
     name = attention if attention == "sawkv" else plain_attention(kind)
     ours, theirs = make_model(kind, name), make_model(kind, plain_attention(kind))
@@ -182,7 +191,8 @@ def test_int4_equals_its_simulation(kind: str, attention: str) -> None:
     want = generate(theirs, SimulatedCache(theirs.config, "int4"), ids, attention_mask=PADDED)
     exact = generate(theirs, DynamicCache(config=theirs.config), ids, attention_mask=PADDED)
     first = [x.logits[0] for x in (got, want, exact)]
-    # Rounding may flip a code here and there, which moves a logit by hundredths. The quantization itself moves them by tenths.
+    # Rounding may flip a code here and there, which moves a logit by hundredths. The quantization itself moves them by
+    # tenths.
     assert (first[0] - first[1]).abs().mean() < 0.01
     assert (first[0] - first[2]).abs().mean() > 0.05, "the first token already comes from quantized K and V"
     assert (got.sequences == want.sequences).float().mean() > 0.75

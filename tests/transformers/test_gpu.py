@@ -22,7 +22,8 @@ KINDS = ["qwen3", "mistral", "gemma2"]
 
 def on_gpu(kind: str, attention: str = "sawkv", **changes: Any) -> PreTrainedModel:
     """head_dim 128 or more, as the CUDA kernels need 64."""
-    return make_model(kind, attention, **({} if kind == "gemma2" else {"head_dim": 128}) | changes).cuda()  # type: ignore[no-any-return]
+    # type: ignore[no-any-return]
+    return make_model(kind, attention, **({} if kind == "gemma2" else {"head_dim": 128}) | changes).cuda()
 
 
 def assert_close(got: Any, want: Any, limit: float = 0.05) -> None:
@@ -101,7 +102,10 @@ def test_layers_on_two_devices() -> None:
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}])
 def test_offloaded_pages_are_the_same_pages(options: dict[str, Any]) -> None:
     model, ids = on_gpu("gemma2"), prompt().cuda()
-    texts = [generate(model, SawCache(model.config, offload=offload), ids, max_new_tokens=200, **options) for offload in (False, True)]
+    texts = [
+        generate(model, SawCache(model.config, offload=offload), ids, max_new_tokens=200, **options)
+        for offload in (False, True)
+    ]
     assert_close(texts[1], texts[0], 0.01)
 
 

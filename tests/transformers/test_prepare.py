@@ -1,4 +1,6 @@
-"""A SawCache prepares its model at its first use: near 16 bits where unprepared INT4 is far off, once, and without a trace in the model."""
+"""A SawCache prepares its model at its first use: near 16 bits where unprepared INT4 is far off, once, and without a
+trace in the model.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ def ids(rows: int = 2, tokens: int = 40) -> torch.Tensor:
 
 
 def biased(kind: str = "qwen2", attention: str = "sawkv", **changes: Any) -> PreTrainedModel:
-    """A model whose keys have a large static part, in channels that rotary embeddings hardly turn: unprepared, 4 bits are spent on it."""
+    """A model whose keys have a large static part, in channels that rotary embeddings hardly turn: unprepared, 4 bits
+    are spent on it.
+    """
     model = make_model(kind, attention, attention_bias=True, **changes)
     head_dim = model.model.layers[0].self_attn.head_dim
     with torch.no_grad():
@@ -93,18 +97,24 @@ def assert_equal(a: list[LayerCalibration], b: list[LayerCalibration]) -> None:
 @pytest.mark.parametrize("attention", ["sawkv", "own"])
 @pytest.mark.parametrize("options", [{}, {"max_cache_len": 80}, {"offload": True}, {"exact_prefill": True}])
 @pytest.mark.parametrize("kind", ["qwen2", "gpt_oss"])
-def test_a_prepared_model_is_near_where_an_unprepared_one_is_far_off(kind: str, options: dict[str, Any], attention: str) -> None:
+def test_a_prepared_model_is_near_where_an_unprepared_one_is_far_off(
+    kind: str, options: dict[str, Any], attention: str
+) -> None:
     """gpt-oss has sinks and windows."""
     name = plain_attention(kind) if attention == "own" else attention
     model, reference = biased(kind, name), biased(kind, plain_attention(kind))
-    prepared, plain = (distance(model, SawCache(model.config, prepare=choice, **options), reference) for choice in (True, False))
+    prepared, plain = (
+        distance(model, SawCache(model.config, prepare=choice, **options), reference) for choice in (True, False)
+    )
     assert prepared < 0.25 * plain
     assert plain > (0.05 if "exact_prefill" in options else 0.2), "the control must be bad"
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "mistral", "gemma2", "gemma3_text"])
 def test_other_kinds(kind: str) -> None:
-    """Soft-caps, windows, norms of keys. These random weights give keys no static part; without preparation they are near 16 bits too."""
+    """Soft-caps, windows, norms of keys. These random weights give keys no static part; without preparation they are
+    near 16 bits too.
+    """
     model, reference = make_model(kind), make_model(kind, plain_attention(kind))
     prepared, plain = (distance(model, SawCache(model.config, prepare=choice), reference) for choice in (True, False))
     assert prepared < 2 * plain
@@ -125,7 +135,12 @@ def test_the_shipped_model_and_its_text(
 
 def test_caches_of_one_model_share_one_preparation(runs: list[PreTrainedModel]) -> None:
     model = biased()
-    caches = [SawCache(model.config), SawCache(model), SawCache(model.config, max_cache_len=80), SawCache(model.config, "int4-k16-v16")]
+    caches = [
+        SawCache(model.config),
+        SawCache(model),
+        SawCache(model.config, max_cache_len=80),
+        SawCache(model.config, "int4-k16-v16"),
+    ]
     for cache in (*caches, SawCache(model.config)):
         distance(model, cache)
     assert runs == [model.model] * 2, "a format of its own is fitted on its own"
@@ -134,7 +149,9 @@ def test_caches_of_one_model_share_one_preparation(runs: list[PreTrainedModel]) 
     assert not torch.equal(same[0][0].k_feedback.weights, same[3][0].k_feedback.weights)
 
 
-def test_a_new_process_finds_it_on_disk(runs: list[PreTrainedModel], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_new_process_finds_it_on_disk(
+    runs: list[PreTrainedModel], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     first, again = biased(), biased()
     caches = [SawCache(first), SawCache(again)]
     distance(first, caches[0])
@@ -154,7 +171,11 @@ def test_a_new_process_finds_it_on_disk(runs: list[PreTrainedModel], tmp_path: P
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("changed", [None, "in memory", "rotary embeddings", "in the file", "of other weights"])
 def test_a_preparation_that_comes_with_the_model(
-    changed: str | None, dtype: torch.dtype, runs: list[PreTrainedModel], tmp_path: Path, caplog: pytest.LogCaptureFixture
+    changed: str | None,
+    dtype: torch.dtype,
+    runs: list[PreTrainedModel],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     """It is used by the model in those files, in whatever dtype it is loaded, and by no other."""
     folder = tmp_path / "published"
@@ -162,7 +183,9 @@ def test_a_preparation_that_comes_with_the_model(
     calibration = prepared_for(folder)
     shutil.rmtree(tmp_path / "store")
     path = shipped_path(folder, calibration.format)
-    replace(calibration, weights="0" * 64 if changed == "of other weights" else contents_digest(folder) or "").save(path)
+    replace(calibration, weights="0" * 64 if changed == "of other weights" else contents_digest(folder) or "").save(
+        path
+    )
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sawkv").eval()
     del runs[:]
     with torch.no_grad(), caplog.at_level(logging.INFO, "sawkv"):
@@ -180,7 +203,10 @@ def test_a_preparation_that_comes_with_the_model(
         assert_equal(written_with(cache), [calibration.layer(i) for i in range(calibration.num_layers)])
     else:
         assert runs == [model.model]
-        assert "which came with the model, cannot be used" in caplog.text or "the model in memory is not the one" in caplog.text
+        assert (
+            "which came with the model, cannot be used" in caplog.text
+            or "the model in memory is not the one" in caplog.text
+        )
 
 
 def prepared_for(folder: Path) -> Calibration:
@@ -189,7 +215,9 @@ def prepared_for(folder: Path) -> Calibration:
     cache = SawCache(model)
     distance(model, cache)
     layers = dict(enumerate(written_with(cache)))
-    return Calibration.from_layers(CacheFormat("int4").resolve(model.config.head_dim), model_id(model.config), len(layers), layers)
+    return Calibration.from_layers(
+        CacheFormat("int4").resolve(model.config.head_dim), model_id(model.config), len(layers), layers
+    )
 
 
 @pytest.mark.parametrize("how", ["in place", "one number of a bias", "data", "an adapter"])
@@ -217,7 +245,9 @@ def test_other_weights_never_share(how: str, runs: list[PreTrainedModel]) -> Non
 
 
 class Adapted(torch.nn.Module):
-    """As PEFT's layers: the weights of an adapter beside those of the model, and attributes that say which are in force."""
+    """As PEFT's layers: the weights of an adapter beside those of the model, and attributes that say which are in
+    force.
+    """
 
     def __init__(self, base: torch.nn.Module) -> None:
         super().__init__()
@@ -232,7 +262,11 @@ Adapted.__module__ = "peft.tuners.lora.layer"
 
 
 def test_a_digest_of_weights_sees_every_bit() -> None:
-    tensors = {"a": torch.randn(1000, 7), "b": torch.randn(5).bfloat16(), "c": torch.randint(0, 255, (3, 2**21 + 1), dtype=torch.uint8)}
+    tensors = {
+        "a": torch.randn(1000, 7),
+        "b": torch.randn(5).bfloat16(),
+        "c": torch.randint(0, 255, (3, 2**21 + 1), dtype=torch.uint8),
+    }
     seen = {prepare.weights_digest(tensors)}
     for name, x in tensors.items():
         for place in (0, -1, x.numel() // 2):
@@ -243,7 +277,9 @@ def test_a_digest_of_weights_sees_every_bit() -> None:
     seen.add(prepare.weights_digest(tensors | {"a": tensors["a"].view(7, 1000)}))
     seen.add(prepare.weights_digest({"x" + name: x for name, x in tensors.items()}))
     assert len(seen) == 1 + 9 + 2
-    assert prepare.weights_digest(tensors) == prepare.weights_digest({name: x.clone() for name, x in reversed(tensors.items())})
+    assert prepare.weights_digest(tensors) == prepare.weights_digest(
+        {name: x.clone() for name, x in reversed(tensors.items())}
+    )
     assert prepare.weights_digest(tensors | {"d": torch.empty(3, device="meta")}) is None
 
 
@@ -262,7 +298,9 @@ def test_it_is_deterministic(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) ->
 def everything(model: PreTrainedModel) -> dict[str, Any]:
     """All that could change in a model, and around it."""
     state = {name: x.clone() for name, x in [*model.named_parameters(), *model.named_buffers()]}
-    attributes = {f"{name}: {key}": repr(x) for name, m in model.named_modules() for key, x in vars(m).items() if key != "config"}
+    attributes = {
+        f"{name}: {key}": repr(x) for name, m in model.named_modules() for key, x in vars(m).items() if key != "config"
+    }
     return state | {
         "attributes": attributes,
         "config": repr(model.config),
@@ -323,7 +361,8 @@ def test_a_pass_without_the_cache_may_prepare_it_but_never_fails_for_it(monkeypa
 UNPREPARABLE: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {
     "own attention": (
         lambda: AutoModelForCausalLM.from_config(
-            AutoConfig.for_model("bloom", **(SMALL | {"n_head": 4, "n_layer": 2, "hidden_size": 64})), attn_implementation="eager"
+            AutoConfig.for_model("bloom", **(SMALL | {"n_head": 4, "n_layer": 2, "hidden_size": 64})),
+            attn_implementation="eager",
         ).eval(),
         "bloom could not be prepared.*BloomModel to use Transformers' AttentionInterface, got 4 of 4 that do not",
     ),
@@ -339,12 +378,17 @@ def with_nan(model: PreTrainedModel) -> PreTrainedModel:
 
 @pytest.mark.parametrize("what", UNPREPARABLE)
 @pytest.mark.parametrize("options", [{}, {"max_cache_len": 80}, {"offload": True}])
-def test_models_that_cannot_be_prepared_are_refused(what: str, options: dict[str, Any], caplog: pytest.LogCaptureFixture) -> None:
+def test_models_that_cannot_be_prepared_are_refused(
+    what: str, options: dict[str, Any], caplog: pytest.LogCaptureFixture
+) -> None:
     make, message = UNPREPARABLE[what]
     model, x = make(), ids()
     cache = SawCache(model.config, **options)
     for _ in range(2):
-        with torch.no_grad(), pytest.raises(UnsupportedError, match=rf'{message}.*"int8"\) needs no preparation.*prepare=False'):
+        with (
+            torch.no_grad(),
+            pytest.raises(UnsupportedError, match=rf'{message}.*"int8"\) needs no preparation.*prepare=False'),
+        ):
             model(x, **using(cache))
         assert int(cache.get_seq_length()) == 0
     assert "not prepared" not in caplog.text
@@ -357,7 +401,10 @@ def test_models_that_cannot_be_prepared_are_refused(what: str, options: dict[str
 
 def test_a_cache_of_another_model_is_refused() -> None:
     cache, model = SawCache(copy.deepcopy(biased().config)), biased()
-    with torch.no_grad(), pytest.raises(UnsupportedError, match=r"expected a forward pass of the model before.*SawCache\(model\)"):
+    with (
+        torch.no_grad(),
+        pytest.raises(UnsupportedError, match=r"expected a forward pass of the model before.*SawCache\(model\)"),
+    ):
         model(ids(), **using(cache))
 
 
@@ -383,7 +430,11 @@ def test_compiled_steps_are_captured_after_it(runs: list[PreTrainedModel]) -> No
     got = []
     for _ in range(2):
         cache = SawCache(model.config, max_cache_len=80)
-        got.append(model.generate(x, **using(cache), max_new_tokens=9, do_sample=False, compile_config=compiled_by(counting(graphs))))
+        got.append(
+            model.generate(
+                x, **using(cache), max_new_tokens=9, do_sample=False, compile_config=compiled_by(counting(graphs))
+            )
+        )
     want = model.generate(x, **using(SawCache(model)), max_new_tokens=9, do_sample=False)
     assert torch.equal(got[0], want)
     assert torch.equal(got[1], want)

@@ -40,7 +40,8 @@ def run_engine(
     """Generate greedily for waves of prompts (token ids) in a fresh process.
 
     Args:
-        mutate: `simulate_int4`: fp32 pages hold quantize-dequantized rows; `swap_nibbles`: int4 pages have each byte's nibbles swapped;
+        mutate: `simulate_int4`: fp32 pages hold quantize-dequantized rows; `swap_nibbles`: int4 pages have each byte's
+            nibbles swapped;
             `lose_v_center`: values are written without their center, which is added all the same when they are read;
             `by_reference`: the reference writes the pages; `lose_feedback`: it does, without feedback;
             `leave_windows`: vLLM before 0.28 sizes the pages of windows as it does alone;
@@ -49,12 +50,14 @@ def run_engine(
         max_tokens: tokens to generate for each prompt.
         scores: whether to return the log-probabilities of the prompts' own tokens too.
         refused: options of an engine that is to be refused before, in the same process.
-        engine_options: passed to `vllm.LLM`. The model is not prepared unless `additional_config` says so: most tests are of the pages.
+        engine_options: passed to `vllm.LLM`. The model is not prepared unless `additional_config` says so: most tests
+            are of the pages.
 
     Returns:
-        `tokens` and `logprobs` for each wave and prompt, `scores` if asked for, `metrics` (counters by name), `kv_tokens`,
-        `implementation` (classes of the attention layers), or `error`, the text of what refused the start; `log`, lines of the log that
-        begin with `sawkv: `.
+        `tokens` and `logprobs` for each wave and prompt, `scores` if asked for, `metrics` (counters by name),
+        `kv_tokens`,
+        `implementation` (classes of the attention layers), or `error`, the text of what refused the start; `log`, lines
+        of the log that begin with `sawkv: `.
     """
     job = {
         "mutate": mutate,
@@ -70,8 +73,8 @@ def run_engine(
 @functools.cache  # runs are deterministic, and a start takes many seconds
 def _run(job: str) -> dict[str, Any]:
     context = multiprocessing.get_context("forkserver")
-    # Processes are forked from one that has imported vLLM, and nothing of sawkv: the import takes most of a start. It may also start CUDA,
-    # which does not survive a fork.
+    # Processes are forked from one that has imported vLLM, and nothing of sawkv: the import takes most of a start. It
+    # may also start CUDA, which does not survive a fork.
     context.set_forkserver_preload([] if torch.cuda.device_count() else ["vllm.entrypoints.llm"])
     with tempfile.TemporaryDirectory() as folder:
         with pytest.MonkeyPatch.context() as patch:  # the first start makes that process, with this environment
@@ -82,7 +85,9 @@ def _run(job: str) -> dict[str, Any]:
         process.join(600)
         if process.exitcode != 0:
             process.kill()
-            raise AssertionError(f"engine process ended with {process.exitcode}:\n{Path(folder, 'printed').read_text()[-10000:]}")
+            raise AssertionError(
+                f"engine process ended with {process.exitcode}:\n{Path(folder, 'printed').read_text()[-10000:]}"
+            )
         result: dict[str, Any] = json.loads(Path(folder, "result").read_text())
         printed = Path(folder, "printed").read_text()
     return result | {"log": [line.partition("] ")[2] for line in printed.splitlines() if "] sawkv: " in line]}
@@ -124,15 +129,21 @@ def _generate(
         llm = LLM(**options)
     except Exception as error:
         return {"error": str(error)}
-    sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=0, prompt_logprobs=0 if scores else None)
+    sampling = SamplingParams(
+        temperature=0, max_tokens=max_tokens, ignore_eos=True, logprobs=0, prompt_logprobs=0 if scores else None
+    )
     tokens, logprobs, scored = [], [], []
     for wave in waves:
         requests = llm.generate([{"prompt_token_ids": p} for p in wave], sampling, use_tqdm=False)
         outputs = [o.outputs[0] for o in requests]
         for prompt, request in zip(wave, requests, strict=True) if scores else ():
-            scored.append([step[token].logprob for step, token in zip(request.prompt_logprobs[1:], prompt[1:], strict=True)])
+            scored.append(
+                [step[token].logprob for step, token in zip(request.prompt_logprobs[1:], prompt[1:], strict=True)]
+            )
         tokens.append([list(o.token_ids) for o in outputs])
-        logprobs.append([[step[token].logprob for step, token in zip(o.logprobs, o.token_ids, strict=True)] for o in outputs])
+        logprobs.append(
+            [[step[token].logprob for step, token in zip(o.logprobs, o.token_ids, strict=True)] for o in outputs]
+        )
     metrics = {m.name.removeprefix("vllm:"): m.value for m in llm.get_metrics() if hasattr(m, "value")}
     config = llm.llm_engine.vllm_config
     layers = config.compilation_config.static_forward_context.values()

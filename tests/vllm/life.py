@@ -1,4 +1,6 @@
-"""One engine in a process of its own, looked at from within: bytes of pages, a NaN in one request, and what was counted. Prints JSON."""
+"""One engine in a process of its own, looked at from within: bytes of pages, a NaN in one request, and what was
+counted. Prints JSON.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ def main() -> None:
         nonlocal appended_tokens
         sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
         outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
-        for output, prompt in zip(outputs, prompts, strict=True):  # vLLM 0.27's counter of hits loses some after a reset
+        for output, prompt in zip(
+            outputs, prompts, strict=True
+        ):  # vLLM 0.27's counter of hits loses some after a reset
             cached_tokens.append(output.num_cached_tokens)
             appended_tokens += len(prompt) - cached_tokens[-1] + max_tokens - 1  # the last token is not appended
         return [list(output.outputs[0].token_ids) for output in outputs]
@@ -66,7 +70,12 @@ def main() -> None:
         assert seen["length"] == len(prompt)
         position = torch.arange(len(prompt))
         page, offset = seen["table"][position // BLOCK].long(), position % BLOCK
-        return torch.stack([torch.cat([plane[page, :, offset].flatten(1) for plane in planes(impl._attention.cache)], 1) for impl in impls])
+        return torch.stack(
+            [
+                torch.cat([plane[page, :, offset].flatten(1) for plane in planes(impl._attention.cache)], 1)
+                for impl in impls
+            ]
+        )
 
     def counter(name: str) -> float:
         """A counter of vLLM's, or ours summed over its labels."""
@@ -100,7 +109,9 @@ def main() -> None:
     def poisoned(self: ops.Pages, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
         nonlocal appended
         appended += 1
-        if appended == 10 * len(impls) + 1:  # the first layer in a step in which all three decode; the first row is the first request's
+        if (
+            appended == 10 * len(impls) + 1
+        ):  # the first layer in a step in which all three decode; the first row is the first request's
             k = k.clone()
             k[0, 0, 0] = float("nan")
         append(self, k, v, slot_mapping)
@@ -129,7 +140,9 @@ def main() -> None:
 
 
 def _has_invariant_products(model: Any) -> bool:
-    """Whether the model's linear layers, as this CPU runs them, give a row the same bytes whatever rows are beside it."""
+    """Whether the model's linear layers, as this CPU runs them, give a row the same bytes whatever rows
+    are beside it.
+    """
     import torch
     from vllm.model_executor.layers.linear import LinearBase
 
@@ -138,7 +151,9 @@ def _has_invariant_products(model: Any) -> bool:
     for layer in layers:
         x = torch.randn(CHUNK, layer.input_size, dtype=torch.bfloat16)
         whole = layer.quant_method.apply(layer, x)
-        if not all(torch.equal(layer.quant_method.apply(layer, x[:n]), whole[:n]) for n in (8, 40)):  # the pieces of the two runs
+        if not all(
+            torch.equal(layer.quant_method.apply(layer, x[:n]), whole[:n]) for n in (8, 40)
+        ):  # the pieces of the two runs
             return False
     return True
 

@@ -1,6 +1,7 @@
 """Architectures with windows, soft-caps and sinks: sawkv's pages against vLLM's own attention, or a refusal by name.
 
-`benchmarks/architectures.py` has the checks and all architectures; these are the ones whose attention differs most from plain GQA.
+`benchmarks/architectures.py` has the checks and all architectures; these are the ones whose attention differs most from
+plain GQA.
 """
 
 from __future__ import annotations

@@ -18,16 +18,27 @@ TOKENS = 256
 
 
 def prompts() -> list[list[list[int]]]:
-    """Two waves of 8 prompts that share prefixes; the second wave repeats prompts of the first, and so hits the prefix cache."""
+    """Two waves of 8 prompts that share prefixes; the second wave repeats prompts of the first, and so hits the prefix
+    cache.
+    """
     draw = random.Random(0)
     shared = [draw.randrange(300, 2000) for _ in range(300)]
-    first = [shared[: draw.randrange(140, 300)] + [draw.randrange(300, 2000) for _ in range(draw.randrange(1, 200))] for _ in range(8)]
+    first = [
+        shared[: draw.randrange(140, 300)] + [draw.randrange(300, 2000) for _ in range(draw.randrange(1, 200))]
+        for _ in range(8)
+    ]
     return [first, [prompt + [draw.randrange(300, 2000) for _ in range(5)] for prompt in first]]
 
 
 def engine(**options: Any) -> dict[str, Any]:
     # 150 pages of 16 tokens hold neither all eight requests (preemption) nor one prompt in one chunk of 128 tokens.
-    limits = {"dtype": "float32", "block_size": 32, "num_gpu_blocks_override": 75, "max_num_batched_tokens": 128, "max_num_seqs": 8}
+    limits = {
+        "dtype": "float32",
+        "block_size": 32,
+        "num_gpu_blocks_override": 75,
+        "max_num_batched_tokens": 128,
+        "max_num_seqs": 8,
+    }
     result = run_engine(waves=prompts(), max_tokens=TOKENS, **limits, **options)
     assert "error" not in result, result["error"]
     assert result["metrics"]["num_preemptions"] > 0

@@ -22,7 +22,9 @@ def shrunk_model(folder: Path, **changes: Any) -> dict[str, Any]:
     """A model directory without weights: the shipped model's configuration in one layer, changed."""
     config = json.loads((MODEL / "config.json").read_text())
     config |= {"num_hidden_layers": 1, "vocab_size": 512} | changes
-    (folder / "config.json").write_text(json.dumps({name: value for name, value in config.items() if value is not None}))
+    (folder / "config.json").write_text(
+        json.dumps({name: value for name, value in config.items() if value is not None})
+    )
     return {"model": str(folder), "load_format": "dummy", "skip_tokenizer_init": True, **INT4}
 
 
@@ -34,7 +36,9 @@ def test_capacity_is_3_7_times_that_of_16_bits() -> None:
 
 @pytest.mark.parametrize("block_size", [16, 128])
 def test_a_compiled_model_agrees_with_an_eager_one_at_any_page_size(block_size: int) -> None:
-    """enforce_eager=False is vLLM's default; vLLM's own block size on CUDA is 16, that of the CPU 128; most other tests use sawkv's 32."""
+    """enforce_eager=False is vLLM's default; vLLM's own block size on CUDA is 16, that of the CPU 128; most other tests
+    use sawkv's 32.
+    """
     options = {"dtype": "float32", "waves": PROMPT, "max_tokens": 48}
     eager = run_engine(**options, **INT4)
     compiled = run_engine(**options, **INT4, block_size=block_size, enforce_eager=block_size == 128)
@@ -50,7 +54,10 @@ def test_tensor_parallel_2_gives_the_same_tokens() -> None:
 
 
 def test_int8_and_named_formats_are_served() -> None:
-    for options in ({"kv_cache_dtype": "int8_per_token_head"}, INT4 | {"additional_config": {"sawkv": {"format": "int4-k64-v0"}}}):
+    for options in (
+        {"kv_cache_dtype": "int8_per_token_head"},
+        INT4 | {"additional_config": {"sawkv": {"format": "int4-k64-v0"}}},
+    ):
         result = run_engine(waves=PROMPT, **options)
         assert result["implementation"] == ["SawAttentionImpl"]
         assert len(result["tokens"][0][0]) == 32
@@ -61,7 +68,9 @@ def test_without_our_flag_vllm_is_untouched() -> None:
 
 
 def test_the_engine_is_ours_whatever_other_plugins_do_and_after_a_refusal() -> None:
-    """`VLLM_PLUGINS` keeps ours out, another takes the name of vLLM's CPU backend; and an engine was refused in this process before."""
+    """`VLLM_PLUGINS` keeps ours out, another takes the name of vLLM's CPU backend; and an engine was refused in this
+    process before.
+    """
     options = {"dtype": "float32", "waves": PROMPT, "max_tokens": 48}
     plain = run_engine(**options, **INT4)
     offload = INT4 | {"kv_offloading_size": 1.0, "worker_extension_cls": EXTENSION}
@@ -84,7 +93,10 @@ def test_a_skipped_layer_keeps_vllms_cache_and_is_named() -> None:
 
 
 def test_a_wrong_format_is_refused_at_start_up() -> None:
-    for format_name, message in (("int4-k48-v0", "power of two"), ("int8-k0-v0", "expected --kv-cache-dtype int8_per_token_head")):
+    for format_name, message in (
+        ("int4-k48-v0", "power of two"),
+        ("int8-k0-v0", "expected --kv-cache-dtype int8_per_token_head"),
+    ):
         assert message in run_engine(**INT4, additional_config={"sawkv": {"format": format_name}})["error"]
     assert "got colour" in run_engine(**INT4, additional_config={"sawkv": {"colour": 1}})["error"]
     wide = run_engine(kv_cache_dtype="fp8", additional_config={"sawkv": {"format": "bf16-k128-v128"}})
@@ -97,7 +109,8 @@ def test_a_head_dim_that_does_not_fit_is_refused_at_start_up(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    "options", [{"kv_cache_dtype": "int8_per_token_head"}, {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}]
+    "options",
+    [{"kv_cache_dtype": "int8_per_token_head"}, {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}],
 )
 def test_sliding_windows_are_served_in_int8_and_by_several_workers(options: dict[str, Any], tmp_path: Path) -> None:
     """`test_windows.py` has the rest."""
@@ -157,4 +170,6 @@ def test_a_changed_vllm_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_plugin_is_found_by_its_entry_point() -> None:
     from importlib.metadata import entry_points
 
-    assert [point.value for point in entry_points(group="vllm.general_plugins", name="sawkv")] == ["sawkv.integrations.vllm:register"]
+    assert [point.value for point in entry_points(group="vllm.general_plugins", name="sawkv")] == [
+        "sawkv.integrations.vllm:register"
+    ]

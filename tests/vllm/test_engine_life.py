@@ -1,4 +1,6 @@
-"""What happens to a server in its life, under real vLLM: `make soak` in short, and looks inside one engine (docs/reliability.md)."""
+"""What happens to a server in its life, under real vLLM: `make soak` in short, and looks inside one engine
+(docs/reliability.md).
+"""
 
 from __future__ import annotations
 
@@ -25,11 +27,16 @@ pytestmark = pytest.mark.vllm
 
 @pytest.fixture(scope="module")
 def soaked(tmp_path_factory: pytest.TempPathFactory) -> Report:
-    # fp32: where a CPU has bf16 instructions, products depend on the batch, and two steps of a bf16 logit are more than a near-tie.
+    # fp32: where a CPU has bf16 instructions, products depend on the batch, and two steps of a bf16 logit are more than
+    # a near-tie.
     options = ("--enforce-eager", "--dtype", "float32")
     load = Load(str(MODEL), tokens=4000, restarts=1, num_prompts=10, response_tokens=64, num_blocks=64, options=options)
     # Another plugin's name: vLLM would load that alone.
-    environment = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1", "VLLM_PLUGINS": "lora_filesystem_resolver"}
+    environment = {
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        "OMP_NUM_THREADS": "1",
+        "VLLM_PLUGINS": "lora_filesystem_resolver",
+    }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in environment.items():
             patch.setenv(name, value)
@@ -38,7 +45,9 @@ def soaked(tmp_path_factory: pytest.TempPathFactory) -> Report:
 
 @pytest.mark.soak
 def test_no_response_is_wrong_or_lost(soaked: Report) -> None:
-    """1 to 64 clients, dropped requests, preemption, prefix hits and a restart, each of which is asserted to have happened."""
+    """1 to 64 clients, dropped requests, preemption, prefix hits and a restart, each of which is asserted to have
+    happened.
+    """
     assert not soaked.wrong
     assert not soaked.lost
     counts, metrics = soaked.counts, soaked.metrics
@@ -105,7 +114,9 @@ def life() -> dict[str, Any]:
 
 
 def test_a_prefix_hit_leaves_the_bytes_of_a_miss(life: dict[str, Any]) -> None:
-    assert life["hits"] == [0, 192, 0, 128, 0, 96], "a miss, a whole hit; another prompt, a part hit; the same with other pieces"
+    assert life["hits"] == [0, 192, 0, 128, 0, 96], (
+        "a miss, a whole hit; another prompt, a part hit; the same with other pieces"
+    )
     assert life["whole_hit_equal"]
     assert life["part_hit_equal"]
     assert life["other_prompt_differs"], "the control"
@@ -127,7 +138,9 @@ def test_tokens_and_rows_are_counted_exactly(life: dict[str, Any]) -> None:
 
 
 def test_offload_and_transfer_of_pages_are_refused_at_start_up() -> None:
-    """Who reads the bytes may take them for another format: no connector carries our fingerprint. vLLM makes a connector of this option."""
+    """Who reads the bytes may take them for another format: no connector carries our fingerprint. vLLM makes a
+    connector of this option.
+    """
     error = run_engine(kv_cache_dtype="int4_per_token_head", kv_offloading_size=1.0)["error"]
     assert "sawkv cannot serve this configuration: --kv-offloading-size." in error
 
@@ -135,7 +148,9 @@ def test_offload_and_transfer_of_pages_are_refused_at_start_up() -> None:
 def test_the_thread_reads_what_no_step_has_read(monkeypatch: pytest.MonkeyPatch) -> None:
     from sawkv.integrations.vllm import metrics
 
-    reader = metrics.CounterReader(PageLayout(CacheFormat("int4"), 2, 128, 16), [metrics.CountedLayer("a")], torch.device("cpu"), 7)
+    reader = metrics.CounterReader(
+        PageLayout(CacheFormat("int4"), 2, 128, 16), [metrics.CountedLayer("a")], torch.device("cpu"), 7
+    )
     sample = metrics._metrics()["tokens"].labels("7")._value.get
     reader.flush()  # before the first step
     reader.poll()
@@ -163,7 +178,9 @@ def test_bad_rows_are_a_warning_but_not_a_flood(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(metrics, "INTERVAL", 0.0)
     warnings: list[tuple[Any, ...]] = []
     monkeypatch.setattr(metrics.logger, "warning", lambda *arguments: warnings.append(arguments[1:]))
-    reader = metrics.CounterReader(PageLayout(CacheFormat("int4"), 2, 128, 16), [metrics.CountedLayer("a")], torch.device("cpu"), None)
+    reader = metrics.CounterReader(
+        PageLayout(CacheFormat("int4"), 2, 128, 16), [metrics.CountedLayer("a")], torch.device("cpu"), None
+    )
     reader.poll()
     assert reader.counters is not None
     for non_finite in (0, 3, 5):  # of K; counted up
@@ -189,7 +206,10 @@ def test_drift_is_the_energy_of_rows_over_that_of_the_text_of_preparation(monkey
     assert prepared.k_energy is not None
     assert prepared.v_energy is not None
     energies = float(prepared.k_energy.mean()), float(prepared.v_energy.mean())
-    layers = [metrics.CountedLayer(f"drift.{name}", known) for name, known in (("a", energies), ("b", energies), ("unknown", None))]
+    layers = [
+        metrics.CountedLayer(f"drift.{name}", known)
+        for name, known in (("a", energies), ("b", energies), ("unknown", None))
+    ]
     reader = metrics.CounterReader(layout, layers, torch.device("cpu"), None)
     reader.poll()
     assert reader.counters is not None

@@ -1,4 +1,6 @@
-"""The plugin must not change models that do not use it. It stands in for vLLM's CPU backend, whose subclasses serve encoders."""
+"""The plugin must not change models that do not use it. It stands in for vLLM's CPU backend, whose subclasses serve
+encoders.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,10 @@ import json, sys
 if __name__ == "__main__":
     from vllm import LLM
 
-    llm = LLM(sys.argv[1], runner="pooling", dtype="float32", enforce_eager=True, max_model_len=128, gpu_memory_utilization=0.1)
-    outputs = llm.embed([{"prompt_token_ids": [(i * 37 + 11) % 500 for i in range(n)]} for n in (5, 40)], use_tqdm=False)
+    options = dict(runner="pooling", dtype="float32", enforce_eager=True, max_model_len=128, gpu_memory_utilization=0.1)
+    llm = LLM(sys.argv[1], **options)
+    prompts = [{"prompt_token_ids": [(i * 37 + 11) % 500 for i in range(n)]} for n in (5, 40)]
+    outputs = llm.embed(prompts, use_tqdm=False)
     print("EMBEDDINGS", json.dumps([output.outputs.embedding for output in outputs]))
 """
 
@@ -33,7 +37,9 @@ def test_an_encoder_gives_the_embeddings_of_vllm_without_the_plugin(tmp_path: Pa
 
     torch.manual_seed(0)
     shape = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
-    BertModel(BertConfig(vocab_size=4096, max_position_embeddings=128, initializer_range=0.2, **shape)).save_pretrained(tmp_path)
+    BertModel(BertConfig(vocab_size=4096, max_position_embeddings=128, initializer_range=0.2, **shape)).save_pretrained(
+        tmp_path
+    )
     for file in Path(MODEL).glob("tokenizer*"):
         shutil.copy(file, tmp_path)
     with_it, without = (embeddings(tmp_path, plugins) for plugins in ({}, {"VLLM_PLUGINS": ""}))
@@ -43,7 +49,9 @@ def test_an_encoder_gives_the_embeddings_of_vllm_without_the_plugin(tmp_path: Pa
 
 def embeddings(model: Path, plugins: dict[str, str]) -> list[list[float]]:
     environment = os.environ | ENVIRONMENT | plugins
-    done = subprocess.run([sys.executable, "-c", SCRIPT, str(model)], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(model)], env=environment, capture_output=True, text=True, check=False
+    )
     lines = [line for line in done.stdout.splitlines() if line.startswith("EMBEDDINGS ")]
     assert lines, done.stdout[-2000:] + done.stderr[-4000:]
     got: list[list[float]] = json.loads(lines[0].removeprefix("EMBEDDINGS "))

@@ -11,7 +11,10 @@ import torch
 from sawkv import CacheFormat, PagedKVCache, PageLayout, Pages, append, gather, prefixes
 from sawkv.errors import UnsupportedError
 
-pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore::DeprecationWarning")]  # of torch.jit, as vLLM is imported
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]  # of torch.jit, as vLLM is imported
 
 LAYOUT = PageLayout(CacheFormat("int4"), 2, 64, 16)
 CONTEXTS, QUERIES = (5, 40, 200, 333, 64, 500), (1, 40, 17, 300, 64, 9)
@@ -19,7 +22,9 @@ CONTEXTS, QUERIES = (5, 40, 200, 333, 64, 500), (1, 40, 17, 300, 64, 9)
 
 
 def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
-    """Causal, aligned at the end, as FlashAttention's varlen function does it; every head its own keys. A NaN that is not seen is seen."""
+    """Causal, aligned at the end, as FlashAttention's varlen function does it; every head its own keys. A NaN that is
+    not seen is seen.
+    """
     last = torch.arange(len(q))[:, None] + len(k) - len(q)
     key = torch.arange(len(k))
     seen = (key <= last) & ((key > last - window) if window else torch.ones(1, 1, dtype=torch.bool))
@@ -63,7 +68,9 @@ def test_each_layer_reads_its_own_pages(monkeypatch: pytest.MonkeyPatch) -> None
 
     lengths, starts = torch.tensor([20, 30], dtype=torch.int32), torch.tensor([0, 20, 50], dtype=torch.int32)
     table = torch.tensor([[3, 1], [0, 2]], dtype=torch.int32)
-    piece = PrefillSlice(slice(0, 50), starts, prefixes(table, lengths, starts), num_keys=50, max_query_len=30, max_seq_len=30)
+    piece = PrefillSlice(
+        slice(0, 50), starts, prefixes(table, lengths, starts), num_keys=50, max_query_len=30, max_seq_len=30
+    )
     workspaces: list[torch.Tensor] = []
 
     def workspace(_: object) -> tuple[torch.Tensor, torch.Tensor]:
@@ -92,12 +99,18 @@ def test_sinks_on_flash_attention_2_are_refused(monkeypatch: pytest.MonkeyPatch)
 
     config: Any = SimpleNamespace(model_config=SimpleNamespace(dtype=torch.bfloat16))
     monkeypatch.setattr(prefill, "get_flash_attn_version", lambda **_: 2)
-    with pytest.raises(UnsupportedError, match="FlashAttention 3 or newer for a model with attention sinks, got FlashAttention 2"):
+    with pytest.raises(
+        UnsupportedError, match="FlashAttention 3 or newer for a model with attention sinks, got FlashAttention 2"
+    ):
         prefill.FlashPrefill(config, 64, 2, 0.125, 0, 0.0, torch.zeros(4))
 
 
-def check(window: int, capacity: int, host_knows_lengths: bool, begins_with: int, short_by: int = 0, slack: int | None = None) -> None:
-    """`begins_with`: the window that the slices are made for; `short_by`: tokens that the host's bounds lack, `slack`: as is said."""
+def check(
+    window: int, capacity: int, host_knows_lengths: bool, begins_with: int, short_by: int = 0, slack: int | None = None
+) -> None:
+    """`begins_with`: the window that the slices are made for; `short_by`: tokens that the host's bounds lack, `slack`:
+    as is said.
+    """
     from sawkv.integrations.vllm.prefill import slice_prefills
 
     size = LAYOUT.page_size
@@ -114,7 +127,12 @@ def check(window: int, capacity: int, host_knows_lengths: bool, begins_with: int
         append(k, v, cache, slots(table[i], n))
         states = torch.empty(2, n, 2, 64)
         gather(
-            cache, table[i : i + 1], torch.tensor([n], dtype=torch.int32), torch.tensor([0, n], dtype=torch.int32), *states, rotated=False
+            cache,
+            table[i : i + 1],
+            torch.tensor([n], dtype=torch.int32),
+            torch.tensor([0, n], dtype=torch.int32),
+            *states,
+            rotated=False,
         )
         whole.append(states)
         if window:  # pages behind the window are another request's by now

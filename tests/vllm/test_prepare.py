@@ -1,7 +1,9 @@
-"""A model is prepared when it is loaded: what that is worth on models whose keys have an offset, and what is kept between starts.
+"""A model is prepared when it is loaded: what that is worth on models whose keys have an offset, and what is kept
+between starts.
 
-The models are tiny and random, with a large bias in their key projections, as Qwen2.5 has in some layers: served unprepared, the control,
-such a model is far from itself in 16 bits. Its true log-probabilities are those of Transformers, in fp32.
+The models are tiny and random, with a large bias in their key projections, as Qwen2.5 has in some layers: served
+unprepared, the control, such a model is far from itself in 16 bits. Its true log-probabilities are those of
+Transformers, in fp32.
 """
 
 from __future__ import annotations
@@ -87,7 +89,9 @@ def make_model(folder: Path, kind: str) -> Path:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**SMALL, **KINDS[kind]}), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(kind, **{**SMALL, **KINDS[kind]}), dtype=torch.float32
+    )
     for name, parameter in model.named_parameters():
         if name.endswith("k_proj.bias"):
             offset = parameter.data.zero_().view(-1, SMALL["head_dim"])
@@ -105,7 +109,9 @@ class Truth:
         from transformers import AttentionInterface, AutoModelForCausalLM
 
         AttentionInterface.register("watched", self._attend)
-        self._model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="watched").eval()
+        self._model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, attn_implementation="watched"
+        ).eval()
         self._statistics: dict[int, LayerStatistics] | None = None
 
     @torch.no_grad()
@@ -163,11 +169,23 @@ def biased(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, dict[s
     return model, kept, engine(model, kept)
 
 
-def engine(model: Path, kept: Path, prompts: list[list[int]] = PROMPTS, prepared: bool = True, **options: Any) -> dict[str, Any]:
-    limits = {"max_model_len": CONTEXT, "dtype": "float32", "skip_tokenizer_init": True, "kv_cache_dtype": "int4_per_token_head"}
+def engine(
+    model: Path, kept: Path, prompts: list[list[int]] = PROMPTS, prepared: bool = True, **options: Any
+) -> dict[str, Any]:
+    limits = {
+        "max_model_len": CONTEXT,
+        "dtype": "float32",
+        "skip_tokenizer_init": True,
+        "kv_cache_dtype": "int4_per_token_head",
+    }
     settings = {"sawkv": {"prepare": prepared, "prepare_cache": str(kept)}}
-    result = run_engine(model=str(model), waves=[prompts], max_tokens=1, scores=True, additional_config=settings, **limits | options)
-    assert "error" in result or result["implementation"] in (["SawAttentionImpl"], [])  # of ranks that are other processes nothing is seen
+    result = run_engine(
+        model=str(model), waves=[prompts], max_tokens=1, scores=True, additional_config=settings, **limits | options
+    )
+    assert "error" in result or result["implementation"] in (
+        ["SawAttentionImpl"],
+        [],
+    )  # of ranks that are other processes nothing is seen
     return result
 
 
@@ -182,7 +200,9 @@ def logged(result: dict[str, Any], text: str) -> list[str]:
 
 def distance(a: list[list[float]], b: list[list[float]]) -> float:
     """Mean difference of log-probabilities in nats."""
-    return float(torch.tensor([abs(x - y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True)]).mean())
+    return float(
+        torch.tensor([abs(x - y) for p, q in zip(a, b, strict=True) for x, y in zip(p, q, strict=True)]).mean()
+    )
 
 
 def assert_near(got: Calibration, expected: Calibration) -> None:
@@ -242,7 +262,9 @@ def test_two_ranks_fit_what_one_does(biased: tuple[Path, Path, dict[str, Any]], 
     assert distance(ranked["scores"], first["scores"]) < 0.02
 
 
-def test_a_preparation_that_comes_with_the_model_is_used(biased: tuple[Path, Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_a_preparation_that_comes_with_the_model_is_used(
+    biased: tuple[Path, Path, dict[str, Any]], tmp_path: Path
+) -> None:
     model, kept, first = biased
     published = Path(shutil.copytree(model, tmp_path / "published"))
     path = publish(published, Calibration.load(entry(kept)), contents_digest(published) or "")
@@ -268,7 +290,12 @@ def test_one_changed_weight_is_another_model_and_a_small_engine_prepares_it(
     save_file(tensors, changed / "model.safetensors", {"format": "pt"})
     publish(changed, Calibration.load(entry(kept)), contents_digest(model) or "")
     mine = Path(shutil.copytree(kept, tmp_path / "kept"))
-    small = {"max_model_len": CONTEXT, "max_num_batched_tokens": CONTEXT, "max_num_seqs": 1, "enable_chunked_prefill": False}
+    small = {
+        "max_model_len": CONTEXT,
+        "max_num_batched_tokens": CONTEXT,
+        "max_num_seqs": 1,
+        "enable_chunked_prefill": False,
+    }
     result = engine(changed, mine, [[1, 2, 3]], enable_prefix_caching=False, enable_lora=True, **small)
     assert logged(result, "which came with the model, cannot be used, and the model is prepared anew")
     assert logged(result, "preparing the model on")
@@ -276,7 +303,9 @@ def test_one_changed_weight_is_another_model_and_a_small_engine_prepares_it(
 
 
 @pytest.mark.parametrize("fault", ["NaN", "too short"])
-def test_a_model_that_cannot_be_prepared_is_not_served(fault: str, biased: tuple[Path, Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_a_model_that_cannot_be_prepared_is_not_served(
+    fault: str, biased: tuple[Path, Path, dict[str, Any]], tmp_path: Path
+) -> None:
     model, options = biased[0], {}
     if fault == "NaN":
         model = Path(shutil.copytree(model, tmp_path / "broken"))

@@ -33,16 +33,23 @@ def test_int4_pages_under_a_checkpoint_made_for_fp8_pages(tmp_path: Path) -> Non
     quantize_checkpoint(asking, kv_cache_scheme=scheme)
     tensors = load_file(asking / "model.safetensors")
     attention = [name.removesuffix("q_proj.weight") for name in tensors if name.endswith("q_proj.weight")]
-    scales = {f"{prefix}{x}_scale": torch.tensor([0.5]) for prefix in attention for x in "kv"}  # FP8's, and far from right
+    scales = {
+        f"{prefix}{x}_scale": torch.tensor([0.5]) for prefix in attention for x in "kv"
+    }  # FP8's, and far from right
     save_file(tensors | scales, asking / "model.safetensors")
 
     unsaid = [run_engine(model=str(folder)).get("kv_tokens") for folder in (asking, plain)]
     assert unsaid[0] != unsaid[1], "the scheme is in force where the user says nothing"
 
     wide = run_engine(model=str(asking), additional_config={"sawkv": {"format": "bf16-k128-v128"}})
-    assert "expected --kv-cache-dtype bfloat16, got fp8, which the checkpoint's quantization_config asks for" in wide["error"]
+    assert (
+        "expected --kv-cache-dtype bfloat16, got fp8, which the checkpoint's quantization_config asks for"
+        in wide["error"]
+    )
 
     got = generate(asking)
-    assert got == generate(plain) | {name: got[name] for name in ("metrics", "log")}, "tokens, log-probabilities and capacity"
+    assert got == generate(plain) | {name: got[name] for name in ("metrics", "log")}, (
+        "tokens, log-probabilities and capacity"
+    )
     assert got["kv_tokens"] == (unquantized := generate(MODEL))["kv_tokens"]
     assert got["logprobs"] != unquantized["logprobs"], "the weights are the quantized ones"

@@ -1,4 +1,6 @@
-"""Which layers are ours: each is judged by its own dtype, shape and model, whatever other plugins register and vLLM's own choice says."""
+"""Which layers are ours: each is judged by its own dtype, shape and model, whatever other plugins register and vLLM's
+own choice says.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,10 @@ import torch
 
 from sawkv.errors import SawkvError
 
-pytestmark = [pytest.mark.vllm, pytest.mark.filterwarnings("ignore::DeprecationWarning")]  # of torch.jit, as vLLM is imported
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]  # of torch.jit, as vLLM is imported
 
 INT4, INT8 = "int4_per_token_head", "int8_per_token_head"
 
@@ -57,9 +62,19 @@ def select(choice: Choice, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     selection.install()
     said: list[str] = []
     for level in ("info_once", "warning_once"):
-        monkeypatch.setattr(selection.logger, level, lambda text, *arguments: said.append(text % arguments), raising=False)
+        monkeypatch.setattr(
+            selection.logger, level, lambda text, *arguments: said.append(text % arguments), raising=False
+        )
 
-    def ask(dtype: str, *, run: str | None = None, entry: Any = None, backend: str | None = None, gpu: bool = False, **others: Any) -> Any:
+    def ask(
+        dtype: str,
+        *,
+        run: str | None = None,
+        entry: Any = None,
+        backend: str | None = None,
+        gpu: bool = False,
+        **others: Any,
+    ) -> Any:
         tag = others.pop("tag", "backbone")
         layer = {name: others.pop(name) for name in ("use_mla", "use_mm_prefix", "head_size") if name in others}
         config = SimpleNamespace(
@@ -98,11 +113,17 @@ OURS = "SawAttentionBackend"
         ({"dtype": "auto", "entry": {"format": "bf16-k128-v128"}}, OURS),
         ({"dtype": "auto", "run": INT4, "entry": {"format": "int4-k128-v128"}}, "Theirs"),  # a skipped layer
         ({"dtype": "auto", "run": INT4}, "Theirs"),
-        ({"dtype": INT4, "entry": {"format": "int4-k128-v128"}, "tag": "draft_model", "head_size": 64}, OURS),  # by its own default
+        (
+            {"dtype": INT4, "entry": {"format": "int4-k128-v128"}, "tag": "draft_model", "head_size": 64},
+            OURS,
+        ),  # by its own default
         ({"dtype": "auto", "entry": {"format": "int4-k128-v128"}, "tag": "draft_model"}, "Theirs"),
         ({"dtype": INT8, "entry": {"format": "int4-k128-v128"}, "tag": "eagle_head"}, OURS),
         ({"dtype": "fp8", "entry": {"calibration": "there is no such file"}, "tag": "eagle_head"}, "Theirs"),
-        ({"dtype": INT4, "entry": {"calibration": "there is no such file"}, "tag": "draft_model"}, OURS),  # a calibration is the target's
+        (
+            {"dtype": INT4, "entry": {"calibration": "there is no such file"}, "tag": "draft_model"},
+            OURS,
+        ),  # a calibration is the target's
     ],
 )
 def test_each_layer_is_judged_by_itself(options: dict[str, Any], expected: str, select: Any) -> None:
@@ -115,9 +136,15 @@ def test_each_layer_is_judged_by_itself(options: dict[str, Any], expected: str, 
         ({"dtype": INT4, "use_mla": True}, "this configuration: MLA"),
         ({"dtype": INT4, "use_mm_prefix": True}, r"tokens of an image \(add --language-model-only"),
         ({"dtype": INT4, "use_mm_prefix": True, "gpu": True, "backend": "CUSTOM"}, "add --language-model-only"),
-        ({"dtype": INT4, "use_mla": True, "tag": "draft_model"}, 'the draft model: MLA.*"kv_cache_dtype": "auto" to --speculative-config'),
+        (
+            {"dtype": INT4, "use_mla": True, "tag": "draft_model"},
+            'the draft model: MLA.*"kv_cache_dtype": "auto" to --speculative-config',
+        ),
         ({"dtype": "fp8", "entry": {"format": "int4"}}, "expected --kv-cache-dtype int4_per_token_head, got fp8"),
-        ({"dtype": "auto", "entry": {}}, "expected --kv-cache-dtype int4_per_token_head or int8_per_token_head beside it.*got auto"),
+        (
+            {"dtype": "auto", "entry": {}},
+            "expected --kv-cache-dtype int4_per_token_head or int8_per_token_head beside it.*got auto",
+        ),
         ({"dtype": INT4, "entry": {"format": "int4"}, "gpu": True}, "without --attention-backend CUSTOM"),
         ({"dtype": INT4, "entry": {}, "gpu": True, "backend": "TRITON_ATTN"}, "without --attention-backend CUSTOM"),
     ],
@@ -133,14 +160,24 @@ def test_what_cannot_be_is_refused_by_name(options: dict[str, Any], message: str
         ({"backend": "CUSTOM"}, "CUSTOM", ""),
         ({"backend": None}, None, "Add --attention-backend CUSTOM for sawkv's"),
         ({"backend": "TRITON_ATTN"}, "TRITON_ATTN", "sawkv: vLLM's own int4_per_token_head is used"),
-        ({"backend": None, "tag": "draft_model", "entry": {"format": "int4"}}, None, 'Add "attention_backend": "CUSTOM" to --speculative'),
+        (
+            {"backend": None, "tag": "draft_model", "entry": {"format": "int4"}},
+            None,
+            'Add "attention_backend": "CUSTOM" to --speculative',
+        ),
         ({"backend": "CUSTOM", "tag": "draft_model", "entry": {"format": "int8"}}, "CUSTOM", ""),
-        ({"backend": "CUSTOM", "dtype": "auto", "run": INT4}, None, "some layers keep vLLM's own cache (auto)"),  # vLLM is to choose
+        (
+            {"backend": "CUSTOM", "dtype": "auto", "run": INT4},
+            None,
+            "some layers keep vLLM's own cache (auto)",
+        ),  # vLLM is to choose
         ({"backend": "CUSTOM", "dtype": "auto", "tag": "draft_model"}, None, ""),
         ({"backend": "CUSTOM", "dtype": "auto"}, "CUSTOM", ""),  # which refuses by name: the user chose both
     ],
 )
-def test_on_a_gpu_layers_that_are_not_ours_get_vllms_choice(options: dict[str, Any], asked: Any, words: str, select: Any) -> None:
+def test_on_a_gpu_layers_that_are_not_ours_get_vllms_choice(
+    options: dict[str, Any], asked: Any, words: str, select: Any
+) -> None:
     found, (got,), said = select(**({"dtype": INT4, "gpu": True} | options))
     assert (found, got) == ("Theirs", asked)
     assert words in "".join(said)
@@ -156,7 +193,9 @@ def test_another_plugins_backend_is_not_taken_for_ours(select: Any) -> None:
         for name in ("CUSTOM", "CPU_ATTN"):
             register_backend(AttentionBackendEnum[name], "another.plugin.Backend")
         assert select(INT4)[0] == OURS, "on a CPU no name is asked for"
-        with pytest.raises(SawkvError, match=r"under --attention-backend CUSTOM, got another\.plugin\.Backend.*VLLM_PLUGINS=sawkv"):
+        with pytest.raises(
+            SawkvError, match=r"under --attention-backend CUSTOM, got another\.plugin\.Backend.*VLLM_PLUGINS=sawkv"
+        ):
             select(INT4, gpu=True, backend="CUSTOM")
         assert select("auto", gpu=True, backend="FLASH_ATTN")[0] == "Theirs", "those who do not use us are not bothered"
     finally:
@@ -198,7 +237,9 @@ def test_vllm_asks_the_function_that_is_replaced() -> None:
 
 
 def test_beside_ours_a_layer_of_a_cpu_is_judged_by_its_own_dtype_in_vllm_too() -> None:
-    """vLLM's metadata builder goes by that of the engine, takes INT4 for FP8, and refuses it on CPUs without AVX-512."""
+    """vLLM's metadata builder goes by that of the engine, takes INT4 for FP8, and refuses it on CPUs
+    without AVX-512.
+    """
     from sawkv.integrations.vllm.selection import _by_its_own_dtype
 
     config = SimpleNamespace(cache_config=SimpleNamespace(cache_dtype=INT4))
@@ -227,7 +268,10 @@ def test_a_subclass_is_refused_in_the_words_of_the_option() -> None:
     ("changes", "message"),
     [
         ({"kv_transfer_config": object()}, "--kv-transfer-config"),
-        ({"kv_transfer_config": object(), "cache_config": SimpleNamespace(kv_offloading_size=1.0)}, "--kv-offloading-size"),
+        (
+            {"kv_transfer_config": object(), "cache_config": SimpleNamespace(kv_offloading_size=1.0)},
+            "--kv-offloading-size",
+        ),
         ({"parallel_config": SimpleNamespace(decode_context_parallel_size=2)}, "--decode-context-parallel-size 2"),
         ({"parallel_config": SimpleNamespace(prefill_context_parallel_size=4)}, "--prefill-context-parallel-size 4"),
         ({"model_config": SimpleNamespace(attention_chunk_size=8192)}, "attention in chunks"),
@@ -237,7 +281,10 @@ def test_options_are_named_as_the_user_gave_them(changes: dict[str, Any], messag
     from sawkv.integrations.vllm.refusals import of_configuration
 
     config = SimpleNamespace(
-        model_config=SimpleNamespace(), cache_config=SimpleNamespace(), parallel_config=SimpleNamespace(), kv_transfer_config=None
+        model_config=SimpleNamespace(),
+        cache_config=SimpleNamespace(),
+        parallel_config=SimpleNamespace(),
+        kv_transfer_config=None,
     )
     assert of_configuration(config) == []
     vars(config).update(changes)
@@ -251,7 +298,9 @@ def test_lost_capacity_is_said_with_its_factor(monkeypatch: pytest.MonkeyPatch) 
 
     said: list[str] = []
     for level in ("info_once", "warning_once"):
-        monkeypatch.setattr(announce.logger, level, lambda text, *arguments: said.append(text % arguments), raising=False)
+        monkeypatch.setattr(
+            announce.logger, level, lambda text, *arguments: said.append(text % arguments), raising=False
+        )
     layout = PageLayout(CacheFormat("int4"), 2, 128, 64)
     right = 64 * 2 * 136
     announce.say_pages(SimpleNamespace(page_size_bytes=right), layout, 64)  # type: ignore[arg-type]
@@ -262,12 +311,22 @@ def test_lost_capacity_is_said_with_its_factor(monkeypatch: pytest.MonkeyPatch) 
     large = PageLayout(CacheFormat("int4"), 2, 128, 1024)
     announce.say_pages(SimpleNamespace(page_size_bytes=1024 * 2 * 136), large, 0)  # type: ignore[arg-type]
     announce.say_pages(SimpleNamespace(page_size_bytes=1024 * 2 * 136), large, 1024)  # type: ignore[arg-type]
-    assert said[1:] == ["sawkv: blocks have 1024 tokens, so the prefix cache finds multiples of 1024 tokens, and shorter prompts never"]
+    assert said[1:] == [
+        "sawkv: blocks have 1024 tokens, so the prefix cache finds multiples of 1024 tokens, and shorter prompts never"
+    ]
 
 
 @pytest.mark.parametrize(
     ("gpu", "block", "page"),
-    [(True, 64, 64), (True, 48, 16), (True, 512, 256), (True, 1056, 32), (True, 2112, 64), (True, 4096, 256), (False, 2112, 2112)],
+    [
+        (True, 64, 64),
+        (True, 48, 16),
+        (True, 512, 256),
+        (True, 1056, 32),
+        (True, 2112, 64),
+        (True, 4096, 256),
+        (False, 2112, 2112),
+    ],
 )
 def test_large_blocks_of_hybrids_are_cut_into_pages_on_a_gpu_alone(
     monkeypatch: pytest.MonkeyPatch, gpu: bool, block: int, page: int
@@ -289,9 +348,13 @@ def test_the_log_names_the_kernels_that_read_the_real_pages(monkeypatch: pytest.
     from sawkv.integrations.vllm import announce
 
     said: list[str] = []
-    monkeypatch.setattr(announce.logger, "warning_once", lambda text, *arguments: said.append(text % arguments), raising=False)
+    monkeypatch.setattr(
+        announce.logger, "warning_once", lambda text, *arguments: said.append(text % arguments), raising=False
+    )
     choose = {16: "cuda", 64: "cuda", 48: "triton"}
-    monkeypatch.setattr(announce, "select_backend", lambda device, layout: SimpleNamespace(name=choose[layout.page_size]))
+    monkeypatch.setattr(
+        announce, "select_backend", lambda device, layout: SimpleNamespace(name=choose[layout.page_size])
+    )
     for page_size in (16, 64, 48):
         announce.say_kernels(PageLayout(CacheFormat("int4"), 2, 128, page_size), torch.device("cpu"))
     assert said == ["sawkv: pages have 48 tokens, which triton kernels read, and not cuda kernels"]
@@ -303,7 +366,10 @@ def test_layers_that_are_not_ours_are_counted(monkeypatch: pytest.MonkeyPatch) -
     said: list[str] = []
     for level in ("info", "warning"):
         monkeypatch.setattr(announce.logger, level, lambda text, *arguments: said.append(text % arguments))
-    layers = {f"layers.{i}": SimpleNamespace(impl=Choice() if i else object(), kv_cache_dtype=INT4 if i else "auto") for i in range(3)}
+    layers = {
+        f"layers.{i}": SimpleNamespace(impl=Choice() if i else object(), kv_cache_dtype=INT4 if i else "auto")
+        for i in range(3)
+    }
     layers["layers.3.mamba"] = SimpleNamespace()
     announce.say_layers({"layers.1": layers["layers.1"]}, Choice, [])
     assert said == []

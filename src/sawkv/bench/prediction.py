@@ -41,7 +41,9 @@ def predict(model: str, cache: str, words: Sequence[str], context: int, *, on_gp
             gpu_memory,
             context,
             name,
-            gpu_memory_utilization=float(options.get("--gpu-memory-utilization") or memory.Setting.gpu_memory_utilization),
+            gpu_memory_utilization=float(
+                options.get("--gpu-memory-utilization") or memory.Setting.gpu_memory_utilization
+            ),
             tensor_parallel=options.whole("--tensor-parallel-size", 1),
             max_num_batched_tokens=options.whole("--max-num-batched-tokens", 0) or None,
             max_num_seqs=options.whole("--max-num-seqs", 0) or None,

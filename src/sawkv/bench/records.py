@@ -37,7 +37,9 @@ class Setting(Record, frozen=True):
 
     def __post_init__(self) -> None:
         if not 0 <= self.prefix_tokens < self.input_tokens:
-            raise SawkvError(f"--prefix: expected fewer tokens than --input, {self.input_tokens}, got {self.prefix_tokens}")
+            raise SawkvError(
+                f"--prefix: expected fewer tokens than --input, {self.input_tokens}, got {self.prefix_tokens}"
+            )
         for name in ("ttft_ms", "tpot_ms", *("rates" for _ in self.rates)):
             value = min(self.rates) if name == "rates" else getattr(self, name)
             if not value > 0 or math.isnan(value):
@@ -45,7 +47,9 @@ class Setting(Record, frozen=True):
 
 
 class Load(Record, frozen=True):
-    """Requests that arrive at random, `rate` per second, or all at once where it is infinite; `prefix_tokens` of them are shared."""
+    """Requests that arrive at random, `rate` per second, or all at once where it is infinite; `prefix_tokens` of them
+    are shared.
+    """
 
     rate: float
     prefix_tokens: int = 0

@@ -1,7 +1,8 @@
 """`sawkv bench`: 16 bits, fp8 and sawkv's pages on the user's own machine, one after the other, under the same loads.
 
-Each cache is served by vLLM and asked by vLLM's own load generator (`vllm bench serve`): all requests at once, requests that share a
-prefix, and a sweep of rates. What is found is kept after each load, so that a run that was stopped can go on.
+Each cache is served by vLLM and asked by vLLM's own load generator (`vllm bench serve`): all requests at once, requests
+that share a prefix, and a sweep of rates. What is found is kept after each load, so that a run that was stopped can go
+on.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def run_bench(setting: Setting, caches: Sequence[str], out: Path, *, resume: boo
 
     Args:
         setting: what to measure.
-        caches: `records.SIXTEEN_BITS`, `records.FP8` and formats, in this order; the first is what others are compared with.
+        caches: `records.SIXTEEN_BITS`, `records.FP8` and formats, in this order; the first is what others are compared
+            with.
         out: the record.
         resume: go on with the record in `out`.
         command: what was typed, for the record.
@@ -82,14 +84,22 @@ def run_bench(setting: Setting, caches: Sequence[str], out: Path, *, resume: boo
                 part.write_text(text, encoding="utf-8")
 
     with Generator() as generator:
-        bench = measure(bench, generator, on_gpu=on_gpu, keep=keep, say=lambda line: print(line[: show.WIDTH], flush=True), logs=out)
+        bench = measure(
+            bench, generator, on_gpu=on_gpu, keep=keep, say=lambda line: print(line[: show.WIDTH], flush=True), logs=out
+        )
     keep(bench)
     print(f"\n{show.text(bench)}\n\nwrote {', '.join(map(str, files))}")
     return 1 if any(served.problem for served in bench.served) else 0
 
 
 def measure(
-    bench: Bench, generator: Generator, *, on_gpu: bool, keep: Callable[[Bench], object], say: Callable[[str], object], logs: Path
+    bench: Bench,
+    generator: Generator,
+    *,
+    on_gpu: bool,
+    keep: Callable[[Bench], object],
+    say: Callable[[str], object],
+    logs: Path,
 ) -> Bench:
     """Serve each cache and put each load on it, but for what `bench` has already.
 
@@ -113,7 +123,9 @@ def measure(
 
         context, words = _server_options(bench.setting, on_gpu)
         try:
-            with serving(_command(bench.setting.model, cache, words), logs.with_name(f"{logs.stem}-{cache}.log"), say=tell) as client:
+            with serving(
+                _command(bench.setting.model, cache, words), logs.with_name(f"{logs.stem}-{cache}.log"), say=tell
+            ) as client:
                 predicted = predict(bench.setting.model, cache, words, context, on_gpu=on_gpu)
                 served = Served(
                     cache,
@@ -124,7 +136,9 @@ def measure(
                     results=known.results if known else (),
                 )
                 if cache not in (SIXTEEN_BITS, FP8) and not served.notice:
-                    raise UnsupportedError("vLLM's log: expected sawkv's line, got none: vLLM runs with a cache of its own")
+                    raise UnsupportedError(
+                        "vLLM's log: expected sawkv's line, got none: vLLM runs with a cache of its own"
+                    )
                 for found in _measure_cache(bench, served, client, generator, tell):
                     bench = found
                     keep(bench)
@@ -136,7 +150,9 @@ def measure(
     return bench
 
 
-def _measure_cache(bench: Bench, served: Served, client: Client, generator: Generator, tell: Callable[[str], object]) -> Iterator[Bench]:
+def _measure_cache(
+    bench: Bench, served: Served, client: Client, generator: Generator, tell: Callable[[str], object]
+) -> Iterator[Bench]:
     """The record after each load."""
     done = 0
     while len(loads := _loads(bench)) > done:
@@ -150,7 +166,9 @@ def _measure_cache(bench: Bench, served: Served, client: Client, generator: Gene
         result = served.result(load)
         assert result is not None
         if not bench.loads:  # the first load of the first cache tells what rates make sense
-            bench = replace(bench, loads=_all_loads(bench.setting, [_round(share * result.request_s) for share in SHARES]))
+            bench = replace(
+                bench, loads=_all_loads(bench.setting, [_round(share * result.request_s) for share in SHARES])
+            )
         place = f"load {done}/{len(_loads(bench))}, {load.name}"
         tell(f"{place}: {result.output_tok_s:,.0f} output tok/s, first token {result.ttft_p50_ms:,.0f} ms")
         bench = _with(bench, served)
@@ -228,8 +246,13 @@ def _resumed(before: Bench, now: Bench) -> Bench:
     """
     for field in ("setting", "device", "versions"):
         if getattr(before, field) != getattr(now, field):
-            raise SawkvError(f"--resume: expected a record with the same {field}, {getattr(now, field)}, got {getattr(before, field)}")
-    kept = tuple(replace(served, problem="") for served in before.served if served.cache in now.caches and served.results)
+            raise SawkvError(
+                f"--resume: expected a record with the same {field}, {getattr(now, field)}, got"
+                f" {getattr(before, field)}"
+            )
+    kept = tuple(
+        replace(served, problem="") for served in before.served if served.cache in now.caches and served.results
+    )
     return replace(before, caches=now.caches, served=kept, command=now.command)
 
 

@@ -19,7 +19,10 @@ def text(bench: Bench) -> str:
     setting = bench.setting
     lines = [
         f"{setting.model} on {bench.device}, {_vllm(bench)}",
-        f"{setting.requests} requests of {setting.input_tokens:,} tokens in and {setting.output_tokens:,} out; times in ms",
+        (
+            f"{setting.requests} requests of {setting.input_tokens:,} tokens in and {setting.output_tokens:,} out;"
+            " times in ms"
+        ),
         f"good: first token within {setting.ttft_ms:g} ms, and {setting.tpot_ms:g} ms per token after it",
         "",
         f"{'':16}{'KV tokens':>12}{'':>7}{'predicted':>12}{'difference':>16}",
@@ -34,7 +37,8 @@ def text(bench: Bench) -> str:
             result, ratio = served.result(load), _speed(bench, served, load)
             if result is not None:
                 lines.append(
-                    f"  {served.cache:14}{result.request_s:>9.4g}{result.output_tok_s:>9,.0f}{ratio:>7}{_ms(result.ttft_p50_ms):>7}"
+                    f"  {served.cache:14}{result.request_s:>9.4g}{result.output_tok_s:>9,.0f}{ratio:>7}"
+                    f"{_ms(result.ttft_p50_ms):>7}"
                     f"{_ms(result.ttft_p99_ms):>7}{_ms(result.tpot_p50_ms):>6}{_ms(result.tpot_p99_ms):>7}{result.goodput_s:>9.4g}"
                 )
     for served in bench.served:
@@ -58,7 +62,9 @@ def table(bench: Bench) -> Table:
         "p99 ms ",
         "good/s",
     )
-    columns = [Column(title, minor="p50" in title or title == "requests/s") for title in titles] + [Column("prefix found", minor=True)]
+    columns = [Column(title, minor="p50" in title or title == "requests/s") for title in titles] + [
+        Column("prefix found", minor=True)
+    ]
     rows = []
     for load in bench.loads:
         for served in _served(bench):
@@ -69,7 +75,10 @@ def table(bench: Bench) -> Table:
             cells += [Cell(f"{result.output_tok_s:,.0f}", result.output_tok_s), Cell(_speed(bench, served, load))]
             times = (result.ttft_p50_ms, result.ttft_p99_ms, result.tpot_p50_ms, result.tpot_p99_ms)
             cells += [Cell(_ms(value), value) for value in times]
-            cells += [Cell(f"{result.goodput_s:.4g}", result.goodput_s), Cell(f"{result.prefix_hits:.0%}", result.prefix_hits)]
+            cells += [
+                Cell(f"{result.goodput_s:.4g}", result.goodput_s),
+                Cell(f"{result.prefix_hits:.0%}", result.prefix_hits),
+            ]
             rows.append(cells)
     return Table("bench", columns, rows)
 
@@ -81,8 +90,10 @@ def page(bench: Bench) -> str:
         "sawkv.bench",
         "bench.html",
         model=setting.model,
-        setting=f"{setting.requests} requests of {setting.input_tokens:,} tokens in and {setting.output_tokens:,} out for each load, on "
-        f"{bench.device}, {_vllm(bench)}.",
+        setting=(
+            f"{setting.requests} requests of {setting.input_tokens:,} tokens in and {setting.output_tokens:,} out for"
+            f" each load, on {bench.device}, {_vllm(bench)}."
+        ),
         target=f"{setting.ttft_ms:g} ms to the first token and {setting.tpot_ms:g} ms per token after it",
         facts=_facts(bench),
         problems=[(served.cache, served.problem) for served in bench.served if served.problem],
@@ -156,7 +167,13 @@ def _facts(bench: Bench) -> list[tuple[str, str]]:
 
 
 def _capacity(bench: Bench) -> Table:
-    columns = [Column("cache"), Column("tokens held, measured"), Column("of first"), Column("predicted"), Column("difference")]
+    columns = [
+        Column("cache"),
+        Column("tokens held, measured"),
+        Column("of first"),
+        Column("predicted"),
+        Column("difference"),
+    ]
     rows = []
     for served in _served(bench):
         predicted, off = _predicted(served)
@@ -197,7 +214,9 @@ def _throughput(bench: Bench) -> Any:
         base = served[0].result(load)
         if base is not None:
             found = [other.result(load) for other in served[1:]]
-            groups.append((load.name, [result.output_tok_s / base.output_tok_s if result else math.nan for result in found]))
+            groups.append(
+                (load.name, [result.output_tok_s / base.output_tok_s if result else math.nan for result in found])
+            )
     names = [other.cache for other in served[1:]]
     title = f"Output tokens per second over those of {served[0].cache}"
     return both(lambda width: svg.bars(groups, names, show="{:.2f}x".format, title=title, width=width))

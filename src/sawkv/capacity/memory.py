@@ -140,7 +140,9 @@ class Setting:
             if value is not None and value < 1:
                 raise SawkvError(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
         if not 0 < self.gpu_memory_utilization <= 1:
-            raise SawkvError(f"--gpu-memory-utilization: expected above 0 and at most 1, got {self.gpu_memory_utilization}")
+            raise SawkvError(
+                f"--gpu-memory-utilization: expected above 0 and at most 1, got {self.gpu_memory_utilization}"
+            )
 
     @property
     def batched_tokens(self) -> int:
@@ -152,8 +154,14 @@ class Setting:
 
     @property
     def _batch_defaults(self) -> tuple[int, int]:
-        small = self.gpu_memory < BATCH_DEFAULTS[0][0] and any(name in self.gpu_name.lower() for name in SMALL_BATCH_CARDS)
-        return next((tokens, seqs) for least, tokens, seqs in BATCH_DEFAULTS if self.gpu_memory >= least and not (small and least))
+        small = self.gpu_memory < BATCH_DEFAULTS[0][0] and any(
+            name in self.gpu_name.lower() for name in SMALL_BATCH_CARDS
+        )
+        return next(
+            (tokens, seqs)
+            for least, tokens, seqs in BATCH_DEFAULTS
+            if self.gpu_memory >= least and not (small and least)
+        )
 
 
 @dataclass(frozen=True)
@@ -214,12 +222,14 @@ def make_plan(shape: ModelShape, setting: Setting, cache: KVCache, weight_bytes:
     for layer in shape.attention:
         if layer.num_q_heads % ranks or (layer.num_kv_heads % ranks and ranks % layer.num_kv_heads):
             raise UnsupportedError(
-                f"--tensor-parallel: expected a divisor of {layer.num_q_heads} and {layer.num_kv_heads} heads, got {ranks}"
+                f"--tensor-parallel: expected a divisor of {layer.num_q_heads} and {layer.num_kv_heads} heads, got"
+                f" {ranks}"
             )
     for state in shape.states:
         if state.heads % ranks or state.channels % ranks:
             raise UnsupportedError(
-                f"--tensor-parallel: expected a divisor of {state.heads} heads and {state.channels} channels of states, got {ranks}"
+                f"--tensor-parallel: expected a divisor of {state.heads} heads and {state.channels} channels of states,"
+                f" got {ranks}"
             )
     usable = int(setting.gpu_memory * setting.gpu_memory_utilization)
     weights = weight_bytes // ranks
@@ -285,7 +295,10 @@ def cut_blocks(shape: ModelShape, setting: Setting, cache: KVCache) -> Blocks:
     bytes of the largest.
     """
     block_size, ranks = _block_size(shape, setting, cache), setting.tensor_parallel
-    layers = [_Pages(replace(layer, num_q_heads=0), block_size, block_size * cache.token_bytes(layer, ranks)) for layer in shape.attention]
+    layers = [
+        _Pages(replace(layer, num_q_heads=0), block_size, block_size * cache.token_bytes(layer, ranks))
+        for layer in shape.attention
+    ]
     layers += [_Pages(state, block_size, layers[0].nbytes) for state in shape.states]
     windows = {layer.kind.window if isinstance(layer.kind, Attention) else None for layer in layers}
     if len(windows) == 1:  # all keep the same tokens: one group, whatever their sizes
@@ -309,7 +322,9 @@ def cut_blocks(shape: ModelShape, setting: Setting, cache: KVCache) -> Blocks:
 
 
 def _block_size(shape: ModelShape, setting: Setting, cache: KVCache) -> int:
-    """Tokens of a block: so many times what the kernels want that attention's page is no smaller than the largest state."""
+    """Tokens of a block: so many times what the kernels want that attention's page is no smaller than the largest
+    state.
+    """
     unit = setting.block_size or cache.block_size
     state_bytes = max((state.nbytes(setting.tensor_parallel) for state in shape.states), default=0)
     return unit * max(1, -(-state_bytes // (unit * cache.token_bytes(shape.attention[0], setting.tensor_parallel))))
@@ -337,7 +352,9 @@ def _profile_peak(shape: ModelShape, setting: Setting) -> int:
 
 
 def _prefill_workspace(shape: ModelShape, setting: Setting) -> int:
-    """Bytes of 16-bit K and V that pages are decoded to for prefill (integrations/vllm/prefill.py: workspace_tokens)."""
+    """Bytes of 16-bit K and V that pages are decoded to for prefill (integrations/vllm/prefill.py:
+    workspace_tokens).
+    """
     tokens = max(setting.context, 2 * setting.batched_tokens)
     widest = max(max(1, layer.num_kv_heads // setting.tensor_parallel) * layer.head_dim for layer in shape.attention)
     return tokens * 2 * widest * 2

@@ -18,7 +18,14 @@ _OLD_NAMES: Final = {"attention": "full_attention", "mamba": "linear_attention"}
 
 _KV_HEADS: Final = ("n_head_kv", "num_kv_heads", "num_key_value_heads")
 _EXPERTS: Final = ("num_experts", "moe_num_experts", "n_routed_experts", "num_local_experts")
-_ACTIVE_EXPERTS: Final = ("num_experts_per_tok", "num_experts_per_token", "top_k_experts", "moe_topk", "moe_top_k", "moe_k")
+_ACTIVE_EXPERTS: Final = (
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "top_k_experts",
+    "moe_topk",
+    "moe_top_k",
+    "moe_k",
+)
 _CONTEXTS: Final = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length")
 
 _GENERATING: Final = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ")
@@ -127,7 +134,9 @@ def _shape(whole: Any, decoder: Any, language_model_only: bool) -> ModelShape:
         raise _refusal("no layer with attention: there is no KV cache")
     states = tuple(_state(layer, kind) for kind, layer in layers if kind in RECURRENT)
     experts = _size(decoder, *_EXPERTS)
-    intermediate = _size(decoder, "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size") or 4 * decoder.hidden_size
+    intermediate = (
+        _size(decoder, "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size") or 4 * decoder.hidden_size
+    )
     dense = not experts or _size(decoder, "first_k_dense_replace") or getattr(decoder, "mlp_only_layers", None)
     return ModelShape(
         config=whole,
@@ -156,7 +165,9 @@ def _make_config(config: Mapping[str, Any]) -> Any:
     except ImportError as error:
         raise UnsupportedError("plan: expected Transformers, got none: pip install 'sawkv[transformers]'") from error
     if not hasattr(transformers.PreTrainedConfig, "per_layer_config"):  # older ones hide that layers differ
-        raise UnsupportedError(f"plan: expected Transformers {OLDEST_TRANSFORMERS} or newer, got {transformers.__version__}")
+        raise UnsupportedError(
+            f"plan: expected Transformers {OLDEST_TRANSFORMERS} or newer, got {transformers.__version__}"
+        )
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         wanted = f"expected a model_type that Transformers {transformers.__version__} knows"
@@ -166,7 +177,9 @@ def _make_config(config: Mapping[str, Any]) -> Any:
         raise _refusal(_ENCODER)
     weights_and_code = ("quantization_config", "compression_config", "auto_map")
     try:
-        return CONFIG_MAPPING[kind].from_dict({name: value for name, value in config.items() if name not in weights_and_code})
+        return CONFIG_MAPPING[kind].from_dict(
+            {name: value for name, value in config.items() if name not in weights_and_code}
+        )
     except Exception as error:  # each class checks its fields in its own way
         wanted = f"expected a config.json that Transformers' {kind} class reads"
         raise UnsupportedError(f"plan: {wanted}, got: {_one_line(error)}") from error
@@ -258,7 +271,9 @@ def _max_context(config: Any) -> int | None:
 
 
 def _size(config: Any, *names: str) -> int:
-    """The first of these fields that is there and says something, else 0. Of a list, one for each layer, the largest."""
+    """The first of these fields that is there and says something, else 0. Of a list, one for each layer,
+    the largest.
+    """
     found = (getattr(config, name, None) for name in names)
     size = next((value for value in found if value), 0)
     largest: int = max(size) if isinstance(size, (list, tuple)) else size

@@ -32,7 +32,10 @@ def table(plans: Sequence[Plan], setting: Setting) -> str:
         rows.append(("states of a request", [f"{plan.state_bytes_per_request / (1 << 20):,.1f} MiB" for plan in plans]))
     rows += [
         ("block, tokens", [f"{plan.block_size:,}" for plan in plans]),
-        ("least prefix hit, tokens", [f"{plan.least_prefix_hit:,}" if plan.least_prefix_hit else "-" for plan in plans]),
+        (
+            "least prefix hit, tokens",
+            [f"{plan.least_prefix_hit:,}" if plan.least_prefix_hit else "-" for plan in plans],
+        ),
         ("KV cache, tokens", [f"{plan.tokens:,}" for plan in plans]),
         (f"requests of {setting.context:,} at once", [f"{plan.requests:,.1f}" for plan in plans]),
     ]
@@ -45,16 +48,25 @@ def table(plans: Sequence[Plan], setting: Setting) -> str:
 def assumptions(setting: Setting, shape: ModelShape, weights: Weights) -> list[str]:
     """What the figures rest on, a sentence each."""
     batch = f"--max-num-batched-tokens {setting.batched_tokens}, --max-num-seqs {setting.seqs}"
-    if not setting.gpu_name and setting.max_num_batched_tokens is None and setting.batched_tokens > BATCH_DEFAULTS[-1][1]:
+    if (
+        not setting.gpu_name
+        and setting.max_num_batched_tokens is None
+        and setting.batched_tokens > BATCH_DEFAULTS[-1][1]
+    ):
         small = " or ".join(name.upper() for name in SMALL_BATCH_CARDS)
         batch += " (an {} gets {} and {}: give them)".format(small, *BATCH_DEFAULTS[-1][1:])
     lines = [
-        f"{setting.gpu_memory / GIB:.1f} GiB reported by CUDA, {setting.gpu_memory_utilization:.0%} of it for vLLM, and no other program.",
+        (
+            f"{setting.gpu_memory / GIB:.1f} GiB reported by CUDA, {setting.gpu_memory_utilization:.0%} of it for vLLM,"
+            " and no other program."
+        ),
         f"{batch}.",
         f"Weights {weights.source}.",
         f"No LoRA, no speculative decoding, {'prefix' if setting.prefix_caching else 'no prefix'} caching.",
-        "Activations as in vLLM's profiling step: the largest of an MLP's, of the projection before a state, and of the "
-        "logits. Outside of torch as measured once on an H100, with a dense model of 8B.",
+        (
+            "Activations as in vLLM's profiling step: the largest of an MLP's, of the projection before a state, and of"
+            " the logits. Outside of torch as measured once on an H100, with a dense model of 8B."
+        ),
     ]
     if shape.sees:
         lines.append("Weights that read images or audio are counted; what they compute while vLLM profiles is not.")
@@ -72,8 +84,12 @@ def shortage(plan: Plan, setting: Setting, longest: int) -> str:
             f"{plan.format}: the KV cache has no room for one request of {setting.context:,} tokens. vLLM starts with "
             f"--max-model-len {longest} or less, or with more or larger cards (--tensor-parallel)."
         )
-    taken = f"weights {plan.weights / GIB:.2f} and activations {plan.activations / GIB:.2f} GiB of {plan.usable / GIB:.2f}"
-    return f"{plan.format}: no room is left for a KV cache ({taken}): use more cards (--tensor-parallel) or larger ones."
+    taken = (
+        f"weights {plan.weights / GIB:.2f} and activations {plan.activations / GIB:.2f} GiB of {plan.usable / GIB:.2f}"
+    )
+    return (
+        f"{plan.format}: no room is left for a KV cache ({taken}): use more cards (--tensor-parallel) or larger ones."
+    )
 
 
 def text(plans: Sequence[Plan], setting: Setting, assumed: Sequence[str], notes: Sequence[str]) -> str:

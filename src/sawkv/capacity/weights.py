@@ -23,7 +23,9 @@ MAX_HEADER_BYTES: Final = 100_000_000
 """The longest header that safetensors allows."""
 
 _LAYER: Final = re.compile(r"(?:model\.|language_model\.)*(?:layers|h|blocks)\.(\d+)\.")
-_TOWER: Final = re.compile(r"(?:^|\.)(?:visual|vision\w*|audio\w*|speech\w*|embed_(?:vision|audio)|multi_modal_projector|mm_projector)\.")
+_TOWER: Final = re.compile(
+    r"(?:^|\.)(?:visual|vision\w*|audio\w*|speech\w*|embed_(?:vision|audio)|multi_modal_projector|mm_projector)\."
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,9 @@ def weights_of(checkpoint: Checkpoint, shape: ModelShape, language_model_only: b
 
 
 def _is_loaded(config: Any, language_model_only: bool) -> Callable[[str], bool]:
-    """Whether vLLM loads the weight of a name: not those behind the last layer, which draft, nor a tied output layer."""
+    """Whether vLLM loads the weight of a name: not those behind the last layer, which draft, nor a tied
+    output layer.
+    """
     decoder = config.get_text_config(decoder=True)
     tied = getattr(config, "tie_word_embeddings", False) or getattr(decoder, "tie_word_embeddings", False)
 
@@ -98,11 +102,15 @@ def _file_bytes(file: Path, is_loaded: Callable[[str], bool]) -> int:
         tensors = [tensor for name, tensor in header.items() if name != "__metadata__" and is_loaded(name)]
         return sum(prod(tensor["shape"]) * STORED_BYTES.get(tensor["dtype"], 1) for tensor in tensors)
     except (ValueError, KeyError, AttributeError, TypeError, struct.error) as error:
-        raise SawkvError(f"plan: expected a safetensors file, got {file}, whose header is damaged: download it again") from error
+        raise SawkvError(
+            f"plan: expected a safetensors file, got {file}, whose header is damaged: download it again"
+        ) from error
 
 
 def _count(checkpoint: Checkpoint, shape: ModelShape, is_loaded: Callable[[str], bool]) -> Weights:
-    """From the parameters of Transformers' model, made without memory, and the bits of the checkpoint's quantization."""
+    """From the parameters of Transformers' model, made without memory, and the bits of the checkpoint's
+    quantization.
+    """
     import torch
 
     model_class = _model_class(checkpoint.config, shape.config)
@@ -126,7 +134,9 @@ def _count(checkpoint: Checkpoint, shape: ModelShape, is_loaded: Callable[[str],
         source = f"counted from the shape, linear layers in {bits:.3g} bits ({quantization.get('quant_method')})"
         quantized = {name for name in _linear_weights(model) if not is_kept(name)}
     nbytes = sum(
-        parameter.numel() * (bits if name in quantized else 16) / 8 for name, parameter in model.named_parameters() if is_loaded(name)
+        parameter.numel() * (bits if name in quantized else 16) / 8
+        for name, parameter in model.named_parameters()
+        if is_loaded(name)
     )
     return Weights(int(nbytes), source)
 
@@ -145,7 +155,9 @@ def _model_class(config: Mapping[str, Any], made: Any) -> Any:
         found = getattr(transformers, name, None) if isinstance(name, str) else None
         if isinstance(found, type) and issubclass(found, transformers.PreTrainedModel):
             return found
-    raise UnsupportedError(f"plan: expected a model class in Transformers, got none for {made.model_type}: give --weights SIZE")
+    raise UnsupportedError(
+        f"plan: expected a model class in Transformers, got none for {made.model_type}: give --weights SIZE"
+    )
 
 
 def _linear_weights(model: Any) -> Iterator[str]:
@@ -198,7 +210,9 @@ def _linear_bits(quantization: Mapping[str, Any]) -> float:
             )
             for kind in weights
         )
-    raise UnsupportedError(f"plan: expected weights quantized in a known way, got {method or 'no name'}: give --weights SIZE")
+    raise UnsupportedError(
+        f"plan: expected weights quantized in a known way, got {method or 'no name'}: give --weights SIZE"
+    )
 
 
 def _grouped(bits: int, group_size: int | None, scale_bits: int = 16, zero_points: bool = False) -> float:
@@ -213,5 +227,7 @@ def _kept_in_16_bits(quantization: Mapping[str, Any]) -> Callable[[str], bool]:
             if entry.startswith("re:"):
                 patterns.append(re.compile(entry[3:]))
             else:
-                patterns.append(re.compile(fnmatch.translate(f"*{entry}*") if "*" in entry else f".*{re.escape(entry)}[._]"))
+                patterns.append(
+                    re.compile(fnmatch.translate(f"*{entry}*") if "*" in entry else f".*{re.escape(entry)}[._]")
+                )
     return lambda name: name.endswith("lm_head.weight") or any(pattern.match(name) for pattern in patterns)

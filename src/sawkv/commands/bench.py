@@ -14,16 +14,24 @@ SUMMARY = "throughput and latency in 16 bits, fp8 and a cache format, here; opti
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     defaults = Setting("")
     options.add_served_model(parser, "; before all options of vLLM")
-    options.add_formats(parser, f"{SIXTEEN_BITS},{FP8},int4", f"{SIXTEEN_BITS},{FP8},int4; the first is what others are compared with")
+    options.add_formats(
+        parser, f"{SIXTEEN_BITS},{FP8},int4", f"{SIXTEEN_BITS},{FP8},int4; the first is what others are compared with"
+    )
     options.add_out(parser, "record, JSON,", default=Path("bench.json"))
     for name, default, help_text in (
         ("input", defaults.input_tokens, "tokens of a prompt"),
         ("output", defaults.output_tokens, "tokens of an answer"),
-        ("prefix", defaults.prefix_tokens, "tokens of the prompt that requests share in one of the loads; 0 leaves it out"),
+        (
+            "prefix",
+            defaults.prefix_tokens,
+            "tokens of the prompt that requests share in one of the loads; 0 leaves it out",
+        ),
         ("requests", defaults.requests, "requests of each load"),
     ):
         kind = options.count if name == "prefix" else options.positive
-        parser.add_argument(f"--{name}", type=kind, default=default, metavar="COUNT", help=f"{help_text} (default: %(default)s)")
+        parser.add_argument(
+            f"--{name}", type=kind, default=default, metavar="COUNT", help=f"{help_text} (default: %(default)s)"
+        )
     parser.add_argument(
         "--rates",
         type=rates,
@@ -35,7 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("ttft", defaults.ttft_ms, "time to first token within which a request counts as goodput"),
         ("tpot", defaults.tpot_ms, "time per token after it, likewise"),
     ):
-        parser.add_argument(f"--{name}", type=float, default=limit, metavar="MS", help=f"{help_text} (default: %(default)g)")
+        parser.add_argument(
+            f"--{name}", type=float, default=limit, metavar="MS", help=f"{help_text} (default: %(default)g)"
+        )
     options.add_resume(parser)
     parser.set_defaults(engine_options=())
 
@@ -52,6 +62,14 @@ def run(args: argparse.Namespace) -> int:
     from sawkv.bench.run import run_bench
 
     setting = Setting(
-        args.model, args.input, args.output, args.prefix, args.requests, args.rates, args.ttft, args.tpot, tuple(args.engine_options)
+        args.model,
+        args.input,
+        args.output,
+        args.prefix,
+        args.requests,
+        args.rates,
+        args.ttft,
+        args.tpot,
+        tuple(args.engine_options),
     )
     return run_bench(setting, args.formats, args.out, resume=args.resume, command=args.typed)

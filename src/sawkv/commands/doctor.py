@@ -10,7 +10,11 @@ SUMMARY = "check versions, vLLM's plugins, kernels and caches, and say why somet
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("model", nargs="?", metavar="MODEL", help="a checkpoint that is to be served")
     parser.add_argument(
-        "--head-dim", type=int, default=128, metavar="COUNT", help="of kernels to look at (default: the model's, or %(default)s)"
+        "--head-dim",
+        type=int,
+        default=128,
+        metavar="COUNT",
+        help="of kernels to look at (default: the model's, or %(default)s)",
     )
 
 

@@ -25,7 +25,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("floor", defaults.floor_tokens, "tokens of the text for the noise of 16-bit arithmetic; 0 leaves it out"),
     ):
         kind = options.count if name in ("layer", "floor") else options.positive
-        parser.add_argument(f"--{name}-tokens", type=kind, default=default, metavar="COUNT", help=f"{help_text} (default: %(default)s)")
+        parser.add_argument(
+            f"--{name}-tokens", type=kind, default=default, metavar="COUNT", help=f"{help_text} (default: %(default)s)"
+        )
     parser.add_argument(
         "--recall-lengths",
         type=options.positive,
@@ -38,11 +40,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("recall-count", defaults.recall_count, "recall prompts of each task, length and depth; 0 leaves recall out"),
         ("free-runs", defaults.free_runs, "prompts to continue freely; 0 leaves that out"),
     ):
-        parser.add_argument(f"--{name}", type=options.count, default=default, metavar="COUNT", help=f"{help_text} (default: %(default)s)")
+        parser.add_argument(
+            f"--{name}",
+            type=options.count,
+            default=default,
+            metavar="COUNT",
+            help=f"{help_text} (default: %(default)s)",
+        )
     options.add_context(parser)
     options.add_stress(parser)
     options.add_device(parser)
-    parser.add_argument("--dtype", choices=DTYPES, help="of the model's arithmetic (default: bfloat16 on a GPU, float32 on a CPU)")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="of the model's arithmetic (default: bfloat16 on a GPU, float32 on a CPU)"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     options.add_resume(parser)
 

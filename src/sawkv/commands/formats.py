@@ -11,7 +11,10 @@ _HEAD_DIM = 128
 _WHEN = {
     "int4": "The default. With preparation it is near 16 bits. See what it costs on your model: sawkv eval.",
     "int8": "Where INT4 costs too much. It needs no preparation.",
-    "bf16": "A control, for models in bfloat16: it saves nothing and loses nothing. fp16 and fp32 are the same for other dtypes.",
+    "bf16": (
+        "A control, for models in bfloat16: it saves nothing and loses nothing. fp16 and fp32 are the same for other"
+        " dtypes."
+    ),
 }
 """Of codecs. 16 and 32 bits are one row."""
 
@@ -31,10 +34,20 @@ def run(args: argparse.Namespace) -> int:
         start = f"{name:<10}{4 * nbytes / _HEAD_DIM:>6.2f}{4 * _HEAD_DIM / nbytes:>7.2f}x  "
         print(textwrap.fill(when, WIDTH, initial_indent=start, subsequent_indent=" " * len(start)))
     print()
-    print(_filled("int4-k64-v0 and the like name the rotation orders of K and V: 0, or powers of two from 16 that divide head_dim."))
+    print(
+        _filled(
+            "int4-k64-v0 and the like name the rotation orders of K and V: 0, or powers of two from 16 that divide"
+            " head_dim."
+        )
+    )
     print(_filled("`sawkv eval` and `sawkv analyze` compare them with more methods, by --formats:"))
     print(textwrap.fill(", ".join(METHODS), WIDTH, initial_indent="  ", subsequent_indent="  ", break_on_hyphens=False))
-    print(_filled("`prepared` is what engines do with int4, and `int4` is that without preparation. `fp8` and `vllm_...` are vLLM's own."))
+    print(
+        _filled(
+            "`prepared` is what engines do with int4, and `int4` is that without preparation. `fp8` and `vllm_...` are"
+            " vLLM's own."
+        )
+    )
     return 0
 
 

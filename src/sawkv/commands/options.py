@@ -13,7 +13,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 def add_served_model(parser: argparse.ArgumentParser, note: str = "") -> None:
     """MODEL that vLLM finds, in a directory or on the hub."""
-    parser.add_argument("model", metavar="MODEL", help=f"a checkpoint directory, or a model of the Hugging Face hub{note}")
+    parser.add_argument(
+        "model", metavar="MODEL", help=f"a checkpoint directory, or a model of the Hugging Face hub{note}"
+    )
 
 
 def add_text(parser: argparse.ArgumentParser, shown: str = "the model's held-out text, if it has one") -> None:
@@ -23,10 +25,18 @@ def add_text(parser: argparse.ArgumentParser, shown: str = "the model's held-out
 def add_tokens(parser: argparse.ArgumentParser, tokens: int, window: int) -> None:
     """How much of the text is read, and in what pieces."""
     parser.add_argument(
-        "--tokens", type=positive, default=tokens, metavar="COUNT", help="tokens of the text to read (default: %(default)s)"
+        "--tokens",
+        type=positive,
+        default=tokens,
+        metavar="COUNT",
+        help="tokens of the text to read (default: %(default)s)",
     )
     parser.add_argument(
-        "--window", type=positive, default=window, metavar="COUNT", help="tokens read from one empty cache (default: %(default)s)"
+        "--window",
+        type=positive,
+        default=window,
+        metavar="COUNT",
+        help="tokens read from one empty cache (default: %(default)s)",
     )
 
 
@@ -53,11 +63,15 @@ def add_context(parser: argparse.ArgumentParser) -> None:
 
 
 def add_resume(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--resume", action="store_true", help="go on with the record in --out: what it holds is not measured again")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on with the record in --out: what it holds is not measured again"
+    )
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="where to run the model (default: a GPU where there is one)")
+    parser.add_argument(
+        "--device", choices=("cpu", "cuda"), help="where to run the model (default: a GPU where there is one)"
+    )
 
 
 def add_stress(parser: argparse.ArgumentParser) -> None:

@@ -15,23 +15,41 @@ COMMON_CONTEXT = 16384
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_served_model(parser, "; of a directory config.json is enough")
     options.add_format(parser, "cache format to compare with 16 bits and fp8")
-    parser.add_argument("--gpu-memory", metavar="SIZE", help="of one card as sold, for example 80GiB (default: what CUDA reports here)")
+    parser.add_argument(
+        "--gpu-memory", metavar="SIZE", help="of one card as sold, for example 80GiB (default: what CUDA reports here)"
+    )
     parser.add_argument(
         "--context",
         type=int,
         metavar="TOKENS",
         help=f"longest request, vLLM's --max-model-len (default: {COMMON_CONTEXT}, or the model's longest)",
     )
-    parser.add_argument("--weights", metavar="SIZE", help="of all weights on the GPUs (default: measured in the files, or estimated)")
-    parser.add_argument("--gpu-memory-utilization", type=float, default=0.92, metavar="SHARE", help="vLLM's (default: %(default)s)")
-    parser.add_argument("--tensor-parallel", type=int, default=1, metavar="COUNT", help="cards that share the model (default: %(default)s)")
-    parser.add_argument("--max-num-batched-tokens", type=int, metavar="COUNT", help="vLLM's (default: that of a server)")
-    parser.add_argument("--max-num-seqs", type=int, metavar="COUNT", help="vLLM's (default: that of a server)")
     parser.add_argument(
-        "--language-model-only", action="store_true", help="as given to vLLM: serve no images, and load nothing that reads them"
+        "--weights", metavar="SIZE", help="of all weights on the GPUs (default: measured in the files, or estimated)"
     )
     parser.add_argument(
-        "--no-enable-prefix-caching", action="store_true", help="as given to vLLM: recurrent layers then hold one state of a request"
+        "--gpu-memory-utilization", type=float, default=0.92, metavar="SHARE", help="vLLM's (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--tensor-parallel",
+        type=int,
+        default=1,
+        metavar="COUNT",
+        help="cards that share the model (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-num-batched-tokens", type=int, metavar="COUNT", help="vLLM's (default: that of a server)"
+    )
+    parser.add_argument("--max-num-seqs", type=int, metavar="COUNT", help="vLLM's (default: that of a server)")
+    parser.add_argument(
+        "--language-model-only",
+        action="store_true",
+        help="as given to vLLM: serve no images, and load nothing that reads them",
+    )
+    parser.add_argument(
+        "--no-enable-prefix-caching",
+        action="store_true",
+        help="as given to vLLM: recurrent layers then hold one state of a request",
     )
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
 
@@ -60,7 +78,9 @@ def run(args: argparse.Namespace) -> int:
     weight_bytes = None if args.weights is None else memory.size_bytes("--weights", args.weights)
     checkpoint = read_checkpoint(args.model)
     if checkpoint is None:
-        raise SawkvError(f"plan: expected a checkpoint directory with a config.json, or a model of the hub, got {args.model}")
+        raise SawkvError(
+            f"plan: expected a checkpoint directory with a config.json, or a model of the hub, got {args.model}"
+        )
     shape = read_shape(checkpoint.config, args.language_model_only)
     caches = [*memory.engine_caches(shape), memory.KVCache.of_format(cache_format, shape)]
     if weight_bytes is None:
@@ -71,7 +91,8 @@ def run(args: argparse.Namespace) -> int:
     if shape.max_context is not None and setting.context > shape.max_context:
         if args.context is not None:
             notes.append(
-                f"The model reads at most {shape.max_context:,} tokens, and vLLM refuses a longer --max-model-len: planned with these."
+                f"The model reads at most {shape.max_context:,} tokens, and vLLM refuses a longer --max-model-len:"
+                " planned with these."
             )
         setting = replace(setting, context=shape.max_context)
     plans = [memory.make_plan(shape, setting, cache, weights.nbytes) for cache in caches]
@@ -79,5 +100,9 @@ def run(args: argparse.Namespace) -> int:
         if not plan.fits:
             notes.append(table.shortage(plan, setting, memory.longest_context(shape, setting, cache, weights.nbytes)))
     assumed = table.assumptions(setting, shape, weights)
-    print(table.as_json(args.model, plans, setting, assumed, notes) if args.json else table.text(plans, setting, assumed, notes))
+    print(
+        table.as_json(args.model, plans, setting, assumed, notes)
+        if args.json
+        else table.text(plans, setting, assumed, notes)
+    )
     return 0 if any(plan.fits for plan in plans) else 1

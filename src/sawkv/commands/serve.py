@@ -11,10 +11,16 @@ SUMMARY = "serve a model with vLLM from INT4 pages; options not listed go to vLL
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_served_model(parser, "; before all options of vLLM")
-    parser.add_argument("--format", metavar="NAME", help="cache format, such as int4-k128-v128 (default: the calibration's, or int4)")
+    parser.add_argument(
+        "--format", metavar="NAME", help="cache format, such as int4-k128-v128 (default: the calibration's, or int4)"
+    )
     parser.add_argument("--calibration", metavar="FILE", help="what `sawkv prepare` wrote for this model")
-    parser.add_argument("--no-prepare", action="store_true", help="skip preparation; on some models that costs everything")
-    parser.add_argument("--prepare-cache", metavar="DIR", help="folder that keeps what was prepared (default: one in the user's cache)")
+    parser.add_argument(
+        "--no-prepare", action="store_true", help="skip preparation; on some models that costs everything"
+    )
+    parser.add_argument(
+        "--prepare-cache", metavar="DIR", help="folder that keeps what was prepared (default: one in the user's cache)"
+    )
     parser.set_defaults(engine_options=())  # those that this parser does not know
 
 

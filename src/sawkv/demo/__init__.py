@@ -1,8 +1,10 @@
-"""The main job, shown: vLLM serves one model in 16 bits and then from INT4 pages, and both are asked the same over the OpenAI API.
+"""The main job, shown: vLLM serves one model in 16 bits and then from INT4 pages, and both are asked the same over the
+OpenAI API.
 
-What is asked is what a user wants to know: how many tokens the cache holds, how well the model still predicts a page of text, whether it
-recalls a pass-key hidden in it, how fast it answers, and what it writes. Greedy texts part where two words are about as likely:
-Transformers, reading the 16-bit texts in 16 bits too, shows where that happens without any quantization.
+What is asked is what a user wants to know: how many tokens the cache holds, how well the model still predicts a page of
+text, whether it recalls a pass-key hidden in it, how fast it answers, and what it writes. Greedy texts part where two
+words are about as likely: Transformers, reading the 16-bit texts in 16 bits too, shows where that happens without any
+quantization.
 
 The page (`page.txt`) is from Isaac Newton's Opticks, 1704, in the public domain.
 """
@@ -87,7 +89,8 @@ class Outcome:
 
 
 def run_demo(model: str, *, cache_format: str, max_tokens: int, kv_cache_memory: int, max_model_len: int) -> int:
-    """Serve `model` twice and print what both showed. Returns 0, or 1 if the format's cache holds fewer tokens than it promises.
+    """Serve `model` twice and print what both showed. Returns 0, or 1 if the format's cache holds fewer tokens than it
+    promises.
 
     Args:
         model: a checkpoint directory, or a name that vLLM resolves.
@@ -112,7 +115,9 @@ def run_demo(model: str, *, cache_format: str, max_tokens: int, kv_cache_memory:
         outcomes.append(_measure(name, command, max_tokens))
     wide, narrow = outcomes
     if not narrow.notice:  # vLLM goes on without a plugin that it cannot load
-        raise UnsupportedError("demo: expected vLLM to run with sawkv, got a log without its line; so there is nothing to compare")
+        raise UnsupportedError(
+            "demo: expected vLLM to run with sawkv, got a log without its line; so there is nothing to compare"
+        )
     print("\n".join(report(wide, narrow, forks(model, wide.answers), kv_cache_memory, model)), flush=True)
     promised = bytes_a_token(narrow.notice)
     return 0 if narrow.kv_tokens / wide.kv_tokens >= LEAST_SHARE * promised[1] / promised[0] else 1
@@ -120,7 +125,9 @@ def run_demo(model: str, *, cache_format: str, max_tokens: int, kv_cache_memory:
 
 def bytes_a_token(notice: str) -> tuple[int, int]:
     """Of one KV head and layer: in the format, and in 16 bits, from sawkv's line in the log."""
-    narrow, wide = (int(notice.split(before)[1].split(after)[0]) for before, after in ((", ", " bytes"), ("(16 bits: ", ")")))
+    narrow, wide = (
+        int(notice.split(before)[1].split(after)[0]) for before, after in ((", ", " bytes"), ("(16 bits: ", ")"))
+    )
     return narrow, wide
 
 
@@ -131,7 +138,10 @@ def _measure(name: str, command: Sequence[str], max_tokens: int) -> Outcome:
         print(f"{time.monotonic() - start:8.0f} s  {stage}", flush=True)
 
     page = (files("sawkv") / "demo" / "page.txt").read_text(encoding="utf-8")
-    with tempfile.TemporaryDirectory(prefix="sawkv-demo-") as folder, serving(command, Path(folder, "log"), say=say) as client:
+    with (
+        tempfile.TemporaryDirectory(prefix="sawkv-demo-") as folder,
+        serving(command, Path(folder, "log"), say=say) as client,
+    ):
         say("it answers; asking questions")
         answers = [_ask(client, question, max_tokens) for question in QUESTIONS]
         say("reading a page of text")
@@ -142,7 +152,12 @@ def _measure(name: str, command: Sequence[str], max_tokens: int) -> Outcome:
         say(f"{REQUESTS} requests at once")
         begun = time.monotonic()
         with ThreadPoolExecutor(REQUESTS) as pool:
-            list(pool.map(lambda i: client.complete(page[200 * i :][:400], max_tokens=REQUEST_TOKENS, ignore_eos=True), range(REQUESTS)))
+            list(
+                pool.map(
+                    lambda i: client.complete(page[200 * i :][:400], max_tokens=REQUEST_TOKENS, ignore_eos=True),
+                    range(REQUESTS),
+                )
+            )
         rate = REQUESTS / (time.monotonic() - begun)
         return Outcome(name, client.notice(), client.kv_tokens(), answers, losses, recalled, rate)
 
@@ -174,7 +189,8 @@ def _recalls(client: Client, page: str, depth: float, number: int) -> bool:
 
 
 def forks(model: str, answers: Sequence[Answer]) -> list[int] | None:
-    """After how many tokens Transformers, in bf16, would have gone on differently from each answer; None where it cannot load the model.
+    """After how many tokens Transformers, in bf16, would have gone on differently from each answer; None where it
+    cannot load the model.
 
     One pass over prompt and answer decides it: until the first other choice, decoding would have seen the same tokens.
     """
@@ -189,7 +205,9 @@ def forks(model: str, answers: Sequence[Answer]) -> list[int] | None:
     found = []
     with torch.inference_mode():
         for answer in answers:
-            logits = loaded(torch.tensor([answer.prompt + answer.tokens], device=device)).logits[0, len(answer.prompt) - 1 : -1]
+            logits = loaded(torch.tensor([answer.prompt + answer.tokens], device=device)).logits[
+                0, len(answer.prompt) - 1 : -1
+            ]
             found.append(first_difference(logits.argmax(-1).tolist(), answer.tokens))
     return found
 
@@ -212,7 +230,12 @@ def report(wide: Outcome, narrow: Outcome, control: list[int] | None, kv_cache_m
     rates = [outcome.requests_a_second for outcome in (wide, narrow)]
     rows = [
         ("", wide.name, narrow.name, ""),
-        ("tokens that the KV cache holds", f"{wide.kv_tokens:,}", f"{narrow.kv_tokens:,}", f"{narrow.kv_tokens / wide.kv_tokens:.2f}x"),
+        (
+            "tokens that the KV cache holds",
+            f"{wide.kv_tokens:,}",
+            f"{narrow.kv_tokens:,}",
+            f"{narrow.kv_tokens / wide.kv_tokens:.2f}x",
+        ),
         ("memory a token, bytes", f"{memory[0]:,.0f}", f"{memory[1]:,.0f}", f"1/{memory[0] / memory[1]:.2f}"),
         ("perplexity of a page of text", f"{ppl[0]:.2f}", f"{ppl[1]:.2f}", f"{ppl[1] / ppl[0] - 1:+.1%}"),
         ("pass-keys recalled from the page", *keys, ""),
@@ -232,10 +255,13 @@ def about_texts(wide: Outcome, narrow: Outcome, control: list[int] | None) -> st
     parted = [first_difference(a.tokens, b.tokens) for a, b in zip(wide.answers, narrow.answers, strict=True)]
 
     def said(places: Sequence[int]) -> str:
-        return ", ".join(str(place) if place < length else "not at all" for place, length in zip(places, lengths, strict=True))
+        return ", ".join(
+            str(place) if place < length else "not at all" for place, length in zip(places, lengths, strict=True)
+        )
 
     found = (
-        f"Greedy texts part where two words are about as likely, and then go their own ways. Here {narrow.name} parts from 16 bits after "
+        f"Greedy texts part where two words are about as likely, and then go their own ways. Here {narrow.name} parts"
+        " from 16 bits after "
     )
     found += f"this many tokens: {said(parted)}."
     if control is not None:
@@ -247,7 +273,7 @@ def _beside(name: str, text: str) -> list[str]:
     """A text to the right of its name."""
     shown = "".join(c if c.isprintable() or c == "\n" else "?" for c in text.strip().expandtabs(4))
     width = WIDTH - 10
-    parts = [part for line in shown.split("\n") for part in (textwrap.wrap(line, width, drop_whitespace=False) or [""])]
+    parts = [part for line in shown.split("\n") for part in textwrap.wrap(line, width, drop_whitespace=False) or [""]]
     return [f"{name if not i else '':>7} | {part.rstrip()}".rstrip() for i, part in enumerate(parts)]
 
 

@@ -1,1 +1,3 @@
-"""What the bytes of the cache mean: format names, page layout, rotation, codecs, error feedback. docs/format.md is the law."""
+"""What the bytes of the cache mean: format names, page layout, rotation, codecs, error feedback. docs/format.md is the
+law.
+"""

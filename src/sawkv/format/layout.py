@@ -84,7 +84,9 @@ class PageLayout:
 
     @cached_property
     def swizzle_factors(self) -> tuple[int, int]:
-        """`(multiplier, period)` of V's segment order: `swizzle(t) = (t * multiplier // 8) % period`; period 1 is plain order."""
+        """`(multiplier, period)` of V's segment order: `swizzle(t) = (t * multiplier // 8) % period`; period 1 is plain
+        order.
+        """
         segments, rest = divmod(self.row_bytes, SEGMENT_BYTES)
         if rest:
             return 0, 1

@@ -39,7 +39,9 @@ class CacheFormat:
             raise FormatError("expected rotation orders for both K and V, or for neither")
         for order in (self.k_rotation_order, self.v_rotation_order):
             if order and (order < MIN_ROTATION_ORDER or order & (order - 1)):
-                raise FormatError(f"rotation order: expected 0 or a power of two from {MIN_ROTATION_ORDER}, got {order}")
+                raise FormatError(
+                    f"rotation order: expected 0 or a power of two from {MIN_ROTATION_ORDER}, got {order}"
+                )
 
     @classmethod
     def parse(cls, name: str) -> CacheFormat:
@@ -50,7 +52,9 @@ class CacheFormat:
         """
         match = _NAME.fullmatch(name)
         if match is None:
-            raise FormatError(f"format name: expected <codec>-k<order>-v<order> such as int4-k128-v128, got {name[:80]!r}")
+            raise FormatError(
+                f"format name: expected <codec>-k<order>-v<order> such as int4-k128-v128, got {name[:80]!r}"
+            )
         k, v = match["k"], match["v"]
         return cls(match["codec"], None if k is None else int(k), None if v is None else int(v))
 

@@ -1,8 +1,10 @@
 """Backends: each provides three classes, `Pages`, `Schedule` and `Attention`, whose arguments `sawkv.ops` has checked.
 
-What stays from call to call is given when an object is made, so that a call, which runs for every layer of every step, does little.
+What stays from call to call is given when an object is made, so that a call, which runs for every layer of every step,
+does little.
 
-The fastest backend that supports a device and a layout is chosen; `sawkv doctor` shows the choice and why others were passed over.
+The fastest backend that supports a device and a layout is chosen; `sawkv doctor` shows the choice and why others were
+passed over.
 """
 
 from __future__ import annotations
@@ -91,7 +93,9 @@ class Layer:
 
     @property
     def adds_offsets(self) -> bool:
-        """Whether scores need q.k_center, which centering took from them, even where nobody asks for the log-sum-exp."""
+        """Whether scores need q.k_center, which centering took from them, even where nobody asks for the
+        log-sum-exp.
+        """
         return self.cache.k_center is not None and (self.logit_softcap > 0 or self.sinks is not None)
 
 
@@ -117,7 +121,9 @@ class Backend(Protocol):
     """Whether `append` updates the cache's counters. Those that do not leave them as they are."""
 
     def unsupported_reason(self, device: torch.device, layout: PageLayout) -> str | None:
-        """Why this backend cannot serve the layout on the device, or None if it can. Cheap, except where it builds the kernels."""
+        """Why this backend cannot serve the layout on the device, or None if it can. Cheap, except where it builds the
+        kernels.
+        """
         ...
 
     Pages: Callable[[PagedKVCache], PageKernels]
@@ -162,4 +168,6 @@ def select_backend(device: torch.device, layout: PageLayout, name: str | None = 
             logger.info("sawkv: %s on %s runs on the %s backend%s", layout.format, device, candidate, passed_over)
             return load_backend(candidate)
         reasons.append(f"{candidate}: {reason}")
-    raise UnsupportedError(f"no backend for {layout.format}, head_dim {layout.head_dim}, on {device}: {'; '.join(reasons)}")
+    raise UnsupportedError(
+        f"no backend for {layout.format}, head_dim {layout.head_dim}, on {device}: {'; '.join(reasons)}"
+    )

@@ -87,7 +87,9 @@ class Attention:
                 first = max(0, last + 1 - layer.sliding_window) if layer.sliding_window else 0
                 visible = slice(first, max(last + 1, first))
                 scores = torch.einsum("hgd,khd->hgk", rotated_q[token], keys[visible]) * layer.softmax_scale
-                if of_k.center is not None:  # what centering took from them, which a cap, a sink and the log-sum-exp see
+                if (
+                    of_k.center is not None
+                ):  # what centering took from them, which a cap, a sink and the log-sum-exp see
                     scores = scores + torch.einsum("hgd,hd->hg", q[token], of_k.center)[..., None] * layer.softmax_scale
                 if layer.logit_softcap:
                     scores = layer.logit_softcap * torch.tanh(scores / layer.logit_softcap)
@@ -106,8 +108,12 @@ class Attention:
                     lse[token] = total.flatten()
 
 
-def _count(counters: torch.Tensor, rows: torch.Tensor, decoded: torch.Tensor, meta: torch.Tensor | None, sampled: torch.Tensor) -> None:
-    """Add to one line of the counters. rows, decoded: [num_tokens, num_kv_heads, head_dim] fp32; sampled: [num_tokens] bool."""
+def _count(
+    counters: torch.Tensor, rows: torch.Tensor, decoded: torch.Tensor, meta: torch.Tensor | None, sampled: torch.Tensor
+) -> None:
+    """Add to one line of the counters. rows, decoded: [num_tokens, num_kv_heads, head_dim] fp32; sampled: [num_tokens]
+    bool.
+    """
     finite = decoded.isfinite().all(-1)
     saturated = torch.zeros_like(finite) if meta is None else meta[..., 0] == MAX_SCALE
     used = (finite & ~saturated & sampled[:, None])[..., None]
@@ -128,7 +134,9 @@ def restore(keys: torch.Tensor, values: torch.Tensor, cache: PagedKVCache) -> tu
 
 
 def read_sequence(cache: PagedKVCache, block_table_row: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first `length` tokens of one sequence, decoded but as they are stored: two of [length, num_kv_heads, head_dim] fp32."""
+    """The first `length` tokens of one sequence, decoded but as they are stored: two of [length, num_kv_heads,
+    head_dim] fp32.
+    """
     layout = cache.layout
     position = torch.arange(length, device=cache.pages.device)
     page, offset = block_table_row[position // layout.page_size].long(), position % layout.page_size
@@ -150,7 +158,9 @@ def planes(cache: PagedKVCache) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 
     def plane(offset: int, width: int) -> torch.Tensor:
         shape = (*cache.pages.shape[:2], layout.page_size, width)
-        return cache.pages.as_strided(shape, (*cache.pages.stride()[:2], width, 1), cache.pages.storage_offset() + offset)
+        return cache.pages.as_strided(
+            shape, (*cache.pages.stride()[:2], width, 1), cache.pages.storage_offset() + offset
+        )
 
     return (
         plane(0, layout.row_bytes),
@@ -171,5 +181,7 @@ def swizzle_segments(rows: torch.Tensor, offset: torch.Tensor, layout: PageLayou
     if period == 1:
         return rows
     segments = rows.view(*rows.shape[:-1], layout.row_bytes // SEGMENT_BYTES, SEGMENT_BYTES)
-    index: torch.Tensor = torch.arange(segments.shape[-2], device=rows.device) ^ ((offset * multiplier // 8) % period)[..., None]
+    index: torch.Tensor = (
+        torch.arange(segments.shape[-2], device=rows.device) ^ ((offset * multiplier // 8) % period)[..., None]
+    )
     return segments.gather(-2, index[..., None].expand_as(segments)).flatten(-2)

@@ -58,8 +58,8 @@ class MethodError(Record, frozen=True):
     Attributes:
         method, bits, served: as in `Method`.
         k, v: squared error as a share of the variance.
-        score: error of the scores in nats: their standard deviation under the attention itself, since a common offset of a query's scores
-            changes nothing. Half its square is about the divergence of the attention.
+        score: error of the scores in nats: their standard deviation under the attention itself, since a common offset
+            of a query's scores changes nothing. Half its square is about the divergence of the attention.
         output: squared error of the attention output as a share of its variance over queries.
     """
 
@@ -95,7 +95,9 @@ class Recommendation(Record, frozen=True):
     @property
     def title(self) -> str:
         """In a few words."""
-        return {PREPARED: "int4, prepared: nothing to do", WIDER: "int8, prepared"}.get(self.method, "nothing, for want of measurements")
+        return {PREPARED: "int4, prepared: nothing to do", WIDER: "int8, prepared"}.get(
+            self.method, "nothing, for want of measurements"
+        )
 
     @property
     def command(self) -> str:
@@ -145,7 +147,9 @@ def label(method: str) -> str:
 
 
 def pair_energy(stats: ChannelStats) -> list[float]:
-    """Mean square of K in each pair of channels (i, i + head_dim / 2) that RoPE turns together, over heads; the fastest pair first."""
+    """Mean square of K in each pair of channels (i, i + head_dim / 2) that RoPE turns together, over heads; the fastest
+    pair first.
+    """
     half = len(stats.rms[0]) // 2
     return [average([row[i] ** 2 + row[i + half] ** 2 for row in stats.rms]) for i in range(half)]
 

@@ -1,7 +1,9 @@
-"""`sawkv analyze`: what K and V of a model look like, what each way of storing them does to attention, and whether 4 bits will do.
+"""`sawkv analyze`: what K and V of a model look like, what each way of storing them does to attention, and whether 4
+bits will do.
 
-What is served is prepared by itself, so the one thing left to decide is whether that is enough or 8 bits are needed. Layers are looked at
-one by one on the states of the unquantized model, so errors here do not build up from layer to layer as they do when the model runs:
+What is served is prepared by itself, so the one thing left to decide is whether that is enough or 8 bits are needed.
+Layers are looked at one by one on the states of the unquantized model, so errors here do not build up from layer to
+layer as they do when the model runs:
 `sawkv eval` measures that. Attention errors are taken at a sample of queries spread over each window.
 """
 
@@ -85,7 +87,15 @@ def run_analyze(
     scored = text.windows(window, windows)
     if stress > 1:
         apply_stress(model.layers, model.shape[2], stress)
-    analysis = analyze(model, scored, shipped_samples(model, text), chosen, name=model_folder.resolve().name, text=text.name, stress=stress)
+    analysis = analyze(
+        model,
+        scored,
+        shipped_samples(model, text),
+        chosen,
+        name=model_folder.resolve().name,
+        text=text.name,
+        stress=stress,
+    )
     analysis = replace(analysis, command=command)
     print(describe(analysis))
     if out is not None:
@@ -119,7 +129,9 @@ def analyze(
     num_q_heads, num_kv_heads, head_dim = model.shape
     methods = default_methods() if methods is None else methods
     num_layers = len(model.layers)
-    readers = [fit(method, samples) for method in tqdm(methods, desc="fitting", unit="method", leave=False, disable=None)]
+    readers = [
+        fit(method, samples) for method in tqdm(methods, desc="fitting", unit="method", leave=False, disable=None)
+    ]
     stats = [_StatsSum() for _ in range(num_layers)]
     errors = [[_ErrorSum() for _ in range(num_layers)] for _ in methods]
     progress = tqdm(total=len(windows) * num_layers, desc="measuring", unit="layer", leave=False, disable=None)
@@ -175,7 +187,9 @@ def recommend(errors: Sequence[MethodError]) -> Recommendation:
     reason = [f"Prepared, {found.bits:g} bits lose {lost}."]
     others = [known[name] for name in ("int4", "vllm_int4_per_token_head", "fp8") if name in known]
     if others:
-        reason.append("Others: " + ", ".join(f"{label(error.method)} {_percent(error.mean_output)}" for error in others) + ".")
+        reason.append(
+            "Others: " + ", ".join(f"{label(error.method)} {_percent(error.mean_output)}" for error in others) + "."
+        )
     if worst > MAX_OUTPUT_ERROR:
         reason.append(f"A layer that loses more than {MAX_OUTPUT_ERROR:.0%} asks for 8 bits.")
         reason += [f"They lose {known[WIDER].mean_output:.2%}." for _ in range(WIDER in known)]
@@ -187,7 +201,11 @@ class _Attention:
     """The unquantized attention of one window and layer, at a sample of queries."""
 
     def __init__(
-        self, states: LayerStates, sliding_window: int | None = None, softcap: float | None = None, sinks: torch.Tensor | None = None
+        self,
+        states: LayerStates,
+        sliding_window: int | None = None,
+        softcap: float | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> None:
         num_tokens, num_kv_heads, head_dim = states.k.shape
         device = states.k.device
@@ -202,7 +220,9 @@ class _Attention:
         self.q = self.q * states.softmax_scale
         self.softcap = softcap
         # [num_kv_heads, group * queries, 1]: the score of a key that is always seen and has no value
-        self.sinks = None if sinks is None else sinks.float().view(num_kv_heads, -1, 1).repeat_interleave(len(self.position), 1)
+        self.sinks = (
+            None if sinks is None else sinks.float().view(num_kv_heads, -1, 1).repeat_interleave(len(self.position), 1)
+        )
         self.scores = self._scores(states.k)
         self.weights = self._weights(self.scores)
         self.output = self.weights @ states.v.transpose(0, 1)
@@ -237,8 +257,9 @@ class _Attention:
         return x.view(x.shape[0], -1, len(self.position), x.shape[-1])
 
     def errors(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of K and V as read: variance of the scores' error under the attention, summed over queries; squared error of the output, and
-        its squared distance from its mean over queries. Each [num_kv_heads]."""
+        """Of K and V as read: variance of the scores' error under the attention, summed over queries; squared error of
+        the output, and its squared distance from its mean over queries. Each [num_kv_heads].
+        """
         scores = self._scores(k)
         delta = (scores - self.scores).nan_to_num(nan=0.0)  # hidden keys: -inf less -inf
         offset = (self.weights * delta).sum(-1, keepdim=True)
@@ -256,7 +277,9 @@ class _StatsSum:
         self._norms: list[torch.Tensor] = []
 
     def add(self, states: LayerStates, attention: _Attention) -> None:
-        self._moments.append(torch.stack([torch.stack([x.mean(0), x.square().mean(0)]) for x in (states.k, states.v)]).double().cpu())
+        self._moments.append(
+            torch.stack([torch.stack([x.mean(0), x.square().mean(0)]) for x in (states.k, states.v)]).double().cpu()
+        )
         self._sinks.append(attention.sink().cpu())
         norms = states.k.norm(dim=-1)
         self._norms.append((norms[0] / norms.median(0).values).cpu())
@@ -311,17 +334,25 @@ def describe(analysis: Analysis) -> str:
     """The analysis as text for a terminal, of at most 80 columns."""
     shape = analysis.shape
     lines = [
-        f"{analysis.name}: {shape.num_layers} layers, {shape.num_q_heads} query heads, {shape.num_kv_heads} KV heads of {shape.head_dim}",
-        f"{analysis.text} text, {analysis.windows} x {analysis.window:,} tokens, {analysis.dtype} on {analysis.device}, "
-        f"{analysis.seconds:.0f} s",
+        (
+            f"{analysis.name}: {shape.num_layers} layers, {shape.num_q_heads} query heads, {shape.num_kv_heads} KV"
+            f" heads of {shape.head_dim}"
+        ),
+        (
+            f"{analysis.text} text, {analysis.windows} x {analysis.window:,} tokens, {analysis.dtype} on"
+            f" {analysis.device}, {analysis.seconds:.0f} s"
+        ),
         "",
         f"{'':5}{'K':^47}{'V':^14}{'first token':>14}",
-        f"{'layer':5}{'offset':>8}{'outlier':>9}  {'by RoPE pair, fast to slow':<{PAIR_CELLS}}"
-        f"{'offset':>8}{'outlier':>9}{'attn':>6}{'|k|':>7}",
+        (
+            f"{'layer':5}{'offset':>8}{'outlier':>9}  {'by RoPE pair, fast to slow':<{PAIR_CELLS}}"
+            f"{'offset':>8}{'outlier':>9}{'attn':>6}{'|k|':>7}"
+        ),
     ]
     for index, layer in enumerate(analysis.layers):
         lines.append(
-            f"{index:>5}{average(layer.k.offset):>8.0%}{average(layer.k.outlier):>8.1f}x  {_pairs(layer.k):<{PAIR_CELLS}}"
+            f"{index:>5}{average(layer.k.offset):>8.0%}{average(layer.k.outlier):>8.1f}x "
+            f" {_pairs(layer.k):<{PAIR_CELLS}}"
             f"{average(layer.v.offset):>8.0%}{average(layer.v.outlier):>8.1f}x{average(layer.sink):>6.0%}{average(layer.sink_norm):>6.1f}x"
         )
     lines += [
@@ -338,8 +369,16 @@ def describe(analysis: Analysis) -> str:
             f"{mean(error.score):>7.4f} nats{_percent(error.mean_output):>10}{place:>12}"
         )
     advice = analysis.recommendation
-    lines += ["Squared errors, as shares of the variance of K, V and the attention output.", "", f"Recommended: {advice.title}"]
-    lines += [line for sentence in advice.reason for line in textwrap.wrap(sentence, 78, initial_indent="  ", subsequent_indent="  ")]
+    lines += [
+        "Squared errors, as shares of the variance of K, V and the attention output.",
+        "",
+        f"Recommended: {advice.title}",
+    ]
+    lines += [
+        line
+        for sentence in advice.reason
+        for line in textwrap.wrap(sentence, 78, initial_indent="  ", subsequent_indent="  ")
+    ]
     return "\n".join([*lines, f"  $ {advice.command}"])
 
 

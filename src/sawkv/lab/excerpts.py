@@ -1,4 +1,6 @@
-"""What an evaluation shows of its text: the KL of each token of an excerpt, the worst tokens, and greedy texts that part."""
+"""What an evaluation shows of its text: the KL of each token of an excerpt, the worst tokens, and greedy texts that
+part.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def excerpt_kl(scores: TokenScores) -> tuple[float, ...]:
     return tuple(float(f"{value:.3g}") for value in scores.kl[0, -EXCERPT:].tolist())
 
 
-def worst(model: EvalModel, windows: torch.Tensor, scores: TokenScores, readers: Readers, decode: Decode) -> tuple[Surprise, ...]:
+def worst(
+    model: EvalModel, windows: torch.Tensor, scores: TokenScores, readers: Readers, decode: Decode
+) -> tuple[Surprise, ...]:
     """The tokens of the largest KL, at most one of a window."""
     kl, positions = scores.kl.max(1)
     found = []
@@ -55,7 +59,9 @@ def worst(model: EvalModel, windows: torch.Tensor, scores: TokenScores, readers:
             guesses.append(_guess(model, ids))
         (expected, expected_p), (chosen, chosen_p) = ((decode([token]), round(p, 4)) for token, p in guesses)
         before, token = decode(ids[-BEFORE:].tolist()), decode([int(windows[window, position + 1])])
-        found.append(Surprise(window, position, float(kl[window]), before, token, expected, expected_p, chosen, chosen_p))
+        found.append(
+            Surprise(window, position, float(kl[window]), before, token, expected, expected_p, chosen, chosen_p)
+        )
     return tuple(found)
 
 
@@ -78,5 +84,7 @@ def forks(
         with model.reading(readers):
             other = model.continue_greedily(common[None], FORK_TOKENS)[0].tolist()
         reference = following[agreed : agreed + FORK_TOKENS].tolist()
-        found.append(Fork(i, agreed, decode(common[-BEFORE:].tolist()), decode(reference), decode(other[: len(reference)])))
+        found.append(
+            Fork(i, agreed, decode(common[-BEFORE:].tolist()), decode(reference), decode(other[: len(reference)]))
+        )
     return tuple(found)

@@ -18,7 +18,8 @@ class Divergence(Record, frozen=True):
     Attributes:
         tokens: predictions compared.
         mean_kl: mean of KL(p || q).
-        kl_se: its standard error, from the means of the text's windows, which are nearly independent; tokens of a window are not.
+        kl_se: its standard error, from the means of the text's windows, which are nearly independent; tokens of a
+            window are not.
         kl_p999, kl_max: 99.9th percentile and maximum over tokens.
         same_top1: share of tokens at which p and q have the same most likely token.
         ppl: perplexity a token of q on the text.
@@ -64,7 +65,8 @@ class Recall(Record, frozen=True):
 
 
 class FreeRun(Record, frozen=True):
-    """Greedy continuations of the reference that the cache under test follows: the tokens until it first chooses another.
+    """Greedy continuations of the reference that the cache under test follows: the tokens until it first chooses
+    another.
 
     `tokens` has one number a prompt; `limit` is the length of the continuations.
     """

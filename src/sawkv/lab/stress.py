@@ -1,7 +1,9 @@
-"""Function-preserving stress: some RoPE pairs of keys made larger, and the same of queries smaller, so that the model computes what it did.
+"""Function-preserving stress: some RoPE pairs of keys made larger, and the same of queries smaller, so that the model
+computes what it did.
 
-Channels i and i + head_dim / 2 of K are scaled by s and those of Q by 1 / s in the weights. With s a power of two the 16-bit
-model's logits are bit-identical. Keys then have outlier channels as large models do. It is our stress test, no trained model.
+Channels i and i + head_dim / 2 of K are scaled by s and those of Q by 1 / s in the weights. With s a power of two the
+16-bit model's logits are bit-identical. Keys then have outlier channels as large models do. It is our stress test, no
+trained model.
 """
 
 from __future__ import annotations
@@ -39,7 +41,8 @@ def apply_stress(layers: Sequence[nn.Module], head_dim: int, s: int) -> None:
 
 @torch.no_grad()
 def scale_keys(layer: nn.Module, factors: torch.Tensor) -> None:
-    """Scale key channels by `factors`, [head_dim], and those of queries by their inverse, for all heads of an attention module, in place.
+    """Scale key channels by `factors`, [head_dim], and those of queries by their inverse, for all heads of an attention
+    module, in place.
 
     Raises:
         UnsupportedError: the module has neither QK-norms over head_dim nor q_proj and k_proj.
@@ -49,12 +52,16 @@ def scale_keys(layer: nn.Module, factors: torch.Tensor) -> None:
         norm, projection = getattr(layer, f"{side}_norm", None), getattr(layer, f"{side}_proj", None)
         if norm is not None:
             if norm.weight.shape != factors.shape:
-                raise UnsupportedError(f"keys: expected a {side}_norm over head_dim {head_dim}, got {list(norm.weight.shape)}")
+                raise UnsupportedError(
+                    f"keys: expected a {side}_norm over head_dim {head_dim}, got {list(norm.weight.shape)}"
+                )
             norm.weight.mul_(by.to(norm.weight))
         elif isinstance(projection, nn.Linear) and projection.out_features % head_dim == 0:
             _scale_rows(projection, by.repeat(projection.out_features // head_dim))
         else:
-            raise UnsupportedError(f"keys: expected attention with {side}_proj or {side}_norm, got {type(layer).__name__}")
+            raise UnsupportedError(
+                f"keys: expected attention with {side}_proj or {side}_norm, got {type(layer).__name__}"
+            )
 
 
 def _scale_rows(projection: nn.Linear, by: torch.Tensor) -> None:

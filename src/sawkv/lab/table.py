@@ -11,7 +11,9 @@ HEAD = f"{'method':<27}{'bits':>6}{'mean KL':>9}{'+-':>9}{'p99.9':>8}{'top-1':>8
 def table(evaluation: Evaluation) -> str:
     """The evaluation in lines of text, of at most 80 columns."""
     shape, reference = evaluation.shape, evaluation.reference
-    heads = f"{shape.num_layers} layers, {shape.num_q_heads} query and {shape.num_kv_heads} KV heads of {shape.head_dim}"
+    heads = (
+        f"{shape.num_layers} layers, {shape.num_q_heads} query and {shape.num_kv_heads} KV heads of {shape.head_dim}"
+    )
     lines = [
         f"{evaluation.model}{f', stress {evaluation.stress}' if evaluation.stress > 1 else ''}: {heads}",
         f"{evaluation.text}: {reference.divergence.tokens:,} predictions in windows of {evaluation.window:,}",
@@ -30,13 +32,18 @@ def table(evaluation: Evaluation) -> str:
 def line(result: MethodResult) -> str:
     """A method's predictions, under `HEAD`."""
     d = result.divergence
-    return f"{result.method:<27}{result.bits:>6.2f}{d.mean_kl:>9.5f}{d.kl_se:>9.5f}{d.kl_p999:>8.3f}{d.same_top1:>8.1%}{d.ppl:>10.3f}"
+    return (
+        f"{result.method:<27}{result.bits:>6.2f}{d.mean_kl:>9.5f}{d.kl_se:>9.5f}"
+        f"{d.kl_p999:>8.3f}{d.same_top1:>8.1%}{d.ppl:>10.3f}"
+    )
 
 
 def _greedy(result: MethodResult) -> str:
     run = result.free_run
     same = "" if run is None else f"{run.mean:.0f} of {run.limit} tokens"
-    return f"{result.method:<27}{_share(result.recalled('passkey')):>10}{_share(result.recalled('needle')):>10}{same:>18}"
+    return (
+        f"{result.method:<27}{_share(result.recalled('passkey')):>10}{_share(result.recalled('needle')):>10}{same:>18}"
+    )
 
 
 def _share(value: float | None) -> str:

@@ -1,7 +1,7 @@
 """Recall from a cache: facts hidden in real text, asked for at its end.
 
-Right only if every token of the answer is the model's first choice, as greedy decoding needs. That takes one teacher-forced pass, since a
-token-wise cache reads the same in one pass and token by token.
+Right only if every token of the answer is the model's first choice, as greedy decoding needs. That takes one
+teacher-forced pass, since a token-wise cache reads the same in one pass and token by token.
 """
 
 from __future__ import annotations
@@ -88,7 +88,12 @@ def _passage(rng: random.Random, filler: torch.Tensor, size: int) -> list[int]:
 
 
 def recall(
-    model: EvalModel, prompts: Sequence[Prompt], readers: Readers | None, *, tokens_at_once: int, step: Callable[[int], object]
+    model: EvalModel,
+    prompts: Sequence[Prompt],
+    readers: Readers | None,
+    *,
+    tokens_at_once: int,
+    step: Callable[[int], object],
 ) -> tuple[Recall, ...]:
     """How many of the prompts are answered right, by task, length and depth."""
     cells: dict[tuple[str, int, float], list[bool]] = {}
@@ -117,7 +122,8 @@ def _batches(prompts: Sequence[Prompt], tokens_at_once: int) -> list[list[Prompt
 
 
 def free_run(model: EvalModel, prompts: torch.Tensor, continuation: torch.Tensor, readers: Readers) -> FreeRun:
-    """How long greedy decoding through the cache follows the reference's `continuation`, [num_rows, limit], of prompts [num_rows, length].
+    """How long greedy decoding through the cache follows the reference's `continuation`, [num_rows, limit], of prompts
+    [num_rows, length].
 
     One pass over both decides it: until the first other choice, decoding would have seen the same tokens.
     """

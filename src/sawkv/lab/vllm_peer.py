@@ -25,8 +25,8 @@ def store(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         rows: [num_tokens, num_kv_heads, head_dim] bf16, fp16 or fp32 on a GPU.
 
     Returns:
-        Codes [num_tokens, num_kv_heads, head_dim] uint8, 0 to 15, and scales [num_tokens, num_kv_heads, 1] fp32 with the zero points in
-        their lowest four bits.
+        Codes [num_tokens, num_kv_heads, head_dim] uint8, 0 to 15, and scales [num_tokens, num_kv_heads, 1] fp32 with
+        the zero points in their lowest four bits.
     """
     from vllm.v1.attention.ops.int4_per_token_head import reshape_and_cache_int4
 

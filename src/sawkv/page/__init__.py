@@ -1,4 +1,6 @@
-"""Pages of one HTML file that need nothing else: no script, no font, no network. Reports of the lab and of `sawkv bench` are such pages."""
+"""Pages of one HTML file that need nothing else: no script, no font, no network. Reports of the lab and of `sawkv
+bench` are such pages.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ class Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """A column. `minor` ones are left out where the screen is narrow, and `plain` ones (drawings) of CSV and Markdown."""
+    """A column. `minor` ones are left out where the screen is narrow, and `plain` ones (drawings) of CSV
+    and Markdown.
+    """
 
     title: str
     minor: bool = False
@@ -97,7 +101,8 @@ def _plain(value: float | str) -> float | str:
 
 
 def render(package: str, template: str, **context: Any) -> str:
-    """A page from a template of `package`; templates of this package are found too. All that is not `Markup` is escaped.
+    """A page from a template of `package`; templates of this package are found too. All that is not `Markup` is
+    escaped.
 
     Args:
         package: the Python package that has the template beside its modules.
@@ -112,7 +117,9 @@ def render(package: str, template: str, **context: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters |= {"data": data_url, "prose": prose}
-    sheets = "".join(resources.files("sawkv.page").joinpath(name).read_text(encoding="utf-8") for name in ("plots.css", "page.css"))
+    sheets = "".join(
+        resources.files("sawkv.page").joinpath(name).read_text(encoding="utf-8") for name in ("plots.css", "page.css")
+    )
     return environment.get_template(template).render(style=Markup(sheets), **context) + "\n"
 
 
@@ -132,7 +139,11 @@ WIDE, NARROW = 900, 366
 
 def both(draw: Callable[[int], str]) -> Markup:
     """A drawing for wide and one for narrow screens; `draw` takes the width. What is wider still scrolls by itself."""
-    return Markup("".join(f'<div class="scroll {name}">{draw(width)}</div>' for name, width in (("wide", WIDE), ("narrow", NARROW))))
+    return Markup(
+        "".join(
+            f'<div class="scroll {name}">{draw(width)}</div>' for name, width in (("wide", WIDE), ("narrow", NARROW))
+        )
+    )
 
 
 def digits(value: float, count: int = 3) -> str:

@@ -1,7 +1,7 @@
 """Plots as SVG text, for the pages and for the docs: heat maps, lines, points, bars.
 
-Colours are CSS variables (plots.css), so one drawing serves light, dark and print, and each mark has its value as a tooltip.
-docs/decisions/0018-pages.md says why no plotting library draws them.
+Colours are CSS variables (plots.css), so one drawing serves light, dark and print, and each mark has its value as a
+tooltip. docs/decisions/0018-pages.md says why no plotting library draws them.
 """
 
 from __future__ import annotations
@@ -93,24 +93,40 @@ def heat_map(
             label = show(value)
             parts.append(
                 f"<g><title>{escape(rows[i])}, {escape(column_title)} {escape(columns[j])}: {escape(label)}</title>"
-                f'<rect x="{x}" y="{y}" width="{width - 1}" height="{height - 1}" rx="2" style="--heat:{100 * share:.0f}%"/>'
+                f'<rect x="{x}" y="{y}" width="{width - 1}" height="{height - 1}" rx="2"'
+                f' style="--heat:{100 * share:.0f}%"/>'
             )
             if fits:
                 parts.append(_text(x + width / 2, y + height / 2, label, "middle", "over" if share > 0.55 else "under"))
             parts.append("</g>")
     every = max(1, math.ceil(max((len(column) for column in columns), default=0) * 7.5 / width))
     bottom = len(values) * height
-    parts += [_text(left + j * width + width / 2, bottom + 11, column, "middle") for j, column in enumerate(columns) if j % every == 0]
+    parts += [
+        _text(left + j * width + width / 2, bottom + 11, column, "middle")
+        for j, column in enumerate(columns)
+        if j % every == 0
+    ]
     if column_title:
         parts.append(_text(left + len(columns) * width / 2, bottom + 28, column_title, "middle", "axis"))
     middle = left + len(columns) * width / 2
     return _svg(
-        "heat", max(left + len(columns) * width, middle + 3.5 * len(column_title)), bottom + (36 if column_title else 20), parts, title
+        "heat",
+        max(left + len(columns) * width, middle + 3.5 * len(column_title)),
+        bottom + (36 if column_title else 20),
+        parts,
+        title,
     )
 
 
 def line_chart(
-    lines: Sequence[Line], *, x_labels: Sequence[str], x_title: str, y_title: str, title: str, width: int = 900, height: int = 320
+    lines: Sequence[Line],
+    *,
+    x_labels: Sequence[str],
+    x_title: str,
+    y_title: str,
+    title: str,
+    width: int = 900,
+    height: int = 320,
 ) -> str:
     """Lines over numbered places 0, 1, ... on a logarithmic y-axis, each named at its end."""
     lines = [replace(line, points=[(x, y) for x, y in line.points if 0 < y < math.inf]) for line in lines]
@@ -125,19 +141,28 @@ def line_chart(
 
     parts = _y_axis(lowest, highest, left, width - right, height - bottom, top, y_title)
     every = max(1, math.ceil(max((7 * len(label) for label in x_labels), default=0) / step)) if step else 1
-    parts += [_text(left + i * step, height - bottom + 16, label, "middle") for i, label in enumerate(x_labels) if i % every == 0]
+    parts += [
+        _text(left + i * step, height - bottom + 16, label, "middle")
+        for i, label in enumerate(x_labels)
+        if i % every == 0
+    ]
     parts.append(_text(left + (width - left - right) / 2, height - 8, x_title, "middle", "axis"))
     ends = []
     for i, line in enumerate(drawn):
         places = [place(x, y) for x, y in line.points]
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-        kind = "dashed" if line.dashed else f"{'dotted ' if line.dotted else ''}c{(i if line.colour is None else line.colour) % COLOURS}"
+        kind = (
+            "dashed"
+            if line.dashed
+            else f"{'dotted ' if line.dotted else ''}c{(i if line.colour is None else line.colour) % COLOURS}"
+        )
         parts.append(f'<polyline class="line {kind}" points="{path}"/>')
         kind = kind.removeprefix("dotted ")
         if not line.dashed:
             for (x, y), (_, value) in zip(places, line.points, strict=True):
                 parts.append(
-                    f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="3"><title>{escape(line.name)}: {value:.3g}</title></circle>'
+                    f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="3"><title>{escape(line.name)}:'
+                    f" {value:.3g}</title></circle>"
                 )
         ends.append((places[-1], line.name, kind))
     if below:
@@ -176,7 +201,9 @@ def scatter(
     width: int = 900,
     height: int = 420,
 ) -> str:
-    """Named points on a logarithmic y-axis; a line along those that no other beats in both x and y; `level` is a line to compare with."""
+    """Named points on a logarithmic y-axis; a line along those that no other beats in both x and y; `level` is a line
+    to compare with.
+    """
     left, right, top, bottom = 62, 24, 12, 46
     shown = [point for point in points if 0 < point.y < math.inf]
     lowest, highest = _decades([point.y for point in shown] + ([level[1]] if level and level[1] > 0 else []))
@@ -190,7 +217,9 @@ def scatter(
         return across, _on_log(y, lowest, highest, height - bottom, top)
 
     parts = _y_axis(lowest, highest, left, width - right, height - bottom, top, y_title)
-    parts += [_text(place(tick, lowest)[0], height - bottom + 16, str(tick), "middle") for tick in range(least, most + 1)]
+    parts += [
+        _text(place(tick, lowest)[0], height - bottom + 16, str(tick), "middle") for tick in range(least, most + 1)
+    ]
     parts.append(_text(left + (width - left - right) / 2, height - 8, x_title, "middle", "axis"))
     if level and level[1] > 0:
         y = place(least, level[1])[1]
@@ -207,7 +236,9 @@ def scatter(
         members = sorted(group, key=lambda point: -point.y)
         places = [place(point.x, point.y) for point in members]
         column = max(x for x, _ in places) + 22
-        for point, (x, y), at in zip(members, places, _spread([y for _, y in places], LINE_HEIGHT, top, height - bottom), strict=True):
+        for point, (x, y), at in zip(
+            members, places, _spread([y for _, y in places], LINE_HEIGHT, top, height - bottom), strict=True
+        ):
             kind, tip = "strong" if point.strong else "weak", escape(f"{point.name}: {point.x:g}, {point.y:.3g}")
             parts.append(f'<line class="leader" x1="{x + 5:.1f}" y1="{y:.1f}" x2="{column - 3:.1f}" y2="{at:.1f}"/>')
             parts.append(f'<circle class="{kind}" cx="{x:.1f}" cy="{y:.1f}" r="5"><title>{tip}</title></circle>')
@@ -215,7 +246,9 @@ def scatter(
             parts.append(_text(column, at, name, "start", f"label {kind}"))
     if below:
         parts += _legend(
-            [(f"{_letter(i)}: {point.name}", "strong" if point.strong else "weak") for i, point in enumerate(numbered)], left, height
+            [(f"{_letter(i)}: {point.name}", "strong" if point.strong else "weak") for i, point in enumerate(numbered)],
+            left,
+            height,
         )
         return _svg("chart", width, height + 4 + LEGEND_STEP * len(numbered), parts, title)
     return _svg("chart", width, height, parts, title)
@@ -235,7 +268,12 @@ def _letter(number: int) -> str:
 
 
 def bars(
-    groups: Sequence[tuple[str, Sequence[float]]], names: Sequence[str], *, show: Callable[[float], str], title: str, width: int = 900
+    groups: Sequence[tuple[str, Sequence[float]]],
+    names: Sequence[str],
+    *,
+    show: Callable[[float], str],
+    title: str,
+    width: int = 900,
 ) -> str:
     """Horizontal bars from 0, in groups, with a line at 1: ratios to something.
 
@@ -262,13 +300,15 @@ def bars(
             if math.isfinite(value):
                 tip = escape(f"{name}, {names[i]}: {show(value)}")
                 parts.append(
-                    f'<rect class="c{i % COLOURS}" x="{left}" y="{y:.1f}" width="{value * scale:.1f}" height="{thick - 2}" rx="2">'
-                    f"<title>{tip}</title></rect>"
+                    f'<rect class="c{i % COLOURS}" x="{left}" y="{y:.1f}" width="{value * scale:.1f}"'
+                    f' height="{thick - 2}" rx="2"><title>{tip}</title></rect>'
                 )
                 parts.append(_text(left + value * scale + 5, y + thick / 2 - 1, show(value), "start"))
             y += thick
         y += 10
-    parts.append(f'<line class="dashed" x1="{left + scale:.1f}" y1="{first:.1f}" x2="{left + scale:.1f}" y2="{y - 6:.1f}"/>')
+    parts.append(
+        f'<line class="dashed" x1="{left + scale:.1f}" y1="{first:.1f}" x2="{left + scale:.1f}" y2="{y - 6:.1f}"/>'
+    )
     return _svg("chart", width, y, parts, title)
 
 
@@ -313,14 +353,21 @@ def cloud(
         for point in points:
             px, py = place(*point)
             tip = escape(f"{name}: {point[0]:,.3g}, {point[1]:,.0f}")
-            parts.append(f'<circle class="c{i % COLOURS}" cx="{px:.1f}" cy="{py:.1f}" r="4"><title>{tip}</title></circle>')
+            parts.append(
+                f'<circle class="c{i % COLOURS}" cx="{px:.1f}" cy="{py:.1f}" r="4"><title>{tip}</title></circle>'
+            )
     return _svg("chart", width, height, parts, title)
 
 
 def standalone(drawing: str) -> str:
     """The drawing as a file of its own, with its colours for light and dark on a transparent ground."""
     style = resources.files("sawkv.page").joinpath("plots.css").read_text(encoding="utf-8")
-    return drawing.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(">", f"><style>\n{style}</style>", 1) + "\n"
+    return (
+        drawing.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(
+            ">", f"><style>\n{style}</style>", 1
+        )
+        + "\n"
+    )
 
 
 def _svg(kind: str, width: float, height: float, parts: Sequence[str], title: str) -> str:
@@ -332,7 +379,9 @@ def _svg(kind: str, width: float, height: float, parts: Sequence[str], title: st
 
 def _text(x: float, y: float, text: str, anchor: str, kind: str = "") -> str:
     shown = f' class="{kind}"' if kind else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" dominant-baseline="central"{shown}>{escape(text)}</text>'
+    return (
+        f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" dominant-baseline="central"{shown}>{escape(text)}</text>'
+    )
 
 
 def _share(value: float, low: float, high: float, log: bool) -> float:
@@ -376,7 +425,9 @@ def _y_axis(low: float, high: float, left: float, right: float, bottom: float, t
         if low * 0.999 <= value <= high * 1.001:
             y = _on_log(value, low, high, bottom, top)
             parts.append(f'<line class="grid" x1="{left:.1f}" y1="{y:.1f}" x2="{right:.1f}" y2="{y:.1f}"/>')
-            parts.append(_text(left - 7, y, f"{value:.12f}".rstrip("0").rstrip(".") if value >= 1e-6 else f"{value:g}", "end"))
+            parts.append(
+                _text(left - 7, y, f"{value:.12f}".rstrip("0").rstrip(".") if value >= 1e-6 else f"{value:g}", "end")
+            )
     middle = (top + bottom) / 2
     parts.append(_upright(12, middle, title))
     return parts
@@ -384,7 +435,10 @@ def _y_axis(low: float, high: float, left: float, right: float, bottom: float, t
 
 def _upright(x: float, y: float, text: str) -> str:
     """The title of a y-axis."""
-    return f'<text class="axis" x="{x}" y="{y:.1f}" text-anchor="middle" transform="rotate(-90 {x} {y:.1f})">{escape(text)}</text>'
+    return (
+        f'<text class="axis" x="{x}" y="{y:.1f}" text-anchor="middle" transform="rotate(-90 {x}'
+        f' {y:.1f})">{escape(text)}</text>'
+    )
 
 
 def _spread(wanted: Sequence[float], gap: float, top: float, bottom: float) -> list[float]:

@@ -1,4 +1,6 @@
-"""`sawkv prepare`: what engines do at their start (`statistics`, `fit`), in Transformers, once, into a file that travels with the model."""
+"""`sawkv prepare`: what engines do at their start (`statistics`, `fit`), in Transformers, once, into a file that
+travels with the model.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,10 @@ def run_prepare(
         ids = preparation_windows(text.encode, window, windows, text.prefix)
     else:
         _, ids = text.split(window, 1, windows)  # from the end: `sawkv eval` scores the start
-    print(f"model   {model_folder.resolve().name}: {len(model.layers)} layers, {model.shape[1]} KV heads of {model.shape[2]}")
+    print(
+        f"model   {model_folder.resolve().name}: {len(model.layers)} layers, {model.shape[1]} KV heads of"
+        f" {model.shape[2]}"
+    )
     print(f"text    {text.name}: {len(ids)} windows of {window:,} tokens, at positions up to {context:,}")
     started = time.monotonic()
     calibration = replace(calibrate(model, wanted, ids, context), weights=weights or "")
@@ -93,7 +98,9 @@ def calibrate(model: EvalModel, cache_format: CacheFormat, windows: torch.Tensor
     _, num_kv_heads, head_dim = model.shape
     resolved = cache_format.resolve(head_dim)
     if not resolved.quantized:
-        raise FormatError(f"prepare: expected a quantized format such as int4, got {resolved}, for which there is nothing to fit")
+        raise FormatError(
+            f"prepare: expected a quantized format such as int4, got {resolved}, for which there is nothing to fit"
+        )
     with tqdm(total=len(windows), desc="measuring", unit="window", leave=False, disable=None) as bar:
         statistics = measure(model, windows, context, lambda states: bar.update())
     for index, layer in enumerate(statistics):
@@ -103,7 +110,9 @@ def calibrate(model: EvalModel, cache_format: CacheFormat, windows: torch.Tensor
                 f"got {layer.num_kv_heads} of {layer.head_dim} in layer {index}"
             )
     config = model.model.config.get_text_config()
-    indices = [getattr(module, "layer_idx", position) for position, module in enumerate(model.layers)]  # in a hybrid model not all attend
+    indices = [
+        getattr(module, "layer_idx", position) for position, module in enumerate(model.layers)
+    ]  # in a hybrid model not all attend
     return Calibration.from_layers(
         resolved, model_id(config), config.num_hidden_layers, dict(zip(indices, fit(statistics, resolved), strict=True))
     )

@@ -1,7 +1,9 @@
-"""The calibration file: static centers, gains and error feedback of K and V for one model and one format, as safetensors.
+"""The calibration file: static centers, gains and error feedback of K and V for one model and one format, as
+safetensors.
 
-See docs/calibration.md. Centers and gains change nothing but the error of quantization: a row is stored as (x - center) * gain, and readers
-undo both. Feedback (`format.feedback`) chooses codes whose errors attention feels less; nothing that reads pages knows of it.
+See docs/calibration.md. Centers and gains change nothing but the error of quantization: a row is stored as (x - center)
+* gain, and readers undo both. Feedback (`format.feedback`) chooses codes whose errors attention feels less; nothing
+that reads pages knows of it.
 `sawkv prepare` makes the file; the engines load it.
 """
 
@@ -27,12 +29,15 @@ from sawkv.format.spec import FORMAT_VERSION, CacheFormat
 
 VERSION: Final = "2"
 MAX_FILE_BYTES: Final = 512 << 20
-"""More than the models of today need. Feedback of 80 layers of 8 KV heads of 128 channels takes 21 MB, of 64 KV heads 168 MB."""
+"""More than the models of today need. Feedback of 80 layers of 8 KV heads of 128 channels takes 21 MB, of 64 KV heads
+168 MB.
+"""
 MAX_CENTER: Final = 65504.0
 """The largest fp16: what a 16-bit model may compute."""
 MAX_GAIN: Final = 1024.0
-"""The largest; the smallest is its inverse. A factor that all gains of a head share changes nothing but the size of scales, which are fp16;
-so whoever fits gains divides them by their geometric mean, say."""
+"""The largest; the smallest is its inverse. A factor that all gains of a head share changes nothing but the size of
+scales, which are fp16; so whoever fits gains divides them by their geometric mean, say.
+"""
 MAX_STEP: Final = 1.0
 """Of feedback. A fitted one is near 1e-4."""
 
@@ -51,7 +56,8 @@ class LayerCalibration:
 
     Attributes:
         k_center, v_center, k_gain, v_gain, k_feedback, v_feedback: as in `PagedKVCache`, which takes `**constants()`.
-        k_energy, v_energy: [num_kv_heads] fp32, the mean squared length of rows as they are stored, after centering and gain, on the text
+        k_energy, v_energy: [num_kv_heads] fp32, the mean squared length of rows as they are stored, after centering and
+        gain, on the text
             that they were fitted on. Quantization errors grow in proportion to it.
     """
 
@@ -70,7 +76,9 @@ class LayerCalibration:
 
     @classmethod
     def blank(cls, layout: PageLayout, device: torch.device | str) -> LayerCalibration:
-        """All constants that a layer of this layout can have, with values that change nothing: to be filled in place later."""
+        """All constants that a layer of this layout can have, with values that change nothing: to be filled in place
+        later.
+        """
         heads, head_dim = layout.num_kv_heads, layout.head_dim
 
         def vectors(value: float) -> torch.Tensor:
@@ -85,7 +93,8 @@ class LayerCalibration:
         return cls(vectors(0), vectors(0), vectors(1), vectors(1), feedback(), feedback())
 
     def fill(self, values: LayerCalibration) -> None:
-        """Copy the constants of `values` into this one's tensors, which stay in place. What `values` lacks is left as it is.
+        """Copy the constants of `values` into this one's tensors, which stay in place. What `values` lacks is left as
+        it is.
 
         Raises:
             CalibrationError: `values` has a part that this one lacks.
@@ -102,7 +111,9 @@ class LayerCalibration:
 
     def to(self, device: torch.device | str) -> LayerCalibration:
         """The same on a device."""
-        return LayerCalibration(**{name: None if part is None else part.to(device) for name, part in vars(self).items()})
+        return LayerCalibration(
+            **{name: None if part is None else part.to(device) for name, part in vars(self).items()}
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -112,14 +123,15 @@ class Calibration:
     Attributes:
         format: what they were fitted for, with its rotation orders.
         model: `model_id` of the model they were measured on.
-        k_center, v_center: [num_layers, num_kv_heads, head_dim] fp32 on the CPU, for the whole model. Zeros center nothing.
-        k_gain, v_gain: the same shape in fp32, from 1 / MAX_GAIN to MAX_GAIN. Ones, and None, change nothing.
-        k_feedback, v_feedback: [num_layers, num_kv_heads, head_dim, head_dim] int8, weights as in `Feedback`, for int4 alone; None, or
+        k_center, v_center: [num_layers, num_kv_heads, head_dim] fp32 on the CPU, for the whole model. Zeros center
+        nothing. k_gain, v_gain: the same shape in fp32, from 1 / MAX_GAIN to MAX_GAIN. Ones, and None, change nothing.
+        k_feedback, v_feedback: [num_layers, num_kv_heads, head_dim, head_dim] int8, weights as in `Feedback`, for int4
+        alone; None, or
             zeros in all of a layer, pass on nothing.
         k_feedback_step, v_feedback_step: [num_layers, num_kv_heads] fp32, as in `Feedback`; None where the weights are.
         k_energy, v_energy: [num_layers, num_kv_heads] fp32, as in `LayerCalibration`. Zeros, and None, are unknown.
-        weights: `store.contents_digest` of the checkpoint that they were measured on; "" where that is not known. It changes no page, so
-            the fingerprint does not cover it.
+        weights: `store.contents_digest` of the checkpoint that they were measured on; "" where that is not known. It
+            changes no page, so the fingerprint does not cover it.
 
     Raises:
         CalibrationError: a tensor or the format is not as said.
@@ -145,15 +157,22 @@ class Calibration:
         for name, x in vectors.items():
             if x.dtype != torch.float32 or x.ndim != 3 or not x.numel() or x.device.type != "cpu":
                 raise CalibrationError(
-                    f"{name}: expected float32 [num_layers, num_kv_heads, head_dim] on the CPU, got {x.dtype} {list(x.shape)} on {x.device}"
+                    f"{name}: expected float32 [num_layers, num_kv_heads, head_dim] on the CPU, got {x.dtype}"
+                    f" {list(x.shape)} on {x.device}"
                 )
             if x.shape != self.k_center.shape:
-                raise CalibrationError(f"{name}: expected the shape of k_center, {list(self.k_center.shape)}, got {list(x.shape)}")
+                raise CalibrationError(
+                    f"{name}: expected the shape of k_center, {list(self.k_center.shape)}, got {list(x.shape)}"
+                )
             # NaN fails both
             if name in _CENTERS and not bool((x.abs() <= MAX_CENTER).all()):
-                raise CalibrationError(f"{name}: expected finite values up to {MAX_CENTER:g}, got NaN, infinity or larger")
+                raise CalibrationError(
+                    f"{name}: expected finite values up to {MAX_CENTER:g}, got NaN, infinity or larger"
+                )
             if name in _GAINS and not bool(((x >= 1 / MAX_GAIN) & (x <= MAX_GAIN)).all()):
-                raise CalibrationError(f"{name}: expected values from 1/{MAX_GAIN:g} to {MAX_GAIN:g}, got NaN or others")
+                raise CalibrationError(
+                    f"{name}: expected values from 1/{MAX_GAIN:g} to {MAX_GAIN:g}, got NaN or others"
+                )
         try:
             resolved = self.format.resolve(self.head_dim)
         except FormatError as error:
@@ -167,7 +186,9 @@ class Calibration:
             if x is None:
                 continue
             if x.dtype != torch.float32 or x.shape != shape or x.device.type != "cpu":
-                raise CalibrationError(f"{name}: expected float32 {list(shape)} on the CPU, got {x.dtype} {list(x.shape)} on {x.device}")
+                raise CalibrationError(
+                    f"{name}: expected float32 {list(shape)} on the CPU, got {x.dtype} {list(x.shape)} on {x.device}"
+                )
             if not bool(((x >= 0) & (x < torch.inf)).all()):  # NaN fails both
                 raise CalibrationError(f"{name}: expected finite values from 0, got NaN or others")
 
@@ -175,18 +196,27 @@ class Calibration:
         if weights is None and step is None:
             return
         if weights is None or step is None:
-            raise CalibrationError(f"{name}: expected weights and steps, got {'steps' if weights is None else 'weights'} alone")
+            raise CalibrationError(
+                f"{name}: expected weights and steps, got {'steps' if weights is None else 'weights'} alone"
+            )
         if self.format.codec != "int4":
             raise CalibrationError(f"{name}: expected an int4 format, got {self.format}")
         shape = list(self.k_center.shape)
-        for part, x, dtype, wanted in (("", weights, torch.int8, [*shape, shape[-1]]), ("_step", step, torch.float32, shape[:-1])):
+        for part, x, dtype, wanted in (
+            ("", weights, torch.int8, [*shape, shape[-1]]),
+            ("_step", step, torch.float32, shape[:-1]),
+        ):
             if x.dtype != dtype or list(x.shape) != wanted or x.device.type != "cpu":
-                raise CalibrationError(f"{name}{part}: expected {dtype} {wanted} on the CPU, got {x.dtype} {list(x.shape)} on {x.device}")
+                raise CalibrationError(
+                    f"{name}{part}: expected {dtype} {wanted} on the CPU, got {x.dtype} {list(x.shape)} on {x.device}"
+                )
         if not bool(((step >= 0) & (step <= MAX_STEP)).all()):  # NaN fails too
             raise CalibrationError(f"{name}_step: expected values from 0 to {MAX_STEP:g}, got NaN or others")
         never = ~takes_from(self.head_dim)
         if any(bool(layer[:, never].any()) for layer in weights):  # layer by layer, to hold no copy of all
-            raise CalibrationError(f"{name}: expected weights of 0 for channels whose block is not coded before, got others")
+            raise CalibrationError(
+                f"{name}: expected weights of 0 for channels whose block is not coded before, got others"
+            )
 
     @property
     def num_layers(self) -> int:
@@ -209,7 +239,10 @@ class Calibration:
                 str(self.format),
                 f"model={self.model}",
                 f"shape={'x'.join(map(str, self.k_center.shape))}",
-                *(f"{name}={hashlib.sha256(x.contiguous().numpy().data).hexdigest()}" for name, x in self._tensors().items()),
+                *(
+                    f"{name}={hashlib.sha256(x.contiguous().numpy().data).hexdigest()}"
+                    for name, x in self._tensors().items()
+                ),
             ]
         )
         return hashlib.sha256(text.encode()).hexdigest()[:16]
@@ -218,7 +251,9 @@ class Calibration:
         """Those that there are, by their names in the file, always in the same order."""
         return {name: x for name in _TENSORS if (x := getattr(self, name)) is not None}
 
-    def check(self, *, cache_format: CacheFormat, model: str, num_layers: int, num_kv_heads: int, head_dim: int) -> None:
+    def check(
+        self, *, cache_format: CacheFormat, model: str, num_layers: int, num_kv_heads: int, head_dim: int
+    ) -> None:
         """Refuse a cache or a model that the calibration was not made for.
 
         Args:
@@ -246,19 +281,28 @@ class Calibration:
         }
         wrong = [f"{name}: expected {wanted[name]}, got {got[name]}" for name in wanted if wanted[name] != got[name]]
         if wrong:
-            raise CalibrationError(f"the calibration file is made for something else; {'; '.join(wrong)}. `sawkv prepare` makes one")
+            raise CalibrationError(
+                f"the calibration file is made for something else; {'; '.join(wrong)}. `sawkv prepare` makes one"
+            )
 
     def layer(self, index: int, heads: slice = slice(None)) -> LayerCalibration:
-        """What a layer's KV heads are written with, copies on the CPU; None where there is nothing to subtract, multiply by or pass on.
+        """What a layer's KV heads are written with, copies on the CPU; None where there is nothing to subtract,
+        multiply by or pass on.
 
         Raises:
             CalibrationError: there is no such layer or head.
         """
         if not 0 <= index < self.num_layers:
-            raise CalibrationError(f"layer: expected 0 to {self.num_layers - 1}, as the calibration file has them, got {index}")
+            raise CalibrationError(
+                f"layer: expected 0 to {self.num_layers - 1}, as the calibration file has them, got {index}"
+            )
         if heads.stop is not None and heads.stop > self.num_kv_heads:
-            raise CalibrationError(f"KV heads: expected up to {self.num_kv_heads}, as the calibration file has them, got {heads.stop}")
-        taken = {name: x[index, heads].clone(memory_format=torch.contiguous_format) for name, x in self._tensors().items()}
+            raise CalibrationError(
+                f"KV heads: expected up to {self.num_kv_heads}, as the calibration file has them, got {heads.stop}"
+            )
+        taken = {
+            name: x[index, heads].clone(memory_format=torch.contiguous_format) for name, x in self._tensors().items()
+        }
 
         def center(name: str) -> torch.Tensor | None:
             return taken[name] if taken[name].any() else None
@@ -281,18 +325,21 @@ class Calibration:
         )
 
     @classmethod
-    def from_layers(cls, cache_format: CacheFormat, model: str, num_layers: int, layers: Mapping[int, LayerCalibration]) -> Calibration:
+    def from_layers(
+        cls, cache_format: CacheFormat, model: str, num_layers: int, layers: Mapping[int, LayerCalibration]
+    ) -> Calibration:
         """The whole model's, of the parts that its layers have: the inverse of `layer`.
 
         Args:
             cache_format: what they were fitted for, with its rotation orders.
             model: `model_id` of the model they were measured on.
             num_layers: of the whole model.
-            layers: by the layers' indices, all KV heads of each, on any device. A layer that is not there (one without attention, say) or
-                that lacks a part has zeros for centers and feedback, and ones for gains.
+            layers: by the layers' indices, all KV heads of each, on any device. A layer that is not there (one without
+                attention, say) or that lacks a part has zeros for centers and feedback, and ones for gains.
 
         Raises:
-            CalibrationError: an index is out of range, the shapes of two layers differ, or there is nothing in any of them.
+            CalibrationError: an index is out of range, the shapes of two layers differ, or there is nothing in any of
+                them.
         """
         if any(not 0 <= index < num_layers for index in layers):
             raise CalibrationError(f"layers: expected indices from 0 to {num_layers - 1}, got {sorted(layers)}")
@@ -311,9 +358,13 @@ class Calibration:
             raise CalibrationError("layers: expected a center, gain or feedback in one of them, got none")
         shape = found[0]
         if len(shape) != 2 or any(other != shape for other in found):
-            raise CalibrationError(f"layers: expected [num_kv_heads, head_dim] alike in all of them, got {[list(x) for x in found]}")
+            raise CalibrationError(
+                f"layers: expected [num_kv_heads, head_dim] alike in all of them, got {[list(x) for x in found]}"
+            )
 
-        def assembled(name: str, size: Sequence[int], fill: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        def assembled(
+            name: str, size: Sequence[int], fill: int = 0, dtype: torch.dtype = torch.float32
+        ) -> torch.Tensor:
             whole = torch.full((num_layers, *size), fill, dtype=dtype, device="cpu")
             for index, part in parts[name].items():
                 whole[index] = part
@@ -356,7 +407,8 @@ class Calibration:
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
-        """Read and check a file. Nothing in it is executed, and nothing is allocated before its size is known to be small.
+        """Read and check a file. Nothing in it is executed, and nothing is allocated before its size is known to be
+        small.
 
         Raises:
             CalibrationError: it is missing, damaged, too large, or not a calibration file.
@@ -373,7 +425,9 @@ class Calibration:
         except (OSError, ValueError) as error:  # ValueError: a path that holds a null byte
             raise CalibrationError(f"cannot be read: {getattr(error, 'strerror', error)}") from error
         if not path.is_file() or size > MAX_FILE_BYTES:
-            raise CalibrationError(f"expected a file of at most {MAX_FILE_BYTES} bytes, got {size if path.is_file() else 'no file'}")
+            raise CalibrationError(
+                f"expected a file of at most {MAX_FILE_BYTES} bytes, got {size if path.is_file() else 'no file'}"
+            )
         try:
             with safe_open(path, framework="pt") as file:
                 metadata, names = file.metadata() or {}, sorted(file.keys())
@@ -392,7 +446,9 @@ class Calibration:
                         wanted = ("I8", [*shape, shape[-1]])
                     part = file.get_slice(name)
                     if (part.get_dtype(), part.get_shape()) != wanted:
-                        raise CalibrationError(f"{name}: expected {wanted[0]} {wanted[1]}, got {part.get_dtype()} {part.get_shape()}")
+                        raise CalibrationError(
+                            f"{name}: expected {wanted[0]} {wanted[1]}, got {part.get_dtype()} {part.get_shape()}"
+                        )
                 tensors = {name: file.get_tensor(name).clone() for name in names}
         except (SafetensorError, OSError) as error:
             raise CalibrationError(f"expected safetensors, got what cannot be parsed: {_show(str(error))}") from error
@@ -403,7 +459,8 @@ class Calibration:
         calibration = cls(cache_format, metadata["model"], weights=metadata.get("weights", ""), **tensors)
         if calibration.fingerprint() != metadata["fingerprint"]:
             raise CalibrationError(
-                f"fingerprint: expected {calibration.fingerprint()}, that of the contents, got {_show(metadata['fingerprint'])}"
+                f"fingerprint: expected {calibration.fingerprint()}, that of the contents, got"
+                f" {_show(metadata['fingerprint'])}"
             )
         return calibration
 
@@ -411,8 +468,9 @@ class Calibration:
 def model_id(config: object) -> str:
     """16 hex digits that tell models apart by their configuration.
 
-    It covers the shape of the language model, which engines and versions of Transformers agree upon, and not the weights: a fine-tuned or
-    quantized copy has the same identity. Another model's calibration costs accuracy, never correctness.
+    It covers the shape of the language model, which engines and versions of Transformers agree upon, and not the
+    weights: a fine-tuned or quantized copy has the same identity. Another model's calibration costs accuracy, never
+    correctness.
 
     Args:
         config: a Transformers configuration, of the text model where there are several.
@@ -440,11 +498,13 @@ def _config_field(config: object, name: str) -> object:
 def _check_metadata(metadata: dict[str, str]) -> None:
     if metadata.get("version") != VERSION:
         raise CalibrationError(
-            f"metadata: expected a calibration of version {VERSION}, got {_show(repr(metadata.get('version', 'no version')))}. "
-            "`sawkv prepare` makes it again"
+            f"metadata: expected a calibration of version {VERSION}, got"
+            f" {_show(repr(metadata.get('version', 'no version')))}. `sawkv prepare` makes it again"
         )
     if sorted(set(metadata) - set(_OPTIONAL_KEYS)) != sorted(_KEYS):
-        raise CalibrationError(f"metadata: expected the keys {', '.join(sorted(_KEYS))}, got {_show(', '.join(sorted(metadata)))}")
+        raise CalibrationError(
+            f"metadata: expected the keys {', '.join(sorted(_KEYS))}, got {_show(', '.join(sorted(metadata)))}"
+        )
 
 
 def _whole(metadata: dict[str, str], key: str) -> int:

@@ -1,4 +1,6 @@
-"""The text that preparation runs a model on: prose, talk, code, tables and many scripts. It ships with sawkv; see corpus/SOURCES.md."""
+"""The text that preparation runs a model on: prose, talk, code, tables and many scripts. It ships with sawkv; see
+corpus/SOURCES.md.
+"""
 
 from __future__ import annotations
 
@@ -28,12 +30,19 @@ def preparation_text() -> str:
         for file in sorted(folder.iterdir(), key=lambda f: f.name)
         if file.name.endswith(".txt")
     ]
-    documents = [(place / len(kind), number, text.strip("\n")) for number, kind in enumerate(kinds) for place, text in enumerate(kind)]
+    documents = [
+        (place / len(kind), number, text.strip("\n"))
+        for number, kind in enumerate(kinds)
+        for place, text in enumerate(kind)
+    ]
     return SEPARATOR.join(text for *_, text in sorted(documents))
 
 
-def preparation_windows(encode: Callable[[str], Sequence[int]], window: int, num_windows: int, prefix: Sequence[int] = ()) -> torch.Tensor:
-    """Token ids [num_windows, window] int64 on the CPU, taken evenly over the text; it is repeated where it is too short.
+def preparation_windows(
+    encode: Callable[[str], Sequence[int]], window: int, num_windows: int, prefix: Sequence[int] = ()
+) -> torch.Tensor:
+    """Token ids [num_windows, window] int64 on the CPU, taken evenly over the text; it is repeated where it is too
+    short.
 
     Args:
         encode: text to token ids, without special tokens.
@@ -45,7 +54,9 @@ def preparation_windows(encode: Callable[[str], Sequence[int]], window: int, num
     size = window - len(prefix)
     spare = len(ids) - num_windows * size
     starts = (
-        torch.linspace(0, spare, num_windows).long() + torch.arange(num_windows) * size if spare > 0 else torch.arange(num_windows) * size
+        torch.linspace(0, spare, num_windows).long() + torch.arange(num_windows) * size
+        if spare > 0
+        else torch.arange(num_windows) * size
     )
     taken = ids[(starts[:, None] + torch.arange(size)) % len(ids)]
     return torch.cat([torch.tensor(list(prefix), dtype=torch.int64).expand(num_windows, -1), taken], 1)
@@ -59,10 +70,11 @@ def random_windows(vocab_size: int, window: int, num_windows: int) -> torch.Tens
 def preparation_positions(num_windows: int, window: int, context: int) -> torch.Tensor:
     """Where the tokens of windows stand: [num_windows, window] int64 on the CPU.
 
-    Keys turn with their position, so what is learned of them at the first positions does not hold for later ones, and what is learned over
-    a long context costs something in short ones. So windows are spread over the context as its octaves are: as many end between 1,024 and
-    2,048 as between 16,384 and 32,768. Only their first tokens stay at its start, since models give the start of a text a part of its own,
-    and attend to it from everywhere (StreamingLLM, arXiv 2309.17453). To a model it looks as if the text between had been forgotten.
+    Keys turn with their position, so what is learned of them at the first positions does not hold for later ones, and
+    what is learned over a long context costs something in short ones. So windows are spread over the context as its
+    octaves are: as many end between 1,024 and 2,048 as between 16,384 and 32,768. Only their first tokens stay at its
+    start, since models give the start of a text a part of its own, and attend to it from everywhere (StreamingLLM,
+    arXiv 2309.17453). To a model it looks as if the text between had been forgotten.
     """
     growth = max(1.0, context / window)
     ends = [window * growth ** (number / max(1, num_windows - 1)) for number in range(num_windows)]

@@ -1,16 +1,21 @@
-"""From statistics to what pages are written with: centers, gains and feedback of K and V, for all layers at once, on the device.
+"""From statistics to what pages are written with: centers, gains and feedback of K and V, for all layers at once, on
+the device.
 
-- The center is the mean of the head's rows, by what they count (`statistics`). An offset costs range and carries nothing.
-- Gains make channels equally wide for their importance. After a rotation all channels err alike as they are rounded, and by the more
-  the larger sum_i c_i g_i^2 is, where c_i is the variance of channel i about its center and g_i its gain. Read back, channel i errs by
-  1 / g_i of that, which without feedback costs sum_i h_i / g_i^2, with h the diagonal of the hessian. The product is least at
-  g_i^4 = h_i / c_i (Cauchy-Schwarz; SmoothQuant, arXiv 2211.10438, balances weights and activations so). With feedback it is least where
-  every channel has the same share of that sum as of the cost that feedback leaves, which a few steps find.
+- The center is the mean of the head's rows, by what they count (`statistics`). An offset costs range and carries
+  nothing.
+- Gains make channels equally wide for their importance. After a rotation all channels err alike as they are rounded,
+  and by the more the larger sum_i c_i g_i^2 is, where c_i is the variance of channel i about its center and g_i its
+  gain. Read back, channel i errs by 1 / g_i of that, which without feedback costs sum_i h_i / g_i^2, with h the
+  diagonal of the hessian. The product is least at g_i^4 = h_i / c_i (Cauchy-Schwarz; SmoothQuant, arXiv 2211.10438,
+  balances weights and activations so). With feedback it is least where every channel has the same share of that sum as
+  of the cost that feedback leaves, which a few steps find.
 - Feedback is fitted to the hessian of what is stored: rows after their gain, rotated (`format.feedback`).
-- The energy of stored rows on this text tells later how far the traffic's rows have moved from it (`sawkv_drift`, docs/observability.md).
+- The energy of stored rows on this text tells later how far the traffic's rows have moved from it (`sawkv_drift`,
+  docs/observability.md).
 
-The hessian says what an error e of a row costs, e^T hessian e: for K the squared error of scores, from the queries of the text; for V the
-squared error of the layer's output, from the output projection, or of the head's own output where that is unknown.
+The hessian says what an error e of a row costs, e^T hessian e: for K the squared error of scores, from the queries of
+the text; for V the squared error of the layer's output, from the output projection, or of the head's own output where
+that is unknown.
 """
 
 from __future__ import annotations
@@ -31,7 +36,9 @@ FLOOR = 1e-8
 WIDEST = 256.0
 """The largest gain and the inverse of the smallest, for channels that no query sees or no row fills."""
 STEPS = 16
-"""Towards the best gains. After four of them the cost mostly changes by less than a thousandth; strong offsets of queries take more."""
+"""Towards the best gains. After four of them the cost mostly changes by less than a thousandth; strong offsets of
+queries take more.
+"""
 
 
 @torch.no_grad()
@@ -49,12 +56,15 @@ def fit(statistics: Sequence[LayerStatistics], cache_format: CacheFormat) -> lis
         sums = torch.stack([layer.squares.sum(), layer.query_gram.sum(), layer.squares.new_ones(())])
         if not layer.rows or not bool(sums.isfinite().all()):
             raise UnsupportedError(
-                f"preparation: expected finite Q, K and V in attention layer {index}, got {'none' if not layer.rows else 'NaN or infinity'}"
+                f"preparation: expected finite Q, K and V in attention layer {index}, got"
+                f" {'none' if not layer.rows else 'NaN or infinity'}"
             )
     fitted: dict[int, LayerCalibration] = {}
     for shape in sorted({(layer.num_kv_heads, layer.head_dim) for layer in statistics}):
         members = [i for i, layer in enumerate(statistics) if (layer.num_kv_heads, layer.head_dim) == shape]
-        fitted.update(zip(members, _fit_alike([statistics[i] for i in members], cache_format.resolve(shape[1])), strict=True))
+        fitted.update(
+            zip(members, _fit_alike([statistics[i] for i in members], cache_format.resolve(shape[1])), strict=True)
+        )
     return [fitted[i] for i in range(len(statistics))]
 
 
@@ -81,7 +91,9 @@ def _fit_alike(statistics: list[LayerStatistics], cache_format: CacheFormat) -> 
             for layer, pair in enumerate(feedback):
                 part = slice(layer * heads, (layer + 1) * heads)
                 pair[kind] = Feedback(fed.weights[part].clone(), fed.step[part].clone())
-    plain_sums, plain_squares = (torch.stack([getattr(layer, name) for layer in statistics]) for name in ("plain_sums", "plain_squares"))
+    plain_sums, plain_squares = (
+        torch.stack([getattr(layer, name) for layer in statistics]) for name in ("plain_sums", "plain_squares")
+    )
     about_center = plain_squares - 2 * centers * plain_sums + rows * centers.square()  # sums over the rows, by channel
     energies = ((about_center * gains.square()).sum(-1) / rows[..., 0]).clamp_min(0).float()
     return [

@@ -1,8 +1,10 @@
-"""A Transformers model whose attention reads K and V through functions given to it: one teacher-forced pass, every read quantized.
+"""A Transformers model whose attention reads K and V through functions given to it: one teacher-forced pass, every read
+quantized.
 
-An attention function is registered through Transformers' AttentionInterface. It gets K after RoPE and V of every token, the query's own
-token included, replaces them by what a cache would have given back, and attends causally as `sdpa` does. Transformers' own quantized caches
-return unquantized states in such a pass, so a perplexity taken through them measures nothing.
+An attention function is registered through Transformers' AttentionInterface. It gets K after RoPE and V of every token,
+the query's own token included, replaces them by what a cache would have given back, and attends causally as `sdpa`
+does. Transformers' own quantized caches return unquantized states in such a pass, so a perplexity taken through them
+measures nothing.
 """
 
 from __future__ import annotations
@@ -15,7 +17,13 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -46,7 +54,9 @@ def find_device(name: str | None = None) -> torch.device:
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """bf16 on a GPU, as engines run models; fp32 on a CPU, where it shows the cache's error alone and bf16 is slow on many."""
+    """bf16 on a GPU, as engines run models; fp32 on a CPU, where it shows the cache's error alone and bf16 is slow on
+    many.
+    """
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
@@ -58,7 +68,8 @@ def load_tokenizer(checkpoint: Path) -> Tokenizer:
 
 
 def load_model(checkpoint: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a checkpoint directory or GGUF file, on the CPU; no code of the checkpoint is run, and nothing is fetched.
+    """The model of a checkpoint directory or GGUF file, on the CPU; no code of the checkpoint is run, and nothing is
+    fetched.
 
     Raises:
         SawkvError: it holds no checkpoint that Transformers can load.
@@ -79,7 +90,8 @@ class EvalModel:
         model: on its device and in its dtype. Its attention implementation is changed for good.
 
     Raises:
-        UnsupportedError: its attention does not go through Transformers' AttentionInterface, or needs what the evaluation cannot do.
+        UnsupportedError: its attention does not go through Transformers' AttentionInterface, or needs what the
+            evaluation cannot do.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -107,15 +119,19 @@ class EvalModel:
 
     @torch.inference_mode()
     def hidden(self, ids: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
-        """Token ids [num_rows, length] to the states that `logits` takes, [num_rows, length, size]; each row from an empty cache.
+        """Token ids [num_rows, length] to the states that `logits` takes, [num_rows, length, size]; each row from an
+        empty cache.
 
-        `positions`, [length] int64, are the tokens' places; None is 0, 1, 2, ... Attention is causal in the order of tokens all the same.
+        `positions`, [length] int64, are the tokens' places; None is 0, 1, 2, ... Attention is causal in the order of
+        tokens all the same.
         """
         ids = ids.to(self.device)
         options: dict[str, Any] = {"use_cache": False}
         if positions is not None:
             options["position_ids"] = positions.to(self.device)[None]
-            options["attention_mask"] = torch.ones_like(ids)  # without it Transformers takes a gap in positions for a new sequence
+            options["attention_mask"] = torch.ones_like(
+                ids
+            )  # without it Transformers takes a gap in positions for a new sequence
         if self._head is None:
             whole: torch.Tensor = self.model(ids, **options).logits
             return whole
@@ -124,7 +140,9 @@ class EvalModel:
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[..., size] to next-token logits [..., vocab_size] fp32. Cheap to call in pieces, where all at once would not fit memory."""
+        """[..., size] to next-token logits [..., vocab_size] fp32. Cheap to call in pieces, where all at once would not
+        fit memory.
+        """
         if self._head is None:
             return hidden.float()
         logits: torch.Tensor = self._head(hidden)
@@ -168,7 +186,9 @@ class EvalModel:
 
     @torch.inference_mode()
     def continue_greedily(self, ids: torch.Tensor, count: int) -> torch.Tensor:
-        """The `count` tokens that greedy decoding with an unquantized cache adds to ids [num_rows, length]: [num_rows, count]."""
+        """The `count` tokens that greedy decoding with an unquantized cache adds to ids [num_rows, length]: [num_rows,
+        count].
+        """
         cache, tokens, step = None, [], ids.to(self.device)
         for _ in range(count):
             output = self.model(step, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -179,7 +199,9 @@ class EvalModel:
     def _find_layers(self) -> None:
         found: list[tuple[nn.Module, int, int, int]] = []
 
-        def note(layer: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        def note(
+            layer: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+        ) -> tuple[torch.Tensor, torch.Tensor]:
             found.append((layer, q.shape[1], k.shape[1], k.shape[3]))
             return k, v
 
@@ -194,12 +216,15 @@ class EvalModel:
         self.layers = [layer for layer, *_ in found]
         if not found or len(set(map(id, self.layers))) != len(found):
             raise UnsupportedError(
-                f"expected a model whose attention layers use Transformers' AttentionInterface once each, got {type(self.model).__name__}"
+                "expected a model whose attention layers use Transformers' AttentionInterface once each, got"
+                f" {type(self.model).__name__}"
             )
         self.shape = found[0][1:]
 
     def _plain_head(self) -> nn.Module | None:
-        """The output embedding, if it alone makes logits from the trunk's states; some models scale or soft-cap them."""
+        """The output embedding, if it alone makes logits from the trunk's states; some models scale or
+        soft-cap them.
+        """
         head: nn.Module | None = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
         if head is None or self.model.base_model is self.model:
             return None
@@ -222,13 +247,19 @@ def output_weight(layer: nn.Module, width: int) -> torch.Tensor | None:
         weight = getattr(child, "weight", None)
         if name in ("o_proj", "out_proj", "dense", "c_proj") and isinstance(weight, torch.Tensor) and weight.ndim == 2:
             weight = weight.detach().mT if isinstance(child, Conv1D) else weight.detach()
-            if weight.shape[1] == width and weight.dtype in (torch.float32, torch.bfloat16, torch.float16) and not weight.is_meta:
+            if (
+                weight.shape[1] == width
+                and weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
+                and not weight.is_meta
+            ):
                 return weight
     return None
 
 
 def collect_samples(model: EvalModel, ids: torch.Tensor, context: int = 0) -> list[LayerSample]:
-    """Samples of all layers on token ids [num_rows, length], rows at positions spread over `context` tokens, or all at its start."""
+    """Samples of all layers on token ids [num_rows, length], rows at positions spread over `context` tokens, or all at
+    its start.
+    """
     parts: list[list[tuple[Sample, Sample]]] = []
 
     def keep(states: list[LayerStates]) -> None:
@@ -244,7 +275,9 @@ def collect_samples(model: EvalModel, ids: torch.Tensor, context: int = 0) -> li
 def measure(
     model: EvalModel, ids: torch.Tensor, context: int, step: Callable[[list[LayerStates]], object] = lambda states: None
 ) -> list[LayerStatistics]:
-    """Statistics of all layers on token ids [num_windows, window], windows spread over `context` tokens; `step` sees each one's states."""
+    """Statistics of all layers on token ids [num_windows, window], windows spread over `context` tokens; `step` sees
+    each one's states.
+    """
     places = preparation_positions(len(ids), ids.shape[1], context)
     found: list[LayerStatistics] = []
     for row, where in zip(torch.split(ids, 1), places, strict=True):
@@ -262,7 +295,9 @@ class _Reading:
     def __init__(self, read_k: Reader, read_v: Reader) -> None:
         self._read_k, self._read_v = read_k, read_v
 
-    def __call__(self, layer: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(
+        self, layer: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         return self._through(self._read_k, k), self._through(self._read_v, v)
 
     @staticmethod
@@ -277,7 +312,9 @@ class _Recording:
     def __init__(self) -> None:
         self._rows: list[tuple[torch.Tensor, ...]] = []
 
-    def __call__(self, layer: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def __call__(
+        self, layer: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         self._rows.append((_rows(q), _rows(k), _rows(v)))
         return k, v
 
@@ -311,9 +348,12 @@ def _attention(
         attended, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
         return attended, None
     scaling = kwargs.get("scaling")
-    return _capped_attention(
-        query, key, value, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, sinks
-    ), None
+    return (
+        _capped_attention(
+            query, key, value, attention_mask, query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, sinks
+        ),
+        None,
+    )
 
 
 def _capped_attention(
@@ -353,7 +393,9 @@ def _capped_attention(
 
 @contextlib.contextmanager
 def _readable(checkpoint: Path) -> Iterator[dict[str, Any]]:
-    """Arguments of `from_pretrained`; within the block, checkpoint errors as ours, and no progress bars of Transformers."""
+    """Arguments of `from_pretrained`; within the block, checkpoint errors as ours, and no progress bars of
+    Transformers.
+    """
     if checkpoint.suffix == ".gguf" and checkpoint.is_file():
         source = {"pretrained_model_name_or_path": checkpoint.absolute().parent, "gguf_file": checkpoint.name}
     elif (checkpoint / "config.json").is_file():

@@ -10,7 +10,9 @@ import torch
 from sawkv.prepare.statistics import LayerStatistics
 
 Reader = Callable[[torch.Tensor], torch.Tensor]
-"""Rows [num_tokens, num_kv_heads, head_dim] fp32 to the same shape and dtype, as attention reads them. Does not mutate its input."""
+"""Rows [num_tokens, num_kv_heads, head_dim] fp32 to the same shape and dtype, as attention reads them. Does not mutate
+its input.
+"""
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,8 @@ class LayerStates:
     Attributes:
         q: [num_tokens, num_q_heads, head_dim] fp32, after RoPE.
         k, v: [num_tokens, num_kv_heads, head_dim] fp32, K after RoPE. Windows follow each other.
-        output_weight: [hidden_size, num_q_heads * head_dim], the projection that follows, as the model holds it; None if it is not found.
+        output_weight: [hidden_size, num_q_heads * head_dim], the projection that follows, as the model holds it; None
+            if it is not found.
         softmax_scale: factor of q.k.
         sliding_window: tokens that a query sees, its own included; 0 is all before it.
     """
@@ -34,7 +37,9 @@ class LayerStates:
 
     def empty_statistics(self) -> LayerStatistics:
         """What rows of such a layer can be added to."""
-        statistics = LayerStatistics(self.k.shape[1], self.k.shape[2], self.k.device, self.softmax_scale, self.sliding_window)
+        statistics = LayerStatistics(
+            self.k.shape[1], self.k.shape[2], self.k.device, self.softmax_scale, self.sliding_window
+        )
         if self.output_weight is not None:
             statistics.set_output_weight(self.output_weight)
         return statistics
@@ -46,9 +51,10 @@ class Sample:
 
     Attributes:
         rows: [num_tokens, num_kv_heads, head_dim] fp32, K after RoPE.
-        hessian: [num_kv_heads, head_dim, head_dim] fp32, symmetric, positive semi-definite: storing a row with error e costs e^T hessian e.
-            For K it is the mean of q q^T over the queries that read the head, so the cost is the squared error of scores before
-            softmax_scale; for V the Gram matrix of the columns of the output projection that read the head.
+        hessian: [num_kv_heads, head_dim, head_dim] fp32, symmetric, positive semi-definite: storing a row with error e
+            costs e^T hessian e. For K it is the mean of q q^T over the queries that read the head, so the cost is the
+            squared error of scores before softmax_scale; for V the Gram matrix of the columns of the output projection
+            that read the head.
     """
 
     rows: torch.Tensor
@@ -61,7 +67,9 @@ class Sample:
 
 @dataclass(frozen=True)
 class LayerSample:
-    """K and V of one layer on calibration text, and their statistics, as engines gather them when they prepare a model."""
+    """K and V of one layer on calibration text, and their statistics, as engines gather them when they
+    prepare a model.
+    """
 
     k: Sample
     v: Sample
@@ -69,16 +77,19 @@ class LayerSample:
 
 
 def key_hessian(states: LayerStates) -> torch.Tensor:
-    """[num_kv_heads, head_dim, head_dim] fp32: the mean of q q^T over the queries that read the head, so that e^T hessian e is the mean
-    squared error of scores, before softmax_scale, that an error e of a key makes."""
+    """[num_kv_heads, head_dim, head_dim] fp32: the mean of q q^T over the queries that read the head, so that e^T
+    hessian e is the mean squared error of scores, before softmax_scale, that an error e of a key makes.
+    """
     num_tokens, num_kv_heads, head_dim = states.k.shape
     queries = states.q.view(num_tokens, num_kv_heads, -1, head_dim).transpose(0, 1).flatten(1, 2)
     return queries.mT @ queries / queries.shape[1]
 
 
 def value_hessian(states: LayerStates) -> torch.Tensor:
-    """[num_kv_heads, head_dim, head_dim] fp32: the Gram matrix of the output projection's columns that read the head, so that
-    e^T hessian e is the squared error that an error e of the head's output makes in the layer's. The identity for an unknown projection."""
+    """[num_kv_heads, head_dim, head_dim] fp32: the Gram matrix of the output projection's columns that read the head,
+    so that e^T hessian e is the squared error that an error e of the head's output makes in the layer's. The identity
+    for an unknown projection.
+    """
     _, num_kv_heads, head_dim = states.v.shape
     if states.output_weight is None:
         return torch.eye(head_dim, device=states.v.device).expand(num_kv_heads, -1, -1)
@@ -101,4 +112,6 @@ def samples(states: LayerStates) -> tuple[Sample, Sample]:
 
 def joined(samples: Sequence[Sample]) -> Sample:
     """One sample of equally long ones."""
-    return Sample(torch.cat([sample.rows for sample in samples]), torch.stack([sample.hessian for sample in samples]).mean(0))
+    return Sample(
+        torch.cat([sample.rows for sample in samples]), torch.stack([sample.hessian for sample in samples]).mean(0)
+    )

@@ -1,7 +1,8 @@
 """What models were prepared with, kept on disk between starts.
 
-An entry is a calibration file. It is found by a key over all that it was fitted on, the contents of the weights among it, so two models
-never share one. The file's fingerprint tells damage: such an entry is removed, and the model is prepared again.
+An entry is a calibration file. It is found by a key over all that it was fitted on, the contents of the weights among
+it, so two models never share one. The file's fingerprint tells damage: such an entry is removed, and the model is
+prepared again.
 """
 
 from __future__ import annotations
@@ -23,9 +24,13 @@ from sawkv.kernels.disk import private_folder
 from sawkv.prepare.calibration import VERSION, Calibration
 
 SUFFIXES: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".py")
-"""Of files that hold weights, and of code that comes with a checkpoint. Its configuration is for the engine to name, as it changed it."""
+"""Of files that hold weights, and of code that comes with a checkpoint. Its configuration is for the engine to name, as
+it changed it.
+"""
 SHIPPED: Final = "sawkv"
-"""Folder in a checkpoint's folder, with calibrations made for it, one for each format. Beside the weights engines would load them too."""
+"""Folder in a checkpoint's folder, with calibrations made for it, one for each format. Beside the weights engines would
+load them too.
+"""
 PIECE: Final = 64 << 20
 """Bytes of a file that one thread hashes at a time."""
 
@@ -33,7 +38,8 @@ logger = logging.getLogger(__name__)
 
 
 class CalibrationStore:
-    """Calibrations in a folder. Starts may use it at the same time: entries appear whole, and those of one key are alike.
+    """Calibrations in a folder. Starts may use it at the same time: entries appear whole, and those of one key are
+    alike.
 
     Args:
         folder: where entries are; None is a private folder in the user's cache.
@@ -58,7 +64,8 @@ class CalibrationStore:
 
         Args:
             key: from `make_key`.
-            expected: what `Calibration.check` asks for. An entry that is damaged or for something else is removed, with a warning.
+            expected: what `Calibration.check` asks for. An entry that is damaged or for something else is removed, with
+                a warning.
         """
         path = self.path(key)
         if not path.exists():
@@ -67,7 +74,9 @@ class CalibrationStore:
             calibration = Calibration.load(path)
             calibration.check(**expected)
         except CalibrationError as error:
-            self._log.warning("sawkv: what is on disk of an earlier preparation cannot be used and is made again: %s", error)
+            self._log.warning(
+                "sawkv: what is on disk of an earlier preparation cannot be used and is made again: %s", error
+            )
             path.unlink(missing_ok=True)
             return None
         return calibration
@@ -97,7 +106,8 @@ def shipped_path(checkpoint: Path, cache_format: CacheFormat) -> Path:
 def load_shipped(
     checkpoint: Path, weights: str, cache_format: CacheFormat, *, log: logging.Logger = logger, **expected: Any
 ) -> Calibration | None:
-    """The calibration that a checkpoint brings for a format; None where it has none for these very weights, which `log` says.
+    """The calibration that a checkpoint brings for a format; None where it has none for these very weights, which `log`
+    says.
 
     Args:
         checkpoint: its folder. Nothing in it is changed.
@@ -116,7 +126,9 @@ def load_shipped(
             got = f"{calibration.weights[:16]}..." if calibration.weights else "none named"
             raise CalibrationError(f"weights: expected {weights[:16]}..., those of the checkpoint, got {got}")
     except CalibrationError as error:
-        log.warning("sawkv: %s, which came with the model, cannot be used, and the model is prepared anew: %s", path, error)
+        log.warning(
+            "sawkv: %s, which came with the model, cannot be used, and the model is prepared anew: %s", path, error
+        )
         return None
     return calibration
 
@@ -125,24 +137,29 @@ def make_key(parts: Mapping[str, Any]) -> str:
     """32 hex digits over all that a calibration was fitted on, and over the versions of sawkv and of the file.
 
     Args:
-        parts: what the engine computed with: weights, configuration, dtype, text, device and so on, by name. What JSON does not know
-            counts by its `str`.
+        parts: what the engine computed with: weights, configuration, dtype, text, device and so on, by name. What JSON
+            does not know counts by its `str`.
     """
     whole = {**parts, "sawkv": __version__, "calibration": VERSION}
     return hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()[:32]
 
 
 def contents_digest(folder_or_file: Path) -> str | None:
-    """A digest over names and contents of a checkpoint's weights, and of the code that it brings; None if there are no weights.
+    """A digest over names and contents of a checkpoint's weights, and of the code that it brings; None if there are no
+    weights.
 
-    Files of the Hugging Face hub's cache are named by the SHA-256 of their contents and are not read again; their size and time of change
-    count too.
+    Files of the Hugging Face hub's cache are named by the SHA-256 of their contents and are not read again; their size
+    and time of change count too.
 
     Raises:
         OSError: a file cannot be read.
     """
     path = folder_or_file
-    files = [path] if path.is_file() else sorted(file for file in path.glob("*") if file.suffix in SUFFIXES and file.is_file())
+    files = (
+        [path]
+        if path.is_file()
+        else sorted(file for file in path.glob("*") if file.suffix in SUFFIXES and file.is_file())
+    )
     if all(file.suffix == ".py" for file in files):
         return None
     with ThreadPoolExecutor() as pool:

@@ -40,7 +40,8 @@ class Text:
     encode: Encode
 
     def split(self, window: int, num_windows: int, num_calibration: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Windows to score, from the start of the text, and windows to calibrate on, from its end: [at most num_windows, window] each.
+        """Windows to score, from the start of the text, and windows to calibrate on, from its end: [at most
+        num_windows, window] each.
 
         Raises:
             SawkvError: the text is too short for one of each.
@@ -49,7 +50,8 @@ class Text:
         available = len(self.ids) // max(1, size)
         if size < 2 or available < 2:
             raise SawkvError(
-                f"text: expected at least {2 * max(size, 2)} tokens for windows of {window}, got {len(self.ids)} in {self.name}"
+                f"text: expected at least {2 * max(size, 2)} tokens for windows of {window}, got {len(self.ids)} in"
+                f" {self.name}"
             )
         calibrating = min(num_calibration, max(1, available // 4))
         scored = min(num_windows, available - calibrating)
@@ -63,7 +65,10 @@ class Text:
         """
         size = window - len(self.prefix)
         if size < 2 or len(self.ids) < size:
-            raise SawkvError(f"text: expected at least {max(size, 2)} tokens for a window of {window}, got {len(self.ids)} in {self.name}")
+            raise SawkvError(
+                f"text: expected at least {max(size, 2)} tokens for a window of {window}, got {len(self.ids)} in"
+                f" {self.name}"
+            )
         return self._windows(self.ids[: min(num_windows, len(self.ids) // size) * size], size)
 
     def _windows(self, ids: torch.Tensor, size: int) -> torch.Tensor:
@@ -80,9 +85,9 @@ BOS_TOKENS = 512
 def with_bos(text: Text, model: EvalModel) -> Text:
     """The text with BOS before every window, where the model needs it and its tokenizer adds none; says so on stderr.
 
-    A checkpoint may have lost it on its way, as Gemma 3's does when Transformers reads it from a GGUF file: without BOS its perplexity is
-    several times as high, and nothing measured then says anything of it. Other tokenizers name a BOS and add none on purpose, as Qwen's
-    do. So the model itself is asked.
+    A checkpoint may have lost it on its way, as Gemma 3's does when Transformers reads it from a GGUF file: without BOS
+    its perplexity is several times as high, and nothing measured then says anything of it. Other tokenizers name a BOS
+    and add none on purpose, as Qwen's do. So the model itself is asked.
     """
     bos = getattr(model.model.config.get_text_config(), "bos_token_id", None)
     ids = text.ids[:BOS_TOKENS][None]
@@ -97,8 +102,8 @@ def with_bos(text: Text, model: EvalModel) -> Text:
         return text
     without, after = (math.exp(loss) for loss in losses)
     print(
-        f"sawkv: the tokenizer adds no BOS, and the model needs one: perplexity {without:.1f} without it, {after:.1f} after it. "
-        "It is put first in every window; servers need it too (add_bos_token in tokenizer_config.json).",
+        f"sawkv: the tokenizer adds no BOS, and the model needs one: perplexity {without:.1f} without it, {after:.1f}"
+        " after it. It is put first in every window; servers need it too (add_bos_token in tokenizer_config.json).",
         file=sys.stderr,
     )
     return replace(text, prefix=(bos, *text.prefix))

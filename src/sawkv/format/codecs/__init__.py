@@ -14,9 +14,11 @@ class Codec(Protocol):
     """Encodes rows along the last dimension; knows nothing of pages."""
 
     def encode(self, y: torch.Tensor, feedback: Any = None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Rows [..., head_dim] fp32 to codes [..., row_bytes] uint8 and meta [..., 2] fp16 (scale, zero_point), or no meta.
+        """Rows [..., head_dim] fp32 to codes [..., row_bytes] uint8 and meta [..., 2] fp16 (scale, zero_point), or no
+        meta.
 
-        `feedback` is a `Feedback` or None, for rows [..., num_kv_heads, head_dim]; codecs that a cache refuses it for take None alone.
+        `feedback` is a `Feedback` or None, for rows [..., num_kv_heads, head_dim]; codecs that a cache refuses it for
+        take None alone.
         """
         ...
 

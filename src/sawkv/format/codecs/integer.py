@@ -1,8 +1,9 @@
 """Token-wise asymmetric integers: one scale and one zero point for the head_dim values of a row.
 
-Source: SAW-INT4, arXiv 2604.19157. Departures (docs/decisions/0001): the zero point is not clamped to the codes' range, and the scale is
-rounded up and bounded from below so that every finite row has an error of at most scale / 2. With feedback (docs/decisions/0012) the cells
-of the codes cover the row's range, each code in the middle of its own; without it, the codes do, from the first to the last.
+Source: SAW-INT4, arXiv 2604.19157. Departures (docs/decisions/0001): the zero point is not clamped to the codes' range,
+and the scale is rounded up and bounded from below so that every finite row has an error of at most scale / 2. With
+feedback (docs/decisions/0012) the cells of the codes cover the row's range, each code in the middle of its own; without
+it, the codes do, from the first to the last.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class IntegerCodec:
         return (1 << self.bits) - 1
 
     def encode(self, y: torch.Tensor, feedback: Feedback | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows [..., head_dim] fp32 to codes [..., head_dim * bits / 8] uint8 and meta [..., 2] fp16 (scale, zero_point).
+        """Rows [..., head_dim] fp32 to codes [..., head_dim * bits / 8] uint8 and meta [..., 2] fp16 (scale,
+        zero_point).
 
         With feedback the rows are [..., num_kv_heads, head_dim].
         """

@@ -14,7 +14,9 @@ class PassthroughCodec:
     dtype: torch.dtype
 
     def encode(self, y: torch.Tensor, feedback: None = None) -> tuple[torch.Tensor, None]:
-        """Rows [..., head_dim] fp32 to their little-endian bytes [..., row_bytes] uint8. They have no errors to feed back."""
+        """Rows [..., head_dim] fp32 to their little-endian bytes [..., row_bytes] uint8. They have no errors to feed
+        back.
+        """
         return y.to(self.dtype).contiguous().view(torch.uint8), None
 
     def decode(self, codes: torch.Tensor, meta: torch.Tensor | None) -> torch.Tensor:

@@ -1,4 +1,6 @@
-"""The attention function `sawkv`: writes new K and V into pages, then reads the pages, or decodes them for PyTorch's attention."""
+"""The attention function `sawkv`: writes new K and V into pages, then reads the pages, or decodes them for PyTorch's
+attention.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,8 @@ def saw_attention(
 
     Args:
         query: [batch_size, num_q_heads, num_new, head_dim].
-        key, value: `NewStates` of a SawCache; or tensors [batch_size, num_kv_heads, num_keys, head_dim], without a cache or with another.
+        key, value: `NewStates` of a SawCache; or tensors [batch_size, num_kv_heads, num_keys, head_dim], without a
+        cache or with another.
         attention_mask: [batch_size or 1, 1, num_new, num_keys], bool or added to scores; None is causal.
         softcap: soft-cap of scores. s_aux: [num_q_heads] sinks.
 
@@ -48,10 +51,13 @@ def saw_attention(
         [batch_size, num_new, num_q_heads, head_dim], and no weights.
 
     Raises:
-        UnsupportedError: with a SawCache: attention that is not causal or has a position bias, or gradients. Always: attention weights.
+        UnsupportedError: with a SawCache: attention that is not causal or has a position bias, or gradients. Always:
+            attention weights.
     """
     if kwargs.get("output_attentions"):
-        raise UnsupportedError('sawkv: attention weights are never whole. Expected attn_implementation="eager" for output_attentions')
+        raise UnsupportedError(
+            'sawkv: attention weights are never whole. Expected attn_implementation="eager" for output_attentions'
+        )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if not isinstance(key, NewStates):
         assert isinstance(value, torch.Tensor)
@@ -65,7 +71,9 @@ def saw_attention(
         return attend(module, query, key, attention_mask, scale, dropout, softcap, s_aux, kwargs), None
     if key.layer.is_compileable and query.shape[2] == 1 and not dropout:
         mask = attention_mask if key.layer.is_first else None
-        return attend_compiled(query, key.key, key.value, mask, s_aux, key.handle, key.layer.index, scale, softcap or 0.0), None
+        return attend_compiled(
+            query, key.key, key.value, mask, s_aux, key.handle, key.layer.index, scale, softcap or 0.0
+        ), None
     return attend_uncompiled(module, query, key, attention_mask, scale, dropout, softcap, s_aux, kwargs), None
 
 
@@ -110,10 +118,11 @@ def attend_compiled(
     scale: float,
     softcap: float,
 ) -> torch.Tensor:
-    """One decoding step of one layer inside a compiled graph. It changes the cache, which the graph does not see, and nothing else.
+    """One decoding step of one layer inside a compiled graph. It changes the cache, which the graph does not see, and
+    nothing else.
 
-    The order of layers is kept because each needs the output of the one before. CUDA graphs may hold it: all that is kept has a fixed
-    address, and nothing depends on lengths on the host.
+    The order of layers is kept because each needs the output of the one before. CUDA graphs may hold it: all that is
+    kept has a fixed address, and nothing depends on lengths on the host.
     """
     layer = CACHES[handle].layers[layer_idx]
     assert isinstance(layer, SawLayer)
@@ -154,7 +163,9 @@ def attend_tensors(
 ) -> torch.Tensor:
     """Attention over K and V as tensors. Arguments and result as of `saw_attention`."""
     if not softcap and sinks is None:
-        out: torch.Tensor = sdpa_attention_forward(module, query, key, value, mask, dropout=dropout, scaling=scale, **kwargs)[0]
+        out: torch.Tensor = sdpa_attention_forward(
+            module, query, key, value, mask, dropout=dropout, scaling=scale, **kwargs
+        )[0]
         return out
     group = query.shape[1] // key.shape[1]
     num_new, num_keys = query.shape[2], key.shape[2]
@@ -172,7 +183,9 @@ def attend_tensors(
             scores = scores.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else scores + part
         if sinks is not None:
             scores = torch.cat([scores, sinks.float().view(1, -1, group, 1, 1).expand(*scores.shape[:-1], 1)], -1)
-        weights = torch.softmax(scores, -1).nan_to_num(0.0)[..., :num_keys].to(query.dtype)  # a row of padding sees nothing
+        weights = (
+            torch.softmax(scores, -1).nan_to_num(0.0)[..., :num_keys].to(query.dtype)
+        )  # a row of padding sees nothing
         weights = torch.nn.functional.dropout(weights, dropout, module.training)
         parts.append(torch.einsum("bhgqk,bhkd->bqhgd", weights, value))
     return torch.cat(parts, 1).flatten(2, 3)

@@ -32,8 +32,8 @@ from sawkv.prepare.calibration import Calibration, LayerCalibration, model_id
 PAGE_SIZE = 16
 
 UNPREPARED = (
-    "sawkv: INT4 pages of a model that is not prepared (prepare=False). Keys with a large static part, as in Qwen2.5, then lose most of "
-    "their 4 bits: such a model's perplexity can rise manyfold"
+    "sawkv: INT4 pages of a model that is not prepared (prepare=False). Keys with a large static part, as in Qwen2.5,"
+    " then lose most of their 4 bits: such a model's perplexity can rise manyfold"
 )
 
 logger = logging.getLogger(__name__)
@@ -68,28 +68,33 @@ class _Settings:
 class SawCache(Cache):
     """A KV cache for `model.generate(..., past_key_values=SawCache(model))` that keeps K and V as rotated INT4 pages.
 
-    The first forward pass with the first cache of a model prepares the model: it runs text that ships with sawkv, and fits what pages of 4
-    bits are written with (`sawkv.integrations.transformers.prepare`). That takes seconds, once; the model is left as it was.
+    The first forward pass with the first cache of a model prepares the model: it runs text that ships with sawkv, and
+    fits what pages of 4 bits are written with (`sawkv.integrations.transformers.prepare`). That takes seconds, once;
+    the model is left as it was.
 
-    With the model's attention implementation `sawkv`, attention of up to 8 new tokens a sequence reads the pages, and 16-bit K and V never
-    exist; longer inputs are decoded, layer by layer, for PyTorch's attention. With any other implementation every step decodes the whole
-    layer first: as right, but slower. Both see the quantized K and V, those of new tokens included.
+    With the model's attention implementation `sawkv`, attention of up to 8 new tokens a sequence reads the pages, and
+    16-bit K and V never exist; longer inputs are decoded, layer by layer, for PyTorch's attention. With any other
+    implementation every step decodes the whole layer first: as right, but slower. Both see the quantized K and V, those
+    of new tokens included.
 
     Args:
         config: the model, or its config (`model.config`, that very object: the model is found by it).
-        format: a `CacheFormat` or its name, such as `int4-k128-v128`; `int4` takes the default rotation for the model's head_dim.
-        max_cache_len: allocate for this many tokens at once, so that `generate` compiles the decoding step (to CUDA graphs, by default).
-            None grows as needed, and is not compiled.
-        exact_prefill: let the attention of a fresh prompt see its exact K and V. Its output then depends on how it was cut into passes.
-        calibration: what pages of this model are written with, from `sawkv prepare`, or its file. Without one the model is prepared.
+        format: a `CacheFormat` or its name, such as `int4-k128-v128`; `int4` takes the default rotation for the model's
+            head_dim.
+        max_cache_len: allocate for this many tokens at once, so that `generate` compiles the decoding step (to CUDA
+            graphs, by default). None grows as needed, and is not compiled.
+        exact_prefill: let the attention of a fresh prompt see its exact K and V. Its output then depends on how it was
+            cut into passes.
+        calibration: what pages of this model are written with, from `sawkv prepare`, or its file. Without one the model
+            is prepared.
         prepare: False writes pages without preparation, which may cost much accuracy. It matters for int4 alone.
         offload: keep pages in the host's memory, and bring those of one layer at a time to the device.
         backend: kernels by name, from `sawkv doctor`; None chooses the fastest.
 
     Raises:
         CalibrationError: the calibration cannot be read; or, at the first pass, is of another model or format.
-        UnsupportedError: the model's layers have something other than causal self-attention, with or without a sliding window; or, at the
-            first pass, it cannot be prepared.
+        UnsupportedError: the model's layers have something other than causal self-attention, with or without a sliding
+            window; or, at the first pass, it cannot be prepared.
         FormatError: the format is not one, or does not fit the model's head_dim.
     """
 
@@ -108,12 +113,16 @@ class SawCache(Cache):
         if max_cache_len is not None and max_cache_len < 1:
             raise LayoutError(f"max_cache_len: expected at least 1, got {max_cache_len}")
         if max_cache_len is not None and offload:
-            raise UnsupportedError("SawCache: expected max_cache_len or offload, got both: pages that come and go cannot be compiled")
+            raise UnsupportedError(
+                "SawCache: expected max_cache_len or offload, got both: pages that come and go cannot be compiled"
+            )
         model = find_model(config) if isinstance(config, torch.nn.Module) else None
         if model is not None:
             config = model.config
         if not isinstance(config, PretrainedConfig):
-            raise UnsupportedError(f"SawCache: expected a model of Transformers or its config, got {type(config).__name__}")
+            raise UnsupportedError(
+                f"SawCache: expected a model of Transformers or its config, got {type(config).__name__}"
+            )
         decoder = config.get_text_config(decoder=True)
         windows = layer_windows(config)
         cache_format = CacheFormat.parse(format) if isinstance(format, str) else format
@@ -142,7 +151,9 @@ class SawCache(Cache):
         self._register()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SawCache:
-        """A cache with the same tokens, as for a prompt that many conversations begin with. The model's config stays shared."""
+        """A cache with the same tokens, as for a prompt that many conversations begin with. The model's config stays
+        shared.
+        """
         memo[id(self.settings.config)] = self.settings.config
         if self.settings.offload and torch.cuda.is_available():
             torch.cuda.synchronize()  # pages may be on their way to the host
@@ -154,7 +165,9 @@ class SawCache(Cache):
         other._register()
         return other
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any]:
         """Called by the model's attention layers.
 
         Args:
@@ -162,12 +175,15 @@ class SawCache(Cache):
             layer_idx: which layer.
 
         Returns:
-            For the attention implementation `sawkv`, the same `NewStates` twice, which it writes and reads. For others, K and V of all
-            tokens (with a sliding window: of those that its mask covers), decoded: [batch_size, num_kv_heads, num_keys, head_dim].
+            For the attention implementation `sawkv`, the same `NewStates` twice, which it writes and reads. For others,
+            K and V of all tokens (with a sliding window: of those that its mask covers), decoded: [batch_size,
+            num_kv_heads, num_keys, head_dim].
 
         Raises:
-            LayoutError: not the batch, heads or head_dim that the cache holds, or no room; or layers hold unlike tokens.
-            UnsupportedError: K and V of unlike shapes, or no kernels for them; or a gradient would have to flow through them.
+            LayoutError: not the batch, heads or head_dim that the cache holds, or no room; or layers hold unlike
+                tokens.
+            UnsupportedError: K and V of unlike shapes, or no kernels for them; or a gradient would have to flow through
+                them.
         """
         layer = self.layers[layer_idx]
         assert isinstance(layer, SawLayer)
@@ -180,8 +196,8 @@ class SawCache(Cache):
         if not self._told:
             self._told = True
             logger.warning(
-                "sawkv: the model's attention implementation, %s, cannot read pages: every step decodes the whole cache first. "
-                'For speed, call model.set_attn_implementation("%s")',
+                "sawkv: the model's attention implementation, %s, cannot read pages: every step decodes the whole"
+                ' cache first. For speed, call model.set_attn_implementation("%s")',
                 self.settings.config._attn_implementation,
                 NAME,
             )
@@ -205,11 +221,12 @@ class SawCache(Cache):
         self.settings.passes = Passes()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last `-tokens_to_remove` tokens, or all after the first so many if that is positive (Transformers before 5.18).
+        """Take back the last `-tokens_to_remove` tokens, or all after the first so many if that is positive
+        (Transformers before 5.18).
 
         Raises:
-            LayoutError: a sliding window has dropped tokens that would be in it again, or the last pass is not in all layers and more
-                than these tokens. Nothing has changed then.
+            LayoutError: a sliding window has dropped tokens that would be in it again, or the last pass is not in all
+                layers and more than these tokens. Nothing has changed then.
         """
         tokens_to_remove = operator.index(tokens_to_remove)
         pagings = self.settings.pagings.values()
@@ -237,7 +254,9 @@ class SawCache(Cache):
         if beam_idx.ndim != 1 or beam_idx.is_floating_point():
             raise LayoutError(f"SawCache: expected a vector of indices, got {beam_idx.dtype} {list(beam_idx.shape)}")
         beam_idx = beam_idx.long()
-        outside = beam_idx.device.type == "cpu" and bool(((beam_idx < -size) | (beam_idx >= size)).any())  # a GPU stops by itself
+        outside = beam_idx.device.type == "cpu" and bool(
+            ((beam_idx < -size) | (beam_idx >= size)).any()
+        )  # a GPU stops by itself
         if not beam_idx.numel() or outside:
             raise LayoutError(f"SawCache: expected sequences from 0 to {size - 1}, got {beam_idx.tolist()}")
         beam_idx = torch.where(beam_idx < 0, beam_idx + size, beam_idx)
@@ -254,7 +273,9 @@ class SawCache(Cache):
         indices = torch.as_tensor(indices)
         if indices.dtype == torch.bool:
             if indices.shape[0] != self.batch_size > 0:
-                raise LayoutError(f"SawCache: expected a bool for each of {self.batch_size} sequences, got {indices.shape[0]}")
+                raise LayoutError(
+                    f"SawCache: expected a bool for each of {self.batch_size} sequences, got {indices.shape[0]}"
+                )
             indices = indices.nonzero().flatten()
         self.reorder_cache(indices)
 
@@ -320,9 +341,11 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     @property
     def keys(self) -> torch.Tensor | None:
-        """K as attention sees it, decoded at each access: [batch_size, num_kv_heads, tokens, head_dim], zeros for padding.
+        """K as attention sees it, decoded at each access: [batch_size, num_kv_heads, tokens, head_dim], zeros for
+        padding.
 
-        With a window, of the tokens that the next one sees. None before the first pass. `nbytes` is what pages take, not this tensor.
+        With a window, of the tokens that the next one sees. None before the first pass. `nbytes` is what pages take,
+        not this tensor.
         """
         return self.states()[0]
 
@@ -340,7 +363,9 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Take heads, head_dim, batch and device from the first K and V: [batch_size, num_kv_heads, num_new, head_dim]."""
+        """Take heads, head_dim, batch and device from the first K and V: [batch_size, num_kv_heads,
+        num_new, head_dim].
+        """
         check_states(key_states, value_states)
         batch_size, num_kv_heads, _, head_dim = key_states.shape
         settings, device = self._settings, key_states.device
@@ -348,8 +373,12 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         key = device, layout, self.window
         if key not in settings.pagings:
             if select_backend(device, layout, settings.backend).name == "reference" and settings.backend is None:
-                logger.warning("sawkv: there are no fast kernels here (`sawkv doctor` says why): attention is right but very slow")
-            paging = Paging(layout, device, self.window, batch_size, settings.max_len, settings.backend, first_layer=self.index)
+                logger.warning(
+                    "sawkv: there are no fast kernels here (`sawkv doctor` says why): attention is right but very slow"
+                )
+            paging = Paging(
+                layout, device, self.window, batch_size, settings.max_len, settings.backend, first_layer=self.index
+            )
             paging.record_past(settings.record_past)
             settings.pagings[key] = paging
         self.paging = settings.pagings[key]
@@ -359,7 +388,9 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.is_initialized = True
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Write new K and V, and decode all: for attention that reads tensors. Shapes as in `SawCache.update`."""
         with self.paging.on_device():
             self.enter(key_states, value_states)
@@ -369,16 +400,22 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return states
 
     def enter(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, num_q_heads: int | None = None, mask: torch.Tensor | None = None
+        self,
+        key_states: torch.Tensor,
+        value_states: torch.Tensor,
+        num_q_heads: int | None = None,
+        mask: torch.Tensor | None = None,
     ) -> None:
-        """Begin this layer's part of a forward pass. The arguments are checked first, so that a refusal changes nothing.
+        """Begin this layer's part of a forward pass. The arguments are checked first, so that a refusal changes
+        nothing.
 
         Args:
             key_states, value_states: as in `SawCache.update`.
             num_q_heads, mask: as in `Paging.begin`.
 
         Raises:
-            LayoutError: not the batch, heads, head_dim or device that this layer holds; or as of `Passes.enter` and `Paging.begin`.
+            LayoutError: not the batch, heads, head_dim or device that this layer holds; or as of `Passes.enter` and
+                `Paging.begin`.
             UnsupportedError: as of `check_states`.
         """
         num_new, passes = key_states.shape[2], self._settings.passes
@@ -410,7 +447,9 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self.pages = PagedKVCache(self.pages.pages, layout, **self._calibration.constants())
         self._is_calibrated = True
 
-    def enter_compiled(self, key_states: torch.Tensor, value_states: torch.Tensor, num_q_heads: int, mask: torch.Tensor | None) -> None:
+    def enter_compiled(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, num_q_heads: int, mask: torch.Tensor | None
+    ) -> None:
         """`enter` for one new token, on the device alone."""
         passes = self._settings.passes
         passes.enter(self.index, 1)
@@ -425,12 +464,14 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         paging = self.paging
         got, held = (key_states.shape[0], key_states.device), (paging.batch_size, paging.device)
         if got != held:
-            raise LayoutError(f"SawCache: expected {held[0]} sequences on {held[1]}, as before, got {got[0]} on {got[1]}")
+            raise LayoutError(
+                f"SawCache: expected {held[0]} sequences on {held[1]}, as before, got {got[0]} on {got[1]}"
+            )
         shape, layout = key_states.shape, paging.layout
         if (shape[1], shape[3]) != (layout.num_kv_heads, layout.head_dim):
             raise LayoutError(
-                f"SawCache: expected {layout.num_kv_heads} KV heads of {layout.head_dim} channels in layer {self.index}, as before, "
-                f"got {shape[1]} of {shape[3]}"
+                f"SawCache: expected {layout.num_kv_heads} KV heads of {layout.head_dim} channels in layer"
+                f" {self.index}, as before, got {shape[1]} of {shape[3]}"
             )
 
     def write(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -470,7 +511,9 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return attended.view(batch_size, num_new, num_q_heads, head_dim)
 
     def decode(self, k_dtype: torch.dtype, v_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V that the attention of this pass gets, after `write`: the last `paging.num_keys` tokens, as `keys` gives them."""
+        """K and V that the attention of this pass gets, after `write`: the last `paging.num_keys` tokens, as `keys`
+        gives them.
+        """
         return self._gather(self.paging.num_keys, k_dtype, v_dtype)
 
     @torch.no_grad()
@@ -490,7 +533,8 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def _gather(self, num_keys: int, k_dtype: torch.dtype, v_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         paging, layout = self.paging, self.paging.layout
         table, seq_lens = paging.tail_table(num_keys, self._held)
-        # Each sequence ends at the end of its rows; those before are of the page in which its first key lies, and are cut off.
+        # Each sequence ends at the end of its rows; those before are of the page in which its first key lies, and are
+        # cut off.
         rows = num_keys + (layout.page_size if self.window else 0)
         ends = torch.arange(paging.batch_size + 1, dtype=torch.int32, device=paging.device) * rows
         starts = torch.cat([ends[1:] - seq_lens, ends[-1:]])
@@ -507,7 +551,9 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if self.pages is not None and self._held == (first_page, num_pages):
             return
         paging = self.paging
-        pages = PagedKVCache.allocate(paging.layout, num_pages * paging.batch_size, paging.device, **self._calibration.constants())
+        pages = PagedKVCache.allocate(
+            paging.layout, num_pages * paging.batch_size, paging.device, **self._calibration.constants()
+        )
         if self.pages is not None:
             size, first = paging.batch_size, max(first_page, self._held[0])
             end = max(first, min(first_page + num_pages, sum(self._held)))
@@ -602,7 +648,8 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
 @dataclass(eq=False)
 class NewStates:
-    """New K and V on their way to a layer's pages: what `SawCache.update` gives to our attention function in place of K, and of V.
+    """New K and V on their way to a layer's pages: what `SawCache.update` gives to our attention function in place of
+    K, and of V.
 
     Attributes:
         key, value: [batch_size, num_kv_heads, num_new, head_dim].
@@ -621,10 +668,10 @@ class NewStates:
         """
         model = self.layer.model_type
         raise UnsupportedError(
-            f'sawkv: expected K and V of this {model} to be read by attention implementation "{NAME}" alone, which its config names. '
-            f"Either {model} computes attention by itself, or changes K and V before: then call "
-            'model.set_attn_implementation("eager") (or load it so), with which a SawCache works. Or the config is not that of the model '
-            "that runs: then use SawCache(model.config) of that same model"
+            f'sawkv: expected K and V of this {model} to be read by attention implementation "{NAME}" alone, which its'
+            f" config names. Either {model} computes attention by itself, or changes K and V before: then call"
+            ' model.set_attn_implementation("eager") (or load it so), with which a SawCache works. Or the config is'
+            " not that of the model that runs: then use SawCache(model.config) of that same model"
         )
 
     def __getattr__(self, name: str) -> NoReturn:
@@ -643,8 +690,8 @@ def _refuse(states: NewStates, *args: Any) -> NoReturn:
 
 
 _OPERATORS = (
-    "getitem setitem len iter contains neg abs float array add radd sub rsub mul rmul truediv rtruediv floordiv mod pow matmul rmatmul "
-    "lt le gt ge and or xor invert"
+    "getitem setitem len iter contains neg abs float array add radd sub rsub mul rmul truediv rtruediv floordiv mod pow"
+    " matmul rmatmul lt le gt ge and or xor invert"
 )
 for _operator in _OPERATORS.split():
     setattr(NewStates, f"__{_operator}__", _refuse)
@@ -653,18 +700,20 @@ for _operator in _OPERATORS.split():
 def refuse_gradients(*states: torch.Tensor | None) -> None:
     """
     Raises:
-        UnsupportedError: autograd would have to follow these through pages, where there is no gradient, backward or forward.
+        UnsupportedError: autograd would have to follow these through pages, where there is no gradient, backward or
+            forward.
     """
     given = [x for x in states if x is not None]
     if torch.is_grad_enabled() and any(x.requires_grad for x in given):
         raise UnsupportedError(
-            "SawCache: expected torch.no_grad() or torch.inference_mode() around the model, got Q, K, V or sinks that require a gradient: "
-            "pages hold quantized numbers, through which no gradients flow. Train with use_cache=False"
+            "SawCache: expected torch.no_grad() or torch.inference_mode() around the model, got Q, K, V or sinks that"
+            " require a gradient: pages hold quantized numbers, through which no gradients flow. Train with"
+            " use_cache=False"
         )
     if not torch.compiler.is_compiling() and _has_tangent(given):
         raise UnsupportedError(
-            "SawCache: expected Q, K and V without tangents, got those of forward-mode differentiation: pages hold quantized numbers, "
-            "through which no gradients flow. Differentiate with use_cache=False"
+            "SawCache: expected Q, K and V without tangents, got those of forward-mode differentiation: pages hold"
+            " quantized numbers, through which no gradients flow. Differentiate with use_cache=False"
         )
 
 
@@ -675,14 +724,19 @@ def check_states(key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         LayoutError: there is no sequence.
     """
     if key_states.shape != value_states.shape:
-        raise UnsupportedError(f"SawCache: expected K and V of one shape, got {list(key_states.shape)} and {list(value_states.shape)}")
+        raise UnsupportedError(
+            f"SawCache: expected K and V of one shape, got {list(key_states.shape)} and {list(value_states.shape)}"
+        )
     if key_states.ndim != 4:
         raise UnsupportedError(f"SawCache: expected K and V of 4 dimensions, got {list(key_states.shape)}")
     if key_states.device != value_states.device or key_states.device.type == "meta":
-        raise UnsupportedError(f"SawCache: expected K and V with data, on one device, got {key_states.device} and {value_states.device}")
+        raise UnsupportedError(
+            f"SawCache: expected K and V with data, on one device, got {key_states.device} and {value_states.device}"
+        )
     if not (_has_data(key_states) and _has_data(value_states)):
         raise UnsupportedError(
-            f"SawCache: expected K and V with data, got {type(key_states).__name__} without, as of torch.func, vmap or torch.export"
+            f"SawCache: expected K and V with data, got {type(key_states).__name__} without, as of torch.func, vmap or"
+            " torch.export"
         )
     for states in (key_states, value_states):
         if states.dtype not in ops.FLOAT_DTYPES:

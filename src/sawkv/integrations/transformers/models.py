@@ -24,7 +24,9 @@ def find_model(module: nn.Module) -> PreTrainedModel:
 
 
 def layer_configs(decoder: PretrainedConfig) -> list[PretrainedConfig]:
-    """The config of each layer: the same, but in models whose layers differ in what it says (Transformers from 5.16 or so)."""
+    """The config of each layer: the same, but in models whose layers differ in what it says (Transformers from 5.16 or
+    so).
+    """
     if getattr(decoder, "is_heterogeneous", False):
         return list(decoder.per_layer_config)
     return [decoder] * decoder.num_hidden_layers
@@ -46,7 +48,9 @@ def layer_windows(config: PretrainedConfig) -> list[int]:
     types = getattr(decoder, "layer_types", None)
     if types is None:
         chunked = getattr(decoder, "attention_chunk_size", None)
-        types = ["chunked_attention" if chunked else "sliding_attention" if window else "full_attention"] * decoder.num_hidden_layers
+        types = [
+            "chunked_attention" if chunked else "sliding_attention" if window else "full_attention"
+        ] * decoder.num_hidden_layers
     reasons = [f"layers of type {name}" for name in sorted(set(types) - {"full_attention", "sliding_attention"})]
     if config.is_encoder_decoder:
         reasons.append("an encoder and cross attention")
@@ -58,7 +62,7 @@ def layer_windows(config: PretrainedConfig) -> list[int]:
         reasons.append("sliding attention without a sliding_window")
     if reasons:
         raise UnsupportedError(
-            f"SawCache: expected causal self-attention in all layers, got a {decoder.model_type} with {', '.join(reasons)}. "
-            "Use DynamicCache(config=model.config) for this model"
+            f"SawCache: expected causal self-attention in all layers, got a {decoder.model_type} with"
+            f" {', '.join(reasons)}. Use DynamicCache(config=model.config) for this model"
         )
     return [window if name == "sliding_attention" else 0 for name in types]

@@ -1,4 +1,6 @@
-"""Where tokens of a batch lie in the pages of layers that are alike: lengths, page table, slots and schedule, made once a forward pass."""
+"""Where tokens of a batch lie in the pages of layers that are alike: lengths, page table, slots and schedule, made once
+a forward pass.
+"""
 
 from __future__ import annotations
 
@@ -12,21 +14,27 @@ from sawkv.format.layout import PageLayout
 from sawkv.kernels import Step
 
 MAX_PAGED_QUERIES = 8
-"""Query tokens a sequence up to which attention reads pages; longer ones are prompts, and run in the model's own 16-bit attention."""
+"""Query tokens a sequence up to which attention reads pages; longer ones are prompts, and run in the model's own 16-bit
+attention.
+"""
 
 MIN_SPARE_PAGES = 8
 SPARE_SHARE = 32
-"""A layer that is full grows by this share of its pages (1/32), so that spare room costs 3 % of memory and copying is rare."""
+"""A layer that is full grows by this share of its pages (1/32), so that spare room costs 3 % of memory and copying is
+rare.
+"""
 
 CROP_MARGIN = 64
-"""Tokens that a sliding window keeps beyond itself, so that some drafted tokens can be taken back (`crop`) at any time."""
+"""Tokens that a sliding window keeps beyond itself, so that some drafted tokens can be taken back (`crop`) at any time.
+"""
 
 
 class Paging:
     """What layers of one device, page layout and window have in common.
 
-    All sequences of a batch have the same length as Transformers counts it, left padding included. Padding is not stored: the token at
-    index t of sequence b has position t - pads[b]. Page j of sequence b is page (j - first_page) * batch_size + b of a layer's tensor.
+    All sequences of a batch have the same length as Transformers counts it, left padding included. Padding is not
+    stored: the token at index t of sequence b has position t - pads[b]. Page j of sequence b is page (j - first_page) *
+    batch_size + b of a layer's tensor.
 
     Attributes:
         layout, device: of the pages.
@@ -74,7 +82,9 @@ class Paging:
         """Make what depends on the number of sequences."""
         self.pads, self.batch_size = pads, pads.shape[0]
         self._sequence = torch.arange(self.batch_size, device=self.device)
-        self._one_slot = torch.empty(self.batch_size, dtype=torch.int64, device=self.device)  # CUDA graphs need a fixed address
+        self._one_slot = torch.empty(
+            self.batch_size, dtype=torch.int64, device=self.device
+        )  # CUDA graphs need a fixed address
         self.slots = self._one_slot
         self._starts: dict[int, torch.Tensor] = {}
         self._schedules: dict[tuple[int, int], ops.Schedule] = {}
@@ -83,7 +93,9 @@ class Paging:
 
     @property
     def length(self) -> int:
-        """Tokens of each sequence, left padding included. Waits for the device if the pages never move: a CUDA graph may have moved on."""
+        """Tokens of each sequence, left padding included. Waits for the device if the pages never move: a CUDA graph
+        may have moved on.
+        """
         if self.max_len is None:
             return self._length
         return int(self.length_tensor())
@@ -114,21 +126,25 @@ class Paging:
         Args:
             num_new: tokens of each sequence in this pass.
             num_q_heads: of the attention that will read pages; None where none will.
-            mask: [batch_size or 1, 1, num_new, num_keys] bool, True where a query sees a key; or another dtype, added to scores. None is
-                causal. On the first pass, leading tokens that do not see themselves are padding.
+            mask: [batch_size or 1, 1, num_new, num_keys] bool, True where a query sees a key; or another dtype, added
+                to scores. None is causal. On the first pass, leading tokens that do not see themselves are padding.
 
         Raises:
             LayoutError: there is no room, or the mask shows padding. Nothing has changed then.
         """
         length = self.length
         if self.max_len is not None and length + num_new > self.max_len:
-            raise LayoutError(f"SawCache: expected at most max_cache_len={self.max_len} tokens, got {length} and {num_new} more")
+            raise LayoutError(
+                f"SawCache: expected at most max_cache_len={self.max_len} tokens, got {length} and {num_new} more"
+            )
         is_fresh = length == 0
         if is_fresh:
             self._find_padding(num_new, mask)
         reads_pages = num_q_heads is not None and 0 < num_new <= MAX_PAGED_QUERIES
         if reads_pages and mask is not None:
-            reads_pages = mask.dtype == torch.bool and mask.shape[1] == 1 and bool(self.agrees(mask, num_new, ahead=num_new))
+            reads_pages = (
+                mask.dtype == torch.bool and mask.shape[1] == 1 and bool(self.agrees(mask, num_new, ahead=num_new))
+            )
         if mask is not None and not reads_pages and not is_fresh and self._max_pad:
             self._check_padding(mask, num_new)
         if num_q_heads is not None and self.max_len is not None:
@@ -141,12 +157,15 @@ class Paging:
         self.first_written = max(0, length - self._max_pad) // self.layout.page_size
         self.advance(num_new)
         self._length = length + num_new
-        self.step = None if schedule is None else schedule.update(self.block_table, self.lengths, self._start_of(num_new))
+        self.step = (
+            None if schedule is None else schedule.update(self.block_table, self.lengths, self._start_of(num_new))
+        )
 
     def begin_compiled(self, num_q_heads: int, mask: torch.Tensor | None) -> None:
         """`begin` for one new token, on the device alone; `max_len` is set, and an uncompiled pass came first.
 
-        A mask that is not the causal one, or a sequence that is full, stops the device with an error: there is no way back from here.
+        A mask that is not the causal one, or a sequence that is full, stops the device with an error: there is no way
+        back from here.
         """
         assert self.max_len is not None
         self.advance(1)
@@ -242,7 +261,8 @@ class Paging:
         """
         if self._first_needed(length) < self.kept[0]:
             raise LayoutError(
-                f"SawCache: expected `activate_past_recording()` before taking back {self.length - length} tokens of a sliding window"
+                f"SawCache: expected `activate_past_recording()` before taking back {self.length - length} tokens of a"
+                " sliding window"
             )
 
     def crop(self, length: int) -> None:
@@ -295,7 +315,8 @@ class Paging:
         padding = torch.arange(first, first + mask.shape[-1], device=self.device) < self.pads[:, None]
         if bool((shown & padding[:, None, None]).any()):
             raise LayoutError(
-                "SawCache: expected a mask that hides left padding as in the first pass, got one that shows it: it was not stored"
+                "SawCache: expected a mask that hides left padding as in the first pass, got one that shows it: it was"
+                " not stored"
             )
 
     def _first_needed(self, length: int) -> int:
@@ -307,11 +328,15 @@ class Paging:
         return max(0, length - self._max_pad - self.window + 1) // self.layout.page_size
 
     def _make_room(self, past: int, length: int) -> None:
-        """Hold the pages from the window of the token at `past` to the end of `length`, and decide what to keep of them."""
+        """Hold the pages from the window of the token at `past` to the end of `length`, and decide what to keep of
+        them.
+        """
         needed = self._needed(past, length)
         if (self.first_page, self.num_pages) != self.kept:
             self._hold(*self.kept)
-        if needed[0] + needed[1] > self.first_page + self.num_pages or self.num_pages > needed[1] + 2 * _spare(needed[1]):
+        if needed[0] + needed[1] > self.first_page + self.num_pages or self.num_pages > needed[1] + 2 * _spare(
+            needed[1]
+        ):
             self._hold(needed[0], needed[1] + _spare(needed[1]))
         self.kept = self.first_page, self.num_pages
         first, count = self._needed(length, length)

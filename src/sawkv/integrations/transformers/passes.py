@@ -1,4 +1,6 @@
-"""Which layers a forward pass has reached. A pass that dies between layers leaves its tokens in some of them: no use may overlook that."""
+"""Which layers a forward pass has reached. A pass that dies between layers leaves its tokens in some of them: no use
+may overlook that.
+"""
 
 from __future__ import annotations
 
@@ -39,10 +41,13 @@ class Passes:
             self.check_whole()
         elif self.done.get(index, 0) != self.number - 1:
             raise LayoutError(
-                f"SawCache: expected layer {index} once in each forward pass, got it twice, or not in an earlier pass. {WAYS_OUT}"
+                f"SawCache: expected layer {index} once in each forward pass, got it twice, or not in an earlier pass."
+                f" {WAYS_OUT}"
             )
         elif num_new != self.num_new:
-            raise LayoutError(f"SawCache: expected {self.num_new} new tokens in layer {index}, as in the layers before, got {num_new}")
+            raise LayoutError(
+                f"SawCache: expected {self.num_new} new tokens in layer {index}, as in the layers before, got {num_new}"
+            )
 
     def begin(self, index: int, num_new: int) -> None:
         """Layer `index` has entered, and there is room for its tokens."""
@@ -57,7 +62,9 @@ class Passes:
 
     @contextmanager
     def changing(self, what: str) -> Iterator[None]:
-        """Around a change of all layers: refusals come before it, anything else that stops it leaves the cache `broken`."""
+        """Around a change of all layers: refusals come before it, anything else that stops it leaves the cache
+        `broken`.
+        """
         try:
             yield
         except SawkvError:
@@ -89,8 +96,8 @@ class Passes:
         if self.unfinished and taken_back < self.num_new:
             reached = sum(number == self.number for number in self.done.values())
             raise LayoutError(
-                f"SawCache: the last forward pass ended in {reached} of {len(self.done)} layers. Take back its {self.num_new} tokens "
-                f"by cache.crop({-self.num_new}), or all by cache.reset()"
+                f"SawCache: the last forward pass ended in {reached} of {len(self.done)} layers. Take back its"
+                f" {self.num_new} tokens by cache.crop({-self.num_new}), or all by cache.reset()"
             )
 
     def take_back(self, is_empty: bool) -> None:

@@ -1,8 +1,9 @@
 """Preparing a model for its caches: at the first use of one, by the loaded model itself, on text that ships with sawkv.
 
-A cache knows its model's config alone. PyTorch's hook for the forward pass of every module finds the model that has that config, before
-anything of the pass is computed, and is gone afterwards. Within it the model runs the text: without a cache or gradients, in evaluation
-mode, with our attention function, which notes Q, K and V. Then all of that is as it was.
+A cache knows its model's config alone. PyTorch's hook for the forward pass of every module finds the model that has
+that config, before anything of the pass is computed, and is gone afterwards. Within it the model runs the text: without
+a cache or gradients, in evaluation mode, with our attention function, which notes Q, K and V. Then all of that is as it
+was.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ from sawkv.prepare.statistics import LayerStatistics
 from sawkv.prepare.store import CalibrationStore, contents_digest, load_shipped, make_key, shipped_path
 
 SAMPLED: Final = 64
-"""Numbers of a large weight that are looked at to see whether it has changed since the last preparation. Of small ones all are."""
+"""Numbers of a large weight that are looked at to see whether it has changed since the last preparation. Of small ones
+all are.
+"""
 SMALL: Final = 4096
 PIECE: Final = 1 << 14
 """Words of 4 bytes that are summed to one number."""
@@ -51,7 +54,9 @@ logger = logging.getLogger(__name__)
 
 _lock = threading.RLock()
 _running = threading.local()
-_prepared: weakref.WeakKeyDictionary[PreTrainedModel, dict[str, tuple[str, list[LayerCalibration]]]] = weakref.WeakKeyDictionary()
+_prepared: weakref.WeakKeyDictionary[PreTrainedModel, dict[str, tuple[str, list[LayerCalibration]]]] = (
+    weakref.WeakKeyDictionary()
+)
 """By language model and format: the state of the weights, and what was fitted to them."""
 
 
@@ -64,13 +69,15 @@ class Preparation:
         model: the model, if the caller knows it; None finds it.
     """
 
-    def __init__(self, decoder: PretrainedConfig, cache_format: CacheFormat, model: PreTrainedModel | None = None) -> None:
+    def __init__(
+        self, decoder: PretrainedConfig, cache_format: CacheFormat, model: PreTrainedModel | None = None
+    ) -> None:
         self._decoder, self._format = decoder, cache_format
         self._model = None if model is None else weakref.ref(model)
         self._layers: list[LayerCalibration] | None = None
         self._error = (
-            "expected a forward pass of the model before, got K and V of another. Use SawCache(model), or SawCache(model.config) with "
-            "the config of that same model"
+            "expected a forward pass of the model before, got K and V of another. Use SawCache(model), or"
+            " SawCache(model.config) with the config of that same model"
         )
         reference = weakref.ref(self)
 
@@ -101,9 +108,9 @@ class Preparation:
         """
         if self._layers is None:
             raise UnsupportedError(
-                f"SawCache: this {self._decoder.model_type} could not be prepared for {self._format}: {self._error}. "
-                'SawCache(model.config, "int8") needs no preparation; SawCache(model.config, prepare=False) goes without, which may cost '
-                "much accuracy"
+                f"SawCache: this {self._decoder.model_type} could not be prepared for {self._format}: {self._error}."
+                ' SawCache(model.config, "int8") needs no preparation; SawCache(model.config, prepare=False) goes'
+                " without, which may cost much accuracy"
             )
         return self._layers[index]
 
@@ -132,7 +139,8 @@ def prepared(model: PreTrainedModel, decoder: PretrainedConfig, cache_format: Ca
         cache_format: with int4.
 
     Raises:
-        UnsupportedError: the model does not attend through Transformers' AttentionInterface, or to numbers that are not finite.
+        UnsupportedError: the model does not attend through Transformers' AttentionInterface, or to numbers that are not
+            finite.
     """
     with _lock:
         name, state = str(cache_format), state_of(trunk_of(model))
@@ -164,7 +172,9 @@ def _prepare(model: PreTrainedModel, decoder: PretrainedConfig, cache_format: Ca
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def measure(trunk: PreTrainedModel, decoder: PretrainedConfig, windows: torch.Tensor, positions: torch.Tensor) -> list[LayerStatistics]:
+def measure(
+    trunk: PreTrainedModel, decoder: PretrainedConfig, windows: torch.Tensor, positions: torch.Tensor
+) -> list[LayerStatistics]:
     """Run a language model on text, and sum up what its attention layers get.
 
     Args:
@@ -182,21 +192,27 @@ def measure(trunk: PreTrainedModel, decoder: PretrainedConfig, windows: torch.Te
         _running.recorder = recorder
         try:
             for ids, places in zip(windows.to(device), positions.to(device), strict=True):
-                inputs = {"input_ids": ids[None], "position_ids": places[None], "attention_mask": torch.ones_like(ids)[None]}
+                inputs = {
+                    "input_ids": ids[None],
+                    "position_ids": places[None],
+                    "attention_mask": torch.ones_like(ids)[None],
+                }
                 trunk(**{name: x for name, x in inputs.items() if name in accepted}, use_cache=False)
         finally:
             _running.recorder = None
     missing = [index for index, layer in enumerate(recorder.layers) if layer is None]
     if missing:
         raise UnsupportedError(
-            f"expected all attention layers of {type(trunk).__name__} to use Transformers' AttentionInterface, got {len(missing)} of "
-            f"{len(recorder.layers)} that do not"
+            f"expected all attention layers of {type(trunk).__name__} to use Transformers' AttentionInterface, got"
+            f" {len(missing)} of {len(recorder.layers)} that do not"
         )
     return [layer for layer in recorder.layers if layer is not None]
 
 
 def note(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> None:
-    """Tell the preparation that runs in this thread, if one does, what a layer's attention got. Shapes as of `saw_attention`."""
+    """Tell the preparation that runs in this thread, if one does, what a layer's attention got. Shapes as of
+    `saw_attention`.
+    """
     recorder: _Recorder | None = getattr(_running, "recorder", None)
     if recorder is not None:
         recorder.add(module, query, key, value, scale)
@@ -212,13 +228,17 @@ class _Recorder:
     def add(self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> None:
         index = getattr(module, "layer_idx", None)
         if not isinstance(index, int) or not 0 <= index < len(self.layers):
-            raise UnsupportedError(f"expected attention layers that know their index, got {type(module).__name__} with {index!r}")
+            raise UnsupportedError(
+                f"expected attention layers that know their index, got {type(module).__name__} with {index!r}"
+            )
         if key.shape != value.shape:
             raise UnsupportedError(f"expected K and V of one shape, got {list(key.shape)} and {list(value.shape)}")
         layer = self.layers[index]
         if layer is None:
             _, num_kv_heads, _, head_dim = key.shape
-            layer = self.layers[index] = LayerStatistics(num_kv_heads, head_dim, key.device, scale, self._windows[index])
+            layer = self.layers[index] = LayerStatistics(
+                num_kv_heads, head_dim, key.device, scale, self._windows[index]
+            )
             weight = output_weight(module, query.shape[1] * head_dim)
             if weight is not None:
                 layer.set_output_weight(weight.to(key.device))
@@ -227,12 +247,21 @@ class _Recorder:
 
 @contextlib.contextmanager
 def _left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Within it the model is in evaluation mode and attends by our function. Rotary embeddings that grow with the text shrink again."""
+    """Within it the model is in evaluation mode and attends by our function. Rotary embeddings that grow with the text
+    shrink again.
+    """
     training = {module: module.training for module in model.modules()}
-    configs = {id(config): config for module in model.modules() if isinstance(config := getattr(module, "config", None), PretrainedConfig)}
+    configs = {
+        id(config): config
+        for module in model.modules()
+        if isinstance(config := getattr(module, "config", None), PretrainedConfig)
+    }
     attention = {name: config._attn_implementation for name, config in configs.items()}
     rotary = [module for module in model.modules() if "rotary" in type(module).__name__.lower()]
-    held = [(module, dict(vars(module)), {name: (x, copy.deepcopy(x)) for name, x in module._buffers.items()}) for module in rotary]
+    held = [
+        (module, dict(vars(module)), {name: (x, copy.deepcopy(x)) for name, x in module._buffers.items()})
+        for module in rotary
+    ]
     try:
         for module in training:
             module.training = False
@@ -260,7 +289,9 @@ def trunk_of(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def _windows(model: PreTrainedModel, decoder: PretrainedConfig, window: int) -> torch.Tensor:
-    """[NUM_WINDOWS, window] int64: text in the model's tokens, or random ones if its tokenizer is not on this machine."""
+    """[NUM_WINDOWS, window] int64: text in the model's tokens, or random ones if its tokenizer is not on
+    this machine.
+    """
     encoder = _encoder(next((name for name in (model.name_or_path, decoder._name_or_path) if name), None))
     vocab_size = int(_embedding(trunk_of(model)).shape[0])
     if encoder is not None:
@@ -280,12 +311,16 @@ def _embedding(model: PreTrainedModel) -> torch.Tensor:
 
 
 def _encoder(name: str | None) -> tuple[Callable[[str], list[int]], list[int]] | None:
-    """Text to token ids without special tokens, and those that go before a text; None if there is no tokenizer of that name here."""
+    """Text to token ids without special tokens, and those that go before a text; None if there is no tokenizer of that
+    name here.
+    """
     if name is None:
         return None
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
-    except Exception:  # many kinds: no such folder, no tokenizer in it, a package missing, code that would have to be run
+    except (
+        Exception
+    ):  # many kinds: no such folder, no tokenizer in it, a package missing, code that would have to be run
         logger.debug("sawkv: no tokenizer", exc_info=True)
         return None
 
@@ -341,7 +376,11 @@ class _Entry:
             "num_kv_heads": heads,
             "head_dim": head_dim,
         }
-        config = {key: x for key, x in decoder.to_dict().items() if key not in ("_name_or_path", "transformers_version", "use_cache")}
+        config = {
+            key: x
+            for key, x in decoder.to_dict().items()
+            if key not in ("_name_or_path", "transformers_version", "use_cache")
+        }
         computation = {
             "config": config,
             "adapters": _adapters(model),
@@ -370,7 +409,11 @@ class _Entry:
 
     def _load_shipped(self) -> Calibration | None:
         """What the checkpoint brings, where it is for the weights in its files, and these are the ones in memory."""
-        if self._folder is None or not self._expected or not shipped_path(self._folder, self._expected["cache_format"]).exists():
+        if (
+            self._folder is None
+            or not self._expected
+            or not shipped_path(self._folder, self._expected["cache_format"]).exists()
+        ):
             return None
         try:
             found = load_shipped(self._folder, contents_digest(self._folder) or "", log=logger, **self._expected)
@@ -378,7 +421,10 @@ class _Entry:
                 return found
         except OSError as error:
             logger.debug("sawkv: %s", error)
-        logger.info("sawkv: the preparation that came with the model is not used: the model in memory is not the one in its files")
+        logger.info(
+            "sawkv: the preparation that came with the model is not used: the model in memory is not the one in its"
+            " files"
+        )
         return None
 
     def save(self, layers: list[LayerCalibration]) -> str:
@@ -396,7 +442,8 @@ class _Entry:
 
 
 def _is_as_loaded(trunk: PreTrainedModel, decoder: PretrainedConfig, folder: Path) -> bool:
-    """Whether a language model in memory is the one in a folder's safetensors files, rounded to its dtype, without adapters.
+    """Whether a language model in memory is the one in a folder's safetensors files, rounded to its dtype, without
+    adapters.
 
     Raises:
         OSError: a file cannot be read.
@@ -423,7 +470,9 @@ def _is_as_loaded(trunk: PreTrainedModel, decoder: PretrainedConfig, folder: Pat
 
 
 def _ends(name: str) -> Iterator[str]:
-    """A name in a file, and what is left of it without its first parts: `model.layers.0.x`, `layers.0.x`, `0.x`, `x`."""
+    """A name in a file, and what is left of it without its first parts: `model.layers.0.x`,
+    `layers.0.x`, `0.x`, `x`.
+    """
     while name:
         yield name
         name = name.partition(".")[2]
@@ -438,13 +487,17 @@ def _digest(x: torch.Tensor) -> str:
 
 
 def state_of(model: nn.Module) -> str:
-    """A digest that changes when weights do, or the adapters in force. It looks at some numbers of each weight, and so is cheap."""
+    """A digest that changes when weights do, or the adapters in force. It looks at some numbers of each weight, and so
+    is cheap.
+    """
     packed = [x for x in model.buffers() if not x.is_floating_point()]  # weights of some quantized models
     tensors = [*model.parameters(), *packed]
     known = [(id(x), x.data_ptr() if x.device.type != "meta" else 0, tuple(x.shape), str(x.dtype)) for x in tensors]
     samples: dict[torch.device, list[torch.Tensor]] = {}
     for x in tensors:
-        with contextlib.suppress(RuntimeError, NotImplementedError, TypeError):  # packed weights that are no plain tensors
+        with contextlib.suppress(
+            RuntimeError, NotImplementedError, TypeError
+        ):  # packed weights that are no plain tensors
             if x.device.type != "meta" and x.numel():
                 step = max(1, x.numel() // SAMPLED) if x.numel() > SMALL else 1
                 taken = x.detach().reshape(-1)[::step].contiguous().view(torch.uint8)
@@ -456,11 +509,15 @@ def state_of(model: nn.Module) -> str:
 
 
 def weights_digest(tensors: Mapping[str, torch.Tensor]) -> str | None:
-    """A digest over names, shapes, dtypes and all bytes of tensors, computed on their devices; None if some are not in memory.
+    """A digest over names, shapes, dtypes and all bytes of tensors, computed on their devices; None if some are not in
+    memory.
 
     Bytes are summed in pieces, each 4 of them by a factor of their own modulo 2^64; SHA-256 goes over the sums.
     """
-    digest, factors = hashlib.sha256(), torch.randint(-(2**62), 2**62, (PIECE,), generator=torch.Generator().manual_seed(1)) | 1
+    digest, factors = (
+        hashlib.sha256(),
+        torch.randint(-(2**62), 2**62, (PIECE,), generator=torch.Generator().manual_seed(1)) | 1,
+    )
     for name, x in sorted(tensors.items()):
         try:
             if x.device.type == "meta":

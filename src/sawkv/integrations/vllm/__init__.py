@@ -1,9 +1,9 @@
 """sawkv inside unmodified vLLM, found by vLLM through the entry point group `vllm.general_plugins`.
 
 `--kv-cache-dtype int4_per_token_head` then means sawkv's rotated INT4 pages; `docs/vllm.md` has the options.
-Reading order: `config` (what the user asked for), `selection` (which layers are ours), `backend` (the attention backend), `refusals`
-(what is not served), `windows` (the page size of windowed layers on vLLM before 0.28), `contract` (what we need of vLLM), `server` (vLLM's
-server as a child process).
+Reading order: `config` (what the user asked for), `selection` (which layers are ours), `backend` (the attention
+backend), `refusals` (what is not served), `windows` (the page size of windowed layers on vLLM before 0.28), `contract`
+(what we need of vLLM), `server` (vLLM's server as a child process).
 """
 
 from __future__ import annotations
@@ -15,8 +15,9 @@ PLUGIN = "sawkv"
 def register() -> None:
     """Entry point: vLLM calls it in the front end, the engine core and every worker, perhaps more than once.
 
-    It makes `--attention-backend CUSTOM` a valid choice, and has `selection` asked for each layer. Checks that must stop a start live there
-    and in the classes. An exception here would stop engines that do not use sawkv too, so a vLLM that has changed is an error in its log.
+    It makes `--attention-backend CUSTOM` a valid choice, and has `selection` asked for each layer. Checks that must
+    stop a start live there and in the classes. An exception here would stop engines that do not use sawkv too, so a
+    vLLM that has changed is an error in its log.
     """
     from vllm.logger import init_logger
 

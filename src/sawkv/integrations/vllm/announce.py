@@ -1,4 +1,6 @@
-"""What vLLM's log says of sawkv when an engine starts: which format and kernels run, for how many layers, and what costs capacity."""
+"""What vLLM's log says of sawkv when an engine starts: which format and kernels run, for how many layers, and what
+costs capacity.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,11 @@ LARGE_BLOCK: Final = 128
 logger = init_logger(f"vllm.{__name__}")  # under vLLM's name, so that its log settings apply
 
 
-def say_format(cache_format: CacheFormat, head_dim: int, num_kv_heads: int, device: torch.device, calibration: str) -> None:
-    """Say which format and kernels run, so that a log shows that sawkv is in use. Builds the kernels, so that no request waits.
+def say_format(
+    cache_format: CacheFormat, head_dim: int, num_kv_heads: int, device: torch.device, calibration: str
+) -> None:
+    """Say which format and kernels run, so that a log shows that sawkv is in use. Builds the kernels, so that no
+    request waits.
 
     Args:
         cache_format: of the layer.
@@ -42,15 +47,17 @@ def say_format(cache_format: CacheFormat, head_dim: int, num_kv_heads: int, devi
         f", calibrated by {calibration}" if calibration else "",
     )
     if backend.name == "reference":
-        logger.warning("sawkv: there are no fast kernels here (`sawkv doctor` says why): attention is correct but very slow")
+        logger.warning(
+            "sawkv: there are no fast kernels here (`sawkv doctor` says why): attention is correct but very slow"
+        )
 
 
 def warn_unprepared() -> None:
     """Say what it may cost that the user asked for a model that is not prepared."""
     logger.warning(
-        "sawkv: the model is served unprepared. What that costs is not known: where keys have an offset, as in Qwen2.5, it can be "
-        "everything (perplexity 12.8 in 16 bits, 22,219 unprepared, 12.8 prepared). It is prepared unless --no-prepare is given, or "
-        '"prepare": false in the sawkv entry of --additional-config.'
+        "sawkv: the model is served unprepared. What that costs is not known: where keys have an offset, as in Qwen2.5,"
+        " it can be everything (perplexity 12.8 in 16 bits, 22,219 unprepared, 12.8 prepared). It is prepared unless"
+        ' --no-prepare is given, or "prepare": false in the sawkv entry of --additional-config.'
     )
 
 
@@ -66,8 +73,8 @@ def say_pages(spec: AttentionSpec, layout: PageLayout, reused_block: int) -> Non
     wide = 4 * layout.head_dim * layout.num_kv_heads * layout.page_size
     if taken > needed:
         logger.warning_once(  # groups are often alike
-            "sawkv: vLLM pads our pages from %d to %d bytes, as other layers' pages have, so they hold %.2f times the tokens of a "
-            "16-bit cache and not %.2f times",
+            "sawkv: vLLM pads our pages from %d to %d bytes, as other layers' pages have, so they hold %.2f times the"
+            " tokens of a 16-bit cache and not %.2f times",
             needed,
             taken,
             wide / taken,
@@ -82,10 +89,16 @@ def say_pages(spec: AttentionSpec, layout: PageLayout, reused_block: int) -> Non
 
 
 def say_kernels(layout: PageLayout, device: torch.device) -> None:
-    """Say which kernels read the group's pages, where it is not those that `say_format` named, which knows no page size yet."""
-    named, real = (select_backend(device, each).name for each in (replace(layout, page_size=PAGE_SIZE_MULTIPLE), layout))
+    """Say which kernels read the group's pages, where it is not those that `say_format` named, which knows no page size
+    yet.
+    """
+    named, real = (
+        select_backend(device, each).name for each in (replace(layout, page_size=PAGE_SIZE_MULTIPLE), layout)
+    )
     if real != named:
-        logger.warning_once("sawkv: pages have %d tokens, which %s kernels read, and not %s kernels", layout.page_size, real, named)
+        logger.warning_once(
+            "sawkv: pages have %d tokens, which %s kernels read, and not %s kernels", layout.page_size, real, named
+        )
 
 
 def say_layers(layers: Mapping[str, Any], ours: type, skipped: Iterable[str]) -> None:
@@ -96,8 +109,12 @@ def say_layers(layers: Mapping[str, Any], ours: type, skipped: Iterable[str]) ->
         ours: class of our implementations.
         skipped: `--kv-cache-dtype-skip-layers`.
     """
-    attending = {name: layer for name, layer in layers.items() if hasattr(layer, "kv_cache_dtype") and hasattr(layer, "impl")}
-    others = [f"{name} ({layer.kv_cache_dtype})" for name, layer in attending.items() if not isinstance(layer.impl, ours)]
+    attending = {
+        name: layer for name, layer in layers.items() if hasattr(layer, "kv_cache_dtype") and hasattr(layer, "impl")
+    }
+    others = [
+        f"{name} ({layer.kv_cache_dtype})" for name, layer in attending.items() if not isinstance(layer.impl, ours)
+    ]
     if others:
         logger.info(
             "sawkv: serves %d of %d attention layers; vLLM's own cache is kept for %s%s",
@@ -108,4 +125,6 @@ def say_layers(layers: Mapping[str, Any], ours: type, skipped: Iterable[str]) ->
         )
     indices = {part for name in attending for part in name.split(".") if part.isdigit()}
     if unknown := [name for name in skipped if name not in indices | {"sliding_window"}]:
-        logger.warning("sawkv: vLLM ignores what it does not know in --kv-cache-dtype-skip-layers: %s", ", ".join(unknown))
+        logger.warning(
+            "sawkv: vLLM ignores what it does not know in --kv-cache-dtype-skip-layers: %s", ", ".join(unknown)
+        )

@@ -1,9 +1,10 @@
 """vLLM's attention backend over sawkv pages.
 
-All attention reads the pages, the new tokens' included, so a token's output does not depend on how its prompt was cut in chunks, on
-prefix-cache hits or on preemption, beyond rounding (docs/decisions/0002).
+All attention reads the pages, the new tokens' included, so a token's output does not depend on how its prompt was cut
+in chunks, on prefix-cache hits or on preemption, beyond rounding (docs/decisions/0002).
 
-vLLM's words for ours: block = page, head_size = head_dim, `[blocks, kv heads, block_size, content bytes]` = our page layout.
+vLLM's words for ours: block = page, head_size = head_dim, `[blocks, kv heads, block_size, content bytes]` = our page
+layout.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ class SawMetadata(AttentionMetadata):
     """What one step's attention needs, for all layers of a group.
 
     Attributes:
-        steps: of requests that read their pages, for layers by what they have in common; none if there are no such requests.
+        steps: of requests that read their pages, for layers by what they have in common; none if there are no such
+            requests.
         prefills: of the others, by the window of the layers that attend them.
         prompts: whole prompts, while layers measure.
     """
@@ -73,13 +75,15 @@ class SawMetadata(AttentionMetadata):
 class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
     """Builds `SawMetadata` once a step.
 
-    On a GPU, requests with few query tokens come first and are decoded from their pages, under CUDA graphs where all of a batch's are; the
-    others are prefills. On a CPU one kernel serves all.
+    On a GPU, requests with few query tokens come first and are decoded from their pages, under CUDA graphs where all of
+    a batch's are; the others are prefills. On a CPU one kernel serves all.
     """
 
     _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
 
-    def __init__(self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device) -> None:
+    def __init__(
+        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
         refusals.refuse_subclass(type(self), SawMetadataBuilder)
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         self._init_reorder_batch_threshold(1, supports_spec_as_decode=True)
@@ -98,12 +102,16 @@ class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
         self._unprepared = self._impls
         self._reader = self._make_reader(layers, vllm_config.parallel_config.rank)
         # The least: a draft model's layers have a configuration of their own.
-        self._workspace_tokens = min((impl.prefill.capacity for impl in self._impls if impl.prefill is not None), default=0)
+        self._workspace_tokens = min(
+            (impl.prefill.capacity for impl in self._impls if impl.prefill is not None), default=0
+        )
         self._bound_slack = speculated_tokens(vllm_config)
         self._windows = {impl.sliding_window for impl in self._impls}
         capture_sizes = vllm_config.compilation_config.cudagraph_capture_sizes or []
         self._max_query_len = vllm_config.scheduler_config.max_num_batched_tokens  # on a CPU
-        self._max_num_seqs = max([vllm_config.scheduler_config.max_num_seqs, *capture_sizes])  # a graph's batch is padded
+        self._max_num_seqs = max(
+            [vllm_config.scheduler_config.max_num_seqs, *capture_sizes]
+        )  # a graph's batch is padded
 
     def _make_reader(self, layers: Mapping[str, Any], rank: int) -> CounterReader | None:
         """Who reads what this group's layers count; None where the kernels count nothing."""
@@ -115,7 +123,9 @@ class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
         if not writers:
             return None
         counted = [impl.counted for impl in writers]
-        reader = writers[0].reader or CounterReader(layout, counted, self.device, rank if first in self._impls else None)
+        reader = writers[0].reader or CounterReader(
+            layout, counted, self.device, rank if first in self._impls else None
+        )
         for place, impl in enumerate(writers):
             impl.reader, impl.reader_place = reader, place
         return reader
@@ -126,7 +136,9 @@ class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
         impls: list[object] = [getattr(layer, "impl", None) for layer in layers.values()]
         return next(impl for impl in impls if isinstance(impl, SawAttentionImpl))
 
-    def build(self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False) -> SawMetadata:
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> SawMetadata:
         common = common_attn_metadata
         if self._reader is not None:
             self._reader.poll()
@@ -191,7 +203,9 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
         vllm_config = get_current_vllm_config()
         config = SawConfig.from_vllm(vllm_config, kv_cache_dtype)
         if config is None:
-            raise UnsupportedError(f"sawkv: expected --kv-cache-dtype {' or '.join(KV_CACHE_DTYPE_CODECS)}, got {kv_cache_dtype}")
+            raise UnsupportedError(
+                f"sawkv: expected --kv-cache-dtype {' or '.join(KV_CACHE_DTYPE_CODECS)}, got {kv_cache_dtype}"
+            )
         self.num_heads, self.head_size, self.scale = num_heads, head_size, float(scale)
         self.num_kv_heads = num_kv_heads or num_heads
         self.sliding_window = sliding_window or 0
@@ -205,7 +219,9 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
         self._attention: ops.Attention | None = None
         self._kv_cache: torch.Tensor | None = None
         self._layer_calibration: LayerCalibration | None = LayerCalibration()
-        self._format = _check_supported(vllm_config, config, head_size, attn_type, alibi_slopes is not None, other_arguments)
+        self._format = _check_supported(
+            vllm_config, config, head_size, attn_type, alibi_slopes is not None, other_arguments
+        )
         self._layers = vllm_config.compilation_config.static_forward_context
         if config.calibration is not None:
             _check_calibration(config.calibration, self, vllm_config)
@@ -213,15 +229,23 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
         self._calibration = config.calibration
         if config.prepares and not is_installed():
             raise UnsupportedError(
-                "sawkv: expected an engine that prepares its model, got one without: VLLM_PLUGINS leaves sawkv out, or see the log above"
+                "sawkv: expected an engine that prepares its model, got one without: VLLM_PLUGINS leaves sawkv out, or"
+                " see the log above"
             )
         self.unprepared = config.prepares
         self.measurement: LayerMeasurement | None = None
-        if not any(self._is_like(getattr(layer, "impl", None)) for layer in self._layers.values()):  # the first of its kind
+        if not any(
+            self._is_like(getattr(layer, "impl", None)) for layer in self._layers.values()
+        ):  # the first of its kind
             device = torch.device(vllm_config.device_config.device_type)
             fingerprint = "" if config.calibration is None else config.calibration.fingerprint()
             announce.say_format(self._format, head_size, self.num_kv_heads, device, fingerprint)
-            if self._format.codec == "int4" and config.calibration is None and not config.prepare and not is_draft(vllm_config):
+            if (
+                self._format.codec == "int4"
+                and config.calibration is None
+                and not config.prepare
+                and not is_draft(vllm_config)
+            ):
                 announce.warn_unprepared()
         self.prefill: FlashPrefill | None = None
         if vllm_config.device_config.device_type != "cpu":
@@ -230,14 +254,21 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
             )
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
-        """vLLM's first call after it has made the layer of this implementation, before it asks for page sizes; again at every reload."""
+        """vLLM's first call after it has made the layer of this implementation, before it asks for page sizes; again at
+        every reload.
+        """
         if self.sliding_window and self._format.codec == "int4" and not VLLM_SIZES_WINDOWS:
             for layer in self._layers.values():
                 if getattr(layer, "impl", None) is self:
                     pack_windows(layer)
 
     def do_kv_cache_update(
-        self, layer: torch.nn.Module, key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+        self,
+        layer: torch.nn.Module,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
     ) -> None:
         """Append the step's new tokens. vLLM pads: `key` may be longer than `slot_mapping`, whose padding is -1."""
         if self.measurement is None:
@@ -255,7 +286,9 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attend to the pages. `query` and `output`: [num_tokens, num_heads, head_size]; rows past num_actual_tokens are padding."""
+        """Attend to the pages. `query` and `output`: [num_tokens, num_heads, head_size]; rows past num_actual_tokens
+        are padding.
+        """
         if attn_metadata is None:  # profiling
             if self.prefill is not None:
                 self.prefill.workspace()
@@ -273,7 +306,9 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
         return output
 
     def _is_like(self, other: object) -> bool:
-        return isinstance(other, SawAttentionImpl) and other.layout(PAGE_SIZE_MULTIPLE) == self.layout(PAGE_SIZE_MULTIPLE)
+        return isinstance(other, SawAttentionImpl) and other.layout(PAGE_SIZE_MULTIPLE) == self.layout(
+            PAGE_SIZE_MULTIPLE
+        )
 
     def layout(self, block_size: int) -> PageLayout:
         return PageLayout(self._format, self.num_kv_heads, self.head_size, block_size)
@@ -288,8 +323,8 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
         expected = layout.num_kv_heads * layout.span_bytes
         if spec.unpadded_page_size_bytes != expected:
             raise UnsupportedError(
-                f"sawkv: expected pages of {expected} bytes for {spec.block_size} tokens and {self.num_kv_heads} KV heads "
-                f"in {self._format}, got {spec.unpadded_page_size_bytes} of {type(spec).__name__}"
+                f"sawkv: expected pages of {expected} bytes for {spec.block_size} tokens and {self.num_kv_heads} KV"
+                f" heads in {self._format}, got {spec.unpadded_page_size_bytes} of {type(spec).__name__}"
             )
 
     def take_name(self, layer_name: str) -> None:
@@ -315,20 +350,27 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
         self.unprepared = False
 
     def _written_with(self, device: torch.device) -> LayerCalibration:
-        """What pages are written with. For a layer that waits to be prepared, tensors that change nothing until they are filled."""
+        """What pages are written with. For a layer that waits to be prepared, tensors that change nothing until they
+        are filled.
+        """
         if self._layer_calibration is None:
             raise CalibrationError("sawkv calibration: vLLM runs a layer that it did not name at start-up")
-        # Made here and not at start-up: vLLM's sleep mode discards what is allocated while it loads weights or makes the cache.
+        # Made here and not at start-up: vLLM's sleep mode discards what is allocated while it loads weights or makes
+        # the cache.
         if self.unprepared and self._layer_calibration.k_center is None:
             self._layer_calibration = LayerCalibration.blank(self.layout(PAGE_SIZE_MULTIPLE), device)
         self._layer_calibration = self._layer_calibration.to(device)
         return self._layer_calibration
 
     def _bind(self, kv_cache: torch.Tensor) -> ops.Attention:
-        """Attention over the pages that vLLM handed over: made at first use and again when they change (after a wake-up, say)."""
+        """Attention over the pages that vLLM handed over: made at first use and again when they change (after a
+        wake-up, say).
+        """
         if self._attention is None or self._kv_cache is not kv_cache:
             parts = self._written_with(kv_cache.device).constants()
-            counters = None if self.reader is None or self.reader.counters is None else self.reader.counters[self.reader_place]
+            counters = (
+                None if self.reader is None or self.reader.counters is None else self.reader.counters[self.reader_place]
+            )
             cache = PagedKVCache(kv_cache.view(torch.uint8), self.layout(kv_cache.shape[2]), **parts, counters=counters)
             self._attention = ops.Attention(
                 cache,
@@ -366,8 +408,8 @@ class SawAttentionBackend(AttentionBackend):
     def get_supported_kernel_block_sizes(kv_cache_spec: object = None) -> list[int | MultipleOf]:
         """Tokens of the pages that kernels get. vLLM cuts a larger block into the largest of these that divides it.
 
-        Blocks of hybrid models have thousands of tokens, which CUDA kernels do not take as a page. On a CPU a block is a page, since
-        vLLM's CPU runner (0.32) clears new blocks as if it were.
+        Blocks of hybrid models have thousands of tokens, which CUDA kernels do not take as a page. On a CPU a block is
+        a page, since vLLM's CPU runner (0.32) clears new blocks as if it were.
         """
         return [MultipleOf(PAGE_SIZE_MULTIPLE)] if current_platform.is_cpu() else list(GPU_PAGE_SIZES)
 
@@ -440,7 +482,9 @@ def _check_supported(
     has_alibi: bool,
     other_arguments: dict[str, Any],
 ) -> CacheFormat:
-    """The format with its rotation orders, or one error that names everything this model and configuration need and sawkv lacks."""
+    """The format with its rotation orders, or one error that names everything this model and configuration need and
+    sawkv lacks.
+    """
     reasons = refusals.of_configuration(vllm_config)
     try:
         resolved = config.format.resolve(head_size)

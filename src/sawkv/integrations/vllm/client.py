@@ -75,13 +75,17 @@ class Client:
 
     def complete(self, prompt: str | Sequence[int], **options: Any) -> dict[str, Any]:
         """The first choice of a greedy completion of text or token ids."""
-        choice: dict[str, Any] = self.post("/v1/completions", {"prompt": prompt, "temperature": 0} | options)["choices"][0]
+        choice: dict[str, Any] = self.post("/v1/completions", {"prompt": prompt, "temperature": 0} | options)[
+            "choices"
+        ][0]
         return choice
 
     def chat(self, message: str, **options: Any) -> dict[str, Any]:
         """The first choice of a greedy answer to one message."""
         messages = [{"role": "user", "content": message}]
-        choice: dict[str, Any] = self.post("/v1/chat/completions", {"messages": messages, "temperature": 0} | options)["choices"][0]
+        choice: dict[str, Any] = self.post("/v1/chat/completions", {"messages": messages, "temperature": 0} | options)[
+            "choices"
+        ][0]
         return choice
 
     def prompt_logprobs(self, ids: Sequence[int]) -> list[float]:
@@ -108,7 +112,11 @@ class Client:
 
 @contextlib.contextmanager
 def serving(
-    command: Sequence[str], log: Path, *, env: Mapping[str, str] | None = None, say: Callable[[str], object] = lambda stage: None
+    command: Sequence[str],
+    log: Path,
+    *,
+    env: Mapping[str, str] | None = None,
+    say: Callable[[str], object] = lambda stage: None,
 ) -> Iterator[Client]:
     """A server that answers, and ends with the block.
 
@@ -125,7 +133,9 @@ def serving(
     command = [*command, "--host", "127.0.0.1", "--port", str(port)]
     with (
         log.open("wb") as sink,
-        running(command, STOP_TIMEOUT, stdout=sink, stderr=subprocess.STDOUT, env=env, start_new_session=True) as server,
+        running(
+            command, STOP_TIMEOUT, stdout=sink, stderr=subprocess.STDOUT, env=env, start_new_session=True
+        ) as server,
     ):
         client = Client(port, log)
         _wait(client, server, say)

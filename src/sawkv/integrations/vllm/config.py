@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 KV_CACHE_DTYPE_CODECS: Final = {"int4_per_token_head": "int4", "int8_per_token_head": "int8"}
-"""The names of vLLM that sawkv takes over, since vLLM before 0.33 accepts no new ones. They size pages as our formats do."""
+"""The names of vLLM that sawkv takes over, since vLLM before 0.33 accepts no new ones. They size pages as our formats
+do.
+"""
 
 _KEYS: Final = ("format", "calibration", "prepare", "prepare_cache")
 _FLOAT_DTYPE_CODECS: Final = {"bfloat16": "bf16", "float16": "fp16"}
@@ -31,10 +33,12 @@ class SawConfig:
     """The plugin's settings, from `--additional-config '{"sawkv": {...}}'`.
 
     Attributes:
-        format: the cache format; without one, that of the calibration, or the default of int4 or int8 as `--kv-cache-dtype` says.
+        format: the cache format; without one, that of the calibration, or the default of int4 or int8 as
+            `--kv-cache-dtype` says.
         calibration: what pages are written with, from the file that the key `calibration` names, or None.
         prepare: what the key `prepare` says: whether the model is prepared when it is loaded.
-        prepare_cache: the folder that keeps what was prepared, from the key `prepare_cache`; None is one in the user's cache.
+        prepare_cache: the folder that keeps what was prepared, from the key `prepare_cache`; None is one in the user's
+            cache.
     """
 
     format: CacheFormat
@@ -44,16 +48,18 @@ class SawConfig:
 
     @property
     def prepares(self) -> bool:
-        """Whether the engine has to prepare the model: a file says all that is needed, and formats of 8 bits and more need nothing."""
+        """Whether the engine has to prepare the model: a file says all that is needed, and formats of 8 bits and more
+        need nothing.
+        """
         return self.prepare and self.calibration is None and self.format.codec == "int4"
 
     @classmethod
     def from_vllm(cls, vllm_config: VllmConfig, kv_cache_dtype: str) -> SawConfig | None:
         """The settings for a layer of `kv_cache_dtype`, or None where its cache is not ours.
 
-        The `sawkv` entry is of the target model: a draft's layers are ours if their dtype is one of our two, with the default format of
-        their head_dim, no calibration and no preparation.
-        A layer is not ours if vLLM gave it another dtype than the user (`--kv-cache-dtype-skip-layers`).
+        The `sawkv` entry is of the target model: a draft's layers are ours if their dtype is one of our two, with the
+        default format of their head_dim, no calibration and no preparation. A layer is not ours if vLLM gave it another
+        dtype than the user (`--kv-cache-dtype-skip-layers`).
 
         Raises:
             UnsupportedError: the settings contradict vLLM's.
@@ -68,12 +74,15 @@ class SawConfig:
                 return None
             if not {"format", "calibration"} & set(options):
                 raise UnsupportedError(
-                    "sawkv entry of --additional-config: expected --kv-cache-dtype int4_per_token_head or int8_per_token_head beside it, "
-                    f"or the key format in it, got {kv_cache_dtype}{_asked_by_checkpoint(vllm_config, kv_cache_dtype)}"
+                    "sawkv entry of --additional-config: expected --kv-cache-dtype int4_per_token_head or"
+                    " int8_per_token_head beside it, or the key format in it, got"
+                    f" {kv_cache_dtype}{_asked_by_checkpoint(vllm_config, kv_cache_dtype)}"
                 )
         path = options.get("calibration")
         if path is not None and not isinstance(path, str):
-            raise UnsupportedError(f"sawkv calibration: expected the path of a file that `sawkv prepare` wrote, got {path!r}")
+            raise UnsupportedError(
+                f"sawkv calibration: expected the path of a file that `sawkv prepare` wrote, got {path!r}"
+            )
         prepare = options.get("prepare", not draft)
         if not isinstance(prepare, bool):
             raise UnsupportedError(f"sawkv prepare: expected true or false, got {prepare!r}")
@@ -96,9 +105,14 @@ class SawConfig:
 
 
 def engine_options(
-    cache_format: CacheFormat, calibration: str | Path | None = None, prepare: bool = True, prepare_cache: str | Path | None = None
+    cache_format: CacheFormat,
+    calibration: str | Path | None = None,
+    prepare: bool = True,
+    prepare_cache: str | Path | None = None,
 ) -> dict[str, Any]:
-    """Arguments of `vllm.LLM`, or of its server with dashes, that store KV caches in `cache_format`. Others as in `SawConfig`."""
+    """Arguments of `vllm.LLM`, or of its server with dashes, that store KV caches in `cache_format`. Others as in
+    `SawConfig`.
+    """
     dtype = next((dtype for dtype, codec in KV_CACHE_DTYPE_CODECS.items() if codec == cache_format.codec), "auto")
     settings: dict[str, Any] = {"format": str(cache_format)}
     if calibration is not None:
@@ -112,14 +126,17 @@ def engine_options(
         "additional_config": {"sawkv": settings},
         "worker_extension_cls": "sawkv.integrations.vllm.worker.Extension",
     }
-    # Not is_available(): it may start CUDA in this process, and vLLM could not fork. On the CPU vLLM has one backend, which sawkv replaces.
+    # Not is_available(): it may start CUDA in this process, and vLLM could not fork. On the CPU vLLM has one backend,
+    # which sawkv replaces.
     if torch.cuda.device_count():
         options["attention_backend"] = "CUSTOM"
     return options
 
 
 def is_draft(vllm_config: Any) -> bool:
-    """Whether vLLM is making the layers of a draft model. It tags what it makes; the configuration in force may be the target's."""
+    """Whether vLLM is making the layers of a draft model. It tags what it makes; the configuration in force may be the
+    target's.
+    """
     tag = getattr(sys.modules.get("vllm.compilation.backends"), "model_tag", "")
     return vllm_config.speculative_config is not None and (tag == "draft_model" or tag.endswith("_head"))
 
@@ -133,7 +150,8 @@ def _asked_by_checkpoint(vllm_config: VllmConfig, kv_cache_dtype: str) -> str:
     """vLLM takes the dtype from the checkpoint where the user gives none."""
     quantization = getattr(vllm_config.model_config.hf_config, "quantization_config", None) or {}
     asked = isinstance(quantization, dict) and any(
-        quantization.get(key) or quantization.get("quantization", {}).get(key) for key in ("kv_cache_scheme", "kv_cache_quant_algo")
+        quantization.get(key) or quantization.get("quantization", {}).get(key)
+        for key in ("kv_cache_scheme", "kv_cache_quant_algo")
     )
     return ", which the checkpoint's quantization_config asks for" if asked and kv_cache_dtype != "auto" else ""
 
@@ -149,7 +167,8 @@ def _options(vllm_config: VllmConfig) -> Mapping[str, Any]:
     unknown = set(options) - set(_KEYS) if isinstance(options, dict) else {repr(options)}
     if unknown:
         raise UnsupportedError(
-            f"sawkv entry of --additional-config: expected an object with the keys {', '.join(_KEYS)}, got {', '.join(sorted(unknown))}"
+            f"sawkv entry of --additional-config: expected an object with the keys {', '.join(_KEYS)}, got"
+            f" {', '.join(sorted(unknown))}"
         )
     return options
 

@@ -1,4 +1,6 @@
-"""What this integration needs of vLLM, checked at start-up and in CI: a change in vLLM stops the start and never corrupts a cache."""
+"""What this integration needs of vLLM, checked at start-up and in CI: a change in vLLM stops the start and never
+corrupts a cache.
+"""
 
 from __future__ import annotations
 
@@ -33,20 +35,41 @@ def check_contract() -> None:
     if not (hasattr(AttentionBackend, "customize_spec") or hasattr(AttentionBackend, "get_kv_cache_shape")):
         missing.append("AttentionBackend.customize_spec")
     # How vLLM is told to have us write the pages that we read, and what then calls us.
-    if not hasattr(AttentionBackend, "forward_includes_kv_cache_update") or not hasattr(attention, "unified_kv_cache_update"):
+    if not hasattr(AttentionBackend, "forward_includes_kv_cache_update") or not hasattr(
+        attention, "unified_kv_cache_update"
+    ):
         missing.append("AttentionBackend.forward_includes_kv_cache_update and unified_kv_cache_update")
     fields = set(getattr(CommonAttentionMetadata, "__dataclass_fields__", ()))
-    needed = {"query_start_loc", "query_start_loc_cpu", "seq_lens", "seq_lens_cpu_upper_bound", "max_seq_len", "num_reqs"}
+    needed = {
+        "query_start_loc",
+        "query_start_loc_cpu",
+        "seq_lens",
+        "seq_lens_cpu_upper_bound",
+        "max_seq_len",
+        "num_reqs",
+    }
     needed |= {"num_actual_tokens", "max_query_len", "block_table_tensor", "causal"}
     missing += [f"CommonAttentionMetadata.{name}" for name in sorted(needed - fields)]
     build = list(inspect.signature(AttentionMetadataBuilder.build).parameters)
     if build[:4] != ["self", "common_prefix_len", "common_attn_metadata", "fast_build"]:
-        missing.append(f"AttentionMetadataBuilder.build(common_prefix_len, common_attn_metadata, fast_build), got ({', '.join(build[1:])})")
-    missing += [f"AttentionBackendEnum.{name}" for name in ("CUSTOM", "CPU_ATTN") if name not in AttentionBackendEnum.__members__]
-    if list(inspect.signature(getattr(EngineCore, "_initialize_kv_caches", lambda: None)).parameters) != ["self", "vllm_config"]:
+        missing.append(
+            "AttentionMetadataBuilder.build(common_prefix_len, common_attn_metadata, fast_build), got"
+            f" ({', '.join(build[1:])})"
+        )
+    missing += [
+        f"AttentionBackendEnum.{name}"
+        for name in ("CUSTOM", "CPU_ATTN")
+        if name not in AttentionBackendEnum.__members__
+    ]
+    if list(inspect.signature(getattr(EngineCore, "_initialize_kv_caches", lambda: None)).parameters) != [
+        "self",
+        "vllm_config",
+    ]:
         missing.append("EngineCore._initialize_kv_caches(vllm_config), where models are prepared")
     if missing:
         raise UnsupportedError(f"sawkv does not fit vLLM {vllm.__version__}: it needs {'; '.join(missing)}")
     if version > NEWEST_VLLM:
         newest = ".".join(map(str, NEWEST_VLLM))
-        init_logger(f"vllm.{__name__}").warning("sawkv: vLLM %s is newer than the newest that was tested, %s", vllm.__version__, newest)
+        init_logger(f"vllm.{__name__}").warning(
+            "sawkv: vLLM %s is newer than the newest that was tested, %s", vllm.__version__, newest
+        )

@@ -1,4 +1,6 @@
-"""What `sawkv serve` says when the server answers: its address, and a request to try, which is for chat on any model."""
+"""What `sawkv serve` says when the server answers: its address, and a request to try, which is for chat
+on any model.
+"""
 
 from __future__ import annotations
 
@@ -26,14 +28,24 @@ _TEMPLATES: Final = ("chat_template.jinja", "chat_template.json", "additional_ch
 
 def lacks_chat_template(checkpoint: Checkpoint | None, options: Options) -> bool:
     """Whether it is certain that vLLM would find no chat template, in the checkpoint's files or by its model type."""
-    named = ("--chat-template", "--tokenizer", "--tokenizer-mode", "--skip-tokenizer-init", "--runner", "--convert", "--load-format")
+    named = (
+        "--chat-template",
+        "--tokenizer",
+        "--tokenizer-mode",
+        "--skip-tokenizer-init",
+        "--runner",
+        "--convert",
+        "--load-format",
+    )
     if checkpoint is None or checkpoint.folder is None or any(options.has(name) for name in named):
         return False
     folder, config = checkpoint.folder, checkpoint.config
     tokenizer = folder / "tokenizer_config.json"
     if not tokenizer.is_file() or any((folder / name).exists() for name in (*_OTHER_TOKENIZERS, *_TEMPLATES)):
         return False
-    if "auto_map" in config or any(key.endswith("_config") and key != "quantization_config" for key in config):  # vLLM has some for these
+    if "auto_map" in config or any(
+        key.endswith("_config") and key != "quantization_config" for key in config
+    ):  # vLLM has some for these
         return False
     return not parse_config(tokenizer).get("chat_template")
 
@@ -68,7 +80,11 @@ def greeting(model: str, options: Options, plain_chat: bool) -> list[str]:
         "The same in Python, by the package openai:",
         f'  client = openai.OpenAI(base_url="{url}/v1", api_key="KEY")',
         f'  client.chat.completions.create(model="{name}", messages=[{{"role": "user", "content": "Hello"}}])',
-        *(["The model has no chat template, so `user: ...` lines are used: --chat-template names another."] if plain_chat else []),
+        *(
+            ["The model has no chat template, so `user: ...` lines are used: --chat-template names another."]
+            if plain_chat
+            else []
+        ),
     ]
 
 

@@ -1,10 +1,11 @@
-"""What a worker does while its model is prepared: attend exactly, measure, fit, and write its layers with what was fitted.
+"""What a worker does while its model is prepared: attend exactly, measure, fit, and write its layers with what was
+fitted.
 
 `prepare` conducts it, from the engine core, by calling the functions at the end of this file in every worker.
 
-Pages that are written unprepared would corrupt the states of all later layers, so no page is read or written while a layer measures: it
-attends to the step's own K and V, in 16 bits. Only prompts that lie whole in their step count, since only their tokens see all that they
-should.
+Pages that are written unprepared would corrupt the states of all later layers, so no page is read or written while a
+layer measures: it attends to the step's own K and V, in 16 bits. Only prompts that lie whole in their step count, since
+only their tokens see all that they should.
 """
 
 from __future__ import annotations
@@ -52,7 +53,11 @@ class Prompt:
 def whole_prompts(common: CommonAttentionMetadata) -> list[Prompt]:
     """The step's requests that had nothing computed before. Waits for the device."""
     starts, lengths = common.query_start_loc_cpu.tolist(), common.seq_lens.tolist()
-    spans = [(first, last) for first, last, length in zip(starts, starts[1:], lengths, strict=False) if length == last - first > 0]
+    spans = [
+        (first, last)
+        for first, last, length in zip(starts, starts[1:], lengths, strict=False)
+        if length == last - first > 0
+    ]
     device = common.seq_lens.device
     return [Prompt(slice(a, b), torch.tensor([0, b - a], dtype=torch.int32, device=device)) for a, b in spans]
 
@@ -79,7 +84,9 @@ class LayerMeasurement:
         prompts: Sequence[Prompt],
         output: torch.Tensor,
     ) -> torch.Tensor:
-        """Attend each prompt to itself, exactly, and add its rows. Shapes as in `SawAttentionImpl.forward`; other rows give zeros."""
+        """Attend each prompt to itself, exactly, and add its rows. Shapes as in `SawAttentionImpl.forward`; other rows
+        give zeros.
+        """
         if self.source is None:
             self.rows = key, value
         elif self.source.rows is not None:
@@ -113,7 +120,8 @@ def attend_exactly(
     logit_softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Causal attention of one prompt to its own tokens, in fp32, a block of queries at a time. Words as in `ops.decode_attention`.
+    """Causal attention of one prompt to its own tokens, in fp32, a block of queries at a time. Words as in
+    `ops.decode_attention`.
 
     Args:
         q: [num_tokens, num_q_heads, head_dim]; k, v: [num_tokens, num_kv_heads, head_dim].
@@ -123,7 +131,9 @@ def attend_exactly(
     """
     num_tokens, num_q_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
-    queries = q.float().view(num_tokens, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)  # [kv heads, queries a head, tokens, head_dim]
+    queries = (
+        q.float().view(num_tokens, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
+    )  # [kv heads, queries a head, tokens, head_dim]
     keys, values = (x.float().transpose(0, 1)[:, None] for x in (k, v))
     out = torch.empty(num_tokens, num_q_heads, head_dim, dtype=torch.float32, device=q.device)
     places = torch.arange(num_tokens, device=q.device)
@@ -147,12 +157,13 @@ def attend_exactly(
 class MeasuredModel:
     """Stands in for a runner's model while it measures: shifts the positions that the model gets, and counts its calls.
 
-    Keys turn with their position, so prompts have to be placed all over the context that will be served. The shift is undone after each
-    call, since the step goes on with these positions (a draft model's slots follow from them), and done in place, since a captured graph
-    reads that address.
+    Keys turn with their position, so prompts have to be placed all over the context that will be served. The shift is
+    undone after each call, since the step goes on with these positions (a draft model's slots follow from them), and
+    done in place, since a captured graph reads that address.
 
     Attributes:
-        shifts: [window] int64 on the device, what is added to the position of a prompt's token, by its place in the prompt.
+        shifts: [window] int64 on the device, what is added to the position of a prompt's token, by its place in the
+            prompt.
         calls: how often the model was called.
     """
 
@@ -186,7 +197,9 @@ def layer_index(name: str) -> int:
 
 
 def first_kv_head(num_kv_heads: int) -> int:
-    """Of those that this rank holds, of `num_kv_heads` in the whole model. Ranks beyond the heads share one, as vLLM replicates it."""
+    """Of those that this rank holds, of `num_kv_heads` in the whole model. Ranks beyond the heads share one, as vLLM
+    replicates it.
+    """
     return int(get_tensor_model_parallel_rank()) * num_kv_heads // int(get_tensor_model_parallel_world_size())
 
 
@@ -206,7 +219,9 @@ def begin(worker: Any) -> None:
     for name, layer in layers.items():
         impl = layer.impl
         if impl.kv_sharing_target_layer_name is None:
-            statistics = LayerStatistics(impl.num_kv_heads, impl.head_size, worker.device, impl.scale, impl.sliding_window)
+            statistics = LayerStatistics(
+                impl.num_kv_heads, impl.head_size, worker.device, impl.scale, impl.sliding_window
+            )
             if (weight := output_weight(model, name, layer, worker.device)) is not None:
                 statistics.set_output_weight(weight)
             impl.measurement = LayerMeasurement(statistics)
@@ -235,7 +250,9 @@ def finish(worker: Any) -> Calibration:
     own: dict[int, tuple[int, LayerCalibration]] | str
     try:
         own = _fit(worker, measured.calls)
-    except Exception as error:  # raised once all ranks have said how they fared: those that wait here would wait for ever
+    except (
+        Exception
+    ) as error:  # raised once all ranks have said how they fared: those that wait here would wait for ever
         own = str(error) or type(error).__name__
     parts = [own]
     if get_world_group().world_size > 1:
@@ -254,7 +271,9 @@ def apply(worker: Any, calibration: Calibration) -> None:
     for name, layer in _waiting(worker).items():
         impl = layer.impl
         first = first_kv_head(calibration.num_kv_heads)
-        part = calibration.layer(layer_index(impl.kv_sharing_target_layer_name or name), slice(first, first + impl.num_kv_heads))
+        part = calibration.layer(
+            layer_index(impl.kv_sharing_target_layer_name or name), slice(first, first + impl.num_kv_heads)
+        )
         impl.take_prepared(part, worker.device)
 
 
@@ -297,7 +316,9 @@ def _assemble(worker: Any, parts: Sequence[dict[int, tuple[int, LayerCalibration
             heads.setdefault(index, {}).setdefault(first, layer)
     layers = {index: _joined([found[first] for first in sorted(found)]) for index, found in heads.items()}
     head_dim = next(x.shape[1] for layer in layers.values() for x in (layer.k_center, layer.v_center) if x is not None)
-    return Calibration.from_layers(_format(worker).resolve(head_dim), model_id(config), config.num_hidden_layers, layers)
+    return Calibration.from_layers(
+        _format(worker).resolve(head_dim), model_id(config), config.num_hidden_layers, layers
+    )
 
 
 def _format(worker: Any) -> CacheFormat:
@@ -320,10 +341,14 @@ def _joined(parts: list[LayerCalibration]) -> LayerCalibration:
     return LayerCalibration(**{name: join([getattr(part, name) for part in parts]) for name in vars(parts[0])})
 
 
-def output_weight(model: torch.nn.Module, name: str, layer: torch.nn.Module, device: torch.device) -> torch.Tensor | None:
-    """The projection that follows an attention layer, [hidden_size, num_heads * head_size] of this rank's heads; None if it is not found.
+def output_weight(
+    model: torch.nn.Module, name: str, layer: torch.nn.Module, device: torch.device
+) -> torch.Tensor | None:
+    """The projection that follows an attention layer, [hidden_size, num_heads * head_size] of this rank's heads; None
+    if it is not found.
 
-    Weights that are quantized or packed for their kernels are read through these: what the projection makes of the identity.
+    Weights that are quantized or packed for their kernels are read through these: what the projection makes of the
+    identity.
     """
     impl: Any = layer.impl
     size = impl.num_heads * impl.head_size
@@ -333,10 +358,17 @@ def output_weight(model: torch.nn.Module, name: str, layer: torch.nn.Module, dev
         return None
     projection = (beside or numbered)[0]
     weight: torch.Tensor | None = getattr(projection, "weight", None)
-    if weight is not None and weight.is_floating_point() and weight.element_size() > 1 and weight.shape == (projection.output_size, size):
+    if (
+        weight is not None
+        and weight.is_floating_point()
+        and weight.element_size() > 1
+        and weight.shape == (projection.output_size, size)
+    ):
         return weight
     identity = torch.eye(size, dtype=projection.params_dtype, device=device)
-    return torch.cat([projection.quant_method.apply(projection, rows.contiguous()) for rows in torch.split(identity, IDENTITY_ROWS)]).T
+    return torch.cat(
+        [projection.quant_method.apply(projection, rows.contiguous()) for rows in torch.split(identity, IDENTITY_ROWS)]
+    ).T
 
 
 def _beside(model: torch.nn.Module, layer: torch.nn.Module) -> Iterator[Any]:

@@ -1,9 +1,12 @@
-"""What `append` counts (`sawkv.format.counters`), as Prometheus metrics of the worker's process and as warnings in its log.
+"""What `append` counts (`sawkv.format.counters`), as Prometheus metrics of the worker's process and as warnings in its
+log.
 
-vLLM's /metrics shows the metrics of its other processes in Prometheus' multi-process mode only: with PROMETHEUS_MULTIPROC_DIR naming an
-empty folder when vLLM starts, as `sawkv serve` does. docs/observability.md says what each metric means.
+vLLM's /metrics shows the metrics of its other processes in Prometheus' multi-process mode only: with
+PROMETHEUS_MULTIPROC_DIR naming an empty folder when vLLM starts, as `sawkv serve` does. docs/observability.md says what
+each metric means.
 
-A step starts a read and the next one publishes it, so that no step waits for the device. When no step comes, a thread of the worker reads.
+A step starts a read and the next one publishes it, so that no step waits for the device. When no step comes, a thread
+of the worker reads.
 """
 
 from __future__ import annotations
@@ -44,8 +47,8 @@ class CountedLayer:
 
     Attributes:
         name: vLLM's.
-        energies: what the mean squared length of its rows of K and of V should be: `LayerCalibration.k_energy` and `v_energy`, over its
-            heads. None if it is not known.
+        energies: what the mean squared length of its rows of K and of V should be: `LayerCalibration.k_energy` and
+            `v_energy`, over its heads. None if it is not known.
     """
 
     name: str
@@ -59,13 +62,17 @@ class CounterReader:
         layout: of the layers' pages.
         layers: that append to them in this process.
         device: of the pages.
-        rank: label of the tokens' metric; ranks of a model see the same tokens. None if another group of layers counts them.
+        rank: label of the tokens' metric; ranks of a model see the same tokens. None if another group of layers counts
+            them.
     """
 
-    def __init__(self, layout: PageLayout, layers: Sequence[CountedLayer], device: torch.device, rank: int | None) -> None:
+    def __init__(
+        self, layout: PageLayout, layers: Sequence[CountedLayer], device: torch.device, rank: int | None
+    ) -> None:
         self.counters: torch.Tensor | None = None
-        """[num_layers, 2, 6] fp64, a layer's as in `sawkv.format.counters`. Made by the first `poll`, and not earlier: vLLM's sleep mode
-        discards what is allocated while it makes the cache."""
+        """[num_layers, 2, 6] fp64, a layer's as in `sawkv.format.counters`. Made by the first `poll`, and not earlier:
+        vLLM's sleep mode discards what is allocated while it makes the cache.
+        """
         self._layout, self._layers, self._device, self._rank = layout, layers, device, rank
         self._copy = torch.zeros(len(layers), 2, len(COLUMNS), dtype=torch.float64, pin_memory=device.type == "cuda")
         self._copied: Any = torch.cuda.Event() if device.type == "cuda" else None  # type: ignore[no-untyped-call]
@@ -77,9 +84,13 @@ class CounterReader:
         _readers.add(self)
 
     def poll(self) -> None:
-        """Call once a step. Most times it compares numbers; every `INTERVAL` seconds it starts a copy, published once that has ended."""
+        """Call once a step. Most times it compares numbers; every `INTERVAL` seconds it starts a copy, published once
+        that has ended.
+        """
         self._stepped = time.monotonic()
-        if (self._is_copying or self._stepped >= self._due) and self._lock.acquire(blocking=False):  # the thread may read just now
+        if (self._is_copying or self._stepped >= self._due) and self._lock.acquire(
+            blocking=False
+        ):  # the thread may read just now
             try:
                 self._poll()
             finally:
@@ -100,7 +111,9 @@ class CounterReader:
             self._copied.record()
 
     def flush(self) -> None:
-        """Publish all that the device has counted. Waits for the copy alone; called by the thread, and at the end of the process."""
+        """Publish all that the device has counted. Waits for the copy alone; called by the thread, and at the end of
+        the process.
+        """
         with self._lock:
             if self.counters is None or (self._is_copying and self._copied is not None and not self._copied.query()):
                 return
@@ -118,7 +131,9 @@ class CounterReader:
             self._publish()
 
     def flush_if_idle(self, now: float) -> None:
-        """`flush`, if no step has begun for `IDLE` seconds. A step that began may still count: so it goes on until there is no news."""
+        """`flush`, if no step has begun for `IDLE` seconds. A step that began may still count: so it goes on until
+        there is no news.
+        """
         if now - self._stepped >= IDLE and now - max(self._stepped, self._changed) < PATIENCE:
             self.flush()
 
@@ -136,11 +151,14 @@ class CounterReader:
             metrics["saved_bytes"].inc(values[0] * max(0.0, 2 * layout.head_dim - layout.token_bytes / 2))
         if self._rank is not None:
             metrics["tokens"].labels(str(self._rank)).inc(new[0][0] / (len(self._layers) * layout.num_kv_heads))
-        non_finite, saturated = (int(sum(values[COLUMNS.index(name)] for values in new)) for name in ("non_finite_rows", "saturated_rows"))
+        non_finite, saturated = (
+            int(sum(values[COLUMNS.index(name)] for values in new)) for name in ("non_finite_rows", "saturated_rows")
+        )
         if (non_finite or saturated) and time.monotonic() >= self._warning_due:
             self._warning_due = time.monotonic() + WARNING_INTERVAL
             logger.warning(
-                "sawkv: rows of K or V with NaN or infinity: %d, with values beyond the format's range: %d (since the last look)",
+                "sawkv: rows of K or V with NaN or infinity: %d, with values beyond the format's range: %d (since the"
+                " last look)",
                 non_finite,
                 saturated,
             )
@@ -160,8 +178,8 @@ _readers: weakref.WeakSet[CounterReader] = weakref.WeakSet()
 
 
 def publish_when_idle(worker: Any) -> None:
-    """Have a worker publish its counts when no steps come, and when it ends. Called in each when vLLM has captured its CUDA graphs:
-    while it does, other threads may not use CUDA.
+    """Have a worker publish its counts when no steps come, and when it ends. Called in each when vLLM has captured its
+    CUDA graphs: while it does, other threads may not use CUDA.
     """
     _start_thread()
 
@@ -184,7 +202,9 @@ def _start_thread() -> None:
 
 @cache
 def _metrics() -> dict[str, prometheus_client.Counter]:
-    """By column of the counters, and two that follow from them. Made once a process, as the client's registry demands."""
+    """By column of the counters, and two that follow from them. Made once a process, as the client's
+    registry demands.
+    """
     helps = {
         "rows": "Rows (of one token, KV head and layer) of K and of V appended to the cache.",
         "non_finite_rows": "Rows appended that hold NaN or infinity: they read as NaN.",
@@ -194,13 +214,20 @@ def _metrics() -> dict[str, prometheus_client.Counter]:
         "sampled_rows": "The rows that these sums are over.",
     }
     metrics = {name: prometheus_client.Counter(f"sawkv_{name}", text, ["kind"]) for name, text in helps.items()}
-    metrics["tokens"] = prometheus_client.Counter("sawkv_tokens", "Tokens appended to the cache, recomputed ones included.", ["rank"])
-    metrics["saved_bytes"] = prometheus_client.Counter("sawkv_saved_bytes", "Bytes saved by these rows, compared with a 16-bit cache.")
+    metrics["tokens"] = prometheus_client.Counter(
+        "sawkv_tokens", "Tokens appended to the cache, recomputed ones included.", ["rank"]
+    )
+    metrics["saved_bytes"] = prometheus_client.Counter(
+        "sawkv_saved_bytes", "Bytes saved by these rows, compared with a 16-bit cache."
+    )
     return metrics
 
 
 @cache
 def _drift() -> prometheus_client.Gauge:
     """Made when there is a first value. Ranks have other heads; of what they say the largest counts."""
-    text = "Mean squared length of a layer's rows as they are stored, over that on the text that it was prepared on. Errors grow with it."
+    text = (
+        "Mean squared length of a layer's rows as they are stored, over that on the text that it was prepared on."
+        " Errors grow with it."
+    )
     return prometheus_client.Gauge("sawkv_drift", text, ["layer", "kind"], multiprocess_mode="livemax")

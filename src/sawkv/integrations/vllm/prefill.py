@@ -1,8 +1,8 @@
 """Prefill on a GPU: pages are gathered into a 16-bit workspace, and vLLM's FlashAttention attends to that.
 
-Prefill is compute-bound, so decoding the pages first costs little (2 ns a token and layer for 8 KV heads on an H100) and attention runs at
-the engine's own speed. New tokens are read back from their pages too: a token's output does not depend on how its prompt was cut
-(docs/decisions/0002).
+Prefill is compute-bound, so decoding the pages first costs little (2 ns a token and layer for 8 KV heads on an H100)
+and attention runs at the engine's own speed. New tokens are read back from their pages too: a token's output does not
+depend on how its prompt was cut (docs/decisions/0002).
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ class PrefillSlice:
         prefixes: the tokens to gather, the last of each context, and where each request starts in the workspace.
         num_keys: at least as many as the slice gathers.
         max_query_len, max_seq_len: upper bounds.
-        workspaces: K and V [num_keys, num_kv_heads, head_dim] to gather into, by `FlashPrefill.shape`: made by the first layer for all.
+        workspaces: K and V [num_keys, num_kv_heads, head_dim] to gather into, by `FlashPrefill.shape`: made by the
+            first layer for all.
     """
 
     tokens: slice
@@ -55,7 +56,9 @@ def workspace_tokens(vllm_config: VllmConfig) -> int:
 
 
 def speculated_tokens(vllm_config: VllmConfig) -> int:
-    """Tokens by which bounds of lengths may be short in a draft model's passes: vLLM lengthens requests there, but not their bounds."""
+    """Tokens by which bounds of lengths may be short in a draft model's passes: vLLM lengthens requests there, but not
+    their bounds.
+    """
     speculative = vllm_config.speculative_config
     return 0 if speculative is None else int(speculative.num_speculative_tokens or 0) + 1
 
@@ -63,17 +66,20 @@ def speculated_tokens(vllm_config: VllmConfig) -> int:
 def slice_prefills(
     common: CommonAttentionMetadata, first: int, capacity: int, window: int, page_size: int, slack: int = 0
 ) -> list[PrefillSlice]:
-    """Requests from `first` on, cut into runs of at most `capacity` tokens of context. No synchronization: the host knows bounds.
+    """Requests from `first` on, cut into runs of at most `capacity` tokens of context. No synchronization: the host
+    knows bounds.
 
-    The bounds may be short by `slack` tokens. With a sliding `window` the context starts at the page of the first key that a query sees:
-    vLLM may have given those before to others.
+    The bounds may be short by `slack` tokens. With a sliding `window` the context starts at the page of the first key
+    that a query sees: vLLM may have given those before to others.
 
     Raises:
         UnsupportedError: a request does not fit in the workspace. vLLM's limit of a request's length has it fit.
     """
     starts = common.query_start_loc_cpu.tolist()
     bounds = common.seq_lens_cpu_upper_bound
-    lengths: list[int] = [common.max_seq_len] * common.num_reqs if bounds is None else [bound + slack for bound in bounds.tolist()]
+    lengths: list[int] = (
+        [common.max_seq_len] * common.num_reqs if bounds is None else [bound + slack for bound in bounds.tolist()]
+    )
     if window:
         lengths = [min(lengths[i], starts[i + 1] - starts[i] + window + page_size - 2) for i in range(common.num_reqs)]
     if max(lengths[first:]) > capacity + slack:
@@ -124,7 +130,8 @@ class FlashPrefill:
         Raises:
             UnsupportedError: vLLM has no FlashAttention for this layer here.
         """
-        self.dtype: torch.dtype = vllm_config.model_config.dtype  # type: ignore[assignment]  # a name until vLLM has resolved it
+        # type: ignore[assignment]  # a name until vLLM has resolved it
+        self.dtype: torch.dtype = vllm_config.model_config.dtype
         version = get_flash_attn_version(head_size=head_size, has_sinks=sinks is not None)
         if version is None or self.dtype not in DTYPES:
             raise UnsupportedError(
@@ -133,10 +140,11 @@ class FlashPrefill:
             )
         if sinks is not None and version == 2:
             raise UnsupportedError(
-                "sawkv on a GPU: expected FlashAttention 3 or newer for a model with attention sinks, got FlashAttention 2, "
-                f"which this card or --attention-config takes. {refusals.WAY_OUT}"
+                "sawkv on a GPU: expected FlashAttention 3 or newer for a model with attention sinks, got"
+                f" FlashAttention 2, which this card or --attention-config takes. {refusals.WAY_OUT}"
             )
-        from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func  # type: ignore[attr-defined]  # only where CUDA is
+        # type: ignore[attr-defined]  # only where CUDA is
+        from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
 
         self._flash_attention = flash_attn_varlen_func
         self.capacity = workspace_tokens(vllm_config)
@@ -151,12 +159,16 @@ class FlashPrefill:
         self._sinks = sinks
 
     def workspace(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of `workspace_tokens` tokens, shared by all layers. Taken first while vLLM profiles, so that it counts the memory."""
+        """K and V of `workspace_tokens` tokens, shared by all layers. Taken first while vLLM profiles, so that it
+        counts the memory.
+        """
         k, v = current_workspace_manager().get_simultaneous((self.shape, self.dtype), (self.shape, self.dtype))
         return k, v
 
     def attend(self, query: torch.Tensor, pages: ops.Pages, prefill: PrefillSlice, output: torch.Tensor) -> None:
-        """Attend the queries of one slice to a layer's pages. query, output: [num_tokens, num_heads, head_size], all tokens of the step."""
+        """Attend the queries of one slice to a layer's pages. query, output: [num_tokens, num_heads, head_size], all
+        tokens of the step.
+        """
         if self.shape not in prefill.workspaces:
             k, v = self.workspace()
             prefill.workspaces[self.shape] = k[: prefill.num_keys], v[: prefill.num_keys]
@@ -175,8 +187,12 @@ class FlashPrefill:
             **self._options,
         )
 
-    def attend_exactly(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, output: torch.Tensor) -> None:
-        """Attend a prompt to itself, without pages. q, output: [num_tokens, num_heads, head_dim]; k, v: of KV heads; cu_seqlens: [2]."""
+    def attend_exactly(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, output: torch.Tensor
+    ) -> None:
+        """Attend a prompt to itself, without pages. q, output: [num_tokens, num_heads, head_dim]; k, v: of KV heads;
+        cu_seqlens: [2].
+        """
         self._flash_attention(
             q=q,
             k=k,

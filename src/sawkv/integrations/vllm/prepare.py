@@ -1,11 +1,12 @@
 """Preparing the loaded model before it serves anybody: conducted in the engine core, done in the workers (`measure`).
 
-Prompts of the text that ships with sawkv go through the engine's own scheduler and workers, one at a time. So everything is as it will be
-when it serves, whatever the model is made of: recurrent layers, stages of a pipeline, ranks, quantized weights, compiled or not.
+Prompts of the text that ships with sawkv go through the engine's own scheduler and workers, one at a time. So
+everything is as it will be when it serves, whatever the model is made of: recurrent layers, stages of a pipeline,
+ranks, quantized weights, compiled or not.
 
-vLLM has no hook at the one place where that can be: in the engine core, when the caches exist and nobody was told yet that the engine is
-ready. So one method is replaced, `EngineCore._initialize_kv_caches`, by one that goes on to prepare. `contract` stops the start of an
-engine that does not have it.
+vLLM has no hook at the one place where that can be: in the engine core, when the caches exist and nobody was told yet
+that the engine is ready. So one method is replaced, `EngineCore._initialize_kv_caches`, by one that goes on to prepare.
+`contract` stops the start of an engine that does not have it.
 """
 
 from __future__ import annotations
@@ -31,8 +32,20 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import KVCacheConfig
 
 LEAST_WINDOW: Final = 16
-FILE_FORMATS: Final = ("auto", "hf", "safetensors", "fastsafetensors", "pt", "npcache", "mistral", "gguf", "bitsandbytes")
-"""Of vLLM's --load-format, those that load a checkpoint's files from the folder that --model names, or from the hub's cache."""
+FILE_FORMATS: Final = (
+    "auto",
+    "hf",
+    "safetensors",
+    "fastsafetensors",
+    "pt",
+    "npcache",
+    "mistral",
+    "gguf",
+    "bitsandbytes",
+)
+"""Of vLLM's --load-format, those that load a checkpoint's files from the folder that --model names, or from the hub's
+cache.
+"""
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -49,7 +62,9 @@ def install() -> None:
         return
     initialize = getattr(EngineCore, "_initialize_kv_caches", None)
     if initialize is None:
-        raise UnsupportedError("sawkv does not fit this vLLM: it needs vllm.v1.engine.core.EngineCore._initialize_kv_caches")
+        raise UnsupportedError(
+            "sawkv does not fit this vLLM: it needs vllm.v1.engine.core.EngineCore._initialize_kv_caches"
+        )
 
     @functools.wraps(initialize)
     def initialize_and_prepare(self: Any, vllm_config: VllmConfig) -> KVCacheConfig:
@@ -84,14 +99,17 @@ def prepare(executor: Any, vllm_config: VllmConfig, kv_cache_config: KVCacheConf
         _prepare(executor, vllm_config, kv_cache_config, config)
     except Exception as error:
         raise UnsupportedError(
-            f"sawkv cannot prepare this model for {config.format}: {error}. Serve it with --format int8 or, unprepared, with --no-prepare "
-            '(in vLLM\'s own command line --kv-cache-dtype int8_per_token_head, and "prepare": false in the sawkv entry of '
-            "--additional-config), or in 8 bits by vLLM itself with --kv-cache-dtype fp8 alone"
+            f"sawkv cannot prepare this model for {config.format}: {error}. Serve it with --format int8 or, unprepared,"
+            ' with --no-prepare (in vLLM\'s own command line --kv-cache-dtype int8_per_token_head, and "prepare":'
+            " false in the sawkv entry of --additional-config), or in 8 bits by vLLM itself with --kv-cache-dtype fp8"
+            " alone"
         ) from error
 
 
 def _prepare(executor: Any, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config: SawConfig) -> None:
-    from sawkv.integrations.vllm import measure  # imports the attention backend, which an engine core otherwise does without
+    from sawkv.integrations.vllm import (
+        measure,
+    )  # imports the attention backend, which an engine core otherwise does without
 
     if getattr(vllm_config.parallel_config, "enable_elastic_ep", False):
         raise UnsupportedError("expected engines that start together, got elastic expert parallelism")
@@ -116,7 +134,9 @@ def _prepare(executor: Any, vllm_config: VllmConfig, kv_cache_config: KVCacheCon
             engine.run(ids.tolist())
         calibration = executor.collective_rpc(measure.finish)[0]
         source = f"on {len(windows)} windows of {windows.shape[1]} tokens, {entry.save(calibration)}"
-    logger.info("sawkv: prepared in %.1f s %s, fingerprint %s", time.monotonic() - started, source, calibration.fingerprint())
+    logger.info(
+        "sawkv: prepared in %.1f s %s, fingerprint %s", time.monotonic() - started, source, calibration.fingerprint()
+    )
 
 
 def _windows(vllm_config: VllmConfig) -> tuple[torch.Tensor, torch.Tensor]:
@@ -125,17 +145,24 @@ def _windows(vllm_config: VllmConfig) -> tuple[torch.Tensor, torch.Tensor]:
     # One token is generated, which takes a place; a window has to be one step.
     window = min(corpus.WINDOW, model.max_model_len - 1, vllm_config.scheduler_config.max_num_batched_tokens)
     if vllm_config.device_config.device_type == "cpu" and vllm_config.cache_config.enable_prefix_caching:
-        # vLLM's CPU kernel of Mamba2 gives one state a prompt. With prefix caching one for each chunk is asked for: longer prompts fail.
+        # vLLM's CPU kernel of Mamba2 gives one state a prompt. With prefix caching one for each chunk is asked for:
+        # longer prompts fail.
         window = min(window, model.get_mamba_chunk_size() or window)
     if window < LEAST_WINDOW:
-        raise UnsupportedError(f"expected --max-model-len and --max-num-batched-tokens above {LEAST_WINDOW}, got room for {window} tokens")
-    positions = corpus.preparation_positions(corpus.NUM_WINDOWS, window, min(model.max_model_len, corpus.LONGEST_CONTEXT))
+        raise UnsupportedError(
+            f"expected --max-model-len and --max-num-batched-tokens above {LEAST_WINDOW}, got room for {window} tokens"
+        )
+    positions = corpus.preparation_positions(
+        corpus.NUM_WINDOWS, window, min(model.max_model_len, corpus.LONGEST_CONTEXT)
+    )
     encoder = _encoder(model)
     if encoder is not None:
         windows = corpus.preparation_windows(encoder[0], window, corpus.NUM_WINDOWS, encoder[1])
         if int(windows.max()) < model.get_vocab_size():
             return windows, positions
-    logger.warning("sawkv: the model is prepared on random tokens, which is worse: it has no tokenizer here, or not its own")
+    logger.warning(
+        "sawkv: the model is prepared on random tokens, which is worse: it has no tokenizer here, or not its own"
+    )
     return corpus.random_windows(model.get_vocab_size(), window, corpus.NUM_WINDOWS), positions
 
 
@@ -154,7 +181,9 @@ def _encoder(model: ModelConfig) -> tuple[Any, list[int]] | None:
 class _Entry:
     """What is on disk of this model's preparation, with the model or in the user's cache, or why nothing can be."""
 
-    def __init__(self, vllm_config: VllmConfig, config: SawConfig, head_dim: int, windows: torch.Tensor, positions: torch.Tensor) -> None:
+    def __init__(
+        self, vllm_config: VllmConfig, config: SawConfig, head_dim: int, windows: torch.Tensor, positions: torch.Tensor
+    ) -> None:
         model = vllm_config.model_config
         self._expected = {
             "cache_format": config.format.resolve(head_dim),
@@ -172,7 +201,9 @@ class _Entry:
             self._checkpoint = _checkpoint_path(vllm_config)
             self._weights = None if self._checkpoint is None else contents_digest(self._checkpoint)
             if self._weights is None:
-                self._reason = f"the weights are not files of a checkpoint (--load-format {vllm_config.load_config.load_format})"
+                self._reason = (
+                    f"the weights are not files of a checkpoint (--load-format {vllm_config.load_config.load_format})"
+                )
                 return
             self._key = make_key({**self._expected, **text, **_computation(vllm_config), "weights": self._weights})
             self._store = CalibrationStore(config.prepare_cache, logger)
@@ -192,14 +223,21 @@ class _Entry:
             return None
         found = load_shipped(self._checkpoint, self._weights, log=logger, **self._expected)
         if found is not None and self._overridden:
-            logger.warning("sawkv: the preparation that came with the model is not used: --hf-overrides changes what it was made for")
+            logger.warning(
+                "sawkv: the preparation that came with the model is not used: --hf-overrides changes what it was"
+                " made for"
+            )
             return None
         return found
 
     def save(self, calibration: Calibration) -> str:
         """Keep it if that is possible, and say where, or why not."""
         try:
-            return f"not kept: {self._reason}" if self._store is None else f"kept in {self._store.save(self._key, calibration)}"
+            return (
+                f"not kept: {self._reason}"
+                if self._store is None
+                else f"kept in {self._store.save(self._key, calibration)}"
+            )
         except SawkvError as error:
             return f"not kept: {error}"
 
@@ -209,7 +247,9 @@ def _digest(x: torch.Tensor) -> str:
 
 
 def _checkpoint_path(vllm_config: VllmConfig) -> Path | None:
-    """The folder or file of the checkpoint that vLLM loaded; None if it did not load one from files, or from files that are not found."""
+    """The folder or file of the checkpoint that vLLM loaded; None if it did not load one from files, or from files that
+    are not found.
+    """
     model, load = vllm_config.model_config, vllm_config.load_config
     if str(load.load_format) not in FILE_FORMATS:
         return None
@@ -218,14 +258,20 @@ def _checkpoint_path(vllm_config: VllmConfig) -> Path | None:
         from huggingface_hub import snapshot_download
 
         try:
-            path = Path(snapshot_download(model.model, revision=model.revision, cache_dir=load.download_dir, local_files_only=True))
+            path = Path(
+                snapshot_download(
+                    model.model, revision=model.revision, cache_dir=load.download_dir, local_files_only=True
+                )
+            )
         except (OSError, ValueError):  # ValueError: not a name of the hub
             return None
     return path
 
 
 def _computation(vllm_config: VllmConfig) -> dict[str, Any]:
-    """What else changes the numbers that the model computes, by name. Ranks and batches change no more than rounding."""
+    """What else changes the numbers that the model computes, by name. Ranks and batches change no more
+    than rounding.
+    """
     import vllm
     from vllm.platforms import current_platform
 
@@ -279,7 +325,11 @@ class _Engine:
             Request(
                 request_id=f"sawkv-prepare-{self._count}",
                 prompt_token_ids=prompt_token_ids,
-                sampling_params=None if self._pools else SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False),
+                sampling_params=(
+                    None
+                    if self._pools
+                    else SamplingParams(temperature=0, max_tokens=1, ignore_eos=True, detokenize=False)
+                ),
                 pooling_params=PoolingParams(task=self._executor.supported_tasks[0]) if self._pools else None,
                 cache_salt=str(self._count),  # or windows that begin alike would hit each other's pages
                 block_hasher=self._hasher,

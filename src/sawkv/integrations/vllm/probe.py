@@ -1,4 +1,6 @@
-"""What an engine of this environment would find: run as a program, it loads vLLM's plugins as an engine does and prints JSON."""
+"""What an engine of this environment would find: run as a program, it loads vLLM's plugins as an engine does and prints
+JSON.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from sawkv.errors import UnsupportedError
 
 
 def probe() -> dict[str, Any]:
-    """Versions, and whether sawkv is in its place. Keys: version, platform, installed, backend, problem (a text, or None)."""
+    """Versions, and whether sawkv is in its place. Keys: version, platform, installed, backend, problem (a text, or
+    None).
+    """
     import vllm
     from vllm.platforms import current_platform
     from vllm.plugins import load_general_plugins

@@ -10,7 +10,9 @@ from sawkv.integrations.vllm.config import is_draft
 
 MLA: Final = "MLA (multi-head latent attention)"
 CHUNKS: Final = "attention in chunks (attention_chunk_size)"
-BIDIRECTIONAL: Final = "attention in both directions among the tokens of an image (add --language-model-only to serve text alone)"
+BIDIRECTIONAL: Final = (
+    "attention in both directions among the tokens of an image (add --language-model-only to serve text alone)"
+)
 WAY_OUT: Final = "To serve it in 16 bits, start `vllm serve` without --kv-cache-dtype and --attention-backend."
 
 _SUBCLASSES: Final = {
@@ -32,7 +34,10 @@ def refuse(vllm_config: Any, reasons: Sequence[str]) -> None:
     if not reasons:
         return
     if is_draft(vllm_config):
-        what, way_out = "the draft model", 'To give it a cache in 16 bits, add "kv_cache_dtype": "auto" to --speculative-config.'
+        what, way_out = (
+            "the draft model",
+            'To give it a cache in 16 bits, add "kv_cache_dtype": "auto" to --speculative-config.',
+        )
     else:
         what, way_out = "this configuration", WAY_OUT
     raise UnsupportedError(f"sawkv cannot serve {what}: {'; '.join(reasons)}. {way_out}")
@@ -73,5 +78,8 @@ def refuse_subclass(cls: type, ours: type) -> None:
         UnsupportedError: `cls` is not `ours`.
     """
     if cls is not ours:
-        what = next((words for start, words in _SUBCLASSES.items() if cls.__name__.startswith(start)), "attention of another kind")
+        what = next(
+            (words for start, words in _SUBCLASSES.items() if cls.__name__.startswith(start)),
+            "attention of another kind",
+        )
         raise UnsupportedError(f"sawkv: expected plain causal attention, got {what} (vLLM's {cls.__name__}). {WAY_OUT}")

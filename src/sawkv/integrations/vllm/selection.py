@@ -1,8 +1,10 @@
-"""Which attention backend a layer gets. The function of vLLM that decides it is the one that sawkv replaces, in `install`.
+"""Which attention backend a layer gets. The function of vLLM that decides it is the one that sawkv replaces, in
+`install`.
 
-vLLM's registry of backends cannot say it, since it knows names and no layers. On a CPU vLLM takes `CPU_ATTN` for all layers, so the plugin
-that registers this name last would get ours too. On CUDA `--attention-backend CUSTOM` is for all layers, also for those that vLLM leaves
-in 16 bits. So the function is asked here for each layer: ours get our backend, and the others what vLLM gives them without sawkv.
+vLLM's registry of backends cannot say it, since it knows names and no layers. On a CPU vLLM takes `CPU_ATTN` for all
+layers, so the plugin that registers this name last would get ours too. On CUDA `--attention-backend CUSTOM` is for all
+layers, also for those that vLLM leaves in 16 bits. So the function is asked here for each layer: ours get our backend,
+and the others what vLLM gives them without sawkv.
 """
 
 from __future__ import annotations
@@ -72,8 +74,8 @@ class Selection:
             return SawAttentionBackend
         if (path := AttentionBackendEnum.CUSTOM.get_path()) != BACKEND:
             raise UnsupportedError(
-                f"sawkv: expected its own backend under --attention-backend CUSTOM, got {path}, which another plugin of vLLM registered. "
-                f"Set VLLM_PLUGINS={PLUGIN} to load no other plugin"
+                f"sawkv: expected its own backend under --attention-backend CUSTOM, got {path}, which another plugin of"
+                f" vLLM registered. Set VLLM_PLUGINS={PLUGIN} to load no other plugin"
             )
         return self._ask_vllm(backend=backend, attn_selector_config=layer, **others)
 
@@ -102,7 +104,9 @@ def _beside_ours(vllm_config: Any) -> bool:
 
 @cache  # vLLM groups layers by their backend's class
 def _by_its_own_dtype(backend: Any, kv_cache_dtype: str) -> Any:
-    """vLLM's CPU backend for layers beside ours. Its metadata builder goes by the engine's dtype, and takes one that it lacks for FP8."""
+    """vLLM's CPU backend for layers beside ours. Its metadata builder goes by the engine's dtype, and takes one that it
+    lacks for FP8.
+    """
     builder: Any = backend.get_builder_cls()
 
     class Builder(builder):  # type: ignore[misc]
@@ -123,7 +127,8 @@ def _leave_to_vllm(vllm_config: Any, kv_cache_dtype: str) -> None:
     """
     if is_draft(vllm_config):
         logger.warning_once(
-            'sawkv: the draft model gets vLLM\'s own %s. Add "attention_backend": "CUSTOM" to --speculative-config for sawkv\'s',
+            'sawkv: the draft model gets vLLM\'s own %s. Add "attention_backend": "CUSTOM" to --speculative-config for'
+            " sawkv's",
             kv_cache_dtype,
         )
     elif has_entry(vllm_config):

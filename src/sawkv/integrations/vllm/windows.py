@@ -1,8 +1,9 @@
 """INT4 pages of sliding windows in their right size, on vLLM before 0.28.
 
-There `SlidingWindowSpec` gives a byte to each INT4 value. An attention backend has no say in it (`customize_spec` is of 0.28), and though
-vLLM takes other specs than its own, each layer makes its spec itself. So the method that does is replaced, on our layers' objects: all that
-sawkv changes in vLLM. A worker named by `--worker-cls` would not do: vLLM asks the layers, past the worker, when it profiles CUDA graphs.
+There `SlidingWindowSpec` gives a byte to each INT4 value. An attention backend has no say in it (`customize_spec` is of
+0.28), and though vLLM takes other specs than its own, each layer makes its spec itself. So the method that does is
+replaced, on our layers' objects: all that sawkv changes in vLLM. A worker named by `--worker-cls` would not do: vLLM
+asks the layers, past the worker, when it profiles CUDA graphs.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ VLLM_SIZES_WINDOWS = hasattr(AttentionBackend, "customize_spec")
 class PackedWindowSpec(SlidingWindowSpec):
     """A sliding window whose pages hold two INT4 values in a byte, as those of vLLM's `FullAttentionSpec` do.
 
-    It need not be registered: vLLM looks specs up by their base classes too, and so groups and manages this one as `SlidingWindowSpec`.
+    It need not be registered: vLLM looks specs up by their base classes too, and so groups and manages this one as
+    `SlidingWindowSpec`.
     """
 
     @property
@@ -38,12 +40,16 @@ class PackedWindowSpec(SlidingWindowSpec):
 
 
 def pack_windows(layer: Any) -> None:
-    """Make an attention layer report a `PackedWindowSpec` where vLLM's class would report a `SlidingWindowSpec`. May be called again."""
+    """Make an attention layer report a `PackedWindowSpec` where vLLM's class would report a `SlidingWindowSpec`. May be
+    called again.
+    """
     layer.get_kv_cache_spec = partial(_packed_spec, layer)
 
 
 def _packed_spec(layer: Any, vllm_config: VllmConfig) -> KVCacheSpec:
     spec = type(layer).get_kv_cache_spec(layer, vllm_config)
     if type(spec) is not SlidingWindowSpec:
-        raise UnsupportedError(f"sawkv: expected vLLM's SlidingWindowSpec of a layer with a sliding window, got {type(spec).__name__}")
+        raise UnsupportedError(
+            f"sawkv: expected vLLM's SlidingWindowSpec of a layer with a sliding window, got {type(spec).__name__}"
+        )
     return PackedWindowSpec(**{field.name: getattr(spec, field.name) for field in fields(spec)})

@@ -131,7 +131,8 @@ class Attention:
         num_kv_heads = layer.cache.layout.num_kv_heads
         if layer.num_q_heads > MAX_GROUP * num_kv_heads:
             raise UnsupportedError(
-                f"cpu backend: expected at most {MAX_GROUP} query heads a KV head, got {layer.num_q_heads // num_kv_heads}"
+                f"cpu backend: expected at most {MAX_GROUP} query heads a KV head, got"
+                f" {layer.num_q_heads // num_kv_heads}"
             )
         self._layer, self._described, self._library = layer, _describe(layer.cache), load_library()
 
@@ -141,7 +142,11 @@ class Attention:
         seq_lens, query_start_loc = step.seq_lens.contiguous(), step.query_start_loc.contiguous()
         sinks = None if layer.sinks is None else layer.sinks.float().contiguous()
         lse_out = (
-            None if lse is None else lse if lse.is_contiguous() else torch.empty_like(lse, memory_format=torch.contiguous_format).copy_(lse)
+            None
+            if lse is None
+            else lse
+            if lse.is_contiguous()
+            else torch.empty_like(lse, memory_format=torch.contiguous_format).copy_(lse)
         )
         arguments = _Attention(
             self._described,

@@ -1,7 +1,7 @@
 """Compile kernels.cpp at first use, and load it.
 
-The library is kept in the user's cache folder under a key of everything that it depends on, with the SHA-256 of its content at its end:
-a damaged file is compiled anew.
+The library is kept in the user's cache folder under a key of everything that it depends on, with the SHA-256 of its
+content at its end: a damaged file is compiled anew.
 """
 
 from __future__ import annotations
@@ -47,13 +47,18 @@ def load_library() -> ctypes.CDLL:
         raise UnsupportedError("no C++ compiler: expected g++ or clang++ on the PATH, or CXX naming one")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     openmp = _openmp_flags()
-    key = hashlib.sha256("\0".join([SOURCE.read_text(), version, *FLAGS, *openmp, _processor()]).encode()).hexdigest()[:24]
+    key = hashlib.sha256("\0".join([SOURCE.read_text(), version, *FLAGS, *openmp, _processor()]).encode()).hexdigest()[
+        :24
+    ]
     library = private_folder("cpu") / f"{key}.so"
     if not _is_whole(library):
-        # Processes that start at once each build their own copy. The rename is atomic: none sees half a file, and no lock is left behind.
+        # Processes that start at once each build their own copy. The rename is atomic: none sees half a file, and no
+        # lock is left behind.
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             built = Path(folder, "kernels.so")
-            done = subprocess.run([compiler, *FLAGS, str(SOURCE), "-o", str(built), *openmp], capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                [compiler, *FLAGS, str(SOURCE), "-o", str(built), *openmp], capture_output=True, text=True, check=False
+            )
             if done.returncode:
                 raise UnsupportedError(f"{compiler} could not compile the CPU kernels:\n{done.stderr[-2000:]}")
             with built.open("ab") as file:
@@ -72,7 +77,9 @@ def _is_whole(library: Path) -> bool:
 
 
 def _openmp_flags() -> list[str]:
-    """Compile for OpenMP, and link the very runtime that torch has loaded: a second one's threads would be outside vLLM's binding."""
+    """Compile for OpenMP, and link the very runtime that torch has loaded: a second one's threads would be outside
+    vLLM's binding.
+    """
     maps = Path("/proc/self/maps")
     lines = maps.read_text().splitlines() if maps.is_file() else []
     paths = {line.split(maxsplit=5)[-1] for line in lines if "/" in line}

@@ -1,8 +1,10 @@
-// The CPU backend's kernels: plain C++ with GCC/Clang vector extensions and OpenMP, called through ctypes with the structs at the end.
+// The CPU backend's kernels: plain C++ with GCC/Clang vector extensions and OpenMP, called through ctypes with the
+// structs at the end.
 //
-// Reading order: vectors -> one row (rotate, encode, decode) -> one tile of tokens (scores, softmax, weighted values) -> work items -> entry points.
-// After a row is decoded to fp32, all formats share the same arithmetic, so equal values give equal bits whatever they were stored as.
-// Compiled with -ffp-contract=off: the only fused operations are those written as fma, as docs/format.md requires.
+// Reading order: vectors -> one row (rotate, encode, decode) -> one tile of tokens (scores, softmax, weighted values)
+// -> work items -> entry points. After a row is decoded to fp32, all formats share the same arithmetic, so equal values
+// give equal bits whatever they were stored as. Compiled with -ffp-contract=off: the only fused operations are those
+// written as fma, as docs/format.md requires.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -15,7 +17,8 @@
 
 namespace {
 
-// ---------------------------------------------------------------------------------------------------------------------------- vectors
+// -------------------------------------------------------------------------------------------------
+// vectors
 
 constexpr int W = 8;  // fp32 lanes of a vector; the compiler joins or splits them for other widths
 typedef float vec __attribute__((vector_size(4 * W)));
@@ -100,7 +103,8 @@ inline vec exp(vec x) {
   return tiny ? splat(0.f) : p * scale;
 }
 
-// ------------------------------------------------------------------------------------------------------------------------ float types
+// -------------------------------------------------------------------------------------------------
+// float types
 
 enum DType : int32_t { kBf16, kFp16, kFp32 };
 
@@ -159,7 +163,8 @@ inline void write_floats(const float* x, DType dtype, int n, void* p) {
 }
 inline int size_of(DType dtype) { return dtype == kFp32 ? 4 : 2; }
 
-// ---------------------------------------------------------------------------------------------------------------------------- a cache
+// -------------------------------------------------------------------------------------------------
+// a cache
 
 constexpr int kMaxHeadDim = 256;
 constexpr int kSegment = 16;
@@ -177,15 +182,19 @@ struct Constants {
 struct Cache {
   uint8_t* pages;
   int64_t page_stride, num_pages;
-  int32_t codec, num_kv_heads, head_dim, page_size, row_bytes, meta_bytes, k_order, v_order, swizzle_multiplier, swizzle_period;
+  int32_t codec, num_kv_heads, head_dim, page_size, row_bytes, meta_bytes, k_order, v_order, swizzle_multiplier,
+      swizzle_period;
   Constants k, v;
 
-  uint8_t* span(int64_t page, int head) const { return pages + page * page_stride + int64_t(head) * page_size * 2 * (row_bytes + meta_bytes); }
+  uint8_t* span(int64_t page, int head) const {
+    return pages + page * page_stride + int64_t(head) * page_size * 2 * (row_bytes + meta_bytes);
+  }
   int64_t v_offset() const { return int64_t(page_size) * (row_bytes + meta_bytes); }
   int swizzle(int offset) const { return (offset * swizzle_multiplier / 8) % swizzle_period; }
 };
 
-// ------------------------------------------------------------------------------------------------------------------------------ a row
+// -------------------------------------------------------------------------------------------------
+// a row
 
 // Block-diagonal normalized Hadamard product, in the order of operations that the format fixes.
 void rotate(float* x, int head_dim, int order) {
@@ -228,8 +237,8 @@ constexpr float kErrorSteps = 64;  // in one code
 
 inline float round_clamped(float x, float low, float high) { return std::nearbyint(std::min(std::max(low, x), high)); }
 
-// Codes of a finite row, with the errors of each block of channels passed on to the blocks after it: docs/format.md, step 5.
-// t: the codes before rounding. weights: [head_dim, head_dim], of one head.
+// Codes of a finite row, with the errors of each block of channels passed on to the blocks after it: docs/format.md,
+// step 5. t: the codes before rounding. weights: [head_dim, head_dim], of one head.
 void code_with_feedback(float* t, int head_dim, float max_code, const int8_t* weights, float step, uint8_t* codes) {
   alignas(32) int16_t errors[kMaxHeadDim] = {};  // of 8 bits, which multiply faster as 16; zero where not coded yet
   for (int start = 0; start < head_dim; start += 32) {
@@ -249,7 +258,8 @@ void code_with_feedback(float* t, int head_dim, float max_code, const int8_t* we
   }
 }
 
-// Codes of a row of 4- or 8-bit integers, one in a byte, and their scale and zero point. weights: of the head's feedback, or null.
+// Codes of a row of 4- or 8-bit integers, one in a byte, and their scale and zero point. weights: of the head's
+// feedback, or null.
 Meta quantize(const float* y, int head_dim, int max_code, const int8_t* weights, float step, uint8_t* codes) {
   if (!all_finite(y, head_dim)) {
     std::memset(codes, 0, head_dim);
@@ -277,22 +287,26 @@ Meta quantize(const float* y, int head_dim, int max_code, const int8_t* weights,
     return {scale, zero_point};
   }
   for (int i = 0; i < head_dim; i += W) {
-    const vec shifted = min(max(fma(load(y + i), inv_v, zero_v), splat(-1.f)), top);  // clamping first keeps round_even in its range
+    const vec shifted =
+        min(max(fma(load(y + i), inv_v, zero_v), splat(-1.f)), top);  // clamping first keeps round_even in its range
     const ivec code = __builtin_convertvector(max(round_even(shifted), splat(0.f)), ivec);
     for (int j = 0; j < W; ++j) codes[i + j] = uint8_t(code[j]);
   }
   return {scale, zero_point};
 }
 
-// Position of a row's byte `b`: segments of V rows are XORed with the token's swizzle, those of K rows (swizzle 0) are in order.
+// Position of a row's byte `b`: segments of V rows are XORed with the token's swizzle, those of K rows (swizzle 0) are
+// in order.
 inline int place(int b, int swizzle) { return b ^ (swizzle * kSegment); }
 
-void encode_row(const Cache& cache, float* y, const Constants& constants, int head, uint8_t* row, uint8_t* meta_out, int swizzle) {
+void encode_row(const Cache& cache, float* y, const Constants& constants, int head, uint8_t* row, uint8_t* meta_out,
+                int swizzle) {
   const int n = cache.head_dim;
   alignas(32) uint8_t bytes[4 * kMaxHeadDim], codes[kMaxHeadDim];
   if (cache.codec <= kInt8) {
     const int8_t* weights = constants.weights ? constants.weights + int64_t(head) * n * n : nullptr;
-    const Meta meta = quantize(y, n, cache.codec == kInt4 ? 15 : 255, weights, weights ? constants.step[head] : 0, codes);
+    const Meta meta =
+        quantize(y, n, cache.codec == kInt4 ? 15 : 255, weights, weights ? constants.step[head] : 0, codes);
     std::memcpy(meta_out, &meta, 4);
     if (cache.codec == kInt4)
       for (int i = 0; i < n / 2; ++i) bytes[i] = uint8_t(codes[2 * i] | codes[2 * i + 1] << 4);
@@ -325,7 +339,8 @@ inline void decode_row(const Cache& cache, const uint8_t* row, const uint8_t* me
   } else {
     constexpr DType dtype = DType(CODEC - kCodecBf16);
     constexpr int size = dtype == kFp32 ? 4 : 2;
-    for (int b = 0; b < cache.row_bytes; b += kSegment) read_floats(row + place(b, swizzle), dtype, kSegment / size, out + b / size);
+    for (int b = 0; b < cache.row_bytes; b += kSegment)
+      read_floats(row + place(b, swizzle), dtype, kSegment / size, out + b / size);
   }
 }
 
@@ -335,7 +350,8 @@ void decode_tokens(const Cache& cache, const int32_t* pages, int head, int first
   for (int t = 0; t < count; ++t) {
     const int offset = (first + t) % cache.page_size;
     const uint8_t* span = cache.span(pages[(first + t) / cache.page_size], head);
-    const int64_t row = int64_t(offset) * cache.row_bytes, meta = int64_t(cache.page_size) * cache.row_bytes + offset * cache.meta_bytes;
+    const int64_t row = int64_t(offset) * cache.row_bytes,
+                  meta = int64_t(cache.page_size) * cache.row_bytes + offset * cache.meta_bytes;
     if (k) decode_row<CODEC>(cache, span + row, span + meta, 0, k + t * cache.head_dim);
     span += cache.v_offset();
     if (v) decode_row<CODEC>(cache, span + row, span + meta, cache.swizzle(offset), v + t * cache.head_dim);
@@ -345,11 +361,16 @@ void decode_tokens(const Cache& cache, const int32_t* pages, int head, int first
 using DecodeTokens = void (*)(const Cache&, const int32_t*, int, int, int, float*, float*);
 DecodeTokens decode_tokens_of(int codec) {
   switch (codec) {
-    case kInt4: return decode_tokens<kInt4>;
-    case kInt8: return decode_tokens<kInt8>;
-    case kCodecBf16: return decode_tokens<kCodecBf16>;
-    case kCodecFp16: return decode_tokens<kCodecFp16>;
-    default: return decode_tokens<kCodecFp32>;
+    case kInt4:
+      return decode_tokens<kInt4>;
+    case kInt8:
+      return decode_tokens<kInt8>;
+    case kCodecBf16:
+      return decode_tokens<kCodecBf16>;
+    case kCodecFp16:
+      return decode_tokens<kCodecFp16>;
+    default:
+      return decode_tokens<kCodecFp32>;
   }
 }
 
@@ -371,16 +392,19 @@ constexpr uint16_t kNanScale = 0x7E00, kMaxScale = 0x7BFF;  // fp16
 constexpr uint32_t kSample = 1024;
 
 // Counts the row `y` after it was written to `slot`. Mirrors sawkv.format.counters.is_sampled and kernels.reference.
-void count_row(const Cache& cache, const float* y, const uint8_t* meta, int64_t slot, int head, bool is_v, Counts& counts) {
+void count_row(const Cache& cache, const float* y, const uint8_t* meta, int64_t slot, int head, bool is_v,
+               Counts& counts) {
   const bool quantized = cache.codec <= kInt8, sampled = uint32_t(slot) * 2654435761u < (1ull << 32) / kSample;
   uint16_t scale = 0;
   if (quantized) std::memcpy(&scale, meta, 2);
   alignas(32) float stored[kMaxHeadDim];
   if (sampled || !quantized) {
     const int32_t page = int32_t(slot / cache.page_size);
-    decode_tokens_of(cache.codec)(cache, &page, head, int(slot % cache.page_size), 1, is_v ? nullptr : stored, is_v ? stored : nullptr);
+    decode_tokens_of(cache.codec)(cache, &page, head, int(slot % cache.page_size), 1, is_v ? nullptr : stored,
+                                  is_v ? stored : nullptr);
   }
-  const bool finite = quantized ? scale != kNanScale : all_finite(stored, cache.head_dim), saturated = scale == kMaxScale;
+  const bool finite = quantized ? scale != kNanScale : all_finite(stored, cache.head_dim),
+             saturated = scale == kMaxScale;
   counts.rows += 1;
   counts.non_finite_rows += !finite;
   counts.saturated_rows += saturated;
@@ -393,12 +417,15 @@ void count_row(const Cache& cache, const float* y, const uint8_t* meta, int64_t 
   }
 }
 
-// ------------------------------------------------------------------------------------------------------------- attention over one tile
+// -------------------------------------------------------------------------------------------------
+// attention over one tile
 
-constexpr int kTile = 32;          // tokens decoded at once; at head_dim 128, K and V of a tile fill a 32 KiB L1 cache
-constexpr int kRows = 64;          // query rows (tokens x heads of a group) that a work item aims at
-constexpr int kMaxRows = 128;      // and the most it can have: the largest group of heads; kernels/cpu/__init__.py checks it
-constexpr int kSplit = 1024;       // tokens a work item covers where queries are few; fixed, so that a result depends on no other sequence
+constexpr int kTile = 32;  // tokens decoded at once; at head_dim 128, K and V of a tile fill a 32 KiB L1 cache
+constexpr int kRows = 64;  // query rows (tokens x heads of a group) that a work item aims at
+constexpr int kMaxRows =
+    128;  // and the most it can have: the largest group of heads; kernels/cpu/__init__.py checks it
+constexpr int kSplit =
+    1024;  // tokens a work item covers where queries are few; fixed, so that a result depends on no other sequence
 constexpr int kMaxSplitQueries = 8;  // more query tokens than this and the queries themselves give enough items
 
 // What attention over part of the keys leaves: softmax maximum and sum, and the weighted values, for each row.
@@ -408,7 +435,8 @@ struct Partial {
   float* values;  // [rows, head_dim]
 };
 
-// scores[r][t] = q[r] . k[t] for R rows and T tokens; each dot product has the same order of operations for any R and T.
+// scores[r][t] = q[r] . k[t] for R rows and T tokens; each dot product has the same order of operations for any R and
+// T.
 template <int R, int T>
 inline void dot_block(const float* q, const float* k, int head_dim, float* scores) {
   vec acc[R][T] = {};
@@ -429,7 +457,8 @@ template <int R>
 inline void weigh_block(const float* p, const float* v, int first, int last, int head_dim, float* values) {
   for (int d = 0; d < head_dim; d += 2 * W) {
     vec acc[R][2];
-    for (int r = 0; r < R; ++r) acc[r][0] = load(values + r * head_dim + d), acc[r][1] = load(values + r * head_dim + d + W);
+    for (int r = 0; r < R; ++r)
+      acc[r][0] = load(values + r * head_dim + d), acc[r][1] = load(values + r * head_dim + d + W);
     for (int t = first; t < last; ++t) {
       const vec v0 = load(v + t * head_dim + d), v1 = load(v + t * head_dim + d + W);
       for (int r = 0; r < R; ++r) {
@@ -438,28 +467,33 @@ inline void weigh_block(const float* p, const float* v, int first, int last, int
         acc[r][1] = fma(w, v1, acc[r][1]);
       }
     }
-    for (int r = 0; r < R; ++r) store(values + r * head_dim + d, acc[r][0]), store(values + r * head_dim + d + W, acc[r][1]);
+    for (int r = 0; r < R; ++r)
+      store(values + r * head_dim + d, acc[r][0]), store(values + r * head_dim + d + W, acc[r][1]);
   }
 }
 
-struct Rows {  // the query rows of a work item
-  const float* q;                // [count, head_dim], gain undone, rotated, times the softmax scale
-  float offset[kMaxRows];        // with a soft-cap alone: what centering took from each row's scores
+struct Rows {              // the query rows of a work item
+  const float* q;          // [count, head_dim], gain undone, rotated, times the softmax scale
+  float offset[kMaxRows];  // with a soft-cap alone: what centering took from each row's scores
   int count;
   int first[kMaxRows], last[kMaxRows];  // keys that each row sees: positions first to last - 1
 };
 
 // Online softmax over the tile of `count` tokens that starts at position `start`.
-void attend_tile(const Rows& rows, const float* k, const float* v, int start, int count, int head_dim, float softcap, Partial out) {
+void attend_tile(const Rows& rows, const float* k, const float* v, int start, int count, int head_dim, float softcap,
+                 Partial out) {
   alignas(32) float p[kMaxRows * kTile];
   const int padded = (count + 3) / 4 * 4;  // k has room for padding; its scores are hidden below
   int r = 0;
   for (; r + 4 <= rows.count; r += 4)
-    for (int t = 0; t < padded; t += 2) dot_block<4, 2>(rows.q + r * head_dim, k + t * head_dim, head_dim, p + r * kTile + t);
+    for (int t = 0; t < padded; t += 2)
+      dot_block<4, 2>(rows.q + r * head_dim, k + t * head_dim, head_dim, p + r * kTile + t);
   for (; r + 2 <= rows.count; r += 2)
-    for (int t = 0; t < padded; t += 4) dot_block<2, 4>(rows.q + r * head_dim, k + t * head_dim, head_dim, p + r * kTile + t);
+    for (int t = 0; t < padded; t += 4)
+      dot_block<2, 4>(rows.q + r * head_dim, k + t * head_dim, head_dim, p + r * kTile + t);
   for (; r < rows.count; ++r)
-    for (int t = 0; t < padded; t += 4) dot_block<1, 4>(rows.q + r * head_dim, k + t * head_dim, head_dim, p + r * kTile + t);
+    for (int t = 0; t < padded; t += 4)
+      dot_block<1, 4>(rows.q + r * head_dim, k + t * head_dim, head_dim, p + r * kTile + t);
 
   int first[kMaxRows], last[kMaxRows];
   bool all_see_all = true;
@@ -468,7 +502,8 @@ void attend_tile(const Rows& rows, const float* k, const float* v, int start, in
     last[r] = std::max(std::min(rows.last[r] - start, count), first[r]);
     all_see_all &= first[r] == 0 && last[r] == count;
   }
-  // Rows are weighed several at once, with weight 0 for what one of them does not see. That hides all values but NaN and infinity.
+  // Rows are weighed several at once, with weight 0 for what one of them does not see. That hides all values but NaN
+  // and infinity.
   const bool together = all_see_all || all_finite(v, count * head_dim);
   for (r = 0; r < rows.count; ++r) {
     float* row = p + r * kTile;
@@ -495,7 +530,8 @@ void attend_tile(const Rows& rows, const float* k, const float* v, int start, in
     out.max[r] = m;
     out.sum[r] = out.sum[r] * shrink + sum(total);
     if (shrink != 1)
-      for (int d = 0; d < head_dim; d += W) store(out.values + r * head_dim + d, load(out.values + r * head_dim + d) * splat(shrink));
+      for (int d = 0; d < head_dim; d += W)
+        store(out.values + r * head_dim + d, load(out.values + r * head_dim + d) * splat(shrink));
   }
   for (r = 0; r < rows.count;) {
     const float* row = p + r * kTile;
@@ -516,7 +552,8 @@ void attend_tile(const Rows& rows, const float* k, const float* v, int start, in
 
 }  // namespace
 
-// ---------------------------------------------------------------------------------------------------------------------- entry points
+// -------------------------------------------------------------------------------------------------
+// entry points
 
 extern "C" {
 
@@ -537,7 +574,8 @@ void append_token(const AppendArguments& a, int64_t token, Counts counts[2]) {
   const int64_t slot = a.slots[token];
   if (slot < 0 || slot >= cache.num_pages * cache.page_size) return;
   const int offset = int(slot % cache.page_size);
-  const int64_t row = int64_t(offset) * cache.row_bytes, meta = int64_t(cache.page_size) * cache.row_bytes + offset * cache.meta_bytes;
+  const int64_t row = int64_t(offset) * cache.row_bytes,
+                meta = int64_t(cache.page_size) * cache.row_bytes + offset * cache.meta_bytes;
   alignas(32) float y[kMaxHeadDim];
   for (int head = 0; head < cache.num_kv_heads; ++head) {
     uint8_t* span = cache.span(slot / cache.page_size, head);
@@ -560,7 +598,7 @@ void append_token(const AppendArguments& a, int64_t token, Counts counts[2]) {
 }  // namespace
 
 void sawkv_append(const AppendArguments* a) {
-#pragma omp parallel num_threads(a->num_threads) if (a->num_slots > 4)
+#pragma omp parallel num_threads(a->num_threads) if (a -> num_slots > 4)
   {
     Counts counts[2] = {};
 #pragma omp for schedule(static)
@@ -574,7 +612,7 @@ void sawkv_append(const AppendArguments* a) {
 
 struct AttentionArguments {
   Cache cache;
-  const void *q;
+  const void* q;
   void* out;
   int64_t q_token_stride, q_head_stride, out_token_stride, out_head_stride;  // bytes
   const int32_t* block_table;
@@ -605,7 +643,8 @@ float center_score(const AttentionArguments& a, int64_t token, int head, int kv_
   alignas(32) float q[kMaxHeadDim];
   read_floats(query_row(a, token, head), DType(a.dtype), head_dim, q);
   vec total = splat(0.f);
-  for (int d = 0; d < head_dim; d += W) total = fma(load(q + d), load(a.cache.k.center + kv_head * head_dim + d), total);
+  for (int d = 0; d < head_dim; d += W)
+    total = fma(load(q + d), load(a.cache.k.center + kv_head * head_dim + d), total);
   return sum(total) * a.softmax_scale;
 }
 
@@ -638,7 +677,8 @@ void attend_item(const AttentionArguments& a, const Item& item, int group, Decod
   std::fill_n(out.max, rows.count, -INFINITY);
   std::fill_n(out.sum, rows.count, 0.f);
   std::fill_n(out.values, rows.count * head_dim, 0.f);
-  int begin = *std::min_element(rows.first, rows.first + rows.count), end = *std::max_element(rows.last, rows.last + rows.count);
+  int begin = *std::min_element(rows.first, rows.first + rows.count),
+      end = *std::max_element(rows.last, rows.last + rows.count);
   if (item.num_splits > 1) {
     begin = std::max(begin, item.split * kSplit);
     end = std::min(end, (item.split + 1) * kSplit);
@@ -660,7 +700,8 @@ void finish_row(const AttentionArguments& a, const Item& item, int row, int grou
   float m = -INFINITY;
   for (int s = 0; s < item.num_splits; ++s) m = std::max(m, parts[s].max[row]);
   const float key_max = m;
-  // Scores under a soft-cap are whole already. Others lack the same number each, which only a sink and the log-sum-exp see.
+  // Scores under a soft-cap are whole already. Others lack the same number each, which only a sink and the log-sum-exp
+  // see.
   const float offset = a.softcap == 0 && (a.sinks || a.lse) ? center_score(a, token, head, item.head) : 0;
   const float sink = a.sinks ? a.sinks[head] - offset : -INFINITY;
   m = std::max(m, sink);
@@ -679,7 +720,8 @@ void finish_row(const AttentionArguments& a, const Item& item, int row, int grou
   if (cache.v.gain_inverse) multiply(values, head_dim, cache.v.gain_inverse, item.head);
   if (cache.v.center && !sees_nothing)
     for (int d = 0; d < head_dim; ++d) values[d] += cache.v.center[item.head * head_dim + d] * (total / with_sink);
-  write_floats(values, DType(a.dtype), head_dim, static_cast<char*>(a.out) + token * a.out_token_stride + head * a.out_head_stride);
+  write_floats(values, DType(a.dtype), head_dim,
+               static_cast<char*>(a.out) + token * a.out_token_stride + head * a.out_head_stride);
   if (a.lse) a.lse[token * a.num_q_heads + head] = with_sink == 0 ? -INFINITY : m + std::log(with_sink) + offset;
 }
 
@@ -706,7 +748,8 @@ void sawkv_attention(const AttentionArguments* args) {
   std::vector<float> values(num_rows * cache.head_dim + W);
   const DecodeTokens decode = decode_tokens_of(cache.codec);
   auto partial = [&](const Item& item) {
-    return Partial{stats.data() + 2 * item.partial, stats.data() + 2 * item.partial + item.num_queries * group, values.data() + item.partial * cache.head_dim};
+    return Partial{stats.data() + 2 * item.partial, stats.data() + 2 * item.partial + item.num_queries * group,
+                   values.data() + item.partial * cache.head_dim};
   };
   const int64_t num_items = int64_t(items.size());
 #pragma omp parallel num_threads(a.num_threads)

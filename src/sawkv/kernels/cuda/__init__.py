@@ -1,7 +1,7 @@
 """CUDA backend for Hopper and newer: INT4 pages at the speed of memory. docs/kernels.md describes the kernels.
 
-Source is compiled at run time by NVRTC and kept on disk (`runtime`), so that installing needs no compiler. What is not covered here (INT8
-and 16-bit formats, head_dim that is not a multiple of 32, older GPUs) is the Triton backend's.
+Source is compiled at run time by NVRTC and kept on disk (`runtime`), so that installing needs no compiler. What is not
+covered here (INT8 and 16-bit formats, head_dim that is not a multiple of 32, older GPUs) is the Triton backend's.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ def unsupported_reason(device: torch.device, layout: PageLayout) -> str | None:
     if layout.page_size not in GPU_PAGE_SIZES:
         return f"expected page_size {', '.join(map(str, GPU_PAGE_SIZES))}, got {layout.page_size}"
     properties = torch.cuda.get_device_properties(device)
-    if (properties.major, properties.minor) < MIN_CAPABILITY or getattr(properties, "shared_memory_per_block_optin", 0) < MIN_SHARED_BYTES:
+    if (properties.major, properties.minor) < MIN_CAPABILITY or getattr(
+        properties, "shared_memory_per_block_optin", 0
+    ) < MIN_SHARED_BYTES:
         return f"expected Hopper, or newer with as much shared memory, got {properties.name}"
     return runtime.missing_reason()
 
@@ -94,7 +96,9 @@ class Pages:
         """The kernel for rows of `dtype`, with what the cache knows of its parameters."""
         cache, layout = self._cache, self._cache.layout
         centers, gains, _, weights, steps = zip(*cache.constants, strict=True)
-        params = _AppendParams(pages=_pointer(cache.pages), page_stride=cache.pages.stride(0), num_slots=cache.num_slots)
+        params = _AppendParams(
+            pages=_pointer(cache.pages), page_stride=cache.pages.stride(0), num_slots=cache.num_slots
+        )
         params.counters = _pointer(cache.counters)
         params.k_center, params.v_center = map(_pointer, centers)
         params.k_gain, params.v_gain = map(_pointer, gains)
@@ -102,14 +106,18 @@ class Pages:
         params.k_step, params.v_step = map(_pointer, steps)
         does = {"GAIN": _are_there(gains), "FEEDBACK": _are_there(weights), "COUNT": cache.counters is not None}
         orders = layout.k_rotation_order, layout.v_rotation_order
-        self._appends[dtype] = _Variant.load("append", _page_defines(layout, dtype, *orders), does, self._device, params)
+        self._appends[dtype] = _Variant.load(
+            "append", _page_defines(layout, dtype, *orders), does, self._device, params
+        )
         return self._appends[dtype]
 
     def _prepare_gather(self, dtype: torch.dtype, rotated: bool) -> _Variant:
         """The kernel for outputs of `dtype`, with what the cache knows of its parameters."""
         cache, layout = self._cache, self._cache.layout
         centers, inverses = ((None, None),) * 2 if rotated else (tuple(x[i] for x in cache.constants) for i in (0, 2))
-        params = _GatherParams(pages=_pointer(cache.pages), page_stride=cache.pages.stride(0), num_kv_heads=layout.num_kv_heads)
+        params = _GatherParams(
+            pages=_pointer(cache.pages), page_stride=cache.pages.stride(0), num_kv_heads=layout.num_kv_heads
+        )
         params.k_center, params.v_center = map(_pointer, centers)
         params.k_gain_inverse, params.v_gain_inverse = map(_pointer, inverses)
         orders = (0, 0) if rotated else (layout.k_rotation_order, layout.v_rotation_order)
@@ -120,7 +128,8 @@ class Pages:
 
 
 class _Variant(NamedTuple):
-    """append or gather compiled for a layout and dtype, and the bytes of its parameters, where those of a call are zero yet.
+    """append or gather compiled for a layout and dtype, and the bytes of its parameters, where those of a call are zero
+    yet.
 
     A call sets its own in a copy, so that threads may share this.
     """
@@ -132,15 +141,29 @@ class _Variant(NamedTuple):
 
     @classmethod
     def load(
-        cls, operation: str, defines: dict[str, int | str], does: dict[str, bool], device: torch.device, params: ctypes.Structure
+        cls,
+        operation: str,
+        defines: dict[str, int | str],
+        does: dict[str, bool],
+        device: torch.device,
+        params: ctypes.Structure,
     ) -> _Variant:
-        kernel = runtime.load(f"{operation}.cu", f"sawkv_{operation}", defines | {name: int(value) for name, value in does.items()}, device)
-        return cls(kernel, bytes(params), kernel.read_constant("sawkv_threads"), kernel.read_constant("sawkv_tokens_per_block"))
+        kernel = runtime.load(
+            f"{operation}.cu",
+            f"sawkv_{operation}",
+            defines | {name: int(value) for name, value in does.items()},
+            device,
+        )
+        return cls(
+            kernel, bytes(params), kernel.read_constant("sawkv_threads"), kernel.read_constant("sawkv_tokens_per_block")
+        )
 
 
 @dataclass(frozen=True)
 class QueryShape:
-    """How query rows of one (sequence, KV head) are spread: groups that read the pages apart, blocks for different warps, tiles of 8."""
+    """How query rows of one (sequence, KV head) are spread: groups that read the pages apart, blocks for different
+    warps, tiles of 8.
+    """
 
     group: int
     rows: int
@@ -171,8 +194,12 @@ class Schedule(kernels.Schedule):
         self.kernel = runtime.load("schedule.cu", "sawkv_schedule", {"HEAD_DIM": layout.head_dim}, device)
         self.tile_tokens = self.kernel.read_constant("sawkv_tile_tokens")
         chunk_rows = 8 * self.queries.column_tiles * self.queries.row_blocks
-        max_split_chunks = self.num_blocks * MAX_CHUNKS_PER_BLOCK * 3 // 2  # units in two or more pieces, their number rounded: 4/3 at most
-        max_chunks = max_split_chunks + shape.max_num_seqs * self.units_per_seq + self.num_blocks  # and each block's claim beyond the last
+        max_split_chunks = (
+            self.num_blocks * MAX_CHUNKS_PER_BLOCK * 3 // 2
+        )  # units in two or more pieces, their number rounded: 4/3 at most
+        max_chunks = (
+            max_split_chunks + shape.max_num_seqs * self.units_per_seq + self.num_blocks
+        )  # and each block's claim beyond the last
 
         def words(*sizes: int) -> torch.Tensor:
             return torch.zeros(sizes, dtype=torch.int32, device=device)
@@ -212,7 +239,10 @@ class Attention:
             return
         assert isinstance(schedule, Schedule)
         if not _is_vectorizable(out):
-            raise LayoutError(f"out: expected rows aligned to 16 bytes, got strides {list(out.stride())} at address {out.data_ptr():#x}")
+            raise LayoutError(
+                f"out: expected rows aligned to 16 bytes, got strides {list(out.stride())} at address"
+                f" {out.data_ptr():#x}"
+            )
         q = _vectorizable(q)
         key = schedule, q.dtype, lse is not None
         variant = self._variants.get(key) or self._prepare(*key)
@@ -228,7 +258,9 @@ class Attention:
             params.lse = lse.data_ptr()
             params.lse_token_stride, params.lse_head_stride = lse.stride()
         stream = _stream(self._device)
-        variant.decode.launch((schedule.num_blocks, 1, 1), variant.threads, stream, params, variant.shared_bytes, dependent=True)
+        variant.decode.launch(
+            (schedule.num_blocks, 1, 1), variant.threads, stream, params, variant.shared_bytes, dependent=True
+        )
         merge_blocks = min(num_seqs * variant.merge_rows_per_seq, MERGE_BLOCKS_PER_SM * schedule.num_blocks)
         variant.merge.launch((merge_blocks, 1, 1), MERGE_THREADS, stream, params, dependent=True)
 
@@ -237,10 +269,14 @@ class Attention:
         layer, cache, layout, queries = self._layer, self._layer.cache, self._layer.cache.layout, schedule.queries
         centers, _, inverses, _, _ = zip(*cache.constants, strict=True)
         softcap = layer.logit_softcap
-        params = _DecodeParams(page_stride=cache.pages.stride(0), window=layer.sliding_window, softcap_log2=softcap * LOG2_E)
+        params = _DecodeParams(
+            page_stride=cache.pages.stride(0), window=layer.sliding_window, softcap_log2=softcap * LOG2_E
+        )
         params.scale_log2 = (2 * layer.softmax_scale / softcap if softcap else layer.softmax_scale) * LOG2_E
         params.pages, params.header, params.chunks = map(_pointer, (cache.pages, schedule.header, schedule.chunks))
-        params.splits, params.partials, params.partial_stats = map(_pointer, (schedule.splits, schedule.partials, schedule.partial_stats))
+        params.splits, params.partials, params.partial_stats = map(
+            _pointer, (schedule.splits, schedule.partials, schedule.partial_stats)
+        )
         params.k_center, params.v_center = map(_pointer, centers)
         params.k_gain_inverse, params.v_gain_inverse = map(_pointer, inverses)
         defines = _page_defines(layout, dtype, layout.k_rotation_order, layout.v_rotation_order) | {
@@ -254,7 +290,9 @@ class Attention:
             "OFFSET": int(layer.adds_offsets or (gives_lse and centers[0] is not None)),
             **DEBUG_DEFINES,
         }
-        decode, merge = (runtime.load("decode.cu", kernel, defines, self._device) for kernel in ("sawkv_decode", "sawkv_merge"))
+        decode, merge = (
+            runtime.load("decode.cu", kernel, defines, self._device) for kernel in ("sawkv_decode", "sawkv_merge")
+        )
         variant = _DecodeVariant(
             decode,
             merge,
@@ -263,13 +301,17 @@ class Attention:
             decode.read_constant("sawkv_shared_bytes"),
             schedule.units_per_seq * queries.rows * queries.row_blocks,
         )
-        kept = {key: known for key, known in self._variants.items() if key[0] is schedule}  # a schedule given up holds much memory
+        kept = {
+            key: known for key, known in self._variants.items() if key[0] is schedule
+        }  # a schedule given up holds much memory
         self._variants = kept | {(schedule, dtype, gives_lse): variant}
         return variant
 
 
 class _DecodeVariant(NamedTuple):
-    """decode and merge compiled for a layer and a schedule, and the bytes of their parameters, where those of a call are zero yet."""
+    """decode and merge compiled for a layer and a schedule, and the bytes of their parameters, where those of a call
+    are zero yet.
+    """
 
     decode: runtime.Kernel
     merge: runtime.Kernel
@@ -310,7 +352,9 @@ def _pointer(x: torch.Tensor | None) -> int | None:
 
 
 def _stream(device: torch.device) -> int:
-    return torch._C._cuda_getCurrentRawStream(device.index)  # what torch.cuda.current_stream wraps, at a fifth of its time
+    return torch._C._cuda_getCurrentRawStream(
+        device.index
+    )  # what torch.cuda.current_stream wraps, at a fifth of its time
 
 
 def _divide_up(a: int, b: int) -> int:
@@ -321,7 +365,9 @@ def _structure(struct_name: str, pointers: str, longs: str, floats: str, ints: s
     """Mirror of a parameter struct of the device code: its fields in order."""
     kinds = ((pointers, ctypes.c_void_p), (longs, ctypes.c_int64), (floats, ctypes.c_float), (ints, ctypes.c_int32))
     fields = [(field, kind) for names, kind in kinds for field in names.split()]
-    return type(struct_name, (ctypes.Structure,), {"_fields_": fields, "__slots__": ()})  # so that no other name can be set
+    return type(
+        struct_name, (ctypes.Structure,), {"_fields_": fields, "__slots__": ()}
+    )  # so that no other name can be set
 
 
 _AppendParams = _structure(
@@ -347,8 +393,10 @@ _ScheduleParams = _structure(
 )
 _DecodeParams = _structure(
     "DecodeParams",
-    "q pages block_table header chunks splits partials partial_stats k_center v_center k_gain_inverse v_gain_inverse sinks out lse",
-    "page_stride table_stride q_token_stride q_head_stride out_token_stride out_head_stride lse_token_stride lse_head_stride",
+    "q pages block_table header chunks splits partials partial_stats k_center v_center k_gain_inverse v_gain_inverse"
+    " sinks out lse",
+    "page_stride table_stride q_token_stride q_head_stride out_token_stride out_head_stride lse_token_stride"
+    " lse_head_stride",
     "scale_log2 softcap_log2",
     "window",
 )

@@ -1,40 +1,45 @@
-// append: center, multiply by gains, rotate, quantize, pack and write new tokens' K and V in one launch. A block takes the K or the V of TOKENS tokens and one head.
+// append: center, multiply by gains, rotate, quantize, pack and write new tokens' K and V in one launch. A block takes
+// the K or the V of TOKENS tokens and one head.
 //
-// Equal to the reference byte for byte: docs/format.md fixes the order of operations. None of them may be contracted to fma but the one
-// written so; the products with gains and norms are __fmul_rn, which the compiler leaves as they are.
+// Equal to the reference byte for byte: docs/format.md fixes the order of operations. None of them may be contracted to
+// fma but the one written so; the products with gains and norms are __fmul_rn, which the compiler leaves as they are.
 //
-// Macros: HEAD_DIM, PAGE_SIZE, K_ORDER, V_ORDER, ELEMENT (of k and v); 1 or 0: GAIN and FEEDBACK (of K or V, or both), COUNT (update the counters).
+// Macros: HEAD_DIM, PAGE_SIZE, K_ORDER, V_ORDER, ELEMENT (of k and v); 1 or 0: GAIN and FEEDBACK (of K or V, or both),
+// COUNT (update the counters).
 #include "pages.cuh"
 
 namespace sawkv {
 
-constexpr int THREADS = 128, LANES = 4, TOKENS = THREADS / LANES;  // lanes of a row: few, since they spend their time exchanging values
+constexpr int THREADS = 128, LANES = 4,
+              TOKENS = THREADS / LANES;  // lanes of a row: few, since they spend their time exchanging values
 constexpr float MAX_CODE = 15, ERROR_STEPS = 64, MAX_WEIGHT = 127;  // the last two: sawkv.format.feedback
 
 struct AppendParams {
   const i64* slot_mapping;
   u8* pages;
-  double* counters;  // [2][COUNTER_COLUMNS], or null without COUNT
-  const ELEMENT* x[2];  // of K and of V, as all pairs
-  const float* center[2];  // [num_kv_heads][D] or null
-  const float* gain[2];  // likewise
-  const u8* weights[2];  // of the feedback, signed: [num_kv_heads][D][D], or null without it
-  const float* step[2];  // [num_kv_heads]
+  double* counters;                     // [2][COUNTER_COLUMNS], or null without COUNT
+  const ELEMENT* x[2];                  // of K and of V, as all pairs
+  const float* center[2];               // [num_kv_heads][D] or null
+  const float* gain[2];                 // likewise
+  const u8* weights[2];                 // of the feedback, signed: [num_kv_heads][D][D], or null without it
+  const float* step[2];                 // [num_kv_heads]
   i64 token_stride[2], head_stride[2];  // in elements
-  i64 page_stride;  // bytes
+  i64 page_stride;                      // bytes
   i64 num_slots;
   int num_tokens;
 };
 
 constexpr float MAX_SCALE = 65504;
-constexpr float ROUNDER = 12582912;  // 1.5 * 2^23: adding it rounds to an integer, half to even, and leaves it in the low bits
+constexpr float ROUNDER =
+    12582912;  // 1.5 * 2^23: adding it rounds to an integer, half to even, and leaves it in the low bits
 
 // For the counters: of a lane's channels, squared, errors in codes and values.
 struct Sums {
   float error, norm;
 };
 
-// How a row becomes codes: with feedback the cells of the codes cover its range, without it the codes do. The constructor may change the row.
+// How a row becomes codes: with feedback the cells of the codes cover its range, without it the codes do. The
+// constructor may change the row.
 struct Quantizer {
   float inverse, zero_point;
   u32 meta;
@@ -50,24 +55,27 @@ struct Quantizer {
       high = ptx::max_or_nan(high, __shfl_xor_sync(ALL_LANES, high, d));
     }
     const bool is_finite = fabsf(low) < infinity() && fabsf(high) < infinity();
-    const float by_range = (high - low) * (has_feedback ? 1 / (MAX_CODE + 1) : 1 / MAX_CODE), by_offset = fmaxf(fabsf(low), fabsf(high)) * power_of_two(-10);
+    const float by_range = (high - low) * (has_feedback ? 1 / (MAX_CODE + 1) : 1 / MAX_CODE),
+                by_offset = fmaxf(fabsf(low), fabsf(high)) * power_of_two(-10);
     const float wanted = fmaxf(fmaxf(by_range, by_offset), power_of_two(-24)), bound = fminf(wanted, MAX_SCALE);
     u16 scale = ptx::float_to_half(bound);
     if (ptx::half_to_float(scale) < bound) scale++;  // the next fp16 up
     inverse = __frcp_rn(ptx::half_to_float(scale));
-    const u16 zero_bits = ptx::float_to_half(fminf(fmaxf(__fsub_rn(has_feedback ? -0.5f : 0, __fmul_rn(low, inverse)), -1024), 1024));
+    const u16 zero_bits =
+        ptx::float_to_half(fminf(fmaxf(__fsub_rn(has_feedback ? -0.5f : 0, __fmul_rn(low, inverse)), -1024), 1024));
     zero_point = ptx::half_to_float(zero_bits);
     meta = is_finite ? scale | (u32)zero_bits << 16 : 0x7e00u;
     is_bounded = is_finite && wanted <= MAX_SCALE;
     if (!is_bounded) {  // rare: codes beyond their range, or none. Let the row hold its codes already.
 #pragma unroll
-      for (int i = 0; i < y.PER_LANE; i++) y.x[i] = is_finite ? fminf(fmaxf(fmaf(y.x[i], inverse, zero_point), 0), MAX_CODE) : 0;
+      for (int i = 0; i < y.PER_LANE; i++)
+        y.x[i] = is_finite ? fminf(fmaxf(fmaf(y.x[i], inverse, zero_point), 0), MAX_CODE) : 0;
       inverse = 1;
       zero_point = 0;
     }
   }
-  // Two codes in the low byte. Without feedback fma(y, inverse, zero_point) lies between -0.26 and 15.26, so nothing has to be clamped. ROUNDER's other low bits
-  // are 0. (Conversions run at a quarter of the speed.)
+  // Two codes in the low byte. Without feedback fma(y, inverse, zero_point) lies between -0.26 and 15.26, so nothing
+  // has to be clamped. ROUNDER's other low bits are 0. (Conversions run at a quarter of the speed.)
   __device__ u32 codes(float even, float odd) const { return shifted(odd) * 16 + shifted(even); }
 
   __device__ Sums sums(const Row<D, LANES>& y) const {
@@ -82,10 +90,11 @@ struct Quantizer {
     return sums;
   }
 
-  // Let the row hold its codes already, the error of each block of channels passed on to the blocks after it: docs/format.md, step 5.
-  // The eight rows of a warp are rows of a product of 8-bit integers. Its 16 columns are four blocks, of each of which a lane holds a channel,
-  // and the errors of these are then the lane's part of an operand as they are: no value changes lanes. Errors of earlier columns come all at
-  // once, and those of the four blocks as they are made.
+  // Let the row hold its codes already, the error of each block of channels passed on to the blocks after it:
+  // docs/format.md, step 5. The eight rows of a warp are rows of a product of 8-bit integers. Its 16 columns are four
+  // blocks, of each of which a lane holds a channel, and the errors of these are then the lane's part of an operand as
+  // they are: no value changes lanes. Errors of earlier columns come all at once, and those of the four blocks as they
+  // are made.
   __device__ Sums feed_back(Row<D, LANES>& y, const u8* weights, float step) {
     static_assert(LANES == 4 && Row<D, LANES>::VECTOR == 8, "a lane holds a channel of each block");
     const int lane = lane_index(), column = lane / 4, quad = lane % 4;
@@ -93,7 +102,7 @@ struct Quantizer {
     Sums sums{};
 #pragma unroll
     for (int i = 0; i < y.PER_LANE; i++) sums.norm += y.x[i] * y.x[i];  // here, so that y takes no registers below
-    u32 errors[D / 32][2] = {};  // of eight blocks, four in a word
+    u32 errors[D / 32][2] = {};                                         // of eight blocks, four in a word
 #pragma unroll
     for (int four = 0; four < D / 16; four++) {  // blocks
       const int zero = __float_as_int(ROUNDER);  // an integer below 2^22, added to its bits, makes a float of it
@@ -106,8 +115,10 @@ struct Quantizer {
           const int channel = four / 2 * 32 + column / 2 * 8 + four % 2 * 4 + half * 2 + column % 2;
           const uint2 w = *(const uint2*)(weights + channel * D + k * 32 + quad * 8);
           if (k == four / 2) own_weights[half] = four % 2 ? w.y : w.x;
-          if (k < four / 2) ptx::mma_int8(taken[half], errors[k], w);
-          else if (four % 2) ptx::mma_int8(taken[half], errors[k][0], w.x);
+          if (k < four / 2)
+            ptx::mma_int8(taken[half], errors[k], w);
+          else if (four % 2)
+            ptx::mma_int8(taken[half], errors[k][0], w.x);
         }
 #pragma unroll
       for (int i = 0; i < 4; i++) {
@@ -117,7 +128,8 @@ struct Quantizer {
         const float code = fminf(fmaxf(moved, 0), MAX_CODE) + ROUNDER - ROUNDER;
         constexpr float MAX_ERROR = MAX_WEIGHT / ERROR_STEPS;  // in codes
         const float error = fmaf(fminf(fmaxf(moved - code, -MAX_ERROR), MAX_ERROR), ERROR_STEPS, ROUNDER);
-        const u32 passed = __byte_perm(__float_as_uint(error), 0, 0x4444 ^ 4 << 4 * i);  // its low byte to byte i, 0 to the others
+        const u32 passed =
+            __byte_perm(__float_as_uint(error), 0, 0x4444 ^ 4 << 4 * i);  // its low byte to byte i, 0 to the others
         errors[four / 2][four % 2] |= passed;
 #pragma unroll
         for (int half = (i + 1) / 2; half < 2; half++)
@@ -135,13 +147,23 @@ struct Quantizer {
   __device__ u32 shifted(float y) const { return __float_as_uint(fmaf(y, inverse, zero_point) + ROUNDER); }
 };
 
-enum { ROWS, NON_FINITE_ROWS, SATURATED_ROWS, SQUARED_ERROR, SQUARED_NORM, SAMPLED_ROWS, COUNTER_COLUMNS };  // sawkv.format.counters.COLUMNS
+enum {
+  ROWS,
+  NON_FINITE_ROWS,
+  SATURATED_ROWS,
+  SQUARED_ERROR,
+  SQUARED_NORM,
+  SAMPLED_ROWS,
+  COUNTER_COLUMNS
+};  // sawkv.format.counters.COLUMNS
 constexpr u32 SAMPLE = 1024;
 
 __device__ inline bool is_sampled(i64 slot) { return (u32)slot * 2654435761u < (1ull << 32) / SAMPLE; }
 
-// Counts a row that is about to be written. All threads of a block come here. Mirrors sawkv.format.counters and the reference.
-__device__ inline void count_row(const AppendParams& p, bool is_v, u32 meta, Sums sums, i64 slot, bool is_kept, bool is_first_lane) {
+// Counts a row that is about to be written. All threads of a block come here. Mirrors sawkv.format.counters and the
+// reference.
+__device__ inline void count_row(const AppendParams& p, bool is_v, u32 meta, Sums sums, i64 slot, bool is_kept,
+                                 bool is_first_lane) {
   double* counters = p.counters + (is_v ? COUNTER_COLUMNS : 0);
   if (blockIdx.y == 0) {  // every head keeps the same tokens
     const int kept = __syncthreads_count(is_kept && is_first_lane);
@@ -150,7 +172,8 @@ __device__ inline void count_row(const AppendParams& p, bool is_v, u32 meta, Sum
   if (!is_kept) return;
   const u32 scale_bits = meta & 0xffff;
   const bool is_finite = scale_bits != 0x7e00, is_saturated = scale_bits == 0x7bff;
-  if ((!is_finite || is_saturated) && is_first_lane) atomicAdd(&counters[is_finite ? SATURATED_ROWS : NON_FINITE_ROWS], 1.0);
+  if ((!is_finite || is_saturated) && is_first_lane)
+    atomicAdd(&counters[is_finite ? SATURATED_ROWS : NON_FINITE_ROWS], 1.0);
   if (!is_finite || is_saturated || !is_sampled(slot)) return;
   const double scale = ptx::half_to_float(scale_bits);
   atomicAdd(&counters[SQUARED_ERROR], sums.error * scale * scale);
@@ -163,7 +186,8 @@ template <int ORDER>
 __device__ inline void append_row(const AppendParams& p, bool is_v) {
   const int token = blockIdx.x * TOKENS + threadIdx.x / LANES, head = blockIdx.y;
   // Read whether it will be kept or not, so as to wait for the row and its slot once.
-  auto y = Row<D, LANES>::load(p.x[is_v] + min(token, p.num_tokens - 1) * p.token_stride[is_v] + head * p.head_stride[is_v]);
+  auto y =
+      Row<D, LANES>::load(p.x[is_v] + min(token, p.num_tokens - 1) * p.token_stride[is_v] + head * p.head_stride[is_v]);
   const i64 slot = token < p.num_tokens ? p.slot_mapping[token] : -1;
   const bool is_kept = slot >= 0 && slot < p.num_slots;  // all lanes go on: they exchange values
   if (p.center[is_v]) {
@@ -204,11 +228,15 @@ extern "C" {
 __device__ int sawkv_threads = THREADS;
 __device__ int sawkv_tokens_per_block = TOKENS;
 
-__global__ void __launch_bounds__(THREADS, (D <= 128 ? 8 : 4) >> FEEDBACK) sawkv_append(const __grid_constant__ AppendParams p) {
+__global__ void __launch_bounds__(THREADS, (D <= 128 ? 8 : 4) >> FEEDBACK)
+    sawkv_append(const __grid_constant__ AppendParams p) {
   ptx::wait_for_prerequisites();
   ptx::let_dependents_launch();  // decode gets ready meanwhile
   const bool is_v = blockIdx.z;
-  if (K_ORDER == V_ORDER || !is_v) append_row<K_ORDER>(p, is_v); else append_row<V_ORDER>(p, is_v);
+  if (K_ORDER == V_ORDER || !is_v)
+    append_row<K_ORDER>(p, is_v);
+  else
+    append_row<V_ORDER>(p, is_v);
 }
 
 }  // extern "C"

@@ -90,24 +90,32 @@ __device__ inline void load_4_matrices_transposed(u32 (&r)[4], u32 row_address) 
                : "memory");
 }
 __device__ inline void load_2_matrices_transposed(u32& a, u32& b, u32 row_address) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];" : "=r"(a), "=r"(b) : "r"(row_address) : "memory");
+  asm volatile("ldmatrix.sync.aligned.m8n8.x2.trans.shared.b16 {%0, %1}, [%2];"
+               : "=r"(a), "=r"(b)
+               : "r"(row_address)
+               : "memory");
 }
 // c[16 x 8] += a[16 x 16] b[16 x 8]
 __device__ inline void mma_half(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, const u32 (&b)[2]) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b[0]), "r"(b[1]));
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b[0]), "r"(b[1]));
 }
 __device__ inline void mma_bfloat(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, const u32 (&b)[2]) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-               : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
-               : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b[0]), "r"(b[1]));
+  asm volatile(
+      "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, "
+      "%3};"
+      : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b[0]), "r"(b[1]));
 }
 // c[16 x 8] += a[16 x 32] b[32 x 8] in 8-bit integers; a's lower eight rows are zero
 __device__ inline void mma_int8(int (&c)[4], const u32 (&a)[2], uint2 b) {
-  asm volatile("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %6, %5, %6}, {%7, %8}, {%0, %1, %2, %3};"
-               : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-               : "r"(a[0]), "r"(a[1]), "r"(0), "r"(b.x), "r"(b.y));
+  asm volatile(
+      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %6, %5, %6}, {%7, %8}, {%0, %1, %2, %3};"
+      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
+      : "r"(a[0]), "r"(a[1]), "r"(0), "r"(b.x), "r"(b.y));
 }
 // c[16 x 8] += a[16 x 16] b[16 x 8], likewise
 __device__ inline void mma_int8(int (&c)[4], u32 a, u32 b) {
@@ -120,14 +128,13 @@ __device__ inline void mma_int8(int (&c)[4], u32 a, u32 b) {
 __device__ inline void init_barrier(u64* barrier, u32 arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
-__device__ inline void publish_barriers() {
-  asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-}
+__device__ inline void publish_barriers() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ inline void arrive(u64* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 __device__ inline void arrive_expecting(u64* barrier, u32 bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes) : "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
 }
 // Whether the phase of this parity has ended. A fresh barrier is in phase 0, and phase -1 (parity 1) has ended.
 __device__ inline bool has_ended(u64* barrier, u32 parity) {
@@ -151,7 +158,9 @@ __device__ inline void wait(u64* barrier, u32 parity) {
       "again:\n"
       "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
       "@!done bra again;\n"
-      "}" ::"r"(shared_address(barrier)), "r"(parity) : "memory");
+      "}" ::"r"(shared_address(barrier)),
+      "r"(parity)
+      : "memory");
 }
 
 // Bulk copy, 16-byte aligned; its bytes count on `barrier`.
@@ -166,13 +175,15 @@ __device__ inline u64 evict_normal_policy() {
   return policy;
 }
 __device__ inline void copy_to_shared(void* to, const void* from, u32 bytes, u64* barrier, u64 policy) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::"r"(
-                   shared_address(to)),
-               "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
-               : "memory");
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, [%3], %4;" ::
+          "r"(shared_address(to)),
+      "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
+      : "memory");
 }
 
-// Programmatic dependent launch: the first does nothing unless the next kernel was launched with it, the second unless this one was.
+// Programmatic dependent launch: the first does nothing unless the next kernel was launched with it, the second unless
+// this one was.
 __device__ inline void let_dependents_launch() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 __device__ inline void wait_for_prerequisites() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
@@ -201,9 +212,9 @@ struct alignas(sizeof(Element) * N < 16 ? sizeof(Element) * N : 16) Vector {
   Element x[N];
 };
 
-// A row of D fp32 channels, spread over LANES neighbouring lanes so that every stride of a butterfly is either inside a lane or between
-// two lanes: lane l holds, for each block of LANES * VECTOR channels, channels l * VECTOR ... l * VECTOR + VECTOR - 1. Neighbouring lanes
-// load and store neighbouring vectors, of 16 bytes at 16 bits.
+// A row of D fp32 channels, spread over LANES neighbouring lanes so that every stride of a butterfly is either inside a
+// lane or between two lanes: lane l holds, for each block of LANES * VECTOR channels, channels l * VECTOR ... l *
+// VECTOR + VECTOR - 1. Neighbouring lanes load and store neighbouring vectors, of 16 bytes at 16 bits.
 template <int D, int LANES = WARP>
 struct Row {
   static_assert(D % LANES == 0 && is_power_of_two(LANES) && LANES <= WARP, "lanes hold equal parts of a row");
@@ -246,7 +257,8 @@ struct Row {
   }
   __device__ void scale(float factor) {
 #pragma unroll
-    for (int i = 0; i < PER_LANE; i++) x[i] = __fmul_rn(x[i], factor);  // never a part of an fma: docs/format.md fixes the rounding
+    for (int i = 0; i < PER_LANE; i++)
+      x[i] = __fmul_rn(x[i], factor);  // never a part of an fma: docs/format.md fixes the rounding
   }
   // Element by element; likewise
   __device__ void multiply(const Row& factors) {
@@ -257,7 +269,8 @@ struct Row {
   __device__ void add_pairs(int elements) {
     const Row in = *this;
 #pragma unroll
-    for (int i = 0; i < PER_LANE; i++) x[i] = i & elements ? in.x[i ^ elements] - in.x[i] : in.x[i] + in.x[i ^ elements];
+    for (int i = 0; i < PER_LANE; i++)
+      x[i] = i & elements ? in.x[i ^ elements] - in.x[i] : in.x[i] + in.x[i ^ elements];
   }
   // this = this * own + other * weight
   __device__ void blend(float own, const Row& other, float weight) {
@@ -299,7 +312,8 @@ __device__ inline void rotate(Row<D, LANES>& row) {
         const int lanes = stride / R::VECTOR;
         const float sign = R::lane() & lanes ? -1 : 1;  // a product with it is exact
 #pragma unroll
-        for (int i = 0; i < R::PER_LANE; i++) row.x[i] = fmaf(row.x[i], sign, __shfl_xor_sync(ALL_LANES, row.x[i], lanes));
+        for (int i = 0; i < R::PER_LANE; i++)
+          row.x[i] = fmaf(row.x[i], sign, __shfl_xor_sync(ALL_LANES, row.x[i], lanes));
       } else {
         row.add_pairs(stride < R::VECTOR ? stride : stride / LANES);
       }

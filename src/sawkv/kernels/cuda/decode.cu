@@ -1,37 +1,42 @@
 // Decode attention over INT4 pages for Hopper: one persistent block per SM. docs/kernels.md draws it.
 //
 //   scheduler warp   takes chunks from the plan; loads, rotates and normalizes their queries
-//   producer warp    brings tiles of pages into a ring in shared memory, one bulk copy for each page and KV head; two where pages are small
-//   8 consumer warps attend: tile i goes to consumer group i % GROUPS
-//   merge warps      2 or 1, add the groups' results of a finished chunk while the consumers go on with the next; the rows of a block's last chunk
+//   producer warp    brings tiles of pages into a ring in shared memory, one bulk copy for each page and KV head; two
+//   where pages are small 8 consumer warps attend: tile i goes to consumer group i % GROUPS merge warps      2 or 1,
+//   add the groups' results of a finished chunk while the consumers go on with the next; the rows of a block's last
+//   chunk
 //                    are shared by all warps that are not consumers, which have nothing else to do by then
 //
-// The codes are never converted. A nibble n, masked in place, *is* the 16-bit float n * 2^-24 (fp16) or n * 2^-133 (bf16), so it goes to the
-// tensor cores as it is; scale and zero point act on scores and on weights:
+// The codes are never converted. A nibble n, masked in place, *is* the 16-bit float n * 2^-24 (fp16) or n * 2^-133
+// (bf16), so it goes to the tensor cores as it is; scale and zero point act on scores and on weights:
 //   score = k_scale * (q . n - k_zero * sum(q));    out = sum(p * v_scale * n) - sum(p * v_scale * v_zero).
 // Odd nibbles stay in place as 16 n, and the 16 is divided out of q, or out of the output.
 //
-// Macros: HEAD_DIM, PAGE_SIZE, GROUP (query heads per KV head), ROWS (query rows of a row block, at most 8 * COLUMN_TILES), COLUMN_TILES (of 8
-// rows), ROW_BLOCKS (dealt to consumer warps), ROW_GROUPS (dealt to chunks), K_ORDER, V_ORDER, ELEMENT (of q and the output); 1 or 0:
-// GAIN (K or V, or both, have gains), SOFTCAP, OFFSET (K has centers, and a soft-cap, sinks or the log-sum-exp see what scores lack by them).
+// Macros: HEAD_DIM, PAGE_SIZE, GROUP (query heads per KV head), ROWS (query rows of a row block, at most 8 *
+// COLUMN_TILES), COLUMN_TILES (of 8 rows), ROW_BLOCKS (dealt to consumer warps), ROW_GROUPS (dealt to chunks), K_ORDER,
+// V_ORDER, ELEMENT (of q and the output); 1 or 0: GAIN (K or V, or both, have gains), SOFTCAP, OFFSET (K has centers,
+// and a soft-cap, sinks or the log-sum-exp see what scores lack by them).
 #include "pages.cuh"
 #include "plan.cuh"
 
 namespace sawkv {
 
-// ---------------------------------------------------------------------------------------------------------------- geometry
+// ----------------------------------------------------------------------------------------------------------------
+// geometry
 constexpr int TILE_BYTES = TILE * TOKEN_BYTES;
 static_assert(PAGE_SIZE % TILE == 0 || TILE % PAGE_SIZE == 0, "tiles are whole pages, or the reverse");
 
 // A tile is one or more spans of tokens, each laid out like a page: K codes, K meta, V codes, V meta.
 constexpr int SPAN = PAGE_SIZE < TILE ? PAGE_SIZE : TILE;
 constexpr int SPAN_BYTES = SPAN * TOKEN_BYTES, SPANS = TILE / SPAN;
-constexpr int K_META = SPAN * ROW_BYTES, V_CODES = SPAN * (ROW_BYTES + META_BYTES), V_META = SPAN * (2 * ROW_BYTES + META_BYTES);
+constexpr int K_META = SPAN * ROW_BYTES, V_CODES = SPAN * (ROW_BYTES + META_BYTES),
+              V_META = SPAN * (2 * ROW_BYTES + META_BYTES);
 
-constexpr int CONSUMERS = 8, HELPERS = 4;                  // helpers: all but the consumers, producers first
-constexpr int PRODUCERS = SPANS < 4 ? 1 : 2, SCHEDULER = PRODUCERS, FIRST_MERGER = SCHEDULER + 1, MERGERS = HELPERS - FIRST_MERGER;
-constexpr int GROUPS = CONSUMERS / ROW_BLOCKS;             // the warps of a group share a tile, each with its own query rows
-constexpr int BLOCK_ROWS = 8 * COLUMN_TILES;               // rows of a row block, with padding
+constexpr int CONSUMERS = 8, HELPERS = 4;  // helpers: all but the consumers, producers first
+constexpr int PRODUCERS = SPANS < 4 ? 1 : 2, SCHEDULER = PRODUCERS, FIRST_MERGER = SCHEDULER + 1,
+              MERGERS = HELPERS - FIRST_MERGER;
+constexpr int GROUPS = CONSUMERS / ROW_BLOCKS;  // the warps of a group share a tile, each with its own query rows
+constexpr int BLOCK_ROWS = 8 * COLUMN_TILES;    // rows of a row block, with padding
 constexpr int CHUNK_ROWS = ROW_BLOCKS * BLOCK_ROWS;
 constexpr int THREADS = (CONSUMERS + HELPERS) * WARP;
 static_assert(CONSUMERS % ROW_BLOCKS == 0 && ROWS <= BLOCK_ROWS, "row blocks are dealt evenly");
@@ -40,13 +45,15 @@ constexpr int SHARED_LIMIT = 227 << 10;
 constexpr int CHUNK_SLOTS = CHUNK_ROWS <= 16 ? 4 : 2;
 constexpr int RESULT_BYTES = CONSUMERS * ROWS * (D + 2) * 4;
 constexpr int RESULT_SLOTS = RESULT_BYTES <= 36 << 10 ? 2 : 1;
-constexpr int STAGES_THAT_FIT = (SHARED_LIMIT - 4096 - RESULT_SLOTS * RESULT_BYTES - CHUNK_SLOTS * CHUNK_ROWS * (2 * D + 8)) / TILE_BYTES;
-// A stage must always belong to the same group and producer: a warp that skipped a phase of its barrier would misread the parity.
+constexpr int STAGES_THAT_FIT =
+    (SHARED_LIMIT - 4096 - RESULT_SLOTS * RESULT_BYTES - CHUNK_SLOTS * CHUNK_ROWS * (2 * D + 8)) / TILE_BYTES;
+// A stage must always belong to the same group and producer: a warp that skipped a phase of its barrier would misread
+// the parity.
 constexpr int STAGES = STAGES_THAT_FIT >= 24 ? 24 : STAGES_THAT_FIT / CONSUMERS * CONSUMERS;
 static_assert(STAGES > 0, "no room for the ring");
 
-// A lane of each warp arrives at barriers for all of them, after __syncwarp. compute-sanitizer's racecheck follows only lanes that arrive
-// themselves; EVERY_LANE_ARRIVES is for it.
+// A lane of each warp arrives at barriers for all of them, after __syncwarp. compute-sanitizer's racecheck follows only
+// lanes that arrive themselves; EVERY_LANE_ARRIVES is for it.
 #ifdef EVERY_LANE_ARRIVES
 constexpr int WARP_ARRIVALS = WARP;
 #else
@@ -54,7 +61,7 @@ constexpr int WARP_ARRIVALS = 1;
 #endif
 __device__ inline bool arrives() { return lane_index() < WARP_ARRIVALS; }
 
-struct alignas(SOFTCAP && OFFSET ? 16 : 8) QueryStats {
+struct alignas(sizeof(float) * (SOFTCAP && OFFSET ? 4 : 2)) QueryStats {
   float sum, factor;  // of the row in units of codes; what a score is multiplied by
 #if SOFTCAP && OFFSET
   float offset;  // what a score lacks by K's center, in log2
@@ -63,7 +70,7 @@ struct alignas(SOFTCAP && OFFSET ? 16 : 8) QueryStats {
 
 struct Shared {
   u8 tiles[STAGES][TILE_BYTES];
-  u16 queries[CHUNK_SLOTS][CHUNK_ROWS * D];         // fp16, rotated and normalized, in the order of `fragment_index`
+  u16 queries[CHUNK_SLOTS][CHUNK_ROWS * D];  // fp16, rotated and normalized, in the order of `fragment_index`
   QueryStats query_stats[CHUNK_SLOTS][CHUNK_ROWS];
   float results[RESULT_SLOTS][CONSUMERS][ROWS][D];
   float2 result_stats[RESULT_SLOTS][CONSUMERS][ROWS];  // x: maximum of the scores in log2; y: sum of the weights
@@ -74,12 +81,14 @@ struct Shared {
   u64 last_results_full;  // those of the block's last chunk
 
   __device__ void init_barriers() {
-    for (int i = 0; i < STAGES; i++) ptx::init_barrier(&tile_full[i], 1), ptx::init_barrier(&tile_empty[i], ROW_BLOCKS * WARP_ARRIVALS);
+    for (int i = 0; i < STAGES; i++)
+      ptx::init_barrier(&tile_full[i], 1), ptx::init_barrier(&tile_empty[i], ROW_BLOCKS * WARP_ARRIVALS);
     for (int i = 0; i < CHUNK_SLOTS; i++)
       ptx::init_barrier(&chunk_full[i], WARP_ARRIVALS), ptx::init_barrier(&queries_full[i], WARP_ARRIVALS),
           ptx::init_barrier(&chunk_empty[i], MERGERS * WARP_ARRIVALS);
     for (int i = 0; i < RESULT_SLOTS; i++)
-      ptx::init_barrier(&results_full[i], CONSUMERS * WARP_ARRIVALS), ptx::init_barrier(&results_empty[i], MERGERS * WARP_ARRIVALS);
+      ptx::init_barrier(&results_full[i], CONSUMERS * WARP_ARRIVALS),
+          ptx::init_barrier(&results_empty[i], MERGERS * WARP_ARRIVALS);
     ptx::init_barrier(&last_results_full, WARP_ARRIVALS);
     ptx::publish_barriers();
   }
@@ -101,20 +110,20 @@ struct DecodeParams {
   PlanHeader* header;
   const Chunk* chunks;
   const SplitUnit* splits;
-  float* partials;         // [chunks of split units][CHUNK_ROWS][D], not yet divided by the sum of the weights
-  float2* partial_stats;   // [chunks of split units][CHUNK_ROWS]
-  const float* k_center;   // this and the next three: [KV heads][D] or null
+  float* partials;        // [chunks of split units][CHUNK_ROWS][D], not yet divided by the sum of the weights
+  float2* partial_stats;  // [chunks of split units][CHUNK_ROWS]
+  const float* k_center;  // this and the next three: [KV heads][D] or null
   const float* v_center;
   const float* k_gain_inverse;
   const float* v_gain_inverse;
-  const float* sinks;      // [query heads] or null
+  const float* sinks;  // [query heads] or null
   ELEMENT* out;
-  float* lse;              // or null
-  i64 page_stride;         // bytes; the other strides in elements
+  float* lse;       // or null
+  i64 page_stride;  // bytes; the other strides in elements
   i64 table_stride, q_token_stride, q_head_stride, out_token_stride, out_head_stride, lse_token_stride, lse_head_stride;
-  float scale_log2;        // softmax_scale * log2(e); with a soft-cap, of 2 score / logit_softcap
-  float softcap_log2;      // logit_softcap * log2(e)
-  int window;              // 0: none
+  float scale_log2;    // softmax_scale * log2(e); with a soft-cap, of 2 score / logit_softcap
+  float softcap_log2;  // logit_softcap * log2(e)
+  int window;          // 0: none
 };
 
 // The query row that a unit's row r is: token in the sequence's query, and query head.
@@ -136,8 +145,8 @@ __device__ inline float center_score(const DecodeParams& p, const Row<D>& q, con
   return sum_over_lanes(sum) * p.scale_log2;
 }
 
-// ---------------------------------------------------------------------------------------------------------------- results
-// Attention over some tokens: `sum` and `out` are relative to 2^maximum.
+// ----------------------------------------------------------------------------------------------------------------
+// results Attention over some tokens: `sum` and `out` are relative to 2^maximum.
 struct Result {
   Row<D> out;
   float maximum, sum;
@@ -163,12 +172,15 @@ struct Result {
   }
 
   __device__ void write(const DecodeParams& p, int query_start, QueryRow row) {
-    float total = sum, offset = 0;  // all scores lack the offset: a soft-cap has seen to it, a sink and the log-sum-exp have not
+    float total = sum,
+          offset = 0;  // all scores lack the offset: a soft-cap has seen to it, a sink and the log-sum-exp have not
     if constexpr (OFFSET && !SOFTCAP)
-      offset = center_score(p, Row<D>::load(p.q + (i64)(query_start + row.token) * p.q_token_stride + row.head * p.q_head_stride),
-                            Row<D>::load(p.k_center + row.head / GROUP * D));
+      offset = center_score(
+          p, Row<D>::load(p.q + (i64)(query_start + row.token) * p.q_token_stride + row.head * p.q_head_stride),
+          Row<D>::load(p.k_center + row.head / GROUP * D));
     if (p.sinks) {
-      const float sink = p.sinks[row.head] * LOG2_E - offset, new_maximum = fmaxf(maximum, sink), own = ptx::exp2(maximum - new_maximum);
+      const float sink = p.sinks[row.head] * LOG2_E - offset, new_maximum = fmaxf(maximum, sink),
+                  own = ptx::exp2(maximum - new_maximum);
       out.scale(own);
       sum *= own;
       total = sum + ptx::exp2(sink - new_maximum);
@@ -182,19 +194,22 @@ struct Result {
     const i64 token = query_start + row.token;
     out.store(p.out + token * p.out_token_stride + row.head * p.out_head_stride);
     if constexpr (OFFSET && !SOFTCAP) maximum += offset;
-    if (p.lse && lane_index() == 0) p.lse[token * p.lse_token_stride + row.head * p.lse_head_stride] = (maximum + ptx::log2(total)) * LN_2;
+    if (p.lse && lane_index() == 0)
+      p.lse[token * p.lse_token_stride + row.head * p.lse_head_stride] = (maximum + ptx::log2(total)) * LN_2;
   }
 };
 
-// ---------------------------------------------------------------------------------------------------------------- scheduler
-// Where channel c of row r stands among a chunk's queries. A consumer lane reads its B fragments of 8 rows and 32 channels as 16 bytes, next to
-// its neighbour's. In these the two nibbles of an A fragment's word are four channels apart, and even and odd nibbles alternate.
+// ----------------------------------------------------------------------------------------------------------------
+// scheduler Where channel c of row r stands among a chunk's queries. A consumer lane reads its B fragments of 8 rows
+// and 32 channels as 16 bytes, next to its neighbour's. In these the two nibbles of an A fragment's word are four
+// channels apart, and even and odd nibbles alternate.
 __device__ inline int fragment_index(int r, int c) {
   const int quad = c / (D / 4), word = c % (D / 4) / 8;
   return (((r / 8 * (D / 32) + word) * 8 + r % 8) * 4 + quad) * 8 + (c >> 1 & 1) * 4 + (c & 1) * 2 + (c >> 2 & 1);
 }
 
-__device__ void store_query(Shared& s, const DecodeParams& p, int slot, int r, Row<D> q, int kv_head, const Row<D>& gain_inverse) {
+__device__ void store_query(Shared& s, const DecodeParams& p, int slot, int r, Row<D> q, int kv_head,
+                            const Row<D>& gain_inverse) {
   QueryStats stats;
 #if SOFTCAP && OFFSET
   stats.offset = center_score(p, q, Row<D>::load(p.k_center + kv_head * D));
@@ -232,7 +247,8 @@ __device__ void prepare_queries(Shared& s, const DecodeParams& p, const Chunk& c
       const QueryRow row(chunk.unit, first + i);
       rows[i] = Row<D>::filled(0);
       if (!is_padding(first + i) && row.token < chunk.query_len)
-        rows[i] = Row<D>::load(p.q + (i64)(chunk.query_start + row.token) * p.q_token_stride + row.head * p.q_head_stride);
+        rows[i] =
+            Row<D>::load(p.q + (i64)(chunk.query_start + row.token) * p.q_token_stride + row.head * p.q_head_stride);
     }
 #pragma unroll
     for (int i = 0; i < AT_ONCE; i++) store_query(s, p, slot, first + i, rows[i], kv_head, gain_inverse);
@@ -252,7 +268,8 @@ __device__ int run_scheduler(Shared& s, const DecodeParams& p) {
     if (arrives()) {
       if (lane_index() == 0) s.chunks[slot] = chunk;
       ptx::arrive(&s.chunk_full[slot]);
-      // Each block's last claim finds nothing, so there are as many claims as chunks, and the counter wraps to 0 for the next launch.
+      // Each block's last claim finds nothing, so there are as many claims as chunks, and the counter wraps to 0 for
+      // the next launch.
       if (lane_index() == 0 && chunk.num_tiles) next = gridDim.x + atomicInc(&p.header->claimed, num_chunks - 1);
     }
     if (chunk.num_tiles) prepare_queries(s, p, chunk, slot);
@@ -263,11 +280,13 @@ __device__ int run_scheduler(Shared& s, const DecodeParams& p) {
   }
 }
 
-// ---------------------------------------------------------------------------------------------------------------- producers
-// Copies under way at once, in tiles of some 9 KB. The memory serves more of them in a worse order: without this bound, decode is 1 to 4% slower.
+// ----------------------------------------------------------------------------------------------------------------
+// producers Copies under way at once, in tiles of some 9 KB. The memory serves more of them in a worse order: without
+// this bound, decode is 1 to 4% slower.
 constexpr int MOST_UNDER_WAY = 8;
 static_assert(STAGES <= WARP, "a lane for each stage");
-static_assert(MOST_UNDER_WAY <= STAGES && MOST_UNDER_WAY % PRODUCERS == 0 && STAGES % PRODUCERS == 0, "each tile's earlier ones are its producer's");
+static_assert(MOST_UNDER_WAY <= STAGES && MOST_UNDER_WAY % PRODUCERS == 0 && STAGES % PRODUCERS == 0,
+              "each tile's earlier ones are its producer's");
 
 // Ids of the pages that a tile's spans lie in
 struct TilePages {
@@ -295,8 +314,8 @@ __device__ bool has_room(Shared& s, Turn<STAGES> stage) {
 }
 
 __device__ int run_producer(Shared& s, const DecodeParams& p, int producer) {
-  // Pages are read once a step. If they are few, let L2 forget them first and keep what others left there; if they are many, all is forgotten
-  // anyway, and ordinary replacement was measured 2% faster.
+  // Pages are read once a step. If they are few, let L2 forget them first and keep what others left there; if they are
+  // many, all is forgotten anyway, and ordinary replacement was measured 2% faster.
   constexpr i64 MANY_BYTES = 400ll << 20;
   const bool is_many = p.header->total_tiles > MANY_BYTES / TILE_BYTES;
   const u64 policy = is_many ? ptx::evict_normal_policy() : ptx::evict_first_policy();
@@ -309,7 +328,8 @@ __device__ int run_producer(Shared& s, const DecodeParams& p, int producer) {
     const u8* head = p.pages + (i64)(chunk.unit / ROW_GROUPS) * HEAD_BYTES;
     int first = (producer + PRODUCERS - tiles_before % PRODUCERS) % PRODUCERS;
     TilePages next_pages(p, chunk, first + lane_index() * PRODUCERS);
-    // Once around the ring, a lane for each tile: what a copy needs is worked out for all of them at once, before any stage is free.
+    // Once around the ring, a lane for each tile: what a copy needs is worked out for all of them at once, before any
+    // stage is free.
 #pragma unroll 1
     for (; first < chunk.num_tiles; first += STAGES) {
       const TilePages pages = next_pages;
@@ -328,7 +348,8 @@ __device__ int run_producer(Shared& s, const DecodeParams& p, int producer) {
       while (due) {
         wait_for_room(s, {tiles_before + first + (__ffs(due) - 1) * PRODUCERS});
         // In order: a tile must not fill a stage anew while an earlier one waits to see that stage full.
-        const u32 blocked = due & ~__ballot_sync(ALL_LANES, has_room(s, stage)), ready = due & ((blocked & -blocked) - 1);
+        const u32 blocked = due & ~__ballot_sync(ALL_LANES, has_room(s, stage)),
+                  ready = due & ((blocked & -blocked) - 1);
         if (ready >> lane_index() & 1) {
           ptx::arrive_expecting(full, spans * SPAN_BYTES);
           if constexpr (PAGE_SIZE == SPAN) {
@@ -338,8 +359,10 @@ __device__ int run_producer(Shared& s, const DecodeParams& p, int producer) {
           } else if (spans) {  // a part of a page: one copy for each of its planes
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-              const int plane = i / 2 * (ROW_BYTES + META_BYTES) + i % 2 * ROW_BYTES, bytes = i % 2 ? META_BYTES : ROW_BYTES;
-              ptx::copy_to_shared(to + SPAN * plane, from[0] + PAGE_SIZE * plane + token % PAGE_SIZE * bytes, SPAN * bytes, full, policy);
+              const int plane = i / 2 * (ROW_BYTES + META_BYTES) + i % 2 * ROW_BYTES,
+                        bytes = i % 2 ? META_BYTES : ROW_BYTES;
+              ptx::copy_to_shared(to + SPAN * plane, from[0] + PAGE_SIZE * plane + token % PAGE_SIZE * bytes,
+                                  SPAN * bytes, full, policy);
             }
           }
         }
@@ -350,19 +373,20 @@ __device__ int run_producer(Shared& s, const DecodeParams& p, int producer) {
   }
 }
 
-// ---------------------------------------------------------------------------------------------------------------- consumers
-// Fragment layouts of mma.m16n8k16 give lane l the row l / 4 of A and the columns 2 (l % 4) and + 1 of the result. Scores are S^T = K Q^T
-// (tokens by queries), the output is O^T = V^T P^T (channels by queries).
+// ----------------------------------------------------------------------------------------------------------------
+// consumers Fragment layouts of mma.m16n8k16 give lane l the row l / 4 of A and the columns 2 (l % 4) and + 1 of the
+// result. Scores are S^T = K Q^T (tokens by queries), the output is O^T = V^T P^T (channels by queries).
 
-constexpr int V_SHIFT = 60;  // weights are stored in bf16 times 2^60: far from both ends of the range for every fp16 scale
+constexpr int V_SHIFT =
+    60;  // weights are stored in bf16 times 2^60: far from both ends of the range for every fp16 scale
 
 struct Consumer {
-  static constexpr int WORDS = D / 32;         // of K codes that a lane holds of one token
+  static constexpr int WORDS = D / 32;              // of K codes that a lane holds of one token
   static constexpr int PART = TILE / COLUMN_TILES;  // tokens attended at once: as many as registers hold scores for
   static constexpr int BLOCKS = PART / 16;
 
   float maximum[COLUMN_TILES][2], sum[COLUMN_TILES][2];
-  float zero[COLUMN_TILES][2];                 // sum of weight * v_scale * v_zero
+  float zero[COLUMN_TILES][2];  // sum of weight * v_scale * v_zero
   float out[COLUMN_TILES][D / 16][4];
 
   __device__ void start() {
@@ -382,16 +406,19 @@ struct Consumer {
   static __device__ const u8* span_of(const u8* tile, int token) { return tile + token / SPAN * SPAN_BYTES; }
 
   // `queries`: this lane's part of those of the warp's rows
-  static __device__ void multiply_keys(const u8* tile, int part, const uint4* queries, float (&scores)[COLUMN_TILES][BLOCKS][4]) {
+  static __device__ void multiply_keys(const u8* tile, int part, const uint4* queries,
+                                       float (&scores)[COLUMN_TILES][BLOCKS][4]) {
     constexpr int LOAD = largest_power_of_two_in(WORDS) < 4 ? largest_power_of_two_in(WORDS) : 4;
     u32 upper[BLOCKS][WORDS], lower[BLOCKS][WORDS];  // tokens l / 4 and l / 4 + 8
 #pragma unroll
     for (int b = 0; b < BLOCKS; b++) {
       const int token = part + 16 * b;
-      const u8* row = span_of(tile, token) + (token % SPAN + lane_index() / 4) * ROW_BYTES + lane_index() % 4 * (ROW_BYTES / 4);
+      const u8* row =
+          span_of(tile, token) + (token % SPAN + lane_index() / 4) * ROW_BYTES + lane_index() % 4 * (ROW_BYTES / 4);
 #pragma unroll
       for (int w = 0; w < WORDS; w += LOAD) {
-        const auto u = *(const Vector<u32, LOAD>*)(row + 4 * w), l = *(const Vector<u32, LOAD>*)(row + 8 * ROW_BYTES + 4 * w);
+        const auto u = *(const Vector<u32, LOAD>*)(row + 4 * w),
+                   l = *(const Vector<u32, LOAD>*)(row + 8 * ROW_BYTES + 4 * w);
 #pragma unroll
         for (int e = 0; e < LOAD; e++) upper[b][w + e] = u.x[e], lower[b][w + e] = l.x[e];
       }
@@ -421,8 +448,8 @@ struct Consumer {
   }
 
   // `stats`: those of the lane's first query column
-  static __device__ void scale_scores(
-      const u8* tile, int part, const QueryStats* stats, float softcap_log2, float (&scores)[COLUMN_TILES][BLOCKS][4]) {
+  static __device__ void scale_scores(const u8* tile, int part, const QueryStats* stats, float softcap_log2,
+                                      float (&scores)[COLUMN_TILES][BLOCKS][4]) {
     QueryStats query[COLUMN_TILES][2];
 #pragma unroll
     for (int t = 0; t < COLUMN_TILES; t++)
@@ -445,7 +472,8 @@ struct Consumer {
 #if OFFSET
             score += query[t][e].offset;
 #endif
-            score = softcap_log2 * (1 - 2 / (1 + ptx::exp2(score)));  // cap * tanh(x / cap): the score is 2 x / cap in log2
+            score =
+                softcap_log2 * (1 - 2 / (1 + ptx::exp2(score)));  // cap * tanh(x / cap): the score is 2 x / cap in log2
 #endif
           }
       }
@@ -453,7 +481,8 @@ struct Consumer {
   }
 
   // Scores of tokens that a query does not see, or that are not there, to minus infinity.
-  __device__ void mask_scores(const Chunk& chunk, int window, int first_row, int first_token, float (&scores)[COLUMN_TILES][BLOCKS][4]) const {
+  __device__ void mask_scores(const Chunk& chunk, int window, int first_row, int first_token,
+                              float (&scores)[COLUMN_TILES][BLOCKS][4]) const {
 #pragma unroll
     for (int t = 0; t < COLUMN_TILES; t++)
 #pragma unroll
@@ -481,7 +510,8 @@ struct Consumer {
       for (int e = 0; e < 2; e++) {
         largest[t][e] = maximum[t][e];
 #pragma unroll
-        for (int b = 0; b < BLOCKS; b++) largest[t][e] = fmaxf(largest[t][e], fmaxf(scores[t][b][e], scores[t][b][2 + e]));
+        for (int b = 0; b < BLOCKS; b++)
+          largest[t][e] = fmaxf(largest[t][e], fmaxf(scores[t][b][e], scores[t][b][2 + e]));
         grows |= largest[t][e] > maximum[t][e] + 4;
       }
     if (!__any_sync(ALL_LANES, grows)) return;
@@ -490,7 +520,8 @@ struct Consumer {
 #pragma unroll
       for (int e = 0; e < 2; e++) {
 #pragma unroll
-        for (int d = 4; d < WARP; d *= 2) largest[t][e] = fmaxf(largest[t][e], __shfl_xor_sync(ALL_LANES, largest[t][e], d));
+        for (int d = 4; d < WARP; d *= 2)
+          largest[t][e] = fmaxf(largest[t][e], __shfl_xor_sync(ALL_LANES, largest[t][e], d));
         const float factor = ptx::exp2(maximum[t][e] - largest[t][e]);
         maximum[t][e] = largest[t][e];
         sum[t][e] *= factor;
@@ -501,7 +532,8 @@ struct Consumer {
   }
 
   // `is_masked`: some weights are 0 because their token is not to be seen; its scale and zero point may be NaN.
-  __device__ void multiply_values(const u8* tile, int part, bool is_masked, const float (&scores)[COLUMN_TILES][BLOCKS][4]) {
+  __device__ void multiply_values(const u8* tile, int part, bool is_masked,
+                                  const float (&scores)[COLUMN_TILES][BLOCKS][4]) {
     const int lane = lane_index();
     const int swizzle = lane % 8 * ODD_SEGMENTS * SWIZZLE_PERIOD / 8 % SWIZZLE_PERIOD;
 #pragma unroll
@@ -512,7 +544,8 @@ struct Consumer {
       u32 weights[COLUMN_TILES][2];
 #pragma unroll
       for (int h = 0; h < 2; h++) {
-        const float scale = ptx::low_half_to_float(meta[8 * h]) * power_of_two(V_SHIFT), zero_point = ptx::high_half_to_float(meta[8 * h]);
+        const float scale = ptx::low_half_to_float(meta[8 * h]) * power_of_two(V_SHIFT),
+                    zero_point = ptx::high_half_to_float(meta[8 * h]);
 #pragma unroll
         for (int t = 0; t < COLUMN_TILES; t++) {
           float scaled[2];
@@ -546,7 +579,8 @@ struct Consumer {
             const u32 a0 = nibbles(x, x_high, 2 * k), a1 = nibbles(x, x_high, 2 * k + 1);
             const u32 a2 = nibbles(y, y_high, 2 * k), a3 = nibbles(y, y_high, 2 * k + 1);
 #pragma unroll
-            for (int t = 0; t < COLUMN_TILES; t++) ptx::mma_bfloat(out[t][2 * (segment + i) + k], a0, a1, a2, a3, weights[t]);
+            for (int t = 0; t < COLUMN_TILES; t++)
+              ptx::mma_bfloat(out[t][2 * (segment + i) + k], a0, a1, a2, a3, weights[t]);
           }
         }
       }
@@ -554,13 +588,14 @@ struct Consumer {
   }
 
   // Attend the tokens of `tile` from `part` on. `first_token` is the position of the tile's first.
-  __device__ void attend(
-      const u8* tile, int part, const Shared& s, int slot, const Chunk& chunk, const DecodeParams& p, int first_row, int first_token) {
+  __device__ void attend(const u8* tile, int part, const Shared& s, int slot, const Chunk& chunk, const DecodeParams& p,
+                         int first_row, int first_token) {
     float scores[COLUMN_TILES][BLOCKS][4];
     multiply_keys(tile, part, (const uint4*)&s.queries[slot][first_row * D] + lane_index(), scores);
     scale_scores(tile, part, &s.query_stats[slot][first_row + 2 * (lane_index() % 4)], p.softcap_log2, scores);
     const int begin = first_token + part;
-    const bool is_masked = begin + PART > chunk.length - chunk.query_len + 1 || (p.window && begin < chunk.length - p.window);
+    const bool is_masked =
+        begin + PART > chunk.length - chunk.query_len + 1 || (p.window && begin < chunk.length - p.window);
     if (is_masked) mask_scores(chunk, p.window, first_row, begin, scores);
     raise_maximum(scores);
     multiply_values(tile, part, is_masked, scores);
@@ -581,7 +616,8 @@ struct Consumer {
         }
         const int row = 8 * t + 2 * (lane % 4) + e;
         if (row >= ROWS) continue;
-        const float even = power_of_two(CODE_EXPONENT), odd = power_of_two(CODE_EXPONENT - 4), offset = zero[t][e] * power_of_two(-V_SHIFT);
+        const float even = power_of_two(CODE_EXPONENT), odd = power_of_two(CODE_EXPONENT - 4),
+                    offset = zero[t][e] * power_of_two(-V_SHIFT);
         auto* channels = (Vector<float, 4>*)s.results[slot][warp][row];
 #pragma unroll
         for (int i = 0; i < SEGMENTS; i++)  // 32 channels, four of them this lane's
@@ -607,7 +643,8 @@ __device__ void run_consumer(Shared& s, const DecodeParams& p, int warp) {
       ptx::wait(&s.tile_full[stage.slot()], stage.phase());
 #pragma unroll 1
       for (int part = 0; part < TILE; part += Consumer::PART)
-        consumer.attend(s.tiles[stage.slot()], part, s, turn.slot(), chunk, p, first_row, (chunk.first_tile + tile) * TILE);
+        consumer.attend(s.tiles[stage.slot()], part, s, turn.slot(), chunk, p, first_row,
+                        (chunk.first_tile + tile) * TILE);
       __syncwarp();
       if (arrives()) ptx::arrive(&s.tile_empty[stage.slot()]);
     }
@@ -620,8 +657,8 @@ __device__ void run_consumer(Shared& s, const DecodeParams& p, int warp) {
   }
 }
 
-// ---------------------------------------------------------------------------------------------------------------- merge
-// Add the groups' results of rows first, first + step, ... of the n-th chunk. They are there.
+// ----------------------------------------------------------------------------------------------------------------
+// merge Add the groups' results of rows first, first + step, ... of the n-th chunk. They are there.
 __device__ void merge_rows(const Shared& s, const DecodeParams& p, int n, int first, int step) {
   const Chunk chunk = s.chunks[Turn<CHUNK_SLOTS>{n}.slot()];
   const int slot = Turn<RESULT_SLOTS>{n}.slot();
@@ -655,7 +692,8 @@ __device__ bool is_end(Shared& s, int n) {
   return s.chunks[turn.slot()].num_tiles == 0;
 }
 
-// Where all helpers end. Merge warps share the rows of every chunk from the first on; the others come for the last one, n, which all share.
+// Where all helpers end. Merge warps share the rows of every chunk from the first on; the others come for the last one,
+// n, which all share.
 __device__ void run_merger(Shared& s, const DecodeParams& p, int helper, int n) {
   for (;; n++) {
     const bool is_last = helper < FIRST_MERGER || is_end(s, n + 1);
@@ -690,7 +728,7 @@ __global__ void __launch_bounds__(THREADS, 1) sawkv_decode(const __grid_constant
   Shared& s = *(Shared*)dynamic;
   if (threadIdx.x == 0) s.init_barriers();
   if constexpr (ROWS < BLOCK_ROWS) {  // rows of padding stay zero
-#pragma unroll 1  // code is read from memory too, and nothing runs beside this
+#pragma unroll 1                      // code is read from memory too, and nothing runs beside this
     for (int i = threadIdx.x; i < (int)sizeof(s.queries) / 16; i += THREADS) ((uint4*)s.queries)[i] = {0, 0, 0, 0};
 #pragma unroll 1
     for (int i = threadIdx.x; i < (int)sizeof(s.query_stats) / 8; i += THREADS) ((float2*)s.query_stats)[i] = {0, 0};
@@ -705,23 +743,28 @@ __global__ void __launch_bounds__(THREADS, 1) sawkv_decode(const __grid_constant
   }
   const int helper = warp - CONSUMERS;
   int chunk = 0;
-  if (helper < PRODUCERS) chunk = run_producer(s, p, helper) - 1;
-  else if (helper == SCHEDULER) chunk = run_scheduler(s, p) - 1;
-  else if (is_end(s, 0)) return;
+  if (helper < PRODUCERS)
+    chunk = run_producer(s, p, helper) - 1;
+  else if (helper == SCHEDULER)
+    chunk = run_scheduler(s, p) - 1;
+  else if (is_end(s, 0))
+    return;
   if (chunk >= 0) run_merger(s, p, helper, chunk);
 }
 
-// Add the chunks of each split unit. A warp takes a row where there are few chunks; all warps of a block share one where there are many.
+// Add the chunks of each split unit. A warp takes a row where there are few chunks; all warps of a block share one
+// where there are many.
 constexpr int MERGE_WARPS = 8;
 
-__global__ void __launch_bounds__(MERGE_WARPS * WARP) sawkv_merge(const __grid_constant__ DecodeParams p) {
+__global__ void __launch_bounds__(MERGE_WARPS* WARP) sawkv_merge(const __grid_constant__ DecodeParams p) {
   constexpr int MANY = 8, AT_ONCE = 4, ROWS_PER_UNIT = ROW_BLOCKS * ROWS;
   __shared__ float shared_outs[MERGE_WARPS][D];
   __shared__ float2 shared_stats[MERGE_WARPS];
   const PlanHeader header = *p.header;  // the decode kernel started after the plan was there
   const bool share = header.num_split_chunks > MANY * header.num_split_units;
   const int num_rows = header.num_split_units * ROWS_PER_UNIT, warp = warp_index();
-  const int first = share ? blockIdx.x : blockIdx.x * MERGE_WARPS + warp, step = share ? gridDim.x : gridDim.x * MERGE_WARPS;
+  const int first = share ? blockIdx.x : blockIdx.x * MERGE_WARPS + warp,
+            step = share ? gridDim.x : gridDim.x * MERGE_WARPS;
   SplitUnit split{};
   if (first < num_rows) split = p.splits[first / ROWS_PER_UNIT];
   ptx::wait_for_prerequisites();

@@ -1,18 +1,18 @@
-// gather: decode the pages of many sequences into contiguous 16- or 32-bit rows. A block decodes one KV head for TOKENS output tokens, a warp
-// K or V of TILE of them.
+// gather: decode the pages of many sequences into contiguous 16- or 32-bit rows. A block decodes one KV head for TOKENS
+// output tokens, a warp K or V of TILE of them.
 //
-// Codes are small integers, and so is their Hadamard transform: exact in fp32, whatever the order of the sums. Tensor cores make four of its
-// stages, out of masked nibbles as in decode; the others are sums inside a lane. Scale and zero point act at the end: the transform of a constant is
-// ORDER times it in a block's first channel, and 0 in the others.
+// Codes are small integers, and so is their Hadamard transform: exact in fp32, whatever the order of the sums. Tensor
+// cores make four of its stages, out of masked nibbles as in decode; the others are sums inside a lane. Scale and zero
+// point act at the end: the transform of a constant is ORDER times it in a block's first channel, and 0 in the others.
 //
-// Macros: HEAD_DIM, PAGE_SIZE, K_ORDER and V_ORDER (0: rows stay rotated), ELEMENT (of the output), GAIN (1: K or V, or both, have gains to be
-// divided by).
+// Macros: HEAD_DIM, PAGE_SIZE, K_ORDER and V_ORDER (0: rows stay rotated), ELEMENT (of the output), GAIN (1: K or V, or
+// both, have gains to be divided by).
 #include "pages.cuh"
 
 namespace sawkv {
 
 constexpr int THREADS = 128, LANES = 4, TILE = 16, TOKENS = THREADS / WARP / 2 * TILE;  // LANES: of a row
-constexpr int LANE_ROWS = 2;                                                           // rows that a lane has a part of, 8 tokens apart
+constexpr int LANE_ROWS = 2;  // rows that a lane has a part of, 8 tokens apart
 
 struct GatherParams {
   u8* pages;
@@ -74,10 +74,11 @@ __device__ inline void store_restored(Row<D, LANES>& row, const float* gain_inve
   }
 }
 
-// Of a channel's bits, tensor cores transform 0 (odd nibbles), 2 (half of a word) and 3 and 4 (lane), and lanes themselves 1 and those from 5 on.
+// Of a channel's bits, tensor cores transform 0 (odd nibbles), 2 (half of a word) and 3 and 4 (lane), and lanes
+// themselves 1 and those from 5 on.
 template <int ORDER>
-__device__ inline void decode_rows(
-    const Source (&sources)[LANE_ROWS], bool is_v, const float* gain_inverse, const float* center, ELEMENT* const (&to)[LANE_ROWS]) {
+__device__ inline void decode_rows(const Source (&sources)[LANE_ROWS], bool is_v, const float* gain_inverse,
+                                   const float* center, ELEMENT* const (&to)[LANE_ROWS]) {
   using R = Row<D, LANES>;
   static_assert(R::VECTOR == 8, "a lane's vector is a word of codes");
   constexpr int BLOCK = ORDER ? ORDER : 1;
@@ -142,12 +143,16 @@ __device__ int sawkv_tokens_per_block = TOKENS;
 
 __global__ void __launch_bounds__(THREADS, D <= 128 ? 4 : 2) sawkv_gather(const __grid_constant__ GatherParams p) {
   ptx::wait_for_prerequisites();
-  const int head = blockIdx.x % p.num_kv_heads, first = blockIdx.x / p.num_kv_heads * TOKENS;  // heads are neighbours in memory
+  const int head = blockIdx.x % p.num_kv_heads,
+            first = blockIdx.x / p.num_kv_heads * TOKENS;  // heads are neighbours in memory
   if (first >= p.cu_seq_lens[p.num_seqs]) return;
   int seq = 0;  // the last sequence that starts at or before `first`
   for (int high = p.num_seqs - 1; seq < high;) {
     const int middle = (seq + high + 1) / 2;
-    if (p.cu_seq_lens[middle] <= first) seq = middle; else high = middle - 1;
+    if (p.cu_seq_lens[middle] <= first)
+      seq = middle;
+    else
+      high = middle - 1;
   }
   const bool is_v = warp_index() >= TOKENS / TILE;
   const int token = first + warp_index() % (TOKENS / TILE) * TILE + lane_index() / LANES;
@@ -157,8 +162,10 @@ __global__ void __launch_bounds__(THREADS, D <= 128 ? 4 : 2) sawkv_gather(const 
   const float *center = p.center[is_v], *gain_inverse = p.gain_inverse[is_v];
   if (center) center += head * D;
   if (gain_inverse) gain_inverse += head * D;
-  if (K_ORDER == V_ORDER || !is_v) decode_rows<K_ORDER>(sources, is_v, gain_inverse, center, to);
-  else decode_rows<V_ORDER>(sources, is_v, gain_inverse, center, to);
+  if (K_ORDER == V_ORDER || !is_v)
+    decode_rows<K_ORDER>(sources, is_v, gain_inverse, center, to);
+  else
+    decode_rows<V_ORDER>(sources, is_v, gain_inverse, center, to);
 }
 
 }  // extern "C"

@@ -8,15 +8,19 @@ namespace sawkv {
 
 constexpr int D = HEAD_DIM;
 constexpr int ROW_BYTES = D / 2, META_BYTES = 4, SEGMENT_BYTES = 16;
-constexpr int TOKEN_BYTES = 2 * (ROW_BYTES + META_BYTES), HEAD_BYTES = PAGE_SIZE * TOKEN_BYTES;  // of one (page, KV head)
+constexpr int TOKEN_BYTES = 2 * (ROW_BYTES + META_BYTES),
+              HEAD_BYTES = PAGE_SIZE * TOKEN_BYTES;  // of one (page, KV head)
 constexpr int V_PLANE = HEAD_BYTES / 2;
 constexpr int SEGMENTS = ROW_BYTES / SEGMENT_BYTES;  // of V rows; see PageLayout.swizzle_factors
 constexpr int ODD_SEGMENTS = SEGMENTS / largest_power_of_two_in(SEGMENTS);
 constexpr int SWIZZLE_PERIOD = largest_power_of_two_in(SEGMENTS) < 8 ? largest_power_of_two_in(SEGMENTS) : 8;
 static_assert(D % 32 == 0, "rows are whole segments");
 
-// The nibbles s and s + 4 of a word of codes as two 16-bit floats, odd nibbles 16 times as large; `high` is the word shifted right by 8.
-__device__ inline u32 nibbles(u32 word, u32 high, int s) { return (s < 2 ? word : high) & (s % 2 ? 0x00f000f0u : 0x000f000fu); }
+// The nibbles s and s + 4 of a word of codes as two 16-bit floats, odd nibbles 16 times as large; `high` is the word
+// shifted right by 8.
+__device__ inline u32 nibbles(u32 word, u32 high, int s) {
+  return (s < 2 ? word : high) & (s % 2 ? 0x00f000f0u : 0x000f000fu);
+}
 
 // One row's codes and meta.
 struct StoredRow {

@@ -8,14 +8,14 @@ namespace sawkv {
 
 constexpr int TILE = HEAD_DIM <= 64 ? 128 : HEAD_DIM <= 128 ? 64 : 32;  // tokens
 
-// A unit is one (sequence, KV head, row group): all tiles that one set of query rows needs. Long units are cut into chunks, which blocks take
-// one after the other. Those of units that were cut come first: they are long.
+// A unit is one (sequence, KV head, row group): all tiles that one set of query rows needs. Long units are cut into
+// chunks, which blocks take one after the other. Those of units that were cut come first: they are long.
 struct alignas(16) Chunk {
   int sequence, unit;          // unit in the sequence: kv_head * row groups + row group
   int first_tile, num_tiles;   // 0 tiles: there are no more chunks
   int length;                  // tokens in the cache, query tokens included
   int query_start, query_len;  // rows of q
-  int partial;                 // index of its result among the partial ones; -1: the chunk is its whole unit, its result is the output
+  int partial;  // index of its result among the partial ones; -1: the chunk is its whole unit, its result is the output
 };
 
 // A unit that was cut, for the merge kernel.
@@ -27,8 +27,8 @@ struct alignas(16) SplitUnit {
 
 struct alignas(16) PlanHeader {
   int num_chunks, num_split_chunks, num_split_units;
-  u32 claimed;        // chunks that blocks have taken; wraps to 0 at the end of each decode launch
-  int total_tiles;    // of all units
+  u32 claimed;      // chunks that blocks have taken; wraps to 0 at the end of each decode launch
+  int total_tiles;  // of all units
   int padding[3];
 };
 

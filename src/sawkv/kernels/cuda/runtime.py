@@ -1,13 +1,17 @@
-"""Compile CUDA C++ at run time and launch it: NVRTC and the driver through `cuda.bindings`, which a CUDA build of PyTorch brings along.
+"""Compile CUDA C++ at run time and launch it: NVRTC and the driver through `cuda.bindings`, which a CUDA build of
+PyTorch brings along.
 
 A kernel is a source file of this package, a set of macros that choose its variant, and a name:
 
     kernel = load("decode.cu", "sawkv_decode", {"HEAD_DIM": 128, "PAGE_SIZE": 16}, device)
-    kernel.launch((132, 1, 1), threads=384, stream=torch.cuda.current_stream().cuda_stream, params=structure, shared_bytes=200_000)
+    kernel.launch((132, 1, 1), threads=384, stream=torch.cuda.current_stream().cuda_stream, params=structure,
+    shared_bytes=200_000)
 
-Its parameters are one `ctypes.Structure`, passed by value: `extern "C" __global__ void name(const __grid_constant__ Params p)`.
+Its parameters are one `ctypes.Structure`, passed by value: `extern "C" __global__ void name(const __grid_constant__
+Params p)`.
 
-Compiled images are kept in `$XDG_CACHE_HOME/sawkv/cuda` (or `~/.cache/sawkv/cuda`), in a folder that only this user can enter.
+Compiled images are kept in `$XDG_CACHE_HOME/sawkv/cuda` (or `~/.cache/sawkv/cuda`), in a folder that only this user can
+enter.
 """
 
 from __future__ import annotations
@@ -51,7 +55,9 @@ class Image:
     log: str
 
 
-def compile_image(source_file: str, defines: Mapping[str, int | str], arch: str, options: tuple[str, ...] = ()) -> Image:
+def compile_image(
+    source_file: str, defines: Mapping[str, int | str], arch: str, options: tuple[str, ...] = ()
+) -> Image:
     """Compile without the cache and without a GPU.
 
     Args:
@@ -76,7 +82,9 @@ def compile_image(source_file: str, defines: Mapping[str, int | str], arch: str,
         [name.encode() for name in headers],
     )
     try:
-        arguments = [option.encode() for option in (*_OPTIONS, *options, f"--gpu-architecture={arch}", *_as_options(defines))]
+        arguments = [
+            option.encode() for option in (*_OPTIONS, *options, f"--gpu-architecture={arch}", *_as_options(defines))
+        ]
         (status,) = nvrtc.nvrtcCompileProgram(program, len(arguments), arguments)
         log_buffer = b" " * _call(nvrtc.nvrtcGetProgramLogSize, program)
         _call(nvrtc.nvrtcGetProgramLog, program, log_buffer)
@@ -133,16 +141,18 @@ class Kernel:
             stream: a CUDA stream's handle.
             params: copied before this returns.
             shared_bytes: dynamic shared memory of a block.
-            dependent: the kernel may start before the one ahead of it in the stream has ended (programmatic dependent launch);
-                it must execute `griddepcontrol.wait` before it touches what that kernel reads or writes, and before it lets the next
-                one start early, which may then rely on all that came before this kernel.
+            dependent: the kernel may start before the one ahead of it in the stream has ended (programmatic dependent
+                launch); it must execute `griddepcontrol.wait` before it touches what that kernel reads or writes, and
+                before it lets the next one start early, which may then rely on all that came before this kernel.
         """
         if shared_bytes > self._allowed_shared_bytes:
             self._allow_shared_bytes(shared_bytes)
         config = _LaunchConfig(*grid, threads, 1, 1, shared_bytes, stream, _DEPENDENT_ADDRESS, dependent)
         status = self._launch(ctypes.byref(config), self._handle, _Arguments(ctypes.addressof(params)), None)
         if status:
-            raise CudaError(f"launch of {self.name}, {grid} blocks of {threads} threads, {shared_bytes} bytes: CUDA error {status}")
+            raise CudaError(
+                f"launch of {self.name}, {grid} blocks of {threads} threads, {shared_bytes} bytes: CUDA error {status}"
+            )
 
     def read_constant(self, name: str) -> int:
         """The int32 that the image holds in the global variable `name`. The first call for a name synchronizes."""
@@ -164,7 +174,8 @@ class Kernel:
 
 
 def load(source_file: str, name: str, defines: Mapping[str, int | str], device: torch.device) -> Kernel:
-    """The kernel called `name`, compiled for `device` (with an index) and loaded on it; a later call returns the same one.
+    """The kernel called `name`, compiled for `device` (with an index) and loaded on it; a later call returns the same
+    one.
 
     Raises:
         UnsupportedError: NVRTC or the driver's bindings are missing.
@@ -183,7 +194,8 @@ def _load_module(source_file: str, defines: tuple[tuple[str, int | str], ...], d
     major, minor = torch.cuda.get_device_capability(device_index)
     image = image_for(source_file, dict(defines), f"sm_{major}{minor}")
     with torch.cuda.device(device_index):
-        torch.cuda.current_stream().synchronize()  # makes torch's context current before the driver is asked for anything
+        # makes torch's context current before the driver is asked for anything
+        torch.cuda.current_stream().synchronize()
         return _call(_driver().cuModuleLoadData, image)
 
 
@@ -204,7 +216,9 @@ def _nvrtc() -> Any:
 
         nvrtc.nvrtcVersion()  # finds the library
     except (ImportError, RuntimeError) as error:  # cuda-pathfinder's error is a RuntimeError
-        raise UnsupportedError(f"NVRTC is not installed (packages cuda-bindings and nvidia-cuda-nvrtc): {error}") from error
+        raise UnsupportedError(
+            f"NVRTC is not installed (packages cuda-bindings and nvidia-cuda-nvrtc): {error}"
+        ) from error
     return nvrtc
 
 
@@ -226,7 +240,12 @@ def _libcuda() -> ctypes.CDLL:
 class _LaunchAttribute(ctypes.Structure):
     """CUlaunchAttribute: 64 bytes of value after an id and padding."""
 
-    _fields_ = (("id", ctypes.c_int), ("padding", ctypes.c_char * 4), ("value", ctypes.c_int), ("rest", ctypes.c_char * 60))
+    _fields_ = (
+        ("id", ctypes.c_int),
+        ("padding", ctypes.c_char * 4),
+        ("value", ctypes.c_int),
+        ("rest", ctypes.c_char * 60),
+    )
 
 
 class _LaunchConfig(ctypes.Structure):

@@ -1,5 +1,6 @@
-// The schedule of one engine step: cut every (sequence, KV head) into chunks of tiles that blocks will take dynamically. One block, once a step
-// and not once a layer: it depends on lengths only. Nothing of it is known on the host, so that one CUDA graph serves every batch.
+// The schedule of one engine step: cut every (sequence, KV head) into chunks of tiles that blocks will take
+// dynamically. One block, once a step and not once a layer: it depends on lengths only. Nothing of it is known on the
+// host, so that one CUDA graph serves every batch.
 //
 // Macros: HEAD_DIM.
 #include "plan.cuh"
@@ -15,11 +16,11 @@ struct ScheduleParams {
   Chunk* chunks;
   SplitUnit* splits;
   int num_seqs;
-  int units_per_seq;       // KV heads * row groups
-  int tile_tokens;         // TILE; as a constant it costs registers
-  int tiles_per_chunk;     // where blocks get few chunks
-  int window;              // 0: none
-  int num_blocks;          // of the decode kernel
+  int units_per_seq;    // KV heads * row groups
+  int tile_tokens;      // TILE; as a constant it costs registers
+  int tiles_per_chunk;  // where blocks get few chunks
+  int window;           // 0: none
+  int num_blocks;       // of the decode kernel
   int max_chunks_per_block;
 };
 
@@ -67,7 +68,10 @@ __device__ int last_at_most(const int* values, int n, int x) {
   int low = 0, high = n;
   while (low < high) {
     const int middle = (low + high + 1) / 2;
-    if (values[middle] <= x) low = middle; else high = middle - 1;
+    if (values[middle] <= x)
+      low = middle;
+    else
+      high = middle - 1;
   }
   return low;
 }
@@ -83,7 +87,7 @@ __device__ int sawkv_tile_tokens = TILE;
 __global__ void __launch_bounds__(THREADS) sawkv_schedule(const __grid_constant__ ScheduleParams p) {
   extern __shared__ int dynamic[];
   const int n = p.num_seqs;
-  int* tiles = dynamic;           // before each sequence; then, pieces that each of its units is cut into
+  int* tiles = dynamic;  // before each sequence; then, pieces that each of its units is cut into
   int* split_chunks = tiles + n + 1;
   int* whole_chunks = split_chunks + n + 1;
   int* split_units = whole_chunks + n + 1;
@@ -93,8 +97,10 @@ __global__ void __launch_bounds__(THREADS) sawkv_schedule(const __grid_constant_
   prefix_sums(tiles, n);
   const i64 total_tiles = tiles[n];
   const int tiles_per_block = (int)(total_tiles / p.num_blocks);
-  // Few and long where there is little, or merging costs too much; many where there is more, or blocks do not end together.
-  const int chunks_per_block = tiles_per_block < 4 * p.tiles_per_chunk ? max(1, tiles_per_block / p.tiles_per_chunk) : p.max_chunks_per_block;
+  // Few and long where there is little, or merging costs too much; many where there is more, or blocks do not end
+  // together.
+  const int chunks_per_block =
+      tiles_per_block < 4 * p.tiles_per_chunk ? max(1, tiles_per_block / p.tiles_per_chunk) : p.max_chunks_per_block;
   const int min_tiles = p.tiles_per_chunk / 6;  // one or more for each consumer warp
   const i64 chunks_wanted = (i64)p.num_blocks * chunks_per_block;
   // Rounding up gives evener chunks, but where a block gets one or two, a chunk too many is a round too many.
@@ -103,7 +109,8 @@ __global__ void __launch_bounds__(THREADS) sawkv_schedule(const __grid_constant_
 
   for (int i = threadIdx.x; i < n; i += THREADS) {
     const int count = TileRange(p, i).count;
-    const int pieces = total_tiles ? max(1, min((int)((count * chunks_wanted + rounding) / total_tiles), count / min_tiles)) : 1;
+    const int pieces =
+        total_tiles ? max(1, min((int)((count * chunks_wanted + rounding) / total_tiles), count / min_tiles)) : 1;
     tiles[i] = pieces;
     split_chunks[i] = pieces > 1 ? pieces * p.units_per_seq : 0;
     whole_chunks[i] = pieces == 1 && count > 0 ? p.units_per_seq : 0;
@@ -125,12 +132,20 @@ __global__ void __launch_bounds__(THREADS) sawkv_schedule(const __grid_constant_
     const TileRange range(p, seq);
     const int begin = (int)((i64)piece * range.count / pieces), end = (int)((i64)(piece + 1) * range.count / pieces);
     const int query_start = p.query_start_loc[seq];
-    p.chunks[c] = {seq, unit, range.first + begin, end - begin, p.seq_lens[seq], query_start, p.query_start_loc[seq + 1] - query_start, is_whole ? -1 : c};
+    p.chunks[c] = {seq,
+                   unit,
+                   range.first + begin,
+                   end - begin,
+                   p.seq_lens[seq],
+                   query_start,
+                   p.query_start_loc[seq + 1] - query_start,
+                   is_whole ? -1 : c};
   }
   for (int u = threadIdx.x; u < split_units[n]; u += THREADS) {
     const int seq = last_at_most(split_units, n - 1, u), unit = u - split_units[seq], pieces = tiles[seq];
     const int query_start = p.query_start_loc[seq];
-    p.splits[u] = {unit, query_start, p.query_start_loc[seq + 1] - query_start, split_chunks[seq] + unit * pieces, pieces, {0, 0, 0}};
+    p.splits[u] = {unit,   query_start, p.query_start_loc[seq + 1] - query_start, split_chunks[seq] + unit * pieces,
+                   pieces, {0, 0, 0}};
   }
 }
 

@@ -1,6 +1,7 @@
 """Triton backend for NVIDIA GPUs from Ampere on: INT4, INT8 and 16-bit pages of any head_dim from 64 to 256.
 
-What the CUDA backend covers is faster there; this one is for all else, and is what CI runs, in Triton's interpreter (TRITON_INTERPRET=1).
+What the CUDA backend covers is faster there; this one is for all else, and is what CI runs, in Triton's interpreter
+(TRITON_INTERPRET=1).
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ ROTATE_TOKENS = 8
 COPY_TOKENS = 16
 """Tokens of a program that only decodes, with four warps."""
 FEEDBACK_TOKENS = 16
-"""Tokens of a program that passes errors on, with four warps: rows of a tensor core's tile, and few enough registers."""
+"""Tokens of a program that passes errors on, with four warps: rows of a tensor core's tile, and few enough registers.
+"""
 PREPARE_ROWS = 4
 SCHEDULE_BLOCK = 128
 MIN_TILES_PER_CHUNK = 4
@@ -75,7 +77,9 @@ class Pages:
         if not num_tokens:
             return
         of_k, of_v = cache.constants
-        tokens, num_warps = (FEEDBACK_TOKENS, 4) if of_k.weights is not None or of_v.weights is not None else (ROTATE_TOKENS, 1)
+        tokens, num_warps = (
+            (FEEDBACK_TOKENS, 4) if of_k.weights is not None or of_v.weights is not None else (ROTATE_TOKENS, 1)
+        )
         append_kernel[(_divide_up(num_tokens, tokens), layout.num_kv_heads, 2)](
             k,
             v,
@@ -98,7 +102,12 @@ class Pages:
 
     def gather(self, prefixes: Prefixes, k_out: torch.Tensor, v_out: torch.Tensor, rotated: bool) -> None:
         """See `sawkv.ops.gather`."""
-        cache, layout, num_seqs, max_tokens = self._cache, self._cache.layout, prefixes.seq_lens.shape[0], k_out.shape[0]
+        cache, layout, num_seqs, max_tokens = (
+            self._cache,
+            self._cache.layout,
+            prefixes.seq_lens.shape[0],
+            k_out.shape[0],
+        )
         if not num_seqs or not max_tokens:
             return
         tokens, num_warps = (COPY_TOKENS, 4) if rotated else (ROTATE_TOKENS, 1)
@@ -129,7 +138,12 @@ class Schedule(kernels.Schedule):
 
     def __init__(self, shape: ScheduleShape) -> None:
         super().__init__(shape)
-        layout, device, max_num_seqs, max_query_len = shape.layout, shape.device, shape.max_num_seqs, shape.max_query_len
+        layout, device, max_num_seqs, max_query_len = (
+            shape.layout,
+            shape.device,
+            shape.max_num_seqs,
+            shape.max_query_len,
+        )
         self.group = shape.num_q_heads // layout.num_kv_heads
         self.width = triton.next_power_of_2(layout.head_dim)
         total_rows = self.group * max_query_len
@@ -137,7 +151,9 @@ class Schedule(kernels.Schedule):
         self.rows = min(total_rows, self.block_rows)
         self.row_groups = _divide_up(total_rows, self.block_rows)
         self.units = layout.num_kv_heads * self.row_groups
-        self.tile = 64 if layout.format.codec == "int4" and self.width <= 128 else 32  # tokens, as many as registers hold
+        self.tile = (
+            64 if layout.format.codec == "int4" and self.width <= 128 else 32
+        )  # tokens, as many as registers hold
         num_sms = 1 if INTERPRETED.value else torch.cuda.get_device_properties(device).multi_processor_count
         self.target_chunks = _divide_up(CHUNKS_PER_SM * num_sms, self.units)
         max_chunks = self.max_chunks(max_num_seqs)
@@ -149,7 +165,10 @@ class Schedule(kernels.Schedule):
         max_query_rows = max_num_seqs * max_query_len * shape.num_q_heads
         query_dtype = torch.bfloat16 if layout.format.codec == "bf16" else torch.float16
         self.queries = torch.empty(max_query_rows, self.width, dtype=query_dtype, device=device)
-        self.query_stats, self.query_offsets = torch.empty(max_query_rows, 2, device=device), torch.empty(max_query_rows, device=device)
+        self.query_stats, self.query_offsets = (
+            torch.empty(max_query_rows, 2, device=device),
+            torch.empty(max_query_rows, device=device),
+        )
         self.partials = torch.empty(max_chunks, self.units, self.rows, self.width, device=device)
         self.partial_stats = torch.empty(max_chunks, self.units, self.rows, 2, device=device)
 
@@ -181,7 +200,9 @@ class Schedule(kernels.Schedule):
 
 
 class Attention:
-    """See `sawkv.ops.Attention`. Where pages are of 16 bits, a NaN in V reaches all queries of its sequence in the call."""
+    """See `sawkv.ops.Attention`. Where pages are of 16 bits, a NaN in V reaches all queries of its sequence in the
+    call.
+    """
 
     def __init__(self, layer: Layer) -> None:
         self._layer = layer

@@ -1,4 +1,6 @@
-"""append: center, multiply by gains, rotate, quantize, pack and write. A program takes TOKENS tokens of one head, of K or of V."""
+"""append: center, multiply by gains, rotate, quantize, pack and write. A program takes TOKENS tokens of one head, of K
+or of V.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ def append_kernel(
     SWIZZLE_PERIOD: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """Grid [token blocks, num_kv_heads, 2]. `page_stride_16` counts 16 bytes, other strides elements; STORED is the type of 16-bit rows."""
+    """Grid [token blocks, num_kv_heads, 2]. `page_stride_16` counts 16 bytes, other strides elements; STORED is the
+    type of 16-bit rows.
+    """
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     slot = tl.load(slot_mapping + token, mask=token < num_tokens, other=-1)
     is_kept = (slot >= 0) & (slot < num_slots)
@@ -143,7 +147,9 @@ def _append_rows(
             decoded = widen(stored)
             is_finite = tl.max(tl.where(tl.abs(decoded) < float("inf"), 0, 1), 1) == 0
             error = decoded - y
-            _count(counters, tl.sum(error * error, 1), tl.sum(y * y, 1), is_kept, is_counted, is_finite, is_finite & False)
+            _count(
+                counters, tl.sum(error * error, 1), tl.sum(y * y, 1), is_kept, is_counted, is_finite, is_finite & False
+            )
     else:
         MAX_CODE: tl.constexpr = (1 << BITS) - 1
         if weights is None:
@@ -155,7 +161,9 @@ def _append_rows(
         shifted = tl.fma(y, tl.broadcast_to(inverse[:, None], y.shape), tl.broadcast_to(zero_point[:, None], y.shape))
         moved = shifted
         if weights is not None:
-            moved = _with_feedback(shifted, weights + head * (HEAD_DIM * HEAD_DIM), tl.load(step + head), HEAD_DIM, MAX_CODE)
+            moved = _with_feedback(
+                shifted, weights + head * (HEAD_DIM * HEAD_DIM), tl.load(step + head), HEAD_DIM, MAX_CODE
+            )
             moved = tl.where(is_saturated[:, None], shifted, moved)
         codes = _round_clamped(moved, 0.0, MAX_CODE * 1.0)
         codes = tl.where(is_finite[:, None], codes, 0)
@@ -181,10 +189,11 @@ def _round_clamped(x, low, high):
 
 @triton.jit
 def _with_feedback(t, weights, step, HEAD_DIM: tl.constexpr, MAX_CODE: tl.constexpr):
-    """Codes before rounding, [R, WIDTH] fp32, moved by the errors of the blocks of channels before their own: docs/format.md, step 5.
+    """Codes before rounding, [R, WIDTH] fp32, moved by the errors of the blocks of channels before their own:
+    docs/format.md, step 5.
 
-    A block's sums are complete when it is coded, and stay as they are: it has no weights of itself or of later blocks. Errors go block by
-    block to what is left of their span of 32 channels, and then all at once to the spans after it.
+    A block's sums are complete when it is coded, and stay as they are: it has no weights of itself or of later blocks.
+    Errors go block by block to what is left of their span of 32 channels, and then all at once to the spans after it.
     """
     R: tl.constexpr = t.shape[0]
     WIDTH: tl.constexpr = t.shape[1]
@@ -195,7 +204,9 @@ def _with_feedback(t, weights, step, HEAD_DIM: tl.constexpr, MAX_CODE: tl.conste
     for span in range((HEAD_DIM + 31) // 32):
         is_span = (tl.arange(0, SPANS) == span)[None, :, None]
         channel = span * 32 + source[:, None]
-        passed = tl.load(weights + target * HEAD_DIM + channel, mask=(target < HEAD_DIM) & (channel < HEAD_DIM), other=0)
+        passed = tl.load(
+            weights + target * HEAD_DIM + channel, mask=(target < HEAD_DIM) & (channel < HEAD_DIM), other=0
+        )
         is_here = (channel < HEAD_DIM) & (span * 32 + source[None, :] < HEAD_DIM)
         passed_here = tl.load(weights + (span * 32 + source[None, :]) * HEAD_DIM + channel, mask=is_here, other=0)
         t_here = tl.sum(tl.where(is_span, tl.reshape(t, (R, SPANS, 32)), 0.0), 1)
@@ -207,7 +218,9 @@ def _with_feedback(t, weights, step, HEAD_DIM: tl.constexpr, MAX_CODE: tl.conste
             error = tl.where((source % 8 == block)[None, :], _round_clamped((moved - code) * 64.0, -127.0, 127.0), 0)
             errors += error
             if block < 7:
-                sums_here = tl.dot(error.to(tl.int8), passed_here, sums_here, out_dtype=tl.int32)  # which Triton 3.6 does not infer
+                sums_here = tl.dot(
+                    error.to(tl.int8), passed_here, sums_here, out_dtype=tl.int32
+                )  # which Triton 3.6 does not infer
         sums = tl.dot(errors.to(tl.int8), passed, sums, out_dtype=tl.int32)
     return tl.fma(sums.to(tl.float32), tl.broadcast_to(step, t.shape), t)
 
@@ -216,7 +229,8 @@ def _with_feedback(t, weights, step, HEAD_DIM: tl.constexpr, MAX_CODE: tl.conste
 def _quantizer(y, is_channel, INTERVALS: tl.constexpr, FIRST: tl.constexpr):
     """1 / scale, zero point, both packed as meta, whether the row is finite, and whether its scale saturates: each [R].
 
-    The row's range is so many intervals of a scale, and begins at FIRST, a code before rounding. See docs/format.md, steps 3 and 4.
+    The row's range is so many intervals of a scale, and begins at FIRST, a code before rounding. See docs/format.md,
+    steps 3 and 4.
     """
     is_finite = tl.max(tl.where(tl.abs(y) < float("inf"), 0, 1), 1) == 0
     y = tl.where(is_finite[:, None], y, 0.0)  # what such a row gives below is not used
@@ -226,7 +240,9 @@ def _quantizer(y, is_channel, INTERVALS: tl.constexpr, FIRST: tl.constexpr):
     wanted = tl.maximum(tl.maximum(by_range, by_offset), 2.0**-24)
     bound = tl.minimum(wanted, 65504.0)
     nearest = bound.to(tl.float16)
-    scale_bits = nearest.to(tl.int16, bitcast=True).to(tl.int32) + tl.where(nearest.to(tl.float32) < bound, 1, 0)  # the next fp16 up
+    scale_bits = nearest.to(tl.int16, bitcast=True).to(tl.int32) + tl.where(
+        nearest.to(tl.float32) < bound, 1, 0
+    )  # the next fp16 up
     scale = scale_bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     inverse = tl.math.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
     zero_point = tl.minimum(tl.maximum(FIRST - low * inverse, -1024.0), 1024.0).to(tl.float16)
@@ -237,7 +253,9 @@ def _quantizer(y, is_channel, INTERVALS: tl.constexpr, FIRST: tl.constexpr):
 
 @triton.jit
 def _count(counters, squared_error, squared_norm, is_kept, is_counted, is_finite, is_saturated):
-    """Add rows, of which all arguments are [R], to one line of the counters: see `sawkv.format.counters`, and the reference."""
+    """Add rows, of which all arguments are [R], to one line of the counters: see `sawkv.format.counters`, and the
+    reference.
+    """
     is_used = is_kept & is_counted & is_finite & ~is_saturated
     tl.atomic_add(counters, tl.sum(is_kept.to(tl.float64)))
     tl.atomic_add(counters + 1, tl.sum((is_kept & ~is_finite).to(tl.float64)))

@@ -16,8 +16,9 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def rotate(y, ORDER: tl.constexpr):
-    """Rows [R, WIDTH] fp32, WIDTH a power of two, times the normalized block-diagonal Hadamard matrix; in the order of operations that
-    docs/format.md fixes. Channels of padding are blocks of their own, so zeros stay zeros."""
+    """Rows [R, WIDTH] fp32, WIDTH a power of two, times the normalized block-diagonal Hadamard matrix; in the order of
+    operations that docs/format.md fixes. Channels of padding are blocks of their own, so zeros stay zeros.
+    """
     R: tl.constexpr = y.shape[0]
     WIDTH: tl.constexpr = y.shape[1]
     for i in tl.static_range(8):
@@ -32,7 +33,9 @@ def rotate(y, ORDER: tl.constexpr):
 
 @triton.jit
 def swizzled(column, offset, SEGMENT: tl.constexpr, MULTIPLIER: tl.constexpr, PERIOD: tl.constexpr):
-    """Where V's element `column` is stored in the row at `offset` of a page; SEGMENT elements are 16 bytes. See `PageLayout.swizzle`."""
+    """Where V's element `column` is stored in the row at `offset` of a page; SEGMENT elements are 16 bytes. See
+    `PageLayout.swizzle`.
+    """
     if PERIOD > 1:
         column = ((column // SEGMENT) ^ (offset * MULTIPLIER // 8 % PERIOD)) * SEGMENT + column % SEGMENT
     return column
@@ -76,7 +79,9 @@ def round_to(x, DTYPE: tl.constexpr):
         bits += 0x7FFF + ((bits >> 16) & 1)
         return tl.where(x == x, bits >> 16, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
     elif tl.bfloat16 == DTYPE:
-        return tl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2)
+        return tl.inline_asm_elementwise(
+            "cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], dtype=tl.bfloat16, is_pure=True, pack=2
+        )
     else:
         return x.to(DTYPE)
 
@@ -89,10 +94,11 @@ def _shift_and_mask(shift, mask):
 
 @triton.jit
 def codes_in(words, PLANE: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
-    """Code `PLANE` of each 16-bit word, masked in place, as the tiny float that its bits are: n * 2^-24 in fp16, n * 2^-133 in bf16.
+    """Code `PLANE` of each 16-bit word, masked in place, as the tiny float that its bits are: n * 2^-24 in fp16, n *
+    2^-133 in bf16.
 
-    The odd nibbles of a byte stay where they are and are 16 n (see `ODD_NIBBLE`). No conversion happens: two words share a register, and
-    cost one or two instructions.
+    The odd nibbles of a byte stay where they are and are 16 n (see `ODD_NIBBLE`). No conversion happens: two words
+    share a register, and cost one or two instructions.
     """
     if BITS < 16:
         SHIFT: tl.constexpr = 8 if PLANE * BITS >= 8 else 0

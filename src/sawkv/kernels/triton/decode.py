@@ -1,12 +1,15 @@
 """Decode attention: `schedule_kernel` once a step; `prepare_kernel`, `decode_kernel` and `merge_kernel` in each layer.
 
-Keys are cut into chunks of whole tiles, as many as keep the GPU full; a program attends one chunk with the query rows of one KV head, and
-`merge_kernel` adds the chunks of a sequence. Codes are never converted, nor scaled one by one: see `common.codes_in`, and
+Keys are cut into chunks of whole tiles, as many as keep the GPU full; a program attends one chunk with the query rows
+of one KV head, and
+`merge_kernel` adds the chunks of a sequence. Codes are never converted, nor scaled one by one: see `common.codes_in`,
+and
 
     score = k_scale * (q . n - k_zero * sum(q));    out = sum(p * v_scale * n) - sum(p * v_scale * v_zero).
 
-A row of codes is read as 16-bit words of PLANES codes each. Plane i, the i-th code of every word, holds channels c with c % PLANES == i;
-queries and partial results lie in the order of planes. Tokens are rows of the products' results, since there may be only 8 query rows.
+A row of codes is read as 16-bit words of PLANES codes each. Plane i, the i-th code of every word, holds channels c with
+c % PLANES == i; queries and partial results lie in the order of planes. Tokens are rows of the products' results, since
+there may be only 8 query rows.
 """
 
 from __future__ import annotations
@@ -72,14 +75,18 @@ def schedule_kernel(
     total = 0
     for start in range(0, num_seqs, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        query_len = tl.load(query_start_loc + i + 1, mask=i < num_seqs, other=0) - tl.load(query_start_loc + i, mask=i < num_seqs, other=0)
+        query_len = tl.load(query_start_loc + i + 1, mask=i < num_seqs, other=0) - tl.load(
+            query_start_loc + i, mask=i < num_seqs, other=0
+        )
         _, tiles = _visible_tiles(tl.load(seq_lens + i, mask=i < num_seqs, other=0), query_len, window, TILE)
         total += tl.sum(tiles)
     tiles_per_chunk = tl.maximum((total + target_chunks - 1) // target_chunks, MIN_TILES)
     before = 0
     for start in range(0, seq, BLOCK):
         i = start + tl.arange(0, BLOCK)
-        query_len = tl.load(query_start_loc + i + 1, mask=i < seq, other=0) - tl.load(query_start_loc + i, mask=i < seq, other=0)
+        query_len = tl.load(query_start_loc + i + 1, mask=i < seq, other=0) - tl.load(
+            query_start_loc + i, mask=i < seq, other=0
+        )
         _, tiles = _visible_tiles(tl.load(seq_lens + i, mask=i < seq, other=0), query_len, window, TILE)
         before += tl.sum(_pieces(tiles, tiles_per_chunk, MAX_PIECES))
     query_len = tl.load(query_start_loc + seq + 1) - tl.load(query_start_loc + seq)
@@ -118,9 +125,11 @@ def prepare_kernel(
     ORDER: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Undo K's gains, rotate, and bring query rows to 16 bits in the order of planes: queries [num_rows, WIDTH], by (token, query head).
+    """Undo K's gains, rotate, and bring query rows to 16 bits in the order of planes: queries [num_rows, WIDTH], by
+    (token, query head).
 
-    query_stats: [num_rows, 2] fp32: sum of the row in units of codes, and what its scores are multiplied by (log2(e) included).
+    query_stats: [num_rows, 2] fp32: sum of the row in units of codes, and what its scores are multiplied by (log2(e)
+    included).
     query_offsets: [num_rows] fp32 or None: what centering took from the row's scores, in the same unit.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -190,8 +199,10 @@ def decode_kernel(
 ):
     """Grid [max_chunks * NUM_KV_HEADS * ROW_GROUPS]: one chunk, KV head and row group a program.
 
-    partials: [max_chunks, NUM_KV_HEADS * ROW_GROUPS, ROWS, WIDTH] fp32 in the order of planes, not divided by the sum of the weights.
-    partial_stats: [max_chunks, NUM_KV_HEADS * ROW_GROUPS, ROWS, 2] fp32: maximum of the scores in log2, and sum of the weights.
+    partials: [max_chunks, NUM_KV_HEADS * ROW_GROUPS, ROWS, WIDTH] fp32 in the order of planes, not divided by the sum
+    of the weights.
+    partial_stats: [max_chunks, NUM_KV_HEADS * ROW_GROUPS, ROWS, 2] fp32: maximum of the scores in log2, and sum of the
+    weights.
     """
     UNITS: tl.constexpr = NUM_KV_HEADS * ROW_GROUPS
     PLANES: tl.constexpr = 16 // BITS
@@ -205,7 +216,11 @@ def decode_kernel(
     chunk, unit = tl.program_id(0) // UNITS, tl.program_id(0) % UNITS
     if chunk >= tl.load(num_chunks):
         return
-    seq, first_tile, num_tiles = tl.load(chunks + 4 * chunk), tl.load(chunks + 4 * chunk + 1), tl.load(chunks + 4 * chunk + 2)
+    seq, first_tile, num_tiles = (
+        tl.load(chunks + 4 * chunk),
+        tl.load(chunks + 4 * chunk + 1),
+        tl.load(chunks + 4 * chunk + 2),
+    )
     length, query_start = tl.load(seq_lens + seq), tl.load(query_start_loc + seq)
     query_len = tl.load(query_start_loc + seq + 1) - query_start
     kv_head = unit // ROW_GROUPS
@@ -260,8 +275,12 @@ def decode_kernel(
             scores = multiply(codes_in(words, 2, BITS, K_TYPE), q2, scores)
             scores = multiply(codes_in(words, 3, BITS, K_TYPE), q3, scores)
         if IS_CODED:
-            k_meta = tl.load((k_plane + PAGE_SIZE * WORDS + offset * 2).to(tl.pointer_type(tl.int32)), mask=is_there, other=0)
-            scores = (scores - high_half(k_meta)[:, None] * query_sum[None, :]) * (low_half(k_meta)[:, None] * query_factor[None, :])
+            k_meta = tl.load(
+                (k_plane + PAGE_SIZE * WORDS + offset * 2).to(tl.pointer_type(tl.int32)), mask=is_there, other=0
+            )
+            scores = (scores - high_half(k_meta)[:, None] * query_sum[None, :]) * (
+                low_half(k_meta)[:, None] * query_factor[None, :]
+            )
         else:
             scores *= query_factor[None, :]
         if query_offsets is not None:
@@ -284,14 +303,18 @@ def decode_kernel(
         # Output, [COLUMNS, BLOCK_ROWS]
         v_plane = k_plane + HALF_SPAN
         if IS_CODED:
-            v_meta = tl.load((v_plane + PAGE_SIZE * WORDS + offset * 2).to(tl.pointer_type(tl.int32)), mask=is_there, other=0)
+            v_meta = tl.load(
+                (v_plane + PAGE_SIZE * WORDS + offset * 2).to(tl.pointer_type(tl.int32)), mask=is_there, other=0
+            )
             weights *= (low_half(v_meta) * 2.0**V_SHIFT)[:, None]
             if MAX_QUERY_LEN > 1:
                 weights = tl.where(is_visible, weights, 0)  # a hidden token's scale may be NaN
         rounded = round_to(weights, V_TYPE)
         if IS_CODED:  # from the rounded weights, so that rounding acts on n - zero and not on n and zero apart
             zero = zero * shrink + tl.sum(widen(rounded) * high_half(v_meta)[:, None], 0)
-        v_place = swizzled(column[:, None], offset[None, :], 8, SWIZZLE_MULTIPLIER, SWIZZLE_PERIOD) + offset[None, :] * WORDS
+        v_place = (
+            swizzled(column[:, None], offset[None, :], 8, SWIZZLE_MULTIPLIER, SWIZZLE_PERIOD) + offset[None, :] * WORDS
+        )
         if not INTERPRETED and SWIZZLE_PERIOD > 1:  # segments are whole
             v_place = tl.max_contiguous(tl.multiple_of(v_place, (8, 1)), (8, 1))
         words = tl.load(v_plane[None, :] + v_place, mask=is_there[None, :] & (column < WORDS)[:, None], other=0)
@@ -344,7 +367,9 @@ def merge_kernel(
     ROW_GROUPS: tl.constexpr,
     PIECES: tl.constexpr,
 ):
-    """Grid [num_seqs, NUM_KV_HEADS * ROW_GROUPS, ROWS]: add the chunks of one row, PIECES at a time; un-rotate, and write."""
+    """Grid [num_seqs, NUM_KV_HEADS * ROW_GROUPS, ROWS]: add the chunks of one row, PIECES at a time; un-rotate, and
+    write.
+    """
     seq, unit = tl.program_id(0), tl.program_id(1)
     row = unit % ROW_GROUPS * ROWS + tl.program_id(2)
     query_start = tl.load(query_start_loc + seq)

@@ -1,4 +1,6 @@
-"""gather: decode the pages of many sequences into contiguous rows. A program takes K or V of TOKENS output tokens and one head."""
+"""gather: decode the pages of many sequences into contiguous rows. A program takes K or V of TOKENS output tokens and
+one head.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def gather_kernel(
     SWIZZLE_PERIOD: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """Grid [token blocks, num_kv_heads, 2]. Orders are 0 where rows stay rotated; 2^search_steps is at least num_seqs."""
+    """Grid [token blocks, num_kv_heads, 2]. Orders are 0 where rows stay rotated; 2^search_steps is at
+    least num_seqs.
+    """
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     if tl.program_id(0) * TOKENS < tl.load(cu_seq_lens + num_seqs):
         seq = tl.zeros_like(token)  # the last sequence that starts at or before the token
@@ -47,7 +51,9 @@ def gather_kernel(
             seq, end = tl.where(is_after, middle, seq), tl.where(is_after, end, middle)
         position = token - tl.load(cu_seq_lens + seq)
         is_there = (token < max_tokens) & (position >= 0) & (position < tl.load(seq_lens + seq))
-        page = tl.load(block_table + seq.to(tl.int64) * table_stride + position // PAGE_SIZE, mask=is_there, other=0).to(tl.int64)
+        page = tl.load(
+            block_table + seq.to(tl.int64) * table_stride + position // PAGE_SIZE, mask=is_there, other=0
+        ).to(tl.int64)
         half_span: tl.constexpr = PAGE_SIZE * (HEAD_DIM * BITS // 8 + (4 if BITS < 16 else 0))
         head = tl.program_id(1)
         plane = pages + page * page_stride_16 * 16 + head * (2 * half_span)
@@ -113,7 +119,11 @@ def _gather_rows(
     channel = tl.arange(0, WIDTH)[None, :]
     is_channel = channel < HEAD_DIM
     if BITS == 16:
-        from_ = plane[:, None] + swizzled(channel, offset[:, None], 8, SWIZZLE_MULTIPLIER, SWIZZLE_PERIOD) * 2 + offset[:, None] * ROW_BYTES
+        from_ = (
+            plane[:, None]
+            + swizzled(channel, offset[:, None], 8, SWIZZLE_MULTIPLIER, SWIZZLE_PERIOD) * 2
+            + offset[:, None] * ROW_BYTES
+        )
         y = tl.load(from_.to(tl.pointer_type(STORED)), mask=is_there[:, None] & is_channel, other=0).to(tl.float32)
     else:
         byte = tl.arange(0, WIDTH * BITS // 8)[None, :]
@@ -121,7 +131,9 @@ def _gather_rows(
         codes = tl.load(plane[:, None] + place, mask=is_there[:, None] & (byte < ROW_BYTES), other=0)
         if BITS == 4:
             codes = tl.reshape(tl.join(codes & 15, codes >> 4), (codes.shape[0], WIDTH))
-        meta = tl.load((plane + PAGE_SIZE * ROW_BYTES + offset * 4).to(tl.pointer_type(tl.int32)), mask=is_there, other=0)
+        meta = tl.load(
+            (plane + PAGE_SIZE * ROW_BYTES + offset * 4).to(tl.pointer_type(tl.int32)), mask=is_there, other=0
+        )
         y = (codes.to(tl.float32) - high_half(meta)[:, None]) * low_half(meta)[:, None]
         y = tl.where(is_channel, y, 0.0)  # so that padding stays zero
     y = rotate(y, ORDER)

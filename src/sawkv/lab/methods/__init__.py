@@ -1,4 +1,5 @@
-"""Ways of storing K and V, all through one interface (`base`), one file each. `find_method` takes a name; `METHODS` lists them.
+"""Ways of storing K and V, all through one interface (`base`), one file each. `find_method` takes a name; `METHODS`
+lists them.
 
 Any cache format of the product is a method too, by its own name: `int4-k64-v0`.
 """
@@ -31,7 +32,8 @@ def served_format(cache_format: CacheFormat, name: str | None = None) -> Method:
     code = Coded(cache_format.codec)
     rotates = cache_format.quantized or cache_format.k_rotation_order is not None
     k, v = (
-        Rotated(code, order) if rotates and order != 0 else code for order in (cache_format.k_rotation_order, cache_format.v_rotation_order)
+        Rotated(code, order) if rotates and order != 0 else code
+        for order in (cache_format.k_rotation_order, cache_format.v_rotation_order)
     )
     return Method(name or str(cache_format), k, v, served="sawkv")
 
@@ -108,7 +110,17 @@ def check_fits(name: str, head_dim: int) -> None:
         raise FormatError(f"{name} does not fit this model: {error}; {codec} takes the rotation that fits") from error
 
 
-__all__ = ["METHODS", "LayerSample", "Method", "Quantizer", "Reader", "Sample", "check_fits", "find_method", "served_format"]
+__all__ = [
+    "METHODS",
+    "LayerSample",
+    "Method",
+    "Quantizer",
+    "Reader",
+    "Sample",
+    "check_fits",
+    "find_method",
+    "served_format",
+]
 
 
 def fit(method: Method, samples: Sequence[LayerSample]) -> list[tuple[Reader, Reader]]:

@@ -1,8 +1,9 @@
 """What a method of storing K and V is, for evaluation: fit it on a sample, then ask what attention would read back.
 
-A `Method` has a `Quantizer` for K and one for V. A quantizer sees one layer: `fit` takes a `Sample` of that layer's rows on calibration
-text and gives a `Reader`, which maps rows to what attention reads after they were stored. Every quantizer is token-wise: a row's result
-does not depend on other rows, so a prompt in one pass reads what token-by-token decoding would have read.
+A `Method` has a `Quantizer` for K and one for V. A quantizer sees one layer: `fit` takes a `Sample` of that layer's
+rows on calibration text and gives a `Reader`, which maps rows to what attention reads after they were stored. Every
+quantizer is token-wise: a row's result does not depend on other rows, so a prompt in one pass reads what token-by-token
+decoding would have read.
 """
 
 from __future__ import annotations
@@ -17,11 +18,15 @@ class Quantizer(Protocol):
     """What is done to K, or to V."""
 
     def bits(self, head_dim: int) -> float:
-        """Bits of one element, with all that is stored for its row; what is stored once for a head (centers, codebooks) is not counted."""
+        """Bits of one element, with all that is stored for its row; what is stored once for a head (centers, codebooks)
+        is not counted.
+        """
         ...
 
     def fit(self, sample: Sample) -> Reader:
-        """Learn what is static from one layer's sample. Quantizers that learn nothing take only its shape and device."""
+        """Learn what is static from one layer's sample. Quantizers that learn nothing take only its
+        shape and device.
+        """
         ...
 
 

@@ -1,8 +1,10 @@
-"""Rows stored as their difference from a static vector of the head: x ~ c + store(x - c), c the mean of the calibration rows.
+"""Rows stored as their difference from a static vector of the head: x ~ c + store(x - c), c the mean of the calibration
+rows.
 
-For K a fixed offset adds the same q.c to all scores of a query, and the softmax does not change: kernels need not add it back. For V, whose
-attention weights sum to 1, c is added once to the output. So centering costs nothing at decode. It removes what a k_proj bias (Qwen2.5) or
-attention sinks put on every token, which a rotation only spreads. Served by sawkv.
+For K a fixed offset adds the same q.c to all scores of a query, and the softmax does not change: kernels need not add
+it back. For V, whose attention weights sum to 1, c is added once to the output. So centering costs nothing at decode.
+It removes what a k_proj bias (Qwen2.5) or attention sinks put on every token, which a rotation only spreads. Served by
+sawkv.
 """
 
 from __future__ import annotations

@@ -1,9 +1,11 @@
-"""Integers chosen to keep e^T hessian e small, not e^T e: the error of a channel is passed on to channels that are still to be coded.
+"""Integers chosen to keep e^T hessian e small, not e^T e: the error of a channel is passed on to channels that are
+still to be coded.
 
-For channel i in order: code y_i, then y_j <- y_j - e_i U_ij / U_ii for j > i, with U the upper Cholesky factor of the damped hessian's
-inverse. Source: GPTQ, arXiv 2210.17323, applied to rows of K (hessian = mean of q q^T) and V (Gram matrix of o_proj); SAW-INT4 compares
-with a Hessian-aware variant. The bytes are those of the product's codec, so that reading is as fast; but writing is head_dim dependent
-steps for each row, in floats. A comparison: what is served takes blocks of four channels and 8-bit integers (`feedback`).
+For channel i in order: code y_i, then y_j <- y_j - e_i U_ij / U_ii for j > i, with U the upper Cholesky factor of the
+damped hessian's inverse. Source: GPTQ, arXiv 2210.17323, applied to rows of K (hessian = mean of q q^T) and V (Gram
+matrix of o_proj); SAW-INT4 compares with a Hessian-aware variant. The bytes are those of the product's codec, so that
+reading is as fast; but writing is head_dim dependent steps for each row, in floats. A comparison: what is served takes
+blocks of four channels and 8-bit integers (`feedback`).
 """
 
 from __future__ import annotations
@@ -30,14 +32,20 @@ class HessianAware:
     def fit(self, sample: Sample) -> Reader:
         hessian = sample.hessian.double()
         mean = hessian.diagonal(dim1=-2, dim2=-1).mean(-1).clamp_min(1e-30)
-        damped = hessian / mean[:, None, None] + DAMPING * torch.eye(sample.head_dim, dtype=torch.float64, device=hessian.device)
+        damped = hessian / mean[:, None, None] + DAMPING * torch.eye(
+            sample.head_dim, dtype=torch.float64, device=hessian.device
+        )
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
         factor = torch.linalg.cholesky(inverse, upper=True)
-        factor = (factor / factor.diagonal(dim1=-2, dim2=-1)[..., None]).float()  # [num_kv_heads, head_dim, head_dim], ones on the diagonal
+        factor = (
+            factor / factor.diagonal(dim1=-2, dim2=-1)[..., None]
+        ).float()  # [num_kv_heads, head_dim, head_dim], ones on the diagonal
         codec = IntegerCodec(self.bits_per_code)
 
         def read(rows: torch.Tensor) -> torch.Tensor:
-            scale, zero_point = codec.encode(rows)[1].float().permute(2, 1, 0)[:, :, None]  # each [num_kv_heads, 1, num_tokens]
+            scale, zero_point = (
+                codec.encode(rows)[1].float().permute(2, 1, 0)[:, :, None]
+            )  # each [num_kv_heads, 1, num_tokens]
             left = rows.permute(1, 2, 0).clone()  # [num_kv_heads, head_dim, num_tokens]
             coded = torch.empty_like(left)
             for i in range(left.shape[1]):

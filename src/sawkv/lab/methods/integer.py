@@ -1,6 +1,8 @@
-"""Token-wise integers: the codecs of `sawkv.format.codecs`, as they are served. Alone, without a rotation, they are plain INT4 and INT8.
+"""Token-wise integers: the codecs of `sawkv.format.codecs`, as they are served. Alone, without a rotation, they are
+plain INT4 and INT8.
 
-y ~ (code - zero_point) * scale, one fp16 scale and zero point for a row. Source: SAW-INT4, arXiv 2604.19157. Bytes: docs/format.md.
+y ~ (code - zero_point) * scale, one fp16 scale and zero point for a row. Source: SAW-INT4, arXiv 2604.19157. Bytes:
+docs/format.md.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
 """Vector quantization: pairs of channels coded together by 256 centroids, 4 bits a value.
 
-A row is divided by its root mean square (stored in fp16) and each channel by its static deviation; then neighbouring channels form points
-of two dimensions, coded by the nearest centroid. One codebook a head, fitted by k-means on calibration rows (scikit-learn). Sources:
-product quantization (Jegou et al., 2011); CQ, arXiv 2405.03917, codes coupled channels of the KV cache; SAW-INT4 names k-means as its
-slow rival. A comparison only: every pair needs a look-up in a table of 256 entries that depends on the head.
+A row is divided by its root mean square (stored in fp16) and each channel by its static deviation; then neighbouring
+channels form points of two dimensions, coded by the nearest centroid. One codebook a head, fitted by k-means on
+calibration rows (scikit-learn). Sources: product quantization (Jegou et al., 2011); CQ, arXiv 2405.03917, codes coupled
+channels of the KV cache; SAW-INT4 names k-means as its slow rival. A comparison only: every pair needs a look-up in a
+table of 256 entries that depends on the head.
 """
 
 from __future__ import annotations
@@ -40,7 +41,9 @@ class KMeans:
         def read(rows: torch.Tensor) -> torch.Tensor:
             points, rms = self._points(rows, deviation)
             # |p - c|^2 is least where p.c - |c|^2 / 2 is largest.
-            codes = torch.cat([torch.baddbmm(-lengths, part, codebooks.mT).argmax(-1) for part in torch.split(points, 65536, 1)], 1)
+            codes = torch.cat(
+                [torch.baddbmm(-lengths, part, codebooks.mT).argmax(-1) for part in torch.split(points, 65536, 1)], 1
+            )
             coded = codebooks.gather(1, codes[..., None].expand_as(points))
             return coded.view(rows.shape[1], rows.shape[0], rows.shape[2]).transpose(0, 1) * deviation * rms
 

@@ -1,9 +1,10 @@
-"""A fixed codebook for Gaussian values: y = H D x, its length stored apart, its direction coded by the 16 Lloyd-Max levels of N(0, 1).
+"""A fixed codebook for Gaussian values: y = H D x, its length stored apart, its direction coded by the 16 Lloyd-Max
+levels of N(0, 1).
 
-x ~ length * D H level[code] / |level[code]|. After a random rotation of full order the channels of a direction are nearly Gaussian, so
-one codebook serves all rows. Source: TurboQuant, arXiv 2504.19874 (its MSE variant), with the length corrected for the coded direction as
-vLLM's `turboquant_4bit_nc` does. A comparison only: a table look-up for each value keeps decoding at 66-80 % of 16-bit throughput in
-vLLM.
+x ~ length * D H level[code] / |level[code]|. After a random rotation of full order the channels of a direction are
+nearly Gaussian, so one codebook serves all rows. Source: TurboQuant, arXiv 2504.19874 (its MSE variant), with the
+length corrected for the coded direction as vLLM's `turboquant_4bit_nc` does. A comparison only: a table look-up for
+each value keeps decoding at 66-80 % of 16-bit throughput in vLLM.
 """
 
 from __future__ import annotations
@@ -45,7 +46,9 @@ class LloydMax:
 
 @functools.cache
 def gaussian_levels(count: int) -> torch.Tensor:
-    """The `count` levels of least mean squared error for N(0, 1), ascending, fp32: each is the mean of its cell, borders are midway."""
+    """The `count` levels of least mean squared error for N(0, 1), ascending, fp32: each is the mean of its cell,
+    borders are midway.
+    """
     levels = torch.special.ndtri((torch.arange(count, dtype=torch.float64) + 0.5) / count)
     for _ in range(2000):
         borders = torch.cat([torch.tensor([-torch.inf]), (levels[1:] + levels[:-1]) / 2, torch.tensor([torch.inf])])

@@ -1,7 +1,9 @@
-"""Rows by their coordinates in a few directions of the head: x ~ mean + B store(B^T (x - mean)), B the leading singular vectors.
+"""Rows by their coordinates in a few directions of the head: x ~ mean + B store(B^T (x - mean)), B the leading singular
+vectors.
 
-B and the mean are static, from calibration rows. Source: Palu, arXiv 2407.21118; LoRC, arXiv 2410.03111. A comparison only: K after RoPE
-has no low rank that holds for all positions, and reading needs a dense [rank, head_dim] product for each row or query.
+B and the mean are static, from calibration rows. Source: Palu, arXiv 2407.21118; LoRC, arXiv 2410.03111. A comparison
+only: K after RoPE has no low rank that holds for all positions, and reading needs a dense [rank, head_dim] product for
+each row or query.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ class LowRank:
         mean = sample.rows.mean(0)
         centered = sample.rows - mean
         covariance = torch.einsum("thc,thd->hcd", centered.double(), centered.double())
-        basis = torch.linalg.eigh(covariance).eigenvectors[..., -self._rank(sample.head_dim) :].float()  # [num_kv_heads, head_dim, rank]
+        basis = (
+            torch.linalg.eigh(covariance).eigenvectors[..., -self._rank(sample.head_dim) :].float()
+        )  # [num_kv_heads, head_dim, rank]
 
         def project(rows: torch.Tensor) -> torch.Tensor:
             return torch.einsum("thd,hdr->thr", rows - mean, basis)

@@ -1,6 +1,8 @@
-"""What is served: INT4 pages written with the centers, gains and feedback that engines fit when they prepare a model (`sawkv.prepare`).
+"""What is served: INT4 pages written with the centers, gains and feedback that engines fit when they prepare a model
+(`sawkv.prepare`).
 
-y = H((x - center) * gain), coded by the product's codec with feedback, and read back as (H y) * (1 / gain) + center, in its arithmetic.
+y = H((x - center) * gain), coded by the product's codec with feedback, and read back as (H y) * (1 / gain) + center, in
+its arithmetic.
 """
 
 from __future__ import annotations

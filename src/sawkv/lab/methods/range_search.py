@@ -1,9 +1,10 @@
-"""Token-wise integers whose range is searched when a row is written: scale and zero point of least squared error, not of min and max.
+"""Token-wise integers whose range is searched when a row is written: scale and zero point of least squared error, not
+of min and max.
 
-For shrink factors s of the range about its middle, codes are clamped to it; the best row is kept. Then scale and zero point are refitted
-to the codes by least squares. Source: the MSE observers of weight quantization (e.g. OCTAV, arXiv 2206.06501), here at write time for
-each row. The bytes are those of the product's codec, so that reading is as fast; writing is about ten times the work, and its kernels do
-not do it.
+For shrink factors s of the range about its middle, codes are clamped to it; the best row is kept. Then scale and zero
+point are refitted to the codes by least squares. Source: the MSE observers of weight quantization (e.g. OCTAV, arXiv
+2206.06501), here at write time for each row. The bytes are those of the product's codec, so that reading is as fast;
+writing is about ten times the work, and its kernels do not do it.
 """
 
 from __future__ import annotations
@@ -52,7 +53,9 @@ class RangeSearched:
     def _top(self) -> int:
         return (1 << self.bits_per_code) - 1
 
-    def _through(self, rows: torch.Tensor, start: torch.Tensor, span: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _through(
+        self, rows: torch.Tensor, start: torch.Tensor, span: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes and what they read as, with scale and zero point as fp16 has them."""
         scale = (span / self._top).clamp(2.0**-24, 65504.0).half().float()
         zero_point = (-start / scale).clamp(-1024, 1024).half().float()

@@ -1,10 +1,11 @@
 """The peer: vLLM's own `int4_per_token_head` cache, 4.25 bits with its fp32 scale.
 
-y = H D x, unnormalized, rounded to bf16; scale = (max y - min y) / 15; zero_point = round(-min y / scale) clamped to 0..15 and kept in the
-lowest four bits of the scale; code = clamp(round(y / scale + zero_point), 0, 15). Source: vllm/v1/attention/ops/int4_per_token_head.py of
-vLLM 0.26 to 0.32. On a GPU with vLLM installed its own kernels write the rows; elsewhere a port of their arithmetic does, which
-tests/lab/test_vllm_int4.py holds to the real kernel in Triton's interpreter, bit for bit. Reading is the arithmetic of its attention
-kernel, (code - zero_point) * scale; its queries' rounding to bf16 is not charged to it.
+y = H D x, unnormalized, rounded to bf16; scale = (max y - min y) / 15; zero_point = round(-min y / scale) clamped to
+0..15 and kept in the lowest four bits of the scale; code = clamp(round(y / scale + zero_point), 0, 15). Source:
+vllm/v1/attention/ops/int4_per_token_head.py of vLLM 0.26 to 0.32. On a GPU with vLLM installed its own kernels write
+the rows; elsewhere a port of their arithmetic does, which tests/lab/test_vllm_int4.py holds to the real kernel in
+Triton's interpreter, bit for bit. Reading is the arithmetic of its attention kernel, (code - zero_point) * scale; its
+queries' rounding to bf16 is not charged to it.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ class VllmInt4:
 
 
 def encode(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows [..., head_dim] bf16 to codes [..., head_dim] uint8 (0 to 15) and scales [..., 1] fp32 that carry the zero points."""
+    """Rows [..., head_dim] bf16 to codes [..., head_dim] uint8 (0 to 15) and scales [..., 1] fp32 that carry the zero
+    points.
+    """
     head_dim = rows.shape[-1]
     order = head_dim & -head_dim
     signs = vllm_signs(order).repeat(head_dim // order).to(rows.device)

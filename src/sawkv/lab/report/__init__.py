@@ -22,7 +22,8 @@ def run_report(files: Sequence[Path], out: Path) -> int:
     """Write the page of these records. Returns 0.
 
     Args:
-        files: JSON of `sawkv eval` and `sawkv analyze`, in any order. Two evaluations are also compared, the second with the first.
+        files: JSON of `sawkv eval` and `sawkv analyze`, in any order. Two evaluations are also compared, the second
+            with the first.
         out: the HTML file.
 
     Raises:

@@ -21,7 +21,8 @@ def view(analysis: Analysis) -> dict[str, Any]:
     maps = [
         _by_head(
             "Offset of K",
-            "Share of the energy of keys that is one static vector. It costs range and carries nothing: a center removes it.",
+            "Share of the energy of keys that is one static vector. It costs range and carries nothing: a center"
+            " removes it.",
             [layer.k.offset for layer in layers],
             heads,
             "{:.0%}".format,
@@ -44,7 +45,8 @@ def view(analysis: Analysis) -> dict[str, Any]:
         ),
         _by_head(
             f"Lost attention output, {label(shown.method)}",
-            f"Squared error of the attention output as a share of its variance over queries, each layer alone.{_worst(shown.output)}",
+            "Squared error of the attention output as a share of its variance over queries, each layer"
+            f" alone.{_worst(shown.output)}",
             shown.output,
             heads,
             "{:.2%}".format,
@@ -61,8 +63,10 @@ def view(analysis: Analysis) -> dict[str, Any]:
     ]
     return {
         "title": analysis.name,
-        "setting": f"{shape_line(analysis.shape)} {analysis.windows} windows of {analysis.window:,} tokens of {analysis.text} text; "
-        f"{analysis.dtype} on {analysis.device}; {analysis.seconds:,.0f} s.",
+        "setting": (
+            f"{shape_line(analysis.shape)} {analysis.windows} windows of {analysis.window:,} tokens of {analysis.text}"
+            f" text; {analysis.dtype} on {analysis.device}; {analysis.seconds:,.0f} s."
+        ),
         "advice": advice,
         "table": _table(analysis),
         "maps": maps,
@@ -71,7 +75,12 @@ def view(analysis: Analysis) -> dict[str, Any]:
 
 
 def _by_head(
-    title: str, note: str, grid: Sequence[Sequence[float]], rows: Sequence[str], show: Callable[[float], str], high: float | None = None
+    title: str,
+    note: str,
+    grid: Sequence[Sequence[float]],
+    rows: Sequence[str],
+    show: Callable[[float], str],
+    high: float | None = None,
 ) -> dict[str, Any]:
     """A map of `grid`, [layers][heads], with layers across."""
     drawn = both(
@@ -132,8 +141,14 @@ def _pair_map(analysis: Analysis) -> str:
 
 def _pair_note(analysis: Analysis) -> str:
     half = analysis.shape.head_dim // 2
-    text = "Mean square of keys in the pairs of channels that RoPE turns together, the fastest first; logarithmic over four decades. "
+    text = (
+        "Mean square of keys in the pairs of channels that RoPE turns together, the fastest first; logarithmic over"
+        " four decades. "
+    )
     if analysis.rope_theta:
         turning = sum(2 * math.pi * analysis.rope_theta ** (i / half) < analysis.window for i in range(half))
-        text += f"Pairs 0 to {turning - 1} turn at least once in a window and keep no mean; the slower {half - turning} may hold an offset."
+        text += (
+            f"Pairs 0 to {turning - 1} turn at least once in a window and keep no mean; the slower {half - turning} may"
+            " hold an offset."
+        )
     return text

@@ -25,14 +25,18 @@ def view(evaluation: Evaluation) -> dict[str, Any]:
     subject, tokens = chosen(evaluation), evaluation.reference.divergence.tokens
     return {
         "title": title(evaluation),
-        "setting": f"{shape_line(evaluation.shape)} {tokens:,} predictions on {evaluation.text} text in windows of "
-        f"{evaluation.window:,} tokens; {evaluation.dtype} on {evaluation.device}; {evaluation.seconds:,.0f} s.",
+        "setting": (
+            f"{shape_line(evaluation.shape)} {tokens:,} predictions on {evaluation.text} text in windows of "
+            f"{evaluation.window:,} tokens; {evaluation.dtype} on {evaluation.device}; {evaluation.seconds:,.0f} s."
+        ),
         "subject": label(subject.method) if subject else "",
         "verdict": verdict(evaluation, subject, floor(evaluation)) if subject else None,
         "facts": _facts(evaluation, subject),
         "table": _table(evaluation, subject),
-        "table_note": "Dots: mean KL on a logarithmic scale with a line at each power of ten. ±: one standard error. "
-        "Same for: greedy tokens until the first that differs from the unquantized model's.",
+        "table_note": (
+            "Dots: mean KL on a logarithmic scale with a line at each power of ten. ±: one standard error. "
+            "Same for: greedy tokens until the first that differs from the unquantized model's."
+        ),
         "scatter": _scatter(evaluation),
         **_excerpts(evaluation, subject),
         "worst": _worst(evaluation, subject),
@@ -51,7 +55,10 @@ def title(evaluation: Evaluation) -> str:
 
 
 def shape_line(shape: ModelShape) -> str:
-    return f"{shape.num_layers} layers, {shape.num_q_heads} query heads, {shape.num_kv_heads} KV heads of {shape.head_dim}."
+    return (
+        f"{shape.num_layers} layers, {shape.num_q_heads} query heads, {shape.num_kv_heads} KV heads of"
+        f" {shape.head_dim}."
+    )
 
 
 def methods(evaluation: Evaluation) -> list[MethodResult]:
@@ -104,9 +111,20 @@ def _table(evaluation: Evaluation, subject: MethodResult | None) -> Table:
     with_runs = any(result.free_run for result in evaluation.results)
     fp8 = next((result.divergence.mean_kl for result in evaluation.results if result.method == "fp8"), 0.0)
     columns = [Column("stored as"), Column("bits", minor=True), Column("mean KL"), Column("", minor=True, drawn=True)]
-    columns += [Column("of fp8's")] * (fp8 > 0) + [Column("p99.9", minor=True), Column("max", minor=True), Column("same top-1")]
-    columns += [Column("perplexity")] + [Column("pass-key", minor=True)] * with_recall + [Column("same for", minor=True)] * with_runs
-    measured = [*([noise] if noise else []), *sorted(methods(evaluation), key=lambda result: (result.bits, result.divergence.mean_kl))]
+    columns += [Column("of fp8's")] * (fp8 > 0) + [
+        Column("p99.9", minor=True),
+        Column("max", minor=True),
+        Column("same top-1"),
+    ]
+    columns += (
+        [Column("perplexity")]
+        + [Column("pass-key", minor=True)] * with_recall
+        + [Column("same for", minor=True)] * with_runs
+    )
+    measured = [
+        *([noise] if noise else []),
+        *sorted(methods(evaluation), key=lambda result: (result.bits, result.divergence.mean_kl)),
+    ]
     scale = svg.log_scale([result.divergence.mean_kl for result in measured])
     rows, styles = [], []
     for result in (reference, *measured):
@@ -115,11 +133,21 @@ def _table(evaluation: Evaluation, subject: MethodResult | None) -> Table:
         name = f"unquantized, {evaluation.dtype}" if is_reference else label(result.method)
         cells = [Cell(name, result.method), Cell(f"{result.bits:.2f}", result.bits)]
         empty = Cell("")
-        cells += [empty, empty] if is_reference else [Cell(mean, found.mean_kl, error), Cell("", at=svg.on_scale(found.mean_kl, scale))]
+        cells += (
+            [empty, empty]
+            if is_reference
+            else [Cell(mean, found.mean_kl, error), Cell("", at=svg.on_scale(found.mean_kl, scale))]
+        )
         if fp8 > 0:
             ratio = found.mean_kl / fp8
-            cells.append(empty if is_reference else Cell(f"{digits(ratio, 2) if ratio < 10 else f'{ratio:.0f}'}x", ratio))
-        cells += [empty, empty, empty] if is_reference else [_nats(found.kl_p999), _nats(found.kl_max), _share(found.same_top1, 2)]
+            cells.append(
+                empty if is_reference else Cell(f"{digits(ratio, 2) if ratio < 10 else f'{ratio:.0f}'}x", ratio)
+            )
+        cells += (
+            [empty, empty, empty]
+            if is_reference
+            else [_nats(found.kl_p999), _nats(found.kl_max), _share(found.same_top1, 2)]
+        )
         cells.append(Cell(f"{found.ppl:.3f}", found.ppl))
         if with_recall:
             cells.append(empty if result.passkey is None else _share(result.passkey, 1))
@@ -142,7 +170,8 @@ def _share(value: float, places: int) -> Cell:
 def _scatter(evaluation: Evaluation) -> str:
     noise = floor(evaluation)
     points = [
-        svg.Point(label(result.method), result.bits, result.divergence.mean_kl, result.served == "sawkv") for result in methods(evaluation)
+        svg.Point(label(result.method), result.bits, result.divergence.mean_kl, result.served == "sawkv")
+        for result in methods(evaluation)
     ]
     return both(
         lambda width: svg.scatter(
@@ -167,8 +196,14 @@ def _excerpts(evaluation: Evaluation, subject: MethodResult | None) -> dict[str,
         found.append(
             {
                 "name": label(result.method),
-                "note": f"{over} of {len(pairs)} tokens above {10 * LEAST_COLOURED:g} nats, at most {digits(max(result.excerpt_kl), 2)}",
-                "tokens": [{"text": text, "kl": f"{kl:.3g} nats", "share": round(85 * _heat(kl, highest))} for text, kl in pairs],
+                "note": (
+                    f"{over} of {len(pairs)} tokens above {10 * LEAST_COLOURED:g} nats, at most"
+                    f" {digits(max(result.excerpt_kl), 2)}"
+                ),
+                "tokens": [
+                    {"text": text, "kl": f"{kl:.3g} nats", "share": round(85 * _heat(kl, highest))}
+                    for text, kl in pairs
+                ],
             }
         )
     return {
@@ -189,12 +224,20 @@ def _heat(kl: float, highest: float) -> float:
 def _worst(evaluation: Evaluation, subject: MethodResult | None) -> Table | None:
     if subject is None or not subject.worst:
         return None
-    columns = [Column("text"), Column("then"), Column("unquantized expects"), Column(f"{label(subject.method)} expects")]
+    columns = [
+        Column("text"),
+        Column("then"),
+        Column("unquantized expects"),
+        Column(f"{label(subject.method)} expects"),
+    ]
     columns += [Column("KL"), Column("window, position", minor=True)]
     rows = []
     for found in subject.worst:
         cells = [Cell(f"…{_line(found.before)[-46:]}"), Cell(_line(found.token))]
-        cells += [Cell(_line(found.expected), soft=f"{found.expected_p:.0%}"), Cell(_line(found.chosen), soft=f"{found.chosen_p:.0%}")]
+        cells += [
+            Cell(_line(found.expected), soft=f"{found.expected_p:.0%}"),
+            Cell(_line(found.chosen), soft=f"{found.chosen_p:.0%}"),
+        ]
         cells += [_nats(found.kl), Cell(f"{found.window}, {found.position}")]
         rows.append(cells)
     return Table(f"worst-{evaluation.model}", columns, rows)
@@ -211,8 +254,9 @@ def _forks_note(evaluation: Evaluation, subject: MethodResult | None) -> str:
         return ""
     whole = sum(tokens >= run.limit for tokens in run.tokens)
     return (
-        f"Of {len(run.tokens)} prompts {whole} go on alike for all {run.limit} tokens with {label(subject.method)}; the first that "
-        "part are shown. Greedy texts part where two words are about as likely, and then go their own ways: see how far fp8 follows."
+        f"Of {len(run.tokens)} prompts {whole} go on alike for all {run.limit} tokens with {label(subject.method)}; the"
+        " first that part are shown. Greedy texts part where two words are about as likely, and then go their own"
+        " ways: see how far fp8 follows."
     )
 
 
@@ -221,15 +265,22 @@ def _by_position(evaluation: Evaluation, subject: MethodResult | None) -> str:
     if not found:
         return ""
     noise = floor(evaluation)
-    lines = [svg.Line(label(r.method), [(i, part.mean_kl) for i, part in enumerate(r.by_position)]) for r in found[:MAX_LINES]]
+    lines = [
+        svg.Line(label(r.method), [(i, part.mean_kl) for i, part in enumerate(r.by_position)])
+        for r in found[:MAX_LINES]
+    ]
     if noise and noise.by_position:
-        lines.append(svg.Line("16-bit noise", [(i, part.mean_kl) for i, part in enumerate(noise.by_position)], dashed=True))
+        lines.append(
+            svg.Line("16-bit noise", [(i, part.mean_kl) for i, part in enumerate(noise.by_position)], dashed=True)
+        )
     labels = [f"{part.start:,} to {part.end:,}" for part in found[0].by_position]
     return both(
         lambda width: svg.line_chart(
             lines,
             x_labels=labels if width >= svg.LEGEND_BELOW else [text.partition(" ")[0] for text in labels],
-            x_title="position in the window, tokens" if width >= svg.LEGEND_BELOW else "position in the window, from token",
+            x_title=(
+                "position in the window, tokens" if width >= svg.LEGEND_BELOW else "position in the window, from token"
+            ),
             y_title="mean KL, nats",
             title="Mean KL by position of the token",
             width=width,
@@ -287,11 +338,14 @@ def _recall(evaluation: Evaluation, subject: MethodResult | None) -> list[dict[s
         found.append(
             {
                 "what": {"passkey": "a pass-key", "needle": "a sentence"}.get(task, task),
-                "note": f"Share recalled with every token right, in prompts of {' and '.join(f'{length:,}' for length in lengths)} tokens, "
-                f"at {depths} depths.{_worst_recall(evaluation, subject, task)}",
+                "note": (
+                    "Share recalled with every token right, in prompts of"
+                    f" {' and '.join(f'{length:,}' for length in lengths)} tokens, at {depths}"
+                    f" depths.{_worst_recall(evaluation, subject, task)}"
+                ),
                 "equal": [
-                    f"{correct / max(1, asked):.0%} in each of {cells} cells, {asked} prompt{'s' if asked != 1 else ''} each "
-                    f"({correct * cells} of {asked * cells}): {', '.join(names)}."
+                    f"{correct / max(1, asked):.0%} in each of {cells} cells, {asked} prompt{'s' if asked != 1 else ''}"
+                    f" each ({correct * cells} of {asked * cells}): {', '.join(names)}."
                     for (correct, asked, cells), names in equal.items()
                 ],
                 "maps": maps,

@@ -77,9 +77,20 @@ def _beside_fp8(subject: MethodResult, fp8: Divergence, floor: MethodResult | No
     found = subject.divergence
     ratio = found.mean_kl / fp8.mean_kl if fp8.mean_kl else math.inf
     as_good = found.mean_kl <= fp8.mean_kl + 2 * math.hypot(found.kl_se, fp8.kl_se)
-    noise = f", and {digits(found.mean_kl / floor.divergence.mean_kl, 2)}x 16-bit noise" if floor and floor.divergence.mean_kl else ""
-    text = f"KL is {digits(ratio, 2)}x that of fp8{noise}. {label(subject.method)} takes {subject.bits / 8:.2f}x the memory of fp8."
-    return Lamp(GOOD if as_good else _light(ratio, 1, FEW_TIMES), text, f"Green where it is not above fp8, amber up to {FEW_TIMES:g}x.")
+    noise = (
+        f", and {digits(found.mean_kl / floor.divergence.mean_kl, 2)}x 16-bit noise"
+        if floor and floor.divergence.mean_kl
+        else ""
+    )
+    text = (
+        f"KL is {digits(ratio, 2)}x that of fp8{noise}. {label(subject.method)} takes {subject.bits / 8:.2f}x the"
+        " memory of fp8."
+    )
+    return Lamp(
+        GOOD if as_good else _light(ratio, 1, FEW_TIMES),
+        text,
+        f"Green where it is not above fp8, amber up to {FEW_TIMES:g}x.",
+    )
 
 
 def _beside_noise(subject: MethodResult, floor: Divergence) -> Lamp:
@@ -98,6 +109,8 @@ def _recall(evaluation: Evaluation, subject: MethodResult) -> list[Lamp]:
     lost = (before - after) / asked
     share = before / asked
     error = math.sqrt(max(share * (1 - share), 1 / asked) / asked)
-    rule = f"Green where no more are lost than two standard errors of {asked} prompts, amber up to {RECALL:.0%} of them."
+    rule = (
+        f"Green where no more are lost than two standard errors of {asked} prompts, amber up to {RECALL:.0%} of them."
+    )
     light = GOOD if lost <= min(2 * error, RECALL) else _light(lost, 0, RECALL)
     return [Lamp(light, f"{after} of {asked} hidden facts recalled; unquantized {before}.", rule)]
