@@ -1,9 +1,9 @@
 """Architectures that vLLM serves, from their shapes with random weights, shrunk: sawkv's pages against vLLM's own
 attention.
 
-    python -m benchmarks.architectures                              # all of them, one engine after the other in this
-    process python -m benchmarks.architectures --only gemma-2-9b --formats int4 python -m benchmarks.architectures
-    --only qwen3-8b --weights fp8   # made so by vLLM; int8: a checkpoint of compressed-tensors
+    python -m benchmarks.architectures  # all of them, one engine after the other in this process
+    python -m benchmarks.architectures --only gemma-2-9b --formats int4
+    python -m benchmarks.architectures --only qwen3-8b --weights fp8  # made by vLLM; int8: compressed-tensors
 
 Heads, head_dim, soft-caps, sinks and rotary embeddings are the model's; depth, width, vocabulary and experts are cut
 down, and windows to fewer tokens than the prompts have. Weights are large enough for softmax to be sharp. For each
@@ -12,7 +12,7 @@ architecture:
     16-bit   vLLM's own attention: what the others are compared with
     plain    sawkv's pages, rotated but not quantized: equal up to near-ties, or the plumbing is wrong
     int4     what users run: starts, answers, and its log-probabilities stay near (random weights make 4 bits look worse
-    than they are)
+             than they are)
 
 or sawkv refuses the model at start-up, by name. One line each; the exit status is the number that failed.
 

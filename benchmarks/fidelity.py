@@ -1,19 +1,17 @@
 """What serving from a smaller KV cache does to real checkpoints: each is served in several ways, and asked over HTTP.
 
-    python -m benchmarks.fidelity smollm2 gemma3 --jobs 5                                     #
-    docs/results/real_models.jsonl python -m benchmarks.fidelity smollm2 --methods served --tokens 1024 --window 128
-    # a small one, for two cores python -m benchmarks.fidelity smollm2 --tokens 0 --recall-lengths 4096 8192
-    --recall-count 20   # docs/results/real_recall.jsonl python -m benchmarks.fidelity smollm2 --through lab --methods
-    prepared int4               # the same windows in the lab
+    python -m benchmarks.fidelity smollm2 gemma3 --jobs 5  # docs/results/real_models.jsonl
+    python -m benchmarks.fidelity smollm2 --methods served --tokens 1024 --window 128  # small
+    python -m benchmarks.fidelity smollm2 --tokens 0 --recall-lengths 4096 8192 --recall-count 20  # real_recall.jsonl
+    python -m benchmarks.fidelity smollm2 --through lab --methods prepared int4  # the same windows in the lab
 
 A checkpoint is a directory, or NAME=DIRECTORY. For each one `vllm` serves it in 16 bits, then in the ways that
 --methods name:
 
     served          `sawkv serve MODEL`, and nothing else said
     unprepared      the same with --no-prepare
-    int8, bf16, ... `sawkv serve MODEL --format ...`; bf16 pages hold what 16 bits hold, so their distance is that of
-    rounding: the floor fp8, vllm_int4_per_token_head, turboquant_4bit_nc, ...   vLLM's own --kv-cache-dtype, in a vLLM
-    that does not load sawkv
+    int8, bf16, ... `sawkv serve MODEL --format ...`; the distance of bf16 pages is that of rounding: the floor
+    fp8, vllm_int4_per_token_head, turboquant_4bit_nc, ...   vLLM's own --kv-cache-dtype, without sawkv
 
 Windows of text are sent as prompts, one at a time, and every key and value that a token attends to is read back from
 the cache, its own included, by all of these. Distributions are compared over the whole vocabulary (`recorder`); that

@@ -2,8 +2,7 @@
 
     python -m benchmarks.gpu_correctness models/sawkv-6m                       # all engines, one after the other
     python -m benchmarks.gpu_correctness models/sawkv-6m --engines serving --minutes 10
-    python -m benchmarks.gpu_correctness models/sawkv-6m --format fp16-k128-v128 --engines reference serving cache ngram
-    draft
+    python -m benchmarks.gpu_correctness models/sawkv-6m --format fp16-k128-v128 --engines reference cache ngram draft
 
 Each engine runs in a process of its own, and what it found is kept in `--work`, so a later command may run the rest.
 Engines:
@@ -11,9 +10,10 @@ Engines:
     reference    the reference kernels, eager, in one process: its greedy texts are what all others follow
     wide         vLLM's own 16-bit cache: how far the format itself moves log-probabilities
     serving      the kernels under test: CUDA graphs, torch.compile, asynchronous scheduling, prefix caching, LoRA; then
-    a soak of --minutes cache        a cache too small for its requests (preemption); sleep levels 1 and 2, and the same
-    again after waking ngram, draft speculative decoding by n-grams, and by a draft model (the model itself, so that
-    most drafts are accepted) control      unrotated pages: must be found different, or the checks are blind
+                 a soak of --minutes
+    cache        a cache too small for its requests (preemption); sleep levels 1 and 2, and the same again after waking
+    ngram, draft speculative decoding by n-grams, and by a draft model: the model itself, whose drafts are accepted
+    control      unrotated pages: must be found different, or the checks are blind
 
 Rounding of 16-bit models moves some codes to their neighbours. A code that moves was about as near to either, so
 nothing is lost, but every log-probability changes a little, and greedy texts part where two tokens are close. So

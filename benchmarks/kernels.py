@@ -2,9 +2,9 @@
 
     python -m benchmarks.kernels                  # all shapes and peers, appended to docs/results/decode.jsonl
     python -m benchmarks.kernels --only 64x16384 --kernels sawkv-cuda --no-write
-    python -m benchmarks.kernels --kernels sawkv-cuda,sawkv-cuda+prepared --no-write    # the pages of a prepared model
-    beside plain ones python -m benchmarks.kernels --check          # correctness only PYTHONPATH=OTHER/src python -m
-    benchmarks.kernels --kernels sawkv-cuda --no-write    # another build of the kernels
+    python -m benchmarks.kernels --kernels sawkv-cuda,sawkv-cuda+prepared --no-write  # of a prepared model too
+    python -m benchmarks.kernels --check          # correctness only
+    PYTHONPATH=OTHER/src python -m benchmarks.kernels --kernels sawkv-cuda --no-write    # another build of the kernels
 
 `ms` is the median of triton's do_bench, which empties the L2 cache by writing before each run; `graph_ms` is the replay
 of a CUDA graph over several caches, so that none is in L2 when its turn comes. The schedule, made once a step and not

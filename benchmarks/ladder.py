@@ -1,8 +1,8 @@
 """The release gate of accuracy: on a real checkpoint, the more is stored of K and V, the nearer are its predictions to
 16 bits.
 
-    python -m benchmarks.ladder                                # SmolLM2-135M-Instruct, fetched once; a minute or two on
-    two cores python -m benchmarks.ladder DIRECTORY --tokens 16384 --limits prepared=0.04
+    python -m benchmarks.ladder  # SmolLM2-135M-Instruct, fetched once; a minute or two on two cores
+    python -m benchmarks.ladder DIRECTORY --tokens 16384 --limits prepared=0.04
 
 Each rung must have a smaller KL than the next one: 16-bit pages, int8, int4 prepared, int4 unprepared, int4 not even
 rotated. The rung of what is served must stay under its limit and within 3 % of the perplexity of 16 bits; the last rung

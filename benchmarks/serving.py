@@ -3,8 +3,7 @@ other.
 
     python -m benchmarks.serving                                             # Qwen3-8B's shape, random weights
     python -m benchmarks.serving --formats int4-k128-v128 --loads 16384/512x48 --budget 240
-    python -m benchmarks.serving --table                                     # the table of what is recorded, nothing
-    run
+    python -m benchmarks.serving --table  # the table of what is recorded, nothing run
 
 A load is INPUT/OUTPUTxREQUESTS in tokens, all requests sent at once, or PREFIX+NEW/OUTPUTxREQUESTS where they share a
 prefix. Prompts are random tokens, the same ones for every format and no two alike, so the prefix cache serves shared
@@ -12,9 +11,11 @@ prefixes only; this is checked. Each load is written to docs/results/serving.jso
 
     output_tok_s            output tokens of all requests / seconds from sending the first request to the last token
     prefill_tok_s           prompt tokens of all requests, cached ones too / seconds until the last request has its
-    first token ttft_mean_s, ttft_p99_s from vLLM's RequestOutput.metrics: first token, since the request was sent
-    tpot_p50_ms, tpot_p99_ms over requests, of each one's mean time between its tokens after the first kv_tokens
-    capacity of the KV cache preemptions             requests that had to give their pages back and start again
+                            first token
+    ttft_mean_s, ttft_p99_s from vLLM's RequestOutput.metrics: first token, since the request was sent
+    tpot_p50_ms, tpot_p99_ms over requests, of each one's mean time between its tokens after the first
+    kv_tokens               capacity of the KV cache
+    preemptions             requests that had to give their pages back and start again
 """
 
 from __future__ import annotations

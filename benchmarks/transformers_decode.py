@@ -1,9 +1,8 @@
 """Transformers' `generate` with a SawCache against its own DynamicCache and SDPA: decoding speed and KV memory, in one
 run.
 
-    python -m benchmarks.transformers_decode                                   # on a GPU: an 8B-shaped model with
-    random weights python -m benchmarks.transformers_decode --model models/sawkv-6m --device cpu --contexts 256 1024
-    2048 4096
+    python -m benchmarks.transformers_decode  # on a GPU: an 8B-shaped model with random weights
+    python -m benchmarks.transformers_decode --model models/sawkv-6m --device cpu --contexts 256 1024 2048 4096
 
 A step's time is the median over the steps of `generate` after the first two, everything that `generate` does included.
 KV memory is the peak of allocated memory while tokens are generated after the prompt, less the model (on a CPU: what
@@ -78,8 +77,8 @@ def load(model_path: Path | None, device: torch.device) -> PreTrainedModel:
         model = model.to(device)  # type: ignore[arg-type]  # of a decorated method
     else:
         with device:
-            # type: ignore[no-untyped-call]
-            model = AutoModelForCausalLM.from_config(Qwen3Config(**QWEN3_8B), dtype=torch.bfloat16)
+            config = Qwen3Config(**QWEN3_8B)
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
     model.eval()  # type: ignore[no-untyped-call]
     assert model.generation_config is not None
     model.generation_config.eos_token_id = None

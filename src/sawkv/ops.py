@@ -7,11 +7,15 @@ What stays is said once. A layer has one `Attention` (or `Pages`, if nothing att
 and its backend is chosen when it is made. A step has one `Step`, made by `Schedule.update` and read by all layers that
 are alike:
 
-    attention = Attention(cache, num_q_heads=32, softmax_scale=128**-0.5)                             # once a layer
-    schedule = Schedule(layout, device, num_q_heads=32, max_num_seqs=64, max_query_len=1)             # once for layers
-    that are alike step = schedule.update(block_table, seq_lens, query_start_loc)                                    #
-    once a step attention.append(k, v, slot_mapping)                                                              # each
-    layer and step attention(q, step, out)
+    # once a layer
+    attention = Attention(cache, num_q_heads=32, softmax_scale=128**-0.5)
+    # once for layers that are alike
+    schedule = Schedule(layout, device, num_q_heads=32, max_num_seqs=64, max_query_len=1)
+    # once a step
+    step = schedule.update(block_table, seq_lens, query_start_loc)
+    # each layer and step
+    attention.append(k, v, slot_mapping)
+    attention(q, step, out)
 
 The functions `append`, `decode_attention` and `gather` do all this in one call.
 

@@ -170,8 +170,11 @@ def score(
             loss = -other.gather(-1, following[part, None])[:, 0]
             for column, value in zip(found[name], (kl, loss, other.argmax(-1) == top), strict=True):
                 column.append(value.cpu())
-    # type: ignore[misc]
-    return {name: tuple(torch.cat(column).view(rows, length) for column in columns) for name, columns in found.items()}
+    joined: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = {}
+    for name, (kls, losses, tops) in found.items():
+        shaped = [torch.cat(column).view(rows, length) for column in (kls, losses, tops)]
+        joined[name] = (shaped[0], shaped[1], shaped[2])
+    return joined
 
 
 def reading_only(readers: Readers, layer: int) -> Readers:

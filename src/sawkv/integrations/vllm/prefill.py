@@ -130,8 +130,8 @@ class FlashPrefill:
         Raises:
             UnsupportedError: vLLM has no FlashAttention for this layer here.
         """
-        # type: ignore[assignment]  # a name until vLLM has resolved it
-        self.dtype: torch.dtype = vllm_config.model_config.dtype
+        # vLLM has resolved the name by now.
+        self.dtype: torch.dtype = vllm_config.model_config.dtype  # type: ignore[assignment]
         version = get_flash_attn_version(head_size=head_size, has_sinks=sinks is not None)
         if version is None or self.dtype not in DTYPES:
             raise UnsupportedError(
@@ -143,8 +143,8 @@ class FlashPrefill:
                 "sawkv on a GPU: expected FlashAttention 3 or newer for a model with attention sinks, got"
                 f" FlashAttention 2, which this card or --attention-config takes. {refusals.WAY_OUT}"
             )
-        # type: ignore[attr-defined]  # only where CUDA is
-        from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func
+        # It is there only where CUDA is.
+        from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func  # type: ignore[attr-defined]
 
         self._flash_attention = flash_attn_varlen_func
         self.capacity = workspace_tokens(vllm_config)
