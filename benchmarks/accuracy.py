@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from sawkv.lab.budget import Plan
+from sawkv.lab.budget import Budget
 from sawkv.lab.evaluate import evaluate
 from sawkv.lab.methods import METHODS, find_method
 from sawkv.lab.records import Evaluation, MethodResult
@@ -55,7 +55,7 @@ def main() -> None:
     methods = [find_method(name) for name in args.methods if name not in left_out]
     for model in args.models:
         for stress in args.stress:
-            plan = Plan(
+            budget = Budget(
                 tokens=args.tokens,
                 window=args.window,
                 batch_tokens=args.batch_tokens,
@@ -66,7 +66,7 @@ def main() -> None:
                 free_runs=0,
                 stress=stress,
             )
-            evaluation = evaluate(model, methods, plan=plan, dtype=getattr(torch, args.dtype))
+            evaluation = evaluate(model, methods, budget=budget, dtype=getattr(torch, args.dtype))
             print(table(evaluation), flush=True)
             add_lines(args.out, lines(evaluation))
             if args.records:

@@ -347,7 +347,7 @@ def _lab(job: Job, args: argparse.Namespace) -> list[dict[str, Any]]:
     reference, scores = compare(model, job.ids, {method.name: fit(method, samples) for method in methods}, batch=1)
     records = []
     for method in methods:
-        common = {"model": job.name, "method": method.name, "through": "lab", "bits": method.bits(model.shape[2])}
+        common = {"model": job.name, "method": method.name, "through": "lab", "bits": method.bits(model.shape.head_dim)}
         records += [common | record for record in _records(scores[method.name], reference.loss, job)]
     for record in records:
         print(line(record), flush=True)

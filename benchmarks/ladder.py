@@ -25,7 +25,7 @@ from typing import Final
 import torch
 
 from benchmarks.texts import text_file
-from sawkv.lab.budget import Plan
+from sawkv.lab.budget import Budget
 from sawkv.lab.evaluate import evaluate
 from sawkv.lab.methods import find_method
 from sawkv.lab.records import Divergence
@@ -48,14 +48,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if fetched:
             return fetched
     start = time.monotonic()
-    plan = Plan(tokens=args.tokens, window=args.window, layer_tokens=0, floor_tokens=0, recall_count=0, free_runs=0)
+    budget = Budget(tokens=args.tokens, window=args.window, layer_tokens=0, floor_tokens=0, recall_count=0, free_runs=0)
     with tempfile.TemporaryDirectory() as folder:
         text = text_file(args.text, Path(folder))
         found = evaluate(
             args.model,
             [find_method(name) for name in RUNGS],
             text=text,
-            plan=plan,
+            budget=budget,
             device=find_device(args.device),
             dtype=torch.float32,
         )

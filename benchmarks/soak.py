@@ -60,7 +60,7 @@ class Load:
     """What is sent, and to which server."""
 
     model: str
-    format_name: str = "int4"
+    cache_format: CacheFormat = field(default_factory=lambda: CacheFormat("int4"))
     tokens: int = 1_000_000
     clients: int = 64
     restarts: int = 6
@@ -132,9 +132,7 @@ class Server:
             str(port),
             "--disable-uvicorn-access-log",
         ]
-        self._command = server_command(
-            load.model, CacheFormat.parse(load.format_name), [*limits, *serving, *load.options]
-        )
+        self._command = server_command(load.model, load.cache_format, [*limits, *serving, *load.options])
         self._process: subprocess.Popen[bytes] | None = None
         self._session: aiohttp.ClientSession | None = None
 

@@ -223,7 +223,7 @@ def test_the_fingerprint_covers_all_that_changes_the_bytes() -> None:
 
 def test_a_misfit_names_all_that_differs() -> None:
     fits: dict[str, Any] = {
-        "cache_format": CacheFormat("int4"),
+        "cache_format": CacheFormat("int4").resolve(128),
         "model": "a model",
         "num_layers": 3,
         "num_kv_heads": 2,
@@ -233,7 +233,7 @@ def test_a_misfit_names_all_that_differs() -> None:
     with pytest.raises(CalibrationError, match=r"layers: expected 4, got 3; model: expected b, got a model"):
         make().check(**fits | {"num_layers": 4, "model": "b"})
     with pytest.raises(CalibrationError, match="format: expected int8-k128-v128, got int4-k128-v128"):
-        make().check(**fits | {"cache_format": CacheFormat("int8")})
+        make().check(**fits | {"cache_format": CacheFormat("int8").resolve(128)})
     with pytest.raises(CalibrationError, match="KV heads: expected 8, got 2; head_dim: expected 64, got 128"):
         make().check(**fits | {"num_kv_heads": 8, "head_dim": 64})
 

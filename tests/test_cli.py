@@ -28,7 +28,7 @@ def test_serve_hands_other_options_to_vllm(monkeypatch: pytest.MonkeyPatch) -> N
     assert cli.main(["serve", "a/model", "--no-prepare", "--max-model-len", "64", "--fo", "x"]) == 0
     prepared = {"calibration": None, "prepare": True, "prepare_cache": None}
     assert seen == [
-        (("a/model", "int8", ["--port", "9000"]), prepared),
+        (("a/model", CacheFormat("int8"), ["--port", "9000"]), prepared),
         (("a/model", None, ["--max-model-len", "64", "--fo", "x"]), prepared | {"prepare": False}),
     ]
 

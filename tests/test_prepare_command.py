@@ -174,7 +174,7 @@ def test_the_command_writes_a_file_for_this_model(
     folder = next((Path(__file__).parents[1] / "models").glob("sawkv-*"))
     text = tmp_path / "text.txt"
     text.write_text("Some words, and others. " * 600)
-    options = {"cache_format": "int4-k64-v0", "context": 512, "window": 128, "windows": 2, "device": "cpu"}
+    options = {"cache_format": CacheFormat("int4", 64, 0), "context": 512, "window": 128, "windows": 2, "device": "cpu"}
     assert calibrate.run_prepare(folder, text if own_text else None, tmp_path / "c.safetensors", **options) == 0
     shown = capsys.readouterr().out
     made = Calibration.load(tmp_path / "c.safetensors")

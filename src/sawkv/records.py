@@ -33,3 +33,12 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise SawkvError(
                 f"expected a record of `{cls.written_by}`, got one that does not parse: {error}"
             ) from error
+
+
+class AttentionShape(Record, frozen=True):
+    """Layers, heads and head size of a model's attention. Where layers differ, the heads are those of the first."""
+
+    num_layers: int
+    num_q_heads: int
+    num_kv_heads: int
+    head_dim: int

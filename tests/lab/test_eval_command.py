@@ -13,7 +13,7 @@ from msgspec.structs import replace
 
 from sawkv import SawkvError, cli
 from sawkv.lab import evaluate
-from sawkv.lab.budget import Plan
+from sawkv.lab.budget import Budget
 from sawkv.lab.divergence import mean_and_error
 from sawkv.lab.methods import find_method, fit
 from sawkv.lab.records import Evaluation
@@ -75,9 +75,9 @@ def test_methods_learn_what_an_engine_would_prepare_the_model_on(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(evaluate, "collect_samples", stop)
-    plan = Plan(tokens=64, window=64, floor_tokens=0, recall_count=0, free_runs=0, context=asked)
+    budget = Budget(tokens=64, window=64, floor_tokens=0, recall_count=0, free_runs=0, context=asked)
     with pytest.raises(KeyboardInterrupt):
-        evaluate.evaluate(MODEL, [find_method("prepared")], plan=plan, device=torch.device("cpu"))
+        evaluate.evaluate(MODEL, [find_method("prepared")], budget=budget, device=torch.device("cpu"))
     ((_, ids, given),) = seen
     assert given == context
     text = load_text(MODEL, None)
@@ -129,7 +129,7 @@ def test_a_stopped_run_keeps_its_methods_and_is_resumed(
     assert (first.divergence, second.method) == (marked, "int4_plain")
     capsys.readouterr()
     assert cli.main([*command, "int8", "--resume", "--window", "128"]) == 2
-    assert "expected a record with the same plan" in capsys.readouterr().err
+    assert "expected a record with the same budget" in capsys.readouterr().err
     other = replace(kept, reference=replace(kept.reference, divergence=replace(marked, ppl=2.0)))
     out.write_text(other.to_json())
     assert cli.main([*command, "int8", "--resume"]) == 2

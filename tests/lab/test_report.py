@@ -29,13 +29,13 @@ from sawkv.lab.records import (
     FreeRun,
     LayerKL,
     MethodResult,
-    ModelShape,
     PositionKL,
     Recall,
     Surprise,
 )
 from sawkv.lab.report.verdict import verdict
 from sawkv.page import Cell, Column, Table, digits, svg
+from sawkv.records import AttentionShape
 from tests.lab.test_analyze import run
 
 VOID = {"meta", "link", "br", "hr", "img", "input"}
@@ -78,7 +78,7 @@ def make_evaluation(model: str = "a-model", stress: int = 1) -> Evaluation:
     reference = replace(make_result("reference", 32.0, 0.0, correct=10), by_position=(), by_layer=(), free_run=None)
     return Evaluation(
         model,
-        ModelShape(3, 4, 2, 128),
+        AttentionShape(3, 4, 2, 128),
         "a cpu",
         "float32",
         "held-out",

@@ -16,6 +16,7 @@ from sawkv.prepare.corpus import preparation_positions
 from sawkv.prepare.model import EvalModel, collect_samples, load_tokenizer
 from sawkv.prepare.samples import layer_sample
 from sawkv.prepare.text import load_text
+from sawkv.records import AttentionShape
 
 MODEL = next(Path("models").glob("sawkv-*"))
 
@@ -56,7 +57,7 @@ def logits(model: EvalModel, ids: torch.Tensor) -> torch.Tensor:
 def test_unquantized_it_is_the_model(kind: str) -> None:
     model = small_model(kind)
     assert len(model.layers) == 2
-    assert model.shape == (4, 2, 64)
+    assert model.shape == AttentionShape(2, 4, 2, 64)
     ids = torch.randint(0, 512, (2, 33))
     got = logits(model, ids)
     with model.eager(), torch.inference_mode():
@@ -320,7 +321,7 @@ def test_a_gguf_file_is_a_checkpoint_too(tmp_path: Path) -> None:
     ):
         write()
     model = EvalModel.load(file, "cpu", torch.float32)
-    assert model.shape == (heads, kv_heads, hidden // heads)
+    assert model.shape == AttentionShape(layers, heads, kv_heads, hidden // heads)
     torch.testing.assert_close(model.model.get_input_embeddings().weight, embedding)
     assert bool(logits(model, torch.randint(0, 256, (1, 20))).isfinite().all())
     assert load_tokenizer(file).eos_token_id == 258

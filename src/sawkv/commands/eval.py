@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 
 from sawkv.commands import options
-from sawkv.lab.budget import Plan
+from sawkv.lab.budget import Budget
 
 SUMMARY = "what cache formats and other methods cost on a model: KL, perplexity, recall"
 DEFAULT_FORMATS = "prepared,int8,fp8,vllm_int4_per_token_head,int4_plain"
@@ -13,7 +13,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    defaults = Plan()
+    defaults = Budget()
     options.add_model(parser)
     options.add_text(parser)
     options.add_out(parser, "record, JSON for `sawkv report`,")
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace) -> int:
                 part.write_text(evaluation.to_json(), encoding="utf-8")
 
     methods = [find_method(name) for name in args.formats]
-    plan = Plan(
+    budget = Budget(
         tokens=args.tokens,
         window=args.window,
         batch_tokens=args.batch_tokens,
@@ -97,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
         args.model,
         methods,
         text=args.text,
-        plan=plan,
+        budget=budget,
         device=find_device(args.device),
         dtype=getattr(torch, args.dtype) if args.dtype else None,
         quiet=args.quiet,

@@ -88,26 +88,36 @@ class Outcome:
     requests_a_second: float
 
 
-def run_demo(model: str, *, cache_format: str, max_tokens: int, kv_cache_memory: int, max_model_len: int) -> int:
+def run_demo(
+    model: str, *, cache_format: CacheFormat, max_tokens: int, kv_cache_memory: int, max_model_len: int
+) -> int:
     """Serve `model` twice and print what both showed. Returns 0, or 1 if the format's cache holds fewer tokens than it
     promises.
 
     Args:
         model: a checkpoint directory, or a name that vLLM resolves.
-        cache_format: name of the format to compare with vLLM's 16-bit cache.
+        cache_format: the format to compare with vLLM's 16-bit cache.
         max_tokens: tokens of an answer.
         kv_cache_memory: bytes that each server gives to its cache.
         max_model_len: longest sequence to serve, in tokens.
     """
     import torch
 
-    chosen = CacheFormat.parse(cache_format)
     options = ["--kv-cache-memory-bytes", str(kv_cache_memory), "--max-model-len", str(max_model_len)]
     if not torch.cuda.device_count():  # a CPU takes minutes to compile a model
         options.append("--enforce-eager")
     commands = {
         "16 bits": server_command(model, None, options),
-        chosen.codec.upper(): [sys.executable, "-m", "sawkv", "serve", model, "--format", cache_format, *options],
+        cache_format.codec.upper(): [
+            sys.executable,
+            "-m",
+            "sawkv",
+            "serve",
+            model,
+            "--format",
+            str(cache_format),
+            *options,
+        ],
     }
     outcomes = []
     for number, (name, command) in enumerate(commands.items(), 1):

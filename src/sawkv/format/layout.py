@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from sawkv.errors import FormatError
-from sawkv.format.spec import CacheFormat
+from sawkv.format.spec import CacheFormat, ResolvedFormat
 
 PAGE_SIZE_MULTIPLE = 16
 ENGINE_PAGE_SIZE = 64
@@ -16,12 +16,12 @@ GPU_PAGE_SIZES = (16, 32, 64, 128, 256)
 SEGMENT_BYTES = 16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class PageLayout:
     """Shape and byte offsets of one layer's pages.
 
     Attributes:
-        format: resolved on construction, so that its rotation orders are integers.
+        format: the constructor takes any `CacheFormat`, and resolves it.
         num_kv_heads: KV heads held by this rank.
         head_dim: channels in a head.
         page_size: tokens in a page, a multiple of 16.
@@ -30,25 +30,26 @@ class PageLayout:
         FormatError: the values do not fit together.
     """
 
-    format: CacheFormat
+    format: ResolvedFormat
     num_kv_heads: int
     head_dim: int
     page_size: int
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "format", self.format.resolve(self.head_dim))
-        if self.page_size <= 0 or self.page_size % PAGE_SIZE_MULTIPLE:
-            raise FormatError(f"page_size: expected a positive multiple of {PAGE_SIZE_MULTIPLE}, got {self.page_size}")
-        if self.num_kv_heads <= 0:
-            raise FormatError(f"num_kv_heads: expected at least 1, got {self.num_kv_heads}")
+    def __init__(self, format: CacheFormat, num_kv_heads: int, head_dim: int, page_size: int) -> None:
+        resolved = format.resolve(head_dim)
+        if page_size <= 0 or page_size % PAGE_SIZE_MULTIPLE:
+            raise FormatError(f"page_size: expected a positive multiple of {PAGE_SIZE_MULTIPLE}, got {page_size}")
+        if num_kv_heads <= 0:
+            raise FormatError(f"num_kv_heads: expected at least 1, got {num_kv_heads}")
+        vars(self).update(format=resolved, num_kv_heads=num_kv_heads, head_dim=head_dim, page_size=page_size)
 
     @property
     def k_rotation_order(self) -> int:
-        return self.format.k_rotation_order or 0
+        return self.format.k_rotation_order
 
     @property
     def v_rotation_order(self) -> int:
-        return self.format.v_rotation_order or 0
+        return self.format.v_rotation_order
 
     @cached_property
     def row_bytes(self) -> int:

@@ -1,9 +1,13 @@
-"""What a cache format is: codec and rotation orders, with a name that parses and prints. See docs/format.md."""
+"""Cache formats: a codec and two rotation orders, with a name that parses and prints. See docs/format.md.
+
+`CacheFormat.parse` reads the name that a user gave, once. `CacheFormat.resolve` fits it to a head_dim. Code below that
+point takes a `ResolvedFormat`.
+"""
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field
 from typing import Final
 
 from sawkv.errors import FormatError
@@ -18,14 +22,17 @@ HEAD_DIMS: Final = range(16, 257, 16)
 _NAME = re.compile(r"(?P<codec>[a-z]+[0-9]{1,2})(?:-k(?P<k>[0-9]{1,3})-v(?P<v>[0-9]{1,3}))?", re.ASCII)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class CacheFormat:
-    """How one K or V row becomes bytes.
+    """How rows of K and V become bytes, as a user names it. The head_dim is not known yet.
 
     Attributes:
         codec: one of `CODEC_BITS`.
-        k_rotation_order, v_rotation_order: channels in a Hadamard block, 0 for no rotation; None until
-            `resolve` chooses the default for a head_dim.
+        k_rotation_order, v_rotation_order: channels per Hadamard block; 0 turns rotation off; None takes the default
+            for the head_dim.
+
+    Raises:
+        FormatError: a value is out of range.
     """
 
     codec: str
@@ -58,6 +65,17 @@ class CacheFormat:
         k, v = match["k"], match["v"]
         return cls(match["codec"], None if k is None else int(k), None if v is None else int(v))
 
+    def __eq__(self, other: object) -> bool:
+        """Equal names are equal formats, resolved or not."""
+        return isinstance(other, CacheFormat) and self._key == other._key
+
+    def __hash__(self) -> int:
+        return hash(self._key)
+
+    @property
+    def _key(self) -> tuple[str, int | None, int | None]:
+        return self.codec, self.k_rotation_order, self.v_rotation_order
+
     def __str__(self) -> str:
         if self.k_rotation_order is None:
             return self.codec
@@ -73,18 +91,25 @@ class CacheFormat:
         """Whether rows carry a scale and a zero point."""
         return self.codec in QUANTIZED_CODECS
 
-    def resolve(self, head_dim: int) -> CacheFormat:
-        """This format with default rotation orders filled in, checked against `head_dim`.
+    def resolve(self, head_dim: int) -> ResolvedFormat:
+        """Fill in default rotation orders, and check the format against `head_dim`.
 
         Raises:
             FormatError: head_dim is not a multiple of 16 up to 256, or an order does not divide it.
         """
         if head_dim not in HEAD_DIMS:
             raise FormatError(f"head_dim: expected a multiple of 16 from 16 to 256, got {head_dim}")
-        if self.k_rotation_order is None:
-            order = min(head_dim & -head_dim, MAX_DEFAULT_ROTATION_ORDER) if self.quantized else 0
-            return replace(self, k_rotation_order=order, v_rotation_order=order)
-        for kind, chosen in (("K", self.k_rotation_order), ("V", self.v_rotation_order)):
-            if chosen and head_dim % chosen:
-                raise FormatError(f"{kind} rotation order: expected a divisor of head_dim {head_dim}, got {chosen}")
-        return self
+        default = min(head_dim & -head_dim, MAX_DEFAULT_ROTATION_ORDER) if self.quantized else 0
+        k, v = (default if order is None else order for order in (self.k_rotation_order, self.v_rotation_order))
+        for kind, order in (("K", k), ("V", v)):
+            if order and head_dim % order:
+                raise FormatError(f"{kind} rotation order: expected a divisor of head_dim {head_dim}, got {order}")
+        return ResolvedFormat(self.codec, k, v)
+
+
+@dataclass(frozen=True, eq=False)
+class ResolvedFormat(CacheFormat):
+    """A `CacheFormat` whose rotation orders are known and divide the head_dim. `CacheFormat.resolve` makes it."""
+
+    k_rotation_order: int = field()
+    v_rotation_order: int = field()

@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from sawkv.lab.records import ModelShape
-from sawkv.records import Record
+from sawkv.records import AttentionShape, Record
 
 PREPARED, WIDER = "prepared", "int8"
 """What `sawkv serve` serves by itself, and what it serves with more bits."""
@@ -117,7 +116,7 @@ class Analysis(Record, frozen=True):
     written_by: ClassVar[str] = "sawkv analyze"
 
     model: str
-    shape: ModelShape
+    shape: AttentionShape
     device: str
     dtype: str
     text: str

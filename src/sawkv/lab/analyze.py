@@ -36,7 +36,6 @@ from sawkv.lab.analysis import (
 )
 from sawkv.lab.evaluate import shipped_samples
 from sawkv.lab.methods import Method, check_fits, find_method, fit
-from sawkv.lab.records import ModelShape
 from sawkv.lab.stress import apply_stress
 from sawkv.prepare.model import EvalModel, default_dtype, find_device
 from sawkv.prepare.samples import LayerSample, LayerStates, Reader
@@ -82,11 +81,11 @@ def run_analyze(
     where = find_device(device)
     model = EvalModel.load(model_folder, where, default_dtype(where))
     for method in chosen or ():
-        check_fits(method.name, model.shape[2])
+        check_fits(method, model.shape.head_dim)
     text = with_bos(load_text(model_folder, text_file), model)
     scored = text.windows(window, windows)
     if stress > 1:
-        apply_stress(model.layers, model.shape[2], stress)
+        apply_stress(model.layers, model.shape.head_dim, stress)
     analysis = analyze(
         model,
         scored,
@@ -126,9 +125,8 @@ def analyze(
         name, text, stress: of the model and of the text, for the record.
     """
     started = time.monotonic()
-    num_q_heads, num_kv_heads, head_dim = model.shape
     methods = default_methods() if methods is None else methods
-    num_layers = len(model.layers)
+    num_layers = model.shape.num_layers
     readers = [
         fit(method, samples) for method in tqdm(methods, desc="fitting", unit="method", leave=False, disable=None)
     ]
@@ -146,7 +144,7 @@ def analyze(
     found = tuple(
         MethodError(
             method.name,
-            round(method.bits(head_dim), 3),
+            round(method.bits(model.shape.head_dim), 3),
             method.served,
             *(tuple(zip(*(error.shares() for error in errors[i]), strict=True))),
         )
@@ -156,7 +154,7 @@ def analyze(
     rope = getattr(config, "rope_parameters", None) or {}
     return Analysis(
         model=name,
-        shape=ModelShape(num_layers, num_q_heads, num_kv_heads, head_dim),
+        shape=model.shape,
         device=model.device.type,
         dtype=str(model.model.dtype).removeprefix("torch."),
         text=text,

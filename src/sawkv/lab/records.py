@@ -8,8 +8,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from sawkv.lab.budget import Plan
-from sawkv.records import Record
+import msgspec
+
+from sawkv.lab.budget import Budget
+from sawkv.records import AttentionShape, Record
 
 
 class Divergence(Record, frozen=True):
@@ -160,15 +162,6 @@ class MethodResult(Record, frozen=True):
         return sum(cell.correct for cell in cells) / sum(cell.asked for cell in cells) if cells else None
 
 
-class ModelShape(Record, frozen=True):
-    """The shape of the model's attention."""
-
-    num_layers: int
-    num_q_heads: int
-    num_kv_heads: int
-    head_dim: int
-
-
 class Evaluation(Record, frozen=True):
     """One run of `sawkv eval`.
 
@@ -183,7 +176,7 @@ class Evaluation(Record, frozen=True):
         results: the noise floor first, then one for each method, in the order asked for.
         seconds: wall time.
         versions: of sawkv and what it ran on.
-        plan: how much was to be measured; None in records of old.
+        budget: how much was to be measured; None in records of old.
         excerpt: the last tokens of the first window, as text; empty in records of old.
         command: what was typed; empty in records of old.
     """
@@ -191,7 +184,7 @@ class Evaluation(Record, frozen=True):
     written_by: ClassVar[str] = "sawkv eval"
 
     model: str
-    shape: ModelShape
+    shape: AttentionShape
     device: str
     dtype: str
     text: str
@@ -201,6 +194,6 @@ class Evaluation(Record, frozen=True):
     results: tuple[MethodResult, ...]
     seconds: float
     versions: dict[str, str]
-    plan: Plan | None = None
+    budget: Budget | None = msgspec.field(default=None, name="plan")
     excerpt: tuple[str, ...] = ()
     command: str = ""

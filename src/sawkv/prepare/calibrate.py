@@ -27,7 +27,7 @@ def run_prepare(
     text_file: Path | None,
     out: Path | None,
     *,
-    cache_format: str,
+    cache_format: CacheFormat,
     context: int,
     window: int,
     windows: int,
@@ -39,7 +39,7 @@ def run_prepare(
         model_folder: a checkpoint directory.
         text_file: UTF-8 text; None is the text that ships with sawkv, on which engines prepare a model at their start.
         out: the file to write; None is where engines look for it by themselves (`store.shipped_path`).
-        cache_format: name of the format that will be served.
+        cache_format: the format that will be served.
         context: tokens of the longest request that will be served; 0 is the model's limit, at most `LONGEST_CONTEXT`.
         window: tokens read from an empty cache at a time, at positions somewhere in that context.
         windows: how many.
@@ -48,7 +48,6 @@ def run_prepare(
     Raises:
         SawkvError: bad input, by name.
     """
-    wanted = CacheFormat.parse(cache_format)
     ships = out is None
     if ships and not model_folder.is_dir():
         raise SawkvError(f"prepare: expected a checkpoint directory to write into, or --out FILE, got {model_folder}")
@@ -64,13 +63,12 @@ def run_prepare(
         ids = preparation_windows(text.encode, window, windows, text.prefix)
     else:
         _, ids = text.split(window, 1, windows)  # from the end: `sawkv eval` scores the start
-    print(
-        f"model   {model_folder.resolve().name}: {len(model.layers)} layers, {model.shape[1]} KV heads of"
-        f" {model.shape[2]}"
-    )
+    shape = model.shape
+    heads = f"{shape.num_layers} layers, {shape.num_kv_heads} KV heads of {shape.head_dim}"
+    print(f"model   {model_folder.resolve().name}: {heads}")
     print(f"text    {text.name}: {len(ids)} windows of {window:,} tokens, at positions up to {context:,}")
     started = time.monotonic()
-    calibration = replace(calibrate(model, wanted, ids, context), weights=weights or "")
+    calibration = replace(calibrate(model, cache_format, ids, context), weights=weights or "")
     path = out or shipped_path(model_folder, calibration.format)
     calibration.save(path)
     print(f"format  {calibration.format}, fitted in {time.monotonic() - started:.1f} s")
@@ -95,7 +93,7 @@ def calibrate(model: EvalModel, cache_format: CacheFormat, windows: torch.Tensor
         FormatError: the format does not quantize, or does not fit the model.
         UnsupportedError: the layers differ in shape, or hold what is not finite.
     """
-    _, num_kv_heads, head_dim = model.shape
+    num_kv_heads, head_dim = model.shape.num_kv_heads, model.shape.head_dim
     resolved = cache_format.resolve(head_dim)
     if not resolved.quantized:
         raise FormatError(

@@ -25,7 +25,7 @@ from sawkv.errors import CalibrationError, FormatError
 from sawkv.files import writing
 from sawkv.format.feedback import Feedback, takes_from
 from sawkv.format.layout import PageLayout
-from sawkv.format.spec import FORMAT_VERSION, CacheFormat
+from sawkv.format.spec import FORMAT_VERSION, CacheFormat, ResolvedFormat
 
 VERSION: Final = "2"
 MAX_FILE_BYTES: Final = 512 << 20
@@ -137,7 +137,7 @@ class Calibration:
         CalibrationError: a tensor or the format is not as said.
     """
 
-    format: CacheFormat
+    format: ResolvedFormat
     model: str
     k_center: torch.Tensor
     v_center: torch.Tensor
@@ -173,12 +173,7 @@ class Calibration:
                 raise CalibrationError(
                     f"{name}: expected values from 1/{MAX_GAIN:g} to {MAX_GAIN:g}, got NaN or others"
                 )
-        try:
-            resolved = self.format.resolve(self.head_dim)
-        except FormatError as error:
-            raise CalibrationError(f"format {self.format}: {error}") from error
-        if resolved != self.format:
-            raise CalibrationError(f"format: expected rotation orders, for example {resolved}, got {self.format}")
+        object.__setattr__(self, "format", _with_orders(self.format, self.head_dim))
         for name in ("k_feedback", "v_feedback"):
             self._check_feedback(name, getattr(self, name), getattr(self, f"{name}_step"))
         for name in _ENERGIES:
@@ -252,7 +247,7 @@ class Calibration:
         return {name: x for name in _TENSORS if (x := getattr(self, name)) is not None}
 
     def check(
-        self, *, cache_format: CacheFormat, model: str, num_layers: int, num_kv_heads: int, head_dim: int
+        self, *, cache_format: ResolvedFormat, model: str, num_layers: int, num_kv_heads: int, head_dim: int
     ) -> None:
         """Refuse a cache or a model that the calibration was not made for.
 
@@ -266,7 +261,7 @@ class Calibration:
             CalibrationError: something differs; the message names all that does.
         """
         wanted = {
-            "format": str(cache_format.resolve(head_dim)),
+            "format": str(cache_format),
             "layers": num_layers,
             "KV heads": num_kv_heads,
             "head_dim": head_dim,
@@ -326,12 +321,12 @@ class Calibration:
 
     @classmethod
     def from_layers(
-        cls, cache_format: CacheFormat, model: str, num_layers: int, layers: Mapping[int, LayerCalibration]
+        cls, cache_format: ResolvedFormat, model: str, num_layers: int, layers: Mapping[int, LayerCalibration]
     ) -> Calibration:
         """The whole model's, of the parts that its layers have: the inverse of `layer`.
 
         Args:
-            cache_format: what they were fitted for, with its rotation orders.
+            cache_format: the format that they were fitted for.
             model: `model_id` of the model they were measured on.
             num_layers: of the whole model.
             layers: by the layers' indices, all KV heads of each, on any device. A layer that is not there (one without
@@ -456,7 +451,9 @@ class Calibration:
             cache_format = CacheFormat.parse(metadata["format"])
         except FormatError as error:
             raise CalibrationError(str(error)) from error
-        calibration = cls(cache_format, metadata["model"], weights=metadata.get("weights", ""), **tensors)
+        calibration = cls(
+            _with_orders(cache_format, shape[-1]), metadata["model"], weights=metadata.get("weights", ""), **tensors
+        )
         if calibration.fingerprint() != metadata["fingerprint"]:
             raise CalibrationError(
                 f"fingerprint: expected {calibration.fingerprint()}, that of the contents, got"
@@ -493,6 +490,17 @@ def _config_field(config: object, name: str) -> object:
         return getattr(config, name, None)
     except RuntimeError:  # of Transformers, where layers differ in it
         return [getattr(layer, name, None) for layer in config.per_layer_config]  # type: ignore[attr-defined]
+
+
+def _with_orders(cache_format: CacheFormat, head_dim: int) -> ResolvedFormat:
+    """The format of a calibration, whose name has to give both rotation orders."""
+    try:
+        resolved = cache_format.resolve(head_dim)
+    except FormatError as error:
+        raise CalibrationError(f"format {cache_format}: {error}") from error
+    if cache_format.k_rotation_order is None:
+        raise CalibrationError(f"format: expected rotation orders, for example {resolved}, got {cache_format}")
+    return resolved
 
 
 def _check_metadata(metadata: dict[str, str]) -> None:

@@ -27,7 +27,7 @@ import torch
 from sawkv.errors import UnsupportedError
 from sawkv.format.feedback import Feedback, cost_with_feedback, fit_feedback
 from sawkv.format.rotation import hadamard_matrix
-from sawkv.format.spec import CacheFormat
+from sawkv.format.spec import CacheFormat, ResolvedFormat
 from sawkv.prepare.calibration import LayerCalibration
 from sawkv.prepare.statistics import LayerStatistics
 
@@ -68,7 +68,7 @@ def fit(statistics: Sequence[LayerStatistics], cache_format: CacheFormat) -> lis
     return [fitted[i] for i in range(len(statistics))]
 
 
-def _fit_alike(statistics: list[LayerStatistics], cache_format: CacheFormat) -> list[LayerCalibration]:
+def _fit_alike(statistics: list[LayerStatistics], cache_format: ResolvedFormat) -> list[LayerCalibration]:
     """Layers of one shape."""
     heads = statistics[0].num_kv_heads
     tiny = torch.finfo(torch.float64).tiny
@@ -82,7 +82,7 @@ def _fit_alike(statistics: list[LayerStatistics], cache_format: CacheFormat) -> 
     feeds_back = cache_format.codec == "int4"
     centers, gains = mean.float(), torch.empty_like(mean)
     feedback: list[list[Feedback | None]] = [[None, None] for _ in statistics]
-    for kind, order in enumerate((cache_format.k_rotation_order or 0, cache_format.v_rotation_order or 0)):
+    for kind, order in enumerate((cache_format.k_rotation_order, cache_format.v_rotation_order)):
         hessian = hessians[:, kind].flatten(0, 1)
         found = _gains(variance[:, kind].flatten(0, 1), hessian, order, feeds_back).float().double()
         gains[:, kind] = found.view(-1, heads, found.shape[-1])

@@ -34,6 +34,7 @@ from sawkv.errors import SawkvError, UnsupportedError
 from sawkv.prepare.corpus import preparation_positions
 from sawkv.prepare.samples import LayerSample, LayerStates, Reader, Sample, joined, samples
 from sawkv.prepare.statistics import LayerStatistics
+from sawkv.records import AttentionShape
 
 ATTENTION = "sawkv_eval"
 _HOOK = "_sawkv_eval_hook"
@@ -102,9 +103,7 @@ class EvalModel:
         self.model.set_attn_implementation(ATTENTION)
         self.layers: list[nn.Module] = []
         """The modules that attend, first to last."""
-        self.shape = (0, 0, 0)
-        """`(num_q_heads, num_kv_heads, head_dim)` of the first."""
-        self._find_layers()
+        self.shape = self._find_layers()
         self._head = self._plain_head()
 
     @classmethod
@@ -196,7 +195,8 @@ class EvalModel:
             tokens.append(step)
         return torch.cat(tokens, 1)
 
-    def _find_layers(self) -> None:
+    def _find_layers(self) -> AttentionShape:
+        """Fill `layers` by one pass over two tokens."""
         found: list[tuple[nn.Module, int, int, int]] = []
 
         def note(
@@ -219,7 +219,7 @@ class EvalModel:
                 "expected a model whose attention layers use Transformers' AttentionInterface once each, got"
                 f" {type(self.model).__name__}"
             )
-        self.shape = found[0][1:]
+        return AttentionShape(len(found), *found[0][1:])
 
     def _plain_head(self) -> nn.Module | None:
         """The output embedding, if it alone makes logits from the trunk's states; some models scale or

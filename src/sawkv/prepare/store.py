@@ -19,7 +19,7 @@ from typing import Any, Final
 from sawkv import __version__
 from sawkv.errors import CalibrationError
 from sawkv.files import writing
-from sawkv.format.spec import CacheFormat
+from sawkv.format.spec import ResolvedFormat
 from sawkv.kernels.disk import private_folder
 from sawkv.prepare.calibration import VERSION, Calibration
 
@@ -93,7 +93,7 @@ class CalibrationStore:
         return path
 
 
-def shipped_path(checkpoint: Path, cache_format: CacheFormat) -> Path:
+def shipped_path(checkpoint: Path, cache_format: ResolvedFormat) -> Path:
     """Where a checkpoint keeps its calibration for a format, so that engines find it without being told.
 
     Args:
@@ -104,7 +104,7 @@ def shipped_path(checkpoint: Path, cache_format: CacheFormat) -> Path:
 
 
 def load_shipped(
-    checkpoint: Path, weights: str, cache_format: CacheFormat, *, log: logging.Logger = logger, **expected: Any
+    checkpoint: Path, weights: str, cache_format: ResolvedFormat, *, log: logging.Logger = logger, **expected: Any
 ) -> Calibration | None:
     """The calibration that a checkpoint brings for a format; None where it has none for these very weights, which `log`
     says.

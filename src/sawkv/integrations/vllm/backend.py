@@ -34,7 +34,7 @@ from sawkv import ops
 from sawkv.cache import PagedKVCache
 from sawkv.errors import CalibrationError, SawkvError, UnsupportedError
 from sawkv.format.layout import ENGINE_PAGE_SIZE, GPU_PAGE_SIZES, PAGE_SIZE_MULTIPLE, PageLayout
-from sawkv.format.spec import HEAD_DIMS, CacheFormat
+from sawkv.format.spec import HEAD_DIMS, CacheFormat, ResolvedFormat
 from sawkv.integrations.vllm import announce, refusals
 from sawkv.integrations.vllm.config import KV_CACHE_DTYPE_CODECS, SawConfig, is_draft
 from sawkv.integrations.vllm.contract import check_contract
@@ -481,15 +481,17 @@ def _check_supported(
     attn_type: str,
     has_alibi: bool,
     other_arguments: dict[str, Any],
-) -> CacheFormat:
-    """The format with its rotation orders, or one error that names everything this model and configuration need and
-    sawkv lacks.
+) -> ResolvedFormat:
+    """The format with its rotation orders.
+
+    Raises:
+        UnsupportedError: the model or the configuration needs what sawkv lacks. The message names all of it.
     """
     reasons = refusals.of_configuration(vllm_config)
+    resolved = None
     try:
         resolved = config.format.resolve(head_size)
     except SawkvError as error:
-        resolved = config.format
         reasons.append(str(error))
     if attn_type != AttentionType.DECODER:
         reasons.append(f"attention type {attn_type} (only decoder self-attention)")
@@ -500,6 +502,7 @@ def _check_supported(
         reasons.append(f"head_dim {head_size_v} of V apart from {head_size} of K")
     reasons += [f"attention argument {name}={value!r}" for name, value in other_arguments.items() if value is not None]
     refusals.refuse(vllm_config, reasons)
+    assert resolved is not None  # else there was a reason
     return resolved
 
 

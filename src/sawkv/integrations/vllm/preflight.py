@@ -328,5 +328,9 @@ def _check_calibration(calibration: Calibration, checkpoint: Checkpoint | None, 
     except Exception:  # vLLM knows models that Transformers does not, and will check
         return
     calibration.check(
-        cache_format=cache_format, model=model_id(text), num_layers=layers, num_kv_heads=heads, head_dim=head_dim
+        cache_format=cache_format.resolve(head_dim),
+        model=model_id(text),
+        num_layers=layers,
+        num_kv_heads=heads,
+        head_dim=head_dim,
     )

@@ -59,7 +59,7 @@ def _program(model: str) -> list[str]:
 
 def serve(
     model: str,
-    format_name: str | None,
+    cache_format: CacheFormat | None,
     options: Sequence[str],
     calibration: str | None = None,
     prepare: bool = True,
@@ -69,7 +69,7 @@ def serve(
 
     Args:
         model: a checkpoint directory, or a name that vLLM resolves.
-        format_name: cache format; None is the calibration's, or int4.
+        cache_format: None is the calibration's, or int4.
         options: for vLLM, as they are.
         calibration: path of a file that `sawkv prepare` wrote; None has the engine prepare the model.
         prepare: False leaves the model unprepared.
@@ -78,9 +78,9 @@ def serve(
     Raises:
         SawkvError: bad input, by name.
     """
-    if format_name is None:
-        format_name = "int4" if calibration is None else str(Calibration.load(calibration).format)
-    cache_format, on_gpu = CacheFormat.parse(format_name), bool(torch.cuda.device_count())
+    if cache_format is None:
+        cache_format = CacheFormat("int4") if calibration is None else Calibration.load(calibration).format
+    on_gpu = bool(torch.cuda.device_count())
     known = preflight.Options(options)
     preflight.check_prepare_cache(prepare_cache)
     checkpoint = preflight.check(model, cache_format, known, calibration, on_gpu=on_gpu)

@@ -28,14 +28,14 @@ from sawkv.prepare.samples import LayerSample, Reader
 
 
 def served_format(cache_format: CacheFormat, name: str | None = None) -> Method:
-    """The method that a cache format of the product is."""
+    """A cache format of sawkv as a method, under the format's own name or another."""
     code = Coded(cache_format.codec)
     rotates = cache_format.quantized or cache_format.k_rotation_order is not None
     k, v = (
         Rotated(code, order) if rotates and order != 0 else code
         for order in (cache_format.k_rotation_order, cache_format.v_rotation_order)
     )
-    return Method(name or str(cache_format), k, v, served="sawkv")
+    return Method(name or str(cache_format), k, v, served="sawkv", format=cache_format)
 
 
 def _both(name: str, quantizer: Quantizer, *, calibrated: bool = False, served: str = "") -> Method:
@@ -95,19 +95,20 @@ def find_method(name: str) -> Method:
         ) from error
 
 
-def check_fits(name: str, head_dim: int) -> None:
-    """Refuse a cache format that the model's heads cannot have, before minutes of work.
+def check_fits(method: Method, head_dim: int) -> None:
+    """Refuse a cache format that does not fit the model's heads, before minutes of work.
 
     Raises:
-        FormatError: its rotation does not divide head_dim.
+        FormatError: its rotation order does not divide head_dim.
     """
-    if name in METHODS:
+    if method.format is None:
         return
     try:
-        CacheFormat.parse(name).resolve(head_dim)
+        method.format.resolve(head_dim)
     except FormatError as error:
-        codec = CacheFormat.parse(name).codec
-        raise FormatError(f"{name} does not fit this model: {error}; {codec} takes the rotation that fits") from error
+        raise FormatError(
+            f"{method.name} does not fit this model: {error}; {method.format.codec} takes the rotation that fits"
+        ) from error
 
 
 __all__ = [

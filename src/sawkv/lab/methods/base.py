@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
+from sawkv.format.spec import CacheFormat
 from sawkv.prepare.samples import LayerSample, Reader, Sample
 
 
@@ -39,6 +40,7 @@ class Method:
         k, v: what is done to each.
         calibrated: whether `fit` learns from the sample.
         served: who serves it fast: "sawkv", "vllm", or "" for a comparison only (its file says why).
+        format: the cache format that the method is, if its name is that of one.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Method:
     v: Quantizer
     calibrated: bool = False
     served: str = ""
+    format: CacheFormat | None = None
 
     def bits(self, head_dim: int) -> float:
         """Mean bits of an element of K and V, with all that is stored for its row."""

@@ -28,8 +28,8 @@ class Prepared(Method):
         cache_format = CacheFormat("int4").resolve(sample.k.head_dim)
         layer = fit([sample.statistics], cache_format)[0]
         return (
-            _reader(layer.k_center, layer.k_gain, layer.k_feedback, cache_format.k_rotation_order or 0),
-            _reader(layer.v_center, layer.v_gain, layer.v_feedback, cache_format.v_rotation_order or 0),
+            _reader(layer.k_center, layer.k_gain, layer.k_feedback, cache_format.k_rotation_order),
+            _reader(layer.v_center, layer.v_gain, layer.v_feedback, cache_format.v_rotation_order),
         )
 
 

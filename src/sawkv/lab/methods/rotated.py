@@ -38,7 +38,7 @@ class Rotated:
 
     def fit(self, sample: Sample) -> Reader:
         head_dim = sample.head_dim
-        order = CacheFormat("int4", self.order, self.order).resolve(head_dim).k_rotation_order or 0
+        order = CacheFormat("int4", self.order, self.order).resolve(head_dim).k_rotation_order
         signs = random_signs(head_dim).to(sample.rows.device) if self.signs else None
 
         def forward(rows: torch.Tensor) -> torch.Tensor:

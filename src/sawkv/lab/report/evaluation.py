@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from sawkv.lab.analysis import PREPARED, label
-from sawkv.lab.records import Evaluation, MethodResult, ModelShape, Recall
+from sawkv.lab.records import Evaluation, MethodResult, Recall
 from sawkv.lab.report.verdict import verdict
 from sawkv.page import Cell, Column, Table, both, digits, svg, with_error
+from sawkv.records import AttentionShape
 
 MAX_LINES = 5
 """Methods drawn by position; more would hide each other."""
@@ -54,7 +55,7 @@ def title(evaluation: Evaluation) -> str:
     return evaluation.model + (f", stress {evaluation.stress}" if evaluation.stress > 1 else "")
 
 
-def shape_line(shape: ModelShape) -> str:
+def shape_line(shape: AttentionShape) -> str:
     return (
         f"{shape.num_layers} layers, {shape.num_q_heads} query heads, {shape.num_kv_heads} KV heads of"
         f" {shape.head_dim}."
