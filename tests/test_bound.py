@@ -121,4 +121,4 @@ def test_each_call_of_attention_and_gather_is_checked() -> None:
 
 def test_a_wrong_field_of_a_launch_is_an_error() -> None:
     with pytest.raises(AttributeError, match="num_token"):
-        cuda._AppendParams().num_token = 1
+        cuda.AppendParams().num_token = 1

@@ -4,6 +4,7 @@ register spills.
 
 from __future__ import annotations
 
+import ctypes
 import re
 import subprocess
 from collections.abc import Callable
@@ -140,6 +141,57 @@ def test_the_sanitizers_build_compiles(
     logs = compile_cuda("sm_90")
     run_all(cuda, MAIN)
     assert any("EVERY_LANE_ARRIVES" in key for key in logs)
+
+
+PARAMS = [
+    ("append.cu", cuda.AppendParams),
+    ("attention.cuh", cuda.DecodeParams),
+    ("gather.cu", cuda.GatherParams),
+    ("schedule.cu", cuda.ScheduleParams),
+]
+
+
+@pytest.mark.parametrize(("source_file", "params"), PARAMS, ids=[source_file for source_file, _ in PARAMS])
+def test_both_sides_lay_out_launch_parameters_alike(
+    source_file: str, params: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the compiler's own offsets. One byte off, the control, does not compile."""
+    pytest.importorskip("cuda.bindings.nvrtc")
+    sources = cuda.runtime.read_sources(source_file)
+    monkeypatch.setattr(cuda.runtime, "SOURCE_FOLDER", tmp_path)
+    for name, text in sources.items():
+        (tmp_path / name).write_text(text)
+    defines = {"HEAD_DIM": 64, "PAGE_SIZE": 16, "K_ORDER": 64, "V_ORDER": 64, "ELEMENT": "sawkv::Half"}
+    defines |= {"GAIN": 0, "FEEDBACK": 0, "COUNT": 0, "SOFTCAP": 0, "OFFSET": 0}
+    defines |= {"GROUP": 4, "CHUNK_ROWS": 8, "ROW_GROUPS": 1}
+
+    def compile_with(shift: int) -> None:
+        struct = f"sawkv::{params.__name__}"
+        offsets = {f"__builtin_offsetof({struct}, {name})": getattr(params, name).offset for name, _ in params._fields_}
+        checks = [f"static_assert({is_at} == {at + shift});" for is_at, at in offsets.items()]
+        checks.append(f"static_assert(sizeof({struct}) == {ctypes.sizeof(params)});")
+        (tmp_path / "check.cu").write_text(f'#include "{source_file}"\n' + "\n".join(checks))
+        cuda.runtime.compile_image("check.cu", defines, "sm_90")
+
+    compile_with(0)
+    with pytest.raises(cuda.runtime.CudaError, match="static assertion"):
+        compile_with(1)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [("long x;", "'long x;'"), ("int x", "'int x'"), ("", "''")],
+    ids=["type", "semicolon", "empty"],
+)
+def test_a_struct_that_the_host_cannot_read_is_refused(
+    line: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda.runtime, "SOURCE_FOLDER", tmp_path)
+    (tmp_path / f"{line[:3]}.cu").write_text(f"struct Params {{\n  int ok[2], too;  // fine\n  {line}\n}};\n")
+    with pytest.raises(ValueError, match=f"got {message}"):
+        cuda.structs.read(f"{line[:3]}.cu", "Params")
+    with pytest.raises(ValueError, match="expected a struct Other"):
+        cuda.structs.read(f"{line[:3]}.cu", "Other")
 
 
 # ----------------------------------------------------------------------------------------------------------------

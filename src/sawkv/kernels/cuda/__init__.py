@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -18,7 +18,7 @@ from sawkv.cache import PagedKVCache
 from sawkv.errors import LayoutError
 from sawkv.format.layout import GPU_PAGE_SIZES, PageLayout
 from sawkv.kernels import Layer, Prefixes, ScheduleShape, Step
-from sawkv.kernels.cuda import runtime
+from sawkv.kernels.cuda import runtime, structs
 
 name = "cuda"
 counts = True
@@ -32,6 +32,10 @@ TILES_PER_CHUNK = 50  # where blocks get few
 MERGE_THREADS = 256
 MERGE_BLOCKS_PER_SM = 4
 LOG2_E = math.log2(math.e)
+AppendParams = structs.read("append.cu", "AppendParams")
+GatherParams = structs.read("gather.cu", "GatherParams")
+ScheduleParams = structs.read("schedule.cu", "ScheduleParams")
+DecodeParams = structs.read("decode.cu", "DecodeParams")
 DEBUG_DEFINES: dict[str, int | str] = {}
 """More macros of decode.cu, for `benchmarks.sanitize`."""
 
@@ -70,11 +74,10 @@ class Pages:
             return
         k, v = _vectorizable(k), _vectorizable(v)
         variant = self._appends.get(k.dtype) or self._prepare_append(k.dtype)
-        params = _AppendParams.from_buffer_copy(variant.params)
+        params = AppendParams.from_buffer_copy(variant.params)
         params.slot_mapping, params.num_tokens = slot_mapping.data_ptr(), num_tokens
-        params.k, params.v = k.data_ptr(), v.data_ptr()
-        params.k_token_stride, params.k_head_stride, _ = k.stride()
-        params.v_token_stride, params.v_head_stride, _ = v.stride()
+        params.x = k.data_ptr(), v.data_ptr()
+        params.token_stride, params.head_stride, _ = zip(k.stride(), v.stride(), strict=True)
         grid = (_divide_up(num_tokens, variant.tokens_per_block), self._cache.layout.num_kv_heads, 2)
         variant.kernel.launch(grid, variant.threads, _stream(self._device), params, dependent=True)
 
@@ -84,7 +87,7 @@ class Pages:
         if not num_tokens or not num_seqs:
             return
         variant = self._gathers.get((k_out.dtype, rotated)) or self._prepare_gather(k_out.dtype, rotated)
-        params = _GatherParams.from_buffer_copy(variant.params)
+        params = GatherParams.from_buffer_copy(variant.params)
         params.block_table, params.table_stride = prefixes.block_table.data_ptr(), prefixes.block_table.stride(0)
         params.seq_lens, params.cu_seq_lens = prefixes.seq_lens.data_ptr(), prefixes.cu_seq_lens.data_ptr()
         params.k_out, params.v_out = k_out.data_ptr(), v_out.data_ptr()
@@ -96,14 +99,10 @@ class Pages:
         """The kernel for rows of `dtype`, with what the cache knows of its parameters."""
         cache, layout = self._cache, self._cache.layout
         centers, gains, _, weights, steps = zip(*cache.constants, strict=True)
-        params = _AppendParams(
-            pages=_pointer(cache.pages), page_stride=cache.pages.stride(0), num_slots=cache.num_slots
-        )
+        params = AppendParams(pages=_pointer(cache.pages), page_stride=cache.pages.stride(0), num_slots=cache.num_slots)
         params.counters = _pointer(cache.counters)
-        params.k_center, params.v_center = map(_pointer, centers)
-        params.k_gain, params.v_gain = map(_pointer, gains)
-        params.k_weights, params.v_weights = map(_pointer, weights)
-        params.k_step, params.v_step = map(_pointer, steps)
+        params.center, params.gain = tuple(map(_pointer, centers)), tuple(map(_pointer, gains))
+        params.weights, params.step = tuple(map(_pointer, weights)), tuple(map(_pointer, steps))
         does = {"GAIN": _are_there(gains), "FEEDBACK": _are_there(weights), "COUNT": cache.counters is not None}
         orders = layout.k_rotation_order, layout.v_rotation_order
         self._appends[dtype] = _Variant.load(
@@ -115,11 +114,10 @@ class Pages:
         """The kernel for outputs of `dtype`, with what the cache knows of its parameters."""
         cache, layout = self._cache, self._cache.layout
         centers, inverses = ((None, None),) * 2 if rotated else (tuple(x[i] for x in cache.constants) for i in (0, 2))
-        params = _GatherParams(
+        params = GatherParams(
             pages=_pointer(cache.pages), page_stride=cache.pages.stride(0), num_kv_heads=layout.num_kv_heads
         )
-        params.k_center, params.v_center = map(_pointer, centers)
-        params.k_gain_inverse, params.v_gain_inverse = map(_pointer, inverses)
+        params.center, params.gain_inverse = tuple(map(_pointer, centers)), tuple(map(_pointer, inverses))
         orders = (0, 0) if rotated else (layout.k_rotation_order, layout.v_rotation_order)
         does = {"GAIN": _are_there(inverses)}
         variant = _Variant.load("gather", _page_defines(layout, dtype, *orders), does, self._device, params)
@@ -171,6 +169,11 @@ class QueryShape:
     row_blocks: int
     row_groups: int
 
+    @property
+    def chunk_rows(self) -> int:
+        """Rows that a chunk has room for."""
+        return 8 * self.column_tiles * self.row_blocks
+
     @classmethod
     def of(cls, group: int, max_query_len: int, head_dim: int) -> QueryShape:
         total = group * max_query_len
@@ -193,7 +196,6 @@ class Schedule(kernels.Schedule):
         self.num_blocks = torch.cuda.get_device_properties(device).multi_processor_count
         self.kernel = runtime.load("schedule.cu", "sawkv_schedule", {"HEAD_DIM": layout.head_dim}, device)
         self.tile_tokens = self.kernel.read_constant("sawkv_tile_tokens")
-        chunk_rows = 8 * self.queries.column_tiles * self.queries.row_blocks
         max_split_chunks = (
             self.num_blocks * MAX_CHUNKS_PER_BLOCK * 3 // 2
         )  # units in two or more pieces, their number rounded: 4/3 at most
@@ -205,13 +207,13 @@ class Schedule(kernels.Schedule):
             return torch.zeros(sizes, dtype=torch.int32, device=device)
 
         self.header, self.chunks, self.splits = words(8), words(max_chunks, 8), words(max_split_chunks // 2, 8)
-        self.partials = torch.empty(max_split_chunks, chunk_rows, layout.head_dim, device=device)
-        self.partial_stats = torch.empty(max_split_chunks, chunk_rows, 2, device=device)
+        self.partials = torch.empty(max_split_chunks, self.queries.chunk_rows, layout.head_dim, device=device)
+        self.partial_stats = torch.empty(max_split_chunks, self.queries.chunk_rows, 2, device=device)
 
     def update(self, seq_lens: torch.Tensor, query_start_loc: torch.Tensor) -> None:
         """See `kernels.Schedule.update`."""
         num_seqs = seq_lens.shape[0]
-        params = _ScheduleParams(
+        params = ScheduleParams(
             *map(_pointer, (seq_lens, query_start_loc, self.header, self.chunks, self.splits)),
             num_seqs,
             self.units_per_seq,
@@ -246,7 +248,7 @@ class Attention:
         q = _vectorizable(q)
         key = schedule, q.dtype, lse is not None
         variant = self._variants.get(key) or self._prepare(*key)
-        params = _DecodeParams.from_buffer_copy(variant.params)
+        params = DecodeParams.from_buffer_copy(variant.params)
         params.q, params.out = q.data_ptr(), out.data_ptr()
         params.block_table, params.table_stride = step.block_table.data_ptr(), step.block_table.stride(0)
         params.q_token_stride, params.q_head_stride, _ = q.stride()
@@ -269,7 +271,7 @@ class Attention:
         layer, cache, layout, queries = self._layer, self._layer.cache, self._layer.cache.layout, schedule.queries
         centers, _, inverses, _, _ = zip(*cache.constants, strict=True)
         softcap = layer.logit_softcap
-        params = _DecodeParams(
+        params = DecodeParams(
             page_stride=cache.pages.stride(0), window=layer.sliding_window, softcap_log2=softcap * LOG2_E
         )
         params.scale_log2 = (2 * layer.softmax_scale / softcap if softcap else layer.softmax_scale) * LOG2_E
@@ -282,6 +284,7 @@ class Attention:
         defines = _page_defines(layout, dtype, layout.k_rotation_order, layout.v_rotation_order) | {
             "GROUP": queries.group,
             "ROWS": queries.rows,
+            "CHUNK_ROWS": queries.chunk_rows,
             "COLUMN_TILES": queries.column_tiles,
             "ROW_BLOCKS": queries.row_blocks,
             "ROW_GROUPS": queries.row_groups,
@@ -359,44 +362,3 @@ def _stream(device: torch.device) -> int:
 
 def _divide_up(a: int, b: int) -> int:
     return -(-a // b)
-
-
-def _structure(struct_name: str, pointers: str, longs: str, floats: str, ints: str) -> Any:
-    """Mirror of a parameter struct of the device code: its fields in order."""
-    kinds = ((pointers, ctypes.c_void_p), (longs, ctypes.c_int64), (floats, ctypes.c_float), (ints, ctypes.c_int32))
-    fields = [(field, kind) for names, kind in kinds for field in names.split()]
-    return type(
-        struct_name, (ctypes.Structure,), {"_fields_": fields, "__slots__": ()}
-    )  # so that no other name can be set
-
-
-_AppendParams = _structure(
-    "AppendParams",
-    "slot_mapping pages counters k v k_center v_center k_gain v_gain k_weights v_weights k_step v_step",
-    "k_token_stride v_token_stride k_head_stride v_head_stride page_stride num_slots",
-    "",
-    "num_tokens",
-)
-_GatherParams = _structure(
-    "GatherParams",
-    "pages block_table seq_lens cu_seq_lens k_center v_center k_gain_inverse v_gain_inverse k_out v_out",
-    "page_stride table_stride",
-    "",
-    "num_seqs max_tokens num_kv_heads",
-)
-_ScheduleParams = _structure(
-    "ScheduleParams",
-    "seq_lens query_start_loc header chunks splits",
-    "",
-    "",
-    "num_seqs units_per_seq tile_tokens tiles_per_chunk window num_blocks max_chunks_per_block",
-)
-_DecodeParams = _structure(
-    "DecodeParams",
-    "q pages block_table header chunks splits partials partial_stats k_center v_center k_gain_inverse v_gain_inverse"
-    " sinks out lse",
-    "page_stride table_stride q_token_stride q_head_stride out_token_stride out_head_stride lse_token_stride"
-    " lse_head_stride",
-    "scale_log2 softcap_log2",
-    "window",
-)

@@ -71,7 +71,7 @@ def compile_image(
         UnsupportedError: NVRTC is not installed.
     """
     nvrtc = _nvrtc()
-    sources = _read_sources(source_file)
+    sources = read_sources(source_file)
     headers = [name for name in sources if name != source_file]
     program = _call(
         nvrtc.nvrtcCreateProgram,
@@ -275,7 +275,7 @@ def _call(function: Any, *arguments: Any) -> Any:
     return results[0] if len(results) == 1 else tuple(results) or None
 
 
-def _read_sources(source_file: str) -> dict[str, str]:
+def read_sources(source_file: str) -> dict[str, str]:
     """The file and all that it includes, by name."""
     sources: dict[str, str] = {}
     waiting = [source_file]
@@ -292,7 +292,7 @@ def _as_options(defines: Mapping[str, int | str]) -> list[str]:
 
 
 def _cache_key(source_file: str, defines: Mapping[str, int | str], arch: str) -> str:
-    sources = _read_sources(source_file)
+    sources = read_sources(source_file)
     version = _call(_nvrtc().nvrtcVersion)
     driver_version = _call(_driver().cuDriverGetVersion)
     parts = [

@@ -1,0 +1,106 @@
+// What attention kernels share: their parameters, which query a row is, and how results are added and written.
+//
+// Macros: HEAD_DIM, GROUP (query heads per KV head), CHUNK_ROWS (query rows that a chunk has room for), ROW_GROUPS (of
+// CHUNK_ROWS rows each, dealt to chunks), V_ORDER, ELEMENT (of q and the output); 1 or 0: GAIN (K or V, or both, have
+// gains), SOFTCAP, OFFSET (K has centers, and a soft-cap, sinks or the log-sum-exp see what scores lack by them).
+#pragma once
+#include "pages.cuh"
+#include "plan.cuh"
+
+namespace sawkv {
+
+struct DecodeParams {
+  const ELEMENT* q;
+  const u8* pages;
+  const int* block_table;
+  PlanHeader* header;
+  const Chunk* chunks;
+  const SplitUnit* splits;
+  float* partials;        // [chunks of split units][CHUNK_ROWS][D], not yet divided by the sum of the weights
+  float2* partial_stats;  // [chunks of split units][CHUNK_ROWS]
+  const float* k_center;  // this and the next three: [KV heads][D] or null
+  const float* v_center;
+  const float* k_gain_inverse;
+  const float* v_gain_inverse;
+  const float* sinks;  // [query heads] or null
+  ELEMENT* out;
+  float* lse;       // or null
+  i64 page_stride;  // bytes; the other strides in elements
+  i64 table_stride, q_token_stride, q_head_stride, out_token_stride, out_head_stride, lse_token_stride, lse_head_stride;
+  float scale_log2;    // softmax_scale * log2(e); with a soft-cap, of 2 score / logit_softcap
+  float softcap_log2;  // logit_softcap * log2(e)
+  int window;          // 0: none
+};
+
+// The query row that a unit's row r is: token in the sequence's query, and query head.
+struct QueryRow {
+  int token, head;
+  __device__ QueryRow(int unit, int r) {
+    const int row = unit % ROW_GROUPS * CHUNK_ROWS + r;
+    token = row / GROUP;
+    head = unit / ROW_GROUPS * GROUP + row % GROUP;
+  }
+};
+
+// What the scores of a query row, of one lane's channels before rotation, lack by K's center, in log2
+__device__ inline float center_score(const DecodeParams& p, const Row<D>& q, const Row<D>& center) {
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < Row<D>::PER_LANE; i++) sum += q.x[i] * center.x[i];
+  return sum_over_lanes(sum) * p.scale_log2;
+}
+
+// Attention over some tokens: `sum` and `out` are relative to 2^maximum.
+struct Result {
+  Row<D> out;
+  float maximum, sum;
+
+  static __device__ Result none() { return {Row<D>::filled(0), -1e30f, 0}; }
+
+  // Add N others, all of whose loads are under way.
+  template <int N>
+  __device__ void add(const Row<D> (&others)[N], const float2 (&stats)[N]) {
+    float new_maximum = maximum;
+#pragma unroll
+    for (int i = 0; i < N; i++) new_maximum = fmaxf(new_maximum, stats[i].x);
+    const float own = ptx::exp2(maximum - new_maximum);
+    out.scale(own);
+    sum *= own;
+    maximum = new_maximum;
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+      const float weight = ptx::exp2(stats[i].x - maximum);
+      out.blend(1, others[i], weight);
+      sum += weight * stats[i].y;
+    }
+  }
+
+  __device__ void write(const DecodeParams& p, int query_start, QueryRow row) {
+    float total = sum,
+          offset = 0;  // all scores lack the offset: a soft-cap has seen to it, a sink and the log-sum-exp have not
+    if constexpr (OFFSET && !SOFTCAP)
+      offset = center_score(
+          p, Row<D>::load(p.q + (i64)(query_start + row.token) * p.q_token_stride + row.head * p.q_head_stride),
+          Row<D>::load(p.k_center + row.head / GROUP * D));
+    if (p.sinks) {
+      const float sink = p.sinks[row.head] * LOG2_E - offset, new_maximum = fmaxf(maximum, sink),
+                  own = ptx::exp2(maximum - new_maximum);
+      out.scale(own);
+      sum *= own;
+      total = sum + ptx::exp2(sink - new_maximum);
+      maximum = new_maximum;
+    }
+    const float inverse = total == 0 ? 0 : 1 / total;
+    out.scale(inverse);
+    rotate<V_ORDER>(out);
+    if (GAIN && p.v_gain_inverse) out.multiply(Row<D>::load(p.v_gain_inverse + row.head / GROUP * D));
+    if (p.v_center) out.blend(1, Row<D>::load(p.v_center + row.head / GROUP * D), sum * inverse);
+    const i64 token = query_start + row.token;
+    out.store(p.out + token * p.out_token_stride + row.head * p.out_head_stride);
+    if constexpr (OFFSET && !SOFTCAP) maximum += offset;
+    if (p.lse && lane_index() == 0)
+      p.lse[token * p.lse_token_stride + row.head * p.lse_head_stride] = (maximum + ptx::log2(total)) * LN_2;
+  }
+};
+
+}  // namespace sawkv

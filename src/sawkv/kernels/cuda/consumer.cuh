@@ -1,0 +1,290 @@
+// The decode kernel's consumer warps: attend to tiles.
+//
+// Fragment layouts of mma.m16n8k16 give lane l the row l / 4 of A and the columns 2 (l % 4) and + 1 of the result.
+// Scores are S^T = K Q^T (tokens by queries), the output is O^T = V^T P^T (channels by queries).
+#pragma once
+#include "decode_shared.cuh"
+
+namespace sawkv {
+
+constexpr int V_SHIFT =
+    60;  // weights are stored in bf16 times 2^60: far from both ends of the range for every fp16 scale
+
+struct Consumer {
+  static constexpr int WORDS = D / 32;              // of K codes that a lane holds of one token
+  static constexpr int PART = TILE / COLUMN_TILES;  // tokens attended at once: as many as registers hold scores for
+  static constexpr int BLOCKS = PART / 16;
+
+  float maximum[COLUMN_TILES][2], sum[COLUMN_TILES][2];
+  float zero[COLUMN_TILES][2];  // sum of weight * v_scale * v_zero
+  float out[COLUMN_TILES][D / 16][4];
+
+  __device__ void start() {
+#pragma unroll
+    for (int t = 0; t < COLUMN_TILES; t++) {
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+        maximum[t][e] = -1e30f;
+        sum[t][e] = zero[t][e] = 0;
+      }
+#pragma unroll
+      for (int i = 0; i < D / 16; i++) out[t][i][0] = out[t][i][1] = out[t][i][2] = out[t][i][3] = 0;
+    }
+  }
+
+  // The 16 tokens from `token` on: their span, and their place in it.
+  static __device__ const u8* span_of(const u8* tile, int token) { return tile + token / SPAN * SPAN_BYTES; }
+
+  // `queries`: this lane's part of those of the warp's rows
+  static __device__ void multiply_keys(const u8* tile, int part, const uint4* queries,
+                                       float (&scores)[COLUMN_TILES][BLOCKS][4]) {
+    constexpr int LOAD = largest_power_of_two_in(WORDS) < 4 ? largest_power_of_two_in(WORDS) : 4;
+    u32 upper[BLOCKS][WORDS], lower[BLOCKS][WORDS];  // tokens l / 4 and l / 4 + 8
+#pragma unroll
+    for (int b = 0; b < BLOCKS; b++) {
+      const int token = part + 16 * b;
+      const u8* row =
+          span_of(tile, token) + (token % SPAN + lane_index() / 4) * ROW_BYTES + lane_index() % 4 * (ROW_BYTES / 4);
+#pragma unroll
+      for (int w = 0; w < WORDS; w += LOAD) {
+        const auto u = *(const Vector<u32, LOAD>*)(row + 4 * w),
+                   l = *(const Vector<u32, LOAD>*)(row + 8 * ROW_BYTES + 4 * w);
+#pragma unroll
+        for (int e = 0; e < LOAD; e++) upper[b][w + e] = u.x[e], lower[b][w + e] = l.x[e];
+      }
+#pragma unroll
+      for (int t = 0; t < COLUMN_TILES; t++) scores[t][b][0] = scores[t][b][1] = scores[t][b][2] = scores[t][b][3] = 0;
+    }
+#pragma unroll
+    for (int w = 0; w < WORDS; w++) {
+      u32 query[COLUMN_TILES][2][2];
+#pragma unroll
+      for (int t = 0; t < COLUMN_TILES; t++) {
+        const uint4 q = queries[(t * WORDS + w) * WARP];
+        query[t][0][0] = q.x, query[t][0][1] = q.y, query[t][1][0] = q.z, query[t][1][1] = q.w;
+      }
+#pragma unroll
+      for (int b = 0; b < BLOCKS; b++) {
+        const u32 u = upper[b][w], l = lower[b][w], u_high = u >> 8, l_high = l >> 8;
+#pragma unroll
+        for (int k = 0; k < 2; k++) {
+          const u32 a0 = nibbles(u, u_high, 2 * k), a1 = nibbles(l, l_high, 2 * k);
+          const u32 a2 = nibbles(u, u_high, 2 * k + 1), a3 = nibbles(l, l_high, 2 * k + 1);
+#pragma unroll
+          for (int t = 0; t < COLUMN_TILES; t++) ptx::mma_half(scores[t][b], a0, a1, a2, a3, query[t][k]);
+        }
+      }
+    }
+  }
+
+  // `stats`: those of the lane's first query column
+  static __device__ void scale_scores(const u8* tile, int part, const QueryStats* stats, float softcap_log2,
+                                      float (&scores)[COLUMN_TILES][BLOCKS][4]) {
+    QueryStats query[COLUMN_TILES][2];
+#pragma unroll
+    for (int t = 0; t < COLUMN_TILES; t++)
+#pragma unroll
+      for (int e = 0; e < 2; e++) query[t][e] = stats[8 * t + e];
+#pragma unroll
+    for (int b = 0; b < BLOCKS; b++) {
+      const int token = part + 16 * b;
+      const u32* meta = (const u32*)(span_of(tile, token) + K_META) + token % SPAN + lane_index() / 4;
+#pragma unroll
+      for (int h = 0; h < 2; h++) {  // the lane's two tokens
+        const float scale = ptx::low_half_to_float(meta[8 * h]), zero_point = ptx::high_half_to_float(meta[8 * h]);
+#pragma unroll
+        for (int t = 0; t < COLUMN_TILES; t++)
+#pragma unroll
+          for (int e = 0; e < 2; e++) {
+            float& score = scores[t][b][2 * h + e];
+            score = (score - zero_point * query[t][e].sum) * (scale * query[t][e].factor);
+#if SOFTCAP
+#if OFFSET
+            score += query[t][e].offset;
+#endif
+            score =
+                softcap_log2 * (1 - 2 / (1 + ptx::exp2(score)));  // cap * tanh(x / cap): the score is 2 x / cap in log2
+#endif
+          }
+      }
+    }
+  }
+
+  // Scores of tokens that a query does not see, or that are not there, to minus infinity.
+  __device__ void mask_scores(const Chunk& chunk, int window, int first_row, int first_token,
+                              float (&scores)[COLUMN_TILES][BLOCKS][4]) const {
+#pragma unroll
+    for (int t = 0; t < COLUMN_TILES; t++)
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+        const QueryRow row(chunk.unit, first_row + 8 * t + 2 * (lane_index() % 4) + e);
+        const int last = min(chunk.length - chunk.query_len + row.token, chunk.length - 1);
+        const int first = window ? last - window + 1 : 0;
+#pragma unroll
+        for (int b = 0; b < BLOCKS; b++)
+#pragma unroll
+          for (int h = 0; h < 2; h++) {
+            const int token = first_token + 16 * b + 8 * h + lane_index() / 4;
+            if (token > last || token < first) scores[t][b][2 * h + e] = -infinity();
+          }
+      }
+  }
+
+  // Rescale lazily: only when a maximum grows by more than 4 in log2, so weights stay below 2^4.
+  __device__ void raise_maximum(const float (&scores)[COLUMN_TILES][BLOCKS][4]) {
+    float largest[COLUMN_TILES][2];
+    bool grows = false;
+#pragma unroll
+    for (int t = 0; t < COLUMN_TILES; t++)
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+        largest[t][e] = maximum[t][e];
+#pragma unroll
+        for (int b = 0; b < BLOCKS; b++)
+          largest[t][e] = fmaxf(largest[t][e], fmaxf(scores[t][b][e], scores[t][b][2 + e]));
+        grows |= largest[t][e] > maximum[t][e] + 4;
+      }
+    if (!__any_sync(ALL_LANES, grows)) return;
+#pragma unroll
+    for (int t = 0; t < COLUMN_TILES; t++)
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+#pragma unroll
+        for (int d = 4; d < WARP; d *= 2)
+          largest[t][e] = fmaxf(largest[t][e], __shfl_xor_sync(ALL_LANES, largest[t][e], d));
+        const float factor = ptx::exp2(maximum[t][e] - largest[t][e]);
+        maximum[t][e] = largest[t][e];
+        sum[t][e] *= factor;
+        zero[t][e] *= factor;
+#pragma unroll
+        for (int i = 0; i < D / 16; i++) out[t][i][e] *= factor, out[t][i][2 + e] *= factor;
+      }
+  }
+
+  // `is_masked`: some weights are 0 because their token is not to be seen; its scale and zero point may be NaN.
+  __device__ void multiply_values(const u8* tile, int part, bool is_masked,
+                                  const float (&scores)[COLUMN_TILES][BLOCKS][4]) {
+    const int lane = lane_index();
+    const int swizzle = lane % 8 * ODD_SEGMENTS * SWIZZLE_PERIOD / 8 % SWIZZLE_PERIOD;
+#pragma unroll
+    for (int b = 0; b < BLOCKS; b++) {
+      const int token = part + 16 * b;
+      const u8* span = span_of(tile, token);
+      const u32* meta = (const u32*)(span + V_META) + token % SPAN + lane / 4;
+      u32 weights[COLUMN_TILES][2];
+#pragma unroll
+      for (int h = 0; h < 2; h++) {
+        const float scale = ptx::low_half_to_float(meta[8 * h]) * power_of_two(V_SHIFT),
+                    zero_point = ptx::high_half_to_float(meta[8 * h]);
+#pragma unroll
+        for (int t = 0; t < COLUMN_TILES; t++) {
+          float scaled[2];
+#pragma unroll
+          for (int e = 0; e < 2; e++) {
+            const float weight = ptx::exp2(scores[t][b][2 * h + e] - maximum[t][e]);
+            sum[t][e] += weight;
+            scaled[e] = is_masked && weight == 0 ? 0 : weight * scale;
+          }
+          const u32 rounded = ptx::pack_bfloats(scaled[0], scaled[1]);
+          // From the rounded weights, so that rounding acts on n - zero and not on n and zero apart
+          zero[t][0] += is_masked && scaled[0] == 0 ? 0 : ptx::low_bfloat_to_float(rounded) * zero_point;
+          zero[t][1] += is_masked && scaled[1] == 0 ? 0 : ptx::high_bfloat_to_float(rounded) * zero_point;
+          weights[t][h] = ptx::transpose_matrix(rounded);
+        }
+      }
+      const u32 rows = ptx::shared_address(span + V_CODES + (token % SPAN + lane % 16) * ROW_BYTES);
+#pragma unroll
+      for (int segment = 0; segment < SEGMENTS; segment += 2) {
+        u32 r[4];  // segment: tokens 0-7, 8-15; segment + 1: the same
+        if (segment + 1 < SEGMENTS) {
+          ptx::load_4_matrices_transposed(r, rows + ((segment + lane / 16) ^ swizzle) * 16);
+        } else {
+          ptx::load_2_matrices_transposed(r[0], r[1], rows + (segment ^ swizzle) * 16);
+        }
+#pragma unroll
+        for (int i = 0; i < 2 && segment + i < SEGMENTS; i++) {
+          const u32 x = r[2 * i], y = r[2 * i + 1], x_high = x >> 8, y_high = y >> 8;
+#pragma unroll
+          for (int k = 0; k < 2; k++) {
+            const u32 a0 = nibbles(x, x_high, 2 * k), a1 = nibbles(x, x_high, 2 * k + 1);
+            const u32 a2 = nibbles(y, y_high, 2 * k), a3 = nibbles(y, y_high, 2 * k + 1);
+#pragma unroll
+            for (int t = 0; t < COLUMN_TILES; t++)
+              ptx::mma_bfloat(out[t][2 * (segment + i) + k], a0, a1, a2, a3, weights[t]);
+          }
+        }
+      }
+    }
+  }
+
+  // Attend the tokens of `tile` from `part` on. `first_token` is the position of the tile's first.
+  __device__ void attend(const u8* tile, int part, const Shared& s, int slot, const Chunk& chunk, const DecodeParams& p,
+                         int first_row, int first_token) {
+    float scores[COLUMN_TILES][BLOCKS][4];
+    multiply_keys(tile, part, (const uint4*)&s.queries[slot][first_row * D] + lane_index(), scores);
+    scale_scores(tile, part, &s.query_stats[slot][first_row + 2 * (lane_index() % 4)], p.softcap_log2, scores);
+    const int begin = first_token + part;
+    const bool is_masked =
+        begin + PART > chunk.length - chunk.query_len + 1 || (p.window && begin < chunk.length - p.window);
+    if (is_masked) mask_scores(chunk, p.window, first_row, begin, scores);
+    raise_maximum(scores);
+    multiply_values(tile, part, is_masked, scores);
+  }
+
+  // Hand the result of a chunk to the merge warp.
+  __device__ void store(Shared& s, int slot, int warp) {
+    const int lane = lane_index();
+    constexpr int CODE_EXPONENT = 133 - V_SHIFT;  // bf16 codes are n * 2^-133
+#pragma unroll
+    for (int t = 0; t < COLUMN_TILES; t++)
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+#pragma unroll
+        for (int d = 4; d < WARP; d *= 2) {
+          sum[t][e] += __shfl_xor_sync(ALL_LANES, sum[t][e], d);
+          zero[t][e] += __shfl_xor_sync(ALL_LANES, zero[t][e], d);
+        }
+        const int row = 8 * t + 2 * (lane % 4) + e;
+        if (row >= ROWS) continue;
+        const float even = power_of_two(CODE_EXPONENT), odd = power_of_two(CODE_EXPONENT - 4),
+                    offset = zero[t][e] * power_of_two(-V_SHIFT);
+        auto* channels = (Vector<float, 4>*)s.results[slot][warp][row];
+#pragma unroll
+        for (int i = 0; i < SEGMENTS; i++)  // 32 channels, four of them this lane's
+          channels[8 * i + lane / 4] = {out[t][2 * i][e] * even - offset, out[t][2 * i][2 + e] * odd - offset,
+                                        out[t][2 * i + 1][e] * even - offset, out[t][2 * i + 1][2 + e] * odd - offset};
+        if (lane / 4 == 0) s.result_stats[slot][warp][row] = {maximum[t][e], sum[t][e]};
+      }
+  }
+};
+
+__device__ void run_consumer(Shared& s, const DecodeParams& p, int warp) {
+  const int group = warp / ROW_BLOCKS, first_row = warp % ROW_BLOCKS * BLOCK_ROWS;
+  int tiles_before = 0;
+  for (int n = 0;; n++) {
+    const Turn<CHUNK_SLOTS> turn{n};
+    ptx::wait(&s.queries_full[turn.slot()], turn.phase());
+    const Chunk chunk = s.chunks[turn.slot()];
+    if (!chunk.num_tiles) return;
+    Consumer consumer;
+    consumer.start();
+    for (int tile = (group + GROUPS - tiles_before % GROUPS) % GROUPS; tile < chunk.num_tiles; tile += GROUPS) {
+      const Turn<STAGES> stage{tiles_before + tile};
+      ptx::wait(&s.tile_full[stage.slot()], stage.phase());
+#pragma unroll 1
+      for (int part = 0; part < TILE; part += Consumer::PART)
+        consumer.attend(s.tiles[stage.slot()], part, s, turn.slot(), chunk, p, first_row,
+                        (chunk.first_tile + tile) * TILE);
+      __syncwarp();
+      if (arrives()) ptx::arrive(&s.tile_empty[stage.slot()]);
+    }
+    tiles_before += chunk.num_tiles;
+    const Turn<RESULT_SLOTS> result{n};
+    ptx::wait(&s.results_empty[result.slot()], result.phase() ^ 1);
+    consumer.store(s, result.slot(), warp);
+    __syncwarp();
+    if (arrives()) ptx::arrive(&s.results_full[result.slot()]);
+  }
+}
+
+}  // namespace sawkv

@@ -1,0 +1,65 @@
+// Roles of the warps of the decode kernel, and what they share.
+//
+// Macros: those of attention.cuh, PAGE_SIZE, ROWS, COLUMN_TILES, ROW_BLOCKS.
+#pragma once
+#include "attention.cuh"
+#include "tiles.cuh"
+
+namespace sawkv {
+
+constexpr int CONSUMERS = 8, HELPERS = 4;  // helpers: all but the consumers, producers first
+constexpr int PRODUCERS = SPANS < 4 ? 1 : 2, SCHEDULER = PRODUCERS, FIRST_MERGER = SCHEDULER + 1,
+              MERGERS = HELPERS - FIRST_MERGER;
+constexpr int GROUPS = CONSUMERS / ROW_BLOCKS;  // the warps of a group share a tile, each with its own query rows
+constexpr int BLOCK_ROWS = 8 * COLUMN_TILES;    // rows of a row block, with padding
+constexpr int THREADS = (CONSUMERS + HELPERS) * WARP;
+static_assert(CONSUMERS % ROW_BLOCKS == 0 && ROWS <= BLOCK_ROWS && CHUNK_ROWS == ROW_BLOCKS * BLOCK_ROWS,
+              "row blocks are dealt evenly");
+
+constexpr int CHUNK_SLOTS = CHUNK_ROWS <= 16 ? 4 : 2;
+constexpr int RESULT_BYTES = CONSUMERS * ROWS * (D + 2) * 4;
+constexpr int RESULT_SLOTS = RESULT_BYTES <= 36 << 10 ? 2 : 1;
+constexpr int STAGES_THAT_FIT =
+    (SHARED_LIMIT - 4096 - RESULT_SLOTS * RESULT_BYTES - CHUNK_SLOTS * CHUNK_ROWS * (2 * D + 8)) / TILE_BYTES;
+// A stage must always belong to the same group and producer: a warp that skipped a phase of its barrier would misread
+// the parity.
+constexpr int STAGES = STAGES_THAT_FIT >= 24 ? 24 : STAGES_THAT_FIT / CONSUMERS * CONSUMERS;
+static_assert(STAGES > 0, "no room for the ring");
+
+struct alignas(sizeof(float) * (SOFTCAP && OFFSET ? 4 : 2)) QueryStats {
+  float sum, factor;  // of the row in units of codes; what a score is multiplied by
+#if SOFTCAP && OFFSET
+  float offset;  // what a score lacks by K's center, in log2
+#endif
+};
+
+struct Shared {
+  u8 tiles[STAGES][TILE_BYTES];
+  u16 queries[CHUNK_SLOTS][CHUNK_ROWS * D];  // fp16, rotated and normalized, in the order of `fragment_index`
+  QueryStats query_stats[CHUNK_SLOTS][CHUNK_ROWS];
+  float results[RESULT_SLOTS][CONSUMERS][ROWS][D];
+  float2 result_stats[RESULT_SLOTS][CONSUMERS][ROWS];  // x: maximum of the scores in log2; y: sum of the weights
+  Chunk chunks[CHUNK_SLOTS];
+  u64 tile_full[STAGES], tile_empty[STAGES];
+  u64 chunk_full[CHUNK_SLOTS], queries_full[CHUNK_SLOTS], chunk_empty[CHUNK_SLOTS];
+  u64 results_full[RESULT_SLOTS], results_empty[RESULT_SLOTS];
+  u64 last_results_full;  // those of the block's last chunk
+
+  __device__ void init_barriers() {
+    for (int i = 0; i < STAGES; i++)
+      ptx::init_barrier(&tile_full[i], 1), ptx::init_barrier(&tile_empty[i], ROW_BLOCKS * WARP_ARRIVALS);
+    for (int i = 0; i < CHUNK_SLOTS; i++)
+      ptx::init_barrier(&chunk_full[i], WARP_ARRIVALS), ptx::init_barrier(&queries_full[i], WARP_ARRIVALS),
+          ptx::init_barrier(&chunk_empty[i], MERGERS * WARP_ARRIVALS);
+    for (int i = 0; i < RESULT_SLOTS; i++)
+      ptx::init_barrier(&results_full[i], CONSUMERS * WARP_ARRIVALS),
+          ptx::init_barrier(&results_empty[i], MERGERS * WARP_ARRIVALS);
+    ptx::init_barrier(&last_results_full, WARP_ARRIVALS);
+    ptx::publish_barriers();
+  }
+};
+static_assert(sizeof(Shared) <= SHARED_LIMIT, "no room in shared memory");
+
+__device__ inline bool is_padding(int r) { return r % BLOCK_ROWS >= ROWS; }
+
+}  // namespace sawkv

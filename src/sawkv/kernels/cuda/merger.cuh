@@ -1,0 +1,63 @@
+// The decode kernel's merge warps: add what the consumer groups found in a chunk, and write it.
+#pragma once
+#include "decode_shared.cuh"
+
+namespace sawkv {
+
+// Add the groups' results of rows first, first + step, ... of the n-th chunk. They are there.
+__device__ void merge_rows(const Shared& s, const DecodeParams& p, int n, int first, int step) {
+  const Chunk chunk = s.chunks[Turn<CHUNK_SLOTS>{n}.slot()];
+  const int slot = Turn<RESULT_SLOTS>{n}.slot();
+  for (int r = first; r < CHUNK_ROWS; r += step) {
+    const QueryRow row(chunk.unit, r);
+    if (is_padding(r) || row.token >= chunk.query_len) continue;
+    Row<D> outs[GROUPS];
+    float2 stats[GROUPS];
+#pragma unroll
+    for (int group = 0; group < GROUPS; group++) {
+      const int warp = group * ROW_BLOCKS + r / BLOCK_ROWS;
+      outs[group] = Row<D>::load(s.results[slot][warp][r % BLOCK_ROWS]);
+      stats[group] = s.result_stats[slot][warp][r % BLOCK_ROWS];
+    }
+    Result merged = Result::none();
+    merged.add(outs, stats);
+    if (chunk.partial < 0) {
+      merged.write(p, chunk.query_start, row);
+    } else {
+      const i64 index = (i64)chunk.partial * CHUNK_ROWS + r;
+      merged.out.store(p.partials + index * D);
+      if (lane_index() == 0) p.partial_stats[index] = {merged.maximum, merged.sum};
+    }
+  }
+}
+
+// Whether the n-th chunk, once it is known, turns out to be none.
+__device__ bool is_end(Shared& s, int n) {
+  const Turn<CHUNK_SLOTS> turn{n};
+  ptx::wait(&s.chunk_full[turn.slot()], turn.phase());
+  return s.chunks[turn.slot()].num_tiles == 0;
+}
+
+// Where all helpers end. Merge warps share the rows of every chunk from the first on; the others come for the last one,
+// n, which all share.
+__device__ void run_merger(Shared& s, const DecodeParams& p, int helper, int n) {
+  for (;; n++) {
+    const bool is_last = helper < FIRST_MERGER || is_end(s, n + 1);
+    const Turn<RESULT_SLOTS> result{n};
+    if (helper >= FIRST_MERGER) {
+      ptx::wait(&s.results_full[result.slot()], result.phase());
+      if (is_last && helper == FIRST_MERGER && arrives()) ptx::arrive(&s.last_results_full);
+    } else {
+      ptx::wait(&s.last_results_full, 0);
+    }
+    merge_rows(s, p, n, is_last ? helper : helper - FIRST_MERGER, is_last ? HELPERS : MERGERS);
+    if (is_last) return;
+    __syncwarp();
+    if (arrives()) {
+      ptx::arrive(&s.results_empty[result.slot()]);
+      ptx::arrive(&s.chunk_empty[Turn<CHUNK_SLOTS>{n}.slot()]);
+    }
+  }
+}
+
+}  // namespace sawkv

@@ -1,0 +1,99 @@
+// The producer warps: bring tiles of pages into a ring in shared memory, one bulk copy for each page and KV head.
+#pragma once
+#include "decode_shared.cuh"
+
+namespace sawkv {
+
+// Copies under way at once, in tiles of some 9 KB. The memory serves more of them in a worse order: without this bound,
+// decode is 1 to 4% slower.
+constexpr int MOST_UNDER_WAY = 8;
+static_assert(STAGES <= WARP, "a lane for each stage");
+static_assert(MOST_UNDER_WAY <= STAGES && MOST_UNDER_WAY % PRODUCERS == 0 && STAGES % PRODUCERS == 0,
+              "each tile's earlier ones are its producer's");
+
+// Ids of the pages that a tile's spans lie in
+struct TilePages {
+  int ids[SPANS];
+  __device__ TilePages(const DecodeParams& p, const Chunk& chunk, int tile) {
+#pragma unroll
+    for (int i = 0; i < SPANS; i++) {
+      const int token = (chunk.first_tile + tile) * TILE + i * SPAN;
+      const bool is_needed = tile < chunk.num_tiles && token < chunk.length;
+      ids[i] = is_needed ? p.block_table[chunk.sequence * p.table_stride + token / PAGE_SIZE] : 0;
+    }
+  }
+};
+
+// A tile may be brought when its stage is empty and the tile MOST_UNDER_WAY before it has come.
+__device__ void wait_for_room(Shared& s, Turn<STAGES> stage) {
+  const Turn<STAGES> earlier{stage.n - MOST_UNDER_WAY};
+  ptx::wait(&s.tile_empty[stage.slot()], stage.phase() ^ 1);
+  if (earlier.n >= 0) ptx::wait(&s.tile_full[earlier.slot()], earlier.phase());
+}
+__device__ bool has_room(Shared& s, Turn<STAGES> stage) {
+  const Turn<STAGES> earlier{stage.n - MOST_UNDER_WAY};
+  return ptx::has_ended(&s.tile_empty[stage.slot()], stage.phase() ^ 1) &&
+         (earlier.n < 0 || ptx::has_ended(&s.tile_full[earlier.slot()], earlier.phase()));
+}
+
+__device__ int run_producer(Shared& s, const DecodeParams& p, int producer) {
+  // Pages are read once a step. If they are few, let L2 forget them first and keep what others left there; if they are
+  // many, all is forgotten anyway, and ordinary replacement was measured 2% faster.
+  constexpr i64 MANY_BYTES = 400ll << 20;
+  const bool is_many = p.header->total_tiles > MANY_BYTES / TILE_BYTES;
+  const u64 policy = is_many ? ptx::evict_normal_policy() : ptx::evict_first_policy();
+  int tiles_before = 0;
+  for (int n = 0;; n++) {
+    const Turn<CHUNK_SLOTS> turn{n};
+    ptx::wait(&s.chunk_full[turn.slot()], turn.phase());
+    const Chunk chunk = s.chunks[turn.slot()];
+    if (!chunk.num_tiles) return n;
+    const u8* head = p.pages + (i64)(chunk.unit / ROW_GROUPS) * HEAD_BYTES;
+    int first = (producer + PRODUCERS - tiles_before % PRODUCERS) % PRODUCERS;
+    TilePages next_pages(p, chunk, first + lane_index() * PRODUCERS);
+    // Once around the ring, a lane for each tile: what a copy needs is worked out for all of them at once, before any
+    // stage is free.
+#pragma unroll 1
+    for (; first < chunk.num_tiles; first += STAGES) {
+      const TilePages pages = next_pages;
+      const int tile = first + lane_index() * PRODUCERS, token = (chunk.first_tile + tile) * TILE;
+      next_pages = TilePages(p, chunk, tile + STAGES);
+      const Turn<STAGES> stage{tiles_before + tile};
+      const int spans = max(0, min(SPANS, divide_up(chunk.length - token, SPAN)));
+      const u8* from[SPANS];
+#pragma unroll
+      for (int i = 0; i < SPANS; i++) from[i] = head + pages.ids[i] * p.page_stride;
+      u8* to = s.tiles[stage.slot()];
+      u64* full = &s.tile_full[stage.slot()];
+
+      u32 due = __ballot_sync(ALL_LANES, lane_index() < STAGES / PRODUCERS && tile < chunk.num_tiles);
+#pragma unroll 1
+      while (due) {
+        wait_for_room(s, {tiles_before + first + (__ffs(due) - 1) * PRODUCERS});
+        // In order: a tile must not fill a stage anew while an earlier one waits to see that stage full.
+        const u32 blocked = due & ~__ballot_sync(ALL_LANES, has_room(s, stage)),
+                  ready = due & ((blocked & -blocked) - 1);
+        if (ready >> lane_index() & 1) {
+          ptx::arrive_expecting(full, spans * SPAN_BYTES);
+          if constexpr (PAGE_SIZE == SPAN) {
+#pragma unroll
+            for (int i = 0; i < SPANS; i++)
+              if (i < spans) ptx::copy_to_shared(to + i * SPAN_BYTES, from[i], SPAN_BYTES, full, policy);
+          } else if (spans) {  // a part of a page: one copy for each of its planes
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+              const int plane = i / 2 * (ROW_BYTES + META_BYTES) + i % 2 * ROW_BYTES,
+                        bytes = i % 2 ? META_BYTES : ROW_BYTES;
+              ptx::copy_to_shared(to + SPAN * plane, from[0] + PAGE_SIZE * plane + token % PAGE_SIZE * bytes,
+                                  SPAN * bytes, full, policy);
+            }
+          }
+        }
+        due &= ~ready;
+      }
+    }
+    tiles_before += chunk.num_tiles;
+  }
+}
+
+}  // namespace sawkv

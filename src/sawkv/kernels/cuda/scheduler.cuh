@@ -1,0 +1,87 @@
+// The decode kernel's scheduler warp: takes chunks from the plan; loads, rotates and normalizes their queries.
+#pragma once
+#include "decode_shared.cuh"
+
+namespace sawkv {
+
+// Where channel c of row r stands among a chunk's queries. A consumer lane reads its B fragments of 8 rows and 32
+// channels as 16 bytes, next to its neighbour's. In these the two nibbles of an A fragment's word are four channels
+// apart, and even and odd nibbles alternate.
+__device__ inline int fragment_index(int r, int c) {
+  const int quad = c / (D / 4), word = c % (D / 4) / 8;
+  return (((r / 8 * (D / 32) + word) * 8 + r % 8) * 4 + quad) * 8 + (c >> 1 & 1) * 4 + (c & 1) * 2 + (c >> 2 & 1);
+}
+
+__device__ void store_query(Shared& s, const DecodeParams& p, int slot, int r, Row<D> q, int kv_head,
+                            const Row<D>& gain_inverse) {
+  QueryStats stats;
+#if SOFTCAP && OFFSET
+  stats.offset = center_score(p, q, Row<D>::load(p.k_center + kv_head * D));
+#endif
+  if (GAIN) q.multiply(gain_inverse);
+  rotate<K_ORDER>(q);
+  float largest = 0;
+#pragma unroll
+  for (int i = 0; i < Row<D>::PER_LANE; i++) largest = fmaxf(largest, fabsf(q.x[i]));
+  // To the top of fp16's range by a power of two. NaN and infinities stay what they are.
+  const int exponent = min(max((int)(__float_as_uint(max_over_lanes(largest)) >> 23) - 127, -100), 100);
+  q.scale(power_of_two(13 - exponent));
+  float sum = 0;
+#pragma unroll
+  for (int i = 0; i < Row<D>::PER_LANE; i++) {
+    const int c = Row<D>::channel(i);
+    sum += ptx::half_to_float(ptx::float_to_half(q.x[i]));
+    s.queries[slot][fragment_index(r, c)] = ptx::float_to_half(c % 2 ? q.x[i] / 16 : q.x[i]);
+  }
+  sum = sum_over_lanes(sum);
+  stats.sum = sum * power_of_two(-24);
+  stats.factor = p.scale_log2 * power_of_two(24 + exponent - 13);
+  if (lane_index() == 0) s.query_stats[slot][r] = stats;
+}
+
+__device__ void prepare_queries(Shared& s, const DecodeParams& p, const Chunk& chunk, int slot) {
+  constexpr int AT_ONCE = ROWS <= 4 || (SOFTCAP && OFFSET && D > 128) ? 4 : 8;  // loads in flight, as registers allow
+  const int kv_head = chunk.unit / ROW_GROUPS;
+  const auto gain_inverse = GAIN && p.k_gain_inverse ? Row<D>::load(p.k_gain_inverse + kv_head * D) : Row<D>::filled(1);
+  for (int first = 0; first < CHUNK_ROWS; first += AT_ONCE) {
+    if (is_padding(first)) continue;
+    Row<D> rows[AT_ONCE];
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; i++) {
+      const QueryRow row(chunk.unit, first + i);
+      rows[i] = Row<D>::filled(0);
+      if (!is_padding(first + i) && row.token < chunk.query_len)
+        rows[i] =
+            Row<D>::load(p.q + (i64)(chunk.query_start + row.token) * p.q_token_stride + row.head * p.q_head_stride);
+    }
+#pragma unroll
+    for (int i = 0; i < AT_ONCE; i++) store_query(s, p, slot, first + i, rows[i], kv_head, gain_inverse);
+  }
+}
+
+// run_scheduler and run_producer return the number of the block's chunks.
+__device__ int run_scheduler(Shared& s, const DecodeParams& p) {
+  const int num_chunks = p.header->num_chunks;
+  int next = blockIdx.x;  // the first chunk is fixed, the others are claimed
+  for (int n = 0;; n++) {
+    const Turn<CHUNK_SLOTS> turn{n};
+    const int slot = turn.slot();
+    Chunk chunk = p.chunks[next];  // the plan has room for a block's claim beyond the last
+    if (next >= num_chunks) chunk.num_tiles = 0;
+    ptx::wait(&s.chunk_empty[slot], turn.phase() ^ 1);
+    if (arrives()) {
+      if (lane_index() == 0) s.chunks[slot] = chunk;
+      ptx::arrive(&s.chunk_full[slot]);
+      // Each block's last claim finds nothing, so there are as many claims as chunks, and the counter wraps to 0 for
+      // the next launch.
+      if (lane_index() == 0 && chunk.num_tiles) next = gridDim.x + atomicInc(&p.header->claimed, num_chunks - 1);
+    }
+    if (chunk.num_tiles) prepare_queries(s, p, chunk, slot);
+    __syncwarp();
+    if (arrives()) ptx::arrive(&s.queries_full[slot]);
+    if (!chunk.num_tiles) return n;
+    next = __shfl_sync(ALL_LANES, next, 0);
+  }
+}
+
+}  // namespace sawkv

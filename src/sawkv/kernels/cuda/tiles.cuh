@@ -1,0 +1,38 @@
+// How tiles of pages lie in shared memory, and the rings and barriers by which warps hand them on.
+//
+// Macros: HEAD_DIM, PAGE_SIZE.
+#pragma once
+#include "pages.cuh"
+#include "plan.cuh"
+
+namespace sawkv {
+
+constexpr int TILE_BYTES = TILE * TOKEN_BYTES;
+static_assert(PAGE_SIZE % TILE == 0 || TILE % PAGE_SIZE == 0, "tiles are whole pages, or the reverse");
+
+// A tile is one or more spans of tokens, each laid out like a page: K codes, K meta, V codes, V meta.
+constexpr int SPAN = PAGE_SIZE < TILE ? PAGE_SIZE : TILE;
+constexpr int SPAN_BYTES = SPAN * TOKEN_BYTES, SPANS = TILE / SPAN;
+constexpr int K_META = SPAN * ROW_BYTES, V_CODES = SPAN * (ROW_BYTES + META_BYTES),
+              V_META = SPAN * (2 * ROW_BYTES + META_BYTES);
+
+constexpr int SHARED_LIMIT = 227 << 10;
+
+// A lane of each warp arrives at barriers for all of them, after __syncwarp. compute-sanitizer's racecheck follows only
+// lanes that arrive themselves; EVERY_LANE_ARRIVES is for it.
+#ifdef EVERY_LANE_ARRIVES
+constexpr int WARP_ARRIVALS = WARP;
+#else
+constexpr int WARP_ARRIVALS = 1;
+#endif
+__device__ inline bool arrives() { return lane_index() < WARP_ARRIVALS; }
+
+// Position in a ring: slot and phase of the n-th use.
+template <int SLOTS>
+struct Turn {
+  int n;
+  __device__ int slot() const { return n % SLOTS; }
+  __device__ u32 phase() const { return n / SLOTS & 1; }
+};
+
+}  // namespace sawkv
