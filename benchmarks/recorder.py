@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from sawkv.integrations.vllm.worker import Extension
 from sawkv.lab.divergence import score
 
 
-class Recorder:
+class Recorder(Extension):
     """Methods added to a worker of one GPU, or of a CPU."""
 
     model_runner: Any

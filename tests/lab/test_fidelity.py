@@ -12,7 +12,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks import fidelity, fidelity_tables
-from benchmarks.recorder import Recorder
 from sawkv.integrations.vllm.client import Client, _cause
 from sawkv.lab.divergence import TokenScores
 
@@ -30,13 +29,17 @@ class Model(torch.nn.Module):
         return states @ self.head
 
 
-def recorder(model: Model) -> Recorder:
+def recorder(model: Model) -> Any:
+    from benchmarks.recorder import Recorder
+
     found = Recorder()
     found.model_runner = SimpleNamespace(model=model)
     found.record_states()
     return found
 
 
+@pytest.mark.vllm
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch.jit, as vLLM is imported
 @pytest.mark.parametrize("rows", [WINDOW - 1, WINDOW])
 def test_distributions_are_compared_over_the_whole_vocabulary(rows: int, tmp_path: Path) -> None:
     """As vLLM's two runners call it: with all prompt tokens or all but the last, in pieces, and once for the sampled
@@ -63,6 +66,8 @@ def test_distributions_are_compared_over_the_whole_vocabulary(rows: int, tmp_pat
     assert torch.equal(found["same_top1"], p.argmax(-1) == q.argmax(-1))
 
 
+@pytest.mark.vllm
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_states_of_other_requests_are_noticed(tmp_path: Path) -> None:
     kept = recorder(Model(torch.randn(SIZE, VOCABULARY)))
     kept.model_runner.model.compute_logits(torch.randn(WINDOW + 5, SIZE))

@@ -362,19 +362,34 @@ def test_the_log_names_the_kernels_that_read_the_real_pages(monkeypatch: pytest.
 
 def test_layers_that_are_not_ours_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     from sawkv.integrations.vllm import announce
+    from sawkv.integrations.vllm.backend import SawAttentionImpl
 
     said: list[str] = []
-    for level in ("info", "warning"):
-        monkeypatch.setattr(announce.logger, level, lambda text, *arguments: said.append(text % arguments))
-    layers = {
-        f"layers.{i}": SimpleNamespace(impl=Choice() if i else object(), kv_cache_dtype=INT4 if i else "auto")
-        for i in range(3)
-    }
-    layers["layers.3.mamba"] = SimpleNamespace()
-    announce.say_layers({"layers.1": layers["layers.1"]}, Choice, [])
-    assert said == []
-    announce.say_layers(layers, Choice, ["0", "sliding_window", "17", "foo"])
-    assert said == [
-        "sawkv: serves 2 of 3 attention layers; vLLM's own cache is kept for layers.0 (auto)",
+    monkeypatch.setattr(announce.logger, "log", lambda level, text, *rest: said.append(f"{level} {text % rest}"))
+    monkeypatch.setattr(announce.logger, "warning", lambda text, *rest: said.append(text % rest))
+
+    def say(ours: set[int], skipped: list[str]) -> list[str]:
+        said.clear()
+        impls = {i: object.__new__(SawAttentionImpl) if i in ours else object() for i in range(6)}
+        layers: dict[str, Any] = {
+            f"layers.{i}": SimpleNamespace(impl=impl, kv_cache_dtype=INT4 if i in ours else "auto")
+            for i, impl in impls.items()
+        }
+        layers["layers.6.mamba"] = SimpleNamespace()
+        config = SimpleNamespace(
+            compilation_config=SimpleNamespace(static_forward_context=layers),
+            cache_config=SimpleNamespace(kv_cache_dtype_skip_layers=skipped),
+        )
+        announce.say_layers(SimpleNamespace(vllm_config=config))
+        return said
+
+    assert say(set(range(6)), []) == []
+    assert say(set(range(1, 6)), ["0", "sliding_window", "17", "foo"]) == [
+        "20 sawkv: serves 5 of 6 attention layers; vLLM's own cache is kept for layers.0 (auto)",
         "sawkv: vLLM ignores what it does not know in --kv-cache-dtype-skip-layers: 17, foo",
     ]
+    (line,) = say(set(), [str(i) for i in range(6)])
+    assert line.startswith(
+        "30 sawkv: serves none of 6 attention layers; vLLM's own cache is kept for layers.0 (auto), "
+    )
+    assert line.endswith("layers.3 (auto) and 2 more")

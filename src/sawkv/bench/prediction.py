@@ -28,7 +28,7 @@ def predict(model: str, cache: str, words: Sequence[str], context: int, *, on_gp
         on_gpu: on a CPU only `--kv-cache-memory-bytes` tells what the cache gets.
     """
     options = Options(words)
-    nbytes = options.get("--kv-cache-memory-bytes")
+    nbytes = options.whole("--kv-cache-memory-bytes", 0)
     try:
         checkpoint = read_checkpoint(model)
         if checkpoint is None or not (on_gpu or nbytes):
@@ -50,9 +50,9 @@ def predict(model: str, cache: str, words: Sequence[str], context: int, *, on_gp
             block_size=None if on_gpu else CPU_BLOCK,
             prefix_caching=not options.has("--no-enable-prefix-caching"),
         )
-        if nbytes and nbytes.isdigit():
+        if nbytes:
             blocks = memory.cut_blocks(shape, setting, stored)
-            return int(int(nbytes) // blocks.nbytes / blocks.of_request * context)
+            return int(nbytes // blocks.nbytes / blocks.of_request * context)
         weights = weights_of(checkpoint, shape, options.has("--language-model-only"))
         return memory.make_plan(shape, setting, stored, weights.nbytes).tokens
     except SawkvError:  # a model that `sawkv plan` refuses may be served all the same

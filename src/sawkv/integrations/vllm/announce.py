@@ -4,7 +4,7 @@ costs capacity.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -101,24 +101,26 @@ def say_kernels(layout: PageLayout, device: torch.device) -> None:
         )
 
 
-def say_layers(layers: Mapping[str, Any], ours: type, skipped: Iterable[str]) -> None:
-    """Say how many layers are ours, if some are not.
+def say_layers(worker: Any) -> None:
+    """Say how many of a worker's layers are ours, if some or all are not. Called in each when an engine has started."""
+    from sawkv.integrations.vllm.backend import SawAttentionImpl
 
-    Args:
-        layers: all of the process, by name, as vLLM's `static_forward_context` has them.
-        ours: class of our implementations.
-        skipped: `--kv-cache-dtype-skip-layers`.
-    """
+    config = worker.vllm_config
+    layers, skipped = config.compilation_config.static_forward_context, config.cache_config.kv_cache_dtype_skip_layers
     attending = {
         name: layer for name, layer in layers.items() if hasattr(layer, "kv_cache_dtype") and hasattr(layer, "impl")
     }
     others = [
-        f"{name} ({layer.kv_cache_dtype})" for name, layer in attending.items() if not isinstance(layer.impl, ours)
+        f"{name} ({layer.kv_cache_dtype})"
+        for name, layer in attending.items()
+        if not isinstance(layer.impl, SawAttentionImpl)
     ]
     if others:
-        logger.info(
-            "sawkv: serves %d of %d attention layers; vLLM's own cache is kept for %s%s",
-            len(attending) - len(others),
+        ours = len(attending) - len(others)
+        logger.log(
+            logging.INFO if ours else logging.WARNING,
+            "sawkv: serves %s of %d attention layers; vLLM's own cache is kept for %s%s",
+            ours or "none",
             len(attending),
             ", ".join(others[:4]),
             f" and {len(others) - 4} more" if len(others) > 4 else "",

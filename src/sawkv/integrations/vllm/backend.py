@@ -93,8 +93,6 @@ class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
             impl.check_page_size(kv_cache_spec)
             impl.take_name(name)
         cache_config = vllm_config.cache_config
-        if self._first_impl(layers) in self._impls:
-            announce.say_layers(layers, SawAttentionImpl, cache_config.kv_cache_dtype_skip_layers)
         layout = self._impls[0].layout(kv_cache_spec.block_size)
         announce.say_pages(kv_cache_spec, layout, cache_config.block_size if cache_config.enable_prefix_caching else 0)
         announce.say_kernels(layout, device)

@@ -23,6 +23,8 @@ KV_CACHE_DTYPE_CODECS: Final = {"int4_per_token_head": "int4", "int8_per_token_h
 do.
 """
 
+WORKER_EXTENSION: Final = "sawkv.integrations.vllm.worker.Extension"
+"""For vLLM's `--worker-extension-cls`: with it no worker runs without sawkv."""
 _KEYS: Final = ("format", "calibration", "prepare", "prepare_cache")
 _FLOAT_DTYPE_CODECS: Final = {"bfloat16": "bf16", "float16": "fp16"}
 _FLOAT_CODECS: Final[dict[object, str]] = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -124,7 +126,7 @@ def engine_options(
     options: dict[str, Any] = {
         "kv_cache_dtype": dtype,
         "additional_config": {"sawkv": settings},
-        "worker_extension_cls": "sawkv.integrations.vllm.worker.Extension",
+        "worker_extension_cls": WORKER_EXTENSION,
     }
     # Not is_available(): it may start CUDA in this process, and vLLM could not fork. On the CPU vLLM has one backend,
     # which sawkv replaces.

@@ -5,12 +5,15 @@ in a hundred.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.util
 import json
 import os
+import re
 import socket
+import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Final
@@ -21,7 +24,7 @@ from sawkv.files import reason
 from sawkv.format.layout import PAGE_SIZE_MULTIPLE
 from sawkv.format.spec import CacheFormat
 from sawkv.integrations.vllm import PLUGIN, refusals
-from sawkv.integrations.vllm.config import engine_options
+from sawkv.integrations.vllm.config import WORKER_EXTENSION, engine_options
 from sawkv.prepare.calibration import Calibration, model_id
 
 PORT: Final = 8000
@@ -34,12 +37,23 @@ _TAKEN: Final = {
     "--model": "it is the first argument of sawkv serve: expected none",
 }
 """Options of vLLM that `sawkv serve` gives itself, and why the user need not."""
+_FLOAT_DTYPES: Final = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
+_SHORT: Final = {
+    "-ac": "--attention-config",
+    "-dcp": "--decode-context-parallel-size",
+    "-pcp": "--prefill-context-parallel-size",
+    "-sc": "--speculative-config",
+    "-tp": "--tensor-parallel-size",
+}
+_SPECULATIVE: Final = {"--spec-method": "method", "--spec-model": "model"}
+_WHOLE: Final = ("--tokenizer", "--kv-cache-dtype")
+"""Options of vLLM with which the names of others begin that are looked at here."""
 _IMAGES_IN_BOTH_DIRECTIONS: Final = ("bagel", "gemma3", "molmo2", "moondream3", "paligemma")
 
 
 class Options:
-    """vLLM's command line, as far as it is looked at here: options with dashes or underscores, their values after a
-    space or `=`.
+    """vLLM's command line, as far as it is looked at here: options with dashes or underscores, short or cut off where
+    that is clear, as argparse takes them, their values after a space or `=`.
 
     Args:
         arguments: the words.
@@ -49,32 +63,37 @@ class Options:
     """
 
     def __init__(self, arguments: Sequence[str]) -> None:
-        self._values: dict[str, str | None] = {}
-        self._add(arguments)
-        if self.get("--config"):
-            given, self._values = self._values, {}
-            self._add(_words_of(str(given["--config"])))
-            self._values |= given  # which vLLM prefers
+        self._given = list(_pairs(arguments))
+        if "--config" in arguments[:-1]:  # vLLM reads no other form, and prefers what is given last
+            file = arguments[arguments.index("--config") + 1]
+            self._given = [*_pairs(_words_of(file)), *self._given]
 
     def get(self, name: str) -> str | None:
         """The value given last, or None."""
-        return self._values.get(name)
+        return next((value for option, key, value in reversed(self._given) if not key and _names(option, name)), None)
 
     def has(self, name: str) -> bool:
         """Whether it is given, whole or as `--name.key`."""
-        return any(given == name or given.startswith(f"{name}.") for given in self._values)
+        return any(_names(option, name) for option, _, _ in self._given)
 
     def whole(self, name: str, default: int) -> int:
-        """A value that is a whole number; `default` where it is not given, or is for vLLM to refuse."""
-        text = self.get(name) or ""
-        return int(text) if text.isascii() and text.isdigit() else default
+        """A value that is a whole number, such as 8192 or 8k; `default` where it is not given, or is for vLLM to
+        refuse.
+        """
+        found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgt]?)", self.get(name) or "", re.ASCII | re.IGNORECASE)
+        if found is None or ("." in found[1] and not found[2].islower()):
+            return default
+        power = "kmgt".index(found[2].lower()) + 1 if found[2] else 0
+        return int(float(found[1]) * (1024 if found[2].isupper() else 1000) ** power)
 
     def json(self, name: str) -> dict[str, Any]:
-        """A value that is a JSON object, with what `--name.key value` adds.
+        """A value that is a JSON object, or what `--name.key value` make up, which vLLM takes instead.
 
         Raises:
             SawkvError: it is something else.
         """
+        if (start := self.start_of_keys(name)) is not None:
+            return {key.replace("-", "_"): value for option, key, value in self._given if key and option == start}
         text = self.get(name)
         try:
             value = {} if text is None else json.loads(text)
@@ -82,18 +101,36 @@ class Options:
             value = text
         if not isinstance(value, dict):
             raise SawkvError(f"{name}: expected a JSON object, got {text!r}")
-        start = f"{name}."
-        return value | {
-            key.removeprefix(start).replace("-", "_"): x for key, x in self._values.items() if key.startswith(start)
-        }
+        return value
 
-    def _add(self, arguments: Sequence[str]) -> None:
-        for i, argument in enumerate(arguments):
-            name, equals, value = argument.partition("=")
-            if not argument.startswith("--"):
-                continue
-            following = arguments[i + 1] if i + 1 < len(arguments) else None
-            self._values[name.replace("_", "-")] = value if equals else following
+    def start_of_keys(self, name: str) -> str | None:
+        """How `name` was typed where it was given as `--name.key`: vLLM makes one object of what is typed alike, and
+        prefers that of which a key was given last for the first time.
+        """
+        starts = dict.fromkeys(option for option, key, _ in self._given if key and _names(option, name))
+        return next(reversed(starts), None)
+
+    def speculative(self) -> dict[str, Any]:
+        """`--speculative-config`, with the keys that have options of their own. Errors as of `json`."""
+        given = {key: self.get(option) for option, key in _SPECULATIVE.items()}
+        return self.json("--speculative-config") | {key: value for key, value in given.items() if value is not None}
+
+
+def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str, str | None]]:
+    """Option as it was typed, key below it or "", and value."""
+    for i, argument in enumerate(arguments):
+        if not argument.startswith("-"):
+            continue
+        name, equals, value = argument.partition("=")
+        option, _, key = name.partition(".")
+        following = arguments[i + 1] if i + 1 < len(arguments) else None
+        yield option.replace("_", "-"), key, value if equals else following
+
+
+def _names(option: str, name: str) -> bool:
+    """Whether `option`, as it was typed, is `name`, perhaps cut off. vLLM refuses what may be several options."""
+    option = _SHORT.get(option, option)
+    return option == name or (len(option) > len("--") and option not in _WHOLE and name.startswith(option))
 
 
 def check(
@@ -120,6 +157,7 @@ def check(
                 f"{name}: {why}; got {options.get(name)}. With `vllm serve` all options are yours (docs/vllm.md)"
             )
     check_address(options)
+    _check_worker_extension(options)
     checkpoint = check_model(model, cache_format, options, on_gpu=on_gpu)
     if calibration is not None:
         _check_calibration(Calibration.load(calibration), checkpoint, cache_format)
@@ -140,7 +178,7 @@ def check_model(model: str, cache_format: CacheFormat, options: Options, *, on_g
     reasons = _of_options(options, on_gpu)
     if checkpoint is not None:
         reasons += _of_model(checkpoint.config, cache_format, options)
-    speculative = options.json("--speculative-config")
+    speculative = options.speculative()
     reasons += _of_draft(speculative, cache_format)
     if reasons:
         raise UnsupportedError(
@@ -174,6 +212,35 @@ def environment() -> dict[str, str]:
     if allowed is None or PLUGIN in allowed.split(","):
         return dict(os.environ)
     return os.environ | {"VLLM_PLUGINS": ",".join([*filter(None, allowed.split(",")), PLUGIN])}
+
+
+def _check_worker_extension(options: Options) -> None:
+    """Refuse one in place of ours, without which workers may run that have not loaded sawkv."""
+    if not options.has("--worker-extension-cls"):
+        return
+    name = options.get("--worker-extension-cls") or ""
+    module, _, attribute = name.rpartition(".")
+    try:
+        with _as_vllm_imports():
+            found = getattr(importlib.import_module(module), attribute)
+        names = [f"{base.__module__}.{base.__qualname__}" for base in found.__mro__]
+    except (ImportError, AttributeError, ValueError) as error:
+        raise SawkvError(f"--worker-extension-cls: expected a class, got {name}: {reason(error)}") from error
+    if WORKER_EXTENSION not in names:
+        raise UnsupportedError(
+            f"--worker-extension-cls: expected a subclass of {WORKER_EXTENSION}, got {name}. Without it, workers may"
+            " start that have not loaded sawkv"
+        )
+
+
+@contextlib.contextmanager
+def _as_vllm_imports() -> Iterator[None]:
+    """vLLM is started by `python -m`, which looks in the working directory first."""
+    sys.path.insert(0, os.getcwd())
+    try:
+        yield
+    finally:
+        sys.path.remove(os.getcwd())
 
 
 def check_prepare_cache(folder: str | None) -> None:
@@ -230,6 +297,7 @@ def _words_of(file: str) -> list[str]:
     return [
         f"--{name}={value if isinstance(value, str) else json.dumps(value, default=str)}"
         for name, value in content.items()
+        if value is not False  # as if it were not there
     ]
 
 
@@ -244,7 +312,7 @@ def _of_options(options: Options, on_gpu: bool) -> list[str]:
     with contextlib.suppress(TypeError, ValueError):
         if share is not None and not 0 < float(share) <= 1:
             found.append(f"--gpu-memory-utilization: expected a share above 0 and up to 1, got {share}")
-    if on_gpu and options.get("--dtype") in ("float32", "float"):
+    if on_gpu and _dtype({}, options) == "float32":
         found.append("--dtype: expected bfloat16 or float16 on a GPU, got float32")
     return found
 
@@ -274,9 +342,23 @@ def _of_model(config: Mapping[str, Any], cache_format: CacheFormat, options: Opt
     heads, ranks = text.get("num_attention_heads"), options.whole("--tensor-parallel-size", 1)
     if isinstance(heads, int) and ranks > 1 and heads % ranks:
         found.append(f"--tensor-parallel-size: expected a divisor of the model's {heads} attention heads, got {ranks}")
+    if (codec := cache_format.codec) in _FLOAT_DTYPES.values():
+        dtype = _dtype(config, options)
+        if dtype in _FLOAT_DTYPES and _FLOAT_DTYPES[dtype] != codec:
+            wanted = next(name for name, of_dtype in _FLOAT_DTYPES.items() if of_dtype == codec)
+            found.append(f"--format {cache_format}: expected --dtype {wanted}, got {dtype}")
     if options.has("--kv-sharing-fast-prefill") and text.get("num_kv_shared_layers"):
         found.append("--kv-sharing-fast-prefill")
     return found
+
+
+def _dtype(config: Mapping[str, Any], options: Options) -> str | None:
+    """Of the engine's arithmetic, where that is certain: vLLM may lower float32, and may know a default."""
+    asked = (options.get("--dtype") or "auto").lower()
+    if asked != "auto":
+        return {"half": "float16", "float": "float32"}.get(asked, asked)
+    named = (part.get(key) for part in (config, text_config(config)) for key in ("dtype", "torch_dtype"))
+    return next((str(dtype) for dtype in named if dtype in ("bfloat16", "float16")), None)
 
 
 def _of_head_dims(config: Mapping[str, Any], cache_format: CacheFormat) -> list[str]:

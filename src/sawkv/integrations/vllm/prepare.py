@@ -71,8 +71,10 @@ def install() -> None:
         kv_cache_config: KVCacheConfig = initialize(self, vllm_config)
         prepare(self.model_executor, vllm_config, kv_cache_config)
         if SawConfig.from_vllm(vllm_config, vllm_config.cache_config.cache_dtype) is not None:
+            from sawkv.integrations.vllm.announce import say_layers
             from sawkv.integrations.vllm.metrics import publish_when_idle
 
+            self.model_executor.collective_rpc(say_layers)
             self.model_executor.collective_rpc(publish_when_idle)
         return kv_cache_config
 

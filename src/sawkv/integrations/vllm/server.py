@@ -113,17 +113,17 @@ def with_drafts_backend(options: Sequence[str]) -> list[str]:
     Raises:
         SawkvError: the speculative config is no JSON object.
     """
-    speculative = preflight.Options(options).json("--speculative-config")
+    known = preflight.Options(options)
+    speculative = known.speculative()
     has_our_cache = speculative.get("kv_cache_dtype") in (None, *KV_CACHE_DTYPE_CODECS)
-    drafts = speculative.get("model") is not None or str(speculative.get("method")) in (
-        "mtp",
-        "eagle",
-        "eagle3",
-        "draft_model",
-    )
+    method = str(speculative.get("method"))
+    drafts = speculative.get("model") is not None or method in ("eagle", "eagle3") or method.endswith("mtp")
     if not drafts or not has_our_cache or "attention_backend" in speculative:
         return list(options)
-    return [*options, "--speculative-config", json.dumps(speculative | {"attention_backend": "CUSTOM"})]
+    name, ours = "--speculative-config", "CUSTOM"
+    if (start := known.start_of_keys(name)) is not None:  # vLLM prefers these to an object
+        return [*options, f"{start}.attention_backend", ours]
+    return [*options, name, json.dumps(known.json(name) | {"attention_backend": ours})]
 
 
 @contextlib.contextmanager
