@@ -56,7 +56,7 @@ check: setup
 	$(BIN)/hadolint Containerfile
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror src/sawkv/kernels/*/*.c*
+	$(BIN)/clang-format --dry-run --Werror src/sawkv/kernels/*/*.[ch]*
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/mkdocs build --quiet

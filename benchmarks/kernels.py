@@ -27,7 +27,8 @@ import triton.testing
 from benchmarks.plots import RESULTS
 from benchmarks.serving import git_head
 from sawkv import Attention, CacheFormat, PagedKVCache, PageLayout, Schedule, append, decode_attention, gather
-from sawkv.format.feedback import ERROR_STEPS, MAX_WEIGHT, Feedback, channel_blocks
+from sawkv.format.constants import ERROR_STEPS, MAX_WEIGHT
+from sawkv.format.feedback import Feedback, channel_blocks
 from sawkv.format.layout import ENGINE_PAGE_SIZE
 from sawkv.kernels import unsupported_reason
 

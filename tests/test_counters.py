@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from sawkv import CacheFormat, LayoutError, PagedKVCache, PageLayout, append, gather
-from sawkv.format.counters import COLUMNS, SAMPLE, is_sampled, new_counters
+from sawkv.format.constants import SAMPLE
+from sawkv.format.counters import COLUMNS, is_sampled, new_counters
 from sawkv.format.rotation import rotate
 from tests.conftest import relative_error
 from tests.kernel_checks import random_feedback

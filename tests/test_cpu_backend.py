@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import ctypes
 import math
+import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 
 from sawkv import CacheFormat, PagedKVCache, PageLayout, UnsupportedError, append, decode_attention, gather
-from sawkv.kernels import reference, unsupported_reason
+from sawkv.kernels import cpu, reference, unsupported_reason
+from sawkv.kernels.constants import HEADER_NAME, header
 from sawkv.kernels.cpu import build
+from sawkv.kernels.structs import read
 from tests.conftest import Batch, make_batch, relative_error
 from tests.kernel_checks import check_append, check_feedback_ends_where_scales_saturate, check_wrong_feedback_is_noticed
 
@@ -184,6 +188,31 @@ def test_gather_equals_the_reference(format_name: str, rotated: bool, dtype: tor
     assert torch.equal(k, results[0][0, :50])
 
 
+def test_cpp_and_python_lay_out_arguments_alike(tmp_path: Path) -> None:
+    """By the compiler's own offsets. One byte off, the control, does not compile."""
+    for name, text in (build.read_sources() | {HEADER_NAME: header(MAX_GROUP=build.MAX_GROUP)}).items():
+        (tmp_path / name).write_text(text)
+    structs = (cpu.Cache, cpu.AppendArguments, cpu.AttentionArguments, cpu.GatherArguments)
+    offsets = {f"offsetof({s.__name__}, {name})": getattr(s, name).offset for s in structs for name, _ in s._fields_}
+    offsets |= {f"sizeof({s.__name__})": ctypes.sizeof(s) for s in structs}
+    for shift in (0, 1):
+        checks = [f"static_assert({place} == {value + shift});" for place, value in offsets.items()]
+        (tmp_path / "check.cpp").write_text("\n".join(["#include <cstddef>", '#include "kernels.cpp"', *checks]))
+        command = ["g++", "-std=c++17", "-fsyntax-only", "-march=native", "-Wno-psabi", str(tmp_path / "check.cpp")]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.stderr.count("static assertion failed") == shift * len(checks), done.stderr[-2000:]
+    with pytest.raises(AttributeError, match="num_slot"):
+        cpu.AppendArguments().num_slot = 1
+
+
+@pytest.mark.parametrize("line", ["long x;", "int x", "", "float* a, b;", "int x = 3;"])
+def test_a_struct_that_python_cannot_read_is_refused(line: str) -> None:
+    source = f"struct Arguments {{\n  int ok[2], too;  // fine\n  {line}\n}};\n"
+    with pytest.raises(ValueError, match="expected"):
+        read(source, "Arguments")
+    assert [name for name, _ in read(source.replace(f"  {line}\n", ""), "Arguments")._fields_] == ["ok", "too"]
+
+
 def test_a_missing_or_failing_compiler_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(build.shutil, "which", lambda _: None)
@@ -191,9 +220,7 @@ def test_a_missing_or_failing_compiler_is_named(monkeypatch: pytest.MonkeyPatch,
         build.load_library.__wrapped__()
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    broken = tmp_path / "broken.cpp"
-    broken.write_text("int main( {")
-    monkeypatch.setattr(build, "SOURCE", broken)
+    monkeypatch.setattr(build, "read_sources", lambda: {"kernels.cpp": "int main( {"})
     with pytest.raises(UnsupportedError, match="could not compile"):
         build.load_library.__wrapped__()
     (tmp_path / "sawkv" / "cpu").chmod(0o777)

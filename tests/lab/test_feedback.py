@@ -9,7 +9,8 @@ import torch
 
 from sawkv import LayoutError
 from sawkv.format.codecs import IntegerCodec
-from sawkv.format.feedback import DAMPING, ERROR_STEPS, MAX_WEIGHT, Feedback, channel_blocks, fit_feedback, takes_from
+from sawkv.format.constants import ERROR_STEPS, MAX_WEIGHT
+from sawkv.format.feedback import DAMPING, Feedback, channel_blocks, fit_feedback, takes_from
 
 
 def make_hessian(num_kv_heads: int = 3, head_dim: int = 128) -> torch.Tensor:

@@ -10,17 +10,13 @@ from typing import Final
 
 import torch
 
+from sawkv.format.constants import SAMPLE, SAMPLE_HASH
+
 COLUMNS: Final = ("rows", "non_finite_rows", "saturated_rows", "squared_error", "squared_norm", "sampled_rows")
 """Rows (of one token and KV head) written; those that decode to NaN or infinity; those whose scale is the largest fp16,
 so that their error is not bounded; and over all other rows of sampled slots the sums of (y - decoded)^2 and of y^2, y
 being the row after centering, gain and rotation, and how many rows these are.
 """
-
-SAMPLE: Final = 1024
-"""One slot in so many is sampled: a page and offset chosen by a hash, so that no position of a sequence is preferred.
-"""
-
-MAX_SCALE: Final = 65504.0
 
 
 def new_counters(device: torch.device | str) -> torch.Tensor:
@@ -29,7 +25,8 @@ def new_counters(device: torch.device | str) -> torch.Tensor:
 
 
 def is_sampled(slots: torch.Tensor) -> torch.Tensor:
-    """Which slots are sampled: [num_slots] bool of [num_slots] int64. Those whose low 32 bits Knuth's multiplicative
-    hash makes small.
+    """Whether each slot is sampled: [num_slots] bool of [num_slots] int64.
+
+    A slot is sampled if the low 32 bits of its hash are small. So no position of a sequence is preferred.
     """
-    return ((slots * 2654435761) & 0xFFFFFFFF) < 2**32 // SAMPLE
+    return ((slots * SAMPLE_HASH) & 0xFFFFFFFF) < 2**32 // SAMPLE

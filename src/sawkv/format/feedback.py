@@ -16,11 +16,8 @@ from typing import Final
 import torch
 
 from sawkv.errors import LayoutError
+from sawkv.format.constants import ERROR_STEPS, MAX_WEIGHT
 
-ERROR_STEPS: Final = 64
-"""Steps of a passed-on error in one code."""
-MAX_WEIGHT: Final = 127
-"""The largest 8-bit integer: of weights, and of errors in their steps."""
 DAMPING: Final = 0.01
 """Added to a hessian's diagonal, as a share of its mean: channels that nothing was measured of take and pass on little.
 """

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from sawkv.errors import FormatError
+from sawkv.format.constants import SEGMENT_BYTES
 from sawkv.format.spec import CacheFormat, ResolvedFormat
 
 PAGE_SIZE_MULTIPLE = 16
@@ -13,7 +14,6 @@ ENGINE_PAGE_SIZE = 64
 """What engines are asked to use: docs/decisions/0009-page-size.md."""
 GPU_PAGE_SIZES = (16, 32, 64, 128, 256)
 """Pages that the fastest GPU kernels take; engines cut larger blocks into these."""
-SEGMENT_BYTES = 16
 
 
 @dataclass(frozen=True, init=False)

@@ -6,8 +6,9 @@ import torch
 
 from sawkv.cache import PagedKVCache
 from sawkv.format.codecs import CODECS
-from sawkv.format.counters import MAX_SCALE, is_sampled
-from sawkv.format.layout import SEGMENT_BYTES, PageLayout
+from sawkv.format.constants import MAX_SCALE, SEGMENT_BYTES
+from sawkv.format.counters import is_sampled
+from sawkv.format.layout import PageLayout
 from sawkv.format.rotation import rotate
 from sawkv.kernels import Layer, Prefixes, Schedule, Step
 

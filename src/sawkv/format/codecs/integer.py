@@ -12,11 +12,8 @@ from dataclasses import dataclass
 
 import torch
 
+from sawkv.format.constants import MAX_SCALE, MAX_ZERO_POINT, MIN_SCALE
 from sawkv.format.feedback import Feedback
-
-FP16_MAX = 65504.0
-MIN_SCALE = 2.0**-24
-MAX_ZERO_POINT = 1024.0
 
 
 @dataclass(frozen=True)
@@ -41,14 +38,14 @@ class IntegerCodec:
         by_range = (hi - lo) * torch.tensor(1 / intervals, dtype=torch.float32)
         by_offset = torch.maximum(lo.abs(), hi.abs()) / MAX_ZERO_POINT
         wanted = torch.maximum(by_range, by_offset).clamp_min(MIN_SCALE)
-        scale = _fp16_up(wanted.clamp_max(FP16_MAX))
+        scale = _fp16_up(wanted.clamp_max(MAX_SCALE))
         inv = scale.float().reciprocal()
         # The clamp acts only where the scale saturates, on ranges beyond fp16: values there are lost, but stay finite.
         zero_point = (first - lo * inv).clamp(-MAX_ZERO_POINT, MAX_ZERO_POINT).half()
         # fp64 holds the product and the sum exactly enough that one rounding to fp32 gives what fma gives.
         shifted = (y.double() * inv.double() + zero_point.double()).float()
         if feedback is not None:
-            shifted = feedback.move(shifted, self.max_code).where(finite & (wanted <= FP16_MAX), shifted)
+            shifted = feedback.move(shifted, self.max_code).where(finite & (wanted <= MAX_SCALE), shifted)
         codes = shifted.round().clamp(0, self.max_code).where(finite, 0).to(torch.uint8)
         meta = torch.cat([scale.where(finite, torch.nan), zero_point.where(finite, 0)], -1)
         return (codes[..., ::2] | codes[..., 1::2] << 4) if self.bits == 4 else codes, meta
@@ -64,6 +61,6 @@ class IntegerCodec:
 
 
 def _fp16_up(x: torch.Tensor) -> torch.Tensor:
-    """The smallest fp16 at or above x; x is positive and at most FP16_MAX."""
+    """The smallest fp16 at or above x; x is positive and at most MAX_SCALE."""
     nearest = x.half()
     return (nearest.view(torch.int16) + (nearest.float() < x)).view(torch.float16)

@@ -1,26 +1,36 @@
-"""C++ kernels for CPUs, built at first use. Any format, head_dim and query length; see kernels.cpp."""
+"""C++ kernels for CPUs, compiled at first use (`build`). They take any format, head_dim and query length."""
 
 from __future__ import annotations
 
 import ctypes
-from ctypes import Structure, c_float, c_int32, c_int64, c_void_p
+from typing import Any
 
 import torch
 
-from sawkv.cache import Constants, PagedKVCache
+from sawkv.cache import PagedKVCache
 from sawkv.errors import UnsupportedError
+from sawkv.format.codecs import CODECS, PassthroughCodec
 from sawkv.format.layout import PageLayout
-from sawkv.kernels import Layer, Prefixes, Schedule, Step
-from sawkv.kernels.cpu.build import load_library
+from sawkv.format.spec import CODEC_BITS
+from sawkv.kernels import Layer, Prefixes, Schedule, Step, structs
+from sawkv.kernels.cpu.build import MAX_GROUP, load_library, read_sources
 
 __all__ = ["Attention", "Pages", "Schedule", "counts", "name", "unsupported_reason"]
 
 name = "cpu"
 counts = True
 
-MAX_GROUP = 128
 _CODECS = ("int4", "int8", "bf16", "fp16", "fp32")
-_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""Codecs that the kernels know."""
+_CODEC_NUMBERS = {codec: number for number, codec in enumerate(CODEC_BITS)}
+"""`enum Codec` of the kernels."""
+_DTYPES = tuple(codec.dtype for codec in CODECS.values() if isinstance(codec, PassthroughCodec))
+"""`enum DType` of the kernels."""
+_SOURCE = "\n".join(read_sources().values())
+Cache = structs.read(_SOURCE, "Cache")
+AppendArguments = structs.read(_SOURCE, "AppendArguments")
+AttentionArguments = structs.read(_SOURCE, "AttentionArguments")
+GatherArguments = structs.read(_SOURCE, "GatherArguments")
 
 
 def unsupported_reason(device: torch.device, layout: PageLayout) -> str | None:
@@ -36,51 +46,6 @@ def unsupported_reason(device: torch.device, layout: PageLayout) -> str | None:
     return None
 
 
-class _Cache(Structure):
-    _fields_ = (
-        ("pages", c_void_p),
-        *((field, c_int64) for field in ("page_stride", "num_pages")),
-        *((field, c_int32) for field in ("codec", "num_kv_heads", "head_dim", "page_size", "row_bytes", "meta_bytes")),
-        *((field, c_int32) for field in ("k_order", "v_order", "swizzle_multiplier", "swizzle_period")),
-        *((f"{which}_{field}", c_void_p) for which in "kv" for field in Constants._fields),
-    )
-
-
-class _Append(Structure):
-    _fields_ = (
-        ("cache", _Cache),
-        *((field, c_void_p) for field in ("k", "v")),
-        *((field, c_int64) for field in ("k_token_stride", "k_head_stride", "v_token_stride", "v_head_stride")),
-        *((field, c_void_p) for field in ("slots", "counters")),
-        ("num_slots", c_int64),
-        *((field, c_int32) for field in ("dtype", "num_threads")),
-    )
-
-
-class _Attention(Structure):
-    _fields_ = (
-        ("cache", _Cache),
-        *((field, c_void_p) for field in ("q", "out")),
-        *((field, c_int64) for field in ("q_token_stride", "q_head_stride", "out_token_stride", "out_head_stride")),
-        ("block_table", c_void_p),
-        ("block_table_stride", c_int64),
-        *((field, c_void_p) for field in ("seq_lens", "query_start", "lse", "sinks")),
-        *((field, c_int32) for field in ("num_seqs", "num_q_heads", "sliding_window", "dtype", "num_threads")),
-        *((field, c_float) for field in ("softmax_scale", "softcap")),
-    )
-
-
-class _Gather(Structure):
-    _fields_ = (
-        ("cache", _Cache),
-        ("block_table", c_void_p),
-        ("block_table_stride", c_int64),
-        *((field, c_void_p) for field in ("seq_lens", "starts", "k", "v")),
-        ("max_tokens", c_int64),
-        *((field, c_int32) for field in ("num_seqs", "dtype", "num_threads", "rotated")),
-    )
-
-
 class Pages:
     """See `sawkv.ops.Pages`."""
 
@@ -90,37 +55,22 @@ class Pages:
     def append(self, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
         """See `sawkv.ops.append`."""
         slots = slot_mapping.contiguous()
-        arguments = _Append(
-            self._described,
-            k.data_ptr(),
-            v.data_ptr(),
-            *_byte_strides(k),
-            *_byte_strides(v),
-            slots.data_ptr(),
-            _address(self._cache.counters),
-            slots.shape[0],
-            _DTYPES.index(k.dtype),
-            torch.get_num_threads(),
-        )
+        arguments = AppendArguments(cache=self._described, k=k.data_ptr(), v=v.data_ptr())
+        arguments.k_token_stride, arguments.k_head_stride = _byte_strides(k)
+        arguments.v_token_stride, arguments.v_head_stride = _byte_strides(v)
+        arguments.slots, arguments.num_slots = slots.data_ptr(), slots.shape[0]
+        arguments.counters = _address(self._cache.counters)
+        arguments.dtype, arguments.num_threads = _DTYPES.index(k.dtype), torch.get_num_threads()
         self._library.sawkv_append(ctypes.byref(arguments))
 
     def gather(self, prefixes: Prefixes, k_out: torch.Tensor, v_out: torch.Tensor, rotated: bool) -> None:
         """See `sawkv.ops.gather`."""
         seq_lens, cu_seq_lens = prefixes.seq_lens.contiguous(), prefixes.cu_seq_lens.contiguous()
-        arguments = _Gather(
-            self._described,
-            prefixes.block_table.data_ptr(),
-            prefixes.block_table.stride(0),
-            seq_lens.data_ptr(),
-            cu_seq_lens.data_ptr(),
-            k_out.data_ptr(),
-            v_out.data_ptr(),
-            k_out.shape[0],
-            seq_lens.shape[0],
-            _DTYPES.index(k_out.dtype),
-            torch.get_num_threads(),
-            rotated,
-        )
+        arguments = GatherArguments(cache=self._described, k=k_out.data_ptr(), v=v_out.data_ptr(), rotated=rotated)
+        arguments.block_table, arguments.block_table_stride = _table(prefixes.block_table)
+        arguments.seq_lens, arguments.starts = seq_lens.data_ptr(), cu_seq_lens.data_ptr()
+        arguments.max_tokens, arguments.num_seqs = k_out.shape[0], seq_lens.shape[0]
+        arguments.dtype, arguments.num_threads = _DTYPES.index(k_out.dtype), torch.get_num_threads()
         self._library.sawkv_gather(ctypes.byref(arguments))
 
 
@@ -148,48 +98,43 @@ class Attention:
             if lse.is_contiguous()
             else torch.empty_like(lse, memory_format=torch.contiguous_format).copy_(lse)
         )
-        arguments = _Attention(
-            self._described,
-            q.data_ptr(),
-            out.data_ptr(),
-            *_byte_strides(q),
-            *_byte_strides(out),
-            step.block_table.data_ptr(),
-            step.block_table.stride(0),
-            seq_lens.data_ptr(),
-            query_start_loc.data_ptr(),
-            _address(lse_out),
-            _address(sinks),
-            seq_lens.shape[0],
-            layer.num_q_heads,
-            layer.sliding_window,
-            _DTYPES.index(q.dtype),
-            torch.get_num_threads(),
-            layer.softmax_scale,
-            layer.logit_softcap,
-        )
+        arguments = AttentionArguments(cache=self._described, q=q.data_ptr(), out=out.data_ptr())
+        arguments.q_token_stride, arguments.q_head_stride = _byte_strides(q)
+        arguments.out_token_stride, arguments.out_head_stride = _byte_strides(out)
+        arguments.block_table, arguments.block_table_stride = _table(step.block_table)
+        arguments.seq_lens, arguments.query_start = seq_lens.data_ptr(), query_start_loc.data_ptr()
+        arguments.lse, arguments.sinks = _address(lse_out), _address(sinks)
+        arguments.num_seqs, arguments.num_q_heads = seq_lens.shape[0], layer.num_q_heads
+        arguments.sliding_window = layer.sliding_window
+        arguments.softmax_scale, arguments.softcap = layer.softmax_scale, layer.logit_softcap
+        arguments.dtype, arguments.num_threads = _DTYPES.index(q.dtype), torch.get_num_threads()
         self._library.sawkv_attention(ctypes.byref(arguments))
         if lse is not None and lse_out is not None and lse_out is not lse:
             lse.copy_(lse_out)
 
 
-def _describe(cache: PagedKVCache) -> _Cache:
+def _describe(cache: PagedKVCache) -> Any:
+    """The `Cache` of the kernels. It holds addresses of the cache's tensors, which have to outlive it."""
     layout = cache.layout
-    return _Cache(
-        cache.pages.data_ptr(),
-        cache.pages.stride(0),
-        cache.pages.shape[0],
-        _CODECS.index(layout.format.codec),
+    described = Cache(pages=cache.pages.data_ptr(), page_stride=cache.pages.stride(0), num_pages=cache.pages.shape[0])
+    described.codec = _CODEC_NUMBERS[layout.format.codec]
+    described.num_kv_heads, described.head_dim, described.page_size = (
         layout.num_kv_heads,
         layout.head_dim,
         layout.page_size,
-        layout.row_bytes,
-        layout.meta_bytes,
-        layout.k_rotation_order,
-        layout.v_rotation_order,
-        *layout.swizzle_factors,
-        *(_address(x) for constants in cache.constants for x in constants),
     )
+    described.row_bytes, described.meta_bytes = layout.row_bytes, layout.meta_bytes
+    described.k_order, described.v_order = layout.k_rotation_order, layout.v_rotation_order
+    described.swizzle_multiplier, described.swizzle_period = layout.swizzle_factors
+    for target, constants in zip((described.k, described.v), cache.constants, strict=True):
+        for field, tensor in constants._asdict().items():
+            setattr(target, field, _address(tensor))
+    return described
+
+
+def _table(block_table: torch.Tensor) -> tuple[int, int]:
+    """Address, and entries per row."""
+    return block_table.data_ptr(), block_table.stride(0)
 
 
 def _byte_strides(x: torch.Tensor) -> tuple[int, int]:

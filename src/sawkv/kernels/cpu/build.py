@@ -1,4 +1,4 @@
-"""Compile kernels.cpp at first use, and load it.
+"""Compile the C++ kernels of this folder at first use, and load them.
 
 The library is kept in the user's cache folder under a key of everything that it depends on, with the SHA-256 of its
 content at its end: a damaged file is compiled anew.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import itertools
 import os
 import platform
 import shutil
@@ -19,9 +20,12 @@ from pathlib import Path
 import torch
 
 from sawkv.errors import UnsupportedError
+from sawkv.kernels import constants
 from sawkv.kernels.disk import DIGEST_BYTES, digest, private_folder
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCE_FOLDER = Path(__file__).parent
+MAX_GROUP = 128
+"""Query heads per KV head that the kernels take."""
 FLAGS = (
     "-std=c++17",
     "-O3",
@@ -47,24 +51,30 @@ def load_library() -> ctypes.CDLL:
         raise UnsupportedError("no C++ compiler: expected g++ or clang++ on the PATH, or CXX naming one")
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     openmp = _openmp_flags()
-    key = hashlib.sha256("\0".join([SOURCE.read_text(), version, *FLAGS, *openmp, _processor()]).encode()).hexdigest()[
-        :24
-    ]
+    sources = read_sources() | {constants.HEADER_NAME: constants.header(MAX_GROUP=MAX_GROUP)}
+    described = "\0".join([*itertools.chain(*sources.items()), version, *FLAGS, *openmp, _processor()])
+    key = hashlib.sha256(described.encode()).hexdigest()[:24]
     library = private_folder("cpu") / f"{key}.so"
     if not _is_whole(library):
         # Processes that start at once each build their own copy. The rename is atomic: none sees half a file, and no
         # lock is left behind.
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            for name, text in sources.items():
+                Path(folder, name).write_text(text)
             built = Path(folder, "kernels.so")
-            done = subprocess.run(
-                [compiler, *FLAGS, str(SOURCE), "-o", str(built), *openmp], capture_output=True, text=True, check=False
-            )
+            command = [compiler, *FLAGS, str(Path(folder, "kernels.cpp")), "-o", str(built), *openmp]
+            done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode:
                 raise UnsupportedError(f"{compiler} could not compile the CPU kernels:\n{done.stderr[-2000:]}")
             with built.open("ab") as file:
                 file.write(digest(built.read_bytes()))  # loaders ignore what follows the sections
             os.replace(built, library)
     return ctypes.CDLL(str(library))
+
+
+def read_sources() -> dict[str, str]:
+    """The C++ files by name. kernels.cpp includes the others."""
+    return {path.name: path.read_text() for path in sorted(SOURCE_FOLDER.iterdir()) if path.suffix in (".h", ".cpp")}
 
 
 def _is_whole(library: Path) -> bool:

@@ -7,10 +7,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sawkv.format import constants
 from sawkv.format.counters import COLUMNS
 from sawkv.kernels.triton.common import low_half, rotate, round_to, swizzled, widen
 
 COUNTER_COLUMNS = tl.constexpr(len(COLUMNS))
+# A kernel sees module constants only as tl.constexpr.
+MAX_SCALE = tl.constexpr(constants.MAX_SCALE)
+MIN_SCALE = tl.constexpr(constants.MIN_SCALE)
+MAX_ZERO_POINT = tl.constexpr(constants.MAX_ZERO_POINT)
+NAN_SCALE_BITS = tl.constexpr(constants.NAN_SCALE_BITS)
+ERROR_STEPS = tl.constexpr(float(constants.ERROR_STEPS))
+MAX_WEIGHT = tl.constexpr(float(constants.MAX_WEIGHT))
+SAMPLE_HASH = tl.constexpr(constants.SAMPLE_HASH)
+SAMPLED_BELOW = tl.constexpr(2**32 // constants.SAMPLE)
 
 
 @triton.jit
@@ -58,7 +68,7 @@ def append_kernel(
     page = pages + (slot // PAGE_SIZE) * page_stride_16 * 16 + head * (2 * half_span)
     offset = (slot % PAGE_SIZE).to(tl.int32)
     token = token.to(tl.int64)
-    is_counted = (slot.to(tl.uint32) * 2654435761) < 4194304  # sawkv.format.counters.is_sampled
+    is_counted = (slot.to(tl.uint32) * SAMPLE_HASH) < SAMPLED_BELOW  # sawkv.format.counters.is_sampled
     if tl.program_id(2) == 0:
         _append_rows(
             k + token * k_token_stride + head.to(tl.int64) * k_head_stride,
@@ -215,7 +225,9 @@ def _with_feedback(t, weights, step, HEAD_DIM: tl.constexpr, MAX_CODE: tl.conste
         for block in tl.static_range(8):
             moved = tl.fma(sums_here.to(tl.float32), tl.broadcast_to(step, t_here.shape), t_here)
             code = _round_clamped(moved, 0.0, MAX_CODE * 1.0).to(tl.float32)
-            error = tl.where((source % 8 == block)[None, :], _round_clamped((moved - code) * 64.0, -127.0, 127.0), 0)
+            error = tl.where(
+                (source % 8 == block)[None, :], _round_clamped((moved - code) * ERROR_STEPS, -MAX_WEIGHT, MAX_WEIGHT), 0
+            )
             errors += error
             if block < 7:
                 sums_here = tl.dot(
@@ -236,19 +248,19 @@ def _quantizer(y, is_channel, INTERVALS: tl.constexpr, FIRST: tl.constexpr):
     y = tl.where(is_finite[:, None], y, 0.0)  # what such a row gives below is not used
     low = tl.min(tl.where(is_channel, y, float("inf")), 1)
     high = tl.max(tl.where(is_channel, y, -float("inf")), 1)
-    by_range, by_offset = (high - low) * (1 / INTERVALS), tl.maximum(tl.abs(low), tl.abs(high)) * 0.0009765625
-    wanted = tl.maximum(tl.maximum(by_range, by_offset), 2.0**-24)
-    bound = tl.minimum(wanted, 65504.0)
+    by_range, by_offset = (high - low) * (1 / INTERVALS), tl.maximum(tl.abs(low), tl.abs(high)) * (1 / MAX_ZERO_POINT)
+    wanted = tl.maximum(tl.maximum(by_range, by_offset), MIN_SCALE)
+    bound = tl.minimum(wanted, MAX_SCALE)
     nearest = bound.to(tl.float16)
     scale_bits = nearest.to(tl.int16, bitcast=True).to(tl.int32) + tl.where(
         nearest.to(tl.float32) < bound, 1, 0
     )  # the next fp16 up
     scale = scale_bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     inverse = tl.math.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
-    zero_point = tl.minimum(tl.maximum(FIRST - low * inverse, -1024.0), 1024.0).to(tl.float16)
+    zero_point = tl.minimum(tl.maximum(FIRST - low * inverse, -MAX_ZERO_POINT), MAX_ZERO_POINT).to(tl.float16)
     zero_bits = zero_point.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-    packed = tl.where(is_finite, scale_bits | (zero_bits << 16), 0x7E00)
-    return inverse, zero_point.to(tl.float32), packed, is_finite, wanted > 65504.0
+    packed = tl.where(is_finite, scale_bits | (zero_bits << 16), NAN_SCALE_BITS)
+    return inverse, zero_point.to(tl.float32), packed, is_finite, wanted > MAX_SCALE
 
 
 @triton.jit

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from sawkv.errors import UnsupportedError
+from sawkv.format.constants import MAX_SCALE, MIN_SCALE
 from sawkv.prepare.samples import Reader, Sample
 
 RMS_BITS = 16
@@ -52,7 +53,7 @@ class KMeans:
     def _points(self, rows: torch.Tensor, deviation: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Points [num_kv_heads, num_tokens * head_dim / group, group], and the rows' root mean squares as stored."""
         whitened = rows / deviation
-        rms = whitened.square().mean(-1, keepdim=True).sqrt().clamp(2.0**-24, 65504.0).half().float()
+        rms = whitened.square().mean(-1, keepdim=True).sqrt().clamp(MIN_SCALE, MAX_SCALE).half().float()
         return (whitened / rms).transpose(0, 1).reshape(rows.shape[1], -1, self.group), rms
 
     def _codebook(self, points: torch.Tensor) -> torch.Tensor:

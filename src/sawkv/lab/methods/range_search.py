@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sawkv.format.constants import MAX_SCALE, MIN_SCALE
 from sawkv.lab.methods.integer import META_BITS
 from sawkv.prepare.samples import Reader, Sample
 
@@ -57,7 +58,7 @@ class RangeSearched:
         self, rows: torch.Tensor, start: torch.Tensor, span: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Codes and what they read as, with scale and zero point as fp16 has them."""
-        scale = (span / self._top).clamp(2.0**-24, 65504.0).half().float()
+        scale = (span / self._top).clamp(MIN_SCALE, MAX_SCALE).half().float()
         zero_point = (-start / scale).clamp(-1024, 1024).half().float()
         codes = (rows / scale + zero_point).round().clamp(0, self._top)
         return codes, (codes - zero_point) * scale

@@ -1,0 +1,254 @@
+// One row of a page: centered rows are rotated and encoded, codes are decoded, and what was written is counted.
+#pragma once
+#include <algorithm>
+
+#include "format_constants.h"
+#include "vectors.h"
+
+namespace {
+
+using namespace sawkv::format;
+
+static_assert(CODEC_FP16 - CODEC_BF16 == kFp16 && CODEC_FP32 - CODEC_BF16 == kFp32,
+              "float codecs are in DType's order");
+
+// Constants of K or of V (sawkv.cache.Constants). A pointer is null where the cache has no such constant.
+struct Constants {
+  const float* center;        // [num_kv_heads, head_dim]
+  const float* gain;          // likewise
+  const float* gain_inverse;  // likewise
+  const int8_t* weights;      // of the feedback: [num_kv_heads, head_dim, head_dim]
+  const float* step;          // [num_kv_heads]
+};
+
+// Pages and their layout (sawkv.format.layout.PageLayout). docs/format.md explains the fields.
+struct Cache {
+  uint8_t* pages;
+  int64_t page_stride, num_pages;
+  int32_t codec, num_kv_heads, head_dim, page_size, row_bytes, meta_bytes;
+  int32_t k_order, v_order, swizzle_multiplier, swizzle_period;
+  Constants k, v;
+};
+
+inline uint8_t* span_of(const Cache& cache, int64_t page, int head) {
+  return cache.pages + page * cache.page_stride +
+         int64_t(head) * cache.page_size * 2 * (cache.row_bytes + cache.meta_bytes);
+}
+inline int64_t v_offset(const Cache& cache) { return int64_t(cache.page_size) * (cache.row_bytes + cache.meta_bytes); }
+inline int swizzle_of(const Cache& cache, int offset) {
+  return (offset * cache.swizzle_multiplier / 8) % cache.swizzle_period;
+}
+
+// Block-diagonal normalized Hadamard product, in the order of operations that the format fixes.
+void rotate(float* x, int head_dim, int order) {
+  if (!order) return;
+  for (int stride = 1; stride < order; stride *= 2)
+    for (int start = 0; start < head_dim; start += 2 * stride)
+      for (int i = start; i < start + stride; ++i) {
+        const float a = x[i], b = x[i + stride];
+        x[i] = a + b;
+        x[i + stride] = a - b;
+      }
+  const float norm = float(1 / std::sqrt(double(order)));
+  for (int i = 0; i < head_dim; ++i) x[i] *= norm;
+}
+
+// x *= factors, those of a head.
+void multiply(float* x, int head_dim, const float* factors, int head) {
+  for (int d = 0; d < head_dim; ++d) x[d] *= factors[head * head_dim + d];
+}
+
+// Undo rotation, gain and centering of a row.
+void restore(float* x, int head_dim, int order, const Constants& constants, int head) {
+  rotate(x, head_dim, order);
+  if (constants.gain_inverse) multiply(x, head_dim, constants.gain_inverse, head);
+  if (constants.center)
+    for (int d = 0; d < head_dim; ++d) x[d] += constants.center[head * head_dim + d];
+}
+
+struct Meta {
+  uint16_t scale, zero_point;
+};
+
+// The smallest fp16 at or above x, for 0 < x <= MAX_SCALE.
+inline uint16_t fp16_up(float x) {
+  const uint16_t nearest = to_fp16(x);
+  return nearest + (from_fp16(nearest) < x);
+}
+
+inline float round_clamped(float x, float low, float high) { return std::nearbyint(std::min(std::max(low, x), high)); }
+
+// Codes of a finite row, with the errors of each block of channels passed on to the blocks after it: docs/format.md,
+// step 5. t: the codes before rounding. weights: [head_dim, head_dim], of one head.
+void code_with_feedback(float* t, int head_dim, float max_code, const int8_t* weights, float step, uint8_t* codes) {
+  alignas(32) int16_t errors[MAX_HEAD_DIM] = {};  // of 8 bits, which multiply faster as 16; zero where not coded yet
+  for (int start = 0; start < head_dim; start += 32) {
+    const int end = std::min(start + 32, head_dim);
+    for (int first = start; first < start + 8; ++first) {  // of a block, which is one of each eight channels
+      for (int j = first; j < end; j += 8) {
+        int32_t taken = 0;
+        for (int i = 0; i < end; ++i) taken += int32_t(weights[j * head_dim + i]) * errors[i];
+        t[j] = __builtin_fmaf(float(taken), step, t[j]);
+      }
+      for (int j = first; j < end; j += 8) {
+        const float code = round_clamped(t[j], 0, max_code);
+        codes[j] = uint8_t(code);
+        errors[j] = int16_t(round_clamped((t[j] - code) * float(ERROR_STEPS), -MAX_WEIGHT, MAX_WEIGHT));
+      }
+    }
+  }
+}
+
+// Codes of a row of 4- or 8-bit integers, one in a byte, and their scale and zero point. weights: of the head's
+// feedback, or null.
+Meta quantize(const float* y, int head_dim, int max_code, const int8_t* weights, float step, uint8_t* codes) {
+  if (!all_finite(y, head_dim)) {
+    std::memset(codes, 0, head_dim);
+    return {NAN_SCALE_BITS, 0};
+  }
+  vec low = load(y), high = load(y);
+  for (int i = 0; i < head_dim; i += W) {
+    low = min(low, load(y + i));
+    high = max(high, load(y + i));
+  }
+  float lo = low[0], hi = high[0];
+  for (int j = 1; j < W; ++j) lo = std::min(lo, low[j]), hi = std::max(hi, high[j]);
+  // With feedback the cells of the codes cover the range, and without it the codes do.
+  const float by_range = (hi - lo) * float(1.0 / (weights ? max_code + 1 : max_code));
+  const float by_offset = std::max(std::fabs(lo), std::fabs(hi)) * (1 / MAX_ZERO_POINT);
+  const float wanted = std::max(std::max(by_range, by_offset), MIN_SCALE);
+  const uint16_t scale = fp16_up(std::min(wanted, MAX_SCALE));
+  const float inv = 1.f / from_fp16(scale);
+  const uint16_t zero_point =
+      to_fp16(std::min(std::max((weights ? -0.5f : 0.f) - lo * inv, -MAX_ZERO_POINT), MAX_ZERO_POINT));
+  const vec inv_v = splat(inv), zero_v = splat(from_fp16(zero_point)), top = splat(float(max_code));
+  if (weights && wanted <= MAX_SCALE) {
+    alignas(32) float t[MAX_HEAD_DIM];
+    for (int i = 0; i < head_dim; i += W) store(t + i, fma(load(y + i), inv_v, zero_v));
+    code_with_feedback(t, head_dim, float(max_code), weights, step, codes);
+    return {scale, zero_point};
+  }
+  for (int i = 0; i < head_dim; i += W) {
+    const vec shifted =
+        min(max(fma(load(y + i), inv_v, zero_v), splat(-1.f)), top);  // clamping first keeps round_even in its range
+    const ivec code = __builtin_convertvector(max(round_even(shifted), splat(0.f)), ivec);
+    for (int j = 0; j < W; ++j) codes[i + j] = uint8_t(code[j]);
+  }
+  return {scale, zero_point};
+}
+
+// Position of a row's byte `b`: segments of V rows are XORed with the token's swizzle, those of K rows (swizzle 0) are
+// in order.
+inline int place(int b, int swizzle) { return b ^ (swizzle * SEGMENT_BYTES); }
+
+void encode_row(const Cache& cache, float* y, const Constants& constants, int head, uint8_t* row, uint8_t* meta_out,
+                int swizzle) {
+  const int n = cache.head_dim;
+  alignas(32) uint8_t bytes[4 * MAX_HEAD_DIM], codes[MAX_HEAD_DIM];
+  if (cache.codec <= CODEC_INT8) {
+    const int8_t* weights = constants.weights ? constants.weights + int64_t(head) * n * n : nullptr;
+    const Meta meta =
+        quantize(y, n, cache.codec == CODEC_INT4 ? 15 : 255, weights, weights ? constants.step[head] : 0, codes);
+    std::memcpy(meta_out, &meta, 4);
+    if (cache.codec == CODEC_INT4)
+      for (int i = 0; i < n / 2; ++i) bytes[i] = uint8_t(codes[2 * i] | codes[2 * i + 1] << 4);
+    else
+      std::memcpy(bytes, codes, n);
+  } else {
+    write_floats(y, DType(cache.codec - CODEC_BF16), n, bytes);
+  }
+  for (int b = 0; b < cache.row_bytes; b += SEGMENT_BYTES)
+    std::memcpy(row + place(b, swizzle), bytes + b, std::min(SEGMENT_BYTES, cache.row_bytes - b));
+}
+
+template <int CODEC>
+inline void decode_row(const Cache& cache, const uint8_t* row, const uint8_t* meta, int swizzle, float* out) {
+  if (CODEC <= CODEC_INT8) {
+    Meta m;
+    std::memcpy(&m, meta, 4);
+    const vec scale = splat(from_fp16(m.scale)), zero = splat(from_fp16(m.zero_point));
+    for (int b = 0; b < cache.row_bytes; b += 8) {
+      const uint8_t* codes = row + place(b, swizzle);
+      if (CODEC == CODEC_INT4) {
+        vec first, second;
+        nibbles_to_float(codes, first, second);
+        store(out + 2 * b, (first - zero) * scale);
+        store(out + 2 * b + W, (second - zero) * scale);
+      } else {
+        store(out + b, (bytes_to_float(codes) - zero) * scale);
+      }
+    }
+  } else {
+    constexpr DType dtype = DType(CODEC - CODEC_BF16);
+    constexpr int size = dtype == kFp32 ? 4 : 2;
+    for (int b = 0; b < cache.row_bytes; b += SEGMENT_BYTES)
+      read_floats(row + place(b, swizzle), dtype, SEGMENT_BYTES / size, out + b / size);
+  }
+}
+
+// `count` tokens of one sequence from position `first`, K and V, as fp32 rows of `head_dim`.
+template <int CODEC>
+void decode_tokens(const Cache& cache, const int32_t* pages, int head, int first, int count, float* k, float* v) {
+  for (int t = 0; t < count; ++t) {
+    const int offset = (first + t) % cache.page_size;
+    const uint8_t* span = span_of(cache, pages[(first + t) / cache.page_size], head);
+    const int64_t row = int64_t(offset) * cache.row_bytes,
+                  meta = int64_t(cache.page_size) * cache.row_bytes + offset * cache.meta_bytes;
+    if (k) decode_row<CODEC>(cache, span + row, span + meta, 0, k + t * cache.head_dim);
+    span += v_offset(cache);
+    if (v) decode_row<CODEC>(cache, span + row, span + meta, swizzle_of(cache, offset), v + t * cache.head_dim);
+  }
+}
+
+using DecodeTokens = void (*)(const Cache&, const int32_t*, int, int, int, float*, float*);
+DecodeTokens decode_tokens_of(int codec) {
+  switch (codec) {
+    case CODEC_INT4:
+      return decode_tokens<CODEC_INT4>;
+    case CODEC_INT8:
+      return decode_tokens<CODEC_INT8>;
+    case CODEC_BF16:
+      return decode_tokens<CODEC_BF16>;
+    case CODEC_FP16:
+      return decode_tokens<CODEC_FP16>;
+    default:
+      return decode_tokens<CODEC_FP32>;
+  }
+}
+
+inline void add(Counts& to, const Counts& from) {
+  to.rows += from.rows;
+  to.non_finite_rows += from.non_finite_rows;
+  to.saturated_rows += from.saturated_rows;
+  to.squared_error += from.squared_error;
+  to.squared_norm += from.squared_norm;
+  to.sampled_rows += from.sampled_rows;
+}
+
+// Counts the row `y` after it was written to `slot`. Mirrors sawkv.format.counters.is_sampled and kernels.reference.
+void count_row(const Cache& cache, const float* y, const uint8_t* meta, int64_t slot, int head, bool is_v,
+               Counts& counts) {
+  const bool quantized = cache.codec <= CODEC_INT8, sampled = uint32_t(slot) * SAMPLE_HASH < (1ull << 32) / SAMPLE;
+  uint16_t scale = 0;
+  if (quantized) std::memcpy(&scale, meta, 2);
+  alignas(32) float stored[MAX_HEAD_DIM];
+  if (sampled || !quantized) {
+    const int32_t page = int32_t(slot / cache.page_size);
+    decode_tokens_of(cache.codec)(cache, &page, head, int(slot % cache.page_size), 1, is_v ? nullptr : stored,
+                                  is_v ? stored : nullptr);
+  }
+  const bool finite = quantized ? scale != NAN_SCALE_BITS : all_finite(stored, cache.head_dim),
+             saturated = scale == MAX_SCALE_BITS;
+  counts.rows += 1;
+  counts.non_finite_rows += !finite;
+  counts.saturated_rows += saturated;
+  if (!sampled || !finite || saturated) return;
+  counts.sampled_rows += 1;
+  for (int d = 0; d < cache.head_dim; ++d) {
+    const double error = stored[d] - y[d];
+    counts.squared_error += error * error;
+    counts.squared_norm += double(y[d]) * y[d];
+  }
+}
+
+}  // namespace
