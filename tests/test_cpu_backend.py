@@ -205,7 +205,7 @@ def test_cpp_and_python_lay_out_arguments_alike(tmp_path: Path) -> None:
         cpu.AppendArguments().num_slot = 1
 
 
-@pytest.mark.parametrize("line", ["long x;", "int x", "", "float* a, b;", "int x = 3;"])
+@pytest.mark.parametrize("line", ["long x;", "int x", "", "float* a, b;", "int x = 3;", "long x[2];"])
 def test_a_struct_that_python_cannot_read_is_refused(line: str) -> None:
     source = f"struct Arguments {{\n  int ok[2], too;  // fine\n  {line}\n}};\n"
     with pytest.raises(ValueError, match="expected"):

@@ -178,22 +178,6 @@ def test_both_sides_lay_out_launch_parameters_alike(
         compile_with(1)
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [("long x;", "'long x;'"), ("int x", "'int x'"), ("", "''")],
-    ids=["type", "semicolon", "empty"],
-)
-def test_a_struct_that_the_host_cannot_read_is_refused(
-    line: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(cuda.runtime, "SOURCE_FOLDER", tmp_path)
-    (tmp_path / f"{line[:3]}.cu").write_text(f"struct Params {{\n  int ok[2], too;  // fine\n  {line}\n}};\n")
-    with pytest.raises(ValueError, match=f"got {message}"):
-        cuda.structs.read(f"{line[:3]}.cu", "Params")
-    with pytest.raises(ValueError, match="expected a struct Other"):
-        cuda.structs.read(f"{line[:3]}.cu", "Other")
-
-
 # ----------------------------------------------------------------------------------------------------------------
 # Triton
 @pytest.fixture

@@ -28,11 +28,14 @@ def header(**more: int | float) -> str:
 
     Returns:
         Text of a header in the namespace `sawkv::format`: ints as `int` or, above its range, as `unsigned`; floats as
-        `float`; `enum Codec` in the order of `CODEC_BITS`; `struct Counts` with one double per column of the counters.
+        `float`; `enum Codec` in the order of `CODEC_BITS`; `enum Column` of the counters, and `struct Counts` with one
+        double per column.
     """
     lines = [f"constexpr {_kind(value)} {name} = {_literal(value)};" for name, value in (NUMBERS | more).items()]
     codecs = ", ".join(f"CODEC_{name.upper()}" for name in CODEC_BITS)
-    lines += [f"enum Codec {{ {codecs} }};", f"struct Counts {{ double {', '.join(COLUMNS)}; }};"]
+    columns = ", ".join(f"COLUMN_{name.upper()}" for name in COLUMNS)
+    lines += [f"enum Codec {{ {codecs} }};", f"enum Column {{ {columns}, NUM_COLUMNS }};"]
+    lines.append(f"struct Counts {{ double {', '.join(COLUMNS)}; }};")
     return "\n".join(["#pragma once", "namespace sawkv::format {", *lines, "}", ""])
 
 

@@ -17,8 +17,8 @@ from sawkv import kernels
 from sawkv.cache import PagedKVCache
 from sawkv.errors import LayoutError
 from sawkv.format.layout import GPU_PAGE_SIZES, PageLayout
-from sawkv.kernels import Layer, Prefixes, ScheduleShape, Step
-from sawkv.kernels.cuda import runtime, structs
+from sawkv.kernels import Layer, Prefixes, ScheduleShape, Step, structs
+from sawkv.kernels.cuda import runtime
 
 name = "cuda"
 counts = True
@@ -32,10 +32,10 @@ TILES_PER_CHUNK = 50  # where blocks get few
 MERGE_THREADS = 256
 MERGE_BLOCKS_PER_SM = 4
 LOG2_E = math.log2(math.e)
-AppendParams = structs.read("append.cu", "AppendParams")
-GatherParams = structs.read("gather.cu", "GatherParams")
-ScheduleParams = structs.read("schedule.cu", "ScheduleParams")
-DecodeParams = structs.read("decode.cu", "DecodeParams")
+AppendParams = structs.read(runtime.read_source("append.cu"), "AppendParams")
+GatherParams = structs.read(runtime.read_source("gather.cu"), "GatherParams")
+ScheduleParams = structs.read(runtime.read_source("schedule.cu"), "ScheduleParams")
+DecodeParams = structs.read(runtime.read_source("decode.cu"), "DecodeParams")
 DEBUG_DEFINES: dict[str, int | str] = {}
 """More macros of decode.cu, for `benchmarks.sanitize`."""
 

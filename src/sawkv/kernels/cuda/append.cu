@@ -6,18 +6,21 @@
 //
 // Macros: HEAD_DIM, PAGE_SIZE, K_ORDER, V_ORDER, ELEMENT (of k and v); 1 or 0: GAIN and FEEDBACK (of K or V, or both),
 // COUNT (update the counters).
+#include "format_constants.h"
 #include "pages.cuh"
 
 namespace sawkv {
 
+using namespace format;
+
 constexpr int THREADS = 128, LANES = 4,
               TOKENS = THREADS / LANES;  // lanes of a row: few, since they spend their time exchanging values
-constexpr float MAX_CODE = 15, ERROR_STEPS = 64, MAX_WEIGHT = 127;  // the last two: sawkv.format.feedback
+constexpr float MAX_CODE = 15;
 
 struct AppendParams {
   const i64* slot_mapping;
   u8* pages;
-  double* counters;                     // [2][COUNTER_COLUMNS], or null without COUNT
+  double* counters;                     // [2][NUM_COLUMNS], or null without COUNT
   const ELEMENT* x[2];                  // of K and of V, as all pairs
   const float* center[2];               // [num_kv_heads][D] or null
   const float* gain[2];                 // likewise
@@ -29,7 +32,6 @@ struct AppendParams {
   int num_tokens;
 };
 
-constexpr float MAX_SCALE = 65504;
 constexpr float ROUNDER =
     12582912;  // 1.5 * 2^23: adding it rounds to an integer, half to even, and leaves it in the low bits
 
@@ -56,15 +58,15 @@ struct Quantizer {
     }
     const bool is_finite = fabsf(low) < infinity() && fabsf(high) < infinity();
     const float by_range = (high - low) * (has_feedback ? 1 / (MAX_CODE + 1) : 1 / MAX_CODE),
-                by_offset = fmaxf(fabsf(low), fabsf(high)) * power_of_two(-10);
-    const float wanted = fmaxf(fmaxf(by_range, by_offset), power_of_two(-24)), bound = fminf(wanted, MAX_SCALE);
+                by_offset = fmaxf(fabsf(low), fabsf(high)) * (1 / MAX_ZERO_POINT);
+    const float wanted = fmaxf(fmaxf(by_range, by_offset), MIN_SCALE), bound = fminf(wanted, MAX_SCALE);
     u16 scale = ptx::float_to_half(bound);
     if (ptx::half_to_float(scale) < bound) scale++;  // the next fp16 up
     inverse = __frcp_rn(ptx::half_to_float(scale));
-    const u16 zero_bits =
-        ptx::float_to_half(fminf(fmaxf(__fsub_rn(has_feedback ? -0.5f : 0, __fmul_rn(low, inverse)), -1024), 1024));
+    const u16 zero_bits = ptx::float_to_half(
+        fminf(fmaxf(__fsub_rn(has_feedback ? -0.5f : 0, __fmul_rn(low, inverse)), -MAX_ZERO_POINT), MAX_ZERO_POINT));
     zero_point = ptx::half_to_float(zero_bits);
-    meta = is_finite ? scale | (u32)zero_bits << 16 : 0x7e00u;
+    meta = is_finite ? scale | (u32)zero_bits << 16 : (u32)NAN_SCALE_BITS;
     is_bounded = is_finite && wanted <= MAX_SCALE;
     if (!is_bounded) {  // rare: codes beyond their range, or none. Let the row hold its codes already.
 #pragma unroll
@@ -126,7 +128,7 @@ struct Quantizer {
         float& x = y.x[4 * four + i];
         const float wanted = fmaf(x, inverse, zero_point), moved = fmaf(sum, step, wanted);
         const float code = fminf(fmaxf(moved, 0), MAX_CODE) + ROUNDER - ROUNDER;
-        constexpr float MAX_ERROR = MAX_WEIGHT / ERROR_STEPS;  // in codes
+        constexpr float MAX_ERROR = (float)MAX_WEIGHT / ERROR_STEPS;  // in codes
         const float error = fmaf(fminf(fmaxf(moved - code, -MAX_ERROR), MAX_ERROR), ERROR_STEPS, ROUNDER);
         const u32 passed =
             __byte_perm(__float_as_uint(error), 0, 0x4444 ^ 4 << 4 * i);  // its low byte to byte i, 0 to the others
@@ -147,38 +149,27 @@ struct Quantizer {
   __device__ u32 shifted(float y) const { return __float_as_uint(fmaf(y, inverse, zero_point) + ROUNDER); }
 };
 
-enum {
-  ROWS,
-  NON_FINITE_ROWS,
-  SATURATED_ROWS,
-  SQUARED_ERROR,
-  SQUARED_NORM,
-  SAMPLED_ROWS,
-  COUNTER_COLUMNS
-};  // sawkv.format.counters.COLUMNS
-constexpr u32 SAMPLE = 1024;
-
-__device__ inline bool is_sampled(i64 slot) { return (u32)slot * 2654435761u < (1ull << 32) / SAMPLE; }
+__device__ inline bool is_sampled(i64 slot) { return (u32)slot * SAMPLE_HASH < (1ull << 32) / SAMPLE; }
 
 // Counts a row that is about to be written. All threads of a block come here. Mirrors sawkv.format.counters and the
 // reference.
 __device__ inline void count_row(const AppendParams& p, bool is_v, u32 meta, Sums sums, i64 slot, bool is_kept,
                                  bool is_first_lane) {
-  double* counters = p.counters + (is_v ? COUNTER_COLUMNS : 0);
+  double* counters = p.counters + (is_v ? NUM_COLUMNS : 0);
   if (blockIdx.y == 0) {  // every head keeps the same tokens
     const int kept = __syncthreads_count(is_kept && is_first_lane);
-    if (threadIdx.x == 0) atomicAdd(&counters[ROWS], (double)kept * gridDim.y);
+    if (threadIdx.x == 0) atomicAdd(&counters[COLUMN_ROWS], (double)kept * gridDim.y);
   }
   if (!is_kept) return;
   const u32 scale_bits = meta & 0xffff;
-  const bool is_finite = scale_bits != 0x7e00, is_saturated = scale_bits == 0x7bff;
+  const bool is_finite = scale_bits != NAN_SCALE_BITS, is_saturated = scale_bits == MAX_SCALE_BITS;
   if ((!is_finite || is_saturated) && is_first_lane)
-    atomicAdd(&counters[is_finite ? SATURATED_ROWS : NON_FINITE_ROWS], 1.0);
+    atomicAdd(&counters[is_finite ? COLUMN_SATURATED_ROWS : COLUMN_NON_FINITE_ROWS], 1.0);
   if (!is_finite || is_saturated || !is_sampled(slot)) return;
   const double scale = ptx::half_to_float(scale_bits);
-  atomicAdd(&counters[SQUARED_ERROR], sums.error * scale * scale);
-  atomicAdd(&counters[SQUARED_NORM], (double)sums.norm);
-  if (is_first_lane) atomicAdd(&counters[SAMPLED_ROWS], 1.0);
+  atomicAdd(&counters[COLUMN_SQUARED_ERROR], sums.error * scale * scale);
+  atomicAdd(&counters[COLUMN_SQUARED_NORM], (double)sums.norm);
+  if (is_first_lane) atomicAdd(&counters[COLUMN_SAMPLED_ROWS], 1.0);
 }
 
 // One path for K and V where their orders are one: it is long, and instructions are fetched as well.

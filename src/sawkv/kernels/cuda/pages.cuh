@@ -3,11 +3,13 @@
 // Macros: HEAD_DIM, PAGE_SIZE.
 #pragma once
 #include "common.cuh"
+#include "format_constants.h"
 
 namespace sawkv {
 
+using format::SEGMENT_BYTES;
 constexpr int D = HEAD_DIM;
-constexpr int ROW_BYTES = D / 2, META_BYTES = 4, SEGMENT_BYTES = 16;
+constexpr int ROW_BYTES = D / 2, META_BYTES = 4;
 constexpr int TOKEN_BYTES = 2 * (ROW_BYTES + META_BYTES),
               HEAD_BYTES = PAGE_SIZE * TOKEN_BYTES;  // of one (page, KV head)
 constexpr int V_PLANE = HEAD_BYTES / 2;

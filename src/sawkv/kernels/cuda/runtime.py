@@ -31,6 +31,7 @@ from typing import Any
 import torch
 
 from sawkv.errors import UnsupportedError
+from sawkv.kernels import constants
 from sawkv.kernels.disk import DIGEST_BYTES, digest, private_folder
 
 logger = logging.getLogger(__name__)
@@ -282,9 +283,15 @@ def read_sources(source_file: str) -> dict[str, str]:
     while waiting:
         name = waiting.pop()
         if name not in sources:
-            sources[name] = (SOURCE_FOLDER / name).read_text()
+            is_generated = name == constants.HEADER_NAME
+            sources[name] = constants.header() if is_generated else (SOURCE_FOLDER / name).read_text()
             waiting += _INCLUDE.findall(sources[name])
     return sources
+
+
+def read_source(source_file: str) -> str:
+    """The file and all that it includes, one after the other."""
+    return "\n".join(read_sources(source_file).values())
 
 
 def _as_options(defines: Mapping[str, int | str]) -> list[str]:
