@@ -1,4 +1,4 @@
-"""sawkv: a 4-bit KV cache that serves faster than 16 bits. Implements SAW-INT4, arXiv 2604.19157."""
+"""A 4-bit KV cache for vLLM and Transformers. Implements SAW-INT4, arXiv 2604.19157."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> object:
-    """Names are imported when they are first asked for: `sawkv --help` and vLLM's list of plugins need no torch."""
+    """Import public names at their first use, so that `sawkv --help` and vLLM's list of plugins do not import torch."""
     for home, names in _HOMES.items():
         if name in names:
             value: object = getattr(importlib.import_module(home), name)

@@ -1,4 +1,4 @@
-"""The pages of one attention layer, with all that is needed to read and write them."""
+"""The pages of one attention layer, and the tensors with which they are written and read."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ from sawkv.format.spec import FORMAT_VERSION
 
 
 class Constants(NamedTuple):
-    """What K or V of a layer is written and read with, as kernels take it; None where there is nothing.
+    """The static tensors of K or of V of one layer, as kernels take them. A field is None if the cache does not have
+    it.
 
     Attributes:
         center, gain: [num_kv_heads, head_dim] fp32.
-        gain_inverse: [num_kv_heads, head_dim] fp32, 1 / gain rounded once. All that readers know of the gain.
-        weights, step: of the feedback.
+        gain_inverse: [num_kv_heads, head_dim] fp32, 1 / gain, rounded once. Readers use it in place of the gain.
+        weights: [num_kv_heads, head_dim, head_dim] int8, of the feedback.
+        step: [num_kv_heads] fp32, of the feedback.
     """
 
     center: torch.Tensor | None
@@ -33,25 +35,23 @@ class Constants(NamedTuple):
 
 @dataclass(frozen=True)
 class PagedKVCache:
-    """One layer's pages.
+    """The pages of one layer, with their layout and static tensors.
 
     Attributes:
-        pages: [num_pages, num_kv_heads, page_size, token_bytes] uint8. Only the stride of pages is free. Kernels mutate
-            it.
-        layout: what the bytes mean.
-        k_center, v_center: [num_kv_heads, head_dim] fp32 static offsets, subtracted before rotation, or None. Without
-        K's, every score
-            of a query lacks the same q.c; attention adds it where that matters. V's is added back to the output.
-        k_gain, v_gain: [num_kv_heads, head_dim] fp32 static factors, positive and finite (checked on the CPU, where
-        that waits for
-            nothing), by which channels are multiplied after centering and before rotation, or None. Readers divide by
-            them: attention divides q by K's and the output by V's.
-        k_feedback, v_feedback: how `append` passes on the errors of codes, or None. For int4 alone; readers need not
-        know of it.
-        counters: [2, 6] fp64, from `counters.new_counters`, which `append` updates; None counts nothing.
-        constants: all that K is written and read with, and all that V is. Made here, so that readers compute nothing
-            again.
-        bound: what `sawkv.ops` keeps with this cache: kernels bound to its pages. Copies have none.
+        pages: [num_pages, num_kv_heads, page_size, token_bytes] uint8. The stride between pages is free; a page is
+            contiguous. Kernels write to it.
+        layout: offsets and sizes within a page.
+        k_center, v_center: [num_kv_heads, head_dim] fp32, or None. `append` subtracts them before rotation. Attention
+            adds V's to the output. Without K's center all scores of one query change by the same q.k_center, which
+            attention adds where the softmax notices: under a soft-cap, with sinks, and in the log-sum-exp.
+        k_gain, v_gain: [num_kv_heads, head_dim] fp32, positive and finite, or None. `append` multiplies by them after
+            centering and before rotation. Attention divides Q by K's gain, and the output by V's. Values are checked on
+            the CPU alone, where that does not synchronize.
+        k_feedback, v_feedback: how `append` passes rounding errors on to later channels, or None. Only int4 has
+            feedback. It does not change how pages are read.
+        counters: [2, 6] fp64 from `counters.new_counters`, or None. `append` updates it.
+        constants: the static tensors of K and those of V, computed once from the fields above.
+        bound: kernels that `sawkv.ops` has bound to these pages. Copies of the cache start without any.
 
     Raises:
         LayoutError: a tensor does not fit the layout.
@@ -130,26 +130,31 @@ class PagedKVCache:
         device: torch.device | str = "cpu",
         **constants: Any,
     ) -> PagedKVCache:
-        """A cache with `num_pages` fresh pages, their bytes not initialized. `constants` are fields, by their names."""
+        """Make a cache with `num_pages` uninitialized pages. `constants` are fields of the class, by name."""
         return cls(torch.empty(layout.pages_shape(num_pages), dtype=torch.uint8, device=device), layout, **constants)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies: kernels are bound to the addresses of these tensors."""
+        """Leave out bound kernels: they hold the addresses of this object's tensors."""
         return vars(self) | {"bound": {}}
 
     def refresh(self) -> None:
-        """Make what follows from the gains again, in place: call it when they were changed in place."""
+        """Recompute the inverse gains in place. Call it after changing gains in place."""
         for constants in self.constants:
             if constants.gain is not None and constants.gain_inverse is not None:
                 torch.reciprocal(constants.gain, out=constants.gain_inverse)
 
     @property
     def num_slots(self) -> int:
-        """Tokens that the pages can hold."""
+        """Number of tokens that the pages can hold."""
         return self.pages.shape[0] * self.layout.page_size
 
     def fingerprint(self) -> str:
-        """16 hex digits over everything that changes the bytes; caches may exchange pages only if theirs are equal."""
+        """Hash everything that changes the stored bytes. Caches may exchange pages only if their fingerprints are
+        equal.
+
+        Returns:
+            16 hex digits.
+        """
         layout, (k, v) = self.layout, self.constants
         present = {
             "k_gain": k.gain,

@@ -1,12 +1,12 @@
-"""Errors that users see. Each message says what was expected and what was got."""
+"""Errors that users see. Each message says what was expected and what was given."""
 
 
 class SawkvError(ValueError):
-    """Base of all errors raised on bad input."""
+    """Base of all errors about bad input."""
 
 
 class FormatError(SawkvError):
-    """A cache format's name, or its combination with a model's shape, is not valid."""
+    """The name of a cache format is not valid, or the format does not fit the model's shape."""
 
 
 class LayoutError(SawkvError):

@@ -1,5 +1,5 @@
-"""Files that commands write: asked for before the work, written beside their place, and put there when
-they are whole.
+"""Files that commands write. A path is checked before the work, and a file appears at its path only when it is
+complete.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from sawkv.errors import SawkvError
 
 
 def check_writable(path: Path) -> None:
-    """Make the folder of `path` if there is none, and try to write there.
+    """Make the folder of `path` if it does not exist, and try to write there.
 
     Raises:
-        SawkvError: `path` is a folder, or nothing can be written there.
+        SawkvError: `path` is a folder, or the folder is not writable.
     """
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "it is a folder")
         with contextlib.suppress(FileNotFoundError):
-            path.stat()  # names that are too long, or go on below a file
+            path.stat()  # fails for a name that is too long, or a path through a file
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists() and not os.access(path, os.W_OK):
             raise PermissionError(errno.EACCES, "it is write-protected")
@@ -38,13 +38,12 @@ def check_writable(path: Path) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[Path]:
-    """A path to write to, beside `path`. It takes the place of `path` when the block ends, and is removed if the block
-    fails.
+    """A temporary path beside `path`. When the block ends it replaces `path`; if the block fails it is removed.
 
-    What is left has the permissions of any new file, whatever wrote it. A device is written to as it is.
+    The file gets the permissions of a new file, whoever wrote it. A device such as /dev/stdout is written to directly.
 
     Raises:
-        SawkvError: it cannot be written.
+        SawkvError: the path is not writable.
     """
     part = None
     try:
@@ -53,11 +52,11 @@ def writing(path: Path) -> Iterator[Path]:
             return
         target = path.resolve()  # of a link
         target.parent.mkdir(parents=True, exist_ok=True)
-        part = target.with_name(f".{secrets.token_hex(8)}.part")  # two containers may have one process number
+        part = target.with_name(f".{secrets.token_hex(8)}.part")  # two containers may have equal process ids
         part.touch()
         mode = part.stat().st_mode
         yield part
-        part.chmod(mode)  # safetensors makes files that only their owner can read
+        part.chmod(mode)  # safetensors makes files that only the owner can read
         part.replace(target)
     except OSError as error:
         raise SawkvError(f"cannot write {path}: {reason(error)}") from error
@@ -67,11 +66,11 @@ def writing(path: Path) -> Iterator[Path]:
 
 
 def reason(error: Exception) -> str:
-    """What went wrong in one line, without the number and the path."""
+    """The cause of an OSError in one line, without its number and path."""
     lines = str(getattr(error, "strerror", None) or error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
 
 
 def _is_device(path: Path) -> bool:
-    """Such as /dev/stdout."""
+    """Whether the path is a device, such as /dev/stdout."""
     return path.exists() and not path.is_file() and not path.is_dir()

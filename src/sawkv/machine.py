@@ -1,4 +1,4 @@
-"""What a record says of the machine that it was made on."""
+"""The machine and the versions that a record names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from sawkv import __version__
 
 
 def cpu_name() -> str:
-    """What the CPU is called, or its architecture where Linux does not say."""
+    """The name of the CPU, or its architecture if Linux does not give a name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -19,7 +19,7 @@ def cpu_name() -> str:
 
 
 def versions(*distributions: str) -> dict[str, str]:
-    """Of sawkv, of Python, and of those of `distributions` that are installed."""
+    """Versions of sawkv, of Python, and of those `distributions` that are installed."""
     found = {"sawkv": __version__, "python": platform.python_version()}
     for name in distributions:
         try:

@@ -1,26 +1,27 @@
-"""The kernels on plain tensors: check the arguments, choose a backend, run it.
+"""Operations on tensors: check the arguments, choose a backend, run its kernel. Over 400 lines: half of them are
+contracts.
 
-Data flow: K and V of new tokens -> `append` -> pages; Q and pages -> `Attention` -> output; pages -> `gather` -> 16-bit
-K and V.
+`append` writes K and V of new tokens to pages. `Attention` reads Q and pages, and writes the output. `gather` decodes
+pages to K and V in 16 or 32 bits.
 
-What stays is said once. A layer has one `Attention` (or `Pages`, if nothing attends to them): its constants are checked
-and its backend is chosen when it is made. A step has one `Step`, made by `Schedule.update` and read by all layers that
-are alike:
+Each layer has one `Attention` object (or `Pages`, if it never attends to its pages). Its constructor checks the
+constants and chooses the backend. Each step has one `Step`, which `Schedule.update` makes, and which layers of equal
+shape share:
 
-    # once a layer
+    # once per layer
     attention = Attention(cache, num_q_heads=32, softmax_scale=128**-0.5)
-    # once for layers that are alike
+    # once for layers of equal shape
     schedule = Schedule(layout, device, num_q_heads=32, max_num_seqs=64, max_query_len=1)
-    # once a step
+    # once per step
     step = schedule.update(block_table, seq_lens, query_start_loc)
-    # each layer and step
+    # once per layer and step
     attention.append(k, v, slot_mapping)
     attention(q, step, out)
 
-The functions `append`, `decode_attention` and `gather` do all this in one call.
+The functions `append`, `decode_attention` and `gather` do all of this in one call.
 
-Only `append` mutates the cache. On a GPU no call of a layer synchronizes, allocates or depends on lengths on the host
-(CUDA-graph safe).
+Only `append` changes the cache. On a GPU, calls of `append` and `Attention` do not synchronize, and their launches do
+not depend on lengths on the host, so CUDA graphs can capture them.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ from sawkv.kernels import Layer, Prefixes, ScheduleShape, Step, select_backend
 
 FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_BOUND = 8
-"""Objects that are kept with a cache for the functions below: callers that change constants from call to call get new
-ones.
+"""Most objects that the functions below keep with one cache. A caller that changes constants at each call evicts the
+oldest.
 """
 
 
@@ -47,13 +48,14 @@ class Pages:
     """`append` and `gather` for the pages of one layer."""
 
     def __init__(self, cache: PagedKVCache, backend: str | None = None) -> None:
-        """
+        """Bind kernels to a cache.
+
         Args:
-            cache: of the layer. `append` mutates it.
+            cache: of the layer. `append` writes to it.
             backend: a name from `sawkv doctor`; None chooses by device and format.
 
         Raises:
-            UnsupportedError: no backend, or not the named one, can run this.
+            UnsupportedError: the named backend, or every backend, cannot serve this cache.
         """
         layout = cache.layout
         self.cache = cache
@@ -63,17 +65,19 @@ class Pages:
         self._row_shape = (layout.num_kv_heads, layout.head_dim)
 
     def append(self, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
-        """Center, multiply by gains, rotate, quantize, pack and write new tokens' K and V into their slots.
+        """Center, scale, rotate, quantize and pack K and V of new tokens, and write them to their slots.
 
-        y = H ((x - center) * gain);  code = clamp(round(y / scale + zero_point), 0, 15);  y ~ (code - zero_point) *
-        scale. Scale and zero point are those of a (token, KV head), centers and gains of a KV head.
-        Source: SAW-INT4, arXiv 2604.19157. Bytes and departures: docs/format.md.
+        With H the rotation and x one row, `y = H ((x - center) * gain)`, `code = clamp(round(y / scale + zero_point),
+        0, 15)`, and readers get `(code - zero_point) * scale`. Each (token, KV head) has its own scale and zero point,
+        and each KV head its own center and gain. Source: SAW-INT4, arXiv 2604.19157. docs/format.md fixes the bytes and
+        lists the departures.
 
         Args:
-            k, v: [num_tokens, num_kv_heads, head_dim] bf16, fp16 or fp32, K after RoPE; any strides with contiguous
-            channels.
-            slot_mapping: [num_slots <= num_tokens] int64, `page * page_size + offset`; rows of k and v beyond it are
-                padding. Negative and out-of-range slots are skipped. Slots must not repeat.
+            k, v: [num_tokens, num_kv_heads, head_dim] bf16, fp16 or fp32, K after RoPE. Channels are contiguous; other
+                strides are free.
+            slot_mapping: [num_slots] int64 with num_slots <= num_tokens; a slot is `page * page_size + offset`. Rows of
+                k and v from num_slots on are padding. Slots that are negative or out of range are skipped. Slots must
+                not repeat.
 
         Raises:
             LayoutError: shape, dtype or device mismatch.
@@ -97,20 +101,21 @@ class Pages:
         self._kernels.append(k, v, slot_mapping)
 
     def gather(self, prefixes: Prefixes, k_out: torch.Tensor, v_out: torch.Tensor, *, rotated: bool = True) -> None:
-        """Decode the pages of many sequences into contiguous K and V, for an engine's own prefill attention.
+        """Decode pages of many sequences into contiguous K and V, for an engine's own prefill attention.
 
-        Rows that stay as they are stored need Q divided by K's gains and rotated by K's order before the attention, and
-        its output rotated by V's order and divided by V's gains after it (`rotation.rotate` is its own inverse), before
-        V's center is added. Scores of such rows lack softmax_scale * q.k_center: whoever has a soft-cap adds it to
-        every score before the cap; whoever has sinks and none subtracts it from the query's sink.
+        With `rotated=True` rows keep the basis in which they are stored. Before attention, the caller then divides Q by
+        K's gain and rotates it by K's order. After attention, the caller rotates the output by V's order, divides it by
+        V's gain and adds V's center (`rotation.rotate` is its own inverse). Scores then lack `softmax_scale *
+        q.k_center`. With a soft-cap, add that term to every score before the cap. With sinks and no soft-cap, subtract
+        it from the query's sink.
 
         Args:
-            prefixes: which tokens, and where they go; from `prefixes`, made once for all layers of a step.
-            k_out, v_out: [max_tokens, num_kv_heads, head_dim] bf16, fp16 or fp32, contiguous. Filled up to what is
-            gathered; tokens that
-                would fall past max_tokens are dropped.
-            rotated: leave the rows as they are stored: centered, multiplied by gains and rotated; otherwise give K and
-                V as `append` got them, quantized.
+            prefixes: the tokens to read and their places in the outputs; `prefixes` makes it once per step for all
+                layers.
+            k_out, v_out: [max_tokens, num_kv_heads, head_dim] bf16, fp16 or fp32, contiguous. Rows that no token falls
+                on are left as they are. Tokens beyond max_tokens are dropped.
+            rotated: True leaves rows centered, scaled and rotated. False undoes all three, so K and V are those given
+                to `append`, up to quantization.
 
         Raises:
             LayoutError: shape, dtype or device mismatch.
@@ -131,7 +136,9 @@ class Pages:
         self._kernels.gather(prefixes, k_out, v_out, rotated)
 
     def _check_append(self, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
-        """What `append` demands, in full: its own test is short, and stricter."""
+        """Make the full check of `append`'s arguments, for its message. `append` itself makes a shorter and stricter
+        test.
+        """
         for name, x in (("k", k), ("v", v)):
             _check(name, x, (None, *self._row_shape), FLOAT_DTYPES, self._device)
         if k.shape != v.shape or k.dtype != v.dtype:
@@ -143,7 +150,7 @@ class Pages:
             )
 
     def _check_gather(self, prefixes: Prefixes, k_out: torch.Tensor, v_out: torch.Tensor) -> None:
-        """What `gather` demands, in full."""
+        """Make the full check of `gather`'s arguments, for its message."""
         _check("block_table", prefixes.block_table, (None, None), (torch.int32,), self._device)
         for name, x in (("k_out", k_out), ("v_out", v_out)):
             _check(name, x, (None, *self._row_shape), FLOAT_DTYPES, self._device)
@@ -156,9 +163,7 @@ class Pages:
 
 
 class Attention(Pages):
-    """One attention layer over its pages: writes new tokens (`append`), attends to all (a call), decodes prefixes
-    (`gather`).
-    """
+    """One attention layer over its pages: `append` writes new tokens, a call attends, `gather` decodes prefixes."""
 
     def __init__(
         self,
@@ -171,20 +176,21 @@ class Attention(Pages):
         sinks: torch.Tensor | None = None,
         backend: str | None = None,
     ) -> None:
-        """
+        """Check the layer's constants and choose its backend.
+
         Args:
             cache: of the layer.
             num_q_heads: query heads of the layer, a multiple of its KV heads.
-            softmax_scale: usually head_dim ** -0.5.
-            sliding_window: a query sees this many tokens, itself included; 0 is no limit.
-            logit_softcap: 0 is none.
-            sinks: [num_q_heads], a logit per head that takes part in the softmax and carries no value. Read at each
+            softmax_scale: factor of scores, usually head_dim ** -0.5.
+            sliding_window: tokens that a query sees, itself included; 0 is no limit.
+            logit_softcap: c in `c * tanh(score / c)`; 0 is none.
+            sinks: [num_q_heads] logits, one per head, that take part in the softmax and have no value. Read at each
                 call.
             backend: a name from `sawkv doctor`; None chooses by device and format.
 
         Raises:
-            LayoutError: constants that do not fit the pages.
-            UnsupportedError: no backend, or not the named one, can run this.
+            LayoutError: the constants do not fit the pages.
+            UnsupportedError: the named backend, or every backend, cannot serve this layer.
         """
         layout, device = cache.layout, cache.pages.device
         if num_q_heads <= 0 or num_q_heads % layout.num_kv_heads:
@@ -201,33 +207,32 @@ class Attention(Pages):
         )
         self._q_shape = (num_q_heads, layout.head_dim)
         self._serves = (layout, device, num_q_heads, sliding_window)
-        self._schedule: kernels.Schedule | None = None  # the one that was found to be of such layers
+        self._schedule: kernels.Schedule | None = None  # the one whose shape was checked
 
     def __call__(
         self, q: torch.Tensor, step: Step, out: torch.Tensor | None = None, lse: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Causal attention of each sequence's last tokens over its pages, read as they are stored.
+        """Causal attention of the last tokens of each sequence over its pages.
 
-        score = softmax_scale * ((H (q / k_gain)).y_k + q.k_center), soft-capped as `cap * tanh(score / cap)`; weights
-        are the softmax over the visible keys (and the sink); out = (H sum(weight * y_v)) / v_gain + v_center, with y_k
-        and y_v the rows as they are stored. All that is done to Q and to the output happens here. q.k_center is
-        computed only for a soft-cap, sinks or lse: else it changes nothing.
+        With y_k and y_v the stored rows, `score = softmax_scale * ((H (q / k_gain)).y_k + q.k_center)`, soft-capped as
+        `cap * tanh(score / cap)`. Weights are the softmax over visible keys and the sink, and `out = (H sum(weight *
+        y_v)) / v_gain + v_center`. The call does all of this, rotations included. It computes q.k_center only for a
+        soft-cap, sinks or lse, because otherwise the term does not change the result.
 
         Args:
-            q: [num_tokens, num_q_heads, head_dim] bf16, fp16 or fp32, after RoPE, not rotated; contiguous channels. The
-                query tokens of sequence i are rows query_start_loc[i] to query_start_loc[i + 1], and are its last
-                tokens: append comes first.
-            step: from the schedule of layers such as this one, updated with this step's lengths.
-            out: [num_tokens, num_q_heads, head_dim] of q's dtype; allocated if None. Rows of no sequence are left as
-                they are.
-            lse: [num_tokens, num_q_heads] fp32, filled with the natural log-sum-exp of the scores as above (sink
-                included).
+            q: [num_tokens, num_q_heads, head_dim] bf16, fp16 or fp32, after RoPE, not rotated, contiguous channels. The
+                query tokens of sequence i are rows query_start_loc[i] to query_start_loc[i + 1]. They are the
+                sequence's last tokens, so call `append` first.
+            step: made for this step by the schedule of layers of this shape.
+            out: [num_tokens, num_q_heads, head_dim] in q's dtype; None allocates it. Rows that belong to no sequence
+                are left as they are.
+            lse: [num_tokens, num_q_heads] fp32, or None. Receives the natural log-sum-exp of the scores, sink included.
 
         Returns:
-            `out`. A query that sees no key gives zeros.
+            `out`. A query that sees no key gets zeros.
 
         Raises:
-            LayoutError: shape, dtype or device mismatch, or a schedule of other layers.
+            LayoutError: shape, dtype or device mismatch, or a schedule for layers of another shape.
 
         Reference: kernels.reference.Attention.
         """
@@ -250,14 +255,14 @@ class Attention(Pages):
         return out
 
     def _check_call(self, q: torch.Tensor, out: torch.Tensor, lse: torch.Tensor | None) -> None:
-        """What a call demands, in full."""
+        """Make the full check of a call's arguments, for its message."""
         _check("q", q, (None, *self._q_shape), FLOAT_DTYPES, self._device)
         _check("out", out, tuple(q.shape), (q.dtype,), self._device)
         if lse is not None:
             _check("lse", lse, tuple(q.shape[:2]), (torch.float32,), self._device, any_strides=True)
 
     def _take(self, schedule: kernels.Schedule) -> None:
-        """Check a schedule at its first use. Layers get the same one at each step."""
+        """Check a schedule at its first use. A layer gets the same schedule at each step."""
         shape = schedule.shape
         made_for = (shape.layout, shape.device, shape.num_q_heads, shape.sliding_window)
         if made_for != self._serves or type(schedule) is not self._backend.Schedule:
@@ -268,10 +273,10 @@ class Attention(Pages):
 
 
 class Schedule:
-    """How the attention of each step is spread over a device: updated once a step, for all layers that are alike.
+    """Spreads the attention of each step over the device. Updated once per step, for all layers of equal shape.
 
-    It has its buffers for good, so that a CUDA graph may hold the layers' calls while `update` runs before each replay,
-    or is captured with them. It serves one stream at a time.
+    Its buffers never move. So a CUDA graph may hold the layers' calls, with `update` before each replay or captured
+    with them. It serves one stream at a time.
     """
 
     def __init__(
@@ -285,18 +290,19 @@ class Schedule:
         sliding_window: int = 0,
         backend: str | None = None,
     ) -> None:
-        """
+        """Allocate buffers for the largest batch.
+
         Args:
             layout: of the layers' pages.
             device: of the pages.
-            num_q_heads, sliding_window: of the layers, as of `Attention`.
+            num_q_heads, sliding_window: of the layers, as in `Attention`.
             max_num_seqs: sequences in the largest batch.
-            max_query_len: the most query tokens any sequence has. GPU backends take 1 to 8; CPU backends any number.
+            max_query_len: most query tokens of any sequence. GPU backends take 1 to 8; CPU backends any number.
             backend: as in `Attention`.
 
         Raises:
             LayoutError: max_query_len is not positive.
-            UnsupportedError: no backend, or not the named one, can run this.
+            UnsupportedError: the named backend, or every backend, cannot serve such layers.
         """
         if max_query_len < 1:
             raise LayoutError(f"expected max_query_len >= 1, got {max_query_len}")
@@ -306,16 +312,16 @@ class Schedule:
         self.kernel = select_backend(self.device, layout, backend).Schedule(shape)
 
     def update(self, block_table: torch.Tensor, seq_lens: torch.Tensor, query_start_loc: torch.Tensor) -> Step:
-        """Enqueue the schedule of these lengths on the current stream. It holds until the next call.
+        """Enqueue the schedule for these lengths on the current stream. It holds until the next call.
 
         Args:
-            block_table: [num_seqs, max_pages] int32, page of each `page_size` tokens. Entries past a sequence's length
-                may hold anything.
+            block_table: [num_seqs, max_pages] int32, the pages of each sequence. Entries past a sequence's length may
+                hold anything.
             seq_lens: [num_seqs] int32, tokens in the cache, query tokens included. 0 is allowed.
             query_start_loc: [num_seqs + 1] int32, non-decreasing from 0.
 
         Returns:
-            What layers take: these tensors, and the schedule.
+            The step, which layers take. It refers to these tensors.
 
         Raises:
             LayoutError: shape, dtype or device mismatch, or more sequences than the schedule was made for.
@@ -328,10 +334,10 @@ class Schedule:
 
 
 def prefixes(block_table: torch.Tensor, seq_lens: torch.Tensor, cu_seq_lens: torch.Tensor) -> Prefixes:
-    """What `Pages.gather` reads, and where it puts it: checked once for all layers of a step.
+    """Check what `Pages.gather` reads and where it writes, once per step for all layers.
 
     Args:
-        block_table: [num_seqs, max_pages] int32.
+        block_table: [num_seqs, max_pages] int32, the pages of each sequence.
         seq_lens: [num_seqs] int32, tokens to read of each sequence.
         cu_seq_lens: [num_seqs + 1] int32, where each sequence starts in the outputs; cu_seq_lens[i + 1] >=
             cu_seq_lens[i] + seq_lens[i].
@@ -346,7 +352,9 @@ def prefixes(block_table: torch.Tensor, seq_lens: torch.Tensor, cu_seq_lens: tor
 def append(
     k: torch.Tensor, v: torch.Tensor, cache: PagedKVCache, slot_mapping: torch.Tensor, *, backend: str | None = None
 ) -> None:
-    """`Pages.append` in one call: write new tokens' K and V into their slots. Arguments and errors as there."""
+    """Call `Pages.append` of objects kept with the cache: write K and V of new tokens to their slots. Arguments and
+    errors as there.
+    """
     _pages(cache, backend).append(k, v, slot_mapping)
 
 
@@ -361,8 +369,8 @@ def gather(
     rotated: bool = True,
     backend: str | None = None,
 ) -> None:
-    """`Pages.gather` in one call: decode the pages of many sequences. Arguments and errors as there and
-    of `prefixes`.
+    """Call `Pages.gather` of objects kept with the cache: decode pages of many sequences. Arguments and errors as there
+    and in `prefixes`.
     """
     _pages(cache, backend).gather(prefixes(block_table, seq_lens, cu_seq_lens), k_out, v_out, rotated=rotated)
 
@@ -383,9 +391,9 @@ def decode_attention(
     lse: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> torch.Tensor:
-    """`Attention` in one call, with a schedule of its own. Arguments, result and errors as there and of `Schedule`.
+    """Call `Attention` with a schedule of its own. Arguments, result and errors as there and in `Schedule`.
 
-    For users and tests. An engine makes the objects, so that layers share the step's schedule.
+    For users and tests. Engines make the objects themselves, so that layers share the schedule of a step.
     """
     layout, device = cache.layout, cache.pages.device
     _check("q", q, (None, None, layout.head_dim), FLOAT_DTYPES, device)
@@ -402,7 +410,7 @@ def decode_attention(
     capacity = max(64, 1 << max(0, num_seqs - 1).bit_length())
     stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
     schedule = _own_schedule(layout, device, num_q_heads, capacity, max_query_len, sliding_window, backend, stream)
-    if not num_seqs or not q.shape[0]:  # nothing to attend with, but arguments to check
+    if not num_seqs or not q.shape[0]:  # no query, but the arguments were checked
         _check_lengths(block_table, seq_lens, "query_start_loc", query_start_loc, device)
         step = Step(block_table, seq_lens, query_start_loc, schedule.kernel)
     else:
@@ -420,8 +428,8 @@ def attention(
     sinks: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> Attention:
-    """The `Attention` of these arguments that is kept with the cache; made at the first call. For callers that keep
-    caches alone.
+    """The `Attention` with these arguments that is kept with the cache. The first call makes it. For callers that keep
+    no object of their own.
     """
     key = (num_q_heads, softmax_scale, sliding_window, logit_softcap, sinks, backend)
     found = cache.bound.get(key)
@@ -441,7 +449,7 @@ def attention(
 
 
 def _pages(cache: PagedKVCache, backend: str | None) -> Pages:
-    """The `Pages` that are kept with the cache."""
+    """The `Pages` kept with the cache."""
     found = cache.bound.get(backend)
     if found is None:
         found = Pages(copy(cache), backend)
@@ -451,8 +459,10 @@ def _pages(cache: PagedKVCache, backend: str | None) -> Pages:
 
 
 def _keep(cache: PagedKVCache, key: object, value: Pages) -> None:
-    """`value` holds a copy of the cache, which shares all tensors and has kept nothing: else both would live until
-    garbage is collected.
+    """Keep `value` with the cache.
+
+    `value` refers to a copy of the cache that shares all tensors and keeps nothing. A reference to the cache itself
+    would be a cycle, which only the garbage collector frees.
     """
     if len(cache.bound) >= MAX_BOUND:
         cache.bound.clear()
@@ -470,7 +480,8 @@ def _own_schedule(
     backend: str | None,
     stream: int,
 ) -> Schedule:
-    """For callers that bring no schedule. One for each stream, because a schedule serves one launch at a time."""
+    """A schedule for callers that bring none. Each stream has its own, because a schedule serves one launch at a time.
+    """
     return Schedule(
         layout,
         device,
@@ -485,7 +496,7 @@ def _own_schedule(
 def _check_lengths(
     block_table: torch.Tensor, seq_lens: torch.Tensor, starts_name: str, starts: torch.Tensor, device: torch.device
 ) -> None:
-    """Tables and lengths of one batch."""
+    """Check tables and lengths of one batch."""
     shape, table = seq_lens.shape, block_table.shape
     if (
         seq_lens.dtype is block_table.dtype is starts.dtype is torch.int32
@@ -496,7 +507,7 @@ def _check_lengths(
         and starts.shape == (shape[0] + 1,)
         and seq_lens.stride()[0] == block_table.stride()[1] == starts.stride()[0] == 1
     ):
-        return  # else what is demanded, in full
+        return  # otherwise the full check below gives the message
     _check("seq_lens", seq_lens, (None,), (torch.int32,), device)
     num_seqs = seq_lens.shape[0]
     _check("block_table", block_table, (num_seqs, None), (torch.int32,), device)

@@ -1,3 +1,1 @@
-"""What the bytes of the cache mean: format names, page layout, rotation, codecs, error feedback. docs/format.md is the
-law.
-"""
+"""The format: names, page layout, rotation, codecs, error feedback, counters. docs/format.md specifies it."""

@@ -1,7 +1,6 @@
-"""What `append` counts of the rows that it writes, on the device of the pages. docs/observability.md says what the
-numbers mean.
+"""Counters that `append` updates on the device of the pages. docs/observability.md explains the numbers.
 
-A counters tensor is [2, 6] fp64: one line for K and one for V, with the columns of `COLUMNS`. Layers may share one.
+A counters tensor is [2, 6] fp64: one line for K and one for V, with the columns `COLUMNS`. Layers may share one.
 """
 
 from __future__ import annotations
@@ -13,9 +12,9 @@ import torch
 from sawkv.format.constants import SAMPLE, SAMPLE_HASH
 
 COLUMNS: Final = ("rows", "non_finite_rows", "saturated_rows", "squared_error", "squared_norm", "sampled_rows")
-"""Rows (of one token and KV head) written; those that decode to NaN or infinity; those whose scale is the largest fp16,
-so that their error is not bounded; and over all other rows of sampled slots the sums of (y - decoded)^2 and of y^2, y
-being the row after centering, gain and rotation, and how many rows these are.
+"""Rows written, a row being one token and KV head; rows that decode to NaN or infinity; rows whose scale is the largest
+fp16, so that their error is not bounded. Over all other rows of sampled slots: the sum of |y - decoded|^2, the sum of
+|y|^2, and the number of these rows. y is the row after centering, gain and rotation.
 """
 
 

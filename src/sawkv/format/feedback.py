@@ -1,11 +1,11 @@
-"""Error feedback at write: a row's codes are chosen so that what attention makes of their errors is small, not the
-errors themselves.
+"""Error feedback at write: codes are chosen for a small error of attention, and not for a small error of each channel.
 
-Channels are coded in blocks of four. The error of those that are coded is passed on to those that are not yet, by
-weights that know what an error of each channel costs: the rule of GPTQ, arXiv 2210.17323, for blocks of channels of K
-(the cost is that of scores, from the mean of q q^T) and of V (that of the output, from o_proj). Errors and weights are
-8-bit integers, so their sums are exact, and every backend writes the same bytes. Reading does not know of it: pages,
-`decode_attention` and `gather` are the same. Bytes: docs/format.md.
+Channels are coded in blocks of four. Rounding errors of a block move the channels of later blocks before these are
+rounded. The weights come from the second moments of queries (for K, where scores count) or from o_proj (for V, where
+the layer's output counts). Source: GPTQ, arXiv 2210.17323, applied to blocks of channels of K and V.
+
+Errors and weights are 8-bit integers. Their sums are exact, so every backend writes the same bytes. Feedback does not
+change how pages are read. docs/format.md specifies the arithmetic.
 """
 
 from __future__ import annotations
@@ -19,24 +19,25 @@ from sawkv.errors import LayoutError
 from sawkv.format.constants import ERROR_STEPS, MAX_WEIGHT
 
 DAMPING: Final = 0.01
-"""Added to a hessian's diagonal, as a share of its mean: channels that nothing was measured of take and pass on little.
+"""Added to a hessian's diagonal, as a share of its mean. Channels without measurements then hardly take part in
+feedback.
 """
 NEGLIGIBLE: Final = 1e-6
-"""What a channel takes of another's error, as a share of it, that is rounding of the hessian and nothing else."""
+"""Exact weights up to this size are rounding errors of the hessian, and become zero."""
 
 
 @dataclass(frozen=True, eq=False)
 class Feedback:
-    """Weights of all KV heads, for K or for V, in the basis that is coded (centered, multiplied by gains and rotated).
+    """Feedback weights of all KV heads, for K or for V, in the basis in which rows are coded.
 
     Attributes:
-        weights: [num_kv_heads, head_dim, head_dim] int8; weights[h, j, i] is what channel j takes of the error of
-            channel i. Zero unless channel i's block comes before channel j's.
-        step: [num_kv_heads] fp32: channel j is moved by step * (sum of weights * errors), in codes, errors in steps of
-            1 / ERROR_STEPS.
+        weights: [num_kv_heads, head_dim, head_dim] int8. weights[h, j, i] says how much of the rounding error of
+            channel i moves channel j. It is zero unless the block of i comes before the block of j.
+        step: [num_kv_heads] fp32. Channel j moves by step * sum_i(weights * errors) codes, with errors in units of 1 /
+            ERROR_STEPS code.
 
     Raises:
-        LayoutError: a tensor is not as said.
+        LayoutError: a tensor has another shape or dtype.
     """
 
     weights: torch.Tensor
@@ -64,18 +65,24 @@ class Feedback:
             )
 
     def to(self, device: torch.device | str) -> Feedback:
-        """The same on a device."""
+        """A copy on a device."""
         return Feedback(self.weights.to(device), self.step.to(device))
 
     def move(self, codes: torch.Tensor, max_code: int) -> torch.Tensor:
-        """Codes that are not rounded yet, [..., num_kv_heads, head_dim] fp32, each moved by the errors of the blocks
-        before its own.
+        """Move each unrounded code by the errors of earlier blocks.
+
+        Args:
+            codes: [..., num_kv_heads, head_dim] fp32, not rounded yet.
+            max_code: the largest code.
+
+        Returns:
+            The moved codes, same shape, fp32.
         """
         blocks = channel_blocks(codes.shape[-1]).to(codes.device)
         moved, errors = codes.clone(), torch.zeros_like(codes, dtype=torch.float64)
         for block in range(int(blocks.max()) + 1):
             here = blocks == block
-            taken = torch.einsum("...hi,hji->...hj", errors, self.weights[:, here].double())  # of integers: exact
+            taken = torch.einsum("...hi,hji->...hj", errors, self.weights[:, here].double())  # sums of integers are exact
             # fp64 holds the product and the sum exactly enough that one rounding to fp32 gives what fma gives.
             part = (taken * self.step[:, None].double() + codes[..., here].double()).float()
             moved[..., here] = part
@@ -85,22 +92,23 @@ class Feedback:
 
 
 def fit_feedback(hessian: torch.Tensor) -> Feedback:
-    """The feedback that keeps the cost e^T hessian e of a row's error e small, in fp64.
+    """Fit the feedback that minimizes the cost e^T A e of a row's error e, in fp64.
 
-    When the channels B of a block err by e_B, the cost is least if those after it, R, err by -A_RR^-1 A_RB e_B, with A
-    the damped hessian. So R is moved by A_RR^-1 A_RB times what the codes of B fell short.
+    Let the channels B of one block have the errors e_B, and let R be the channels after it. The cost is smallest if R
+    has the errors -A_RR^-1 A_RB e_B, with A the damped hessian. So feedback moves R by A_RR^-1 A_RB times the error of
+    B.
 
     Args:
         hessian: [num_kv_heads, head_dim, head_dim], symmetric and positive semi-definite, in the basis that is coded.
 
     Returns:
-        Weights on the hessian's device; zeros for a head whose channels do not share a cost.
+        Weights on the hessian's device. They are zeros for a head whose hessian is diagonal.
 
     Raises:
-        LayoutError: the hessian is not as said, or not finite.
+        LayoutError: the hessian has another shape, or is not finite.
     """
     upper, own, order = _factor(hessian)
-    # For a block B and what follows it, R, A_RB = U_RR U_BR^T, so A_RR^-1 A_RB = (U_BR U_RR^-1)^T. The part BR of U^-1
+    # Let R follow block B. Then A_RB = U_RR U_BR^T, so A_RR^-1 A_RB = (U_BR U_RR^-1)^T. The part BR of U^-1
     # is
     # -U_BB^-1 U_BR U_RR^-1, so one product with the blocks on U's diagonal gives all of them.
     exact = torch.empty_like(upper, memory_format=torch.contiguous_format)
@@ -113,14 +121,13 @@ def fit_feedback(hessian: torch.Tensor) -> Feedback:
 
 
 def cost_with_feedback(hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What is left of a row's cost where feedback is used: with errors of variance 1 in all channels as they are
-    rounded, the mean cost.
+    """Expected cost of a row with feedback, if the rounding error of each channel has variance 1.
 
-    Errors that a block makes are passed on to the blocks after it, and what these cannot make good is left: the trace
-    of the block's Schur complement in the damped hessian. Without feedback it would be the trace of the hessian.
+    The cost is the sum over blocks of the trace of the block's Schur complement in the damped hessian: the part of its
+    error that later blocks cannot make up for. Without feedback it would be the trace of the hessian.
 
     Args:
-        hessian: as `fit_feedback` takes it.
+        hessian: as in `fit_feedback`.
 
     Returns:
         The cost, [num_kv_heads] fp64, and its derivative by the hessian, [num_kv_heads, head_dim, head_dim] fp64.
@@ -136,8 +143,10 @@ def cost_with_feedback(hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tenso
 
 
 def _factor(hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """U, upper triangular in fp64, with U U^T the damped hessian, its channels in the order of coding; its diagonal
-    blocks; that order.
+    """Factor the damped hessian, with channels in the order of coding, as U U^T with U upper triangular, in fp64.
+
+    Returns:
+        U, its diagonal blocks, and the order.
     """
     if hessian.ndim != 3 or hessian.shape[1] != hessian.shape[2] or not hessian.is_floating_point():
         raise LayoutError(
@@ -157,18 +166,18 @@ def _factor(hessian: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Te
 
 
 def takes_from(head_dim: int) -> torch.Tensor:
-    """[head_dim, head_dim] bool: whether channel j (row) may take of the error of channel i (column), whose block comes
-    before j's.
+    """Whether channel j (row) may take errors of channel i (column): [head_dim, head_dim] bool. True if the block of i
+    comes first.
     """
     blocks = channel_blocks(head_dim)
     return blocks[:, None] > blocks
 
 
 def channel_blocks(head_dim: int) -> torch.Tensor:
-    """[head_dim] int64 on the CPU: the block of each channel, in the order of coding.
+    """The block of each channel, in the order of coding: [head_dim] int64 on the CPU.
 
-    Of every 32 channels, the first of each eight are one block, the second of each eight the next, and so on. So a
-    GPU's lane that holds eight neighbouring channels has one of every block.
+    Of every 32 channels, the first of each eight are one block, the second of each eight are the next block, and so on.
+    So a GPU lane that holds eight neighbouring channels has one channel of every block.
     """
     channel = torch.arange(
         head_dim, device="cpu"

@@ -1,4 +1,4 @@
-"""Where the bytes of a format lie in a page. See docs/format.md."""
+"""Byte offsets within a page. docs/format.md specifies them."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from sawkv.format.spec import CacheFormat, ResolvedFormat
 
 PAGE_SIZE_MULTIPLE = 16
 ENGINE_PAGE_SIZE = 64
-"""What engines are asked to use: docs/decisions/0009-page-size.md."""
+"""The page size that engines are asked for: docs/decisions/0009-page-size.md."""
 GPU_PAGE_SIZES = (16, 32, 64, 128, 256)
-"""Pages that the fastest GPU kernels take; engines cut larger blocks into these."""
+"""Page sizes that the fastest GPU kernels take. Engines cut larger blocks into these."""
 
 
 @dataclass(frozen=True, init=False)
 class PageLayout:
-    """Shape and byte offsets of one layer's pages.
+    """Shape and byte offsets of the pages of one layer.
 
     Attributes:
         format: the constructor takes any `CacheFormat`, and resolves it.
-        num_kv_heads: KV heads held by this rank.
-        head_dim: channels in a head.
-        page_size: tokens in a page, a multiple of 16.
+        num_kv_heads: KV heads on this rank.
+        head_dim: channels per head.
+        page_size: tokens per page, a multiple of 16.
 
     Raises:
         FormatError: the values do not fit together.
@@ -58,12 +58,12 @@ class PageLayout:
 
     @cached_property
     def meta_bytes(self) -> int:
-        """Bytes of one row's scale and zero point: 4, or 0 where there are none."""
+        """Bytes of one row's scale and zero point: 4, or 0 for formats without them."""
         return 4 if self.format.quantized else 0
 
     @cached_property
     def token_bytes(self) -> int:
-        """Bytes that K and V of one token take for one KV head."""
+        """Bytes of K and V of one token and one KV head."""
         return 2 * (self.row_bytes + self.meta_bytes)
 
     @cached_property
@@ -80,13 +80,13 @@ class PageLayout:
 
     @cached_property
     def span_bytes(self) -> int:
-        """Bytes of one (page, KV head)."""
+        """Bytes of one KV head in one page."""
         return self.page_size * self.token_bytes
 
     @cached_property
     def swizzle_factors(self) -> tuple[int, int]:
-        """`(multiplier, period)` of V's segment order: `swizzle(t) = (t * multiplier // 8) % period`; period 1 is plain
-        order.
+        """`(multiplier, period)` of the order of V's segments: `swizzle(t) = (t * multiplier // 8) % period`. Period 1
+        keeps their order.
         """
         segments, rest = divmod(self.row_bytes, SEGMENT_BYTES)
         if rest:
@@ -95,7 +95,7 @@ class PageLayout:
         return segments // (segments & -segments) * period, period
 
     def swizzle(self, offset: int) -> int:
-        """What V's segment index is XORed with for the token at `offset` of a page."""
+        """The number that V's segment index is XORed with, for the token at `offset` of a page."""
         multiplier, period = self.swizzle_factors
         return (offset * multiplier // 8) % period
 

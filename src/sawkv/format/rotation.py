@@ -14,11 +14,11 @@ def hadamard_matrix(order: int) -> torch.Tensor:
 
 
 def rotate(x: torch.Tensor, order: int) -> torch.Tensor:
-    """Multiply each block of `order` channels by the normalized Hadamard matrix. Applying it twice is the identity.
+    """Multiply each group of `order` channels by the normalized Hadamard matrix. Two rotations are the identity.
 
     Args:
-        x: [..., head_dim], any float dtype; computed in fp32.
-        order: channels in a block, 0 for no rotation; divides head_dim.
+        x: [..., head_dim] of any float dtype. The arithmetic is fp32.
+        order: channels per group, a divisor of head_dim; 0 is no rotation.
 
     Returns:
         [..., head_dim] fp32.

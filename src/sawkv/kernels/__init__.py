@@ -1,10 +1,10 @@
-"""Backends: each provides three classes, `Pages`, `Schedule` and `Attention`, whose arguments `sawkv.ops` has checked.
+"""Kernel backends. Each provides the classes `Pages`, `Schedule` and `Attention`, whose arguments `sawkv.ops` has
+checked.
 
-What stays from call to call is given when an object is made, so that a call, which runs for every layer of every step,
-does little.
+Constructors take what does not change between calls. A call runs for every layer and step, so it does little.
 
-The fastest backend that supports a device and a layout is chosen; `sawkv doctor` shows the choice and why others were
-passed over.
+`select_backend` takes the fastest backend that supports a device and a layout. `sawkv doctor` shows the choice, and why
+other backends were passed over.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from sawkv.format.layout import PageLayout
 logger = logging.getLogger(__name__)
 
 PREFERENCE: Final = ("cuda", "triton", "cpu", "reference")
-"""Names of the modules in this package, the fastest first."""
+"""Modules of this package, fastest first."""
 
 
 class ScheduleShape(NamedTuple):
-    """What a schedule is made for.
+    """The layers and the largest batch that a schedule is made for.
 
     Attributes:
         layout: of the layers' pages.
         device: of the pages.
         num_q_heads: query heads of a layer.
         max_num_seqs: sequences in the largest batch.
-        max_query_len: the most query tokens any sequence has. GPU backends take 1 to 8; others any number.
-        sliding_window: a query sees this many tokens, itself included; 0 is no limit.
+        max_query_len: most query tokens of any sequence. GPU backends take 1 to 8; others any number.
+        sliding_window: tokens that a query sees, itself included; 0 is no limit.
     """
 
     layout: PageLayout
@@ -49,21 +49,23 @@ class ScheduleShape(NamedTuple):
 
 
 class Schedule:
-    """How one step's attention is spread over a device: made once, updated once a step, read by every layer.
+    """How the attention of one step is spread over the device: made once, updated once per step, read by every layer.
 
-    This class schedules nothing, for backends that need no more. Others derive from it.
+    This base class schedules nothing. Backends that need a schedule derive from it.
     """
 
     def __init__(self, shape: ScheduleShape) -> None:
         self.shape = shape
 
     def update(self, seq_lens: torch.Tensor, query_start_loc: torch.Tensor) -> None:
-        """Enqueue the schedule of these lengths, [num_seqs] and [num_seqs + 1] int32, on the current stream."""
+        """Enqueue the schedule for these lengths, [num_seqs] and [num_seqs + 1] int32, on the current stream."""
 
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """Where the sequences of one step are: what all layers share, as `ops.Schedule.update` has checked it."""
+    """Pages, lengths and query ranges of the sequences of one step, which `ops.Schedule.update` has checked. All layers
+    share it.
+    """
 
     block_table: torch.Tensor
     seq_lens: torch.Tensor
@@ -73,7 +75,7 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class Prefixes:
-    """Which tokens `gather` reads, and where it puts them, as `ops.prefixes` has checked it."""
+    """The tokens that `gather` reads and their places in the outputs, which `ops.prefixes` has checked."""
 
     block_table: torch.Tensor
     seq_lens: torch.Tensor
@@ -82,7 +84,7 @@ class Prefixes:
 
 @dataclass(frozen=True, eq=False)
 class Layer:
-    """What stays in the attention of a layer. Attributes as of `ops.Attention`."""
+    """Constants of one attention layer. Attributes as in `ops.Attention`."""
 
     cache: PagedKVCache
     num_q_heads: int
@@ -93,14 +95,12 @@ class Layer:
 
     @property
     def adds_offsets(self) -> bool:
-        """Whether scores need q.k_center, which centering took from them, even where nobody asks for the
-        log-sum-exp.
-        """
+        """Whether scores need the term q.k_center even if the caller does not ask for the log-sum-exp."""
         return self.cache.k_center is not None and (self.logit_softcap > 0 or self.sinks is not None)
 
 
 class PageKernels(Protocol):
-    """`append` and `gather` of one layer's pages."""
+    """`append` and `gather` for the pages of one layer."""
 
     def append(self, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None: ...
 
@@ -108,20 +108,20 @@ class PageKernels(Protocol):
 
 
 class AttentionKernel(Protocol):
-    """Attention of one layer. The step's schedule was made by the same backend, for layers as this one."""
+    """Attention of one layer. The same backend made the step's schedule, for layers of this shape."""
 
     def __call__(self, q: torch.Tensor, step: Step, out: torch.Tensor, lse: torch.Tensor | None) -> None: ...
 
 
 class Backend(Protocol):
-    """What a module in this package provides."""
+    """The interface of each module in this package."""
 
     name: str
     counts: bool
-    """Whether `append` updates the cache's counters. Those that do not leave them as they are."""
+    """Whether `append` updates the cache's counters. Other backends leave them unchanged."""
 
     def unsupported_reason(self, device: torch.device, layout: PageLayout) -> str | None:
-        """Why this backend cannot serve the layout on the device, or None if it can. Cheap, except where it builds the
+        """Why this backend cannot serve the layout on the device, or None if it can. Cheap, unless it has to build
         kernels.
         """
         ...
@@ -135,7 +135,7 @@ def load_backend(name: str) -> Backend:
     """The backend called `name`.
 
     Raises:
-        UnsupportedError: there is none of that name, or it cannot be imported here.
+        UnsupportedError: no backend has that name, or it cannot be imported here.
     """
     if name not in PREFERENCE:
         raise UnsupportedError(f"backend: expected one of {', '.join(PREFERENCE)}, got {name!r}")
@@ -155,10 +155,10 @@ def unsupported_reason(name: str, device: torch.device, layout: PageLayout) -> s
 
 @cache
 def select_backend(device: torch.device, layout: PageLayout, name: str | None = None) -> Backend:
-    """The backend called `name`, or the fastest one that supports `layout` on `device`.
+    """The backend called `name`, or without a name the fastest one that supports `layout` on `device`.
 
     Raises:
-        UnsupportedError: the named backend, or every backend, does not support them; the message gives the reasons.
+        UnsupportedError: the named backend, or every backend, does not support them. The message gives the reasons.
     """
     reasons: list[str] = []
     for candidate in PREFERENCE if name is None else (name,):

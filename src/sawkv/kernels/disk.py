@@ -1,4 +1,4 @@
-"""Where compiled kernels are kept between starts. Code is loaded from there, so nobody else may write to it."""
+"""The disk cache of compiled kernels. Code is loaded from it, so other users must not be able to write to it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 def private_folder(name: str) -> Path:
-    """`$XDG_CACHE_HOME/sawkv/<name>`, or that below `~/.cache`; made if it is not there.
+    """Make the folder `$XDG_CACHE_HOME/sawkv/<name>`, or `~/.cache/sawkv/<name>`, if it does not exist.
 
     Raises:
-        UnsupportedError: another user owns it or could write to it, or could put another folder in its place.
-        OSError: it cannot be made.
+        UnsupportedError: another user owns the folder or its parent, or could write to one of them.
+        OSError: the folder cannot be made.
     """
     parent = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "sawkv"
     folder = parent / name
@@ -31,5 +31,5 @@ def private_folder(name: str) -> Path:
 
 
 def digest(content: bytes) -> bytes:
-    """SHA-256, which tells a damaged file."""
+    """SHA-256 of a file's content, which shows whether a stored file is damaged."""
     return hashlib.sha256(content).digest()

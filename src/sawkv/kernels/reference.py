@@ -1,4 +1,4 @@
-"""The truth that every kernel is judged by: plain PyTorch, fp32, any device, one sequence after the other."""
+"""The reference for all kernels: plain PyTorch in fp32 on any device, one sequence at a time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ counts = True
 
 
 def unsupported_reason(device: torch.device, layout: PageLayout) -> str | None:
-    """Runs everything everywhere."""
+    """Always None: the reference runs every format on every device."""
     return None
 
 
@@ -84,17 +84,17 @@ class Attention:
             start, end, length = int(query_start_loc[i]), int(query_start_loc[i + 1]), int(seq_lens[i])
             keys, values = read_sequence(cache, step.block_table[i], length)
             for token in range(start, end):
-                last = length - (end - token)  # position of this query; it sees keys first..last
+                last = length - (end - token)  # position of this query, which sees keys `first` to `last`
                 first = max(0, last + 1 - layer.sliding_window) if layer.sliding_window else 0
                 visible = slice(first, max(last + 1, first))
                 scores = torch.einsum("hgd,khd->hgk", rotated_q[token], keys[visible]) * layer.softmax_scale
                 if (
                     of_k.center is not None
-                ):  # what centering took from them, which a cap, a sink and the log-sum-exp see
+                ):  # centering removed q.k_center from all scores; a cap, a sink and the log-sum-exp need it
                     scores = scores + torch.einsum("hgd,hd->hg", q[token], of_k.center)[..., None] * layer.softmax_scale
                 if layer.logit_softcap:
                     scores = layer.logit_softcap * torch.tanh(scores / layer.logit_softcap)
-                if layer.sinks is not None:  # a logit that takes weight and gives no value
+                if layer.sinks is not None:  # takes part in the softmax, and has no value
                     scores = torch.cat([scores, layer.sinks.float().view(layout.num_kv_heads, group, 1)], -1)
                 total = torch.logsumexp(scores, -1, keepdim=True)
                 # A query that sees no key gives zeros, and a log-sum-exp of -inf (or of its sink alone).
@@ -112,8 +112,11 @@ class Attention:
 def _count(
     counters: torch.Tensor, rows: torch.Tensor, decoded: torch.Tensor, meta: torch.Tensor | None, sampled: torch.Tensor
 ) -> None:
-    """Add to one line of the counters. rows, decoded: [num_tokens, num_kv_heads, head_dim] fp32; sampled: [num_tokens]
-    bool.
+    """Add rows to one line of the counters.
+
+    Args:
+        rows, decoded: [num_tokens, num_kv_heads, head_dim] fp32.
+        sampled: [num_tokens] bool.
     """
     finite = decoded.isfinite().all(-1)
     saturated = torch.zeros_like(finite) if meta is None else meta[..., 0] == MAX_SCALE
@@ -124,7 +127,7 @@ def _count(
 
 
 def restore(keys: torch.Tensor, values: torch.Tensor, cache: PagedKVCache) -> tuple[torch.Tensor, torch.Tensor]:
-    """Undo rotation, gains and centering of rows [num_tokens, num_kv_heads, head_dim] fp32."""
+    """Undo rotation, gain and centering of rows [num_tokens, num_kv_heads, head_dim] fp32."""
     restored = []
     orders = cache.layout.k_rotation_order, cache.layout.v_rotation_order
     for rows, order, constants in zip((keys, values), orders, cache.constants, strict=True):
@@ -135,8 +138,10 @@ def restore(keys: torch.Tensor, values: torch.Tensor, cache: PagedKVCache) -> tu
 
 
 def read_sequence(cache: PagedKVCache, block_table_row: torch.Tensor, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The first `length` tokens of one sequence, decoded but as they are stored: two of [length, num_kv_heads,
-    head_dim] fp32.
+    """Decode the first `length` tokens of one sequence, and leave them centered, scaled and rotated.
+
+    Returns:
+        K and V, each [length, num_kv_heads, head_dim] fp32.
     """
     layout = cache.layout
     position = torch.arange(length, device=cache.pages.device)
@@ -154,7 +159,7 @@ def read_sequence(cache: PagedKVCache, block_table_row: torch.Tensor, length: in
 
 
 def planes(cache: PagedKVCache) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Views of K codes, K meta, V codes, V meta: each [num_pages, num_kv_heads, page_size, bytes] uint8."""
+    """Views of K codes, K meta, V codes and V meta, each [num_pages, num_kv_heads, page_size, bytes] uint8."""
     layout = cache.layout
 
     def plane(offset: int, width: int) -> torch.Tensor:
@@ -172,11 +177,12 @@ def planes(cache: PagedKVCache) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 
 
 def swizzle_segments(rows: torch.Tensor, offset: torch.Tensor, layout: PageLayout) -> torch.Tensor:
-    """Reorder the 16-byte segments of V rows between channel order and stored order; its own inverse.
+    """Permute the 16-byte segments of V rows between channel order and stored order. The permutation is its own
+    inverse.
 
     Args:
         rows: [..., row_bytes] uint8.
-        offset: position in the page of each row, broadcastable to rows.shape[:-1].
+        offset: position of each row in its page, broadcastable to rows.shape[:-1].
     """
     multiplier, period = layout.swizzle_factors
     if period == 1:

@@ -1,4 +1,4 @@
-"""Codecs: what turns a rotated row into bytes, and back. One file per method."""
+"""Codecs turn rotated rows into bytes, and bytes into rows. Each codec is one file."""
 
 from __future__ import annotations
 
@@ -11,19 +11,22 @@ from sawkv.format.codecs.passthrough import PassthroughCodec
 
 
 class Codec(Protocol):
-    """Encodes rows along the last dimension; knows nothing of pages."""
+    """Encodes rows along the last dimension. A codec does not know of pages."""
 
     def encode(self, y: torch.Tensor, feedback: Any = None) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Rows [..., head_dim] fp32 to codes [..., row_bytes] uint8 and meta [..., 2] fp16 (scale, zero_point), or no
-        meta.
+        """Encode rows.
 
-        `feedback` is a `Feedback` or None, for rows [..., num_kv_heads, head_dim]; codecs that a cache refuses it for
-        take None alone.
+        Args:
+            y: [..., head_dim] fp32. With feedback [..., num_kv_heads, head_dim].
+            feedback: a `Feedback`, or None. `PagedKVCache` refuses feedback for codecs that cannot use it.
+
+        Returns:
+            Codes [..., row_bytes] uint8, and meta [..., 2] fp16 (scale, zero_point) or None.
         """
         ...
 
     def decode(self, codes: torch.Tensor, meta: torch.Tensor | None) -> torch.Tensor:
-        """The inverse, up to the codec's error: [..., head_dim] fp32."""
+        """Decode rows: [..., head_dim] fp32, equal to what was encoded up to the codec's error."""
         ...
 
 

@@ -1,9 +1,9 @@
-"""Token-wise asymmetric integers: one scale and one zero point for the head_dim values of a row.
+"""Token-wise asymmetric integers: each row of head_dim values has one scale and one zero point.
 
-Source: SAW-INT4, arXiv 2604.19157. Departures (docs/decisions/0001): the zero point is not clamped to the codes' range,
-and the scale is rounded up and bounded from below so that every finite row has an error of at most scale / 2. With
-feedback (docs/decisions/0012) the cells of the codes cover the row's range, each code in the middle of its own; without
-it, the codes do, from the first to the last.
+Source: SAW-INT4, arXiv 2604.19157. Departures (docs/decisions/0001): the zero point is not clamped to the range of
+codes, and the scale is rounded up and bounded from below, so that every finite row has an error of at most scale / 2.
+Without feedback the first and last code lie on the smallest and largest value. With feedback (docs/decisions/0012) each
+code stands for an interval, and the intervals together cover the row's range.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from sawkv.format.feedback import Feedback
 
 @dataclass(frozen=True)
 class IntegerCodec:
-    """Codes of `bits` bits (4 or 8), unsigned; 4-bit codes lie two in a byte, the even channel low."""
+    """Unsigned codes of `bits` bits, 4 or 8. Two 4-bit codes share a byte, the even channel in the low half."""
 
     bits: int
 
@@ -27,20 +27,24 @@ class IntegerCodec:
         return (1 << self.bits) - 1
 
     def encode(self, y: torch.Tensor, feedback: Feedback | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows [..., head_dim] fp32 to codes [..., head_dim * bits / 8] uint8 and meta [..., 2] fp16 (scale,
-        zero_point).
+        """Encode rows.
 
-        With feedback the rows are [..., num_kv_heads, head_dim].
+        Args:
+            y: [..., head_dim] fp32. With feedback [..., num_kv_heads, head_dim].
+            feedback: how rounding errors move later channels, or None.
+
+        Returns:
+            Codes [..., head_dim * bits / 8] uint8, and meta [..., 2] fp16 (scale, zero_point).
         """
         lo, hi = y.amin(-1, keepdim=True), y.amax(-1, keepdim=True)
-        finite = (lo.abs() < torch.inf) & (hi.abs() < torch.inf)  # amin and amax pass NaN on
+        finite = (lo.abs() < torch.inf) & (hi.abs() < torch.inf)  # amin and amax propagate NaN
         intervals, first = (self.max_code, 0.0) if feedback is None else (self.max_code + 1, -0.5)
         by_range = (hi - lo) * torch.tensor(1 / intervals, dtype=torch.float32)
         by_offset = torch.maximum(lo.abs(), hi.abs()) / MAX_ZERO_POINT
         wanted = torch.maximum(by_range, by_offset).clamp_min(MIN_SCALE)
         scale = _fp16_up(wanted.clamp_max(MAX_SCALE))
         inv = scale.float().reciprocal()
-        # The clamp acts only where the scale saturates, on ranges beyond fp16: values there are lost, but stay finite.
+        # The clamp acts only where the scale saturates, for ranges beyond fp16. Such values are lost, but stay finite.
         zero_point = (first - lo * inv).clamp(-MAX_ZERO_POINT, MAX_ZERO_POINT).half()
         # fp64 holds the product and the sum exactly enough that one rounding to fp32 gives what fma gives.
         shifted = (y.double() * inv.double() + zero_point.double()).float()
@@ -61,6 +65,6 @@ class IntegerCodec:
 
 
 def _fp16_up(x: torch.Tensor) -> torch.Tensor:
-    """The smallest fp16 at or above x; x is positive and at most MAX_SCALE."""
+    """The smallest fp16 at or above x, for 0 < x <= MAX_SCALE."""
     nearest = x.half()
     return (nearest.view(torch.int16) + (nearest.float() < x)).view(torch.float16)

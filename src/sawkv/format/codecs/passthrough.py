@@ -1,4 +1,4 @@
-"""No quantization: rows stored in a float type. Controls, and the choice of who wants rotation alone."""
+"""Unquantized rows in a float type: a control for tests, and rotation without quantization for users."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ import torch
 
 @dataclass(frozen=True)
 class PassthroughCodec:
-    """Rows kept as `dtype`."""
+    """Rows stored as `dtype`."""
 
     dtype: torch.dtype
 
     def encode(self, y: torch.Tensor, feedback: None = None) -> tuple[torch.Tensor, None]:
-        """Rows [..., head_dim] fp32 to their little-endian bytes [..., row_bytes] uint8. They have no errors to feed
-        back.
+        """Rows [..., head_dim] fp32 to their little-endian bytes [..., row_bytes] uint8. There is no meta, and feedback
+        has no effect.
         """
         return y.to(self.dtype).contiguous().view(torch.uint8), None
 
