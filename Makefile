@@ -17,7 +17,7 @@ REAL   := .models/smollm2-135m-instruct
 BIN    := .venv/bin
 PYTEST := python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-# Two environments are set up at once, as pip uses one core.
+# Environments are set up side by side.
 MAKEFLAGS += --jobs=2
 
 .PHONY: demo serve test check package docs soak audit setup setup-oldest clean

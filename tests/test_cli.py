@@ -129,6 +129,21 @@ def test_one_range_of_vllm_in_code_package_and_makefile() -> None:
     )
 
 
+def test_uv_takes_the_indexes_of_pip() -> None:
+    listed = """:env:.cert='/etc/ca.pem'
+:env:.timeout='120'
+global.cert='/other.pem'
+global.extra-index-url='https://a.example/simple\\nhttps://b.example/simple'
+global.find-links='/wheels https://c.example/'
+"""
+    assert setup_env.uv_settings(listed) == {
+        "SSL_CERT_FILE": "/etc/ca.pem",
+        "UV_INDEX": "https://a.example/simple https://b.example/simple",
+        "UV_FIND_LINKS": "/wheels,https://c.example/",
+        "UV_INDEX_STRATEGY": "unsafe-best-match",
+    }
+
+
 def test_python_m_sawkv_is_the_command() -> None:
     done = run("serve", "m", "--format", "int5")
     assert (done.returncode, done.stdout) == (2, "")

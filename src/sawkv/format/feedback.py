@@ -82,7 +82,7 @@ class Feedback:
         moved, errors = codes.clone(), torch.zeros_like(codes, dtype=torch.float64)
         for block in range(int(blocks.max()) + 1):
             here = blocks == block
-            taken = torch.einsum("...hi,hji->...hj", errors, self.weights[:, here].double())  # sums of integers are exact
+            taken = torch.einsum("...hi,hji->...hj", errors, self.weights[:, here].double())  # exact: integers
             # fp64 holds the product and the sum exactly enough that one rounding to fp32 gives what fma gives.
             part = (taken * self.step[:, None].double() + codes[..., here].double()).float()
             moved[..., here] = part
