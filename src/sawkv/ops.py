@@ -480,7 +480,7 @@ def _own_schedule(
     backend: str | None,
     stream: int,
 ) -> Schedule:
-    """A schedule for callers that bring none. Each stream has its own, because a schedule serves one launch at a time."""
+    """A schedule for callers that bring none. Each stream has one, because a schedule serves one launch at a time."""
     return Schedule(
         layout,
         device,
