@@ -1,4 +1,4 @@
-"""What a checkpoint's small files say, read without an engine: config.json, and whether its weights are whole."""
+"""Reads a checkpoint's config.json, and checks that its weight files are complete, without an engine."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from sawkv.errors import SawkvError
 from sawkv.files import reason
 
 MAX_JSON_BYTES: Final = 100 << 20
-"""More than any config.json, and than any header of safetensors, which that library limits to this."""
+"""Larger JSON files and safetensors headers are refused. safetensors has the same limit."""
 
 HUB_TIMEOUT: Final = 5.0
-"""Seconds to wait for the hub, asked once for each of two small answers."""
+"""Seconds to wait for an answer of the hub."""
 
 _HUB_NAME: Final = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 _OTHER_HEAD_DIMS: Final = (
@@ -34,12 +34,12 @@ _OTHER_HEAD_DIMS: Final = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model's config, and where its weights can be measured.
+    """A model's configuration, and the folder of its weights.
 
     Attributes:
         name: as the user gave it.
         config: the object in config.json.
-        folder: the directory of its files, None where only the hub has them.
+        folder: the checkpoint's directory; None if it is only on the hub.
     """
 
     name: str
@@ -47,7 +47,9 @@ class Checkpoint:
     folder: Path | None
 
     def hub_dtypes(self) -> dict[str, int] | None:
-        """Elements of all weights by safetensors dtype, as the hub counts them; None where it cannot be asked."""
+        """Number of elements of all weights by safetensors dtype, as the hub counts them; None if the hub does not
+        answer.
+        """
         if self.folder is not None:
             return None
         try:
@@ -60,28 +62,27 @@ class Checkpoint:
 
 
 def read_checkpoint(model: str) -> Checkpoint | None:
-    """The checkpoint in a directory, in the hub's cache, or on the hub; None for what has no config.json and only an
-    engine can read.
+    """The checkpoint in a directory, in the hub's cache, or on the hub. None if it has no config.json and only an
+    engine can read it.
 
     Raises:
-        SawkvError: there is no such model, or its config.json does not parse, or it can only be on the hub, which
-            cannot be asked.
+        SawkvError: there is no such model, its config.json does not parse, or the hub does not answer.
     """
     path = Path(model).expanduser()
     try:
         if path.is_dir():
             if (path / "config.json").is_file():
                 return Checkpoint(model, parse_config(path / "config.json"), path)
-            if (path / "params.json").is_file() or any(path.glob("*.gguf")):  # Mistral's own files, and llama.cpp's
+            if (path / "params.json").is_file() or any(path.glob("*.gguf")):  # files of Mistral, and of llama.cpp
                 return None
             raise SawkvError(f"model: expected a checkpoint directory with a config.json, got {model}, which has none")
-        if "://" in model or (path.suffix == ".gguf" and path.exists()):  # a store that vLLM reads
+        if "://" in model or (path.suffix == ".gguf" and path.exists()):  # vLLM reads these
             return None
         if path.exists():
             raise SawkvError(
                 f"model: expected a checkpoint directory, got the file {model}: name the directory that it is in"
             )
-    except (OSError, ValueError) as error:  # too long a name, a null byte
+    except (OSError, ValueError) as error:  # the name is too long, or has a null byte
         raise SawkvError(f"model: expected a checkpoint directory, got {model[:200]!r}: {reason(error)}") from error
     if os.environ.get("VLLM_USE_MODELSCOPE", "").lower() in ("1", "true"):
         return None
@@ -89,7 +90,7 @@ def read_checkpoint(model: str) -> Checkpoint | None:
 
 
 def parse_config(file: Path) -> dict[str, Any]:
-    """A config.json.
+    """Parse a config.json.
 
     Raises:
         SawkvError: it is not a JSON object.
@@ -114,7 +115,7 @@ def _parse(content: bytes, name: str) -> dict[str, Any]:
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part that describes the language model."""
+    """The part of a configuration that describes the language model."""
     for name in ("text_config", "llm_config", "language_config"):
         if isinstance(config.get(name), dict):
             return text_config(config[name])
@@ -122,7 +123,7 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def head_dims(config: Mapping[str, Any]) -> list[int]:
-    """The head_dims that a language model's attention has, as far as config.json says them for certain."""
+    """The head_dims of the language model's attention that config.json gives for certain."""
     text = text_config(config)
     named = [
         text[name] for name in ("head_dim", "global_head_dim") if isinstance(text.get(name), int) and text[name] > 0
@@ -136,8 +137,7 @@ def head_dims(config: Mapping[str, Any]) -> list[int]:
 
 
 def check_weights(folder: Path) -> None:
-    """Refuse safetensors files that are damaged, cut off, or missing from those that the index names. Reads headers
-    alone.
+    """Refuse safetensors files that are damaged, truncated or missing. Reads only their headers.
 
     Raises:
         SawkvError: the first such file, by name.
@@ -192,7 +192,7 @@ def _check_safetensors(file: Path) -> None:
 
 
 def start_of_lfs_pointer(file: Path) -> bool:
-    """Whether a file is what Git leaves where large files were not fetched."""
+    """Whether a file is a Git LFS pointer."""
     try:
         with file.open("rb") as stream:
             return stream.read(64).startswith(b"version https://git-lfs")
@@ -216,7 +216,7 @@ def _from_hub(model: str) -> Checkpoint | None:
         cached = try_to_load_from_cache(model, "config.json")
         if isinstance(cached, str):
             return Checkpoint(model, parse_config(Path(cached)), Path(cached).parent)
-        # One plain request: the library's own download tries five times, with warnings.
+        # One request: the library's own download tries five times, with warnings.
         url, headers = hf_hub_url(model, "config.json"), build_hf_headers()
         answer = get_session().get(url, headers=headers, timeout=HUB_TIMEOUT, follow_redirects=True)
     except SawkvError:
@@ -228,7 +228,7 @@ def _from_hub(model: str) -> Checkpoint | None:
     if answer.status_code in (401, 403):
         raise SawkvError(f"{wanted}, and the hub wants a login that may see such a model (`hf auth login`)")
     if answer.status_code == 404 and answer.headers.get("X-Error-Code") == "EntryNotFound":
-        return None  # perhaps Mistral's own files
+        return None  # the model may have files of Mistral's kind only
     if answer.status_code != 200:
         raise SawkvError(f"{wanted}, and the hub has no config.json of it (status {answer.status_code})")
     return Checkpoint(model, _parse(answer.content, f"config.json of {model}"), None)

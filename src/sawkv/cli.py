@@ -1,6 +1,4 @@
-"""The `sawkv` command: the list of its subcommands, which are modules of `sawkv.commands`, and what all of them do when
-they fail.
-"""
+"""The `sawkv` command: lists the subcommands, which are modules of `sawkv.commands`, and reports their errors."""
 
 from __future__ import annotations
 
@@ -23,9 +21,11 @@ INTERRUPTED, BROKEN_PIPE, TERMINATED = (128 + number for number in (signal.SIGIN
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand.
 
+    SIGTERM ends the program in the same way as Ctrl-C, so that it first ends the servers that it started.
+
     Returns:
-        The exit status: what the subcommand says; 2 for bad input and for files that cannot be read or written; 130
-        after Ctrl-C. SIGTERM ends the program as Ctrl-C does, so that servers that it started end first, with 143.
+        The exit status: the subcommand's; 2 for bad input and files that cannot be read or written; 130 after Ctrl-C;
+            143 after SIGTERM.
     """
     if argv is None:
         argv = sys.argv[1:]
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except SawkvError as error:
         return _fail(str(error), 2)
-    except BrokenPipeError:  # whoever read the output, `head` say, has seen enough
+    except BrokenPipeError:  # the reader of the output, such as `head`, closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
     except OSError as error:
@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:
-    """The parser of the command line, and that of each subcommand."""
+    """The parser of the command line, and those of the subcommands."""
     parser = argparse.ArgumentParser(prog="sawkv", description="A 4-bit KV cache that serves faster than 16 bits.")
     parser.add_argument("--version", action="version", version=f"sawkv {__version__}")
     subparsers, made = parser.add_subparsers(required=True, metavar="COMMAND"), {}
@@ -66,7 +66,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         parser.error(f"unknown arguments: {' '.join(others)}")
     if others and argv.index(others[0]) < argv.index(
         args.model
-    ):  # whether `--option WORD` takes the word, only vLLM knows
+    ):  # only vLLM knows whether an option takes the next word
         parser.error(f"{argv[0]}: expected MODEL before vLLM's options, got {others[0]} before it")
     args.engine_options = others
     args.typed = shlex.join(["sawkv", *argv])  # for the records that commands write

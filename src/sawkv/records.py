@@ -1,4 +1,4 @@
-"""Records that commands write as JSON and read again: frozen, and with every type checked when they are read."""
+"""Records that commands write as JSON and read again. They are immutable, and types are checked when they are read."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from sawkv.errors import SawkvError
 
 
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """Base of all records. `to_json` and `from_json` are inverse; infinities and NaN pass through them."""
+    """Base of all records. `from_json` inverts `to_json`, for infinities and NaN too."""
 
     written_by: ClassVar[str] = "sawkv"
-    """The command that writes such files, for messages."""
+    """The command that writes such files, for error messages."""
 
     def to_json(self, indent: int | None = 2) -> str:
         return json.dumps(msgspec.to_builtins(self), indent=indent) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """The record in a text.
+        """Parse a record.
 
         Raises:
-            SawkvError: it is no JSON, lacks a field, has one too many, or a value has another type. The message names
-                the field.
+            SawkvError: the text is not JSON, a field is missing or unknown, or a value has another type. The message
+                names the field.
         """
         try:
             return msgspec.convert(json.loads(text), type=cls)  # msgspec's own decoder refuses NaN and Infinity
@@ -36,7 +36,7 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class AttentionShape(Record, frozen=True):
-    """Layers, heads and head size of a model's attention. Where layers differ, the heads are those of the first."""
+    """Layers, heads and head size of a model's attention. If layers differ, heads are those of the first."""
 
     num_layers: int
     num_q_heads: int

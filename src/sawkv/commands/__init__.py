@@ -1,5 +1,5 @@
-"""The subcommands of `sawkv`, one module each: `SUMMARY`, `add_arguments(parser)`, and `run(args)`, which returns the
-exit status.
+"""The subcommands of `sawkv`, one module each, with `SUMMARY`, `add_arguments(parser)` and `run(args)`, which returns
+the exit status.
 
-A module imports what its work needs inside `run`, so that help is shown at once.
+Modules import heavy packages inside `run`, so that help appears at once.
 """

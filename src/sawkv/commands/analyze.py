@@ -1,4 +1,4 @@
-"""`sawkv analyze`: what K and V of a model look like, and which format to take."""
+"""`sawkv analyze`: statistics of a model's K and V, and the format to take."""
 
 from __future__ import annotations
 

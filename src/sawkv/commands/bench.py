@@ -1,4 +1,4 @@
-"""`sawkv bench`: caches under load, on the machine at hand."""
+"""`sawkv bench`: throughput and latency of caches under load, on this machine."""
 
 from __future__ import annotations
 

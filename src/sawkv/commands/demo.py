@@ -1,4 +1,4 @@
-"""`sawkv demo`: the main job, shown."""
+"""`sawkv demo`: serves one model in 16 bits and from INT4 pages, and compares the two."""
 
 from __future__ import annotations
 

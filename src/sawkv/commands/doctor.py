@@ -1,4 +1,4 @@
-"""`sawkv doctor`: whether sawkv works here."""
+"""`sawkv doctor`: checks whether sawkv works on this machine."""
 
 from __future__ import annotations
 

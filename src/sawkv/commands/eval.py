@@ -1,4 +1,4 @@
-"""`sawkv eval`: what cache formats and other methods cost on a model."""
+"""`sawkv eval`: how cache formats and other methods change a model's predictions."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`sawkv formats`: which formats there are, and when to take which."""
+"""`sawkv formats`: lists the formats, and when to take each."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _WHEN = {
         " dtypes."
     ),
 }
-"""Of codecs. 16 and 32 bits are one row."""
+"""By codec. 16 and 32 bits share one row."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

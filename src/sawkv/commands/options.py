@@ -1,4 +1,4 @@
-"""Arguments that several commands share, in the same words, and the types of their values."""
+"""Arguments that several commands share, and the types of their values."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from pathlib import Path
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """MODEL that is read from a directory."""
+    """MODEL as a directory."""
     parser.add_argument("model", type=Path, metavar="MODEL", help="a checkpoint directory")
 
 
 def add_served_model(parser: argparse.ArgumentParser, note: str = "") -> None:
-    """MODEL that vLLM finds, in a directory or on the hub."""
+    """MODEL as vLLM finds it: a directory, or a name on the hub."""
     parser.add_argument(
         "model", metavar="MODEL", help=f"a checkpoint directory, or a model of the Hugging Face hub{note}"
     )
@@ -23,7 +23,7 @@ def add_text(parser: argparse.ArgumentParser, shown: str = "the model's held-out
 
 
 def add_tokens(parser: argparse.ArgumentParser, tokens: int, window: int) -> None:
-    """How much of the text is read, and in what pieces."""
+    """How much text is read, and the length of its windows."""
     parser.add_argument(
         "--tokens",
         type=positive,
@@ -50,7 +50,7 @@ def add_formats(parser: argparse.ArgumentParser, default: str | None, shown: str
 
 
 def add_out(parser: argparse.ArgumentParser, what: str, default: Path | None = None, shown: str = "") -> None:
-    """The file to write; `shown` describes the default where that is no constant."""
+    """The output file. `shown` describes a default that is not a constant."""
     help_text = f"{what} to write; its folder is made if there is none"
     if default is not None or shown:
         help_text += f" (default: {shown or default})"
@@ -85,12 +85,12 @@ def names(text: str) -> list[str]:
 
 
 def positive(text: str) -> int:
-    """A whole number from 1 on."""
+    """A whole number of at least 1."""
     return _whole(text, 1, "a positive integer")
 
 
 def count(text: str) -> int:
-    """A whole number from 0 on."""
+    """A whole number of at least 0."""
     return _whole(text, 0, "0 or a positive integer")
 
 

@@ -1,4 +1,4 @@
-"""`sawkv plan`: what fits on a GPU."""
+"""`sawkv plan`: how many tokens and requests fit on a GPU."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """The exit status is 1 if in none of the formats a request of this context fits."""
+    """Print the plan. The exit status is 1 if a request of this length fits in no format."""
     from sawkv.capacity import memory, table
     from sawkv.capacity.model import read_shape
     from sawkv.capacity.weights import Weights, weights_of

@@ -1,4 +1,4 @@
-"""`sawkv prepare`: a calibration that travels with its model, or in a file of its own."""
+"""`sawkv prepare`: fits a calibration, and writes it into the model's folder or to a file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`sawkv report`: one HTML page of records."""
+"""`sawkv report`: one HTML page from records."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`sawkv serve`: vLLM's OpenAI server, with the settings that make it use sawkv."""
+"""`sawkv serve`: vLLM's OpenAI server, with the options with which it uses sawkv."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--prepare-cache", metavar="DIR", help="folder that keeps what was prepared (default: one in the user's cache)"
     )
-    parser.set_defaults(engine_options=())  # those that this parser does not know
+    parser.set_defaults(engine_options=())  # options that this parser does not know
 
 
 def run(args: argparse.Namespace) -> int:

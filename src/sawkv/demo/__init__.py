@@ -1,10 +1,10 @@
-"""The main job, shown: vLLM serves one model in 16 bits and then from INT4 pages, and both are asked the same over the
+"""`sawkv demo`: vLLM serves one model in 16 bits and then from INT4 pages, and answers the same requests over the
 OpenAI API.
 
-What is asked is what a user wants to know: how many tokens the cache holds, how well the model still predicts a page of
-text, whether it recalls a pass-key hidden in it, how fast it answers, and what it writes. Greedy texts part where two
-words are about as likely: Transformers, reading the 16-bit texts in 16 bits too, shows where that happens without any
-quantization.
+The demo shows how many tokens the cache holds, how well the model predicts a page of text, whether it recalls a
+pass-key hidden in the page, how fast it answers, and what it writes. Greedy texts diverge where two tokens are about
+equally likely. As a control, Transformers reads vLLM's 16-bit texts in 16 bits, and shows where it would diverge
+without any quantization.
 
 The page (`page.txt`) is from Isaac Newton's Opticks, 1704, in the public domain.
 """
@@ -40,24 +40,24 @@ QUESTIONS: Final = (
 DEPTHS: Final = (0.0, 1 / 3, 2 / 3, 1.0)
 KEYS_EACH: Final = 1
 KEY_LINES: Final = 24
-"""Of the page, in which a key is hidden."""
+"""Lines of the page in which a pass-key is hidden."""
 KEY_TOKENS: Final = 8
-"""Tokens that an answer may take; a key of five digits takes at most six."""
+"""Tokens of an answer. A key of five digits takes at most six."""
 WINDOW: Final = 512
-"""Tokens of the page that are read from one empty cache."""
+"""Tokens of the page per window. Each window is read from an empty cache."""
 REQUESTS: Final = 8
 REQUEST_TOKENS: Final = 32
 LEAST_SHARE: Final = 0.95
-"""Of the tokens that the format promises, those that vLLM's blocks must leave."""
+"""Smallest share of the tokens promised by the format that vLLM's cache must hold."""
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What one server wrote, greedily.
+    """A greedy answer of one server.
 
     Attributes:
-        prompt, tokens: ids.
-        text: the tokens' text.
+        prompt, tokens: token ids.
+        text: text of the tokens.
     """
 
     prompt: list[int]
@@ -67,15 +67,15 @@ class Answer:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one server showed.
+    """Measurements of one server.
 
     Attributes:
         name: of its cache.
-        notice: sawkv's line in its log, or "".
-        kv_tokens: that its cache holds.
+        notice: sawkv's line in the log, or "".
+        kv_tokens: tokens that its cache holds.
         answers: to `QUESTIONS`.
         losses: of the page's tokens, in nats.
-        recalled: for each pass-key, whether it was the answer.
+        recalled: whether each pass-key was recalled.
         requests_a_second: with `REQUESTS` at once.
     """
 
@@ -91,20 +91,22 @@ class Outcome:
 def run_demo(
     model: str, *, cache_format: CacheFormat, max_tokens: int, kv_cache_memory: int, max_model_len: int
 ) -> int:
-    """Serve `model` twice and print what both showed. Returns 0, or 1 if the format's cache holds fewer tokens than it
-    promises.
+    """Serve `model` twice, and print a comparison.
 
     Args:
         model: a checkpoint directory, or a name that vLLM resolves.
         cache_format: the format to compare with vLLM's 16-bit cache.
-        max_tokens: tokens of an answer.
-        kv_cache_memory: bytes that each server gives to its cache.
-        max_model_len: longest sequence to serve, in tokens.
+        max_tokens: tokens per answer.
+        kv_cache_memory: bytes of each server's cache.
+        max_model_len: tokens of the longest request.
+
+    Returns:
+        0, or 1 if the format's cache holds fewer tokens than the format promises.
     """
     import torch
 
     options = ["--kv-cache-memory-bytes", str(kv_cache_memory), "--max-model-len", str(max_model_len)]
-    if not torch.cuda.device_count():  # a CPU takes minutes to compile a model
+    if not torch.cuda.device_count():  # on a CPU, compiling a model takes minutes
         options.append("--enforce-eager")
     commands = {
         "16 bits": server_command(model, None, options),
@@ -124,7 +126,7 @@ def run_demo(
         print(f"[{number}/{len(commands)}] vLLM with its KV cache in {name}", flush=True)
         outcomes.append(_measure(name, command, max_tokens))
     wide, narrow = outcomes
-    if not narrow.notice:  # vLLM goes on without a plugin that it cannot load
+    if not narrow.notice:  # vLLM continues without a plugin that it cannot load
         raise UnsupportedError(
             "demo: expected vLLM to run with sawkv, got a log without its line; so there is nothing to compare"
         )
@@ -134,7 +136,7 @@ def run_demo(
 
 
 def bytes_a_token(notice: str) -> tuple[int, int]:
-    """Of one KV head and layer: in the format, and in 16 bits, from sawkv's line in the log."""
+    """Bytes per token, KV head and layer in the format and in 16 bits, parsed from sawkv's line in the log."""
     narrow, wide = (
         int(notice.split(before)[1].split(after)[0]) for before, after in ((", ", " bytes"), ("(16 bits: ", ")"))
     )
@@ -173,7 +175,7 @@ def _measure(name: str, command: Sequence[str], max_tokens: int) -> Outcome:
 
 
 def _ask(client: Client, question: str, max_tokens: int) -> Answer:
-    """By the model's chat template, or as plain text where it has none."""
+    """Ask by the model's chat template, or with plain text if it has none."""
     options: dict[str, Any] = {"max_tokens": max_tokens, "return_token_ids": True, "temperature": 0}
     try:
         found = client.post("/v1/chat/completions", {"messages": [{"role": "user", "content": question}]} | options)
@@ -189,7 +191,7 @@ def _windows(ids: list[int]) -> list[list[int]]:
 
 
 def _recalls(client: Client, page: str, depth: float, number: int) -> bool:
-    """Whether a pass-key stated at `depth` of the start of the page is recalled at its end."""
+    """Whether a pass-key stated at `depth` of the start of the page is recalled."""
     key = str(random.Random(f"{depth} {number}").randrange(10_000, 100_000))
     lines = page.splitlines()[:KEY_LINES]
     lines.insert(round(depth * len(lines)), f"The pass key is {key}.")
@@ -199,10 +201,10 @@ def _recalls(client: Client, page: str, depth: float, number: int) -> bool:
 
 
 def forks(model: str, answers: Sequence[Answer]) -> list[int] | None:
-    """After how many tokens Transformers, in bf16, would have gone on differently from each answer; None where it
+    """For each answer, the number of tokens after which Transformers in bf16 would choose another one. None if it
     cannot load the model.
 
-    One pass over prompt and answer decides it: until the first other choice, decoding would have seen the same tokens.
+    One pass over prompt and answer decides it: up to the first different choice, decoding sees the same tokens.
     """
     import torch
     from transformers import AutoModelForCausalLM
@@ -210,7 +212,7 @@ def forks(model: str, answers: Sequence[Answer]) -> list[int] | None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).to(device)  # type: ignore[arg-type]
-    except (OSError, ValueError, ImportError, RuntimeError):  # RuntimeError: it does not fit
+    except (OSError, ValueError, ImportError, RuntimeError):  # RuntimeError: out of memory
         return None
     found = []
     with torch.inference_mode():
@@ -223,7 +225,7 @@ def forks(model: str, answers: Sequence[Answer]) -> list[int] | None:
 
 
 def first_difference(a: Sequence[int], b: Sequence[int]) -> int:
-    """How many tokens are the same before the first that differs."""
+    """Length of the common prefix."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
@@ -260,7 +262,7 @@ def report(wide: Outcome, narrow: Outcome, control: list[int] | None, kv_cache_m
 
 
 def about_texts(wide: Outcome, narrow: Outcome, control: list[int] | None) -> str:
-    """Where the greedy texts part, and where they part without quantization."""
+    """Where the greedy texts diverge, and where they diverge without quantization."""
     lengths = [len(answer.tokens) for answer in wide.answers]
     parted = [first_difference(a.tokens, b.tokens) for a, b in zip(wide.answers, narrow.answers, strict=True)]
 

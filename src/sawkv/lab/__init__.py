@@ -1,1 +1,1 @@
-"""The accuracy lab: what each way of storing K and V costs on a model. See docs/accuracy.md."""
+"""The accuracy lab: measures how methods of storing K and V change a model's predictions. See docs/accuracy.md."""

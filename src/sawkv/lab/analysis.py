@@ -1,4 +1,4 @@
-"""What an analysis found: K and V of each layer, and what each way of storing them does to attention."""
+"""The record of `sawkv analyze`: statistics of K and V per layer, and the error of attention for each method."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import ClassVar
 from sawkv.records import AttentionShape, Record
 
 PREPARED, WIDER = "prepared", "int8"
-"""What `sawkv serve` serves by itself, and what it serves with more bits."""
+"""The method that `sawkv serve` uses by default, and the one with more bits."""
 NAMES = {
     "int4": "int4, unprepared",
     "int4_plain": "int4, unrotated",
@@ -22,12 +22,12 @@ Grid = tuple[tuple[float, ...], ...]
 
 
 class ChannelStats(Record, frozen=True):
-    """K or V of one layer.
+    """Statistics of K or V of one layer.
 
     Attributes:
-        rms, mean: [num_kv_heads][head_dim], of each channel over tokens.
-        offset: [num_kv_heads], share of the rows' energy that is their mean, a static vector: what a center removes.
-        outlier: [num_kv_heads], rms of the largest channel over that of the median one.
+        rms, mean: [num_kv_heads][head_dim], root mean square and mean of each channel over tokens.
+        offset: [num_kv_heads], share of the rows' energy in their mean, which a center removes.
+        outlier: [num_kv_heads], rms of the largest channel over rms of the median channel.
     """
 
     rms: Grid
@@ -37,12 +37,12 @@ class ChannelStats(Record, frozen=True):
 
 
 class LayerStats(Record, frozen=True):
-    """One layer.
+    """Statistics of one layer.
 
     Attributes:
-        k, v: K after RoPE, and V.
-        sink: [num_q_heads], attention that a window's first token gets, mean over queries.
-        sink_norm: [num_kv_heads], length of the first token's key over the median key's.
+        k, v: of K after RoPE, and of V.
+        sink: [num_q_heads], attention weight of a window's first token, mean over queries.
+        sink_norm: [num_kv_heads], length of the first token's key over that of the median key.
     """
 
     k: ChannelStats
@@ -52,13 +52,14 @@ class LayerStats(Record, frozen=True):
 
 
 class MethodError(Record, frozen=True):
-    """What one way of storing K and V does, by layer and KV head: each [num_layers][num_kv_heads].
+    """Errors of one method by layer and KV head, each [num_layers][num_kv_heads].
 
     Attributes:
         method, bits, served: as in `Method`.
         k, v: squared error as a share of the variance.
-        score: error of the scores in nats: their standard deviation under the attention itself, since a common offset
-            of a query's scores changes nothing. Half its square is about the divergence of the attention.
+        score: error of scores in nats: their standard deviation under the attention weights, because an offset common
+            to all scores of a query changes nothing. Half of its square is about the KL divergence of the attention
+            weights.
         output: squared error of the attention output as a share of its variance over queries.
     """
 
@@ -76,16 +77,16 @@ class MethodError(Record, frozen=True):
 
     @property
     def worst(self) -> tuple[int, float]:
-        """The layer that loses most of its output, and how much."""
+        """The layer with the largest output error, and that error."""
         return max(enumerate(average(heads) for heads in self.output), key=lambda pair: pair[1])
 
 
 class Recommendation(Record, frozen=True):
-    """What to serve.
+    """The format to serve.
 
     Attributes:
-        method: the method that it is, one of those measured; "" if none of sawkv's was.
-        reason: one sentence an entry.
+        method: one of the measured methods; "" if none of them is sawkv's.
+        reason: sentences.
     """
 
     method: str
@@ -93,14 +94,14 @@ class Recommendation(Record, frozen=True):
 
     @property
     def title(self) -> str:
-        """In a few words."""
+        """The recommendation in a few words."""
         return {PREPARED: "int4, prepared: nothing to do", WIDER: "int8, prepared"}.get(
             self.method, "nothing, for want of measurements"
         )
 
     @property
     def command(self) -> str:
-        """What to type."""
+        """The command that serves it."""
         return "sawkv serve MODEL" + (f" --format {WIDER}" if self.method == WIDER else "")
 
 
@@ -108,8 +109,8 @@ class Analysis(Record, frozen=True):
     """One run of `sawkv analyze`. Attributes not listed are those of `records.Evaluation`.
 
     Attributes:
-        windows: contexts of `window` tokens.
-        layers: those that attend, first to last.
+        windows: number of contexts of `window` tokens.
+        layers: attention layers, first to last.
         rope_theta: base of RoPE's wavelengths, 0 if unknown.
     """
 
@@ -132,7 +133,7 @@ class Analysis(Record, frozen=True):
 
     @property
     def name(self) -> str:
-        """The model's, with its stress."""
+        """Name of the model, with its stress."""
         return self.model + (f", stress {self.stress}" if self.stress > 1 else "")
 
 
@@ -141,12 +142,12 @@ def mean(grid: Grid) -> float:
 
 
 def label(method: str) -> str:
-    """A method's name for people."""
+    """A method's name as tables and plots show it."""
     return NAMES.get(method, method)
 
 
 def pair_energy(stats: ChannelStats) -> list[float]:
-    """Mean square of K in each pair of channels (i, i + head_dim / 2) that RoPE turns together, over heads; the fastest
+    """Mean square of K in each pair of channels (i, i + head_dim / 2) that RoPE rotates together, over heads. Fastest
     pair first.
     """
     half = len(stats.rms[0]) // 2

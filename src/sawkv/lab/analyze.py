@@ -1,10 +1,8 @@
-"""`sawkv analyze`: what K and V of a model look like, what each way of storing them does to attention, and whether 4
-bits will do.
+"""`sawkv analyze`: statistics of a model's K and V, the error of attention for each method, and whether 4 bits are
+enough.
 
-What is served is prepared by itself, so the one thing left to decide is whether that is enough or 8 bits are needed.
-Layers are looked at one by one on the states of the unquantized model, so errors here do not build up from layer to
-layer as they do when the model runs:
-`sawkv eval` measures that. Attention errors are taken at a sample of queries spread over each window.
+Each layer is measured on the states of the unquantized model, so errors do not accumulate over layers. `sawkv eval`
+measures them as they do. Attention errors are taken at a sample of queries spread over each window.
 """
 
 from __future__ import annotations
@@ -42,9 +40,9 @@ from sawkv.prepare.samples import LayerSample, LayerStates, Reader
 from sawkv.prepare.text import load_text, with_bos
 
 QUERIES = 256
-"""Queries of each window and head at which attention is compared."""
+"""Queries per window and head at which attention is compared."""
 MAX_OUTPUT_ERROR = 0.1
-"""Error of a layer's attention output, as a share of its variance, above which 8 bits are recommended."""
+"""If the output error of a layer, as a share of its variance, is larger, 8 bits are recommended."""
 
 
 def run_analyze(
@@ -59,21 +57,24 @@ def run_analyze(
     device: str | None,
     command: str = "",
 ) -> int:
-    """Measure, print, and write the record as JSON to `out` if it is given. Returns 0.
+    """Measure, print, and write the record as JSON to `out`, if given.
 
     Args:
         model_folder: a checkpoint directory.
         text_file: UTF-8 text; None is the model's own held-out text.
-        out: a file for the record; `sawkv report` makes a page of it.
-        methods: names that `find_method` takes; None is a selection.
-        window: tokens read from an empty cache at a time.
-        windows: how many.
+        out: file for the record, which `sawkv report` renders.
+        methods: names that `find_method` takes; None is `default_methods`.
+        window: tokens per window. Each window is read from an empty cache.
+        windows: number of windows.
         stress: see `stress.apply_stress`; 1 is none.
-        device: None is a GPU where there is one.
-        command: what was typed, for the record.
+        device: `cpu` or `cuda`; None takes a GPU if there is one.
+        command: the command line, for the record.
+
+    Returns:
+        0.
 
     Raises:
-        SawkvError: bad input, by name.
+        SawkvError: bad input. The message names it.
     """
     if out is not None:
         check_writable(out)
@@ -115,14 +116,14 @@ def analyze(
     text: str,
     stress: int = 1,
 ) -> Analysis:
-    """The whole analysis.
+    """Analyze all layers.
 
     Args:
         model: unquantized.
         windows: [num_windows, window] token ids to measure on.
-        samples: of other text, for methods that learn.
-        methods: None is a selection that `default_methods` makes.
-        name, text, stress: of the model and of the text, for the record.
+        samples: of other text, for methods that fit parameters.
+        methods: None is `default_methods`.
+        name, text, stress: of the model and the text, for the record.
     """
     started = time.monotonic()
     methods = default_methods() if methods is None else methods
@@ -170,12 +171,12 @@ def analyze(
 
 
 def default_methods() -> list[Method]:
-    """What is served, what it would be without preparation or with 8 bits, and what others serve."""
+    """The served format prepared and unprepared, the one with 8 bits, and the formats of vLLM."""
     return [find_method(name) for name in (PREPARED, "int4", "int4_plain", WIDER, "fp8", "vllm_int4_per_token_head")]
 
 
 def recommend(errors: Sequence[MethodError]) -> Recommendation:
-    """4 bits, or 8 where a layer's attention is disturbed much."""
+    """Recommend 4 bits, or 8 bits if 4 change the attention of a layer much."""
     known = {error.method: error for error in errors}
     if PREPARED not in known:
         return Recommendation("", (f"`{PREPARED}`, which is served, was not among the methods measured.",))
@@ -229,7 +230,7 @@ class _Attention:
 
     @classmethod
     def of(cls, states: LayerStates, layer: torch.nn.Module) -> _Attention:
-        """As an attention module of Transformers does it."""
+        """Build it as the Transformers attention module computes it."""
         names = ("sliding_window", "attn_logit_softcapping", "sinks")
         return cls(states, *(getattr(layer, name, None) for name in names))
 
@@ -241,13 +242,13 @@ class _Attention:
         return scores.masked_fill(self.hidden, -math.inf).flatten(1, 2)
 
     def _weights(self, scores: torch.Tensor) -> torch.Tensor:
-        """Of the keys; with a sink they add up to less than 1."""
+        """Weights of the keys. With a sink they sum to less than 1."""
         if self.sinks is None:
             return scores.softmax(-1)
         return torch.cat([scores, self.sinks], -1).softmax(-1)[..., :-1]
 
     def sink(self) -> torch.Tensor:
-        """[num_q_heads], mean over queries of the first key's weight."""
+        """Weight of the first key, mean over queries: [num_q_heads]."""
         return self._by_query(self.weights)[..., 0].mean(-1).flatten()
 
     def _by_query(self, x: torch.Tensor) -> torch.Tensor:
@@ -255,8 +256,11 @@ class _Attention:
         return x.view(x.shape[0], -1, len(self.position), x.shape[-1])
 
     def errors(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Of K and V as read: variance of the scores' error under the attention, summed over queries; squared error of
-        the output, and its squared distance from its mean over queries. Each [num_kv_heads].
+        """Errors of attention that reads the given K and V, each [num_kv_heads].
+
+        Returns:
+            Variance of the score errors under the attention weights, summed over queries; squared error of the output;
+                and squared distance of the output from its mean over queries.
         """
         scores = self._scores(k)
         delta = (scores - self.scores).nan_to_num(nan=0.0)  # hidden keys: -inf less -inf
@@ -381,7 +385,7 @@ def describe(analysis: Analysis) -> str:
 
 
 def _percent(share: float) -> str:
-    """Of at most seven columns."""
+    """A percentage of at most seven columns."""
     return f"{share:.2%}" if share < 1 else f"{min(share, 9999):.0%}"
 
 
@@ -389,7 +393,7 @@ PAIR_CELLS = 26
 
 
 def _pairs(stats: ChannelStats, width: int = PAIR_CELLS) -> str:
-    """Energy by RoPE pair as a line of blocks, log scale over three decades."""
+    """Energy by RoPE pair as a line of blocks, on a log scale of three decades."""
     energy = pair_energy(stats)
     width = min(width, len(energy))
     cells = [max(energy[len(energy) * i // width : len(energy) * (i + 1) // width]) for i in range(width)]

@@ -1,4 +1,4 @@
-"""How much an evaluation measures."""
+"""How much text an evaluation reads."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ from sawkv.records import Record
 
 
 class Budget(Record, frozen=True):
-    """What to measure.
+    """Amounts that an evaluation measures.
 
     Attributes:
-        tokens: of text to score, rounded to windows.
-        window: tokens of a window.
-        batch_tokens: tokens in one pass.
-        layer_tokens: of text for the layer-by-layer part; 0 leaves it out.
-        floor_tokens: of text for the noise floor.
-        recall_lengths, recall_count: prompts of recall, `recall_count` of each task, length and depth; 0 leaves them
-        out.
-        free_runs: prompts to continue, and `free_run_tokens` tokens each; 0 leaves them out.
-        stress: see `stress`; 1 is none.
-        context: tokens of the longest request that would be served, over which what is learned must hold; 0 is what
-            engines take, the model's own limit up to `corpus.LONGEST_CONTEXT`.
+        tokens: text to score, rounded up to windows.
+        window: tokens per window.
+        batch_tokens: tokens per pass of the model.
+        layer_tokens: text for the measurement layer by layer; 0 leaves it out.
+        floor_tokens: text for the noise floor; 0 leaves it out.
+        recall_lengths, recall_count: lengths of recall prompts, and prompts per task, length and depth; 0 leaves them
+            out.
+        free_runs, free_run_tokens: prompts to continue, and tokens of each continuation; 0 leaves them out.
+        stress: see `stress.apply_stress`; 1 is none.
+        context: tokens of the longest request that will be served. Calibrations are fitted over this context. 0 is the
+            engines' choice: the model's limit, at most `corpus.LONGEST_CONTEXT`.
     """
 
     tokens: int = 65536

@@ -1,6 +1,4 @@
-"""Next-token distributions of one model under many caches, against the same model unquantized, token by token on the
-same text.
-"""
+"""Compares next-token distributions of one model under many caches with those of the unquantized model, token by token."""
 
 from __future__ import annotations
 
@@ -16,19 +14,19 @@ from sawkv.prepare.model import EvalModel
 from sawkv.prepare.samples import Reader
 
 LOGITS_AT_ONCE = 1 << 24
-"""Elements of one piece of logits, so that a large vocabulary fits memory."""
+"""Elements of one piece of logits, so that those of a large vocabulary fit in memory."""
 
 Readers = Sequence[tuple[Reader, Reader] | None]
 
 
 @dataclass(frozen=True)
 class TokenScores:
-    """One cache's predictions on windows of text.
+    """Predictions through one cache on windows of text.
 
     Attributes:
-        kl: [num_windows, window - 1] fp32, KL(p || q) in nats, p of the reference.
-        loss: the same shape, -log q of the token that follows.
-        same_top1: the same shape, bool.
+        kl: [num_windows, window - 1] fp32, KL(p || q) in nats, p being the reference's distribution.
+        loss: same shape, -log q of the next token.
+        same_top1: same shape, bool, whether p and q have the same most likely token.
     """
 
     kl: torch.Tensor
@@ -49,7 +47,7 @@ class TokenScores:
         )
 
     def by_position(self) -> tuple[PositionKL, ...]:
-        """Split at 16, 64, 256, 512, 1024, 2048, ... tokens from the start of the window."""
+        """KL by position in the window, split at 16, 64, 256, 512, 1024, 2048, ... tokens."""
         length = self.kl.shape[1]
         borders = [0, *(border for border in (16, 64, 256, *(512 << i for i in range(20))) if border < length), length]
         parts = []
@@ -60,20 +58,20 @@ class TokenScores:
 
 
 def mean_and_error(window_means: torch.Tensor) -> tuple[float, float]:
-    """Mean over windows and its standard error; 0 for the error of a single window, which has none."""
+    """Mean over windows, and its standard error. The error of a single window is given as 0."""
     count = window_means.numel()
     return float(window_means.mean()), float(window_means.std() / count**0.5) if count > 1 else 0.0
 
 
 class Reference:
-    """The unquantized model on windows of text, to compare caches with.
+    """The unquantized model on windows of text, with which caches are compared.
 
     Args:
         model: its unquantized cache is the reference.
-        windows: [num_windows, window] token ids; each is read from an empty cache.
-        batch: windows in a pass.
-        room: bytes of states that may be kept, on the CPU. What is beyond that is computed again for every cache.
-        step: called with the tokens of each pass.
+        windows: [num_windows, window] token ids. Each is read from an empty cache.
+        batch: windows per pass.
+        room: bytes of the reference's states to keep on the CPU. Other states are computed again for each cache.
+        step: called with the number of tokens of each pass.
     """
 
     def __init__(
@@ -90,11 +88,11 @@ class Reference:
             step(ids.numel())
 
     def scores(self) -> TokenScores:
-        """Its own: KL 0, and the losses."""
+        """The reference's own scores: losses, with KL 0."""
         return _joined(self._scores)
 
     def compare(self, readers: Readers, step: Callable[[int], object]) -> TokenScores:
-        """The scores of one cache, by the readers of every layer."""
+        """The scores of one cache, given the readers of every layer."""
         rows = []
         for ids, states in zip(self._batches, self._states, strict=True):
             pair = {"": self._model.hidden(ids)[:, :-1] if states is None else states.to(self._model.device)}
@@ -117,8 +115,11 @@ def compare(
     batch: int,
     step: Callable[[int], object] = lambda tokens: None,
 ) -> tuple[TokenScores, dict[str, TokenScores]]:
-    """The reference's scores, and those of each cache. Arguments as in `Reference`; `caches` are readers of every
-    layer, by name.
+    """Scores of the reference and of each cache.
+
+    Args:
+        model, windows, batch, step: as in `Reference`.
+        caches: readers of every layer, by name.
     """
     reference = Reference(model, windows, batch, 1 << 60, step)
     return reference.scores(), {name: reference.compare(readers, step) for name, readers in caches.items()}
@@ -127,8 +128,8 @@ def compare(
 def compare_floor(
     reference: EvalModel, floor: EvalModel, windows: torch.Tensor, *, step: Callable[[int], object]
 ) -> TokenScores:
-    """The noise of 16-bit arithmetic: `floor` is the model in bf16, and attends by another backend, one window at a
-    time.
+    """Measure the noise of 16-bit arithmetic: `floor` is the model in bf16 with another attention backend, one window
+    per pass.
     """
     rows = []
     for ids in torch.split(windows, 1):
@@ -147,13 +148,16 @@ def score(
     logits: Callable[[torch.Tensor], torch.Tensor],
     other_logits: Mapping[str, Callable[[torch.Tensor], torch.Tensor]] | None = None,
 ) -> dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
-    """KL, loss and same-top-1 of each entry against entry "", each [num_rows, length - 1] on the CPU.
+    """KL, loss and top-1 agreement of each entry against entry "".
 
     Args:
-        hidden: states [num_rows, length - 1, size] that `logits` takes, by name.
+        hidden: states [num_rows, length - 1, size], by name.
         ids: [num_rows, length].
-        logits: states to logits.
-        other_logits: for entries that need another.
+        logits: maps states to logits.
+        other_logits: maps for entries that need another.
+
+    Returns:
+        By name, three tensors [num_rows, length - 1] on the CPU.
     """
     rows, length = hidden[""].shape[:2]
     following = ids[:, 1:].to(hidden[""].device).flatten()
@@ -166,7 +170,7 @@ def score(
         weights, top = reference.exp(), reference.argmax(-1)
         for name, states in flat.items():
             other = reference if name == "" else F.log_softmax((other_logits or {}).get(name, logits)(states[part]), -1)
-            kl = (weights * (reference - other)).sum(-1).clamp_min(0)  # rounding alone can make it negative
+            kl = (weights * (reference - other)).sum(-1).clamp_min(0)  # rounding can make it slightly negative
             loss = -other.gather(-1, following[part, None])[:, 0]
             for column, value in zip(found[name], (kl, loss, other.argmax(-1) == top), strict=True):
                 column.append(value.cpu())
@@ -178,5 +182,5 @@ def score(
 
 
 def reading_only(readers: Readers, layer: int) -> Readers:
-    """Only this layer's cache under test, all others unquantized."""
+    """Readers that quantize one layer and leave all others unquantized."""
     return [pair if i == layer else None for i, pair in enumerate(readers)]

@@ -1,6 +1,4 @@
-"""`sawkv eval`: fit the methods, score them on the text beside the reference and the noise floor, and
-ask for recall.
-"""
+"""`sawkv eval`: fits methods, scores them on text against the unquantized model and the noise floor, and tests recall."""
 
 from __future__ import annotations
 
@@ -30,9 +28,7 @@ from sawkv.prepare.text import Text, load_text, with_bos
 FLOOR = "bf16_floor"
 REFERENCE = "reference"
 STATES_KEPT = 4 << 30
-"""Bytes of the reference's states that are kept on the CPU for the methods; beyond that they are computed again for
-each.
-"""
+"""Bytes of the reference's states that are kept on the CPU. Other states are computed again for each method."""
 
 
 def evaluate(
@@ -52,18 +48,17 @@ def evaluate(
 
     Args:
         checkpoint: its directory, or a GGUF file.
-        methods: what to measure, in this order.
-        text: a UTF-8 file; None for the held-out text of a model of this project.
-        budget: how much; None for the defaults.
-        device, dtype: where and in which dtype the model runs; None for a GPU in bf16 if there is one, else the CPU in
-        fp32.
-        quiet: no progress bars.
-        before: what an earlier run of the same found; its methods are not measured again.
-        keep: called with what is found so far, whenever another method has been measured.
-        command: what was typed, for the record.
+        methods: methods to measure, in this order.
+        text: a UTF-8 file; None is the held-out text of a model of this project.
+        budget: how much to measure; None is the default.
+        device, dtype: device and dtype of the model; None is a GPU in bf16 if there is one, else the CPU in fp32.
+        quiet: show no progress bars.
+        before: the record of an earlier run with the same arguments; its methods are not measured again.
+        keep: called with the record so far after each method.
+        command: the command line, for the record.
 
     Raises:
-        SawkvError: the model, the text or the budget cannot be used, or `before` is of another model, text or budget.
+        SawkvError: the model, the text or the budget cannot be used, or `before` differs in one of them.
     """
     started = time.monotonic()
     budget = budget or Budget()
@@ -176,7 +171,7 @@ def evaluate(
 
 
 def shipped_samples(model: EvalModel, text: Text, context: int = 0) -> list[LayerSample]:
-    """What methods learn from: the text that ships with sawkv, at the positions at which engines prepare a model on it.
+    """Samples that methods are fitted on: the text that ships with sawkv, at the positions that engines use.
 
     Args:
         model, text: the model, and its tokenizer.
@@ -190,10 +185,10 @@ def shipped_samples(model: EvalModel, text: Text, context: int = 0) -> list[Laye
 
 
 def _known(before: Evaluation, now: Evaluation) -> dict[str, MethodResult]:
-    """The results of an earlier run, by method.
+    """Results of an earlier run, by method.
 
     Raises:
-        SawkvError: it was a run of something else.
+        SawkvError: the earlier run had other arguments.
     """
     for field in ("model", "shape", "device", "dtype", "text", "budget"):
         if getattr(before, field) != getattr(now, field):
@@ -202,7 +197,7 @@ def _known(before: Evaluation, now: Evaluation) -> dict[str, MethodResult]:
                 f" {getattr(before, field)}"
             )
     was, ppl = before.reference.divergence.ppl, now.reference.divergence.ppl
-    if not math.isclose(was, ppl, rel_tol=1e-3):  # the same names, other weights or words
+    if not math.isclose(was, ppl, rel_tol=1e-3):  # equal names, but other weights or text
         raise SawkvError(
             f"--resume: expected a record of this model and text, whose perplexity is {ppl:.4f}, got one with {was:.4f}"
         )
@@ -220,7 +215,7 @@ def _prompts(source: Text, budget: Budget) -> list[Prompt]:
 def _floor(
     loaded: EvalModel, folder: Path, windows: torch.Tensor, stress: int, step: Callable[[int], object]
 ) -> TokenScores:
-    """The model itself if it runs in bf16, else another copy of it that does."""
+    """Score the model against itself in bf16. A model that does not run in bf16 is loaded a second time."""
     if next(loaded.model.parameters()).dtype == torch.bfloat16:
         return compare_floor(loaded, loaded, windows, step=step)
     floor = EvalModel.load(folder, loaded.device, torch.bfloat16)
@@ -232,7 +227,7 @@ def _floor(
 def _by_layer(
     loaded: EvalModel, windows: torch.Tensor, readers: Readers, batch: int, step: Callable[[int], object]
 ) -> tuple[LayerKL, ...]:
-    """The method in one layer at a time."""
+    """KL with the method in one layer at a time."""
     found = []
     for layer in range(len(loaded.layers) if len(windows) else 0):
         _, scores = compare(loaded, windows, {"": reading_only(readers, layer)}, batch=batch, step=step)
@@ -242,7 +237,7 @@ def _by_layer(
 
 
 def _continuation(loaded: EvalModel, windows: torch.Tensor, budget: Budget) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """First halves of `windows`, and how greedy decoding goes on after them."""
+    """First halves of `windows`, and their greedy continuations."""
     if not len(windows) or not budget.free_run_tokens:
         return None
     prompts = windows[:, : budget.window // 2]
@@ -250,7 +245,7 @@ def _continuation(loaded: EvalModel, windows: torch.Tensor, budget: Budget) -> t
 
 
 def device_name(device: torch.device) -> str:
-    """What a GPU is called, or a CPU and how many threads of it compute."""
+    """Name of a GPU, or of a CPU with its number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{cpu_name()}, {torch.get_num_threads()} threads"

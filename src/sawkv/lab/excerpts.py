@@ -1,6 +1,4 @@
-"""What an evaluation shows of its text: the KL of each token of an excerpt, the worst tokens, and greedy texts that
-part.
-"""
+"""Text samples of an evaluation: KL per token of an excerpt, tokens with the largest KL, and greedy texts that diverge."""
 
 from __future__ import annotations
 
@@ -13,22 +11,22 @@ from sawkv.lab.records import Fork, FreeRun, Surprise
 from sawkv.prepare.model import EvalModel
 
 Decode = Callable[[Sequence[int]], str]
-"""Token ids to text."""
+"""Maps token ids to text."""
 
 EXCERPT = 240
-"""Tokens of text whose KL is kept one by one."""
+"""Tokens in the excerpt."""
 WORST = 6
-"""Tokens of the largest KL that are kept with what was predicted there."""
+"""Number of tokens with the largest KL that are kept, with their predictions."""
 FORKS = 3
-"""Greedy texts that are kept."""
+"""Number of greedy texts that are kept."""
 FORK_TOKENS = 24
-"""Tokens of each of them after the place where they part."""
+"""Tokens shown after the place where two texts diverge."""
 BEFORE = 24
-"""Tokens of text shown before such places."""
+"""Tokens shown before such a place."""
 
 
 def pieces(decode: Decode, ids: Sequence[int]) -> tuple[str, ...]:
-    """The text of each token. Of tokens that share a character the last one has it."""
+    """The text of each token. If several tokens make up one character, the last of them has it."""
     found, shown = [], ""
     for end in range(1, len(ids) + 1):
         text = decode(ids[:end])
@@ -48,7 +46,7 @@ def excerpt_kl(scores: TokenScores) -> tuple[float, ...]:
 def worst(
     model: EvalModel, windows: torch.Tensor, scores: TokenScores, readers: Readers, decode: Decode
 ) -> tuple[Surprise, ...]:
-    """The tokens of the largest KL, at most one of a window."""
+    """The tokens with the largest KL, at most one per window."""
     kl, positions = scores.kl.max(1)
     found = []
     for window in kl.argsort(descending=True)[:WORST].tolist():
@@ -66,7 +64,7 @@ def worst(
 
 
 def _guess(model: EvalModel, ids: torch.Tensor) -> tuple[int, float]:
-    """The most likely token after these, and its probability."""
+    """The most likely next token, and its probability."""
     p, token = model.logits(model.hidden(ids[None])[0, -1]).softmax(-1).max(-1)
     return int(token), float(p)
 
@@ -74,7 +72,7 @@ def _guess(model: EvalModel, ids: torch.Tensor) -> tuple[int, float]:
 def forks(
     model: EvalModel, prompts: torch.Tensor, continuation: torch.Tensor, run: FreeRun, readers: Readers, decode: Decode
 ) -> tuple[Fork, ...]:
-    """Both texts of the first free runs that part. Arguments as of `tasks.free_run`, which made `run`."""
+    """Both texts of the first free runs that diverge. Arguments as in `tasks.free_run`, which made `run`."""
     found: list[Fork] = []
     for i, agreed in enumerate(run.tokens):
         if agreed >= run.limit or len(found) == FORKS:

@@ -1,7 +1,7 @@
-"""What an evaluation found.
+"""The record of `sawkv eval`.
 
-Divergences are in nats; p is the next-token distribution of the reference, the
-same model with its cache unquantized, and q that of the model reading the cache under test, after the same tokens.
+Divergences are in nats. p is the next-token distribution of the reference, the model with an unquantized cache. q is
+that of the same model reading the cache under test, after the same tokens.
 """
 
 from __future__ import annotations
@@ -15,16 +15,15 @@ from sawkv.records import AttentionShape, Record
 
 
 class Divergence(Record, frozen=True):
-    """How far q lies from p over all tokens of the text.
+    """How far q lies from p over the text.
 
     Attributes:
         tokens: predictions compared.
         mean_kl: mean of KL(p || q).
-        kl_se: its standard error, from the means of the text's windows, which are nearly independent; tokens of a
-            window are not.
-        kl_p999, kl_max: 99.9th percentile and maximum over tokens.
+        kl_se: standard error of mean_kl, from the means of windows, which are nearly independent.
+        kl_p999, kl_max: 99.9th percentile and maximum of KL over tokens.
         same_top1: share of tokens at which p and q have the same most likely token.
-        ppl: perplexity a token of q on the text.
+        ppl: perplexity per token of q on the text.
     """
 
     tokens: int
@@ -37,7 +36,7 @@ class Divergence(Record, frozen=True):
 
 
 class PositionKL(Record, frozen=True):
-    """Mean KL over the predictions made from positions `start` to `end` (exclusive) of their windows."""
+    """Mean KL of predictions made from positions `start` to `end` (exclusive) of their windows."""
 
     start: int
     end: int
@@ -46,7 +45,7 @@ class PositionKL(Record, frozen=True):
 
 
 class LayerKL(Record, frozen=True):
-    """Mean KL when only this layer's cache is under test and all others are unquantized; on a part of the text."""
+    """Mean KL on a part of the text if only this layer's cache is under test, and all others are unquantized."""
 
     layer: int
     mean_kl: float
@@ -54,7 +53,7 @@ class LayerKL(Record, frozen=True):
 
 
 class Recall(Record, frozen=True):
-    """How often a fact stated at `depth` (0 to 1) of a prompt of `length` tokens is recalled, every token of it right.
+    """How often a fact at `depth` (0 to 1) of a prompt of `length` tokens is recalled, every token of it.
 
     `task` is "passkey" (a number in real text) or "needle" (one of four entries of a table in real text).
     """
@@ -67,10 +66,11 @@ class Recall(Record, frozen=True):
 
 
 class FreeRun(Record, frozen=True):
-    """Greedy continuations of the reference that the cache under test follows: the tokens until it first chooses
-    another.
+    """For each prompt, how many tokens of the reference's greedy continuation the cache under test follows.
 
-    `tokens` has one number a prompt; `limit` is the length of the continuations.
+    Attributes:
+        limit: length of the continuations.
+        tokens: one number per prompt.
     """
 
     limit: int
@@ -82,15 +82,15 @@ class FreeRun(Record, frozen=True):
 
 
 class Surprise(Record, frozen=True):
-    """A token at which p and q lie far apart.
+    """A token at which p and q differ much.
 
     Attributes:
-        window, position: of the token from which they predict.
+        window, position: place of the token from which p and q predict.
         kl: in nats.
         before: the text that ends there.
-        token: what follows in the text.
+        token: the next token of the text.
         expected, expected_p: the most likely token of p, and its probability.
-        chosen, chosen_p: the same of q.
+        chosen, chosen_p: the most likely token of q, and its probability.
     """
 
     window: int
@@ -105,13 +105,13 @@ class Surprise(Record, frozen=True):
 
 
 class Fork(Record, frozen=True):
-    """A greedy continuation that leaves the reference's.
+    """A greedy continuation that differs from the reference's.
 
     Attributes:
         prompt: number of the prompt, in the order of `FreeRun.tokens`.
-        tokens: that both have before they part.
+        tokens: number of tokens that both share.
         common: the end of their common text.
-        reference, other: how each goes on.
+        reference, other: their texts after that.
     """
 
     prompt: int
@@ -122,20 +122,20 @@ class Fork(Record, frozen=True):
 
 
 class MethodResult(Record, frozen=True):
-    """All that was measured of one method on one model.
+    """Measurements of one method on one model.
 
     Attributes:
         method: its name; "reference" is the unquantized cache, "bf16_floor" the noise of 16-bit arithmetic.
-        bits: mean bits of an element of K and V, with all that is stored for its row.
-        served: who serves it fast: "sawkv", "vllm", or "".
-        calibrated: whether it learned static parameters from calibration text.
+        bits: mean bits per element of K and V, with everything that is stored per row.
+        served: the engine that serves it fast: "sawkv", "vllm", or "".
+        calibrated: whether parameters were fitted on calibration text.
         divergence: from the reference.
-        by_position, by_layer: the same, split; empty if not measured.
-        recall: one entry for each task, length and depth.
+        by_position, by_layer: KL by position and by layer; empty if not measured.
+        recall: one entry per task, length and depth.
         free_run: None if not measured.
-        excerpt_kl: KL at each token of `Evaluation.excerpt`, of the prediction of that token.
-        worst: the tokens of the largest KL.
-        forks: the first of the free runs that part from the reference.
+        excerpt_kl: KL of the prediction of each token of `Evaluation.excerpt`.
+        worst: tokens with the largest KL.
+        forks: the first free runs that differ from the reference.
     """
 
     method: str
@@ -153,11 +153,11 @@ class MethodResult(Record, frozen=True):
 
     @property
     def passkey(self) -> float | None:
-        """Share of pass-keys recalled over all lengths and depths, or None if not asked."""
+        """Share of pass-keys recalled over all lengths and depths; None if not measured."""
         return self.recalled("passkey")
 
     def recalled(self, task: str) -> float | None:
-        """Share of a task's prompts answered right over all lengths and depths, or None if not asked."""
+        """Share of a task's prompts answered correctly over all lengths and depths; None if not measured."""
         cells = [cell for cell in self.recall if cell.task == task]
         return sum(cell.correct for cell in cells) / sum(cell.asked for cell in cells) if cells else None
 
@@ -166,19 +166,19 @@ class Evaluation(Record, frozen=True):
     """One run of `sawkv eval`.
 
     Attributes:
-        model: the directory's name.
+        model: name of the directory.
         shape: of its attention.
-        device, dtype: where and in which dtype the model ran.
-        text: the file's name, or "held-out" for the model's own.
-        window: tokens of one window; each is read from an empty cache.
+        device, dtype: device and dtype of the model.
+        text: name of the file, or "held-out" for the model's own text.
+        window: tokens per window. Each window is read from an empty cache.
         stress: factor by which pairs of key channels were scaled up, 1 for none (see `stress`).
         reference: the unquantized cache: its perplexity and recall.
-        results: the noise floor first, then one for each method, in the order asked for.
+        results: the noise floor, then each method, in the order asked for.
         seconds: wall time.
-        versions: of sawkv and what it ran on.
-        budget: how much was to be measured; None in records of old.
-        excerpt: the last tokens of the first window, as text; empty in records of old.
-        command: what was typed; empty in records of old.
+        versions: of sawkv and of what it ran on.
+        budget: how much was measured; None in older records.
+        excerpt: the last tokens of the first window, as text; empty in older records.
+        command: the command line; empty in older records.
     """
 
     written_by: ClassVar[str] = "sawkv eval"

@@ -1,9 +1,7 @@
-"""Function-preserving stress: some RoPE pairs of keys made larger, and the same of queries smaller, so that the model
-computes what it did.
+"""Stress that preserves the model's function: some RoPE pairs of keys are scaled up, and those of queries down.
 
-Channels i and i + head_dim / 2 of K are scaled by s and those of Q by 1 / s in the weights. With s a power of two the
-16-bit model's logits are bit-identical. Keys then have outlier channels as large models do. It is our stress test, no
-trained model.
+In the weights, channels i and i + head_dim / 2 of K are multiplied by s, and those of Q by 1 / s. With s a power of
+two, the 16-bit model's logits are bit-identical. Keys then have outlier channels, as keys of large models do.
 """
 
 from __future__ import annotations
@@ -20,7 +18,7 @@ PAIRS_STRESSED = 2
 
 
 def stressed_pairs(layer: int, head_dim: int) -> list[int]:
-    """The pairs of a layer that are scaled, always the same."""
+    """The pairs of a layer that are scaled. They are a function of the layer's index."""
     return sorted(random.Random(layer).sample(range(head_dim // 2), PAIRS_STRESSED))
 
 
@@ -41,7 +39,7 @@ def apply_stress(layers: Sequence[nn.Module], head_dim: int, s: int) -> None:
 
 @torch.no_grad()
 def scale_keys(layer: nn.Module, factors: torch.Tensor) -> None:
-    """Scale key channels by `factors`, [head_dim], and those of queries by their inverse, for all heads of an attention
+    """Multiply key channels by `factors`, [head_dim], and query channels by their inverse, in all heads of an attention
     module, in place.
 
     Raises:

@@ -1,4 +1,4 @@
-"""An evaluation as lines of text, for the terminal."""
+"""A table of an evaluation for the terminal."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ HEAD = f"{'method':<27}{'bits':>6}{'mean KL':>9}{'+-':>9}{'p99.9':>8}{'top-1':>8
 
 
 def table(evaluation: Evaluation) -> str:
-    """The evaluation in lines of text, of at most 80 columns."""
+    """The evaluation as text of at most 80 columns."""
     shape, reference = evaluation.shape, evaluation.reference
     heads = (
         f"{shape.num_layers} layers, {shape.num_q_heads} query and {shape.num_kv_heads} KV heads of {shape.head_dim}"
@@ -30,7 +30,7 @@ def table(evaluation: Evaluation) -> str:
 
 
 def line(result: MethodResult) -> str:
-    """A method's predictions, under `HEAD`."""
+    """One row of the table: a method's predictions."""
     d = result.divergence
     return (
         f"{result.method:<27}{result.bits:>6.2f}{d.mean_kl:>9.5f}{d.kl_se:>9.5f}"

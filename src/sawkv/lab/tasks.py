@@ -1,7 +1,7 @@
-"""Recall from a cache: facts hidden in real text, asked for at its end.
+"""Recall: prompts that hide a fact in real text and ask for it at the end.
 
-Right only if every token of the answer is the model's first choice, as greedy decoding needs. That takes one
-teacher-forced pass, since a token-wise cache reads the same in one pass and token by token.
+An answer counts if every token of it is the model's first choice, as greedy decoding would need. One teacher-forced
+pass decides this, because token-wise methods read the same in one pass and token by token.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 @dataclass(frozen=True)
 class Prompt:
-    """Token ids that end in the answer, which is their last `answer_length`."""
+    """Token ids. The last `answer_length` of them are the answer."""
 
     task: str
     length: int
@@ -34,15 +34,15 @@ class Prompt:
 def make_prompts(
     encode: Encode, filler: torch.Tensor, prefix: Sequence[int], *, lengths: Sequence[int], count: int, seed: int = 0
 ) -> list[Prompt]:
-    """`count` pass-key and `count` needle prompts for each length and depth.
+    """Make `count` pass-key prompts and `count` needle prompts for each length and depth.
 
     Args:
         encode: the model's tokenizer.
         filler: [num_tokens] ids of real text to hide facts in.
-        prefix: ids that every prompt starts with.
-        lengths: tokens of a prompt, about.
-        count: prompts of each task, length and depth.
-        seed: of the draws.
+        prefix: ids at the start of every prompt.
+        lengths: approximate tokens per prompt.
+        count: prompts per task, length and depth.
+        seed: of the random choices.
     """
     rng = random.Random(seed)
     prompts = []
@@ -66,7 +66,7 @@ def _pass_key(rng: random.Random, encode: Encode) -> tuple[list[int], list[int],
 
 
 def _needle(rng: random.Random, encode: Encode) -> tuple[list[int], list[int], list[int]]:
-    """A table of four entries, one of them asked for."""
+    """A table of four entries, and a question for one of them."""
     names = [_word(rng) for _ in range(4)]
     values = [encode(_word(rng)) for _ in names]
     fact = encode("\ntable = {\n")
@@ -95,7 +95,7 @@ def recall(
     tokens_at_once: int,
     step: Callable[[int], object],
 ) -> tuple[Recall, ...]:
-    """How many of the prompts are answered right, by task, length and depth."""
+    """Count the prompts that are answered correctly, by task, length and depth."""
     cells: dict[tuple[str, int, float], list[bool]] = {}
     for batch in _batches(prompts, tokens_at_once):
         size = max(len(prompt.ids) for prompt in batch)
@@ -122,10 +122,10 @@ def _batches(prompts: Sequence[Prompt], tokens_at_once: int) -> list[list[Prompt
 
 
 def free_run(model: EvalModel, prompts: torch.Tensor, continuation: torch.Tensor, readers: Readers) -> FreeRun:
-    """How long greedy decoding through the cache follows the reference's `continuation`, [num_rows, limit], of prompts
-    [num_rows, length].
+    """How many tokens of the reference's `continuation`, [num_rows, limit], greedy decoding through the cache follows,
+    after prompts [num_rows, length].
 
-    One pass over both decides it: until the first other choice, decoding would have seen the same tokens.
+    One pass over both decides it: up to the first different choice, decoding sees the same tokens.
     """
     limit = continuation.shape[1]
     tokens = []

@@ -1,4 +1,4 @@
-"""vLLM's own INT4 write kernel, called on plain rows. The peer of the accuracy evaluation; needs a GPU."""
+"""vLLM's own INT4 write kernel, called on rows. Used to compare accuracy; needs a GPU."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ def available(device: torch.device) -> bool:
 
 
 def store(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Write rows into pages by vLLM's kernel, its rotation included, and read the bytes back.
+    """Write rows into pages by vLLM's kernel, rotation included, and read the bytes back.
 
     Args:
         rows: [num_tokens, num_kv_heads, head_dim] bf16, fp16 or fp32 on a GPU.
 
     Returns:
-        Codes [num_tokens, num_kv_heads, head_dim] uint8, 0 to 15, and scales [num_tokens, num_kv_heads, 1] fp32 with
-        the zero points in their lowest four bits.
+        Codes [num_tokens, num_kv_heads, head_dim] uint8, 0 to 15, and scales [num_tokens, num_kv_heads, 1] fp32, whose
+            lowest four bits hold the zero points.
     """
     from vllm.v1.attention.ops.int4_per_token_head import reshape_and_cache_int4
 

@@ -1,5 +1,5 @@
-"""Pages of one HTML file that need nothing else: no script, no font, no network. Reports of the lab and of `sawkv
-bench` are such pages.
+"""Pages of a single HTML file without scripts, fonts or network. Reports of the lab and of `sawkv bench` are such
+pages.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class Cell:
 
     Attributes:
         text: as shown.
-        value: for CSV; None takes the text.
-        soft: shown after the text, less loudly, such as an error.
-        at: 0 to 1, the place of a dot on the column's scale; None draws no scale.
+        value: for CSV; None is the text.
+        soft: shown after the text in a fainter colour, such as an error.
+        at: 0 to 1, place of a dot on the column's scale; None draws no scale.
     """
 
     text: str
@@ -37,9 +37,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """A column. `minor` ones are left out where the screen is narrow, and `plain` ones (drawings) of CSV
-    and Markdown.
-    """
+    """One column. Narrow screens leave out `minor` columns; CSV and Markdown leave out `plain` ones (drawings)."""
 
     title: str
     minor: bool = False
@@ -48,13 +46,13 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """A table that can be saved as CSV and Markdown.
+    """A table that readers can save as CSV and Markdown.
 
     Attributes:
-        name: of the saved file, without its ending.
+        name: of the saved file, without suffix.
         columns: first to last.
         rows: cells of each row.
-        styles: a CSS class for each row, or "".
+        styles: a CSS class per row, or "".
         decades: of the scale in drawn columns.
     """
 
@@ -72,7 +70,7 @@ class Table:
         return self.styles[row] if self.styles else ""
 
     def csv(self) -> str:
-        """Numbers in full; what stands softly beside a cell has a column of its own."""
+        """CSV with full numbers. `soft` texts have a column of their own."""
         header, columns = [], []
         for i, column in enumerate(self.columns):
             if column.drawn:
@@ -88,7 +86,7 @@ class Table:
         return out.getvalue()
 
     def markdown(self) -> str:
-        """As shown."""
+        """Markdown, as shown."""
         kept = [i for i, column in enumerate(self.columns) if not column.drawn]
         rows = [[self.columns[i].title for i in kept], ["-"] * len(kept)]
         rows += [[f"{row[i].text} {row[i].soft}".strip() for i in kept] for row in self.rows]
@@ -96,18 +94,18 @@ class Table:
 
 
 def _plain(value: float | str) -> float | str:
-    """A spreadsheet must not take a name for a formula."""
+    """Protect a name from being read as a formula by a spreadsheet."""
     return f"'{value}" if isinstance(value, str) and value[:1] in ("=", "+", "-", "@", "\t", "\r") else value
 
 
 def render(package: str, template: str, **context: Any) -> str:
-    """A page from a template of `package`; templates of this package are found too. All that is not `Markup` is
+    """Render a template of `package`, which may use templates of this package. Values that are not `Markup` are
     escaped.
 
     Args:
         package: the Python package that has the template beside its modules.
         template: the file's name.
-        context: what the template names; a name that it lacks is an error.
+        context: values for the template. A missing value is an error.
     """
     environment = Environment(
         loader=ChoiceLoader([PackageLoader(package, ""), PackageLoader("sawkv.page", "")]),
@@ -124,21 +122,21 @@ def render(package: str, template: str, **context: Any) -> str:
 
 
 def data_url(text: str, kind: str) -> str:
-    """A file in a link, so that it can be saved without a script and without a network."""
+    """A file as a link, which can be saved without script and network."""
     return f"data:{kind};charset=utf-8;base64,{base64.b64encode(text.encode()).decode()}"
 
 
 def prose(text: str) -> Markup:
-    """Text in which `backquotes` mark code."""
+    """Text as HTML, with `backquotes` marking code."""
     return Markup(re.sub("`(.*?)`", r"<code>\1</code>", str(escape(text))))
 
 
 WIDE, NARROW = 900, 366
-"""Pixels that drawings may take on a desk and on a phone."""
+"""Width of drawings in pixels on a desktop and on a phone."""
 
 
 def both(draw: Callable[[int], str]) -> Markup:
-    """A drawing for wide and one for narrow screens; `draw` takes the width. What is wider still scrolls by itself."""
+    """One drawing for wide screens and one for narrow ones. `draw` takes the width. Wider drawings scroll."""
     return Markup(
         "".join(
             f'<div class="scroll {name}">{draw(width)}</div>' for name, width in (("wide", WIDE), ("narrow", NARROW))
@@ -147,7 +145,7 @@ def both(draw: Callable[[int], str]) -> Markup:
 
 
 def digits(value: float, count: int = 3) -> str:
-    """So many digits, without an exponent down to a millionth."""
+    """`count` significant digits, without an exponent down to 1e-6."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     if abs(value) < 1e-6:
@@ -156,7 +154,7 @@ def digits(value: float, count: int = 3) -> str:
 
 
 def with_error(mean: float, error: float) -> tuple[str, str]:
-    """`0.0210` and `± 0.0008`: the error to the mean's last place."""
+    """Mean and error as text, such as `0.0210` and `± 0.0008`, with the same last place."""
     shown = digits(mean)
     if error <= 0 or "e" in shown:
         return shown, ""

@@ -1,7 +1,8 @@
-"""Plots as SVG text, for the pages and for the docs: heat maps, lines, points, bars.
+"""Plots as SVG text, for reports and docs: heat maps, lines, points, bars.
 
-Colours are CSS variables (plots.css), so one drawing serves light, dark and print, and each mark has its value as a
-tooltip. docs/decisions/0018-pages.md says why no plotting library draws them.
+Colours are CSS variables (plots.css), so one drawing serves light mode, dark mode and print. Each mark has its value as
+a tooltip. docs/decisions/0018-pages.md says why there is no plotting library. Over 400 lines: seven plots, one function
+each.
 """
 
 from __future__ import annotations
@@ -14,15 +15,15 @@ from html import escape
 from importlib import resources
 
 COLOURS = 6
-"""Colours that lines have; later ones start again."""
+"""Number of colours for lines. Further lines repeat them."""
 LINE_HEIGHT = 15
 LEGEND_BELOW = 600
-"""Drawings narrower than this name their lines and points below, not beside them."""
+"""Drawings narrower than this have their legend below."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """A named point; `strong` ones are drawn in the accent colour."""
+    """A named point. `strong` points have the accent colour."""
 
     name: str
     x: float
@@ -35,9 +36,9 @@ class Line:
     """A named line through (x, y).
 
     Attributes:
-        dashed: for what is a level to compare with.
-        dotted: for the lesser one of two that belong together.
-        colour: number of its colour; None is that of its place.
+        dashed: drawn dashed, for a level to compare with.
+        dotted: drawn dotted, for the lesser of two related lines.
+        colour: number of its colour; None is its place in the list.
     """
 
     name: str
@@ -61,18 +62,18 @@ def heat_map(
     width: int = 900,
     widest: int = 58,
 ) -> str:
-    """A grid of cells, darker for more.
+    """A grid of cells, darker for larger values.
 
     Args:
         values: [rows][columns]; NaN is an empty cell.
         rows, columns: labels.
-        show: a value as text, in the cell if all fit and in its tooltip.
-        title: for those who cannot see it.
-        column_title: under the column labels.
-        low, high: ends of the colour scale; None takes those of the values.
-        log: the scale is logarithmic.
-        width: of the drawing, in pixels, that cells have to fit.
-        widest: a cell may be.
+        show: a value as text, shown in the tooltip, and in the cells if all texts fit.
+        title: text for screen readers.
+        column_title: text under the column labels.
+        low, high: ends of the colour scale; None takes the extremes of the values.
+        log: whether the scale is logarithmic.
+        width: of the drawing, in pixels.
+        widest: largest width of a cell, in pixels.
     """
     known = [value for row in values for value in row if math.isfinite(value)]
     low = min(known, default=0.0) if low is None else low
@@ -128,7 +129,7 @@ def line_chart(
     width: int = 900,
     height: int = 320,
 ) -> str:
-    """Lines over numbered places 0, 1, ... on a logarithmic y-axis, each named at its end."""
+    """Lines over places 0, 1, ... with a logarithmic y-axis, each labelled at its end."""
     lines = [replace(line, points=[(x, y) for x, y in line.points if 0 < y < math.inf]) for line in lines]
     drawn = [line for line in lines if line.points]
     below = width < LEGEND_BELOW
@@ -179,7 +180,7 @@ LEGEND_STEP = 19
 
 
 def _legend(entries: Sequence[tuple[str, str]], left: float, top: float) -> list[str]:
-    """Names with a dot in the colour of their class, one a line."""
+    """Names, one per line, each with a dot in the colour of its class."""
     parts = []
     for i, (name, kind) in enumerate(entries):
         y = top + 8 + LEGEND_STEP * i
@@ -201,9 +202,7 @@ def scatter(
     width: int = 900,
     height: int = 420,
 ) -> str:
-    """Named points on a logarithmic y-axis; a line along those that no other beats in both x and y; `level` is a line
-    to compare with.
-    """
+    """Named points over a logarithmic y-axis, with a line through the Pareto frontier, and a line at `level`."""
     left, right, top, bottom = 62, 24, 12, 46
     shown = [point for point in points if 0 < point.y < math.inf]
     lowest, highest = _decades([point.y for point in shown] + ([level[1]] if level and level[1] > 0 else []))
@@ -255,7 +254,7 @@ def scatter(
 
 
 def frontier(points: Sequence[Point]) -> list[Point]:
-    """Those that no other point beats with less of x and less of y, by x."""
+    """The Pareto frontier: points for which no other has less of both x and y, by x."""
     kept: list[Point] = []
     for point in sorted(points, key=lambda point: (point.x, point.y)):
         if not kept or point.y < kept[-1].y:
@@ -275,11 +274,11 @@ def bars(
     title: str,
     width: int = 900,
 ) -> str:
-    """Horizontal bars from 0, in groups, with a line at 1: ratios to something.
+    """Horizontal bars from 0 in groups, with a line at 1, for ratios.
 
     Args:
-        groups: a name and a value for each of `names`; NaN is a bar that is not there.
-        names: of the bars of each group.
+        groups: a name, and a value for each of `names`; NaN is a missing bar.
+        names: of the bars in each group.
         show: a value as text, at the bar's end.
         title: above the drawing.
         width: in pixels.
@@ -322,7 +321,9 @@ def cloud(
     width: int = 900,
     height: int = 420,
 ) -> str:
-    """Points of named series over a logarithmic x-axis, from 0 to a little above `level`, a named dashed line."""
+    """Points of named series over a logarithmic x-axis. The y-axis runs from 0 to a little above `level`, a named
+    dashed line.
+    """
     left, right, top, bottom = 76, 20, 52, 46
     xs = [x for _, points in series for x, _ in points]
     low, high = _decades(xs)
@@ -360,7 +361,7 @@ def cloud(
 
 
 def standalone(drawing: str) -> str:
-    """The drawing as a file of its own, with its colours for light and dark on a transparent ground."""
+    """The drawing as an SVG file, with colours for light and dark mode on a transparent background."""
     style = resources.files("sawkv.page").joinpath("plots.css").read_text(encoding="utf-8")
     return (
         drawing.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(
@@ -385,7 +386,7 @@ def _text(x: float, y: float, text: str, anchor: str, kind: str = "") -> str:
 
 
 def _share(value: float, low: float, high: float, log: bool) -> float:
-    """Where a value lies between the ends of a scale, 0 to 1."""
+    """Place of a value between the ends of a scale, 0 to 1."""
     if log:
         floor = max(low, high * 1e-6, 1e-300)
         low, high, value = math.log(floor), math.log(max(high, floor)), math.log(max(value, floor))
@@ -393,7 +394,7 @@ def _share(value: float, low: float, high: float, log: bool) -> float:
 
 
 def _decades(values: Sequence[float]) -> tuple[float, float]:
-    """A range for a logarithmic axis around the positive values, from and to 1, 2 or 5 times a power of ten."""
+    """Ends of a logarithmic axis around the positive values: 1, 2 or 5 times a power of ten."""
     known = [value for value in values if value > 0 and math.isfinite(value)] or [0.1, 1.0]
     low, high = 10 ** math.floor(math.log10(min(known) / 1.2)), 10 ** math.ceil(math.log10(max(known) * 1.2))
     return next(low * m for m in (5, 2, 1) if low * m <= min(known) / 1.2), next(
@@ -408,7 +409,7 @@ def log_scale(values: Sequence[float]) -> tuple[float, float]:
 
 
 def on_scale(value: float, scale: tuple[float, float]) -> float:
-    """Place of a value on such a scale, 0 to 1."""
+    """Place of a value on a logarithmic scale, 0 to 1."""
     return _share(value, *scale, log=True)
 
 
@@ -417,7 +418,7 @@ def _on_log(y: float, low: float, high: float, bottom: float, top: float) -> flo
 
 
 def _y_axis(low: float, high: float, left: float, right: float, bottom: float, top: float, title: str) -> list[str]:
-    """Grid lines at powers of ten, and at 2 and 5 times them where there are few."""
+    """Grid lines at powers of ten; also at 2 and 5 times them if there are few."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     steps = (1, 2, 5) if last - first <= 3 else (1,)
     parts = []
@@ -442,7 +443,7 @@ def _upright(x: float, y: float, text: str) -> str:
 
 
 def _spread(wanted: Sequence[float], gap: float, top: float, bottom: float) -> list[float]:
-    """Places near the wanted ones, at least `gap` apart, so that labels do not cover each other."""
+    """Places near the wanted ones and at least `gap` apart, so that labels do not overlap."""
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
     places = [wanted[i] for i in order]
     for _ in range(200):

@@ -1,1 +1,1 @@
-"""Making a model ready for a 4-bit cache: what is measured, what is fitted to it, and the file that engines load."""
+"""Preparing a model for a 4-bit cache: measuring K and V on text, fitting a calibration, and the file that holds it."""

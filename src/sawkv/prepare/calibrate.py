@@ -1,5 +1,6 @@
-"""`sawkv prepare`: what engines do at their start (`statistics`, `fit`), in Transformers, once, into a file that
-travels with the model.
+"""`sawkv prepare`: fits a calibration with Transformers, once, and writes it to a file that travels with the model.
+
+Engines do the same when they start, by the same `statistics` and `fit`.
 """
 
 from __future__ import annotations
@@ -33,20 +34,23 @@ def run_prepare(
     windows: int,
     device: str | None,
 ) -> int:
-    """Measure, fit, and write the file. Returns 0.
+    """Measure the model, fit a calibration and write its file.
 
     Args:
         model_folder: a checkpoint directory.
-        text_file: UTF-8 text; None is the text that ships with sawkv, on which engines prepare a model at their start.
-        out: the file to write; None is where engines look for it by themselves (`store.shipped_path`).
+        text_file: UTF-8 text; None is the text that ships with sawkv, which engines use when they start.
+        out: the file to write; None is the place where engines look for it (`store.shipped_path`).
         cache_format: the format that will be served.
         context: tokens of the longest request that will be served; 0 is the model's limit, at most `LONGEST_CONTEXT`.
-        window: tokens read from an empty cache at a time, at positions somewhere in that context.
-        windows: how many.
-        device: None is a GPU where there is one.
+        window: tokens per window. Each window is read from an empty cache, at positions spread over the context.
+        windows: number of windows.
+        device: `cpu` or `cuda`; None takes a GPU if there is one.
+
+    Returns:
+        0.
 
     Raises:
-        SawkvError: bad input, by name.
+        SawkvError: bad input. The message names it.
     """
     ships = out is None
     if ships and not model_folder.is_dir():
@@ -62,7 +66,7 @@ def run_prepare(
     if text_file is None:
         ids = preparation_windows(text.encode, window, windows, text.prefix)
     else:
-        _, ids = text.split(window, 1, windows)  # from the end: `sawkv eval` scores the start
+        _, ids = text.split(window, 1, windows)  # taken from the end, because `sawkv eval` scores the start
     shape = model.shape
     heads = f"{shape.num_layers} layers, {shape.num_kv_heads} KV heads of {shape.head_dim}"
     print(f"model   {model_folder.resolve().name}: {heads}")
@@ -81,17 +85,17 @@ def run_prepare(
 
 
 def calibrate(model: EvalModel, cache_format: CacheFormat, windows: torch.Tensor, context: int) -> Calibration:
-    """What a model's pages are best written with, for all layers.
+    """Fit the calibration of all layers.
 
     Args:
-        model: its attention is as `EvalModel` needs it.
-        cache_format: a quantized one.
+        model: the model, with the hooks of `EvalModel`.
+        cache_format: a quantized format.
         windows: [num_windows, window] token ids.
-        context: tokens over which they are spread.
+        context: tokens over which the windows are spread.
 
     Raises:
         FormatError: the format does not quantize, or does not fit the model.
-        UnsupportedError: the layers differ in shape, or hold what is not finite.
+        UnsupportedError: layers differ in shape, or their K or V is not finite.
     """
     num_kv_heads, head_dim = model.shape.num_kv_heads, model.shape.head_dim
     resolved = cache_format.resolve(head_dim)
@@ -110,7 +114,7 @@ def calibrate(model: EvalModel, cache_format: CacheFormat, windows: torch.Tensor
     config = model.model.config.get_text_config()
     indices = [
         getattr(module, "layer_idx", position) for position, module in enumerate(model.layers)
-    ]  # in a hybrid model not all attend
+    ]  # in a hybrid model some layers have no attention
     return Calibration.from_layers(
         resolved, model_id(config), config.num_hidden_layers, dict(zip(indices, fit(statistics, resolved), strict=True))
     )

@@ -1,10 +1,9 @@
 """The calibration file: static centers, gains and error feedback of K and V for one model and one format, as
 safetensors.
 
-See docs/calibration.md. Centers and gains change nothing but the error of quantization: a row is stored as (x - center)
-* gain, and readers undo both. Feedback (`format.feedback`) chooses codes whose errors attention feels less; nothing
-that reads pages knows of it.
-`sawkv prepare` makes the file; the engines load it.
+A row is stored as (x - center) * gain, and readers undo both, so centers and gains change only the quantization error.
+Feedback (`format.feedback`) changes which codes are chosen, and readers do not use it. `sawkv prepare` writes the file,
+and engines load it. docs/calibration.md describes it. Over 400 lines: checks of a file from elsewhere.
 """
 
 from __future__ import annotations
@@ -29,17 +28,16 @@ from sawkv.format.spec import FORMAT_VERSION, CacheFormat, ResolvedFormat
 
 VERSION: Final = "2"
 MAX_FILE_BYTES: Final = 512 << 20
-"""More than the models of today need. Feedback of 80 layers of 8 KV heads of 128 channels takes 21 MB, of 64 KV heads
-168 MB.
+"""Larger files are refused. Feedback of 80 layers with 8 KV heads of 128 channels takes 21 MB; with 64 KV heads 168 MB.
 """
 MAX_CENTER: Final = 65504.0
-"""The largest fp16: what a 16-bit model may compute."""
+"""The largest fp16, which bounds K and V of a 16-bit model."""
 MAX_GAIN: Final = 1024.0
-"""The largest; the smallest is its inverse. A factor that all gains of a head share changes nothing but the size of
-scales, which are fp16; so whoever fits gains divides them by their geometric mean, say.
+"""Gains lie between 1 / MAX_GAIN and MAX_GAIN. A factor common to all gains of a head changes only the size of scales,
+so gains can be divided by their geometric mean.
 """
 MAX_STEP: Final = 1.0
-"""Of feedback. A fitted one is near 1e-4."""
+"""Largest feedback step. Fitted steps are near 1e-4."""
 
 _CENTERS: Final = ("k_center", "v_center")
 _GAINS: Final = ("k_gain", "v_gain")
@@ -52,13 +50,12 @@ _OPTIONAL_KEYS: Final = ("weights",)
 
 @dataclass(frozen=True, eq=False)
 class LayerCalibration:
-    """What one layer's pages are written with, and what its rows were like; None is for nothing.
+    """The static tensors of one layer, and the energy of its rows. A field is None if the layer does not have it.
 
     Attributes:
         k_center, v_center, k_gain, v_gain, k_feedback, v_feedback: as in `PagedKVCache`, which takes `**constants()`.
-        k_energy, v_energy: [num_kv_heads] fp32, the mean squared length of rows as they are stored, after centering and
-        gain, on the text
-            that they were fitted on. Quantization errors grow in proportion to it.
+        k_energy, v_energy: [num_kv_heads] fp32, mean squared length of centered and scaled rows on the text of the fit.
+            Quantization errors are proportional to it.
     """
 
     k_center: torch.Tensor | None = None
@@ -71,13 +68,13 @@ class LayerCalibration:
     v_energy: torch.Tensor | None = None
 
     def constants(self) -> dict[str, Any]:
-        """What changes the bytes of pages: the fields of `PagedKVCache`, by their names."""
+        """The fields that change the bytes of pages, by the names that `PagedKVCache` takes."""
         return {name: part for name, part in vars(self).items() if name not in _ENERGIES}
 
     @classmethod
     def blank(cls, layout: PageLayout, device: torch.device | str) -> LayerCalibration:
-        """All constants that a layer of this layout can have, with values that change nothing: to be filled in place
-        later.
+        """Allocate every constant that a layer of this layout can have, with values that change nothing. `fill` sets
+        them in place later.
         """
         heads, head_dim = layout.num_kv_heads, layout.head_dim
 
@@ -93,11 +90,11 @@ class LayerCalibration:
         return cls(vectors(0), vectors(0), vectors(1), vectors(1), feedback(), feedback())
 
     def fill(self, values: LayerCalibration) -> None:
-        """Copy the constants of `values` into this one's tensors, which stay in place. What `values` lacks is left as
-        it is.
+        """Copy the constants of `values` into this object's tensors, in place. Parts that `values` lacks are left as
+        they are.
 
         Raises:
-            CalibrationError: `values` has a part that this one lacks.
+            CalibrationError: `values` has a part that this object lacks.
         """
         for name, part in values.constants().items():
             mine = getattr(self, name)
@@ -110,7 +107,7 @@ class LayerCalibration:
                 mine.copy_(part)
 
     def to(self, device: torch.device | str) -> LayerCalibration:
-        """The same on a device."""
+        """A copy on a device."""
         return LayerCalibration(
             **{name: None if part is None else part.to(device) for name, part in vars(self).items()}
         )
@@ -118,23 +115,23 @@ class LayerCalibration:
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Centers, gains and feedback of all layers.
+    """Centers, gains and feedback of all layers of a model.
 
     Attributes:
-        format: what they were fitted for, with its rotation orders.
-        model: `model_id` of the model they were measured on.
-        k_center, v_center: [num_layers, num_kv_heads, head_dim] fp32 on the CPU, for the whole model. Zeros center
-        nothing. k_gain, v_gain: the same shape in fp32, from 1 / MAX_GAIN to MAX_GAIN. Ones, and None, change nothing.
-        k_feedback, v_feedback: [num_layers, num_kv_heads, head_dim, head_dim] int8, weights as in `Feedback`, for int4
-        alone; None, or
-            zeros in all of a layer, pass on nothing.
-        k_feedback_step, v_feedback_step: [num_layers, num_kv_heads] fp32, as in `Feedback`; None where the weights are.
-        k_energy, v_energy: [num_layers, num_kv_heads] fp32, as in `LayerCalibration`. Zeros, and None, are unknown.
-        weights: `store.contents_digest` of the checkpoint that they were measured on; "" where that is not known. It
-            changes no page, so the fingerprint does not cover it.
+        format: the format that they were fitted for.
+        model: `model_id` of the model that they were fitted to.
+        k_center, v_center: [num_layers, num_kv_heads, head_dim] fp32 on the CPU, for the whole model. Zeros change
+            nothing.
+        k_gain, v_gain: same shape, fp32, from 1 / MAX_GAIN to MAX_GAIN, or None. Ones change nothing.
+        k_feedback, v_feedback: [num_layers, num_kv_heads, head_dim, head_dim] int8, weights as in `Feedback`, or None.
+            Only int4 has them. A layer of zeros passes no errors on.
+        k_feedback_step, v_feedback_step: [num_layers, num_kv_heads] fp32, as in `Feedback`; None if the weights are.
+        k_energy, v_energy: [num_layers, num_kv_heads] fp32, as in `LayerCalibration`, or None. Zero means unknown.
+        weights: `store.contents_digest` of the measured checkpoint, or "" if unknown. The fingerprint does not cover
+            it, because it changes no page.
 
     Raises:
-        CalibrationError: a tensor or the format is not as said.
+        CalibrationError: a tensor or the format does not fit this description.
     """
 
     format: ResolvedFormat
@@ -208,7 +205,9 @@ class Calibration:
         if not bool(((step >= 0) & (step <= MAX_STEP)).all()):  # NaN fails too
             raise CalibrationError(f"{name}_step: expected values from 0 to {MAX_STEP:g}, got NaN or others")
         never = ~takes_from(self.head_dim)
-        if any(bool(layer[:, never].any()) for layer in weights):  # layer by layer, to hold no copy of all
+        if any(
+            bool(layer[:, never].any()) for layer in weights
+        ):  # layer by layer, so that no copy of all weights is made
             raise CalibrationError(
                 f"{name}: expected weights of 0 for channels whose block is not coded before, got others"
             )
@@ -226,7 +225,11 @@ class Calibration:
         return self.k_center.shape[2]
 
     def fingerprint(self) -> str:
-        """16 hex digits over all that changes the bytes of a cache, and over the model."""
+        """Hash everything that changes the bytes of a cache, and the model.
+
+        Returns:
+            16 hex digits.
+        """
         text = "|".join(
             [
                 f"sawkv/{FORMAT_VERSION}",
@@ -243,22 +246,22 @@ class Calibration:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def _tensors(self) -> dict[str, torch.Tensor]:
-        """Those that there are, by their names in the file, always in the same order."""
+        """Tensors that are not None, by their names in the file, in a fixed order."""
         return {name: x for name in _TENSORS if (x := getattr(self, name)) is not None}
 
     def check(
         self, *, cache_format: ResolvedFormat, model: str, num_layers: int, num_kv_heads: int, head_dim: int
     ) -> None:
-        """Refuse a cache or a model that the calibration was not made for.
+        """Refuse a cache or a model that this calibration was not made for.
 
         Args:
             cache_format: of the cache.
-            model: `model_id` of the model that is served.
+            model: `model_id` of the served model.
             num_layers, num_kv_heads: of the whole model, not of one rank.
-            head_dim: channels in a head.
+            head_dim: channels per head.
 
         Raises:
-            CalibrationError: something differs; the message names all that does.
+            CalibrationError: something differs. The message names all differences.
         """
         wanted = {
             "format": str(cache_format),
@@ -281,11 +284,10 @@ class Calibration:
             )
 
     def layer(self, index: int, heads: slice = slice(None)) -> LayerCalibration:
-        """What a layer's KV heads are written with, copies on the CPU; None where there is nothing to subtract,
-        multiply by or pass on.
+        """The static tensors of one layer's KV heads, as copies on the CPU. Parts that would change nothing are None.
 
         Raises:
-            CalibrationError: there is no such layer or head.
+            CalibrationError: the layer or a head does not exist.
         """
         if not 0 <= index < self.num_layers:
             raise CalibrationError(
@@ -323,18 +325,17 @@ class Calibration:
     def from_layers(
         cls, cache_format: ResolvedFormat, model: str, num_layers: int, layers: Mapping[int, LayerCalibration]
     ) -> Calibration:
-        """The whole model's, of the parts that its layers have: the inverse of `layer`.
+        """Assemble the calibration of a model from those of its layers. The inverse of `layer`.
 
         Args:
             cache_format: the format that they were fitted for.
-            model: `model_id` of the model they were measured on.
+            model: `model_id` of the model that they were fitted to.
             num_layers: of the whole model.
-            layers: by the layers' indices, all KV heads of each, on any device. A layer that is not there (one without
-                attention, say) or that lacks a part has zeros for centers and feedback, and ones for gains.
+            layers: by layer index, all KV heads of each, on any device. A missing layer (one without attention) and a
+                missing part get zeros for centers and feedback, and ones for gains.
 
         Raises:
-            CalibrationError: an index is out of range, the shapes of two layers differ, or there is nothing in any of
-                them.
+            CalibrationError: an index is out of range, two layers differ in shape, or no layer has any part.
         """
         if any(not 0 <= index < num_layers for index in layers):
             raise CalibrationError(f"layers: expected indices from 0 to {num_layers - 1}, got {sorted(layers)}")
@@ -379,7 +380,7 @@ class Calibration:
         """Write the file.
 
         Raises:
-            SawkvError: it cannot be written; nothing is left of it then.
+            SawkvError: it cannot be written. No partial file is left.
         """
         metadata = {
             "version": VERSION,
@@ -402,11 +403,10 @@ class Calibration:
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
-        """Read and check a file. Nothing in it is executed, and nothing is allocated before its size is known to be
-        small.
+        """Read and check a file. Nothing in it is executed, and its size is checked before anything is allocated.
 
         Raises:
-            CalibrationError: it is missing, damaged, too large, or not a calibration file.
+            CalibrationError: the file is missing, damaged or too large, or is no calibration.
         """
         try:
             return cls._load(Path(path))
@@ -417,7 +417,7 @@ class Calibration:
     def _load(cls, path: Path) -> Calibration:
         try:
             size = path.stat().st_size
-        except (OSError, ValueError) as error:  # ValueError: a path that holds a null byte
+        except (OSError, ValueError) as error:  # ValueError: the path contains a null byte
             raise CalibrationError(f"cannot be read: {getattr(error, 'strerror', error)}") from error
         if not path.is_file() or size > MAX_FILE_BYTES:
             raise CalibrationError(
@@ -463,14 +463,17 @@ class Calibration:
 
 
 def model_id(config: object) -> str:
-    """16 hex digits that tell models apart by their configuration.
+    """A digest of a model's configuration.
 
-    It covers the shape of the language model, which engines and versions of Transformers agree upon, and not the
-    weights: a fine-tuned or quantized copy has the same identity. Another model's calibration costs accuracy, never
-    correctness.
+    It covers the shape of the language model, on which engines and versions of Transformers agree. It does not cover
+    weights: a fine-tuned or quantized copy has the same identity. The calibration of another model costs accuracy, and
+    never correctness.
 
     Args:
-        config: a Transformers configuration, of the text model where there are several.
+        config: a Transformers configuration; of the text model in multimodal models.
+
+    Returns:
+        16 hex digits.
     """
     names = (
         "model_type",
@@ -488,12 +491,12 @@ def model_id(config: object) -> str:
 def _config_field(config: object, name: str) -> object:
     try:
         return getattr(config, name, None)
-    except RuntimeError:  # of Transformers, where layers differ in it
+    except RuntimeError:  # Transformers raises it if layers differ in this field
         return [getattr(layer, name, None) for layer in config.per_layer_config]  # type: ignore[attr-defined]
 
 
 def _with_orders(cache_format: CacheFormat, head_dim: int) -> ResolvedFormat:
-    """The format of a calibration, whose name has to give both rotation orders."""
+    """The format of a calibration. Its name has to give both rotation orders."""
     try:
         resolved = cache_format.resolve(head_dim)
     except FormatError as error:

@@ -1,5 +1,5 @@
-"""The text that preparation runs a model on: prose, talk, code, tables and many scripts. It ships with sawkv; see
-corpus/SOURCES.md.
+"""The text that models are prepared on: prose, dialogue, code, tables and many scripts. It ships with sawkv;
+corpus/SOURCES.md names the sources.
 """
 
 from __future__ import annotations
@@ -11,19 +11,19 @@ from typing import Final
 import torch
 
 TEXT_VERSION: Final = 1
-"""Changes with the text: what was fitted on another is fitted again."""
+"""Increased when the text changes. Stored calibrations of another version are fitted again."""
 SEPARATOR: Final = "\n\n"
 WINDOW: Final = 512
-"""Tokens of a window that a model is prepared on."""
+"""Tokens per window."""
 NUM_WINDOWS: Final = 8
 LONGEST_CONTEXT: Final = 32768
-"""Positions up to here are measured: with longer contexts windows would lie too far apart."""
+"""Largest context over which windows are spread. In longer contexts they would lie too far apart."""
 FIRST_TOKENS: Final = 4
-"""Of every window that stand at the start of the context: what models attend to from everywhere lies there."""
+"""Tokens of every window that keep the first positions of the context, which models attend to from everywhere."""
 
 
 def preparation_text() -> str:
-    """All of it, documents in an order that mixes their kinds."""
+    """The whole text, with documents of different kinds alternating."""
     folder = files("sawkv.prepare") / "corpus"
     kinds = [
         file.read_text(encoding="utf-8").split("\n====\n")
@@ -41,14 +41,16 @@ def preparation_text() -> str:
 def preparation_windows(
     encode: Callable[[str], Sequence[int]], window: int, num_windows: int, prefix: Sequence[int] = ()
 ) -> torch.Tensor:
-    """Token ids [num_windows, window] int64 on the CPU, taken evenly over the text; it is repeated where it is too
-    short.
+    """Cut windows evenly over the text. A text that is too short is repeated.
 
     Args:
         encode: text to token ids, without special tokens.
-        window: tokens in a window.
-        num_windows: how many.
-        prefix: special tokens that the model wants first, such as BOS; each window starts with them.
+        window: tokens per window.
+        num_windows: number of windows.
+        prefix: special tokens that the model expects first, such as BOS; each window starts with them.
+
+    Returns:
+        [num_windows, window] int64 on the CPU.
     """
     ids = torch.tensor(list(encode(preparation_text())), dtype=torch.int64)
     size = window - len(prefix)
@@ -63,18 +65,18 @@ def preparation_windows(
 
 
 def random_windows(vocab_size: int, window: int, num_windows: int) -> torch.Tensor:
-    """The same shape for a model without a tokenizer: ids drawn from the vocabulary, always the same."""
+    """Windows of random ids with a fixed seed, for a model without a tokenizer: [num_windows, window] int64."""
     return torch.randint(0, vocab_size, (num_windows, window), generator=torch.Generator().manual_seed(0))
 
 
 def preparation_positions(num_windows: int, window: int, context: int) -> torch.Tensor:
-    """Where the tokens of windows stand: [num_windows, window] int64 on the CPU.
+    """Positions of the windows' tokens: [num_windows, window] int64 on the CPU.
 
-    Keys turn with their position, so what is learned of them at the first positions does not hold for later ones, and
-    what is learned over a long context costs something in short ones. So windows are spread over the context as its
-    octaves are: as many end between 1,024 and 2,048 as between 16,384 and 32,768. Only their first tokens stay at its
-    start, since models give the start of a text a part of its own, and attend to it from everywhere (StreamingLLM,
-    arXiv 2309.17453). To a model it looks as if the text between had been forgotten.
+    RoPE turns keys with their position. What is measured at the first positions does not hold at later ones, and what
+    is measured over a long context is worse for short ones. So windows are spread over the octaves of the context: as
+    many end between 1,024 and 2,048 as between 16,384 and 32,768. The first tokens of each window stay at the start of
+    the context, because models attend to the first tokens from everywhere (StreamingLLM, arXiv 2309.17453). To the
+    model, the text in between looks evicted.
     """
     growth = max(1.0, context / window)
     ends = [window * growth ** (number / max(1, num_windows - 1)) for number in range(num_windows)]

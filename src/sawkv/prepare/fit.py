@@ -1,21 +1,18 @@
-"""From statistics to what pages are written with: centers, gains and feedback of K and V, for all layers at once, on
-the device.
+"""Fits centers, gains and feedback of K and V to statistics, for all layers of one shape at once, on their device.
 
-- The center is the mean of the head's rows, by what they count (`statistics`). An offset costs range and carries
-  nothing.
-- Gains make channels equally wide for their importance. After a rotation all channels err alike as they are rounded,
-  and by the more the larger sum_i c_i g_i^2 is, where c_i is the variance of channel i about its center and g_i its
-  gain. Read back, channel i errs by 1 / g_i of that, which without feedback costs sum_i h_i / g_i^2, with h the
-  diagonal of the hessian. The product is least at g_i^4 = h_i / c_i (Cauchy-Schwarz; SmoothQuant, arXiv 2211.10438,
-  balances weights and activations so). With feedback it is least where every channel has the same share of that sum as
-  of the cost that feedback leaves, which a few steps find.
-- Feedback is fitted to the hessian of what is stored: rows after their gain, rotated (`format.feedback`).
-- The energy of stored rows on this text tells later how far the traffic's rows have moved from it (`sawkv_drift`,
-  docs/observability.md).
+- The center is the weighted mean of a head's rows (`statistics` has the weights). A constant offset widens the range of
+codes and carries no information.
+- Gains balance channels. After a rotation all channels share one rounding error, which grows with sum_i c_i g_i^2,
+where c_i is the variance of channel i about its center and g_i its gain. Reading divides by the gain, so the error
+costs sum_i h_i / g_i^2 without feedback, with h the diagonal of the hessian. By Cauchy-Schwarz the product is smallest
+at g_i^4 = h_i / c_i. (SmoothQuant, arXiv 2211.10438, balances weights and activations in this way.) With feedback it is
+smallest where each channel has equal shares of both factors, which a few iterations find.
+- Feedback is fitted to the hessian of stored rows: scaled by gains, and rotated (`format.feedback`).
+- The energy of stored rows is kept. `sawkv_drift` compares the traffic's rows with it (docs/observability.md).
 
-The hessian says what an error e of a row costs, e^T hessian e: for K the squared error of scores, from the queries of
-the text; for V the squared error of the layer's output, from the output projection, or of the head's own output where
-that is unknown.
+The hessian gives the cost e^T hessian e of a row's error e. For K the cost is the squared error of scores, from the
+text's queries. For V it is the squared error of the layer's output, from the output projection; if the projection is
+unknown, it is the squared error of the head's own output.
 """
 
 from __future__ import annotations
@@ -32,25 +29,25 @@ from sawkv.prepare.calibration import LayerCalibration
 from sawkv.prepare.statistics import LayerStatistics
 
 FLOOR = 1e-8
-"""Of variances and importances, as a share of their head's mean: dead channels keep finite gains."""
+"""Smallest variance and importance, as a share of the head's mean. Dead channels so get finite gains."""
 WIDEST = 256.0
-"""The largest gain and the inverse of the smallest, for channels that no query sees or no row fills."""
+"""Gains lie between 1 / WIDEST and WIDEST, also for channels that no query reads or no row fills."""
 STEPS = 16
-"""Towards the best gains. After four of them the cost mostly changes by less than a thousandth; strong offsets of
-queries take more.
+"""Iterations towards the best gains. After four the cost changes by less than a thousandth on most models. Queries with
+large offsets take more.
 """
 
 
 @torch.no_grad()
 def fit(statistics: Sequence[LayerStatistics], cache_format: CacheFormat) -> list[LayerCalibration]:
-    """What each layer's pages are to be written with, on the statistics' device. Equal statistics give equal bytes.
+    """Fit the calibration of each layer, on the statistics' device. Equal statistics give equal bytes.
 
     Args:
-        statistics: of the layers, in their order; shapes may differ.
-        cache_format: a quantized one. Only int4 gets feedback.
+        statistics: of the layers, in order. Shapes may differ.
+        cache_format: a quantized format. Only int4 gets feedback.
 
     Raises:
-        UnsupportedError: a layer got no rows, or ones that are not finite.
+        UnsupportedError: the statistics of a layer have no rows, or rows that are not finite.
     """
     for index, layer in enumerate(statistics):
         sums = torch.stack([layer.squares.sum(), layer.query_gram.sum(), layer.squares.new_ones(())])
@@ -69,7 +66,7 @@ def fit(statistics: Sequence[LayerStatistics], cache_format: CacheFormat) -> lis
 
 
 def _fit_alike(statistics: list[LayerStatistics], cache_format: ResolvedFormat) -> list[LayerCalibration]:
-    """Layers of one shape."""
+    """Fit layers of one shape together."""
     heads = statistics[0].num_kv_heads
     tiny = torch.finfo(torch.float64).tiny
     weights = torch.stack([layer.weights for layer in statistics])[..., None].clamp_min(tiny)
@@ -118,7 +115,7 @@ def _value_hessian(layer: LayerStatistics) -> torch.Tensor:
 
 
 def _gains(variance: torch.Tensor, hessian: torch.Tensor, order: int, feeds_back: bool) -> torch.Tensor:
-    """[..., head_dim], of geometric mean 1, but for dead channels: a common factor changes nothing."""
+    """Gains [..., head_dim] with geometric mean 1, dead channels apart. A common factor would change nothing."""
     variance, importance = _floored(variance), _floored(hessian.diagonal(dim1=-2, dim2=-1))
     best = _normalized((importance / variance).pow(0.25))
     if not feeds_back:
@@ -134,7 +131,7 @@ def _gains(variance: torch.Tensor, hessian: torch.Tensor, order: int, feeds_back
         better = total < least
         best, least = gains.where(better, best), total.where(better, least)
         direction = (shares * wide.sum(-1, keepdim=True) / wide).log().clamp(-2, 2).where(better, direction)
-        step = step.where(better, step / 4)  # from the best so far, a smaller one
+        step = step.where(better, step / 4)  # no better: a smaller step from the best gains so far
         gains = _normalized(best * (step * direction).exp())
     return best
 
@@ -145,7 +142,7 @@ def _normalized(gains: torch.Tensor) -> torch.Tensor:
 
 
 def _stored(hessian: torch.Tensor, gains: torch.Tensor) -> torch.Tensor:
-    """The hessian of rows after their gain."""
+    """The hessian of rows after they are multiplied by gains."""
     return hessian / gains[..., :, None] / gains[..., None, :]
 
 
@@ -155,7 +152,7 @@ def _floored(x: torch.Tensor) -> torch.Tensor:
 
 
 def _in_basis(hessian: torch.Tensor, order: int) -> torch.Tensor:
-    """The hessian [num_kv_heads, head_dim, head_dim] of rows that are rotated, fp64. Its own inverse."""
+    """The hessian [num_kv_heads, head_dim, head_dim] of rotated rows, fp64. Applied twice, it is the identity."""
     size = hessian.shape[-1]
     if not order:
         return hessian.double()

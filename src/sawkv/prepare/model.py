@@ -1,10 +1,9 @@
-"""A Transformers model whose attention reads K and V through functions given to it: one teacher-forced pass, every read
-quantized.
+"""A Transformers model whose attention reads K and V through given functions, in one teacher-forced pass.
 
-An attention function is registered through Transformers' AttentionInterface. It gets K after RoPE and V of every token,
-the query's own token included, replaces them by what a cache would have given back, and attends causally as `sdpa`
-does. Transformers' own quantized caches return unquantized states in such a pass, so a perplexity taken through them
-measures nothing.
+The attention function is registered through Transformers' AttentionInterface. It gets K (after RoPE) and V of every
+token, the query's own token included, replaces them by what a cache would return, and attends causally as `sdpa` does.
+Transformers' own quantized caches return unquantized states in such a pass, so they cannot be used to measure
+perplexity. Over 400 lines: one class and its hooks.
 """
 
 from __future__ import annotations
@@ -41,10 +40,10 @@ _HOOK = "_sawkv_eval_hook"
 
 
 def find_device(name: str | None = None) -> torch.device:
-    """The device called `cpu` or `cuda`; without a name a GPU where there is one.
+    """The device called `cpu` or `cuda`. Without a name, a GPU if there is one.
 
     Raises:
-        UnsupportedError: it is neither, or PyTorch sees no GPU.
+        UnsupportedError: the name is another, or PyTorch finds no GPU.
     """
     has_gpu = torch.cuda.is_available()
     if name not in (None, "cpu", "cuda"):
@@ -55,8 +54,8 @@ def find_device(name: str | None = None) -> torch.device:
 
 
 def default_dtype(device: torch.device) -> torch.dtype:
-    """bf16 on a GPU, as engines run models; fp32 on a CPU, where it shows the cache's error alone and bf16 is slow on
-    many.
+    """bf16 on a GPU, as engines run models. fp32 on a CPU, where bf16 is often slow, and where rounding of the model
+    would hide the cache's error.
     """
     return torch.bfloat16 if device.type == "cuda" else torch.float32
 
@@ -69,15 +68,15 @@ def load_tokenizer(checkpoint: Path) -> Tokenizer:
 
 
 def load_model(checkpoint: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of a checkpoint directory or GGUF file, on the CPU; no code of the checkpoint is run, and nothing is
-    fetched.
+    """The model of a checkpoint directory or GGUF file, on the CPU. No code of the checkpoint is run, and nothing is
+    downloaded.
 
     Raises:
-        SawkvError: it holds no checkpoint that Transformers can load.
+        SawkvError: Transformers cannot load the checkpoint.
     """
     with _readable(checkpoint) as source:
         if "gguf_file" in source:
-            from transformers import GgufConfig  # not in the oldest
+            from transformers import GgufConfig  # the oldest Transformers lacks it
 
             source["quantization_config"] = GgufConfig(dequantize=True)
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(**source, dtype=dtype, local_files_only=True)
@@ -85,14 +84,13 @@ def load_model(checkpoint: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 class EvalModel:
-    """A causal language model with hooks into its attention layers.
+    """A causal language model with hooks in its attention layers.
 
     Args:
-        model: on its device and in its dtype. Its attention implementation is changed for good.
+        model: on its device and in its dtype. Its attention implementation is replaced, and not restored.
 
     Raises:
-        UnsupportedError: its attention does not go through Transformers' AttentionInterface, or needs what the
-            evaluation cannot do.
+        UnsupportedError: its attention does not go through Transformers' AttentionInterface.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -108,7 +106,7 @@ class EvalModel:
 
     @classmethod
     def load(cls, checkpoint: Path, device: torch.device | str, dtype: torch.dtype) -> EvalModel:
-        """From a checkpoint directory or GGUF file, as `load_model` does."""
+        """Load a checkpoint directory or GGUF file, as `load_model` does."""
         return cls(load_model(checkpoint, dtype).to(device))  # type: ignore[arg-type]
 
     @property
@@ -118,11 +116,15 @@ class EvalModel:
 
     @torch.inference_mode()
     def hidden(self, ids: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:
-        """Token ids [num_rows, length] to the states that `logits` takes, [num_rows, length, size]; each row from an
-        empty cache.
+        """States from which `logits` computes logits. Each row is read from an empty cache.
 
-        `positions`, [length] int64, are the tokens' places; None is 0, 1, 2, ... Attention is causal in the order of
-        tokens all the same.
+        Args:
+            ids: [num_rows, length] token ids.
+            positions: [length] int64; None is 0, 1, 2, ... Attention is causal in the order of tokens, whatever their
+                positions.
+
+        Returns:
+            [num_rows, length, size].
         """
         ids = ids.to(self.device)
         options: dict[str, Any] = {"use_cache": False}
@@ -139,8 +141,8 @@ class EvalModel:
 
     @torch.inference_mode()
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """[..., size] to next-token logits [..., vocab_size] fp32. Cheap to call in pieces, where all at once would not
-        fit memory.
+        """Next-token logits [..., vocab_size] fp32 of states [..., size]. Call it on pieces if all logits would not fit
+        in memory.
         """
         if self._head is None:
             return hidden.float()
@@ -149,7 +151,7 @@ class EvalModel:
 
     @contextlib.contextmanager
     def reading(self, readers: Sequence[tuple[Reader, Reader] | None]) -> Iterator[None]:
-        """Within it, layer i's attention reads K and V through `readers[i]`, or as they are where that is None."""
+        """Within the block, layer i reads K and V through `readers[i]`. None leaves a layer unchanged."""
         if len(readers) != len(self.layers):
             raise ValueError(f"expected readers for {len(self.layers)} layers, got {len(readers)}")
         try:
@@ -163,7 +165,9 @@ class EvalModel:
 
     @contextlib.contextmanager
     def eager(self) -> Iterator[None]:
-        """Within it, attention is Transformers' eager one, another order of operations; hooks do nothing."""
+        """Within the block, attention is Transformers' eager one, whose order of operations differs. Hooks have no
+        effect.
+        """
         self.model.set_attn_implementation("eager")
         try:
             yield
@@ -171,7 +175,7 @@ class EvalModel:
             self.model.set_attn_implementation(ATTENTION)
 
     def states(self, ids: torch.Tensor, positions: torch.Tensor | None = None) -> list[LayerStates]:
-        """What each layer's attention gets on token ids [num_rows, length], at positions as in `hidden`."""
+        """Q, K and V of each layer's attention on token ids [num_rows, length], at positions as in `hidden`."""
         recorders = [_Recording() for _ in self.layers]
         for layer, recorder in zip(self.layers, recorders, strict=True):
             setattr(layer, _HOOK, recorder)
@@ -185,9 +189,7 @@ class EvalModel:
 
     @torch.inference_mode()
     def continue_greedily(self, ids: torch.Tensor, count: int) -> torch.Tensor:
-        """The `count` tokens that greedy decoding with an unquantized cache adds to ids [num_rows, length]: [num_rows,
-        count].
-        """
+        """Greedy continuation of ids [num_rows, length] with an unquantized cache: [num_rows, count] token ids."""
         cache, tokens, step = None, [], ids.to(self.device)
         for _ in range(count):
             output = self.model(step, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -196,7 +198,7 @@ class EvalModel:
         return torch.cat(tokens, 1)
 
     def _find_layers(self) -> AttentionShape:
-        """Fill `layers` by one pass over two tokens."""
+        """Fill `layers` by one pass over two tokens, and return their shape."""
         found: list[tuple[nn.Module, int, int, int]] = []
 
         def note(
@@ -222,8 +224,8 @@ class EvalModel:
         return AttentionShape(len(found), *found[0][1:])
 
     def _plain_head(self) -> nn.Module | None:
-        """The output embedding, if it alone makes logits from the trunk's states; some models scale or
-        soft-cap them.
+        """The output embedding, if the model's logits are its product with the trunk's states. None for models that
+        scale or soft-cap logits.
         """
         head: nn.Module | None = self.model.get_output_embeddings()  # type: ignore[no-untyped-call]
         if head is None or self.model.base_model is self.model:
@@ -236,14 +238,14 @@ class EvalModel:
 
 
 def output_weight(layer: nn.Module, width: int) -> torch.Tensor | None:
-    """The projection that follows a layer's attention, [hidden_size, width]; None if it is not found, or packed.
+    """The output projection of an attention layer, [hidden_size, width]. None if it is not found, or is quantized.
 
     Args:
-        layer: the module that attends.
+        layer: the attention module.
         width: num_q_heads * head_dim.
     """
     for name, child in layer.named_children():
-        child = getattr(child, "base_layer", child)  # beneath PEFT's adapters
+        child = getattr(child, "base_layer", child)  # PEFT's adapters wrap the layer
         weight = getattr(child, "weight", None)
         if name in ("o_proj", "out_proj", "dense", "c_proj") and isinstance(weight, torch.Tensor) and weight.ndim == 2:
             weight = weight.detach().mT if isinstance(child, Conv1D) else weight.detach()
@@ -257,8 +259,8 @@ def output_weight(layer: nn.Module, width: int) -> torch.Tensor | None:
 
 
 def collect_samples(model: EvalModel, ids: torch.Tensor, context: int = 0) -> list[LayerSample]:
-    """Samples of all layers on token ids [num_rows, length], rows at positions spread over `context` tokens, or all at
-    its start.
+    """Samples of all layers on token ids [num_rows, length]. Rows stand at positions spread over `context` tokens, or
+    with 0 at its start.
     """
     parts: list[list[tuple[Sample, Sample]]] = []
 
@@ -275,8 +277,8 @@ def collect_samples(model: EvalModel, ids: torch.Tensor, context: int = 0) -> li
 def measure(
     model: EvalModel, ids: torch.Tensor, context: int, step: Callable[[list[LayerStates]], object] = lambda states: None
 ) -> list[LayerStatistics]:
-    """Statistics of all layers on token ids [num_windows, window], windows spread over `context` tokens; `step` sees
-    each one's states.
+    """Statistics of all layers on token ids [num_windows, window], with windows spread over `context` tokens. `step` is
+    called with the states of each window.
     """
     places = preparation_positions(len(ids), ids.shape[1], context)
     found: list[LayerStatistics] = []
@@ -290,7 +292,7 @@ def measure(
 
 
 class _Reading:
-    """A hook that replaces K and V by what is read back."""
+    """A hook that replaces K and V by what a cache would return."""
 
     def __init__(self, read_k: Reader, read_v: Reader) -> None:
         self._read_k, self._read_v = read_k, read_v
@@ -307,7 +309,7 @@ class _Reading:
 
 
 class _Recording:
-    """A hook that keeps Q, K and V."""
+    """A hook that records Q, K and V."""
 
     def __init__(self) -> None:
         self._rows: list[tuple[torch.Tensor, ...]] = []
@@ -339,7 +341,7 @@ def _attention(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The registered attention function: `sdpa` on what the hook gives back."""
+    """The registered attention function: `sdpa`, on the K and V that the hook returns."""
     hook = getattr(module, _HOOK, None)
     if hook is not None:
         key, value = hook(module, query, key, value)
@@ -365,14 +367,14 @@ def _capped_attention(
     softcap: float | None,
     sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """Causal attention with a soft-cap on scores (Gemma 2) or sinks beside them (gpt-oss), which `sdpa` has not.
+    """Causal attention with a soft-cap on scores (Gemma 2) or with sinks (gpt-oss), which `sdpa` lacks.
 
     Args:
         query, key, value: [num_rows, heads, length, head_dim].
-        mask: [num_rows, 1, length, length] bool, true where a key is seen; None is causal.
+        mask: [num_rows, 1, length, length] bool, true where a query sees a key; None is causal.
         scaling: factor of q.k.
         softcap: scores become softcap * tanh(scores / softcap).
-        sinks: [num_q_heads], scores of a key that is always seen and has no value.
+        sinks: [num_q_heads] logits of a key that every query sees, and that has no value.
 
     Returns:
         [num_rows, length, num_q_heads, head_dim] in the query's dtype.
@@ -393,8 +395,8 @@ def _capped_attention(
 
 @contextlib.contextmanager
 def _readable(checkpoint: Path) -> Iterator[dict[str, Any]]:
-    """Arguments of `from_pretrained`; within the block, checkpoint errors as ours, and no progress bars of
-    Transformers.
+    """Arguments of `from_pretrained`. Within the block, errors of the checkpoint are raised as ours, without progress
+    bars of Transformers.
     """
     if checkpoint.suffix == ".gguf" and checkpoint.is_file():
         source = {"pretrained_model_name_or_path": checkpoint.absolute().parent, "gguf_file": checkpoint.name}

@@ -1,4 +1,4 @@
-"""From what a model's attention got on calibration text to the samples that methods are fitted on."""
+"""Samples of K and V, made from a model's attention states on calibration text, for the lab's methods."""
 
 from __future__ import annotations
 
@@ -10,22 +10,22 @@ import torch
 from sawkv.prepare.statistics import LayerStatistics
 
 Reader = Callable[[torch.Tensor], torch.Tensor]
-"""Rows [num_tokens, num_kv_heads, head_dim] fp32 to the same shape and dtype, as attention reads them. Does not mutate
-its input.
+"""Maps rows [num_tokens, num_kv_heads, head_dim] fp32 to what attention would read after they were stored, same shape
+and dtype. Does not change its input.
 """
 
 
 @dataclass(frozen=True)
 class LayerStates:
-    """What one layer's attention got on some text.
+    """Q, K and V of one attention layer on some text.
 
     Attributes:
         q: [num_tokens, num_q_heads, head_dim] fp32, after RoPE.
         k, v: [num_tokens, num_kv_heads, head_dim] fp32, K after RoPE. Windows follow each other.
-        output_weight: [hidden_size, num_q_heads * head_dim], the projection that follows, as the model holds it; None
-            if it is not found.
+        output_weight: [hidden_size, num_q_heads * head_dim], the output projection in the model's dtype; None if it is
+            not found.
         softmax_scale: factor of q.k.
-        sliding_window: tokens that a query sees, its own included; 0 is all before it.
+        sliding_window: tokens that a query sees, itself included; 0 is no limit.
     """
 
     q: torch.Tensor
@@ -36,7 +36,7 @@ class LayerStates:
     sliding_window: int = 0
 
     def empty_statistics(self) -> LayerStatistics:
-        """What rows of such a layer can be added to."""
+        """Statistics without rows, for a layer of this shape."""
         statistics = LayerStatistics(
             self.k.shape[1], self.k.shape[2], self.k.device, self.softmax_scale, self.sliding_window
         )
@@ -47,14 +47,14 @@ class LayerStates:
 
 @dataclass(frozen=True)
 class Sample:
-    """K or V of one layer on calibration text.
+    """Rows of K or V of one layer on calibration text, and the cost of their errors.
 
     Attributes:
         rows: [num_tokens, num_kv_heads, head_dim] fp32, K after RoPE.
-        hessian: [num_kv_heads, head_dim, head_dim] fp32, symmetric, positive semi-definite: storing a row with error e
-            costs e^T hessian e. For K it is the mean of q q^T over the queries that read the head, so the cost is the
-            squared error of scores before softmax_scale; for V the Gram matrix of the columns of the output projection
-            that read the head.
+        hessian: [num_kv_heads, head_dim, head_dim] fp32, symmetric, positive semi-definite. An error e of a row costs
+            e^T hessian e. For K the hessian is the mean of q q^T over the queries that read the head, so the cost is
+            the squared error of scores before softmax_scale. For V it is the Gram matrix of the output projection's
+            columns that read the head.
     """
 
     rows: torch.Tensor
@@ -67,9 +67,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class LayerSample:
-    """K and V of one layer on calibration text, and their statistics, as engines gather them when they
-    prepare a model.
-    """
+    """K and V of one layer on calibration text, and the statistics that engines gather when they prepare a model."""
 
     k: Sample
     v: Sample
@@ -77,8 +75,9 @@ class LayerSample:
 
 
 def key_hessian(states: LayerStates) -> torch.Tensor:
-    """[num_kv_heads, head_dim, head_dim] fp32: the mean of q q^T over the queries that read the head, so that e^T
-    hessian e is the mean squared error of scores, before softmax_scale, that an error e of a key makes.
+    """The mean of q q^T over the queries that read each KV head: [num_kv_heads, head_dim, head_dim] fp32.
+
+    e^T hessian e is the mean squared error of scores, before softmax_scale, for an error e of a key.
     """
     num_tokens, num_kv_heads, head_dim = states.k.shape
     queries = states.q.view(num_tokens, num_kv_heads, -1, head_dim).transpose(0, 1).flatten(1, 2)
@@ -86,9 +85,11 @@ def key_hessian(states: LayerStates) -> torch.Tensor:
 
 
 def value_hessian(states: LayerStates) -> torch.Tensor:
-    """[num_kv_heads, head_dim, head_dim] fp32: the Gram matrix of the output projection's columns that read the head,
-    so that e^T hessian e is the squared error that an error e of the head's output makes in the layer's. The identity
-    for an unknown projection.
+    """The Gram matrix of the output projection's columns that read each KV head: [num_kv_heads, head_dim, head_dim]
+    fp32.
+
+    e^T hessian e is the squared error of the layer's output for an error e of the head's output. Without a known
+    projection it is the identity.
     """
     _, num_kv_heads, head_dim = states.v.shape
     if states.output_weight is None:
@@ -99,19 +100,19 @@ def value_hessian(states: LayerStates) -> torch.Tensor:
 
 
 def layer_sample(states: LayerStates) -> LayerSample:
-    """K and V of one layer on one window."""
+    """Sample and statistics of K and V of one layer on one window."""
     statistics = states.empty_statistics()
     statistics.add(states.q, states.k, states.v)
     return LayerSample(*samples(states), statistics)
 
 
 def samples(states: LayerStates) -> tuple[Sample, Sample]:
-    """Rows of K and of V, with what their errors cost."""
+    """Samples of K and of V."""
     return Sample(states.k, key_hessian(states)), Sample(states.v, value_hessian(states))
 
 
 def joined(samples: Sequence[Sample]) -> Sample:
-    """One sample of equally long ones."""
+    """Join samples of equal length."""
     return Sample(
         torch.cat([sample.rows for sample in samples]), torch.stack([sample.hessian for sample in samples]).mean(0)
     )

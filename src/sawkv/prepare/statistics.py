@@ -1,12 +1,11 @@
-"""What preparation measures of one attention layer: sums over text, from which `fit` makes centers, gains and feedback.
+"""Statistics of one attention layer on text. `fit` turns them into centers, gains and feedback.
 
-Not every row's error costs the same. Rows that attention reads much, such as the first token of a text in many models,
-count for what the layer's output loses by them. For the error of a value, which attention adds up with weights a, that
-is the sum of a^2 over the queries that see it; for an error of a score it is a^2 |v - o|^2, since the output o moves by
-a (v - o). Without this the mean is that of rows that hardly matter, and the error of the first token alone is half of
-all error (docs/lab/2026-11.md).
+Rows are weighted by how much their errors cost. An error of a value changes the layer's output by the attention weight
+a, so its row counts with the sum of a^2 over the queries that see it. An error of a score moves the output o by a (v -
+o), so the key's row counts with the sum of a^2 |v - o|^2. Without weights the mean would be that of rows that hardly
+matter, and the first token alone made half of the error (docs/lab/2026-11.md).
 
-No rows are kept, so the memory does not grow with the text. Q and K come after RoPE, as the cache stores K.
+Rows are not kept, so memory does not grow with the text. Q and K are taken after RoPE, as the cache stores K.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import torch
 from sawkv.errors import UnsupportedError
 
 QUERY_STEP: Final = 4
-"""Of every so many queries one is asked what it attends to: a quarter of the work, and as good."""
+"""Every fourth query is used for the weights of rows: a quarter of the work for the same result."""
 
 
 class LayerStatistics:
@@ -26,21 +25,21 @@ class LayerStatistics:
 
     Attributes:
         rows: tokens added.
-        weights: [2, num_kv_heads], the sum of what K's and V's rows count.
-        sums: [2, num_kv_heads, head_dim], of K and of V, by what they count.
-        squares: the same, of the rows' squares.
-        plain_sums, plain_squares: the same two with every row counting alike, for what traffic is compared with.
+        weights: [2, num_kv_heads], sum of the weights of rows of K and of V.
+        sums: [2, num_kv_heads, head_dim], weighted sum of rows of K and of V.
+        squares: [2, num_kv_heads, head_dim], weighted sum of squares.
+        plain_sums, plain_squares: the same sums without weights, for comparison with traffic.
         query_gram: [num_kv_heads, head_dim, head_dim], the sum of q q^T over the queries that read the head.
-        queries: how many of them for each head.
-        output_gram: [num_kv_heads, head_dim, head_dim], of the columns of the output projection that read the head;
-            None if never set.
+        queries: number of such queries per head.
+        output_gram: [num_kv_heads, head_dim, head_dim], Gram matrix of the output projection's columns that read the
+            head; None if never set.
 
     Args:
         num_kv_heads: of this rank.
-        head_dim: channels in a head, of K and of V.
-        device: where rows come from; the sums stay there.
+        head_dim: channels per head of K and of V.
+        device: of the rows; the sums stay there.
         softmax_scale: factor of q.k; None is head_dim ** -0.5.
-        sliding_window: tokens that a query sees, its own included; 0 is all before it.
+        sliding_window: tokens that a query sees, itself included; 0 is no limit.
     """
 
     def __init__(
@@ -67,14 +66,13 @@ class LayerStatistics:
 
     @torch.no_grad()
     def set_output_weight(self, weight: torch.Tensor) -> None:
-        """Tell what reads the attention's output: errors count as much as it makes of them. To be called before `add`,
-        or never.
+        """Set the output projection, which weights errors of V. Call it before `add`, or never.
 
         Args:
             weight: [hidden_size, num_q_heads * head_dim], of this rank's heads, any float dtype.
 
         Raises:
-            UnsupportedError: its shape does not fit, or rows were added before.
+            UnsupportedError: the shape does not fit, or rows were added before.
         """
         if weight.ndim != 2 or weight.shape[1] % (self.num_kv_heads * self.head_dim):
             raise UnsupportedError(
@@ -90,7 +88,7 @@ class LayerStatistics:
 
     @torch.no_grad()
     def add(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Add one window of text: tokens that attend causally to each other and to nothing else.
+        """Add one window of text. Its tokens attend causally to each other and to nothing else.
 
         Args:
             q: [num_tokens, num_q_heads, head_dim], any float dtype, after RoPE. Query head i reads KV head i *
@@ -98,7 +96,7 @@ class LayerStatistics:
             k, v: [num_tokens, num_kv_heads, head_dim], K after RoPE.
 
         Raises:
-            UnsupportedError: a shape is not as said.
+            UnsupportedError: a shape does not fit.
         """
         expected = [len(k), self.num_kv_heads, self.head_dim]
         if list(k.shape) != expected or list(v.shape) != expected:
@@ -111,7 +109,7 @@ class LayerStatistics:
                 f" {list(q.shape)}"
             )
         grouped = q.float().view(len(q), self.num_kv_heads, -1, self.head_dim).permute(1, 2, 0, 3)
-        for head, queries in enumerate(grouped):  # head by head, for the memory of num_tokens * num_tokens scores
+        for head, queries in enumerate(grouped):  # head by head: scores take num_tokens * num_tokens of memory
             rows = k[:, head].float(), v[:, head].float()
             for kind, (x, weight) in enumerate(zip(rows, self._importance(queries, *rows, head), strict=True)):
                 exact, weight = x.double(), weight.double()
@@ -128,8 +126,11 @@ class LayerStatistics:
     def _importance(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """What each row of K and of V counts, [num_tokens] each. q: [group, num_tokens, head_dim]; k, v: [num_tokens,
-        head_dim]; fp32.
+        """Weights of rows of K and of V, [num_tokens] each.
+
+        Args:
+            q: [group, num_tokens, head_dim] fp32.
+            k, v: [num_tokens, head_dim] fp32.
         """
         place = torch.arange(len(k), device=k.device)
         asked = place.flip(0)[::QUERY_STEP, None]

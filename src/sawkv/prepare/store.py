@@ -1,8 +1,7 @@
-"""What models were prepared with, kept on disk between starts.
+"""Calibrations on disk, kept between starts.
 
-An entry is a calibration file. It is found by a key over all that it was fitted on, the contents of the weights among
-it, so two models never share one. The file's fingerprint tells damage: such an entry is removed, and the model is
-prepared again.
+An entry is a calibration file. Its key is a digest of everything that it was fitted on, weights included, so two models
+never share an entry. The file's fingerprint shows damage: a damaged entry is removed, and the model is prepared again.
 """
 
 from __future__ import annotations
@@ -24,12 +23,11 @@ from sawkv.kernels.disk import private_folder
 from sawkv.prepare.calibration import VERSION, Calibration
 
 SUFFIXES: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".py")
-"""Of files that hold weights, and of code that comes with a checkpoint. Its configuration is for the engine to name, as
-it changed it.
+"""Suffixes of files with weights, and of code that comes with a checkpoint. The engine adds the configuration to the
+key itself, because options may have changed it.
 """
 SHIPPED: Final = "sawkv"
-"""Folder in a checkpoint's folder, with calibrations made for it, one for each format. Beside the weights engines would
-load them too.
+"""Folder inside a checkpoint with one calibration per format. Engines would load files beside the weights as weights.
 """
 PIECE: Final = 64 << 20
 """Bytes of a file that one thread hashes at a time."""
@@ -38,15 +36,15 @@ logger = logging.getLogger(__name__)
 
 
 class CalibrationStore:
-    """Calibrations in a folder. Starts may use it at the same time: entries appear whole, and those of one key are
-    alike.
+    """Calibrations in a folder. Several processes may use it at once: entries appear complete, and entries of one key
+    are equal.
 
     Args:
-        folder: where entries are; None is a private folder in the user's cache.
-        log: gets warnings.
+        folder: folder of the entries; None is a private folder in the user's cache.
+        log: logger for warnings.
 
     Raises:
-        UnsupportedError: others could write to the private folder.
+        UnsupportedError: other users could write to the private folder.
         OSError: the folder cannot be made.
     """
 
@@ -56,7 +54,7 @@ class CalibrationStore:
         self._folder, self._log = private_folder("prepared") if folder is None else folder, log
 
     def path(self, key: str) -> Path:
-        """Where the entry of a key is, if there is one."""
+        """Path of the entry of a key. The file may not exist."""
         return self._folder / f"{key}.safetensors"
 
     def load(self, key: str, **expected: Any) -> Calibration | None:
@@ -64,8 +62,8 @@ class CalibrationStore:
 
         Args:
             key: from `make_key`.
-            expected: what `Calibration.check` asks for. An entry that is damaged or for something else is removed, with
-                a warning.
+            expected: arguments of `Calibration.check`. An entry that is damaged, or was made for something else, is
+                removed with a warning.
         """
         path = self.path(key)
         if not path.exists():
@@ -82,7 +80,7 @@ class CalibrationStore:
         return calibration
 
     def save(self, key: str, calibration: Calibration) -> Path:
-        """Keep a calibration.
+        """Write an entry.
 
         Raises:
             SawkvError: it cannot be written.
@@ -94,11 +92,11 @@ class CalibrationStore:
 
 
 def shipped_path(checkpoint: Path, cache_format: ResolvedFormat) -> Path:
-    """Where a checkpoint keeps its calibration for a format, so that engines find it without being told.
+    """Path of a checkpoint's own calibration for a format, where engines look for it.
 
     Args:
         checkpoint: its folder.
-        cache_format: with its rotation orders.
+        cache_format: the format.
     """
     return checkpoint / SHIPPED / f"{cache_format}.safetensors"
 
@@ -134,11 +132,14 @@ def load_shipped(
 
 
 def make_key(parts: Mapping[str, Any]) -> str:
-    """32 hex digits over all that a calibration was fitted on, and over the versions of sawkv and of the file.
+    """A digest of everything that a calibration was fitted on, and of the versions of sawkv and of the file.
 
     Args:
-        parts: what the engine computed with: weights, configuration, dtype, text, device and so on, by name. What JSON
-            does not know counts by its `str`.
+        parts: what determined the engine's computation, by name: weights, configuration, dtype, text, device and so on.
+            Values that JSON cannot encode count by their `str`.
+
+    Returns:
+        32 hex digits.
     """
     whole = {**parts, "sawkv": __version__, "calibration": VERSION}
     return hashlib.sha256(json.dumps(whole, sort_keys=True, default=str).encode()).hexdigest()[:32]

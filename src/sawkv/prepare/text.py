@@ -1,4 +1,4 @@
-"""Text to windows of tokens: those to be scored, and those to calibrate on, which are others."""
+"""Text as windows of tokens: windows to score, and other windows to calibrate on."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from sawkv.prepare.corpus import preparation_text
 from sawkv.prepare.model import EvalModel, load_tokenizer
 
 Encode = Callable[[str], list[int]]
-"""Text to token ids, without special tokens."""
+"""Maps text to token ids, without special tokens."""
 
 HELD_OUT = "held_out.npy"
-"""Token ids that a model of this project keeps beside its weights: text it was not trained on."""
+"""Token ids that a model of this project keeps beside its weights, of text that it was not trained on."""
 
 
 @dataclass(frozen=True)
 class Text:
-    """A model's tokenizer, and one text in its tokens.
+    """One text in the tokens of a model, and the model's tokenizer.
 
     Attributes:
         name: of the file.
         ids: [num_tokens] int64.
-        prefix: what the tokenizer starts every sequence with.
+        prefix: special tokens with which the tokenizer starts every sequence.
         encode: text to ids, without special tokens.
     """
 
@@ -40,8 +40,8 @@ class Text:
     encode: Encode
 
     def split(self, window: int, num_windows: int, num_calibration: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Windows to score, from the start of the text, and windows to calibrate on, from its end: [at most
-        num_windows, window] each.
+        """Windows to score, from the start of the text, and windows to calibrate on, from its end: each [at most the
+        number asked for, window].
 
         Raises:
             SawkvError: the text is too short for one of each.
@@ -77,17 +77,18 @@ class Text:
 
 
 BOS_GAIN = 0.2
-"""Nats a token that text must be likelier after BOS than without it, before a tokenizer that adds none is overruled."""
+"""Nats per token by which BOS must raise the likelihood of text, before BOS is added against the tokenizer's own rule.
+"""
 BOS_TOKENS = 512
-"""Of the text, on which that is tried."""
+"""Tokens of the text on which this is tried."""
 
 
 def with_bos(text: Text, model: EvalModel) -> Text:
-    """The text with BOS before every window, where the model needs it and its tokenizer adds none; says so on stderr.
+    """Put BOS before every window, if the model needs it and its tokenizer does not add it. Says so on stderr.
 
-    A checkpoint may have lost it on its way, as Gemma 3's does when Transformers reads it from a GGUF file: without BOS
-    its perplexity is several times as high, and nothing measured then says anything of it. Other tokenizers name a BOS
-    and add none on purpose, as Qwen's do. So the model itself is asked.
+    A checkpoint can lose its BOS. Gemma 3 does when Transformers reads it from a GGUF file; its perplexity is then
+    several times as high, and measurements mean nothing. Other tokenizers, as Qwen's, name a BOS and never add it, on
+    purpose. So the model decides: BOS is added if text becomes clearly likelier.
     """
     bos = getattr(model.model.config.get_text_config(), "bos_token_id", None)
     ids = text.ids[:BOS_TOKENS][None]
@@ -110,7 +111,7 @@ def with_bos(text: Text, model: EvalModel) -> Text:
 
 
 def load_encoder(model: Path) -> tuple[Encode, tuple[int, ...]]:
-    """A model's text to ids, without special tokens, and what its tokenizer starts every sequence with."""
+    """A model's encoder, and the special tokens with which its tokenizer starts every sequence."""
     tokenizer = load_tokenizer(model)
 
     def encode(text: str) -> list[int]:
@@ -122,13 +123,13 @@ def load_encoder(model: Path) -> tuple[Encode, tuple[int, ...]]:
 
 
 def shipped_text(model: Path) -> Text:
-    """The text that ships with sawkv, on which engines prepare a model at their start."""
+    """The text that ships with sawkv, which engines prepare models on."""
     encode, prefix = load_encoder(model)
     return Text("the text of sawkv", torch.tensor(encode(preparation_text()), dtype=torch.int64), prefix, encode)
 
 
 def load_text(model: Path, file: Path | None) -> Text:
-    """The text in `file`, UTF-8, in the tokens of the model; None for the model's own held-out text.
+    """The text in `file` (UTF-8) in the model's tokens; None is the model's own held-out text.
 
     Raises:
         SawkvError: there is no such text, or it does not decode.

@@ -1,7 +1,7 @@
-"""Ways of storing K and V, all through one interface (`base`), one file each. `find_method` takes a name; `METHODS`
-lists them.
+"""Methods of storing K and V behind one interface (`base`), one file per method. `METHODS` lists them; `find_method`
+finds one by name.
 
-Any cache format of the product is a method too, by its own name: `int4-k64-v0`.
+Each cache format of sawkv is a method too, by its own name, such as `int4-k64-v0`.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _INT4 = Coded("int4")
 _ROTATED = Rotated(_INT4)
 _FED_BACK = Rotated(FedBack())
 
-# `prepared` is what is served by default. `int4` is the same format with nothing fitted: `--no-prepare`.
+# `prepared` is served by default. `int4` is the same format unprepared, as under `--no-prepare`.
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
@@ -80,10 +80,10 @@ METHODS: dict[str, Method] = {
 
 
 def find_method(name: str) -> Method:
-    """The method of that name, or that the cache format of that name is.
+    """The method called `name`, or the cache format of that name as a method.
 
     Raises:
-        FormatError: it is neither.
+        FormatError: `name` is neither.
     """
     if name in METHODS:
         return METHODS[name]

@@ -1,9 +1,8 @@
-"""What a method of storing K and V is, for evaluation: fit it on a sample, then ask what attention would read back.
+"""The interface of methods: fit to a sample, then map rows to what attention would read from the cache.
 
-A `Method` has a `Quantizer` for K and one for V. A quantizer sees one layer: `fit` takes a `Sample` of that layer's
-rows on calibration text and gives a `Reader`, which maps rows to what attention reads after they were stored. Every
-quantizer is token-wise: a row's result does not depend on other rows, so a prompt in one pass reads what token-by-token
-decoding would have read.
+A `Method` has a `Quantizer` for K and one for V. `Quantizer.fit` takes a `Sample` of one layer's rows on calibration
+text and returns a `Reader`, which maps rows to what attention reads after they were stored. Quantizers are token-wise:
+the result for one row does not depend on other rows, so a prompt in one pass reads the same as decoding token by token.
 """
 
 from __future__ import annotations
@@ -16,18 +15,16 @@ from sawkv.prepare.samples import LayerSample, Reader, Sample
 
 
 class Quantizer(Protocol):
-    """What is done to K, or to V."""
+    """Stores rows of K or of V."""
 
     def bits(self, head_dim: int) -> float:
-        """Bits of one element, with all that is stored for its row; what is stored once for a head (centers, codebooks)
-        is not counted.
+        """Bits per element, with everything that is stored per row. Data stored once per head (centers, codebooks) is
+        not counted.
         """
         ...
 
     def fit(self, sample: Sample) -> Reader:
-        """Learn what is static from one layer's sample. Quantizers that learn nothing take only its
-        shape and device.
-        """
+        """Fit static parameters to one layer's sample. Quantizers without parameters use only its shape and device."""
         ...
 
 
@@ -36,11 +33,11 @@ class Method:
     """A named way of storing K and V.
 
     Attributes:
-        name: as `sawkv eval --formats` takes it, and as records say it.
-        k, v: what is done to each.
-        calibrated: whether `fit` learns from the sample.
-        served: who serves it fast: "sawkv", "vllm", or "" for a comparison only (its file says why).
-        format: the cache format that the method is, if its name is that of one.
+        name: as in `sawkv eval --formats` and in records.
+        k, v: quantizers.
+        calibrated: whether `fit` uses the sample's rows.
+        served: the engine that serves it fast: "sawkv", "vllm", or "" for a comparison only (its file says why).
+        format: the cache format, if the method is one.
     """
 
     name: str
@@ -51,7 +48,7 @@ class Method:
     format: CacheFormat | None = None
 
     def bits(self, head_dim: int) -> float:
-        """Mean bits of an element of K and V, with all that is stored for its row."""
+        """Mean bits per element of K and V, with everything that is stored per row."""
         return (self.k.bits(head_dim) + self.v.bits(head_dim)) / 2
 
     def fit(self, sample: LayerSample) -> tuple[Reader, Reader]:

@@ -1,10 +1,8 @@
-"""Rows stored as their difference from a static vector of the head: x ~ c + store(x - c), c the mean of the calibration
-rows.
+"""Centering: x ~ c + store(x - c), with c the mean of the head's calibration rows. Served by sawkv.
 
-For K a fixed offset adds the same q.c to all scores of a query, and the softmax does not change: kernels need not add
-it back. For V, whose attention weights sum to 1, c is added once to the output. So centering costs nothing at decode.
-It removes what a k_proj bias (Qwen2.5) or attention sinks put on every token, which a rotation only spreads. Served by
-sawkv.
+An offset of K adds the same q.c to all scores of a query, which the softmax ignores, so kernels need not add it back.
+For V, whose attention weights sum to 1, c is added once to the output. So centering costs nothing at decode. It removes
+offsets such as those of a k_proj bias (Qwen2.5), which a rotation would only spread over channels.
 """
 
 from __future__ import annotations

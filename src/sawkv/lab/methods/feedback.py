@@ -1,9 +1,9 @@
-"""Integers with error feedback at write, as served: codes that keep the cost e^T hessian e small, not e^T e.
+"""Integers with error feedback at write, as sawkv serves them: codes are chosen to minimize e^T A e, and not e^T e.
 
-Once the four channels B of a block err by e_B, the cost is least if those after it, R, err by -A_RR^-1 A_RB e_B, with A
-the damped hessian: R is moved so before it is coded. Source: GPTQ, arXiv 2210.17323, for blocks of channels, with
-errors and weights of 8 bits (docs/decisions/0007), on rows of K (hessian = mean of q q^T) and V (Gram matrix of
-o_proj). Reading does not know of it. Served by sawkv, with a file of `sawkv prepare`.
+Let the four channels B of a block have the error e_B. The cost is smallest if the later channels R have the error
+-A_RR^-1 A_RB e_B, with A the damped hessian, so R is moved by that much before it is coded. Source: GPTQ, arXiv
+2210.17323, applied to blocks of channels of K (hessian: mean of q q^T) and V (Gram matrix of o_proj), with errors and
+weights of 8 bits (docs/decisions/0007). Pages are read as without feedback.
 """
 
 from __future__ import annotations

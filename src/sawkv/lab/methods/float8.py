@@ -1,8 +1,7 @@
-"""FP8 (e4m3) with one static scale for a layer's K and one for its V: the control that must pass.
+"""FP8 (e4m3) with one static scale for a layer's K and one for its V, as vLLM's `fp8` cache with calculated scales.
 
-x ~ scale * e4m3(x / scale), scale = largest calibration value / 224, so that values up to twice the largest one seen
-still fit. As vLLM's `fp8` cache with calculated scales. Relative error stays near 3 % whatever the channel's size, so
-outlier channels do no harm.
+x ~ scale * e4m3(x / scale), with scale = largest calibration value / 224, so that values of up to twice the largest
+calibration value fit. The relative error is near 3 % for channels of any size, so outlier channels do no harm.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
-"""Integers chosen to keep e^T hessian e small, not e^T e: the error of a channel is passed on to channels that are
-still to be coded.
+"""Integers chosen to minimize e^T A e channel by channel, in floats. A comparison.
 
 For channel i in order: code y_i, then y_j <- y_j - e_i U_ij / U_ii for j > i, with U the upper Cholesky factor of the
-damped hessian's inverse. Source: GPTQ, arXiv 2210.17323, applied to rows of K (hessian = mean of q q^T) and V (Gram
-matrix of o_proj); SAW-INT4 compares with a Hessian-aware variant. The bytes are those of the product's codec, so that
-reading is as fast; but writing is head_dim dependent steps for each row, in floats. A comparison: what is served takes
-blocks of four channels and 8-bit integers (`feedback`).
+damped hessian's inverse. Source: GPTQ, arXiv 2210.17323, applied to rows of K (hessian: mean of q q^T) and V (Gram
+matrix of o_proj). SAW-INT4 compares with a Hessian-aware variant. The bytes are those of sawkv's codec, so reading is
+as fast. Writing takes head_dim dependent steps per row; what sawkv serves takes blocks of four channels and 8-bit
+integers (`feedback`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
-"""Token-wise integers: the codecs of `sawkv.format.codecs`, as they are served. Alone, without a rotation, they are
-plain INT4 and INT8.
+"""Token-wise integers: the codecs of `sawkv.format.codecs`. Without a rotation they are plain INT4 and INT8.
 
-y ~ (code - zero_point) * scale, one fp16 scale and zero point for a row. Source: SAW-INT4, arXiv 2604.19157. Bytes:
-docs/format.md.
+y ~ (code - zero_point) * scale, with one fp16 scale and zero point per row. Source: SAW-INT4, arXiv 2604.19157.
+docs/format.md specifies the bytes.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Vector quantization: pairs of channels coded together by 256 centroids, 4 bits a value.
+"""Vector quantization: each pair of channels is coded by one of 256 centroids, 4 bits per value. A comparison.
 
-A row is divided by its root mean square (stored in fp16) and each channel by its static deviation; then neighbouring
-channels form points of two dimensions, coded by the nearest centroid. One codebook a head, fitted by k-means on
-calibration rows (scikit-learn). Sources: product quantization (Jegou et al., 2011); CQ, arXiv 2405.03917, codes coupled
-channels of the KV cache; SAW-INT4 names k-means as its slow rival. A comparison only: every pair needs a look-up in a
-table of 256 entries that depends on the head.
+A row is divided by its root mean square (stored in fp16), and each channel by its static deviation. Neighbouring
+channels then form points of two dimensions, coded by the nearest centroid. Each head has one codebook, fitted by
+k-means on calibration rows (scikit-learn). Sources: product quantization (Jegou et al., 2011); CQ, arXiv 2405.03917,
+codes coupled channels of the KV cache; SAW-INT4 compares with k-means. Every pair needs a look-up in a table of 256
+entries per head, which makes attention slow.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FIT_POINTS = 20_000
 
 @dataclass(frozen=True)
 class KMeans:
-    """Rows by centroids of `group` channels."""
+    """Codes groups of `group` channels by centroids."""
 
     centroids: int = 256
     group: int = 2
@@ -51,7 +51,7 @@ class KMeans:
         return read
 
     def _points(self, rows: torch.Tensor, deviation: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Points [num_kv_heads, num_tokens * head_dim / group, group], and the rows' root mean squares as stored."""
+        """Points [num_kv_heads, num_tokens * head_dim / group, group], and the stored root mean squares of rows."""
         whitened = rows / deviation
         rms = whitened.square().mean(-1, keepdim=True).sqrt().clamp(MIN_SCALE, MAX_SCALE).half().float()
         return (whitened / rms).transpose(0, 1).reshape(rows.shape[1], -1, self.group), rms

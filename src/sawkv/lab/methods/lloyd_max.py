@@ -1,10 +1,10 @@
-"""A fixed codebook for Gaussian values: y = H D x, its length stored apart, its direction coded by the 16 Lloyd-Max
-levels of N(0, 1).
+"""A fixed codebook: y = H D x, with the length of y stored and its direction coded by the 16 Lloyd-Max levels of N(0,
+1). A comparison.
 
 x ~ length * D H level[code] / |level[code]|. After a random rotation of full order the channels of a direction are
 nearly Gaussian, so one codebook serves all rows. Source: TurboQuant, arXiv 2504.19874 (its MSE variant), with the
-length corrected for the coded direction as vLLM's `turboquant_4bit_nc` does. A comparison only: a table look-up for
-each value keeps decoding at 66-80 % of 16-bit throughput in vLLM.
+length corrected for the coded direction as in vLLM's `turboquant_4bit_nc`. Each value needs a table look-up, which
+keeps decoding at 66-80 % of 16-bit throughput in vLLM.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ LENGTH_BITS = 16
 
 @dataclass(frozen=True)
 class LloydMax:
-    """Rows, rotated already, by the optimal scalar codebook of `bits_per_code` bits for N(0, 1)."""
+    """Codes rotated rows by the optimal scalar codebook of `bits_per_code` bits for N(0, 1)."""
 
     bits_per_code: int = 4
 
@@ -46,8 +46,8 @@ class LloydMax:
 
 @functools.cache
 def gaussian_levels(count: int) -> torch.Tensor:
-    """The `count` levels of least mean squared error for N(0, 1), ascending, fp32: each is the mean of its cell,
-    borders are midway.
+    """The `count` levels with the smallest mean squared error for N(0, 1), ascending, fp32. Each level is the mean of
+    its cell, and cells end halfway between levels.
     """
     levels = torch.special.ndtri((torch.arange(count, dtype=torch.float64) + 0.5) / count)
     for _ in range(2000):

@@ -1,9 +1,8 @@
-"""Rows by their coordinates in a few directions of the head: x ~ mean + B store(B^T (x - mean)), B the leading singular
-vectors.
+"""Low rank: x ~ mean + B store(B^T (x - mean)), with B the leading singular vectors of the head's calibration rows. A
+comparison.
 
-B and the mean are static, from calibration rows. Source: Palu, arXiv 2407.21118; LoRC, arXiv 2410.03111. A comparison
-only: K after RoPE has no low rank that holds for all positions, and reading needs a dense [rank, head_dim] product for
-each row or query.
+B and the mean are static. Sources: Palu, arXiv 2407.21118; LoRC, arXiv 2410.03111. K after RoPE has no low rank that
+holds at all positions, and reading needs a dense [rank, head_dim] product per row or query.
 """
 
 from __future__ import annotations
@@ -21,8 +20,8 @@ class LowRank:
     """`inner` on the coordinates.
 
     Attributes:
-        inner: what stores them.
-        share: of head_dim that is kept, as rank / head_dim.
+        inner: quantizer of the coordinates.
+        share: rank / head_dim.
     """
 
     inner: Quantizer

@@ -1,8 +1,8 @@
-"""The largest values of a row kept in 16 bits beside it, the rest stored by another quantizer.
+"""Outliers: the largest values of a row are kept in 16 bits, and another quantizer stores the rest. A comparison.
 
-The `count` values farthest from the row's mean are taken out with their channel numbers, the mean is left in their
-places, and they are put back when read. Source: KVQuant's dense-and-sparse rows, arXiv 2401.18079. A comparison only:
-each costs 16 + 8 bits, and reading needs a scatter into every row, which no attention kernel does fast.
+The `count` values farthest from the row's mean are stored with their channel numbers, replaced by the mean, and put
+back when read. Source: KVQuant's dense-and-sparse rows, arXiv 2401.18079. Each costs 16 + 8 bits, and reading needs a
+scatter into every row, which no attention kernel does fast.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ BITS_OF_ONE = 16 + 8
 
 @dataclass(frozen=True)
 class Outliers:
-    """`inner` on rows without their `count` farthest values."""
+    """`inner` on rows without their `count` outliers."""
 
     inner: Quantizer
     count: int

@@ -1,8 +1,7 @@
-"""What is served: INT4 pages written with the centers, gains and feedback that engines fit when they prepare a model
-(`sawkv.prepare`).
+"""What sawkv serves by default: INT4 pages with the centers, gains and feedback that engines fit (`sawkv.prepare`).
 
-y = H((x - center) * gain), coded by the product's codec with feedback, and read back as (H y) * (1 / gain) + center, in
-its arithmetic.
+y = H((x - center) * gain) is coded with feedback, and read back as (H y) * (1 / gain) + center, in the arithmetic of
+the served kernels.
 """
 
 from __future__ import annotations

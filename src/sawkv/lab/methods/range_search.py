@@ -1,10 +1,9 @@
-"""Token-wise integers whose range is searched when a row is written: scale and zero point of least squared error, not
-of min and max.
+"""Token-wise integers whose range is searched at write: scale and zero point minimize the squared error. A comparison.
 
-For shrink factors s of the range about its middle, codes are clamped to it; the best row is kept. Then scale and zero
-point are refitted to the codes by least squares. Source: the MSE observers of weight quantization (e.g. OCTAV, arXiv
-2206.06501), here at write time for each row. The bytes are those of the product's codec, so that reading is as fast;
-writing is about ten times the work, and its kernels do not do it.
+For each shrink factor the range is shrunk about its middle, and codes are clamped to it; the best row is kept. Scale
+and zero point are then refitted to its codes by least squares. Source: MSE observers of weight quantization (for
+example OCTAV, arXiv 2206.06501), applied per row at write. The bytes are those of sawkv's codec, so reading is as fast.
+Writing takes about ten times the work.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ SHRINKS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.75, 0.7)
 
 @dataclass(frozen=True)
 class RangeSearched:
-    """Integers of `bits_per_code` bits with the range of least squared error."""
+    """Integers of `bits_per_code` bits, with the range of smallest squared error."""
 
     bits_per_code: int = 4
 
@@ -57,7 +56,7 @@ class RangeSearched:
     def _through(
         self, rows: torch.Tensor, start: torch.Tensor, span: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Codes and what they read as, with scale and zero point as fp16 has them."""
+        """Codes, and the rows that they decode to, with scale and zero point rounded to fp16."""
         scale = (span / self._top).clamp(MIN_SCALE, MAX_SCALE).half().float()
         zero_point = (-start / scale).clamp(-1024, 1024).half().float()
         codes = (rows / scale + zero_point).round().clamp(0, self._top)

@@ -1,8 +1,8 @@
-"""Rows rotated before they are stored by another quantizer, and rotated back when read: y = H D x, x ~ D H y'.
+"""Rotation before another quantizer, undone when read: y = H D x, x ~ D H y'.
 
-H is block-diagonal Hadamard of `order` channels (SAW-INT4, arXiv 2604.19157; the product's own `format.rotation`). D is
-the identity, or fixed random signs (QuIP#, arXiv 2402.04396), which break up rows that happen to lie along a row of H.
-Served by sawkv without signs; signs could be folded into the rotation at the cost of one sign flip a channel.
+H is block-diagonal Hadamard with blocks of `order` channels (SAW-INT4, arXiv 2604.19157; `format.rotation`). D is the
+identity or fixed random signs (QuIP#, arXiv 2402.04396), which break up rows that lie along a row of H. sawkv serves it
+without signs. Signs would cost one sign flip per channel.
 """
 
 from __future__ import annotations

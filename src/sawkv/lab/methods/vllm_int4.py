@@ -1,11 +1,11 @@
-"""The peer: vLLM's own `int4_per_token_head` cache, 4.25 bits with its fp32 scale.
+"""vLLM's own `int4_per_token_head` cache: 4.25 bits, its fp32 scale included.
 
-y = H D x, unnormalized, rounded to bf16; scale = (max y - min y) / 15; zero_point = round(-min y / scale) clamped to
+y = H D x, unnormalized, rounded to bf16; scale = (max y - min y) / 15; zero_point = round(-min y / scale), clamped to
 0..15 and kept in the lowest four bits of the scale; code = clamp(round(y / scale + zero_point), 0, 15). Source:
-vllm/v1/attention/ops/int4_per_token_head.py of vLLM 0.26 to 0.32. On a GPU with vLLM installed its own kernels write
-the rows; elsewhere a port of their arithmetic does, which tests/lab/test_vllm_int4.py holds to the real kernel in
-Triton's interpreter, bit for bit. Reading is the arithmetic of its attention kernel, (code - zero_point) * scale; its
-queries' rounding to bf16 is not charged to it.
+vllm/v1/attention/ops/int4_per_token_head.py of vLLM 0.26 to 0.32. On a GPU with vLLM installed, vLLM's kernel writes
+the rows. Elsewhere a port of its arithmetic does, which tests/lab/test_vllm_int4.py compares bit for bit with the
+kernel in Triton's interpreter. Reading follows vLLM's attention kernel, (code - zero_point) * scale, without its
+rounding of queries to bf16.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def encode(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def encode_rotated(rotated: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the write kernel does with rows that are rotated already."""
+    """What the write kernel does with rotated rows."""
     y = rotated.float()
     lo, hi = y.amin(-1, keepdim=True), y.amax(-1, keepdim=True)
     scale = ((hi - lo) / 15.0).clamp_min(1e-6)
@@ -65,7 +65,7 @@ def encode_rotated(rotated: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def decode(codes: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
-    """[..., head_dim] fp32, still rotated and longer by the square root of the rotation's order."""
+    """Decode to [..., head_dim] fp32. The rows are still rotated, and longer by the square root of the rotation order."""
     bits = packed.view(torch.int32)
     return (codes.float() - (bits & 15).float()) * (bits & -16).view(torch.float32)
 

@@ -1,4 +1,4 @@
-"""`sawkv report`: records of `sawkv eval` and `sawkv analyze` as one HTML page."""
+"""`sawkv report`: one HTML page from records of `sawkv eval` and `sawkv analyze`."""
 
 from __future__ import annotations
 
@@ -19,15 +19,18 @@ MAX_FILE_BYTES = 256 << 20
 
 
 def run_report(files: Sequence[Path], out: Path) -> int:
-    """Write the page of these records. Returns 0.
+    """Write the page of these records.
 
     Args:
-        files: JSON of `sawkv eval` and `sawkv analyze`, in any order. Two evaluations are also compared, the second
+        files: JSON of `sawkv eval` and `sawkv analyze`, in any order. Of two evaluations, the second is also compared
             with the first.
         out: the HTML file.
 
+    Returns:
+        0.
+
     Raises:
-        SawkvError: a file is not such a record.
+        SawkvError: a file is no such record.
     """
     check_writable(out)
     records = [(file.name, read_record(file)) for file in files]
@@ -43,7 +46,7 @@ def read_record(file: Path) -> Evaluation | Analysis:
     """The record in a file.
 
     Raises:
-        SawkvError: it cannot be read, or is neither kind.
+        SawkvError: the file cannot be read, or is neither kind of record.
     """
     try:
         size = file.stat().st_size
@@ -60,7 +63,7 @@ def read_record(file: Path) -> Evaluation | Analysis:
 
 
 def make_page(evaluations: Sequence[tuple[str, Evaluation]], analyses: Sequence[Analysis]) -> str:
-    """The page. Evaluations come first, each with the name of its file, then analyses."""
+    """The page's HTML: evaluations, each with the name of its file, then analyses."""
     if not evaluations and not analyses:
         raise SawkvError("report: expected at least one record, got none")
     models = list(dict.fromkeys([e.model for _, e in evaluations] + [a.model for a in analyses]))

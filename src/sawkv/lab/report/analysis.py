@@ -1,4 +1,4 @@
-"""What the page shows of one analysis."""
+"""The part of the page about one analysis."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sawkv.page import Cell, Column, Table, both, svg
 
 
 def view(analysis: Analysis) -> dict[str, Any]:
-    """By the names in analysis.html."""
+    """Values for analysis.html, by name."""
     advice = analysis.recommendation
     shown = next((error for error in analysis.methods if error.method == advice.method), analysis.methods[0])
     layers = analysis.layers
@@ -82,7 +82,7 @@ def _by_head(
     show: Callable[[float], str],
     high: float | None = None,
 ) -> dict[str, Any]:
-    """A map of `grid`, [layers][heads], with layers across."""
+    """A heat map of `grid`, [layers][heads], with layers from left to right."""
     drawn = both(
         lambda width: svg.heat_map(
             list(zip(*grid, strict=True)),

@@ -1,4 +1,4 @@
-"""Two evaluations against each other: the same methods before and after a change."""
+"""The part of the page that compares two evaluations of the same methods, before and after a change."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from sawkv.lab.records import Evaluation
 from sawkv.page import Cell, Column, Table, digits, with_error
 
 ERRORS = 2.0
-"""Standard errors beyond which a change counts."""
+"""A change counts if it exceeds this many standard errors."""
 
 
 def view(first: tuple[str, Evaluation], second: tuple[str, Evaluation]) -> dict[str, Any]:
-    """By the names in page.html; each evaluation with the name of its file."""
+    """Values for page.html, by name. Each evaluation comes with the name of its file."""
     (a, before), (b, after) = first, second
     if a == b:
         a, b = "first", "second"
@@ -34,7 +34,7 @@ def view(first: tuple[str, Evaluation], second: tuple[str, Evaluation]) -> dict[
 
 
 def differences(before: Evaluation, after: Evaluation) -> list[str]:
-    """What was not the same when both were made."""
+    """Settings that differ between the two evaluations."""
     found = [
         f"{field}: {getattr(before, field)} / {getattr(after, field)}"
         for field in ("model", "text", "window", "stress", "dtype", "device")

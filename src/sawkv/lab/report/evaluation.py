@@ -1,4 +1,4 @@
-"""What the page shows of one evaluation."""
+"""The part of the page about one evaluation."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from sawkv.page import Cell, Column, Table, both, digits, svg, with_error
 from sawkv.records import AttentionShape
 
 MAX_LINES = 5
-"""Methods drawn by position; more would hide each other."""
+"""Methods drawn by position. More lines would hide each other."""
 CONTROLS = ("fp8", "vllm_int4_per_token_head", "int4_plain")
-"""What a reader knows, and so is drawn first beside the default."""
+"""Methods that readers know. They are drawn first, after the subject."""
 FLOOR = "bf16_floor"
 LEAST_COLOURED = 1e-3
-"""Nats of a token that is left uncoloured."""
+"""Tokens with a smaller KL, in nats, are not coloured."""
 
 
 def view(evaluation: Evaluation) -> dict[str, Any]:
-    """By the names in evaluation.html."""
+    """Values for evaluation.html, by name."""
     subject, tokens = chosen(evaluation), evaluation.reference.divergence.tokens
     return {
         "title": title(evaluation),
@@ -63,17 +63,17 @@ def shape_line(shape: AttentionShape) -> str:
 
 
 def methods(evaluation: Evaluation) -> list[MethodResult]:
-    """Without the floor."""
+    """Results without the noise floor."""
     return [result for result in evaluation.results if result.method != FLOOR]
 
 
 def floor(evaluation: Evaluation) -> MethodResult | None:
-    """The noise of 16-bit arithmetic."""
+    """The noise of 16-bit arithmetic, if measured."""
     return next((result for result in evaluation.results if result.method == FLOOR), None)
 
 
 def chosen(evaluation: Evaluation) -> MethodResult | None:
-    """The method that the page is about: `prepared`, or the best of the fewest bits."""
+    """The subject of the page: `prepared`, or the best method with the fewest bits."""
     found = methods(evaluation)
     prepared = next((result for result in found if result.method == PREPARED), None)
     return prepared or min(found, key=lambda result: (round(2 * result.bits), result.divergence.mean_kl), default=None)
@@ -216,7 +216,7 @@ def _excerpts(evaluation: Evaluation, subject: MethodResult | None) -> dict[str,
 
 
 def _heat(kl: float, highest: float) -> float:
-    """0 to 1, logarithmic."""
+    """Place on a logarithmic scale, 0 to 1."""
     if kl <= LEAST_COLOURED or highest <= LEAST_COLOURED:
         return 0.0
     return min(1.0, math.log(kl / LEAST_COLOURED) / math.log(highest / LEAST_COLOURED))
@@ -245,7 +245,7 @@ def _worst(evaluation: Evaluation, subject: MethodResult | None) -> Table | None
 
 
 def _line(text: str) -> str:
-    """On one line, with what cannot be seen."""
+    """The text on one line, with control characters made visible."""
     return text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣" if not text.strip(" ") else " ")
 
 
@@ -319,7 +319,7 @@ def _worst_layers(subject: MethodResult | None) -> str:
 
 
 def _recall(evaluation: Evaluation, subject: MethodResult | None) -> list[dict[str, Any]]:
-    """Grids whose cells are all equal become a sentence."""
+    """Recall as grids. Grids whose cells are all equal become a sentence."""
     results = [evaluation.reference, *_ordered(evaluation, subject)]
     tasks = list(dict.fromkeys(cell.task for result in results for cell in result.recall))
     found = []
@@ -375,7 +375,7 @@ def _recall_map(cells: Sequence[Recall]) -> str:
 
 
 def _worst_recall(evaluation: Evaluation, subject: MethodResult | None, task: str) -> str:
-    """The cell where the subject falls furthest behind the unquantized model."""
+    """The cell in which the subject is furthest behind the unquantized model."""
     before = {(cell.length, cell.depth): cell for cell in evaluation.reference.recall if cell.task == task}
     behind = [
         (before[key].correct - cell.correct, cell)

@@ -1,4 +1,4 @@
-"""A traffic light: is the cache good enough, beside the noise of 16-bit arithmetic and beside fp8?"""
+"""A traffic light for a cache, by comparison with the noise of 16-bit arithmetic and with fp8."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ ANSWERS: Final = {
     POOR: "Not on this text: take 8 bits, or prepare the model on text of its own.",
 }
 FEW_TIMES: Final = 5.0
-"""KL of fp8 that is still amber."""
+"""Multiple of fp8's KL up to which the light is amber."""
 NOISE_TIMES: Final = (10.0, 100.0)
-"""KL of 16-bit noise that is still green, and still amber, where fp8 was not measured."""
+"""Without fp8: multiples of the noise of 16-bit arithmetic up to which KL is green, and amber."""
 PERPLEXITY: Final = (0.01, 0.05)
-"""Rise of the perplexity that is still green, and still amber."""
+"""Rise of perplexity up to which the light is green, and amber."""
 RECALL: Final = 0.05
-"""Share of prompts that may be lost and still be amber."""
+"""Share of prompts that may be lost for amber."""
 
 
 @dataclass(frozen=True)
 class Lamp:
-    """One light, what was measured, and the rule."""
+    """One light: what was measured, and the rule."""
 
     light: str
     text: str
@@ -42,7 +42,7 @@ class Lamp:
 
 @dataclass(frozen=True)
 class Verdict:
-    """The worst light, in words, and all of them."""
+    """The worst light in words, and all lights."""
 
     light: str
     answer: str
