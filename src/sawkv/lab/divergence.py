@@ -1,4 +1,4 @@
-"""Compares next-token distributions of one model under many caches with those of the unquantized model, token by token."""
+"""Compares next-token distributions of one model under many caches with those of the unquantized model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`sawkv eval`: fits methods, scores them on text against the unquantized model and the noise floor, and tests recall."""
+"""`sawkv eval`: fits methods, scores them on text against the unquantized model and the noise floor, tests recall."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Text samples of an evaluation: KL per token of an excerpt, tokens with the largest KL, and greedy texts that diverge."""
+"""Text samples of an evaluation: KL per token of an excerpt, tokens with the largest KL, diverging greedy texts."""
 
 from __future__ import annotations
 

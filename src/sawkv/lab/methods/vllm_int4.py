@@ -65,7 +65,7 @@ def encode_rotated(rotated: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def decode(codes: torch.Tensor, packed: torch.Tensor) -> torch.Tensor:
-    """Decode to [..., head_dim] fp32. The rows are still rotated, and longer by the square root of the rotation order."""
+    """Decode to [..., head_dim] fp32, still rotated, and longer by the square root of the rotation order."""
     bits = packed.view(torch.int32)
     return (codes.float() - (bits & 15).float()) * (bits & -16).view(torch.float32)
 
