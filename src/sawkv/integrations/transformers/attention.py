@@ -1,4 +1,4 @@
-"""The attention function `sawkv`: writes new K and V into pages, then reads the pages, or decodes them for PyTorch's
+"""The attention function `sawkv`: writes new K and V to pages, then reads the pages, or decodes them for PyTorch's
 attention.
 """
 
@@ -21,7 +21,7 @@ MAX_SCORES = 1 << 26
 
 
 def register() -> None:
-    """Make `attn_implementation="sawkv"` known to Transformers."""
+    """Register `attn_implementation="sawkv"` with Transformers."""
     AttentionInterface.register(NAME, saw_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
 
@@ -38,21 +38,22 @@ def saw_attention(
     s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attention as Transformers' models call it.
+    """Attention, as Transformers' models call it.
 
     Args:
         query: [batch_size, num_q_heads, num_new, head_dim].
         key, value: `NewStates` of a SawCache; or tensors [batch_size, num_kv_heads, num_keys, head_dim], without a
-        cache or with another.
+            cache or with another cache.
         attention_mask: [batch_size or 1, 1, num_new, num_keys], bool or added to scores; None is causal.
-        softcap: soft-cap of scores. s_aux: [num_q_heads] sinks.
+        softcap: soft-cap of scores.
+        s_aux: [num_q_heads] sinks.
 
     Returns:
-        [batch_size, num_new, num_q_heads, head_dim], and no weights.
+        [batch_size, num_new, num_q_heads, head_dim], and None in place of weights.
 
     Raises:
-        UnsupportedError: with a SawCache: attention that is not causal or has a position bias, or gradients. Always:
-            attention weights.
+        UnsupportedError: attention weights are asked for; or, with a SawCache, attention is not causal, has a position
+            bias, or needs gradients.
     """
     if kwargs.get("output_attentions"):
         raise UnsupportedError(
@@ -118,11 +119,10 @@ def attend_compiled(
     scale: float,
     softcap: float,
 ) -> torch.Tensor:
-    """One decoding step of one layer inside a compiled graph. It changes the cache, which the graph does not see, and
-    nothing else.
+    """One decoding step of one layer inside a compiled graph. It changes only the cache, which the graph does not see.
 
-    The order of layers is kept because each needs the output of the one before. CUDA graphs may hold it: all that is
-    kept has a fixed address, and nothing depends on lengths on the host.
+    Layers keep their order, because each needs the output of the one before. CUDA graphs may capture it: everything
+    that is kept has a fixed address, and nothing depends on lengths on the host.
     """
     layer = CACHES[handle].layers[layer_idx]
     assert isinstance(layer, SawLayer)

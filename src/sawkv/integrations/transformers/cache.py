@@ -1,4 +1,8 @@
-"""A Transformers cache over sawkv's pages."""
+"""`SawCache`: a Transformers cache over sawkv's pages.
+
+Over 400 lines: Transformers' cache interface has many methods, and each has to be right for padding, windows, beams,
+crops, compiled steps and offloading.
+"""
 
 from __future__ import annotations
 
@@ -39,14 +43,14 @@ UNPREPARED = (
 logger = logging.getLogger(__name__)
 
 CACHES: weakref.WeakValueDictionary[int, SawCache] = weakref.WeakValueDictionary()
-"""By `SawCache.handle`: a compiled graph can hold a number, but not a cache."""
+"""Caches by `SawCache.handle`. A compiled graph can hold a number, and not a cache."""
 
 _handles = itertools.count(2)  # compilers make constants of 0 and 1
 
 
 @dataclass(eq=False)
 class _Settings:
-    """What the layers of a cache share. Arguments as of `SawCache`."""
+    """Settings that the layers of a cache share. Arguments as in `SawCache`."""
 
     config: PretrainedConfig
     format: CacheFormat
@@ -69,33 +73,32 @@ class SawCache(Cache):
     """A KV cache for `model.generate(..., past_key_values=SawCache(model))` that keeps K and V as rotated INT4 pages.
 
     The first forward pass with the first cache of a model prepares the model: it runs text that ships with sawkv, and
-    fits what pages of 4 bits are written with (`sawkv.integrations.transformers.prepare`). That takes seconds, once;
-    the model is left as it was.
+    fits centers, gains and feedback (`sawkv.integrations.transformers.prepare`). This takes seconds, once. The model is
+    left unchanged.
 
-    With the model's attention implementation `sawkv`, attention of up to 8 new tokens a sequence reads the pages, and
-    16-bit K and V never exist; longer inputs are decoded, layer by layer, for PyTorch's attention. With any other
-    implementation every step decodes the whole layer first: as right, but slower. Both see the quantized K and V, those
-    of new tokens included.
+    With the attention implementation `sawkv`, passes of up to 8 new tokens per sequence read the pages, and 16-bit K
+    and V never exist. Longer passes are decoded, one layer at a time, for PyTorch's attention. With any other
+    implementation every step decodes the whole layer first, which gives the same result more slowly. Both attend to the
+    quantized K and V, those of new tokens included.
 
     Args:
-        config: the model, or its config (`model.config`, that very object: the model is found by it).
+        config: the model, or its config (`model.config` itself, by which the model is found).
         format: a `CacheFormat` or its name, such as `int4-k128-v128`; `int4` takes the default rotation for the model's
             head_dim.
-        max_cache_len: allocate for this many tokens at once, so that `generate` compiles the decoding step (to CUDA
-            graphs, by default). None grows as needed, and is not compiled.
-        exact_prefill: let the attention of a fresh prompt see its exact K and V. Its output then depends on how it was
-            cut into passes.
-        calibration: what pages of this model are written with, from `sawkv prepare`, or its file. Without one the model
-            is prepared.
-        prepare: False writes pages without preparation, which may cost much accuracy. It matters for int4 alone.
-        offload: keep pages in the host's memory, and bring those of one layer at a time to the device.
-        backend: kernels by name, from `sawkv doctor`; None chooses the fastest.
+        max_cache_len: tokens to allocate at once, so that `generate` compiles the decoding step (to CUDA graphs, by
+            default). None grows as needed, and is not compiled.
+        exact_prefill: attend to exact K and V in the first pass of a prompt. Its output then depends on how the prompt
+            is cut into passes.
+        calibration: a calibration of this model, or the file that `sawkv prepare` wrote. None prepares the model.
+        prepare: False leaves the model unprepared, which may cost much accuracy. It matters for int4 alone.
+        offload: keep pages in host memory, and copy those of one layer at a time to the device.
+        backend: a name from `sawkv doctor`; None chooses the fastest.
 
     Raises:
         CalibrationError: the calibration cannot be read; or, at the first pass, is of another model or format.
-        UnsupportedError: the model's layers have something other than causal self-attention, with or without a sliding
-            window; or, at the first pass, it cannot be prepared.
-        FormatError: the format is not one, or does not fit the model's head_dim.
+        UnsupportedError: a layer has something other than causal self-attention, with or without a sliding window; or,
+            at the first pass, the model cannot be prepared.
+        FormatError: the format is not valid, or does not fit the model's head_dim.
     """
 
     def __init__(
@@ -146,13 +149,13 @@ class SawCache(Cache):
         CACHES[self.handle] = self
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Of a pickle: a cache of its own, for graphs too, here and in other processes."""
+        """Unpickle. The new cache has a handle of its own."""
         vars(self).update(state)
         self._register()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SawCache:
-        """A cache with the same tokens, as for a prompt that many conversations begin with. The model's config stays
-        shared.
+        """A cache with the same tokens, for example of a prompt with which many conversations begin. Both share the
+        model's config.
         """
         memo[id(self.settings.config)] = self.settings.config
         if self.settings.offload and torch.cuda.is_available():
@@ -168,22 +171,21 @@ class SawCache(Cache):
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Any, Any]:
-        """Called by the model's attention layers.
+        """Write or hand over new K and V. Called by the model's attention layers.
 
         Args:
             key_states, value_states: [batch_size, num_kv_heads, num_new, head_dim], K after RoPE.
-            layer_idx: which layer.
+            layer_idx: index of the layer.
 
         Returns:
             For the attention implementation `sawkv`, the same `NewStates` twice, which it writes and reads. For others,
-            K and V of all tokens (with a sliding window: of those that its mask covers), decoded: [batch_size,
-            num_kv_heads, num_keys, head_dim].
+                K and V of all tokens (with a sliding window: of those that its mask covers), decoded: [batch_size,
+                num_kv_heads, num_keys, head_dim].
 
         Raises:
-            LayoutError: not the batch, heads or head_dim that the cache holds, or no room; or layers hold unlike
-                tokens.
-            UnsupportedError: K and V of unlike shapes, or no kernels for them; or a gradient would have to flow through
-                them.
+            LayoutError: batch, heads or head_dim differ from those in the cache; there is no room; or layers hold
+                different tokens.
+            UnsupportedError: K and V differ in shape, have no kernels, or need gradients.
         """
         layer = self.layers[layer_idx]
         assert isinstance(layer, SawLayer)
@@ -206,7 +208,7 @@ class SawCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all pages, wherever they are."""
+        """Bytes of all pages, on the device or the host."""
         return sum(layer.nbytes for layer in self.layers if isinstance(layer, SawLayer))
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]]:
@@ -215,18 +217,18 @@ class SawCache(Cache):
             yield *layer.states(), torch.tensor(layer.window) if layer.window else None
 
     def reset(self) -> None:
-        """Forget all tokens. Pages that never move are kept, with what was compiled for them."""
+        """Forget all tokens. With `max_cache_len` pages are kept, and so are graphs compiled for them."""
         for layer in self._saw_layers():
             layer.reset()
         self.settings.passes = Passes()
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Take back the last `-tokens_to_remove` tokens, or all after the first so many if that is positive
-        (Transformers before 5.18).
+        """Remove the last `-tokens_to_remove` tokens; or, if it is positive, all after that many (Transformers before
+        5.18).
 
         Raises:
-            LayoutError: a sliding window has dropped tokens that would be in it again, or the last pass is not in all
-                layers and more than these tokens. Nothing has changed then.
+            LayoutError: a sliding window no longer has tokens that would be visible again, or the last pass is
+                incomplete and larger than the crop. The cache is unchanged.
         """
         tokens_to_remove = operator.index(tokens_to_remove)
         pagings = self.settings.pagings.values()
@@ -241,10 +243,10 @@ class SawCache(Cache):
             self.settings.passes.take_back(is_empty=length == 0)
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Make the batch of these sequences, in this order.
+        """Reorder or subset the batch to `beam_idx`.
 
         Raises:
-            LayoutError: there is no such sequence, or none at all is wanted. Nothing has changed then.
+            LayoutError: an index is out of range, or there is none. The cache is unchanged.
         """
         layers = [layer for layer in self._saw_layers() if layer.is_initialized]
         if not layers:
@@ -269,7 +271,7 @@ class SawCache(Cache):
         self.reorder_cache(torch.arange(max(0, self.batch_size)).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """Keep these sequences: their indices, or a bool for each sequence. Errors as of `reorder_cache`."""
+        """Keep these sequences, given by index or by one bool per sequence. Errors as in `reorder_cache`."""
         indices = torch.as_tensor(indices)
         if indices.dtype == torch.bool:
             if indices.shape[0] != self.batch_size > 0:
@@ -281,7 +283,7 @@ class SawCache(Cache):
 
     @property
     def batch_size(self) -> int:
-        """Sequences; -1 before the first pass."""
+        """Number of sequences; -1 before the first pass."""
         return next((layer.batch_size for layer in self._saw_layers() if layer.is_initialized), -1)
 
     def _saw_layers(self) -> list[SawLayer]:
@@ -289,7 +291,7 @@ class SawCache(Cache):
 
 
 class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
-    """Pages of one layer. Layers with equal pages and windows share a `Paging`, which the first of them moves on."""
+    """Pages of one layer. Layers with equal pages and windows share a `Paging`, which the first of them advances."""
 
     is_croppable = True
 
@@ -308,7 +310,7 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     @property
     def model_type(self) -> str:
-        """Of the model, for messages."""
+        """The model's type, for messages."""
         return str(self._settings.config.model_type)
 
     def __repr__(self) -> str:
@@ -316,22 +318,22 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     @property
     def is_compileable(self) -> bool:  # type: ignore[override]  # a class attribute there
-        """Whether decoding steps can be compiled: pages that never move, read by our attention."""
+        """Whether decoding steps can be compiled: pages never move, and our attention reads them."""
         return self._settings.max_len is not None and self._settings.read_by_sawkv
 
     @property
     def is_first(self) -> bool:
-        """Whether it moves on the `paging` that it shares."""
+        """Whether this layer advances the shared `paging`."""
         return self.paging.first_layer == self.index
 
     @property
     def exact(self) -> bool:
-        """Whether the attention of this pass takes new K and V as they are, not as they were written."""
+        """Whether attention in this pass takes new K and V unquantized."""
         return self._settings.exact_prefill and self.paging.is_fresh
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its pages."""
+        """Bytes of this layer's pages."""
         pages = self._home if self.pages is None else self.pages.pages
         return 0 if pages is None else pages.nbytes
 
@@ -341,11 +343,11 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     @property
     def keys(self) -> torch.Tensor | None:
-        """K as attention sees it, decoded at each access: [batch_size, num_kv_heads, tokens, head_dim], zeros for
+        """K as attention sees it, decoded at each access: [batch_size, num_kv_heads, tokens, head_dim], with zeros for
         padding.
 
-        With a window, of the tokens that the next one sees. None before the first pass. `nbytes` is what pages take,
-        not this tensor.
+        With a window, K of the tokens that the next one sees. None before the first pass. The pages take `nbytes`,
+        whatever the size of this tensor.
         """
         return self.states()[0]
 
@@ -391,7 +393,9 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write new K and V, and decode all: for attention that reads tensors. Shapes as in `SawCache.update`."""
+        """Write new K and V, and decode all tokens, for attention that reads tensors. Shapes as in
+        `SawCache.update`.
+        """
         with self.paging.on_device():
             self.enter(key_states, value_states)
             self.write(key_states, value_states)
@@ -406,17 +410,16 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         num_q_heads: int | None = None,
         mask: torch.Tensor | None = None,
     ) -> None:
-        """Begin this layer's part of a forward pass. The arguments are checked first, so that a refusal changes
-        nothing.
+        """Begin this layer's part of a forward pass. Arguments are checked first, so a refusal changes nothing.
 
         Args:
             key_states, value_states: as in `SawCache.update`.
             num_q_heads, mask: as in `Paging.begin`.
 
         Raises:
-            LayoutError: not the batch, heads, head_dim or device that this layer holds; or as of `Passes.enter` and
+            LayoutError: batch, heads, head_dim or device differ from those of this layer; or as in `Passes.enter` and
                 `Paging.begin`.
-            UnsupportedError: as of `check_states`.
+            UnsupportedError: as in `check_states`.
         """
         num_new, passes = key_states.shape[2], self._settings.passes
         passes.enter(self.index, num_new)
@@ -431,7 +434,7 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     @torch.inference_mode(False)
     def _calibrate(self) -> None:
-        """Take what pages are written with, before the first token."""
+        """Take the calibration of this layer, before its first token."""
         source, layout = self._settings.calibration, self.paging.layout
         if isinstance(source, Calibration):
             source.check(
@@ -450,7 +453,7 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     def enter_compiled(
         self, key_states: torch.Tensor, value_states: torch.Tensor, num_q_heads: int, mask: torch.Tensor | None
     ) -> None:
-        """`enter` for one new token, on the device alone."""
+        """`enter` for one new token, without the host."""
         passes = self._settings.passes
         passes.enter(self.index, 1)
         self._check(key_states, value_states)
@@ -475,7 +478,7 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             )
 
     def write(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Quantize new tokens into their slots, after `enter`."""
+        """Quantize new tokens and write them to their slots, after `enter`."""
         paging = self.paging
         self._fetch()
         self.hold(paging.first_page, paging.num_pages)
@@ -511,8 +514,8 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         return attended.view(batch_size, num_new, num_q_heads, head_dim)
 
     def decode(self, k_dtype: torch.dtype, v_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V that the attention of this pass gets, after `write`: the last `paging.num_keys` tokens, as `keys`
-        gives them.
+        """K and V for this pass's attention, after `write`: the last `paging.num_keys` tokens, in
+        the shape of `keys`.
         """
         return self._gather(self.paging.num_keys, k_dtype, v_dtype)
 
@@ -547,7 +550,7 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     @torch.inference_mode(False)
     def hold(self, first_page: int, num_pages: int) -> None:
-        """Have room for these pages of each sequence, and carry over what is held of them."""
+        """Make room for these pages of each sequence, and copy the pages that are kept."""
         if self.pages is not None and self._held == (first_page, num_pages):
             return
         paging = self.paging
@@ -563,21 +566,21 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.pages, self._held = pages, (first_page, num_pages)
 
     def settle(self) -> None:
-        """The end of a pass: keep what later passes need, where it belongs."""
+        """End a pass: keep the pages that later passes need, on the device or the host."""
         self.hold(*self.paging.kept)
         if self._settings.offload:
             self._store(max(0, self.paging.first_written - self._held[0]) * self.paging.batch_size)
         self._settings.passes.finish(self.index)
 
     def _fetch(self) -> None:
-        """Bring offloaded pages to the device. Like `_store` in the order of its stream, so nothing waits."""
+        """Copy offloaded pages to the device. It runs in the order of the stream, so nothing waits."""
         if self.pages is None and self._home is not None:
             pages = torch.empty_like(self._home, device=self.paging.device).copy_(self._home, non_blocking=True)
             self.pages = PagedKVCache(pages, self.paging.layout, **self._calibration.constants())
 
     @torch.inference_mode(False)
     def _store(self, first_row: int) -> None:
-        """Bring pages to the host, those from `first_row` of the tensor on, and leave none on the device."""
+        """Copy pages to the host, from row `first_row` of the tensor on, and free them on the device."""
         assert self.pages is not None
         pages = self.pages.pages
         if self._home is None or self._home.shape != pages.shape or self._home_held != self._held:
@@ -586,13 +589,13 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         self.pages, self._home_held = None, self._held
 
     def get_seq_length(self) -> Any:
-        """Tokens held, padding included: an int; a tensor where pages never move, as a compiled step needs."""
+        """Tokens held, padding included: an int, or a tensor if pages never move, as compiled steps need it."""
         if not self.is_initialized:
             return 0
         return self.paging.length if self._settings.max_len is None else self.paging.length_tensor()
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """The keys that a mask covers: how many, and the index of the first."""
+        """Number of keys that a mask covers, and the index of the first."""
         if self.is_compileable and query_length == 1:
             return self.get_max_length(), 0  # of one shape in all steps
         return self.paging.mask_sizes(query_length) if self.is_initialized else (query_length, 0)
@@ -612,7 +615,7 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     @property
     def record_past(self) -> bool:
-        """Whether a sliding window keeps what a crop may need, until the next crop. For all layers."""
+        """Whether a sliding window keeps tokens that a crop may need, until the next crop. Applies to all layers."""
         return self._settings.record_past
 
     @record_past.setter
@@ -627,7 +630,7 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     @torch.inference_mode(False)  # pages outlive the mode that a caller is in
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        """Make the batch of these sequences, in this order."""
+        """Reorder or subset the batch to `beam_idx`."""
         if not self.is_initialized:
             return
         self._fetch()
@@ -648,12 +651,11 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
 @dataclass(eq=False)
 class NewStates:
-    """New K and V on their way to a layer's pages: what `SawCache.update` gives to our attention function in place of
-    K, and of V.
+    """New K and V for a layer's pages. `SawCache.update` returns it to our attention function in place of K and of V.
 
     Attributes:
         key, value: [batch_size, num_kv_heads, num_new, head_dim].
-        layer, handle: where they go, and the cache that it is of.
+        layer, handle: the layer, and its cache.
     """
 
     key: torch.Tensor
@@ -662,9 +664,10 @@ class NewStates:
     handle: int
 
     def refuse(self) -> NoReturn:
-        """
+        """Refuse to be read as tensors by anything but our attention function.
+
         Raises:
-            UnsupportedError: always: something other than our attention function wants to read these as tensors.
+            UnsupportedError: always.
         """
         model = self.layer.model_type
         raise UnsupportedError(
@@ -698,10 +701,10 @@ for _operator in _OPERATORS.split():
 
 
 def refuse_gradients(*states: torch.Tensor | None) -> None:
-    """
+    """Refuse gradients, which cannot pass through pages.
+
     Raises:
-        UnsupportedError: autograd would have to follow these through pages, where there is no gradient, backward or
-            forward.
+        UnsupportedError: backward or forward differentiation would go through these tensors.
     """
     given = [x for x in states if x is not None]
     if torch.is_grad_enabled() and any(x.requires_grad for x in given):
@@ -718,9 +721,10 @@ def refuse_gradients(*states: torch.Tensor | None) -> None:
 
 
 def check_states(key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-    """
+    """Check new K and V.
+
     Raises:
-        UnsupportedError: K and V are of unlike shapes, without data, or not of a dtype that kernels take.
+        UnsupportedError: K and V differ in shape, have no data, or have a dtype that kernels do not take.
         LayoutError: there is no sequence.
     """
     if key_states.shape != value_states.shape:

@@ -1,4 +1,4 @@
-"""What a SawCache asks of a model's config."""
+"""Reads what a SawCache needs from a model's config."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from transformers import PretrainedConfig, PreTrainedModel
 from sawkv.errors import UnsupportedError
 
 NAME = "sawkv"
-"""Of the attention implementation, for `attn_implementation=` and `model.set_attn_implementation()`."""
+"""Name of the attention implementation, for `attn_implementation=` and `model.set_attn_implementation()`."""
 
 
 def find_model(module: nn.Module) -> PreTrainedModel:
-    """The module itself, or the first model of Transformers in it.
+    """The module itself, or the first Transformers model in it.
 
     Raises:
         UnsupportedError: there is none.
@@ -24,8 +24,8 @@ def find_model(module: nn.Module) -> PreTrainedModel:
 
 
 def layer_configs(decoder: PretrainedConfig) -> list[PretrainedConfig]:
-    """The config of each layer: the same, but in models whose layers differ in what it says (Transformers from 5.16 or
-    so).
+    """The config of each layer. They differ only in models that give layers configs of their own (Transformers from
+    5.16 on).
     """
     if getattr(decoder, "is_heterogeneous", False):
         return list(decoder.per_layer_config)
@@ -33,7 +33,7 @@ def layer_configs(decoder: PretrainedConfig) -> list[PretrainedConfig]:
 
 
 def head_dim_of(layer: PretrainedConfig) -> int:
-    """Channels in a head of K and V, as a layer's config says it."""
+    """Channels per head of K and V, from a layer's config."""
     return int(getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads)
 
 
@@ -41,7 +41,7 @@ def layer_windows(config: PretrainedConfig) -> list[int]:
     """The sliding window of each decoder layer, 0 for none.
 
     Raises:
-        UnsupportedError: naming everything in this model that a SawCache cannot hold.
+        UnsupportedError: names everything in this model that a SawCache cannot hold.
     """
     decoder = config.get_text_config(decoder=True)
     window = getattr(decoder, "sliding_window", None) or 0

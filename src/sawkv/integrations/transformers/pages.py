@@ -1,6 +1,4 @@
-"""Where tokens of a batch lie in the pages of layers that are alike: lengths, page table, slots and schedule, made once
-a forward pass.
-"""
+"""Lengths, page table, slots and schedule of a batch, computed once per forward pass for layers of equal shape."""
 
 from __future__ import annotations
 
@@ -14,23 +12,20 @@ from sawkv.format.layout import PageLayout
 from sawkv.kernels import Step
 
 MAX_PAGED_QUERIES = 8
-"""Query tokens a sequence up to which attention reads pages; longer ones are prompts, and run in the model's own 16-bit
-attention.
+"""Most query tokens per sequence for which attention reads pages. Longer passes are prompts, and
+use 16-bit attention.
 """
 
 MIN_SPARE_PAGES = 8
 SPARE_SHARE = 32
-"""A layer that is full grows by this share of its pages (1/32), so that spare room costs 3 % of memory and copying is
-rare.
-"""
+"""A full layer grows by 1/32 of its pages. So spare room costs 3 % of memory, and copies are rare."""
 
 CROP_MARGIN = 64
-"""Tokens that a sliding window keeps beyond itself, so that some drafted tokens can be taken back (`crop`) at any time.
-"""
+"""Tokens that a sliding window keeps beyond itself, so that some drafted tokens can always be removed (`crop`)."""
 
 
 class Paging:
-    """What layers of one device, page layout and window have in common.
+    """State that layers with one device, page layout and window share.
 
     All sequences of a batch have the same length as Transformers counts it, left padding included. Padding is not
     stored: the token at index t of sequence b has position t - pads[b]. Page j of sequence b is page (j - first_page) *
@@ -39,20 +34,21 @@ class Paging:
     Attributes:
         layout, device: of the pages.
         window: tokens that a query sees, itself included; 0 is no limit. Pages before it are dropped.
-        batch_size: sequences.
+        batch_size: number of sequences.
         first_layer: index of the layer that calls `begin`.
-        max_len: tokens that each sequence may have, for layers whose pages never move; None for layers that grow.
-        lengths: [batch_size] int32, positions used so far: the length less the padding.
+        max_len: tokens per sequence for layers whose pages never move; None for layers that grow.
+        lengths: [batch_size] int32, positions used so far: the length without padding.
         pads: [batch_size] int32, left padding.
-        first_page, num_pages: of each sequence, which of its pages layers hold in this pass.
-        kept: the same two, for after the pass: a long prompt leaves a sliding window more pages than it needs.
-        first_written: the first page that this pass writes to, if pages grow.
+        first_page, num_pages: range of each sequence's pages that layers hold in this pass.
+        kept: the same range after the pass. A long prompt gives a sliding window more pages than it needs later.
+        first_written: first page that this pass writes to, if pages grow.
         block_table: [batch_size, first_page + num_pages] int32.
         slots: [batch_size * num_new] int64, where this pass writes; -1 for padding.
-        step: what layers attend with in this pass, if its attention reads pages.
-        reads_pages: whether this pass's attention reads pages; else K and V are decoded for the model's own attention.
-        is_fresh: whether this pass's tokens are the first.
-        num_keys: K and V rows of each sequence that the model's own attention gets in this pass, new ones included.
+        step: the step for this pass's attention, if it reads pages.
+        reads_pages: whether this pass's attention reads pages. Otherwise K and V are decoded for the model's own
+            attention.
+        is_fresh: whether this pass has the first tokens.
+        num_keys: rows of K and V per sequence for the model's own attention in this pass, new ones included.
     """
 
     @torch.inference_mode(False)  # what is made here outlives a pass, and the mode of that pass
@@ -79,7 +75,7 @@ class Paging:
         self._hold(0, 0 if max_len is None else -(-max_len // layout.page_size))
 
     def _set_batch(self, pads: torch.Tensor) -> None:
-        """Make what depends on the number of sequences."""
+        """Make the tensors whose size is the number of sequences."""
         self.pads, self.batch_size = pads, pads.shape[0]
         self._sequence = torch.arange(self.batch_size, device=self.device)
         self._one_slot = torch.empty(
@@ -93,15 +89,15 @@ class Paging:
 
     @property
     def length(self) -> int:
-        """Tokens of each sequence, left padding included. Waits for the device if the pages never move: a CUDA graph
-        may have moved on.
+        """Tokens per sequence, left padding included. If pages never move, this waits for the device, because a CUDA
+        graph may have advanced it.
         """
         if self.max_len is None:
             return self._length
         return int(self.length_tensor())
 
     def on_device(self) -> AbstractContextManager[object]:
-        """For calls of kernels, which run on the current GPU: with a model over several, that need not be this one."""
+        """Makes this device the current one, because kernels run on the current GPU."""
         several = self.device.type == "cuda" and torch.cuda.device_count() > 1
         return torch.cuda.device(self.device) if several else nullcontext()
 
@@ -111,26 +107,26 @@ class Paging:
 
     @property
     def past_keys(self) -> int:
-        """Tokens of each sequence that its next one sees, itself not included."""
+        """Past tokens that the next token of each sequence sees."""
         return self._past_keys(self.length)
 
     def mask_sizes(self, num_new: int) -> tuple[int, int]:
-        """The keys that a mask for `num_new` queries covers: how many, and the index of the first."""
+        """Number of keys that a mask for `num_new` queries covers, and the index of the first."""
         length = self.length
         past = self._past_keys(length)
         return past + num_new, length - past
 
     def begin(self, num_new: int, num_q_heads: int | None = None, mask: torch.Tensor | None = None) -> None:
-        """Make room for `num_new` tokens of each sequence, and everything that layers need to write and read them.
+        """Make room for `num_new` tokens per sequence, and compute what layers need to write and read them.
 
         Args:
-            num_new: tokens of each sequence in this pass.
-            num_q_heads: of the attention that will read pages; None where none will.
+            num_new: tokens per sequence in this pass.
+            num_q_heads: of the attention that will read pages; None if none will.
             mask: [batch_size or 1, 1, num_new, num_keys] bool, True where a query sees a key; or another dtype, added
-                to scores. None is causal. On the first pass, leading tokens that do not see themselves are padding.
+                to scores. None is causal. In the first pass, leading tokens that do not see themselves are padding.
 
         Raises:
-            LayoutError: there is no room, or the mask shows padding. Nothing has changed then.
+            LayoutError: there is no room, or the mask shows padding. Nothing has changed.
         """
         length = self.length
         if self.max_len is not None and length + num_new > self.max_len:
@@ -162,10 +158,10 @@ class Paging:
         )
 
     def begin_compiled(self, num_q_heads: int, mask: torch.Tensor | None) -> None:
-        """`begin` for one new token, on the device alone; `max_len` is set, and an uncompiled pass came first.
+        """`begin` for one new token, without the host. `max_len` is set, and an uncompiled pass came first.
 
-        A mask that is not the causal one, or a sequence that is full, stops the device with an error: there is no way
-        back from here.
+        A mask that is not causal, or a full sequence, stops the device with an error, because the graph cannot raise
+        one.
         """
         assert self.max_len is not None
         self.advance(1)
@@ -175,7 +171,9 @@ class Paging:
         self.step = self._schedule(num_q_heads, 1).update(self.block_table, self.lengths, self._start_of(1))
 
     def cut_mask(self, mask: torch.Tensor | None, num_new: int) -> torch.Tensor | None:
-        """A mask for the `num_keys` keys that `SawLayer.decode` gives; None where PyTorch's causal attention is it."""
+        """A mask for the `num_keys` keys that `SawLayer.decode` returns; None if PyTorch's causal attention computes
+        the same.
+        """
         if mask is not None and self.max_len is not None and num_new == 1:  # it covers every index up to max_len
             return mask[..., self.length - self.num_keys : self.length]
         if mask is None and 1 < num_new < self.num_keys:
@@ -183,7 +181,7 @@ class Paging:
         return mask
 
     def advance(self, num_new: int) -> None:
-        """Count `num_new` tokens and find their slots. On the device alone."""
+        """Count `num_new` tokens, and compute their slots, without the host."""
         size = self.layout.page_size
         position = self.lengths[:, None].long() + torch.arange(num_new, device=self.device)
         page = (position // size - self.first_page) * self.batch_size + self._sequence[:, None]
@@ -192,9 +190,8 @@ class Paging:
         self.lengths.add_(num_new)
 
     def agrees(self, mask: torch.Tensor, num_new: int, ahead: int = 0) -> torch.Tensor:
-        """Whether a bool mask shows queries exactly what reading pages shows them: a bool tensor without dimensions.
-
-        `ahead`: tokens by which to `advance` before.
+        """Whether a bool mask shows queries exactly the keys that reading pages shows them: a bool tensor without
+        dimensions. `ahead`: tokens to advance first.
         """
         return (mask[:, 0] == self.visible(num_new, mask.shape[-1], ahead)).all()
 
@@ -211,7 +208,7 @@ class Paging:
         return seen & (query - key < self.window) if self.window else seen
 
     def _schedule(self, num_q_heads: int, num_new: int) -> ops.Schedule:
-        """What all layers share in a pass of `num_new` tokens of each sequence."""
+        """The schedule for passes of `num_new` tokens per sequence."""
         key = num_q_heads, num_new
         if key not in self._schedules:
             self._schedules[key] = ops.Schedule(
@@ -226,14 +223,14 @@ class Paging:
         return self._schedules[key]
 
     def tail_table(self, num_tokens: int, held: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Where the last `num_tokens` tokens of each sequence are, in whole pages.
+        """Pages of the last `num_tokens` tokens of each sequence.
 
         Args:
-            num_tokens: of each sequence, padding included.
-            held: first page and number of pages of each sequence in the layer that is read.
+            num_tokens: per sequence, padding included.
+            held: first page and number of pages per sequence in the layer that is read.
 
         Returns:
-            block_table: [batch_size, pages] int32, from the page of the first of them.
+            block_table: [batch_size, pages] int32, from the page of the first token on.
             seq_lens: [batch_size] int32, tokens from the start of that page; at most num_tokens + page_size - 1.
         """
         size = self.layout.page_size
@@ -244,7 +241,7 @@ class Paging:
 
     @torch.inference_mode(False)
     def take(self, index: torch.Tensor) -> None:
-        """Make the batch that consists of these sequences."""
+        """Reorder or subset the batch to `index`."""
         lengths = self.lengths[index]
         if self.max_len is not None and index.shape[0] == self.batch_size:
             self.lengths.copy_(lengths)
@@ -255,9 +252,10 @@ class Paging:
         self._hold(*self.kept)
 
     def check_crop(self, length: int) -> None:
-        """
+        """Check whether the cache can be cropped to `length`.
+
         Raises:
-            LayoutError: a sliding window has dropped tokens that sequences of this length would see again.
+            LayoutError: a sliding window no longer has tokens that sequences of this length would see.
         """
         if self._first_needed(length) < self.kept[0]:
             raise LayoutError(
@@ -266,7 +264,7 @@ class Paging:
             )
 
     def crop(self, length: int) -> None:
-        """Have `length` tokens of each sequence, no more than now. What is taken of the padding is padding no more."""
+        """Shorten every sequence to `length` tokens. Padding beyond that is no longer counted as padding."""
         self.pads.clamp_(max=length)
         self.lengths.copy_(length - self.pads)
         self._length, self._max_pad = length, min(self._max_pad, length)
@@ -280,12 +278,12 @@ class Paging:
         self._length = self._max_pad = 0
 
     def record_past(self, wanted: bool) -> None:
-        """Keep what a crop may need, until the next crop."""
+        """Keep tokens that a crop may need, until the next crop."""
         if wanted != (self._keep_from is not None):
             self._keep_from = self.length if wanted else None
 
     def __getstate__(self) -> dict[str, object]:
-        """For copies: without schedules, which serve one cache at a time."""
+        """Leave out schedules, which serve one cache at a time."""
         return vars(self) | {"_schedules": {}, "step": None}
 
     def _past_keys(self, length: int) -> int:
@@ -306,9 +304,10 @@ class Paging:
         torch.neg(self.pads, out=self.lengths)
 
     def _check_padding(self, mask: torch.Tensor, num_new: int) -> None:
-        """
+        """Check that the mask still hides padding.
+
         Raises:
-            LayoutError: the mask shows a token that was padding when it came: it was not stored.
+            LayoutError: the mask shows a token that was padding in its own pass, and was not stored.
         """
         first = 0 if self.max_len is not None and num_new == 1 else self.length - self._past_keys(self.length)
         shown = mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
@@ -320,7 +319,7 @@ class Paging:
             )
 
     def _first_needed(self, length: int) -> int:
-        """The first page that a sequence of this length still sees."""
+        """First page that a sequence of this length sees."""
         if not self.window:
             return 0
         if self._keep_from is not None:
@@ -328,9 +327,7 @@ class Paging:
         return max(0, length - self._max_pad - self.window + 1) // self.layout.page_size
 
     def _make_room(self, past: int, length: int) -> None:
-        """Hold the pages from the window of the token at `past` to the end of `length`, and decide what to keep of
-        them.
-        """
+        """Hold the pages from the window of the token at `past` to the end of `length`, and choose those to keep."""
         needed = self._needed(past, length)
         if (self.first_page, self.num_pages) != self.kept:
             self._hold(*self.kept)

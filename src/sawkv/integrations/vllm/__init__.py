@@ -1,23 +1,24 @@
-"""sawkv inside unmodified vLLM, found by vLLM through the entry point group `vllm.general_plugins`.
+"""sawkv inside unmodified vLLM, which finds it by the entry point group `vllm.general_plugins`.
 
-`--kv-cache-dtype int4_per_token_head` then means sawkv's rotated INT4 pages; `docs/vllm.md` has the options.
-Reading order: `config` (what the user asked for), `selection` (which layers are ours), `backend` (the attention
-backend), `refusals` (what is not served), `windows` (the page size of windowed layers on vLLM before 0.28), `contract`
-(what we need of vLLM), `server` (vLLM's server as a child process).
+With it, `--kv-cache-dtype int4_per_token_head` means sawkv's rotated INT4 pages. docs/vllm.md lists the options.
+Reading order: `config` (the user's settings), `selection` (which layers use sawkv), `backend` (the attention backend),
+`prefill`, `prepare` and `measure` (preparation at start), `refusals` (what is not served), `windows` (page sizes of
+windowed layers before vLLM 0.28), `contract` (what sawkv needs of vLLM), `server` (vLLM's server as a child process),
+`client`.
 """
 
 from __future__ import annotations
 
 PLUGIN = "sawkv"
-"""The entry point's name, by which `VLLM_PLUGINS` lists it."""
+"""Name of the entry point, as in `VLLM_PLUGINS`."""
 
 
 def register() -> None:
-    """Entry point: vLLM calls it in the front end, the engine core and every worker, perhaps more than once.
+    """Entry point. vLLM calls it in the front end, the engine core and every worker, and may call it more than once.
 
-    It makes `--attention-backend CUSTOM` a valid choice, and has `selection` asked for each layer. Checks that must
-    stop a start live there and in the classes. An exception here would stop engines that do not use sawkv too, so a
-    vLLM that has changed is an error in its log.
+    It registers `--attention-backend CUSTOM`, and installs `selection`, which vLLM asks for each layer. Checks that
+    stop a start are made there and in the classes. An exception here would also stop engines that do not use sawkv, so
+    a vLLM that has changed is logged as an error.
     """
     from vllm.logger import init_logger
 

@@ -1,10 +1,9 @@
-"""vLLM's attention backend over sawkv pages.
+"""vLLM's attention backend over sawkv pages. Over 400 lines: vLLM's interface has three classes that belong together.
 
-All attention reads the pages, the new tokens' included, so a token's output does not depend on how its prompt was cut
-in chunks, on prefix-cache hits or on preemption, beyond rounding (docs/decisions/0002).
+All attention reads the pages, new tokens included. So a token's output does not depend on how its prompt was cut into
+chunks, on prefix-cache hits or on preemption, beyond rounding (docs/decisions/0002).
 
-vLLM's words for ours: block = page, head_size = head_dim, `[blocks, kv heads, block_size, content bytes]` = our page
-layout.
+vLLM's words: block = page, head_size = head_dim, `[blocks, kv heads, block_size, content bytes]` = our page layout.
 """
 
 from __future__ import annotations
@@ -51,20 +50,19 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import AttentionSpec
 
 LikeLayers = tuple[int, int, int]
-"""num_heads, num_kv_heads and sliding_window: what layers that share a schedule have in common."""
+"""num_heads, num_kv_heads and sliding_window, which layers with one schedule have in common."""
 
 logger = init_logger(f"vllm.{__name__}")  # under vLLM's name, so that its log settings apply
 
 
 @dataclass
 class SawMetadata(AttentionMetadata):
-    """What one step's attention needs, for all layers of a group.
+    """What attention needs in one step, for all layers of a group.
 
     Attributes:
-        steps: of requests that read their pages, for layers by what they have in common; none if there are no such
-            requests.
-        prefills: of the others, by the window of the layers that attend them.
-        prompts: whole prompts, while layers measure.
+        steps: of requests that read their pages, by `LikeLayers`; empty if there are no such requests.
+        prefills: slices of all other requests, by the sliding window of the layers.
+        prompts: prompts that lie in this step, while layers measure.
     """
 
     steps: Mapping[LikeLayers, Step]
@@ -73,10 +71,10 @@ class SawMetadata(AttentionMetadata):
 
 
 class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
-    """Builds `SawMetadata` once a step.
+    """Builds `SawMetadata` once per step.
 
-    On a GPU, requests with few query tokens come first and are decoded from their pages, under CUDA graphs where all of
-    a batch's are; the others are prefills. On a CPU one kernel serves all.
+    On a GPU, requests with few query tokens come first and are decoded from their pages, under CUDA graphs if the whole
+    batch is. All others are prefills. On a CPU one kernel serves all requests.
     """
 
     _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
@@ -180,7 +178,7 @@ class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
 
 
 class SawAttentionImpl(AttentionImpl[SawMetadata]):
-    """One attention layer: refuses at start-up what it cannot serve, then appends and attends."""
+    """One attention layer. Refuses at start what it cannot serve. Then appends new tokens, and attends."""
 
     def __init__(
         self,
@@ -284,7 +282,7 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attend to the pages. `query` and `output`: [num_tokens, num_heads, head_size]; rows past num_actual_tokens
+        """Attend to the pages. `query`, `output`: [num_tokens, num_heads, head_size]. Rows from num_actual_tokens on
         are padding.
         """
         if attn_metadata is None:  # profiling
@@ -315,7 +313,7 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
         """Refuse pages of another size than this layer's format takes.
 
         Raises:
-            UnsupportedError: vLLM's size differs; it would read as garbage, or fail where nobody can tell why.
+            UnsupportedError: vLLM's size differs. Pages would be read wrongly.
         """
         layout = self.layout(spec.block_size)
         expected = layout.num_kv_heads * layout.span_bytes
@@ -326,7 +324,7 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
             )
 
     def take_name(self, layer_name: str) -> None:
-        """Pick what is this layer's and this rank's out of the calibration, once vLLM has told the layer's name.
+        """Take this layer's and this rank's part of the calibration, once vLLM has given the layer's name.
 
         Raises:
             CalibrationError: the calibration has no such layer.
@@ -340,7 +338,7 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
         self.counted.energies = _energies(self._layer_calibration)
 
     def take_prepared(self, part: LayerCalibration, device: torch.device) -> None:
-        """Write pages with `part` from now on, in place: graphs that are captured already see it."""
+        """Write pages with `part` from now on. It is copied in place, so captured graphs use it."""
         self._written_with(device).fill(part)
         if self._attention is not None:
             self._attention.cache.refresh()
@@ -348,8 +346,8 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
         self.unprepared = False
 
     def _written_with(self, device: torch.device) -> LayerCalibration:
-        """What pages are written with. For a layer that waits to be prepared, tensors that change nothing until they
-        are filled.
+        """Static tensors of this layer's pages. A layer that waits to be prepared gets tensors that change nothing
+        until they are filled.
         """
         if self._layer_calibration is None:
             raise CalibrationError("sawkv calibration: vLLM runs a layer that it did not name at start-up")
@@ -383,7 +381,7 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
 
 
 class SawAttentionBackend(AttentionBackend):
-    """What `selection` gives our layers, on CUDA under the name CUSTOM."""
+    """The backend that `selection` gives our layers; on CUDA it is registered as CUSTOM."""
 
     forward_includes_kv_cache_update = False
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float16, torch.float32]
@@ -404,16 +402,16 @@ class SawAttentionBackend(AttentionBackend):
 
     @staticmethod
     def get_supported_kernel_block_sizes(kv_cache_spec: object = None) -> list[int | MultipleOf]:
-        """Tokens of the pages that kernels get. vLLM cuts a larger block into the largest of these that divides it.
+        """Page sizes of kernels. vLLM cuts a larger block into the largest of these that divides it.
 
-        Blocks of hybrid models have thousands of tokens, which CUDA kernels do not take as a page. On a CPU a block is
-        a page, since vLLM's CPU runner (0.32) clears new blocks as if it were.
+        Blocks of hybrid models have thousands of tokens, which CUDA kernels do not take as one page. On a CPU a block
+        is a page, because vLLM's CPU runner (0.32) clears new blocks as if it were.
         """
         return [MultipleOf(PAGE_SIZE_MULTIPLE)] if current_platform.is_cpu() else list(GPU_PAGE_SIZES)
 
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:
-        """What a user gets who does not choose with `--block-size`."""
+        """The block size without `--block-size`."""
         return ENGINE_PAGE_SIZE
 
     @classmethod
@@ -448,27 +446,27 @@ class SawAttentionBackend(AttentionBackend):
 
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
-        """Give vLLM our bytes for each token and KV head. vLLM from 0.28."""
+        """Tell vLLM our bytes per token and KV head. vLLM from 0.28."""
         codec = KV_CACHE_DTYPE_CODECS.get(f"{spec.kv_quant_mode.name.lower()}")
         return spec if codec is None else replace(spec, state_content_bytes=token_bytes(codec, spec.head_size))
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[Any, ...]:
-        """Layouts that keep a (page, KV head) contiguous. vLLM from 0.29."""
+        """Layouts in which each span (page, KV head) is contiguous. vLLM from 0.29."""
         from vllm.v1.kv_cache_interface import KVCacheLayout  # type: ignore[attr-defined]  # not in the oldest vLLM
 
         return KVCacheLayout.LBHNC, KVCacheLayout.BLHNC
 
 
 def _energies(part: LayerCalibration) -> tuple[float, float] | None:
-    """What the rows of K and of V should be like, over the heads."""
+    """Energies of rows of K and of V in the calibration, mean over heads."""
     if part.k_energy is None or part.v_energy is None:
         return None
     return float(part.k_energy.mean()), float(part.v_energy.mean())
 
 
 def token_bytes(codec: str, head_size: int) -> int:
-    """Bytes that K and V of one token take for one KV head."""
+    """Bytes of K and V of one token and one KV head."""
     return PageLayout(CacheFormat(codec), 1, head_size, PAGE_SIZE_MULTIPLE).token_bytes
 
 

@@ -1,4 +1,4 @@
-"""A vLLM server as its clients see it: started as a child process, waited for, and asked over HTTP. Imports no vLLM."""
+"""A vLLM server as a child process: start it, wait until it answers, and send requests over HTTP. Imports no vLLM."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from sawkv.errors import UnsupportedError
 from sawkv.integrations.vllm.server import free_port, running
 
 START_TIMEOUT = 900.0
-"""Seconds that vLLM may take to start; the first start on a CPU compiles the model."""
+"""Seconds that vLLM may take to start. The first start on a CPU compiles the model."""
 STOP_TIMEOUT = 30.0
 POLL = 0.5
 LOG_LINES = 25
-"""Of a log, shown where a server ends by itself and says no error."""
+"""Last lines of the log that are shown if the server ends without an error."""
 NOTICE = "sawkv: KV cache format"
-"""What vLLM's log says where sawkv is in use. Without it vLLM runs on with a cache of its own."""
+"""Start of sawkv's line in vLLM's log. Without this line vLLM runs with a cache of its own."""
 STAGES: Mapping[str, str] = {
     "Initializing a V1 LLM engine": "starting the engine",
     "Loading weights took": "weights loaded",
@@ -38,18 +38,22 @@ STAGES: Mapping[str, str] = {
 
 @dataclass(frozen=True)
 class Client:
-    """Asks one server.
+    """Sends requests to one server.
 
     Attributes:
-        port: of this machine.
-        log: the file that holds what the server printed.
+        port: on this machine.
+        log: file with the server's output.
     """
 
     port: int
     log: Path
 
     def get(self, path: str, *, timeout: float = 10) -> str:
-        """The body of an answer. Raises OSError where there is none."""
+        """The body of an answer.
+
+        Raises:
+            OSError: the server does not answer.
+        """
         with urllib.request.urlopen(f"http://127.0.0.1:{self.port}{path}", timeout=timeout) as answer:
             body: str = answer.read().decode()
         return body
@@ -94,7 +98,7 @@ class Client:
         return [entry[str(token)]["logprob"] for token, entry in zip(ids[1:], found[1:], strict=True)]
 
     def kv_tokens(self) -> int:
-        """Tokens that the server's KV cache holds, as its log says.
+        """Tokens that the server's KV cache holds, according to its log.
 
         Raises:
             UnsupportedError: the log does not say.
@@ -105,7 +109,7 @@ class Client:
         return int(sizes[-1].replace(",", ""))
 
     def notice(self) -> str:
-        """The line by which sawkv says in the server's log that it is in use; empty if it is not."""
+        """sawkv's line in the server's log, or ""."""
         lines = self.log.read_text(errors="replace").splitlines()
         return next((line[line.index(NOTICE) :] for line in lines if NOTICE in line), "")
 
@@ -118,16 +122,16 @@ def serving(
     env: Mapping[str, str] | None = None,
     say: Callable[[str], object] = lambda stage: None,
 ) -> Iterator[Client]:
-    """A server that answers, and ends with the block.
+    """Run a server that answers requests within the block, and end it with the block.
 
     Args:
-        command: that starts vLLM's server, without host and port.
-        log: file for what it prints.
+        command: starts vLLM's server, without host and port.
+        log: file for the server's output.
         env: its environment; None is this process's.
-        say: called with each stage of the start, in words.
+        say: called with a description of each stage of the start.
 
     Raises:
-        UnsupportedError: the server ends by itself, or takes longer than `START_TIMEOUT`.
+        UnsupportedError: the server ends by itself, or does not start within `START_TIMEOUT`.
     """
     port = free_port()
     command = [*command, "--host", "127.0.0.1", "--port", str(port)]
@@ -164,6 +168,6 @@ def _wait(client: Client, server: subprocess.Popen[bytes], say: Callable[[str], 
 
 
 def _cause(text: str) -> str:
-    """What a log says went wrong: the last error that is not only vLLM's word for another one, else the last lines."""
+    """The last error in a log that is more than a reference to another error, or else the last lines."""
     errors = [found for found in re.findall(r"\w+(?:Error|Exception): (.+)", text) if "root cause" not in found]
     return errors[-1] if errors else "\n".join(text.strip().splitlines()[-LOG_LINES:])

@@ -1,5 +1,5 @@
-"""What this integration needs of vLLM, checked at start-up and in CI: a change in vLLM stops the start and never
-corrupts a cache.
+"""What sawkv needs of vLLM, checked at start and in CI, so that a change in vLLM stops the start and never corrupts a
+cache.
 """
 
 from __future__ import annotations
@@ -11,15 +11,15 @@ from sawkv.errors import UnsupportedError
 
 OLDEST_VLLM = (0, 26)
 NEWEST_VLLM = (0, 32)
-"""The newest that the tests run with. A newer one is warned of, and started."""
+"""The newest version that the tests run with. Newer ones start with a warning."""
 
 
 @cache
 def check_contract() -> None:
-    """Check the seams that no import already checks.
+    """Check the interfaces that imports do not already check.
 
     Raises:
-        UnsupportedError: this vLLM lacks something; the message names it.
+        UnsupportedError: this vLLM lacks one; the message names it.
     """
     import vllm
     from vllm.logger import init_logger

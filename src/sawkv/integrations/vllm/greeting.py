@@ -1,6 +1,4 @@
-"""What `sawkv serve` says when the server answers: its address, and a request to try, which is for chat
-on any model.
-"""
+"""What `sawkv serve` prints when the server answers: its address, and a chat request to try."""
 
 from __future__ import annotations
 
@@ -21,13 +19,13 @@ PLAIN_CHAT: Final = (
 )
 """The chat template of a checkpoint that has none: without one, vLLM refuses chat requests."""
 POLL: Final = 0.5
-"""Seconds between two looks whether the server answers."""
+"""Seconds between two attempts to reach the server."""
 _OTHER_TOKENIZERS: Final = ("tekken.json", "tokenizer.model.v3", "params.json")
 _TEMPLATES: Final = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")
 
 
 def lacks_chat_template(checkpoint: Checkpoint | None, options: Options) -> bool:
-    """Whether it is certain that vLLM would find no chat template, in the checkpoint's files or by its model type."""
+    """Whether vLLM would certainly find no chat template, in the checkpoint's files or by model type."""
     named = (
         "--chat-template",
         "--tokenizer",
@@ -51,7 +49,7 @@ def lacks_chat_template(checkpoint: Checkpoint | None, options: Options) -> bool
 
 
 def base_url(options: Options) -> str | None:
-    """Where the server listens; None where a plain HTTP client of this machine cannot ask it."""
+    """Address of the server; None if a plain HTTP client on this machine cannot reach it."""
     if any(options.has(name) for name in ("--uds", "--headless", "--ssl-certfile", "--ssl-keyfile", "--root-path")):
         return None
     host = options.get("--host") or ""
@@ -64,8 +62,8 @@ def greeting(model: str, options: Options, plain_chat: bool) -> list[str]:
 
     Args:
         model: as given to `sawkv serve`.
-        options: for vLLM.
-        plain_chat: whether `PLAIN_CHAT` is its chat template.
+        options: of vLLM.
+        plain_chat: whether the chat template is `PLAIN_CHAT`.
     """
     url = base_url(options)
     name = (options.get("--served-model-name") or model).split()[0]
@@ -89,7 +87,7 @@ def greeting(model: str, options: Options, plain_chat: bool) -> list[str]:
 
 
 def greet_when_ready(server: subprocess.Popen[bytes], lines: list[str], url: str) -> None:
-    """Print lines, from a thread, when the server answers; never, if it ends before."""
+    """Print lines from a thread as soon as the server answers. Prints nothing if the server ends first."""
 
     def wait() -> None:
         while server.poll() is None:

@@ -1,11 +1,9 @@
-"""What a worker does while its model is prepared: attend exactly, measure, fit, and write its layers with what was
-fitted.
+"""Preparation in a worker: layers attend exactly, measure Q, K and V, and take the fitted calibration.
 
-`prepare` conducts it, from the engine core, by calling the functions at the end of this file in every worker.
-
-Pages that are written unprepared would corrupt the states of all later layers, so no page is read or written while a
-layer measures: it attends to the step's own K and V, in 16 bits. Only prompts that lie whole in their step count, since
-only their tokens see all that they should.
+`prepare` conducts it from the engine core, by the functions at the end of this file. Pages written without preparation
+would change the states of all later layers, so no page is read or written while layers measure. They attend to the K
+and V of the step itself, in 16 bits. Only prompts that lie in one step count, because only their tokens see their whole
+prefix.
 """
 
 from __future__ import annotations
@@ -32,9 +30,9 @@ if TYPE_CHECKING:
     from sawkv.integrations.vllm.backend import SawAttentionImpl
 
 QUERY_BLOCK = 256
-"""Queries that the CPU attends at a time: scores of a window of 2,048 tokens then take 2 MB a head."""
+"""Queries per block of attention on a CPU. Scores of a window of 2,048 tokens then take 2 MB per head."""
 IDENTITY_ROWS = 256
-"""Rows of the identity that are pushed through a packed projection at a time."""
+"""Rows of the identity per pass through a packed projection."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class Prompt:
     """A request whose tokens all lie in this step.
 
     Attributes:
-        tokens: its rows of the step's tensors.
+        tokens: its rows in the step's tensors.
         cu_seqlens: [2] int32 on the device, 0 and the number of its tokens.
     """
 
@@ -51,7 +49,7 @@ class Prompt:
 
 
 def whole_prompts(common: CommonAttentionMetadata) -> list[Prompt]:
-    """The step's requests that had nothing computed before. Waits for the device."""
+    """Requests of the step that start with its first token. Waits for the device."""
     starts, lengths = common.query_start_loc_cpu.tolist(), common.seq_lens.tolist()
     spans = [
         (first, last)
@@ -63,12 +61,12 @@ def whole_prompts(common: CommonAttentionMetadata) -> list[Prompt]:
 
 
 class LayerMeasurement:
-    """One layer that measures.
+    """Measurement of one layer.
 
     Attributes:
-        statistics: what it adds to, its own or, if it reads the pages of another layer, that layer's.
-        source: the measurement of the layer whose pages this one reads, or None.
-        rows: K and V of the step, as the layer got them; for the layers that read its pages.
+        statistics: sums that it adds to. A layer that reads the pages of another layer adds to that layer's.
+        source: measurement of the layer whose pages this layer reads, or None.
+        rows: K and V of the step, for layers that read this layer's pages.
     """
 
     def __init__(self, statistics: LayerStatistics, source: LayerMeasurement | None = None) -> None:
@@ -84,8 +82,8 @@ class LayerMeasurement:
         prompts: Sequence[Prompt],
         output: torch.Tensor,
     ) -> torch.Tensor:
-        """Attend each prompt to itself, exactly, and add its rows. Shapes as in `SawAttentionImpl.forward`; other rows
-        give zeros.
+        """Attend each prompt to itself, exactly, and add its rows. Shapes as in `SawAttentionImpl.forward`. Other rows
+        get zeros.
         """
         if self.source is None:
             self.rows = key, value
@@ -120,11 +118,12 @@ def attend_exactly(
     logit_softcap: float = 0.0,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Causal attention of one prompt to its own tokens, in fp32, a block of queries at a time. Words as in
+    """Causal attention of one prompt to its own tokens in fp32, one block of queries at a time. Arguments as in
     `ops.decode_attention`.
 
     Args:
-        q: [num_tokens, num_q_heads, head_dim]; k, v: [num_tokens, num_kv_heads, head_dim].
+        q: [num_tokens, num_q_heads, head_dim].
+        k, v: [num_tokens, num_kv_heads, head_dim].
 
     Returns:
         [num_tokens, num_q_heads, head_dim] fp32.
@@ -155,16 +154,15 @@ def attend_exactly(
 
 
 class MeasuredModel:
-    """Stands in for a runner's model while it measures: shifts the positions that the model gets, and counts its calls.
+    """Wraps a runner's model during measurement: shifts the positions that the model sees, and counts its calls.
 
-    Keys turn with their position, so prompts have to be placed all over the context that will be served. The shift is
-    undone after each call, since the step goes on with these positions (a draft model's slots follow from them), and
-    done in place, since a captured graph reads that address.
+    RoPE turns keys with their position, so prompts are spread over the context that will be served. The shift is made
+    in place, because a captured graph reads that address, and undone after each call, because the step and a draft
+    model's slots depend on these positions.
 
     Attributes:
-        shifts: [window] int64 on the device, what is added to the position of a prompt's token, by its place in the
-            prompt.
-        calls: how often the model was called.
+        shifts: [window] int64 on the device, added to the position of each token of a prompt.
+        calls: number of calls of the model.
     """
 
     def __init__(self, model: Any, device: torch.device) -> None:
@@ -197,8 +195,8 @@ def layer_index(name: str) -> int:
 
 
 def first_kv_head(num_kv_heads: int) -> int:
-    """Of those that this rank holds, of `num_kv_heads` in the whole model. Ranks beyond the heads share one, as vLLM
-    replicates it.
+    """First KV head of this rank, of `num_kv_heads` in the whole model. If there are more ranks than heads, ranks share
+    a head, as vLLM replicates it.
     """
     return int(get_tensor_model_parallel_rank()) * num_kv_heads // int(get_tensor_model_parallel_world_size())
 
@@ -207,13 +205,13 @@ def first_kv_head(num_kv_heads: int) -> int:
 
 
 def waiting(worker: Any) -> list[int]:
-    """The head_dim of each of this worker's layers that wait to be prepared."""
+    """The head_dim of each layer of this worker that waits to be prepared."""
     return [layer.impl.head_size for layer in _waiting(worker).values()]
 
 
 @torch.inference_mode()
 def begin(worker: Any) -> None:
-    """Have the layers measure from now on."""
+    """Make the layers measure from now on."""
     runner, layers = worker.model_runner, _waiting(worker)
     model = runner.get_model()
     for name, layer in layers.items():
@@ -233,14 +231,14 @@ def begin(worker: Any) -> None:
 
 
 def place(worker: Any, positions: torch.Tensor) -> None:
-    """Where the tokens of the next prompt stand: [window] int64 on the CPU."""
+    """Set the positions of the next prompt's tokens: [window] int64 on the CPU."""
     shifts = positions - torch.arange(len(positions), device="cpu")
     worker.model_runner.model.shifts = shifts.to(worker.device)
 
 
 @torch.inference_mode()
 def finish(worker: Any) -> Calibration:
-    """Fit what was measured and write the layers with it. All ranks return the same, which is for the whole model.
+    """Fit the measurements, and set the calibration of the layers. All ranks return that of the whole model.
 
     Raises:
         UnsupportedError: a rank measured nothing, or NaN.
@@ -267,7 +265,7 @@ def finish(worker: Any) -> Calibration:
 
 @torch.inference_mode()
 def apply(worker: Any, calibration: Calibration) -> None:
-    """Write the layers that wait with this from now on."""
+    """Set the calibration of the layers that wait."""
     for name, layer in _waiting(worker).items():
         impl = layer.impl
         first = first_kv_head(calibration.num_kv_heads)
@@ -278,7 +276,7 @@ def apply(worker: Any, calibration: Calibration) -> None:
 
 
 def all_agree(worker: Any, found: bool) -> bool:
-    """Whether every rank has `found`: of all engines that step together."""
+    """Whether every rank of all engines that step together has `found`."""
     answer = torch.tensor([int(found)])
     if get_world_group().world_size > 1:
         torch.distributed.all_reduce(answer, torch.distributed.ReduceOp.MIN, group=get_world_group().cpu_group)
@@ -286,7 +284,7 @@ def all_agree(worker: Any, found: bool) -> bool:
 
 
 def _waiting(worker: Any) -> dict[str, Any]:
-    """vLLM's attention layers of the model itself, by name, that wait. Those of a draft model are another model's."""
+    """Attention layers of the model that wait, by vLLM's name. Layers of a draft model belong to another model."""
     own = {id(module) for module in worker.model_runner.get_model().modules()}
     layers = worker.vllm_config.compilation_config.static_forward_context
     mine = {name: layer for name, layer in layers.items() if id(layer) in own}
@@ -294,7 +292,7 @@ def _waiting(worker: Any) -> dict[str, Any]:
 
 
 def _fit(worker: Any, calls: int) -> dict[int, tuple[int, LayerCalibration]]:
-    """This rank's parts, on the CPU, by layer: the first of its KV heads, and what was fitted for them."""
+    """Calibrations of this rank's layers on the CPU, by layer index, each with the index of its first KV head."""
     if not calls:
         raise UnsupportedError("the engine never called its model")
     impls = {name: layer.impl for name, layer in _waiting(worker).items()}
@@ -308,7 +306,9 @@ def _fit(worker: Any, calls: int) -> dict[int, tuple[int, LayerCalibration]]:
 
 
 def _assemble(worker: Any, parts: Sequence[dict[int, tuple[int, LayerCalibration]]]) -> Calibration:
-    """The whole model's, of the ranks'. Where ranks share a KV head, that of the first counts."""
+    """The whole model's calibration, from those of the ranks. For a KV head that ranks share, the
+    first rank counts.
+    """
     config = worker.vllm_config.model_config.hf_text_config
     heads: dict[int, dict[int, LayerCalibration]] = {}
     for part in parts:
@@ -329,7 +329,7 @@ def _format(worker: Any) -> CacheFormat:
 
 
 def _joined(parts: list[LayerCalibration]) -> LayerCalibration:
-    """One layer's, of parts that follow each other by their heads."""
+    """One layer's calibration, from parts with consecutive heads."""
 
     def join(pieces: list[Any]) -> Any:
         if any(piece is None for piece in pieces):
@@ -344,11 +344,10 @@ def _joined(parts: list[LayerCalibration]) -> LayerCalibration:
 def output_weight(
     model: torch.nn.Module, name: str, layer: torch.nn.Module, device: torch.device
 ) -> torch.Tensor | None:
-    """The projection that follows an attention layer, [hidden_size, num_heads * head_size] of this rank's heads; None
-    if it is not found.
+    """The output projection of an attention layer, [hidden_size, num_heads * head_size] of this rank's heads. None if
+    it is not found.
 
-    Weights that are quantized or packed for their kernels are read through these: what the projection makes of the
-    identity.
+    Weights that are quantized or packed are measured: the projection of the identity is its weight.
     """
     impl: Any = layer.impl
     size = impl.num_heads * impl.head_size
@@ -372,14 +371,14 @@ def output_weight(
 
 
 def _beside(model: torch.nn.Module, layer: torch.nn.Module) -> Iterator[Any]:
-    """Row-parallel projections that have the attention layer's parent."""
+    """Row-parallel projections with the same parent as the attention layer."""
     for parent in model.modules():
         if any(child is layer for child in parent.children()):
             yield from _row_parallel(parent.children())
 
 
 def _numbered(model: torch.nn.Module, index: int) -> Iterator[Any]:
-    """Those of the layer of this number, for models whose attention stands apart."""
+    """Row-parallel projections of the layer with this number, for models that keep attention apart."""
     yield from _row_parallel(module for path, module in model.named_modules() if str(index) in path.split("."))
 
 

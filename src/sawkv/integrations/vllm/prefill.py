@@ -1,7 +1,7 @@
-"""Prefill on a GPU: pages are gathered into a 16-bit workspace, and vLLM's FlashAttention attends to that.
+"""Prefill on a GPU: pages are decoded into a 16-bit workspace, to which vLLM's FlashAttention attends.
 
-Prefill is compute-bound, so decoding the pages first costs little (2 ns a token and layer for 8 KV heads on an H100)
-and attention runs at the engine's own speed. New tokens are read back from their pages too: a token's output does not
+Prefill is bound by computation, so decoding costs little (2 ns per token and layer for 8 KV heads on an H100), and
+attention runs at the engine's own speed. New tokens are read back from their pages too, so a token's output does not
 depend on how its prompt was cut (docs/decisions/0002).
 """
 
@@ -33,11 +33,11 @@ class PrefillSlice:
     Attributes:
         tokens: rows of query and output.
         cu_seqlens_q: [num_requests + 1] int32, where each request starts in these rows.
-        prefixes: the tokens to gather, the last of each context, and where each request starts in the workspace.
-        num_keys: at least as many as the slice gathers.
+        prefixes: tokens to decode, the last of each context, and where each request starts in the workspace.
+        num_keys: upper bound of the tokens to decode.
         max_query_len, max_seq_len: upper bounds.
-        workspaces: K and V [num_keys, num_kv_heads, head_dim] to gather into, by `FlashPrefill.shape`: made by the
-            first layer for all.
+        workspaces: K and V [num_keys, num_kv_heads, head_dim] to decode into, by `FlashPrefill.shape`. The first layer
+            makes them for all.
     """
 
     tokens: slice
@@ -50,14 +50,14 @@ class PrefillSlice:
 
 
 def workspace_tokens(vllm_config: VllmConfig) -> int:
-    """Tokens that the workspace holds: any one request, and commonly all of a step's."""
+    """Tokens of the workspace: enough for any one request, and usually for all requests of a step."""
     longest = vllm_config.model_config.max_model_len + speculated_tokens(vllm_config)
     return int(max(longest, 2 * vllm_config.scheduler_config.max_num_batched_tokens))
 
 
 def speculated_tokens(vllm_config: VllmConfig) -> int:
-    """Tokens by which bounds of lengths may be short in a draft model's passes: vLLM lengthens requests there, but not
-    their bounds.
+    """Tokens by which bounds of lengths may be too small in passes of a draft model: vLLM lengthens requests there, and
+    not their bounds.
     """
     speculative = vllm_config.speculative_config
     return 0 if speculative is None else int(speculative.num_speculative_tokens or 0) + 1
@@ -66,14 +66,14 @@ def speculated_tokens(vllm_config: VllmConfig) -> int:
 def slice_prefills(
     common: CommonAttentionMetadata, first: int, capacity: int, window: int, page_size: int, slack: int = 0
 ) -> list[PrefillSlice]:
-    """Requests from `first` on, cut into runs of at most `capacity` tokens of context. No synchronization: the host
-    knows bounds.
+    """Cut the requests from `first` on into runs of at most `capacity` tokens of context. Uses bounds that the host
+    knows, so it does not synchronize.
 
-    The bounds may be short by `slack` tokens. With a sliding `window` the context starts at the page of the first key
-    that a query sees: vLLM may have given those before to others.
+    Bounds may be too small by `slack` tokens. With a sliding `window` the context starts at the page of the first key
+    that a query sees, because vLLM may have reused earlier pages.
 
     Raises:
-        UnsupportedError: a request does not fit in the workspace. vLLM's limit of a request's length has it fit.
+        UnsupportedError: a request does not fit in the workspace. vLLM's limit on the length of requests prevents this.
     """
     starts = common.query_start_loc_cpu.tolist()
     bounds = common.seq_lens_cpu_upper_bound
@@ -159,15 +159,15 @@ class FlashPrefill:
         self._sinks = sinks
 
     def workspace(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """K and V of `workspace_tokens` tokens, shared by all layers. Taken first while vLLM profiles, so that it
-        counts the memory.
+        """K and V of `workspace_tokens` tokens, shared by all layers. First allocated while vLLM profiles memory, so
+        that vLLM counts it.
         """
         k, v = current_workspace_manager().get_simultaneous((self.shape, self.dtype), (self.shape, self.dtype))
         return k, v
 
     def attend(self, query: torch.Tensor, pages: ops.Pages, prefill: PrefillSlice, output: torch.Tensor) -> None:
-        """Attend the queries of one slice to a layer's pages. query, output: [num_tokens, num_heads, head_size], all
-        tokens of the step.
+        """Attend the queries of one slice to a layer's pages. query, output: [num_tokens, num_heads, head_size] with
+        all tokens of the step.
         """
         if self.shape not in prefill.workspaces:
             k, v = self.workspace()
@@ -190,8 +190,12 @@ class FlashPrefill:
     def attend_exactly(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, output: torch.Tensor
     ) -> None:
-        """Attend a prompt to itself, without pages. q, output: [num_tokens, num_heads, head_dim]; k, v: of KV heads;
-        cu_seqlens: [2].
+        """Attend a prompt to itself, without pages.
+
+        Args:
+            q, output: [num_tokens, num_heads, head_dim].
+            k, v: [num_tokens, num_kv_heads, head_dim].
+            cu_seqlens: [2] int32.
         """
         self._flash_attention(
             q=q,

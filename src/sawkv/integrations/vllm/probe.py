@@ -1,6 +1,4 @@
-"""What an engine of this environment would find: run as a program, it loads vLLM's plugins as an engine does and prints
-JSON.
-"""
+"""Run as a program: loads vLLM's plugins as an engine would, and prints what it finds as JSON."""
 
 from __future__ import annotations
 
@@ -12,8 +10,8 @@ from sawkv.errors import UnsupportedError
 
 
 def probe() -> dict[str, Any]:
-    """Versions, and whether sawkv is in its place. Keys: version, platform, installed, backend, problem (a text, or
-    None).
+    """Versions, and whether sawkv is installed as a plugin. Keys: version, platform, installed, backend, problem (a
+    text, or None).
     """
     import vllm
     from vllm.platforms import current_platform

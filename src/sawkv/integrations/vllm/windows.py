@@ -1,9 +1,8 @@
-"""INT4 pages of sliding windows in their right size, on vLLM before 0.28.
+"""Page sizes of sliding windows in INT4 on vLLM before 0.28.
 
-There `SlidingWindowSpec` gives a byte to each INT4 value. An attention backend has no say in it (`customize_spec` is of
-0.28), and though vLLM takes other specs than its own, each layer makes its spec itself. So the method that does is
-replaced, on our layers' objects: all that sawkv changes in vLLM. A worker named by `--worker-cls` would not do: vLLM
-asks the layers, past the worker, when it profiles CUDA graphs.
+There, `SlidingWindowSpec` counts one byte per INT4 value. An attention backend cannot change that (`customize_spec` is
+new in 0.28), and each layer makes its own spec. So the method that makes it is replaced on the objects of our layers. A
+worker named by `--worker-cls` would not be enough, because vLLM asks the layers directly when it profiles CUDA graphs.
 """
 
 from __future__ import annotations
@@ -21,28 +20,26 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 VLLM_SIZES_WINDOWS = hasattr(AttentionBackend, "customize_spec")
-"""Whether this vLLM needs nothing of this module."""
+"""Whether this vLLM sizes them correctly without this module."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class PackedWindowSpec(SlidingWindowSpec):
-    """A sliding window whose pages hold two INT4 values in a byte, as those of vLLM's `FullAttentionSpec` do.
+    """A sliding window whose pages hold two INT4 values per byte, as those of vLLM's `FullAttentionSpec`.
 
-    It need not be registered: vLLM looks specs up by their base classes too, and so groups and manages this one as
-    `SlidingWindowSpec`.
+    vLLM also finds specs by their base classes, so it groups and manages this one as a `SlidingWindowSpec` without
+    registration.
     """
 
     @property
     def real_page_size_bytes(self) -> int:
-        """Bytes of a page without scales and zero points."""
+        """Bytes of a page, without scales and zero points."""
         size: int = super(SlidingWindowSpec, self).real_page_size_bytes  # of AttentionSpec, which knows INT4
         return size
 
 
 def pack_windows(layer: Any) -> None:
-    """Make an attention layer report a `PackedWindowSpec` where vLLM's class would report a `SlidingWindowSpec`. May be
-    called again.
-    """
+    """Make an attention layer report a `PackedWindowSpec` in place of a `SlidingWindowSpec`. May be called again."""
     layer.get_kv_cache_spec = partial(_packed_spec, layer)
 
 

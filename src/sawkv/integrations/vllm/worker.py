@@ -1,7 +1,7 @@
-"""Named by vLLM's `--worker-extension-cls`, so that each worker imports it: with it no worker runs without sawkv.
+"""The class for vLLM's `--worker-extension-cls`: each worker imports it, so no worker runs without sawkv.
 
-The plugin alone cannot promise that. `VLLM_PLUGINS` may leave it out, and an installation may have lost its entry
-point; vLLM then starts all the same, and its CPU build reads an INT4 cache as 8-bit pages without scales.
+The plugin alone cannot ensure that: `VLLM_PLUGINS` may exclude it, and an installation may lack the entry point. vLLM
+would start without it, and its CPU build would read an INT4 cache as 8-bit pages without scales.
 """
 
 from __future__ import annotations
