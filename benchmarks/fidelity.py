@@ -3,6 +3,7 @@
     python -m benchmarks.fidelity smollm2 gemma3 --jobs 5  # docs/results/real_models.jsonl
     python -m benchmarks.fidelity smollm2 --methods served --tokens 1024 --window 128  # small
     python -m benchmarks.fidelity smollm2 --tokens 0 --recall-lengths 4096 8192 --recall-count 20  # real_recall.jsonl
+    python -m benchmarks.fidelity qwen25 --window 32768 --tokens 131072  # KL by position too
     python -m benchmarks.fidelity smollm2 --through lab --methods prepared int4  # the same windows in the lab
 
 A checkpoint is a directory, or NAME=DIRECTORY. For each one `vllm` serves it in 16 bits, then in the ways that
@@ -22,6 +23,7 @@ windows. Servers run --enforce-eager, `--jobs` at once.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -56,6 +58,8 @@ METHODS: Final = ("served", "unprepared", "int8", "fp8", "vllm_int4_per_token_he
 BITS: Final = {"fp8": 8.0, WIDE: 16.0}
 RESAMPLES: Final = 10_000
 CLIENTS: Final = 8
+FIRST_POSITIONS: Final = 1024
+"""Of a long window: what its later positions are compared with."""
 AGREES: Final = 0.02
 """Nats a token by which the server's answers may differ from what is computed here; both round logits of 16 bits."""
 
@@ -301,7 +305,22 @@ def summary(scores: TokenScores, wide_loss: torch.Tensor) -> dict[str, Any]:
             _digits(end, 5) for end in interval((scores.loss - wide_loss).double().mean(1)).exp().tolist()
         ],
         "kl_by_window": [_digits(value, 4) for value in by_window.tolist()],
-    }
+    } | ({"kl_by_position": by_position(scores.kl)} if scores.kl.shape[1] >= 2 * FIRST_POSITIONS else {})
+
+
+def by_position(kl: torch.Tensor) -> list[dict[str, Any]]:
+    """Mean KL of the first positions of a window, then octave by octave.
+
+    Args:
+        kl: [num_windows, window - 1].
+    """
+    borders = [0, FIRST_POSITIONS]
+    while 2 * borders[-1] <= kl.shape[1] + 1:
+        borders.append(2 * borders[-1])
+    return [
+        {"start": start, "end": end, "mean_kl": _digits(float(kl[:, start:end].double().mean()), 5)}
+        for start, end in itertools.pairwise(borders)
+    ]
 
 
 def interval(

@@ -32,6 +32,8 @@ NEAR_LAB, NEAR_PEER, NEAR_FP8, NEAR_FP8_OTHERS, PERPLEXITY = 1.1, 0.35, 1.0, 2.0
 """Of KL: what is served over the lab's figure, over vLLM's INT4, over fp8 on Qwen2.5 and on others; of perplexity: over
 16 bits.
 """
+DECAY: Final = 1.5
+"""KL over that of fp8 at any position of a long window, over the same quotient at its first positions."""
 MISSED: Final = 0.05
 """Share of answers that 16 bits give and what is served may not."""
 Record = dict[str, Any]
@@ -49,7 +51,7 @@ def main() -> int:
     records, recall = read(args.records), read(args.recall)
     if args.check:
         failed = 0
-        for passed, what in [*checks(records), *recall_checks(recall)]:
+        for passed, what in [*checks(records), *position_checks(records), *recall_checks(recall)]:
             failed += not passed
             print(f"{'PASS' if passed else 'FAIL'}  {what}")
         return failed
@@ -83,9 +85,42 @@ def tables(records: Sequence[Record], recall: Sequence[Record]) -> str:
             "| served by | bits | mean KL (95 %) | p99.9 | same top-1 | perplexity |\n|-|-|-|-|-|-|\n"
             + "\n".join(_row(r) for r in sorted(rows, key=lambda r: float(r["mean_kl"])))
         )
+        if "kl_by_position" in rows[0]:
+            parts.append(position_table(rows))
     if recall:
         parts.append(recall_table(recall))
     return "\n\n".join(parts)
+
+
+def position_table(rows: Sequence[Record]) -> str:
+    """Mean KL by the position of the predicted token in its window, of all records of one model and text."""
+    ends = [f"{part['start']:,} to {part['end']:,}" for part in rows[0]["kl_by_position"]]
+    lines = [f"| mean KL at positions | {' | '.join(ends)} |", f"|-|{'-|' * len(ends)}"]
+    for r in rows:
+        cells = (_kl(part["mean_kl"]) for part in r["kl_by_position"])
+        lines.append(f"| {NAMES.get(r['method'], r['method'])} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def position_checks(records: Sequence[Record]) -> Iterator[tuple[bool, str]]:
+    """Whether what is served keeps its distance to fp8 over the positions of long windows."""
+    long = {
+        (r["method"], r["model"], r["text"], r["window"], r["device"]): r
+        for r in records
+        if r["through"] == "server" and "kl_by_position" in r
+    }
+    for (method, *where), r in long.items():
+        fp8 = long.get((FP8, *where))
+        if method != SERVED or fp8 is None:
+            continue
+        pairs = zip(r["kl_by_position"], fp8["kl_by_position"], strict=True)
+        first, *later = [(part["end"], part["mean_kl"] / other["mean_kl"]) for part, other in pairs]
+        for end, ratio in later:
+            what = (
+                f"{r['model']}, {r['text']}, to position {end:,}: KL {ratio:.2f} of fp8, where it is {first[1]:.2f} to"
+                f" position {first[0]:,}"
+            )
+            yield ratio <= DECAY * first[1], f"{what}, at most {DECAY} times that"
 
 
 def _row(r: Record) -> str:

@@ -152,3 +152,18 @@ def test_lost_answers_are_counted_at_every_depth() -> None:
     recall = [cell("16bit", 0.0, 20), cell("16bit", 0.5, 3), cell("served", 0.0, 18), cell("served", 0.5, 2)]
     assert [passed for passed, _ in fidelity_tables.recall_checks(recall)] == [False, True]
     assert "| m | needle | 4,096 | 23 of 40 | 20 of 40 |" in fidelity_tables.recall_table(recall)
+
+
+def test_kl_by_position_may_not_decay_beyond_that_of_fp8() -> None:
+    kl = torch.cat([torch.full((2, 1024), 0.1), torch.full((2, 1024), 0.3), torch.full((2, 2047), 0.5)], 1)
+    found = fidelity.by_position(kl)
+    assert [(part["start"], part["end"]) for part in found] == [(0, 1024), (1024, 2048), (2048, 4096)]
+    assert [part["mean_kl"] for part in found] == pytest.approx([0.1, 0.3, 0.5])
+    served = made_record("served", "server", 1.0, window=4096, kl_by_position=found)
+    fp8 = made_record("fp8", "server", 1.0, window=4096, kl_by_position=[part | {"mean_kl": 0.22} for part in found])
+    assert [passed for passed, _ in fidelity_tables.position_checks([served, fp8])] == [False, False]
+    fp8["kl_by_position"] = [part | {"mean_kl": value} for part, value in zip(found, (0.1, 0.21, 0.3), strict=True)]
+    assert [passed for passed, _ in fidelity_tables.position_checks([served, fp8])] == [True, False]
+    assert "| mean KL at positions | 0 to 1,024 | 1,024 to 2,048 | 2,048 to 4,096 |" in fidelity_tables.tables(
+        [served], []
+    )
