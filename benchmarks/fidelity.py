@@ -106,7 +106,9 @@ def main() -> None:
         return
     failed = 0
     with ThreadPoolExecutor(args.jobs) as pool:
-        running = {pool.submit(_serve, job, WIDE, args): (job, WIDE) for job in jobs}
+        # Predictions are compared with those of 16 bits, which must be there first; recall is not.
+        first = [WIDE] if args.tokens else [WIDE, *args.methods]
+        running = {pool.submit(_serve, job, method, args): (job, method) for job in jobs for method in first}
         while running:
             for task in wait(running, return_when=FIRST_COMPLETED).done:
                 job, method = running.pop(task)
@@ -118,7 +120,7 @@ def main() -> None:
                     continue
                 write(args.out, [setting | record for record in predictions])
                 write(args.out.with_name("real_recall.jsonl"), [setting | record for record in recall])
-                if method == WIDE:
+                if method == WIDE and args.tokens:
                     running |= {pool.submit(_serve, job, name, args): (job, name) for name in args.methods}
     print(f"{time.monotonic() - started:.0f} s in all, {failed} failed")
     raise SystemExit(failed)
