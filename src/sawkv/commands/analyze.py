@@ -6,14 +6,14 @@ import argparse
 
 from sawkv.commands import options
 
-SUMMARY = "statistics of a model's K and V, what each format does to attention, and which to take"
+SUMMARY = "measure a model's K and V and the error of each format, and recommend one"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     options.add_text(parser)
-    options.add_out(parser, "record, JSON for `sawkv report`,")
-    options.add_formats(parser, None, "those to choose from, and rivals")
+    options.add_out(parser, "JSON record for `sawkv report`")
+    options.add_formats(parser, None, "sawkv's, and vLLM's for comparison")
     options.add_tokens(parser, tokens=8192, window=2048)
     options.add_stress(parser)
     options.add_device(parser)

@@ -8,25 +8,25 @@ from pathlib import Path
 from sawkv.bench.records import FP8, SIXTEEN_BITS, Setting
 from sawkv.commands import options
 
-SUMMARY = "throughput and latency in 16 bits, fp8 and a cache format, here; options not listed go to vLLM"
+SUMMARY = "measure throughput and latency of caches on this machine; other options go to vLLM"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     defaults = Setting("")
-    options.add_served_model(parser, "; before all options of vLLM")
+    options.add_served_model(parser, ". It stands before all options of vLLM")
     options.add_formats(
-        parser, f"{SIXTEEN_BITS},{FP8},int4", f"{SIXTEEN_BITS},{FP8},int4; the first is what others are compared with"
+        parser, f"{SIXTEEN_BITS},{FP8},int4", f"{SIXTEEN_BITS},{FP8},int4; the others are compared with the first"
     )
-    options.add_out(parser, "record, JSON,", default=Path("bench.json"))
+    options.add_out(parser, "JSON record", default=Path("bench.json"))
     for name, default, help_text in (
-        ("input", defaults.input_tokens, "tokens of a prompt"),
-        ("output", defaults.output_tokens, "tokens of an answer"),
+        ("input", defaults.input_tokens, "tokens per prompt"),
+        ("output", defaults.output_tokens, "tokens per answer"),
         (
             "prefix",
             defaults.prefix_tokens,
-            "tokens of the prompt that requests share in one of the loads; 0 leaves it out",
+            "tokens of a prompt that requests share in one load; 0 skips that load",
         ),
-        ("requests", defaults.requests, "requests of each load"),
+        ("requests", defaults.requests, "requests per load"),
     ):
         kind = options.count if name == "prefix" else options.positive
         parser.add_argument(
@@ -37,11 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=rates,
         default=(),
         metavar="RATES",
-        help="requests per second, separated by commas (default: found from the first load)",
+        help="requests per second, separated by commas (default: derived from the first load)",
     )
     for name, limit, help_text in (
-        ("ttft", defaults.ttft_ms, "time to first token within which a request counts as goodput"),
-        ("tpot", defaults.tpot_ms, "time per token after it, likewise"),
+        ("ttft", defaults.ttft_ms, "longest time to first token of a request that counts as goodput"),
+        ("tpot", defaults.tpot_ms, "longest time per further token of such a request"),
     ):
         parser.add_argument(
             f"--{name}", type=float, default=limit, metavar="MS", help=f"{help_text} (default: %(default)g)"

@@ -6,15 +6,15 @@ import argparse
 
 from sawkv.commands import options
 
-SUMMARY = "serve a model in 16 bits and then from INT4 pages, and compare text and capacity"
+SUMMARY = "serve a model in 16 bits and from INT4 pages, and compare the two"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_served_model(parser)
     options.add_format(parser, "cache format to compare with 16 bits")
     for name, default, metavar, help_text in (
-        ("max-tokens", 64, "COUNT", "tokens to generate for each prompt"),
-        ("kv-cache-memory", 256, "MIB", "memory for each cache"),
+        ("max-tokens", 64, "COUNT", "tokens to generate per prompt"),
+        ("kv-cache-memory", 256, "MIB", "memory of each cache"),
         ("max-model-len", 4096, "COUNT", "tokens of the longest request"),
     ):
         help_text += " (default: %(default)s)"

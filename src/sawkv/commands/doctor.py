@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import argparse
 
-SUMMARY = "check versions, vLLM's plugins, kernels and caches, and say why something is missing or slow"
+SUMMARY = "check versions, plugins, kernels and caches, and explain what is missing or slow"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", nargs="?", metavar="MODEL", help="a checkpoint that is to be served")
+    parser.add_argument("model", nargs="?", metavar="MODEL", help="checkpoint to check as well")
     parser.add_argument(
         "--head-dim",
         type=int,
         default=128,
         metavar="COUNT",
-        help="of kernels to look at (default: the model's, or %(default)s)",
+        help="head_dim of the kernels to check (default: the model's, or %(default)s)",
     )
 
 

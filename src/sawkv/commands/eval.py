@@ -7,7 +7,7 @@ import argparse
 from sawkv.commands import options
 from sawkv.lab.budget import Budget
 
-SUMMARY = "what cache formats and other methods cost on a model: KL, perplexity, recall"
+SUMMARY = "measure what cache formats cost on a model: KL, perplexity, recall"
 DEFAULT_FORMATS = "prepared,int8,fp8,vllm_int4_per_token_head,int4_plain"
 DTYPES = ("bfloat16", "float16", "float32")
 
@@ -16,13 +16,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     defaults = Budget()
     options.add_model(parser)
     options.add_text(parser)
-    options.add_out(parser, "record, JSON for `sawkv report`,")
+    options.add_out(parser, "JSON record for `sawkv report`")
     options.add_formats(parser, DEFAULT_FORMATS, DEFAULT_FORMATS)
     options.add_tokens(parser, defaults.tokens, defaults.window)
     for name, default, help_text in (
-        ("batch", defaults.batch_tokens, "tokens in one pass of the model"),
-        ("layer", defaults.layer_tokens, "tokens of the text for the measurement layer by layer; 0 leaves it out"),
-        ("floor", defaults.floor_tokens, "tokens of the text for the noise of 16-bit arithmetic; 0 leaves it out"),
+        ("batch", defaults.batch_tokens, "tokens per pass of the model"),
+        ("layer", defaults.layer_tokens, "tokens for the measurement of single layers; 0 skips it"),
+        ("floor", defaults.floor_tokens, "tokens for the noise of 16-bit arithmetic; 0 skips it"),
     ):
         kind = options.count if name in ("layer", "floor") else options.positive
         parser.add_argument(
@@ -34,11 +34,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=defaults.recall_lengths,
         metavar="COUNT",
-        help=f"tokens of the prompts that ask for recall (default: {' '.join(map(str, defaults.recall_lengths))})",
+        help=f"lengths of recall prompts in tokens (default: {' '.join(map(str, defaults.recall_lengths))})",
     )
     for name, default, help_text in (
-        ("recall-count", defaults.recall_count, "recall prompts of each task, length and depth; 0 leaves recall out"),
-        ("free-runs", defaults.free_runs, "prompts to continue freely; 0 leaves that out"),
+        ("recall-count", defaults.recall_count, "recall prompts per task, length and depth; 0 skips recall"),
+        ("free-runs", defaults.free_runs, "prompts to continue greedily; 0 skips this"),
     ):
         parser.add_argument(
             f"--{name}",
@@ -51,9 +51,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_stress(parser)
     options.add_device(parser)
     parser.add_argument(
-        "--dtype", choices=DTYPES, help="of the model's arithmetic (default: bfloat16 on a GPU, float32 on a CPU)"
+        "--dtype", choices=DTYPES, help="dtype of the model (default: bfloat16 on a GPU, float32 on a CPU)"
     )
-    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    parser.add_argument("--quiet", action="store_true", help="show no progress bars")
     options.add_resume(parser)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import textwrap
 
-SUMMARY = "list the cache formats and other methods, and when to take which"
+SUMMARY = "list the cache formats and other methods, and when to use each"
 WIDTH = 80
 _HEAD_DIM = 128
 _WHEN = {

@@ -36,7 +36,7 @@ def add_tokens(parser: argparse.ArgumentParser, tokens: int, window: int) -> Non
         type=positive,
         default=window,
         metavar="COUNT",
-        help="tokens read from one empty cache (default: %(default)s)",
+        help="tokens per window; each is read from an empty cache (default: %(default)s)",
     )
 
 
@@ -51,7 +51,7 @@ def add_formats(parser: argparse.ArgumentParser, default: str | None, shown: str
 
 def add_out(parser: argparse.ArgumentParser, what: str, default: Path | None = None, shown: str = "") -> None:
     """The output file. `shown` describes a default that is not a constant."""
-    help_text = f"{what} to write; its folder is made if there is none"
+    help_text = f"{what} to write; its folder is made if needed"
     if default is not None or shown:
         help_text += f" (default: {shown or default})"
     parser.add_argument("--out", type=Path, default=default, metavar="FILE", help=help_text)
@@ -63,19 +63,17 @@ def add_context(parser: argparse.ArgumentParser) -> None:
 
 
 def add_resume(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--resume", action="store_true", help="go on with the record in --out: what it holds is not measured again"
-    )
+    parser.add_argument("--resume", action="store_true", help="continue the record in --out, and keep its measurements")
 
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--device", choices=("cpu", "cuda"), help="where to run the model (default: a GPU where there is one)"
+        "--device", choices=("cpu", "cuda"), help="device of the model (default: a GPU if there is one)"
     )
 
 
 def add_stress(parser: argparse.ArgumentParser) -> None:
-    help_text = "make the model harder: scale some key channels by this power of two (default: %(default)s, none)"
+    help_text = "scale some key channels by this power of two, which makes quantization harder (default: %(default)s)"
     parser.add_argument("--stress", type=positive, default=1, metavar="FACTOR", help=help_text)
 
 

@@ -7,49 +7,51 @@ from dataclasses import replace
 
 from sawkv.commands import options
 
-SUMMARY = "predict what fits on a GPU, in 16 bits, fp8 and a cache format, before anything starts"
+SUMMARY = "predict how many tokens and requests fit on a GPU, in 16 bits, fp8 and a cache format"
 
 COMMON_CONTEXT = 16384
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    options.add_served_model(parser, "; of a directory config.json is enough")
+    options.add_served_model(parser, ". A directory needs only config.json")
     options.add_format(parser, "cache format to compare with 16 bits and fp8")
     parser.add_argument(
-        "--gpu-memory", metavar="SIZE", help="of one card as sold, for example 80GiB (default: what CUDA reports here)"
+        "--gpu-memory", metavar="SIZE", help="memory of one card, for example 80GiB (default: that of the GPU here)"
     )
     parser.add_argument(
         "--context",
         type=int,
         metavar="TOKENS",
-        help=f"longest request, vLLM's --max-model-len (default: {COMMON_CONTEXT}, or the model's longest)",
+        help=f"longest request, as vLLM's --max-model-len (default: {COMMON_CONTEXT}, or the model's limit)",
     )
     parser.add_argument(
-        "--weights", metavar="SIZE", help="of all weights on the GPUs (default: measured in the files, or estimated)"
+        "--weights",
+        metavar="SIZE",
+        help="size of all weights on the GPUs (default: measured in the files, or estimated)",
     )
     parser.add_argument(
-        "--gpu-memory-utilization", type=float, default=0.92, metavar="SHARE", help="vLLM's (default: %(default)s)"
+        "--gpu-memory-utilization", type=float, default=0.92, metavar="SHARE", help="as in vLLM (default: %(default)s)"
     )
     parser.add_argument(
         "--tensor-parallel",
         type=int,
         default=1,
         metavar="COUNT",
-        help="cards that share the model (default: %(default)s)",
+        help="GPUs that share the model (default: %(default)s)",
     )
     parser.add_argument(
-        "--max-num-batched-tokens", type=int, metavar="COUNT", help="vLLM's (default: that of a server)"
+        "--max-num-batched-tokens", type=int, metavar="COUNT", help="as in vLLM (default: that of a server)"
     )
-    parser.add_argument("--max-num-seqs", type=int, metavar="COUNT", help="vLLM's (default: that of a server)")
+    parser.add_argument("--max-num-seqs", type=int, metavar="COUNT", help="as in vLLM (default: that of a server)")
     parser.add_argument(
         "--language-model-only",
         action="store_true",
-        help="as given to vLLM: serve no images, and load nothing that reads them",
+        help="as in vLLM: serve text alone, without the weights that read images",
     )
     parser.add_argument(
         "--no-enable-prefix-caching",
         action="store_true",
-        help="as given to vLLM: recurrent layers then hold one state of a request",
+        help="as in vLLM: recurrent layers then hold one state per request",
     )
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
 

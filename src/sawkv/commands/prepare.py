@@ -6,13 +6,13 @@ import argparse
 
 from sawkv.commands import options
 
-SUMMARY = "prepare a model once, so that whoever serves it need not: writes into its folder, or where --out says"
+SUMMARY = "fit a model's calibration once, and store it in the model's folder or in a file"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     options.add_text(parser, "the text that ships with sawkv")
-    options.add_out(parser, "safetensors file", shown="one in MODEL's folder, where engines find it")
+    options.add_out(parser, "safetensors file", shown="in MODEL's folder, where engines find it")
     options.add_format(parser, "cache format that will be served")
     options.add_tokens(parser, tokens=8192, window=512)
     options.add_context(parser)

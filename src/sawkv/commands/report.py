@@ -7,11 +7,11 @@ from pathlib import Path
 
 from sawkv.commands import options
 
-SUMMARY = "one HTML page of what `sawkv eval` and `sawkv analyze` wrote"
+SUMMARY = "make one HTML page from records of `sawkv eval` and `sawkv analyze`"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("records", type=Path, nargs="+", metavar="RECORD", help="JSON that they wrote")
+    parser.add_argument("records", type=Path, nargs="+", metavar="RECORD", help="JSON that these commands wrote")
     options.add_out(parser, "page", default=Path("report.html"))
 
 

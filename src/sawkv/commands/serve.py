@@ -6,20 +6,22 @@ import argparse
 
 from sawkv.commands import options
 
-SUMMARY = "serve a model with vLLM from INT4 pages; options not listed go to vLLM"
+SUMMARY = "serve a model with vLLM from INT4 pages; other options go to vLLM"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    options.add_served_model(parser, "; before all options of vLLM")
+    options.add_served_model(parser, ". It stands before all options of vLLM")
     parser.add_argument(
         "--format", metavar="NAME", help="cache format, such as int4-k128-v128 (default: the calibration's, or int4)"
     )
-    parser.add_argument("--calibration", metavar="FILE", help="what `sawkv prepare` wrote for this model")
+    parser.add_argument("--calibration", metavar="FILE", help="file that `sawkv prepare --out` wrote for this model")
     parser.add_argument(
-        "--no-prepare", action="store_true", help="skip preparation; on some models that costs everything"
+        "--no-prepare", action="store_true", help="serve the model unprepared. Some models then lose all accuracy"
     )
     parser.add_argument(
-        "--prepare-cache", metavar="DIR", help="folder that keeps what was prepared (default: one in the user's cache)"
+        "--prepare-cache",
+        metavar="DIR",
+        help="folder for calibrations between starts (default: one in the user's cache)",
     )
     parser.set_defaults(engine_options=())  # options that this parser does not know
 

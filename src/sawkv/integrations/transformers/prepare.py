@@ -1,9 +1,9 @@
-"""Preparing a model for its caches: at the first use of one, by the loaded model itself, on text that ships with sawkv.
+"""Prepares a loaded model at the first use of one of its caches, on text that ships with sawkv. Over 400 lines: the
+model has to be found, and restored exactly.
 
-A cache knows its model's config alone. PyTorch's hook for the forward pass of every module finds the model that has
-that config, before anything of the pass is computed, and is gone afterwards. Within it the model runs the text: without
-a cache or gradients, in evaluation mode, with our attention function, which notes Q, K and V. Then all of that is as it
-was.
+A cache knows only its model's config. A global PyTorch hook on forward passes finds the model with that config before
+the pass computes anything, and is then removed. The model runs the text without cache and gradients, in evaluation
+mode, with an attention function that records Q, K and V. Afterwards all of this is restored.
 """
 
 from __future__ import annotations

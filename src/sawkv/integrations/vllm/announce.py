@@ -1,4 +1,4 @@
-"""What vLLM's log says of sawkv when an engine starts: which format and kernels run, for how many layers, and what
+"""sawkv's lines in vLLM's log when an engine starts: format and kernels, number of layers, and what
 costs capacity.
 """
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import AttentionSpec
 
 LARGE_BLOCK: Final = 128
-"""Tokens of the largest block that an engine takes by itself for a model with attention alone."""
+"""Tokens of the largest block that an engine chooses for a model with attention alone."""
 
 logger = init_logger(f"vllm.{__name__}")  # under vLLM's name, so that its log settings apply
 
@@ -27,14 +27,14 @@ logger = init_logger(f"vllm.{__name__}")  # under vLLM's name, so that its log s
 def say_format(
     cache_format: CacheFormat, head_dim: int, num_kv_heads: int, device: torch.device, calibration: str
 ) -> None:
-    """Say which format and kernels run, so that a log shows that sawkv is in use. Builds the kernels, so that no
-    request waits.
+    """Log the format and the kernels, which shows that sawkv is in use. Builds the kernels, so that no request waits
+    for them.
 
     Args:
         cache_format: of the layer.
         head_dim, num_kv_heads: of the layer, on this rank.
         device: of the pages.
-        calibration: fingerprint of the file in use, or "".
+        calibration: fingerprint of the calibration file, or "".
     """
     layout = PageLayout(cache_format, num_kv_heads, head_dim, PAGE_SIZE_MULTIPLE)
     backend = select_backend(device, layout)
@@ -53,7 +53,7 @@ def say_format(
 
 
 def warn_unprepared() -> None:
-    """Say what it may cost that the user asked for a model that is not prepared."""
+    """Warn of the cost of serving a model unprepared, as the user asked."""
     logger.warning(
         "sawkv: the model is served unprepared. What that costs is not known: where keys have an offset, as in Qwen2.5,"
         " it can be everything (perplexity 12.8 in 16 bits, 22,219 unprepared, 12.8 prepared). It is prepared unless"
@@ -62,12 +62,12 @@ def warn_unprepared() -> None:
 
 
 def say_pages(spec: AttentionSpec, layout: PageLayout, reused_block: int) -> None:
-    """Say what vLLM does to the pages of a group of layers that takes capacity or hits away.
+    """Warn if vLLM's treatment of a group's pages costs capacity or prefix-cache hits.
 
     Args:
-        spec: vLLM's, of the group.
+        spec: vLLM's spec of the group.
         layout: of the group's pages.
-        reused_block: tokens of what the prefix cache finds, which vLLM may cut into several pages; 0 where it is off.
+        reused_block: tokens of the prefix cache's block, which vLLM may cut into several pages; 0 if the cache is off.
     """
     needed, taken = layout.num_kv_heads * layout.span_bytes, int(spec.page_size_bytes)
     wide = 4 * layout.head_dim * layout.num_kv_heads * layout.page_size
@@ -89,8 +89,8 @@ def say_pages(spec: AttentionSpec, layout: PageLayout, reused_block: int) -> Non
 
 
 def say_kernels(layout: PageLayout, device: torch.device) -> None:
-    """Say which kernels read the group's pages, where it is not those that `say_format` named, which knows no page size
-    yet.
+    """Log the kernels that read the group's pages, if they differ from those that `say_format` named before the page
+    size was known.
     """
     named, real = (
         select_backend(device, each).name for each in (replace(layout, page_size=PAGE_SIZE_MULTIPLE), layout)
@@ -102,7 +102,7 @@ def say_kernels(layout: PageLayout, device: torch.device) -> None:
 
 
 def say_layers(worker: Any) -> None:
-    """Say how many of a worker's layers are ours, if some or all are not. Called in each when an engine has started."""
+    """Log how many layers of a worker are ours, if not all are. Called in each worker when an engine has started."""
     from sawkv.integrations.vllm.backend import SawAttentionImpl
 
     config = worker.vllm_config

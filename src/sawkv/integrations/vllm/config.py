@@ -1,4 +1,4 @@
-"""What the user asked for: vLLM's `--kv-cache-dtype` and the `sawkv` entry of its `--additional-config`."""
+"""The user's settings: vLLM's `--kv-cache-dtype`, and the `sawkv` entry of its `--additional-config`."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
 KV_CACHE_DTYPE_CODECS: Final = {"int4_per_token_head": "int4", "int8_per_token_head": "int8"}
-"""The names of vLLM that sawkv takes over, since vLLM before 0.33 accepts no new ones. They size pages as our formats
-do.
+"""vLLM's names that sawkv takes over. vLLM before 0.33 accepts no new names, and sizes pages for these as our formats
+need.
 """
 
 WORKER_EXTENSION: Final = "sawkv.integrations.vllm.worker.Extension"
-"""For vLLM's `--worker-extension-cls`: with it no worker runs without sawkv."""
+"""For vLLM's `--worker-extension-cls`, so that no worker runs without sawkv."""
 _KEYS: Final = ("format", "calibration", "prepare", "prepare_cache")
 _FLOAT_DTYPE_CODECS: Final = {"bfloat16": "bf16", "float16": "fp16"}
 _FLOAT_CODECS: Final[dict[object, str]] = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -32,15 +32,13 @@ _FLOAT_CODECS: Final[dict[object, str]] = {torch.bfloat16: "bf16", torch.float16
 
 @dataclass(frozen=True)
 class SawConfig:
-    """The plugin's settings, from `--additional-config '{"sawkv": {...}}'`.
+    """Settings of the plugin, from `--additional-config '{"sawkv": {...}}'`.
 
     Attributes:
-        format: the cache format; without one, that of the calibration, or the default of int4 or int8 as
-            `--kv-cache-dtype` says.
-        calibration: what pages are written with, from the file that the key `calibration` names, or None.
-        prepare: what the key `prepare` says: whether the model is prepared when it is loaded.
-        prepare_cache: the folder that keeps what was prepared, from the key `prepare_cache`; None is one in the user's
-            cache.
+        format: the cache format. By default that of the calibration, or int4 or int8 as `--kv-cache-dtype` says.
+        calibration: the calibration in the file of the key `calibration`, or None.
+        prepare: the key `prepare`: whether the model is prepared when it is loaded.
+        prepare_cache: the key `prepare_cache`: folder for calibrations between starts; None is one in the user's cache.
     """
 
     format: CacheFormat
@@ -50,8 +48,8 @@ class SawConfig:
 
     @property
     def prepares(self) -> bool:
-        """Whether the engine has to prepare the model: a file says all that is needed, and formats of 8 bits and more
-        need nothing.
+        """Whether the engine prepares the model. Not with a calibration file, and not in formats of
+        8 bits and more.
         """
         return self.prepare and self.calibration is None and self.format.codec == "int4"
 
@@ -136,8 +134,8 @@ def engine_options(
 
 
 def is_draft(vllm_config: Any) -> bool:
-    """Whether vLLM is making the layers of a draft model. It tags what it makes; the configuration in force may be the
-    target's.
+    """Whether vLLM is making layers of a draft model. vLLM tags them; the current configuration may
+    be the target's.
     """
     tag = getattr(sys.modules.get("vllm.compilation.backends"), "model_tag", "")
     return vllm_config.speculative_config is not None and (tag == "draft_model" or tag.endswith("_head"))
@@ -149,7 +147,7 @@ def has_entry(vllm_config: VllmConfig) -> bool:
 
 
 def _asked_by_checkpoint(vllm_config: VllmConfig, kv_cache_dtype: str) -> str:
-    """vLLM takes the dtype from the checkpoint where the user gives none."""
+    """A note for messages: without an option, vLLM takes the dtype from the checkpoint."""
     quantization = getattr(vllm_config.model_config.hf_config, "quantization_config", None) or {}
     asked = isinstance(quantization, dict) and any(
         quantization.get(key) or quantization.get("quantization", {}).get(key)

@@ -1,12 +1,11 @@
-"""What `append` counts (`sawkv.format.counters`), as Prometheus metrics of the worker's process and as warnings in its
-log.
+"""Publishes the counters of `append` (`sawkv.format.counters`) as Prometheus metrics of the worker's process, and as
+warnings in its log.
 
-vLLM's /metrics shows the metrics of its other processes in Prometheus' multi-process mode only: with
-PROMETHEUS_MULTIPROC_DIR naming an empty folder when vLLM starts, as `sawkv serve` does. docs/observability.md says what
-each metric means.
+vLLM's /metrics shows metrics of its other processes only in Prometheus' multi-process mode: PROMETHEUS_MULTIPROC_DIR
+names an empty folder when vLLM starts, as under `sawkv serve`. docs/observability.md explains each metric.
 
-A step starts a read and the next one publishes it, so that no step waits for the device. When no step comes, a thread
-of the worker reads.
+One step starts a read, and a later step publishes it, so no step waits for the device. If no step comes, a thread of
+the worker reads.
 """
 
 from __future__ import annotations
@@ -32,23 +31,23 @@ INTERVAL: Final = 1.0
 IDLE: Final = 1.0
 """Seconds without a step after which the thread reads, and between its reads."""
 PATIENCE: Final = 60.0
-"""Seconds without a step and without news after which the thread stops reading. No step takes as long."""
+"""Seconds without a step and without new counts after which the thread stops reading. No step takes as long."""
 WARNING_INTERVAL: Final = 60.0
 KINDS: Final = ("k", "v")
 LEAST_SAMPLED: Final = 128
-"""Sampled rows of a layer from which its drift is told: with fewer it would be noise."""
+"""Sampled rows of a layer from which its drift is published. Fewer would show noise."""
 
 logger = init_logger(f"vllm.{__name__}")
 
 
 @dataclass
 class CountedLayer:
-    """A layer as its metrics know it.
+    """A layer, as its metrics show it.
 
     Attributes:
-        name: vLLM's.
-        energies: what the mean squared length of its rows of K and of V should be: `LayerCalibration.k_energy` and
-            `v_energy`, over its heads. None if it is not known.
+        name: vLLM's name of the layer.
+        energies: expected mean squared length of its rows of K and of V: `LayerCalibration.k_energy` and `v_energy`,
+            mean over heads. None if unknown.
     """
 
     name: str
@@ -56,13 +55,13 @@ class CountedLayer:
 
 
 class CounterReader:
-    """Publishes what the layers of one group count.
+    """Publishes the counters of one group of layers.
 
     Args:
         layout: of the layers' pages.
-        layers: that append to them in this process.
+        layers: layers that append to them in this process.
         device: of the pages.
-        rank: label of the tokens' metric; ranks of a model see the same tokens. None if another group of layers counts
+        rank: label of the token metric, because ranks of a model see the same tokens. None if another group counts
             them.
     """
 
@@ -84,8 +83,8 @@ class CounterReader:
         _readers.add(self)
 
     def poll(self) -> None:
-        """Call once a step. Most times it compares numbers; every `INTERVAL` seconds it starts a copy, published once
-        that has ended.
+        """Call once per step. Mostly it only compares numbers. Every `INTERVAL` seconds it starts a copy, which it
+        publishes when the copy has ended.
         """
         self._stepped = time.monotonic()
         if (self._is_copying or self._stepped >= self._due) and self._lock.acquire(
@@ -111,8 +110,8 @@ class CounterReader:
             self._copied.record()
 
     def flush(self) -> None:
-        """Publish all that the device has counted. Waits for the copy alone; called by the thread, and at the end of
-        the process.
+        """Publish everything that the device has counted. Waits only for the copy. Called by the thread, and at the end
+        of the process.
         """
         with self._lock:
             if self.counters is None or (self._is_copying and self._copied is not None and not self._copied.query()):
@@ -131,8 +130,8 @@ class CounterReader:
             self._publish()
 
     def flush_if_idle(self, now: float) -> None:
-        """`flush`, if no step has begun for `IDLE` seconds. A step that began may still count: so it goes on until
-        there is no news.
+        """`flush`, if no step has begun for `IDLE` seconds. A step that has begun may still count, so it repeats until
+        nothing is new.
         """
         if now - self._stepped >= IDLE and now - max(self._stepped, self._changed) < PATIENCE:
             self.flush()
@@ -164,7 +163,7 @@ class CounterReader:
             )
 
     def _publish_drift(self) -> None:
-        """For each layer and kind of which enough rows were sampled since it was last told."""
+        """Publish the drift of each layer and kind of which enough new rows were sampled."""
         new = self._copy - self._compared
         sampled, norm = (new[..., COLUMNS.index(name)].tolist() for name in ("sampled_rows", "squared_norm"))
         for place, layer in enumerate(self._layers):
@@ -178,8 +177,8 @@ _readers: weakref.WeakSet[CounterReader] = weakref.WeakSet()
 
 
 def publish_when_idle(worker: Any) -> None:
-    """Have a worker publish its counts when no steps come, and when it ends. Called in each when vLLM has captured its
-    CUDA graphs: while it does, other threads may not use CUDA.
+    """Make a worker publish its counts when no steps come, and when it ends. Called in each worker after vLLM has
+    captured its CUDA graphs, because other threads may not use CUDA during capture.
     """
     _start_thread()
 
@@ -202,20 +201,20 @@ def _start_thread() -> None:
 
 @cache
 def _metrics() -> dict[str, prometheus_client.Counter]:
-    """By column of the counters, and two that follow from them. Made once a process, as the client's
-    registry demands.
+    """Prometheus counters by column, and two derived ones. Made once per process, as the client's
+    registry requires.
     """
     helps = {
-        "rows": "Rows (of one token, KV head and layer) of K and of V appended to the cache.",
-        "non_finite_rows": "Rows appended that hold NaN or infinity: they read as NaN.",
-        "saturated_rows": "Rows appended whose range exceeds the format's: they are clamped.",
+        "rows": "Rows appended to the cache. A row is K or V of one token, KV head and layer.",
+        "non_finite_rows": "Appended rows that contain NaN or infinity. They are read as NaN.",
+        "saturated_rows": "Appended rows whose range exceeds that of the format. Their values are clamped.",
         "squared_error": "Sum of squared quantization errors over sampled rows, after centering and rotation.",
         "squared_norm": "Sum of squared values over the same rows.",
-        "sampled_rows": "The rows that these sums are over.",
+        "sampled_rows": "Number of rows in these sums.",
     }
     metrics = {name: prometheus_client.Counter(f"sawkv_{name}", text, ["kind"]) for name, text in helps.items()}
     metrics["tokens"] = prometheus_client.Counter(
-        "sawkv_tokens", "Tokens appended to the cache, recomputed ones included.", ["rank"]
+        "sawkv_tokens", "Tokens appended to the cache. Recomputed tokens count again.", ["rank"]
     )
     metrics["saved_bytes"] = prometheus_client.Counter(
         "sawkv_saved_bytes", "Bytes saved by these rows, compared with a 16-bit cache."
@@ -225,9 +224,9 @@ def _metrics() -> dict[str, prometheus_client.Counter]:
 
 @cache
 def _drift() -> prometheus_client.Gauge:
-    """Made when there is a first value. Ranks have other heads; of what they say the largest counts."""
+    """The drift gauge, made with its first value. Ranks hold different heads, and the largest value counts."""
     text = (
-        "Mean squared length of a layer's rows as they are stored, over that on the text that it was prepared on."
-        " Errors grow with it."
+        "Mean squared length of a layer's stored rows, divided by that on the text of the preparation."
+        " Quantization errors are proportional to it."
     )
     return prometheus_client.Gauge("sawkv_drift", text, ["layer", "kind"], multiprocess_mode="livemax")

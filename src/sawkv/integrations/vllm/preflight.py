@@ -1,5 +1,5 @@
-"""What can be known before vLLM starts: `sawkv serve` says it in one line, where vLLM would after seconds or minutes,
-in a hundred.
+"""Checks before vLLM starts. `sawkv serve` refuses in one line what vLLM would refuse after seconds or minutes, in a
+hundred lines. Over 400 lines: one function per check.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from sawkv.integrations.vllm.config import WORKER_EXTENSION, engine_options
 from sawkv.prepare.calibration import Calibration, model_id
 
 PORT: Final = 8000
-"""vLLM's, unless it is told another."""
+"""vLLM's default port."""
 _TAKEN: Final = {
     "--additional-config": "sawkv serve makes it: expected --format and --calibration",
     "--attention-backend": "sawkv serve chooses it: expected none",
@@ -52,8 +52,8 @@ _IMAGES_IN_BOTH_DIRECTIONS: Final = ("bagel", "gemma3", "molmo2", "moondream3", 
 
 
 class Options:
-    """vLLM's command line, as far as it is looked at here: options with dashes or underscores, short or cut off where
-    that is clear, as argparse takes them, their values after a space or `=`.
+    """vLLM's command line, as far as these checks read it. Options may have dashes or underscores, a value after a
+    space or `=`, and may be abbreviated, as in argparse.
 
     Args:
         arguments: the words.
@@ -73,12 +73,12 @@ class Options:
         return next((value for option, key, value in reversed(self._given) if not key and _names(option, name)), None)
 
     def has(self, name: str) -> bool:
-        """Whether it is given, whole or as `--name.key`."""
+        """Whether the option is given, whole or as `--name.key`."""
         return any(_names(option, name) for option, _, _ in self._given)
 
     def whole(self, name: str, default: int) -> int:
-        """A value that is a whole number, such as 8192 or 8k; `default` where it is not given, or is for vLLM to
-        refuse.
+        """A value that is a whole number, such as 8192 or 8k. `default` if it is not given, or if
+        vLLM will refuse it.
         """
         found = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgt]?)", self.get(name) or "", re.ASCII | re.IGNORECASE)
         if found is None or ("." in found[1] and not found[2].islower()):
@@ -136,17 +136,20 @@ def _names(option: str, name: str) -> bool:
 def check(
     model: str, cache_format: CacheFormat, options: Options, calibration: str | None, *, on_gpu: bool
 ) -> Checkpoint | None:
-    """Refuse what cannot be served; returns the model, if it can be seen here.
+    """Refuse what cannot be served.
 
     Args:
-        model: a checkpoint directory, or a model of the hub.
-        cache_format: what is asked for.
-        options: for vLLM.
+        model: a checkpoint directory, or a name on the hub.
+        cache_format: the format to serve.
+        options: of vLLM.
         calibration: path of a file, or None.
-        on_gpu: whether vLLM will find one.
+        on_gpu: whether vLLM will find a GPU.
+
+    Returns:
+        The checkpoint, if it can be read here.
 
     Raises:
-        SawkvError: what cannot be, all reasons in one line.
+        SawkvError: all reasons in one line.
     """
     check_installation()
     given = engine_options(cache_format)
@@ -165,12 +168,7 @@ def check(
 
 
 def check_model(model: str, cache_format: CacheFormat, options: Options, *, on_gpu: bool) -> Checkpoint | None:
-    """Refuse a model that cannot be served with these options; arguments as in `check`. Returns it, if it can be seen
-    here.
-
-    Raises:
-        SawkvError: what cannot be, all reasons in one line.
-    """
+    """Refuse a model that cannot be served with these options. Arguments, result and errors as in `check`."""
     checkpoint = read_checkpoint(model)
     folder = Path(model).expanduser()
     if folder.is_dir() and options.get("--load-format") != "dummy":
@@ -205,8 +203,8 @@ def check_installation() -> None:
 
 
 def environment() -> dict[str, str]:
-    """This process's environment, with sawkv among the plugins that `VLLM_PLUGINS` lets vLLM load; unset
-    it lets all.
+    """This process's environment, with sawkv added to `VLLM_PLUGINS` if it is set. If it is unset, vLLM loads all
+    plugins.
     """
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is None or PLUGIN in allowed.split(","):
@@ -244,7 +242,7 @@ def _as_vllm_imports() -> Iterator[None]:
 
 
 def check_prepare_cache(folder: str | None) -> None:
-    """Make the folder of --prepare-cache, and refuse one that cannot keep what is prepared.
+    """Make the folder of --prepare-cache, and check that it is writable.
 
     Raises:
         SawkvError: it cannot be made or written to.
@@ -262,10 +260,10 @@ def check_prepare_cache(folder: str | None) -> None:
 
 
 def check_address(options: Options) -> None:
-    """Refuse an address on which no server can listen.
+    """Refuse an address that is in use or not valid.
 
     Raises:
-        SawkvError: it is in use, or is none.
+        SawkvError: no server can listen there.
     """
     if options.has("--uds") or options.has("--headless"):
         return

@@ -1,12 +1,12 @@
-"""Preparing the loaded model before it serves anybody: conducted in the engine core, done in the workers (`measure`).
+"""Prepares the loaded model before it serves. The engine core conducts it, and workers do it (`measure`).
 
-Prompts of the text that ships with sawkv go through the engine's own scheduler and workers, one at a time. So
-everything is as it will be when it serves, whatever the model is made of: recurrent layers, stages of a pipeline,
-ranks, quantized weights, compiled or not.
+Prompts of the text that ships with sawkv pass through the engine's own scheduler and workers, one at a time. So the
+model computes as it will when it serves, with recurrent layers, pipeline stages, ranks, quantized weights, compiled or
+not.
 
-vLLM has no hook at the one place where that can be: in the engine core, when the caches exist and nobody was told yet
-that the engine is ready. So one method is replaced, `EngineCore._initialize_kv_caches`, by one that goes on to prepare.
-`contract` stops the start of an engine that does not have it.
+vLLM has no hook in the engine core between the allocation of caches and the report that the engine is ready. So
+`EngineCore._initialize_kv_caches` is replaced by a method that prepares afterwards. `contract` stops the start of an
+engine without this method.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ logger = init_logger(f"vllm.{__name__}")
 
 
 def install() -> None:
-    """Have every engine core of this process prepare its model. May be called again.
+    """Make every engine core of this process prepare its model. May be called again.
 
     Raises:
-        UnsupportedError: this vLLM has no place for it.
+        UnsupportedError: this vLLM lacks the method.
     """
     from vllm.v1.engine.core import EngineCore
 
@@ -92,7 +92,7 @@ def prepare(executor: Any, vllm_config: VllmConfig, kv_cache_config: KVCacheConf
     """Prepare the layers that wait for it, if there are any.
 
     Raises:
-        UnsupportedError: that did not work; nothing must be served.
+        UnsupportedError: preparation failed, so nothing must be served.
     """
     config = SawConfig.from_vllm(vllm_config, vllm_config.cache_config.cache_dtype)
     if config is None or not config.prepares:
@@ -142,7 +142,7 @@ def _prepare(executor: Any, vllm_config: VllmConfig, kv_cache_config: KVCacheCon
 
 
 def _windows(vllm_config: VllmConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids and their positions, both [num_windows, window] int64."""
+    """Token ids and positions of the windows, both [num_windows, window] int64."""
     model = vllm_config.model_config
     # One token is generated, which takes a place; a window has to be one step.
     window = min(corpus.WINDOW, model.max_model_len - 1, vllm_config.scheduler_config.max_num_batched_tokens)
@@ -169,7 +169,7 @@ def _windows(vllm_config: VllmConfig) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _encoder(model: ModelConfig) -> tuple[Any, list[int]] | None:
-    """Text to token ids without special tokens, and those that go before a text; None with --skip-tokenizer-init."""
+    """The encoder without special tokens, and the special tokens before a text; None with --skip-tokenizer-init."""
     from vllm.tokenizers import cached_tokenizer_from_config
 
     tokenizer = cached_tokenizer_from_config(model)
@@ -181,7 +181,9 @@ def _encoder(model: ModelConfig) -> tuple[Any, list[int]] | None:
 
 
 class _Entry:
-    """What is on disk of this model's preparation, with the model or in the user's cache, or why nothing can be."""
+    """Stored calibrations of this model, in its folder or in the user's cache, or the reason why
+    none can be stored.
+    """
 
     def __init__(
         self, vllm_config: VllmConfig, config: SawConfig, head_dim: int, windows: torch.Tensor, positions: torch.Tensor
@@ -213,7 +215,7 @@ class _Entry:
             self._reason = str(error)
 
     def load(self) -> tuple[Calibration | None, str]:
-        """What is there, and where it was found."""
+        """The stored calibration, and where it was found."""
         shipped = self._load_shipped()
         if shipped is not None and self._checkpoint is not None:
             return shipped, f"from {shipped_path(self._checkpoint, shipped.format)}, which came with the model"
@@ -233,7 +235,7 @@ class _Entry:
         return found
 
     def save(self, calibration: Calibration) -> str:
-        """Keep it if that is possible, and say where, or why not."""
+        """Store the calibration if possible, and say where, or why not."""
         try:
             return (
                 f"not kept: {self._reason}"
@@ -249,9 +251,7 @@ def _digest(x: torch.Tensor) -> str:
 
 
 def _checkpoint_path(vllm_config: VllmConfig) -> Path | None:
-    """The folder or file of the checkpoint that vLLM loaded; None if it did not load one from files, or from files that
-    are not found.
-    """
+    """Folder or file of the checkpoint that vLLM loaded; None if it loaded no files, or they are not found."""
     model, load = vllm_config.model_config, vllm_config.load_config
     if str(load.load_format) not in FILE_FORMATS:
         return None
@@ -271,8 +271,8 @@ def _checkpoint_path(vllm_config: VllmConfig) -> Path | None:
 
 
 def _computation(vllm_config: VllmConfig) -> dict[str, Any]:
-    """What else changes the numbers that the model computes, by name. Ranks and batches change no more
-    than rounding.
+    """Settings that change the numbers that the model computes, by name. Ranks and batches change no more than
+    rounding.
     """
     import vllm
     from vllm.platforms import current_platform
@@ -291,7 +291,7 @@ def _computation(vllm_config: VllmConfig) -> dict[str, Any]:
 
 
 class _Engine:
-    """Steps the workers through single prompts, by a scheduler of vLLM's that nobody else uses."""
+    """Steps the workers through single prompts with a scheduler of its own."""
 
     def __init__(self, executor: Any, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
         from vllm.utils.hashing import get_hash_fn_by_name
@@ -318,7 +318,7 @@ class _Engine:
         self._count = 0
 
     def run(self, prompt_token_ids: list[int]) -> None:
-        """One prompt, from its first step to the one that tells the workers that it has ended."""
+        """Run one prompt, from its first step to the step that tells workers that it has ended."""
         from vllm import PoolingParams, SamplingParams
         from vllm.v1.request import Request
 

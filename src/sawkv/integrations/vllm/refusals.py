@@ -1,4 +1,4 @@
-"""What sawkv does not serve, in the words of the options and of the config.json that ask for it. Imports no vLLM."""
+"""What sawkv does not serve, named by the options and the config.json fields that ask for it. Imports no vLLM."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _SUBCLASSES: Final = {
 
 
 def refuse(vllm_config: Any, reasons: Sequence[str]) -> None:
-    """Say all reasons at once, and the way out.
+    """Raise one error with all reasons, and say how to serve the model without sawkv.
 
     Raises:
         UnsupportedError: there is a reason.
@@ -44,21 +44,21 @@ def refuse(vllm_config: Any, reasons: Sequence[str]) -> None:
 
 
 def refuse_kind(vllm_config: Any, layer: Any) -> None:
-    """Refuse layers that vLLM's own choice of backends would refuse without a word of sawkv, or on a CPU not at all.
+    """Refuse layers that vLLM would refuse without naming sawkv, or that its CPU backend would not refuse at all.
 
     Args:
-        vllm_config: the one in force.
+        vllm_config: the current configuration.
         layer: vLLM's `AttentionSelectorConfig`.
 
     Raises:
-        UnsupportedError: the layer is of a kind that sawkv has no backend for.
+        UnsupportedError: sawkv has no backend for this kind of layer.
     """
     found = [reason for asked, reason in ((layer.use_mla, MLA), (layer.use_mm_prefix, BIDIRECTIONAL)) if asked]
     refuse(vllm_config, [*found, *of_configuration(vllm_config)] if found else [])
 
 
 def of_configuration(vllm_config: Any) -> list[str]:
-    """What the configuration asks for, beside its layers, that sawkv lacks."""
+    """Features of the configuration that sawkv lacks, apart from the kinds of layers."""
     parallel, found = vllm_config.parallel_config, []
     if getattr(vllm_config.model_config, "attention_chunk_size", None) is not None:
         found.append(CHUNKS)
@@ -72,7 +72,7 @@ def of_configuration(vllm_config: Any) -> list[str]:
 
 
 def refuse_subclass(cls: type, ours: type) -> None:
-    """vLLM subclasses a backend's classes for layers whose attention is another.
+    """Refuse vLLM's subclasses of our classes, which it makes for layers with another attention.
 
     Raises:
         UnsupportedError: `cls` is not `ours`.

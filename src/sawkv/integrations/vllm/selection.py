@@ -1,10 +1,9 @@
-"""Which attention backend a layer gets. The function of vLLM that decides it is the one that sawkv replaces, in
-`install`.
+"""Chooses the attention backend of each layer, in place of the function of vLLM that does (`install`).
 
-vLLM's registry of backends cannot say it, since it knows names and no layers. On a CPU vLLM takes `CPU_ATTN` for all
-layers, so the plugin that registers this name last would get ours too. On CUDA `--attention-backend CUSTOM` is for all
-layers, also for those that vLLM leaves in 16 bits. So the function is asked here for each layer: ours get our backend,
-and the others what vLLM gives them without sawkv.
+vLLM's registry of backends knows names, and not layers. On a CPU vLLM takes `CPU_ATTN` for all layers, so another
+plugin that registers this name last would get our layers too. On CUDA `--attention-backend CUSTOM` applies to all
+layers, also to those that vLLM leaves in 16 bits. So this module decides per layer: our layers get our backend, and all
+others get what vLLM gives them without sawkv.
 """
 
 from __future__ import annotations
@@ -26,16 +25,18 @@ from sawkv.integrations.vllm.refusals import refuse, refuse_kind
 
 BACKEND = "sawkv.integrations.vllm.backend.SawAttentionBackend"
 REPLACED = "_cached_get_attn_backend"
-"""Of `vllm.v1.attention.selector`: it gets the chosen backend and what is known of a layer, and returns a class."""
+"""Function of `vllm.v1.attention.selector` that takes the chosen backend and the description of a layer, and returns a
+class.
+"""
 
 logger = init_logger(f"vllm.{__name__}")
 
 
 class Selection:
-    """Stands where `_cached_get_attn_backend` was.
+    """Replaces `_cached_get_attn_backend`.
 
     Args:
-        ask_vllm: what was there.
+        ask_vllm: the replaced function.
     """
 
     def __init__(self, ask_vllm: Any) -> None:
@@ -43,15 +44,15 @@ class Selection:
         self.cache_clear = ask_vllm.cache_clear
 
     def __call__(self, backend: Any, attn_selector_config: Any, **others: Any) -> Any:
-        """The backend's class for a layer.
+        """The class of a layer's backend.
 
         Args:
             backend: `--attention-backend`, or None.
-            attn_selector_config: what vLLM knows of the layer.
-            others: for vLLM, as they are.
+            attn_selector_config: vLLM's description of the layer.
+            others: passed on to vLLM.
 
         Raises:
-            SawkvError: the layer is to be ours and cannot be.
+            SawkvError: the layer should use sawkv and cannot.
         """
         vllm_config, layer = get_current_vllm_config(), attn_selector_config
         config = SawConfig.from_vllm(vllm_config, layer.kv_cache_dtype)
@@ -81,10 +82,10 @@ class Selection:
 
 
 def install() -> None:
-    """Register the backend, and put `Selection` in its place, once.
+    """Register the backend, and install `Selection`, once.
 
     Raises:
-        UnsupportedError: this vLLM has no such place.
+        UnsupportedError: this vLLM lacks the function.
     """
     register_backend(AttentionBackendEnum.CUSTOM, BACKEND)
     replaced = getattr(selector, REPLACED, None)
@@ -96,7 +97,7 @@ def install() -> None:
 
 
 def _beside_ours(vllm_config: Any) -> bool:
-    """Whether the engine's dtype, or that of a layer made before (of a draft's target, say), is one of ours."""
+    """Whether the engine's dtype, or that of an earlier layer (such as a draft's target), is one of ours."""
     layers = vllm_config.compilation_config.static_forward_context.values()
     dtypes = [vllm_config.cache_config.cache_dtype, *(getattr(layer, "kv_cache_dtype", None) for layer in layers)]
     return any(dtype in KV_CACHE_DTYPE_CODECS for dtype in dtypes)
@@ -104,8 +105,8 @@ def _beside_ours(vllm_config: Any) -> bool:
 
 @cache  # vLLM groups layers by their backend's class
 def _by_its_own_dtype(backend: Any, kv_cache_dtype: str) -> Any:
-    """vLLM's CPU backend for layers beside ours. Its metadata builder goes by the engine's dtype, and takes one that it
-    lacks for FP8.
+    """vLLM's CPU backend for layers in an engine that also has ours. Its metadata builder reads the engine's dtype, and
+    would treat an unknown one as FP8.
     """
     builder: Any = backend.get_builder_cls()
 
@@ -120,10 +121,10 @@ def _by_its_own_dtype(backend: Any, kv_cache_dtype: str) -> Any:
 
 
 def _leave_to_vllm(vllm_config: Any, kv_cache_dtype: str) -> None:
-    """vLLM on a GPU has an INT4 and an INT8 cache of its own: they are used where ours was not asked for.
+    """Use vLLM's own INT4 and INT8 caches on a GPU if sawkv was not asked for.
 
     Raises:
-        UnsupportedError: it was.
+        UnsupportedError: sawkv was asked for.
     """
     if is_draft(vllm_config):
         logger.warning_once(

@@ -1,6 +1,4 @@
-"""The settings that make vLLM use sawkv, and its OpenAI-compatible server as a child process with them. Imports no
-vLLM.
-"""
+"""vLLM's OpenAI-compatible server as a child process, with the options that make it use sawkv. Imports no vLLM."""
 
 from __future__ import annotations
 
@@ -29,10 +27,10 @@ from sawkv.prepare.calibration import Calibration
 def server_command(
     model: str, cache_format: CacheFormat | None, options: Sequence[str] = (), **settings: Any
 ) -> list[str]:
-    """The command that serves `model`; `cache_format` None is vLLM as it is, in 16 bits. `settings` as in
+    """The command that serves `model`. With `cache_format` None it is vLLM in 16 bits. `settings` as in
     `config.engine_options`.
 
-    Options that are given twice are the last's, for vLLM.
+    If an option is given twice, vLLM takes the last.
     """
     command = [sys.executable, "-m", *_program(model)]
     for name, value in engine_options(cache_format, **settings).items() if cache_format is not None else ():
@@ -65,18 +63,21 @@ def serve(
     prepare: bool = True,
     prepare_cache: str | None = None,
 ) -> int:
-    """Serve until interrupted; returns the server's exit status.
+    """Serve until interrupted.
 
     Args:
         model: a checkpoint directory, or a name that vLLM resolves.
         cache_format: None is the calibration's, or int4.
-        options: for vLLM, as they are.
-        calibration: path of a file that `sawkv prepare` wrote; None has the engine prepare the model.
+        options: of vLLM, passed on unchanged.
+        calibration: file that `sawkv prepare` wrote; None makes the engine prepare the model.
         prepare: False leaves the model unprepared.
-        prepare_cache: folder that keeps what was prepared; None is one in the user's cache.
+        prepare_cache: folder for calibrations between starts; None is one in the user's cache.
+
+    Returns:
+        The server's exit status.
 
     Raises:
-        SawkvError: bad input, by name.
+        SawkvError: bad input. The message names it.
     """
     if cache_format is None:
         cache_format = CacheFormat("int4") if calibration is None else Calibration.load(calibration).format
@@ -128,14 +129,13 @@ def with_drafts_backend(options: Sequence[str]) -> list[str]:
 
 @contextlib.contextmanager
 def running(command: Sequence[str], patience: float | None = None, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """A child process that ends with the block, however that ends: by SIGTERM, and killed if it takes longer than
-    `patience` seconds.
+    """A child process that ends with the block: by SIGTERM, and after `patience` seconds by SIGKILL.
 
-    With the option `start_new_session` its own children end too: vLLM's engine would go on for a while, and hold the
-    GPU's memory.
+    With the option `start_new_session` its own children end too. vLLM's engine would otherwise run on for a while, and
+    hold GPU memory.
 
     Args:
-        command: as for `subprocess.Popen`, like `options`. The environment's default is one in which vLLM loads sawkv.
+        command: as for `subprocess.Popen`, like `options`. By default the environment is one in which vLLM loads sawkv.
         patience: None waits without limit.
     """
     options.setdefault("env", preflight.environment())
@@ -155,7 +155,7 @@ def running(command: Sequence[str], patience: float | None = None, **options: An
 
 
 def free_port() -> int:
-    """A port of this machine that nobody listens on now."""
+    """A port of this machine on which nobody listens now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
