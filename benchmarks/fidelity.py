@@ -243,7 +243,7 @@ def _command(job: Job, method: str) -> list[str]:
 
 def _bits(client: Client, method: str, folder: Path) -> float | None:
     """Bits of a value with all that is stored for its row; None where it is not known."""
-    if sizes := re.search(r"(\d+) bytes a token, KV head and layer \(16 bits: (\d+)\)", client.notice()):
+    if sizes := re.search(r"(\d+) bytes per token, KV head and layer \(16 bits: (\d+)\)", client.notice()):
         return 16 * int(sizes[1]) / int(sizes[2])
     if method == "vllm_int4_per_token_head":
         config = json.loads((folder / "config.json").read_text())

@@ -16,7 +16,7 @@ from sawkv import demo
 from sawkv.demo import Answer, Outcome
 from tools import fetch_model
 
-NOTICE = "sawkv: KV cache format int4-k64-v64, 72 bytes a token, KV head and layer (16 bits: 256), cpu kernels"
+NOTICE = "sawkv: KV cache format int4-k64-v64, 72 bytes per token, KV head and layer (16 bits: 256), cpu kernels"
 
 
 def outcome(name: str, kv_tokens: int, loss: float, tokens: list[int], notice: str = "") -> Outcome:
@@ -39,7 +39,7 @@ def test_the_report_fits_a_terminal_and_explains_the_texts() -> None:
     assert "parts from vLLM's 16 bits after 1, not at all, 0." in flat
     assert lines[-1] == "Next: sawkv serve DIRECTORY"
     assert "Transformers" not in " ".join(demo.report(wide, narrow, None, 128 << 20, "DIRECTORY"))
-    assert demo.bytes_a_token(NOTICE) == (72, 256)
+    assert demo.bytes_per_token(NOTICE) == (72, 256)
 
 
 def test_texts_are_compared_up_to_the_first_token_that_differs() -> None:

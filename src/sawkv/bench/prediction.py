@@ -1,4 +1,4 @@
-"""Tokens that a cache will hold, as `sawkv plan` predicts them, for the options that a server is started with."""
+"""The number of tokens that a cache will hold, predicted by `sawkv plan` for a server's options."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from sawkv.format.spec import CacheFormat
 from sawkv.integrations.vllm.preflight import Options
 
 CPU_BLOCK = 128
-"""Tokens of a block on a CPU, vLLM's own caches and ours."""
+"""Tokens per block on a CPU, in vLLM's own caches and ours."""
 
 
 def predict(model: str, cache: str, words: Sequence[str], context: int, *, on_gpu: bool) -> int | None:
-    """Tokens, or None where `sawkv plan` cannot say.
+    """Tokens, or None if `sawkv plan` cannot predict them.
 
     Args:
-        model: a checkpoint directory, or a name of the hub.
+        model: a checkpoint directory, or a name on the hub.
         cache: a name as in `records.Served`.
         words: vLLM's options.
         context: its `--max-model-len`.
-        on_gpu: on a CPU only `--kv-cache-memory-bytes` tells what the cache gets.
+        on_gpu: whether vLLM runs on a GPU. On a CPU only `--kv-cache-memory-bytes` gives the size of the cache.
     """
     options = Options(words)
     nbytes = options.whole("--kv-cache-memory-bytes", 0)

@@ -1,4 +1,4 @@
-"""What `sawkv bench` measured."""
+"""The record of `sawkv bench`."""
 
 from __future__ import annotations
 
@@ -13,16 +13,17 @@ SIXTEEN_BITS, FP8 = "16-bit", "fp8"
 
 
 class Setting(Record, frozen=True):
-    """What is measured, the same for every cache.
+    """Settings of a run, the same for every cache.
 
     Attributes:
         model: as given.
-        input_tokens, output_tokens: of each request; answers are never shorter.
-        prefix_tokens: of the input that all requests of one load share; 0 leaves that load out.
-        requests: of each load.
-        rates: requests per second; empty is shares of what the first cache does when all are sent at once.
-        ttft_ms, tpot_ms: time to the first token, and per token after it, within which a request counts as goodput.
-        options: for vLLM's server.
+        input_tokens, output_tokens: per request; answers are never shorter.
+        prefix_tokens: part of the input that all requests of one load share; 0 skips that load.
+        requests: per load.
+        rates: requests per second; empty derives them from the request rate of the first cache.
+        ttft_ms, tpot_ms: limits on the time to the first token and per further token of a request that counts as
+            goodput.
+        options: of vLLM's server.
     """
 
     model: str
@@ -47,8 +48,8 @@ class Setting(Record, frozen=True):
 
 
 class Load(Record, frozen=True):
-    """Requests that arrive at random, `rate` per second, or all at once where it is infinite; `prefix_tokens` of them
-    are shared.
+    """Requests that arrive at random, `rate` per second, or all at once if it is infinite. They
+    share `prefix_tokens`.
     """
 
     rate: float
@@ -66,7 +67,7 @@ class Result(Record, frozen=True):
 
     Attributes:
         request_s, output_tok_s: answered requests and output tokens per second.
-        goodput_s: requests per second that kept both latency targets.
+        goodput_s: requests per second within both latency limits.
         ttft_p50_ms, ttft_p99_ms: time to first token.
         tpot_p50_ms, tpot_p99_ms: mean time per token after the first, over requests.
         prefix_hits: share of prompt tokens that the server found in its cache.
@@ -92,9 +93,9 @@ class Served(Record, frozen=True):
         problem: why it was not served, or ""; other fields are then empty.
         notice: sawkv's line in the server's log, or "".
         start_s: seconds until the server answered.
-        kv_tokens: that its cache holds, as vLLM says.
-        predicted_tokens: the same, as `sawkv plan` predicts it; None where it cannot.
-        results: one for each load.
+        kv_tokens: tokens that its cache holds, as vLLM reports.
+        predicted_tokens: the prediction of `sawkv plan`, or None.
+        results: one per load.
     """
 
     cache: str
@@ -113,14 +114,14 @@ class Bench(Record, frozen=True):
     """One run of `sawkv bench`.
 
     Attributes:
-        setting: what was asked for.
-        device: what vLLM runs on.
-        versions: of sawkv, vLLM and the like.
+        setting: settings of the run.
+        device: the device of vLLM.
+        versions: of sawkv, vLLM and so on.
         caches: in the order asked for.
-        loads: those of every cache; without rates until the first cache was measured, if they follow from it.
-        served: as far as measured.
+        loads: the same for every cache. Derived rates are missing until the first cache is measured.
+        served: caches measured so far.
         generator: the load generator's command for the first load.
-        command: what was typed.
+        command: the command line.
     """
 
     written_by: ClassVar[str] = "sawkv bench"

@@ -1,8 +1,7 @@
-"""`sawkv bench`: 16 bits, fp8 and sawkv's pages on the user's own machine, one after the other, under the same loads.
+"""`sawkv bench`: 16 bits, fp8 and sawkv's pages one after the other, under the same loads.
 
-Each cache is served by vLLM and asked by vLLM's own load generator (`vllm bench serve`): all requests at once, requests
-that share a prefix, and a sweep of rates. What is found is kept after each load, so that a run that was stopped can go
-on.
+vLLM serves each cache, and vLLM's load generator (`vllm bench serve`) sends requests: all at once, with a shared
+prefix, and at a sweep of rates. The record is written after each load, so a stopped run can be resumed.
 """
 
 from __future__ import annotations
@@ -31,29 +30,28 @@ from sawkv.integrations.vllm.server import server_command
 from sawkv.machine import cpu_name, versions
 
 SHARES: Final = (0.5, 0.75, 1.0)
-"""Rates of the sweep, of the requests per second that the first cache answers when all are sent at once."""
+"""Rates of the sweep, as shares of the request rate of the first cache with all requests at once."""
 CPU_CACHE_BYTES: Final = 256 << 20
-"""Given to each cache on a CPU, unless the user gives another size."""
+"""Size of each cache on a CPU, unless the user gives one."""
 SPARE_TOKENS: Final = 16
-"""Of the longest sequence: a random prompt becomes text and then tokens again, sometimes a few more."""
+"""Extra tokens of the longest sequence: a random prompt becomes text and then tokens again, sometimes a few more."""
 
 
 def run_bench(setting: Setting, caches: Sequence[str], out: Path, *, resume: bool = False, command: str = "") -> int:
-    """Measure, print a table, and write `out` (JSON), and beside it a table (.csv) and a page (.html).
+    """Measure, print a table, and write the record, with a table (.csv) and a page (.html) beside it.
 
     Args:
         setting: what to measure.
-        caches: `records.SIXTEEN_BITS`, `records.FP8` and formats, in this order; the first is what others are compared
-            with.
+        caches: `records.SIXTEEN_BITS`, `records.FP8` and formats, in this order. Others are compared with the first.
         out: the record.
-        resume: go on with the record in `out`.
-        command: what was typed, for the record.
+        resume: continue the record in `out`.
+        command: the command line, for the record.
 
     Returns:
         0, or 1 if a cache was not served.
 
     Raises:
-        SawkvError: bad input, by name.
+        SawkvError: bad input. The message names it.
     """
     files = (out, out.with_suffix(".csv"), out.with_suffix(".html"))
     if out.suffix in (".csv", ".html"):
@@ -101,15 +99,15 @@ def measure(
     say: Callable[[str], object],
     logs: Path,
 ) -> Bench:
-    """Serve each cache and put each load on it, but for what `bench` has already.
+    """Serve each cache and put each load on it, except for those already in `bench`.
 
     Args:
-        bench: what is known.
-        generator: that puts loads on servers.
+        bench: the record so far.
+        generator: sends the loads.
         on_gpu: whether vLLM runs on a GPU.
-        keep: called with what is found so far, after each load.
+        keep: called with the record after each load.
         say: called with a line of progress.
-        logs: a file, beside whose name each server's log is put.
+        logs: a path; each server's log is written beside it.
     """
     for number, cache in enumerate(bench.caches, 1):
         known = bench.of(cache)
@@ -153,7 +151,7 @@ def measure(
 def _measure_cache(
     bench: Bench, served: Served, client: Client, generator: Generator, tell: Callable[[str], object]
 ) -> Iterator[Bench]:
-    """The record after each load."""
+    """Yield the record after each load."""
     done = 0
     while len(loads := _loads(bench)) > done:
         load = loads[done]
@@ -191,7 +189,7 @@ def _measure_load(words: Sequence[str], load: Load, client: Client, generator: G
 
 
 def _prefix_counts(metrics: str) -> tuple[float, float]:
-    """Prompt tokens that the server looked for in its prefix cache, and those that it found, from Prometheus' text."""
+    """Prompt tokens looked up in the prefix cache, and those found, parsed from Prometheus' text."""
     sums = [0.0, 0.0]
     for i, name in enumerate(("vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total")):
         sums[i] = sum(float(line.rpartition(" ")[2]) for line in metrics.splitlines() if line.startswith(name))
@@ -199,7 +197,7 @@ def _prefix_counts(metrics: str) -> tuple[float, float]:
 
 
 def _loads(bench: Bench) -> tuple[Load, ...]:
-    """Those that are known; where rates are still to be found, the one that they follow from."""
+    """Known loads. While rates are still unknown, the load that they are derived from."""
     return bench.loads or (Load(math.inf),)
 
 
@@ -226,7 +224,7 @@ def _command(model: str, cache: str, words: Sequence[str]) -> list[str]:
 
 
 def _server_options(setting: Setting, on_gpu: bool) -> tuple[int, list[str]]:
-    """The longest sequence, and vLLM's options: the user's, and what they leave out."""
+    """The longest sequence, and vLLM's options: the user's, with defaults for the rest."""
     given, words = Options(setting.options), list(setting.options)
     context = given.whole("--max-model-len", setting.input_tokens + setting.output_tokens + SPARE_TOKENS)
     if not given.has("--max-model-len"):
@@ -239,10 +237,10 @@ def _server_options(setting: Setting, on_gpu: bool) -> tuple[int, list[str]]:
 
 
 def _resumed(before: Bench, now: Bench) -> Bench:
-    """The earlier record, with today's caches.
+    """The earlier record, with this run's caches.
 
     Raises:
-        SawkvError: it is of something else.
+        SawkvError: it has other settings.
     """
     for field in ("setting", "device", "versions"):
         if getattr(before, field) != getattr(now, field):
@@ -261,7 +259,7 @@ def _has_vllm() -> bool:
 
 
 def _device() -> tuple[str, bool]:
-    """What vLLM will run on, without starting CUDA in this process, and whether it is a GPU."""
+    """The device of vLLM, found without starting CUDA in this process, and whether it is a GPU."""
     import torch
 
     if torch.cuda.device_count():

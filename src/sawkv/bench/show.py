@@ -1,4 +1,4 @@
-"""A bench as lines of text of at most 80 columns, as a table for spreadsheets, and as a page."""
+"""A bench as text of 80 columns, as a table for spreadsheets, and as a page."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ UNITS = f"{'':16}{'/s':>9}{'tok/s':>9}{'':>7}{'p50':>7}{'p99':>7}{'p50':>6}{'p99
 
 
 def text(bench: Bench) -> str:
-    """For a terminal."""
+    """Text for a terminal."""
     setting = bench.setting
     lines = [
         f"{setting.model} on {bench.device}, {_vllm(bench)}",
@@ -49,7 +49,7 @@ def text(bench: Bench) -> str:
 
 
 def table(bench: Bench) -> Table:
-    """A row for each load and cache."""
+    """One row per load and cache."""
     titles = (
         "load",
         "cache",
@@ -84,7 +84,7 @@ def table(bench: Bench) -> Table:
 
 
 def page(bench: Bench) -> str:
-    """One HTML file."""
+    """The page's HTML."""
     setting = bench.setting
     return render(
         "sawkv.bench",
@@ -136,13 +136,13 @@ def _ratio(bench: Bench, served: Served) -> str:
 
 
 def _speed(bench: Bench, served: Served, load: Load) -> str:
-    """Output rate over that of the first cache."""
+    """Output rate relative to the first cache."""
     first, result = _served(bench)[0].result(load), served.result(load)
     return "" if first is None or result is None or first is result else _times(result.output_tok_s, first.output_tok_s)
 
 
 def _predicted(served: Served) -> tuple[str, str]:
-    """The prediction, and by how much the measured number differs from it."""
+    """The prediction, and the deviation of the measured number from it."""
     if served.predicted_tokens is None:
         return "-", ""
     off = f"{served.kv_tokens / served.predicted_tokens - 1:+.1%}" if served.predicted_tokens else ""
@@ -150,7 +150,7 @@ def _predicted(served: Served) -> tuple[str, str]:
 
 
 def _facts(bench: Bench) -> list[tuple[str, str]]:
-    """What the last cache gives over the first."""
+    """Gains of the last cache over the first."""
     served = _served(bench)
     if len(served) < 2:
         return []
@@ -183,7 +183,7 @@ def _capacity(bench: Bench) -> Table:
 
 
 def _rates(bench: Bench) -> Any:
-    """Time to first token over the rate."""
+    """Time to first token over the request rate."""
     loads = [load for load in bench.loads if math.isfinite(load.rate)]
     lines = []
     for i, served in enumerate(_served(bench)):

@@ -1,1 +1,1 @@
-"""What fits on a GPU, predicted from a model's config.json before it starts: weights, KV cache, requests at once."""
+"""Predicts what fits on a GPU from a model's config.json: weights, KV cache, concurrent requests."""

@@ -1,8 +1,8 @@
-"""vLLM's own arithmetic (0.32): the share of memory it may use, less weights, less the peak of a profiling step, less
-what loads outside of torch, divided into blocks of pages; and how many of these a request takes.
+"""vLLM's division of GPU memory (0.32): its share, minus weights, minus the peak of a profiling step, minus memory
+outside torch, divided into blocks.
 
-The profiling step is estimated from shapes, so the whole is within about 2 %; what vLLM makes of given bytes of KV
-cache is exact.
+The profiling step is estimated from shapes, so totals are within about 2 %. The number of blocks for given bytes of KV
+cache, and the blocks that a request takes, are exact.
 """
 
 from __future__ import annotations
@@ -22,27 +22,28 @@ GIB: Final = 1 << 30
 _UNITS: Final = {"M": 1 << 20, "G": GIB, "T": 1 << 40}
 
 DRIVER_SHARE: Final = 0.9 / 80
-"""Of a card's memory, what CUDA does not hand out. Measured: an H100 of 80 GiB reports 79.1."""
+"""Share of a card's memory that CUDA does not report. Measured: an H100 of 80 GiB reports 79.1."""
 
 OUTSIDE_TORCH: Final = GIB // 2
-"""Bytes of kernels, graphs, cuBLAS workspaces and the like that a start of vLLM adds. Measured: what the figures of one
-start on an H100 leave unexplained (vLLM 0.26, Qwen3-8B in bf16, 394,576 tokens)."""
+"""Bytes of kernels, graphs, cuBLAS workspaces and so on, which a start of vLLM adds. Measured: the unexplained rest of
+a start on an H100 (vLLM 0.26, Qwen3-8B in bf16, 394,576 tokens).
+"""
 
 BATCH_DEFAULTS: Final = ((160 * GIB, 16384, 1024), (70 * GIB, 8192, 1024), (0, 2048, 256))
-"""From which memory on a server of vLLM takes which `--max-num-batched-tokens` and `--max-num-seqs`."""
+"""Defaults of vLLM's server by least memory: `--max-num-batched-tokens` and `--max-num-seqs`."""
 
 SMALL_BATCH_CARDS: Final = ("a100", "gb10")
-"""Names of cards that get the last of these although they have more than 70 GiB."""
+"""Names of cards that get the last of these defaults although they have more than 70 GiB."""
 
 CONCURRENT_STEPS: Final = 2
-"""Steps that vLLM has in flight with asynchronous scheduling; a sliding window keeps pages for each."""
+"""Steps in flight with asynchronous scheduling. A sliding window keeps pages for each."""
 
 
 def size_bytes(option: str, text: str) -> int:
-    """Bytes that a text such as 80GiB says; GB counts as GiB, as those do who sell cards.
+    """Bytes of a text such as 80GiB. GB counts as GiB, as in the names of cards.
 
     Raises:
-        SawkvError: it says no size; `option` is where the user gave it.
+        SawkvError: the text is no size; `option` names the user's option.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([MGT])i?B?", text, re.ASCII | re.IGNORECASE)
     if match is None or not float(match[1]):
@@ -51,11 +52,11 @@ def size_bytes(option: str, text: str) -> int:
 
 
 def card(size: str | None) -> tuple[int, str]:
-    """Bytes that CUDA reports for a card sold as `size`, and no name; without a size, both of the card that is here.
+    """Bytes that CUDA reports for a card of `size`, and ""; without a size, bytes and name of the GPU here.
 
     Raises:
-        SawkvError: the text says no size.
-        UnsupportedError: no size is given, and there is no card.
+        SawkvError: the text is no size.
+        UnsupportedError: no size is given, and there is no GPU.
     """
     if size is not None:
         return int(size_bytes("--gpu-memory", size) * (1 - DRIVER_SHARE)), ""
@@ -68,10 +69,10 @@ def card(size: str | None) -> tuple[int, str]:
 
 @dataclass(frozen=True)
 class KVCache:
-    """How keys and values are stored: as `cache_format` says, or by vLLM itself in elements of `element_bytes`.
+    """How K and V are stored: in `cache_format`, or by vLLM in elements of `element_bytes`.
 
     Attributes:
-        block_size: tokens of a block where `--block-size` and recurrent states do not ask for more.
+        block_size: tokens per block, unless `--block-size` or recurrent states need more.
     """
 
     name: str
@@ -93,7 +94,7 @@ class KVCache:
         return cls(names.pop() if len(names) == 1 else str(cache_format), ENGINE_PAGE_SIZE, cache_format=cache_format)
 
     def token_bytes(self, layer: Attention, ranks: int) -> int:
-        """Bytes that keys and values of one token take on each of `ranks` cards."""
+        """Bytes of K and V of one token on each of `ranks` GPUs."""
         heads = max(1, layer.num_kv_heads // ranks)
         if self.cache_format is None:
             return heads * 2 * layer.head_dim * self.element_bytes
@@ -101,7 +102,7 @@ class KVCache:
 
 
 def engine_caches(shape: ModelShape) -> list[KVCache]:
-    """vLLM's own: 16 bits and fp8."""
+    """vLLM's own caches: 16 bits and fp8."""
     decoder = shape.config.get_text_config(decoder=True)
     dtype = str(getattr(decoder, "dtype", None) or getattr(shape.config, "dtype", None))
     sixteen_bits = "fp16" if dtype in ("torch.float16", "float16") else "bf16"
@@ -110,15 +111,15 @@ def engine_caches(shape: ModelShape) -> list[KVCache]:
 
 @dataclass(frozen=True)
 class Setting:
-    """How vLLM is to be started. Defaults are those of its server.
+    """Options of vLLM. Defaults are those of its server.
 
     Attributes:
         gpu_memory: bytes of one card, as CUDA reports them.
-        gpu_name: the card's name, where it is known.
+        gpu_name: name of the card, if known.
         context: `--max-model-len`, in tokens.
-        max_num_batched_tokens, max_num_seqs: None for vLLM's default on such a card.
-        block_size: None for what a GPU gets.
-        prefix_caching: whether requests find prefixes of others; recurrent layers then hold more states.
+        max_num_batched_tokens, max_num_seqs: None is vLLM's default on such a card.
+        block_size: None is the default on a GPU.
+        prefix_caching: whether requests share prefixes. Recurrent layers then hold more states.
 
     Raises:
         SawkvError: a value is out of range.
@@ -166,14 +167,14 @@ class Setting:
 
 @dataclass(frozen=True)
 class Blocks:
-    """How vLLM cuts a KV cache.
+    """How vLLM divides a KV cache into blocks.
 
     Attributes:
         nbytes: bytes of a block, in all layers of one group.
-        of_request: blocks that a request of the full context takes, in all groups.
+        of_request: blocks of a request of the full context, in all groups.
         of_states: those of them that hold recurrent states.
-        block_size: tokens of a block of attention.
-        least_prefix_hit: prefixes are found in multiples of these tokens; None where they are not looked for.
+        block_size: tokens per block of attention.
+        least_prefix_hit: prefixes are found in multiples of this many tokens; None without prefix caching.
     """
 
     nbytes: int
@@ -185,12 +186,12 @@ class Blocks:
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes on each card, and what the KV cache then holds.
+    """Bytes on each card, and the capacity of the KV cache.
 
     Attributes:
-        bytes_per_token: of keys and values, in all layers that store them.
-        tokens: as vLLM reports them: requests at once, times the context.
-        requests: requests of the full context at once. vLLM starts with at least one.
+        bytes_per_token: of K and V, in all layers that store them.
+        tokens: as vLLM reports them: concurrent requests times the context.
+        requests: concurrent requests of the full context. vLLM starts with at least one.
     """
 
     format: str
@@ -210,7 +211,7 @@ class Plan:
 
 
 def make_plan(shape: ModelShape, setting: Setting, cache: KVCache, weight_bytes: int) -> Plan:
-    """What fits with keys and values stored as `cache` says.
+    """What fits with K and V stored as in `cache`.
 
     Args:
         weight_bytes: of the whole model.
@@ -258,7 +259,7 @@ def make_plan(shape: ModelShape, setting: Setting, cache: KVCache, weight_bytes:
 
 
 def longest_context(shape: ModelShape, setting: Setting, cache: KVCache, weight_bytes: int) -> int:
-    """The longest context, up to the one that is set, with which vLLM would start; 0 if it would with none."""
+    """Longest context, up to the one set, with which vLLM would start; 0 if there is none."""
     low, high = 0, setting.context
     while low < high:
         middle = (low + high + 1) // 2
@@ -288,11 +289,11 @@ class _Pages:
 
 
 def cut_blocks(shape: ModelShape, setting: Setting, cache: KVCache) -> Blocks:
-    """Blocks as vLLM makes them where each layer's pages lie in a region of their own (its layouts LBNHC and LBHNC).
+    """Blocks as vLLM makes them if the pages of each layer lie in a region of their own (its layouts LBNHC and LBHNC).
 
-    With recurrent states it lengthens the block of attention until its page holds a state. Layers that differ are
-    split into groups of equally many, which share memory: a block serves one group at a time, so all pages take the
-    bytes of the largest.
+    With recurrent states vLLM lengthens the block of attention until its page holds a state. Layers that differ are
+    split into groups of equal size, which share memory: a block serves one group at a time, so all pages have the bytes
+    of the largest.
     """
     block_size, ranks = _block_size(shape, setting, cache), setting.tensor_parallel
     layers = [
@@ -322,8 +323,8 @@ def cut_blocks(shape: ModelShape, setting: Setting, cache: KVCache) -> Blocks:
 
 
 def _block_size(shape: ModelShape, setting: Setting, cache: KVCache) -> int:
-    """Tokens of a block: so many times what the kernels want that attention's page is no smaller than the largest
-    state.
+    """Tokens per block: the smallest multiple that kernels take with which a page of attention is no smaller than the
+    largest state.
     """
     unit = setting.block_size or cache.block_size
     state_bytes = max((state.nbytes(setting.tensor_parallel) for state in shape.states), default=0)
@@ -331,7 +332,7 @@ def _block_size(shape: ModelShape, setting: Setting, cache: KVCache) -> int:
 
 
 def _enlarge(layer: _Pages, nbytes: int) -> _Pages:
-    """The layer with pages of `nbytes`: of more tokens where that comes out even, else padded."""
+    """The layer with pages of `nbytes`: with more tokens if that is exact, else padded."""
     more = nbytes // layer.nbytes if nbytes % layer.nbytes == 0 and isinstance(layer.kind, Attention) else 1
     return replace(layer, block_size=layer.block_size * more, nbytes=nbytes)
 
@@ -339,7 +340,8 @@ def _enlarge(layer: _Pages, nbytes: int) -> _Pages:
 def _profile_peak(shape: ModelShape, setting: Setting) -> int:
     """Peak bytes of vLLM's profiling step.
 
-    That is `batched_tokens` through the widest part of a layer, then logits of `seqs` tokens in 16 and 32 bits.
+    It passes `batched_tokens` through the widest part of a layer, and then makes logits of `seqs` tokens in 16 and 32
+    bits.
     """
     tokens, ranks = setting.batched_tokens, setting.tensor_parallel
     dense = 3 * shape.intermediate_size // ranks  # gate and up, and their product
@@ -352,7 +354,7 @@ def _profile_peak(shape: ModelShape, setting: Setting) -> int:
 
 
 def _prefill_workspace(shape: ModelShape, setting: Setting) -> int:
-    """Bytes of 16-bit K and V that pages are decoded to for prefill (integrations/vllm/prefill.py:
+    """Bytes of the 16-bit workspace into which prefill decodes pages (integrations/vllm/prefill.py:
     workspace_tokens).
     """
     tokens = max(setting.context, 2 * setting.batched_tokens)

@@ -1,4 +1,6 @@
-"""What a config.json says of a model's memory, read by Transformers' own classes; and what serving would refuse."""
+"""Reads a model's memory shape from its config.json by Transformers' own classes, and refuses what serving would
+refuse.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ from typing import Any, Final
 from sawkv.errors import UnsupportedError
 
 OLDEST_TRANSFORMERS: Final = "5.19"
-"""The oldest that plan was tested with."""
+"""Oldest version that `sawkv plan` was tested with."""
 
 ATTENTION: Final = {"full_attention", "sliding_attention", "hybrid"}
 RECURRENT: Final = {"linear_attention", "conv", "hybrid"}
@@ -29,7 +31,7 @@ _ACTIVE_EXPERTS: Final = (
 _CONTEXTS: Final = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_sequence_length")
 
 _GENERATING: Final = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ")
-"""Transformers' lists of model types that write text."""
+"""Transformers' lists of model types that generate text."""
 
 _ENCODER: Final = "attention type encoder_only (only decoder self-attention)"
 
@@ -37,7 +39,7 @@ _SEES_IMAGES_BOTH_WAYS: Final = {"bagel", "gemma3", "molmo2", "moondream3", "pal
 """Model types whose image tokens attend to later ones of their image (vLLM 0.32: `is_mm_prefix_lm`)."""
 
 _STATE_DTYPE_KEYS: Final = {"qwen3_5": "mamba_ssm_dtype", "nemotron_h": "mamba_ssm_cache_dtype"}
-"""Where vLLM finds the dtype of recurrent states; in other models they have the model's."""
+"""Where vLLM finds the dtype of recurrent states. In other models it is the model's."""
 
 
 @dataclass(frozen=True)
@@ -52,14 +54,14 @@ class Attention:
 
 @dataclass(frozen=True)
 class State:
-    """A layer that keeps a state of each request: of a short convolution and, if `heads`, of a recurrence behind it.
+    """A layer that keeps a state per request: of a short convolution and, if `heads`, of a recurrence after it.
 
     Attributes:
-        conv_tokens: tokens that the convolution remembers, in 16 bits.
-        channels, groups, group_channels: it has `channels` and `groups` times `group_channels` channels.
-        heads, head_values, value_bytes: the recurrent state, and how it is stored.
-        held: states that a request holds under prefix caching: the one it writes, the last that others may find, and
-            where vLLM cuts no prompt for it (Mamba 2) the one between.
+        conv_tokens: tokens in the convolution's state, in 16 bits.
+        channels, groups, group_channels: it has `channels` plus `groups` times `group_channels` channels.
+        heads, head_values, value_bytes: the recurrent state, and its storage.
+        held: states that a request holds under prefix caching: the current one, the last shareable one, and between
+            them one more if vLLM does not cut prompts for it (Mamba 2).
     """
 
     conv_tokens: int
@@ -72,7 +74,7 @@ class State:
     held: int = 2
 
     def nbytes(self, ranks: int) -> int:
-        """Bytes on each of `ranks` cards. Groups that do not divide are repeated, as vLLM does."""
+        """Bytes on each of `ranks` GPUs. Groups that ranks do not divide are replicated, as in vLLM."""
         groups = self.groups if self.groups % ranks == 0 else ranks
         conv = self.conv_tokens * (self.channels + groups * self.group_channels) // ranks
         return 2 * conv + self.heads // ranks * self.head_values * self.value_bytes
@@ -85,11 +87,11 @@ class ModelShape:
     Attributes:
         config: of the whole model, a Transformers `PretrainedConfig`.
         attention, states: layers that store something; a layer may have both.
-        intermediate_size: of dense MLPs, 0 where all layers have experts.
+        intermediate_size: of dense MLPs, 0 if all layers have experts.
         experts_per_token, expert_size: 0 in a dense model.
-        mixer_size: widest projection in front of a recurrent state.
-        max_context: longest request that the model reads, in tokens; None where its config does not say.
-        sees: whether there are parts that read images, audio or video.
+        mixer_size: widest projection before a recurrent state.
+        max_context: longest request of the model in tokens; None if its config does not say.
+        sees: whether parts of the model read images, audio or video.
     """
 
     config: Any
@@ -106,14 +108,14 @@ class ModelShape:
 
 
 def read_shape(config: Mapping[str, Any], language_model_only: bool = False) -> ModelShape:
-    """The shape that a Hugging Face config.json says, with the defaults of its class in Transformers.
+    """The shape in a Hugging Face config.json, with the defaults of its class in Transformers.
 
     Args:
         config: the object in config.json.
         language_model_only: vLLM's `--language-model-only`: serve no images.
 
     Raises:
-        UnsupportedError: sawkv does not serve such a model, or Transformers does not know its kind.
+        UnsupportedError: sawkv does not serve such a model, or Transformers does not know its type.
     """
     whole = _make_config(config)
     try:
@@ -186,7 +188,7 @@ def _make_config(config: Mapping[str, Any]) -> Any:
 
 
 def _check_decoder(whole: Any, decoder: Any, language_model_only: bool) -> None:
-    """Refuse what has no causal self-attention, or adds something to it."""
+    """Refuse models without causal self-attention, or with additions to it."""
     if getattr(decoder, "kv_lora_rank", None):
         raise _refusal("MLA (multi-head latent attention)")
     if whole.is_encoder_decoder or getattr(decoder, "cross_attention_layers", None):
@@ -203,7 +205,9 @@ def _check_decoder(whole: Any, decoder: Any, language_model_only: bool) -> None:
 
 
 def _layer_kinds(config: Any) -> list[str]:
-    """What each layer of the decoder is, in Transformers' words; where there is no list, by other fields, as there."""
+    """Type of each decoder layer in Transformers' words; if the config has no list, from other fields, as Transformers
+    does.
+    """
     kinds = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None)
     if kinds is None:
         window, chunk = getattr(config, "sliding_window", None), getattr(config, "attention_chunk_size", None)
@@ -257,7 +261,7 @@ def _state(config: Any, kind: str) -> State:
 
 
 def _max_context(config: Any) -> int | None:
-    """As vLLM derives `--max-model-len` (config/model.py: `_get_and_verify_max_len`)."""
+    """Derived as vLLM derives `--max-model-len` (config/model.py: `_get_and_verify_max_len`)."""
     lengths = [length for key in _CONTEXTS if isinstance(length := getattr(config, key, None), int) and length > 0]
     rope = getattr(config, "rope_parameters", None) or {}
     factors = [
@@ -271,9 +275,7 @@ def _max_context(config: Any) -> int | None:
 
 
 def _size(config: Any, *names: str) -> int:
-    """The first of these fields that is there and says something, else 0. Of a list, one for each layer,
-    the largest.
-    """
+    """The first of these fields with a value, else 0. Of a list with one value per layer, the largest."""
     found = (getattr(config, name, None) for name in names)
     size = next((value for value in found if value), 0)
     largest: int = max(size) if isinstance(size, (list, tuple)) else size

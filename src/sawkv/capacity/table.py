@@ -1,4 +1,4 @@
-"""What `sawkv plan` shows: plans side by side, in 80 columns, or as JSON."""
+"""The output of `sawkv plan`: plans side by side in 80 columns, or as JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COLUMNS = 79
 
 
 def table(plans: Sequence[Plan], setting: Setting) -> str:
-    """One column for each plan, 16 bits first."""
+    """One column per plan, 16 bits first."""
     rows: list[tuple[str, list[str]]] = [
         (name, [f"{getattr(plan, field) / GIB:.2f} GiB" for plan in plans])
         for name, field in (
@@ -27,7 +27,7 @@ def table(plans: Sequence[Plan], setting: Setting) -> str:
             ("KV cache", "kv_cache"),
         )
     ]
-    rows.append(("bytes a token", [f"{plan.bytes_per_token:,}" for plan in plans]))
+    rows.append(("bytes per token", [f"{plan.bytes_per_token:,}" for plan in plans]))
     if any(plan.state_bytes_per_request for plan in plans):
         rows.append(("states of a request", [f"{plan.state_bytes_per_request / (1 << 20):,.1f} MiB" for plan in plans]))
     rows += [
@@ -46,7 +46,7 @@ def table(plans: Sequence[Plan], setting: Setting) -> str:
 
 
 def assumptions(setting: Setting, shape: ModelShape, weights: Weights) -> list[str]:
-    """What the figures rest on, a sentence each."""
+    """The assumptions behind the figures, one sentence each."""
     batch = f"--max-num-batched-tokens {setting.batched_tokens}, --max-num-seqs {setting.seqs}"
     if (
         not setting.gpu_name
@@ -74,10 +74,10 @@ def assumptions(setting: Setting, shape: ModelShape, weights: Weights) -> list[s
 
 
 def shortage(plan: Plan, setting: Setting, longest: int) -> str:
-    """What is to blame where vLLM would not start, and what helps.
+    """Why vLLM would not start, and what helps.
 
     Args:
-        longest: longest context with which it would.
+        longest: longest context with which it would start.
     """
     if longest:
         return (
@@ -93,13 +93,13 @@ def shortage(plan: Plan, setting: Setting, longest: int) -> str:
 
 
 def text(plans: Sequence[Plan], setting: Setting, assumed: Sequence[str], notes: Sequence[str]) -> str:
-    """The table, then what was assumed, then what the user should know."""
+    """The table, the assumptions, then notes for the user."""
     listed = "\n".join(["Assumed:", *(_fill(line, bullet="- ") for line in assumed)])
     return "\n\n".join([table(plans, setting), listed, *map(_fill, notes)])
 
 
 def as_json(model: str, plans: Sequence[Plan], setting: Setting, assumed: Sequence[str], notes: Sequence[str]) -> str:
-    """The same for programs. Bytes are of one card."""
+    """The same as JSON. Bytes are of one card."""
     values = {
         "model": model,
         "gpu_memory": setting.gpu_memory,

@@ -1,4 +1,4 @@
-"""Bytes that a model's weights take on GPUs: measured in its files, told by the hub, or counted from its shape."""
+"""Bytes of a model's weights on GPUs: measured in its files, reported by the hub, or counted from its shape."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STORED_BYTES: Final = {"F64": 2, "F32": 2, "F16": 2, "BF16": 2, "I64": 8, "I32":
 """Bytes on the GPU of a safetensors dtype; vLLM serves fp32 weights in 16 bits. All others take 1."""
 
 MAX_HEADER_BYTES: Final = 100_000_000
-"""The longest header that safetensors allows."""
+"""Longest header that safetensors allows."""
 
 _LAYER: Final = re.compile(r"(?:model\.|language_model\.)*(?:layers|h|blocks)\.(\d+)\.")
 _TOWER: Final = re.compile(
@@ -30,21 +30,21 @@ _TOWER: Final = re.compile(
 
 @dataclass(frozen=True)
 class Weights:
-    """Bytes of all weights, on all cards together, and where the figure is from."""
+    """Bytes of all weights on all GPUs together, and the source of the figure."""
 
     nbytes: int
     source: str
 
 
 def weights_of(checkpoint: Checkpoint, shape: ModelShape, language_model_only: bool = False) -> Weights:
-    """The most exact figure that can be had.
+    """The most exact figure available.
 
     Args:
-        language_model_only: leave out the parts that read images and audio, as vLLM does under this option.
+        language_model_only: leave out the parts that read images and audio, as vLLM does with this option.
 
     Raises:
-        SawkvError: a file of weights is damaged.
-        UnsupportedError: nothing tells the size.
+        SawkvError: a weight file is damaged.
+        UnsupportedError: no source gives the size.
     """
     if checkpoint.folder is not None:
         measured = _measure(checkpoint.folder, _is_loaded(shape.config, language_model_only))
@@ -57,8 +57,8 @@ def weights_of(checkpoint: Checkpoint, shape: ModelShape, language_model_only: b
 
 
 def _is_loaded(config: Any, language_model_only: bool) -> Callable[[str], bool]:
-    """Whether vLLM loads the weight of a name: not those behind the last layer, which draft, nor a tied
-    output layer.
+    """Whether vLLM loads the weight with a given name. It skips draft layers after the last layer, and a tied output
+    layer.
     """
     decoder = config.get_text_config(decoder=True)
     tied = getattr(config, "tie_word_embeddings", False) or getattr(decoder, "tie_word_embeddings", False)
@@ -73,7 +73,7 @@ def _is_loaded(config: Any, language_model_only: bool) -> Callable[[str], bool]:
 
 
 def _measure(folder: Path, is_loaded: Callable[[str], bool]) -> Weights | None:
-    """From the headers of safetensors files, from their index where some are missing; None if there is neither."""
+    """From the headers of safetensors files, or from their index if files are missing. None without either."""
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         try:
@@ -108,7 +108,7 @@ def _file_bytes(file: Path, is_loaded: Callable[[str], bool]) -> int:
 
 
 def _count(checkpoint: Checkpoint, shape: ModelShape, is_loaded: Callable[[str], bool]) -> Weights:
-    """From the parameters of Transformers' model, made without memory, and the bits of the checkpoint's
+    """From the parameters of Transformers' model, created without memory, and the bits of the checkpoint's
     quantization.
     """
     import torch
@@ -161,7 +161,7 @@ def _model_class(config: Mapping[str, Any], made: Any) -> Any:
 
 
 def _linear_weights(model: Any) -> Iterator[str]:
-    """Names of the weights of linear layers, those of stacked experts among them."""
+    """Names of the weights of linear layers, stacked experts included."""
     from torch import nn
 
     for prefix, module in model.named_modules():
@@ -172,7 +172,7 @@ def _linear_weights(model: Any) -> Iterator[str]:
 
 
 def _quantization(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What config.json says of it, at any of the places where vLLM looks; empty in 16 bits."""
+    """The quantization in config.json, at any place where vLLM looks; empty in 16 bits."""
     text = config.get("text_config")
     for place in (config, text if isinstance(text, dict) else {}):
         for key in ("quantization_config", "compression_config"):

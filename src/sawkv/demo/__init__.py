@@ -76,7 +76,7 @@ class Outcome:
         answers: to `QUESTIONS`.
         losses: of the page's tokens, in nats.
         recalled: whether each pass-key was recalled.
-        requests_a_second: with `REQUESTS` at once.
+        requests_per_second: with `REQUESTS` at once.
     """
 
     name: str
@@ -85,7 +85,7 @@ class Outcome:
     answers: list[Answer]
     losses: list[float]
     recalled: list[bool]
-    requests_a_second: float
+    requests_per_second: float
 
 
 def run_demo(
@@ -131,11 +131,11 @@ def run_demo(
             "demo: expected vLLM to run with sawkv, got a log without its line; so there is nothing to compare"
         )
     print("\n".join(report(wide, narrow, forks(model, wide.answers), kv_cache_memory, model)), flush=True)
-    promised = bytes_a_token(narrow.notice)
+    promised = bytes_per_token(narrow.notice)
     return 0 if narrow.kv_tokens / wide.kv_tokens >= LEAST_SHARE * promised[1] / promised[0] else 1
 
 
-def bytes_a_token(notice: str) -> tuple[int, int]:
+def bytes_per_token(notice: str) -> tuple[int, int]:
     """Bytes per token, KV head and layer in the format and in 16 bits, parsed from sawkv's line in the log."""
     narrow, wide = (
         int(notice.split(before)[1].split(after)[0]) for before, after in ((", ", " bytes"), ("(16 bits: ", ")"))
@@ -239,7 +239,7 @@ def report(wide: Outcome, narrow: Outcome, control: list[int] | None, kv_cache_m
     memory = [kv_cache_memory / outcome.kv_tokens for outcome in (wide, narrow)]
     ppl = [math.exp(statistics.fmean(outcome.losses)) for outcome in (wide, narrow)]
     keys = [f"{sum(outcome.recalled)} of {len(outcome.recalled)}" for outcome in (wide, narrow)]
-    rates = [outcome.requests_a_second for outcome in (wide, narrow)]
+    rates = [outcome.requests_per_second for outcome in (wide, narrow)]
     rows = [
         ("", wide.name, narrow.name, ""),
         (
@@ -248,10 +248,15 @@ def report(wide: Outcome, narrow: Outcome, control: list[int] | None, kv_cache_m
             f"{narrow.kv_tokens:,}",
             f"{narrow.kv_tokens / wide.kv_tokens:.2f}x",
         ),
-        ("memory a token, bytes", f"{memory[0]:,.0f}", f"{memory[1]:,.0f}", f"1/{memory[0] / memory[1]:.2f}"),
+        ("memory per token, bytes", f"{memory[0]:,.0f}", f"{memory[1]:,.0f}", f"1/{memory[0] / memory[1]:.2f}"),
         ("perplexity of a page of text", f"{ppl[0]:.2f}", f"{ppl[1]:.2f}", f"{ppl[1] / ppl[0] - 1:+.1%}"),
         ("pass-keys recalled from the page", *keys, ""),
-        (f"requests a second, {REQUESTS} at once", f"{rates[0]:.2f}", f"{rates[1]:.2f}", f"{rates[1] / rates[0]:.2f}x"),
+        (
+            f"requests per second, {REQUESTS} at once",
+            f"{rates[0]:.2f}",
+            f"{rates[1]:.2f}",
+            f"{rates[1] / rates[0]:.2f}x",
+        ),
     ]
     lines += ["", *(f"{name:<36}{left:>14}{right:>14}{ratio:>12}" for name, left, right, ratio in rows), ""]
     lines += _paragraph(about_texts(wide, narrow, control))

@@ -39,7 +39,7 @@ def say_format(
     layout = PageLayout(cache_format, num_kv_heads, head_dim, PAGE_SIZE_MULTIPLE)
     backend = select_backend(device, layout)
     logger.info(
-        "sawkv: KV cache format %s, %d bytes a token, KV head and layer (16 bits: %d), %s kernels%s",
+        "sawkv: KV cache format %s, %d bytes per token, KV head and layer (16 bits: %d), %s kernels%s",
         cache_format,
         layout.token_bytes,
         4 * head_dim,
