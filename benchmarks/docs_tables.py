@@ -60,10 +60,10 @@ def loads() -> str:
     held = [latest["16384/1024 x 64", name]["kv_tokens"] for name in ("bf16", *PEERS)]
     rows = [["tokens held", f"{held[0]:,}", *(f"{tokens / held[0]:.2f}x" for tokens in held[1:])]]
     for load, what in LOADS.items():
-        for field, unit in (("output_tok_s", "output"), ("ttft_mean_s", "first token")):
-            base, *others = (latest[load, name][field] for name in ("bf16", *PEERS))
-            shown = f"{base:,.0f} tok/s" if field == "output_tok_s" else f"{base:.3g} s"
-            rows.append([f"{what}: {unit}", shown, *(f"{value / base:.2f}x" for value in others)])
+        fields = [[latest[load, name][field] for name in ("bf16", *PEERS)] for field in ("output_tok_s", "ttft_mean_s")]
+        (speed, *speeds), (first, *firsts) = fields
+        ratios = (f"{x / speed:.2f}x, {y / first:.2f}x" for x, y in zip(speeds, firsts, strict=True))
+        rows.append([what, f"{speed:,.0f} tok/s, {first:.3g} s", *ratios])
     served = {
         (r["model"], r["method"]): r
         for r in read_records(RESULTS / "real_models.jsonl")
