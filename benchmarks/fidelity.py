@@ -1,3 +1,4 @@
+# Over 400 lines: one program, from servers to records, read from top to bottom.
 """What serving from a smaller KV cache does to real checkpoints: each is served in several ways, and asked over HTTP.
 
     python -m benchmarks.fidelity smollm2 gemma3 --jobs 5  # docs/results/real_models.jsonl

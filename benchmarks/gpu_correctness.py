@@ -1,3 +1,4 @@
+# Over 400 lines: eight engines and their checks, one after the other.
 """vLLM on a GPU, end to end: what users switch on must not change what comes out.
 
     python -m benchmarks.gpu_correctness models/sawkv-6m                       # all engines, one after the other

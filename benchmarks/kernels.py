@@ -1,3 +1,4 @@
+# Over 400 lines: many shapes, and the peers whose kernels are called for each.
 """Decode attention, append and gather on a GPU, beside the kernels they replace: checked first, then timed.
 
     python -m benchmarks.kernels                  # all shapes and peers, appended to docs/results/decode.jsonl

@@ -1,3 +1,4 @@
+# Over 400 lines: the server, the clients and the judge of one test.
 """Soak test: vLLM serves from sawkv's pages under random load and faults, and every greedy response must equal its
 reference.
 
@@ -49,7 +50,8 @@ ACTIVE_CLIENTS = (1, 2, 4, 8, 16, 32, 64)
 KINDS = {"whole": 50, "stream": 25, "drop mid-stream": 10, "drop early": 8, "sampled": 7}
 """Weights of the kinds of requests."""
 METRICS = re.compile(
-    r"^((?:vllm:(?:num_preemptions|prefix_cache_hits|prefix_cache_queries|generation_tokens)_total|sawkv_\w+_total))(?:\{.*\})?"
+    r"^((?:vllm:(?:num_preemptions|prefix_cache_hits|prefix_cache_queries|generation_tokens)_total|sawkv_\w+_total))"
+    r"(?:\{.*\})?"
     r" (\S+)$",
     re.MULTILINE,
 )

@@ -1,3 +1,4 @@
+# Over 400 lines: tables of bad files, each refused by its own message.
 """The calibration file: what is written is read, and nothing else is."""
 
 from __future__ import annotations

@@ -212,7 +212,8 @@ def test_python_runs_as_typed(
 def test_every_file_that_is_named_exists(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     named = re.findall(
-        r"`((?:src|tests|docs|benchmarks|tools|examples|training|models|kernels|integrations|prepare|lab)/[\w/.-]+\.\w+)`",
+        r"`((?:src|tests|docs|benchmarks|tools|examples|training|models|kernels|integrations|prepare|lab)"
+        r"/[\w/.-]+\.\w+)`",
         text,
     )
     assert [

@@ -1,3 +1,4 @@
+# Over 400 lines: tables of options, each refused by its own message.
 """`sawkv serve` before vLLM starts: one line for all that can be known, and the settings with which sawkv is in use."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# Over 400 lines: an independent implementation, and what the reference is held to by it.
 """The reference backend against attention written independently, in fp64 over what `gather` reads."""
 
 from __future__ import annotations

@@ -1,3 +1,4 @@
+# Over 400 lines: one section per kind of misuse of a cache.
 """Uses that caches get wrong: a SawCache serves them right or refuses them by name, with any attention, mode and kind
 of cache.
 """

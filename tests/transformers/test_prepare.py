@@ -1,3 +1,4 @@
+# Over 400 lines: one test per thing that preparation has to leave unchanged.
 """A SawCache prepares its model at its first use: near 16 bits where unprepared INT4 is far off, once, and without a
 trace in the model.
 """

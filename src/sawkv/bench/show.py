@@ -39,7 +39,8 @@ def text(bench: Bench) -> str:
                 lines.append(
                     f"  {served.cache:14}{result.request_s:>9.4g}{result.output_tok_s:>9,.0f}{ratio:>7}"
                     f"{_ms(result.ttft_p50_ms):>7}"
-                    f"{_ms(result.ttft_p99_ms):>7}{_ms(result.tpot_p50_ms):>6}{_ms(result.tpot_p99_ms):>7}{result.goodput_s:>9.4g}"
+                    f"{_ms(result.ttft_p99_ms):>7}{_ms(result.tpot_p50_ms):>6}{_ms(result.tpot_p99_ms):>7}"
+                    f"{result.goodput_s:>9.4g}"
                 )
     for served in bench.served:
         if served.problem:

@@ -8,7 +8,6 @@ measures them as they do. Attention errors are taken at a sample of queries spre
 from __future__ import annotations
 
 import math
-import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,11 +26,9 @@ from sawkv.lab.analysis import (
     LayerStats,
     MethodError,
     Recommendation,
-    average,
     label,
-    mean,
-    pair_energy,
 )
+from sawkv.lab.description import describe, percent
 from sawkv.lab.evaluate import shipped_samples
 from sawkv.lab.methods import Method, check_fits, find_method, fit
 from sawkv.lab.stress import apply_stress
@@ -187,7 +184,7 @@ def recommend(errors: Sequence[MethodError]) -> Recommendation:
     others = [known[name] for name in ("int4", "vllm_int4_per_token_head", "fp8") if name in known]
     if others:
         reason.append(
-            "Others: " + ", ".join(f"{label(error.method)} {_percent(error.mean_output)}" for error in others) + "."
+            "Others: " + ", ".join(f"{label(error.method)} {percent(error.mean_output)}" for error in others) + "."
         )
     if worst > MAX_OUTPUT_ERROR:
         reason.append(f"A layer that loses more than {MAX_OUTPUT_ERROR:.0%} asks for 8 bits.")
@@ -330,73 +327,3 @@ def _row(x: torch.Tensor) -> tuple[float, ...]:
 
 def _grid(x: torch.Tensor) -> Grid:
     return tuple(_row(row) for row in x)
-
-
-def describe(analysis: Analysis) -> str:
-    """The analysis as text for a terminal, of at most 80 columns."""
-    shape = analysis.shape
-    lines = [
-        (
-            f"{analysis.name}: {shape.num_layers} layers, {shape.num_q_heads} query heads, {shape.num_kv_heads} KV"
-            f" heads of {shape.head_dim}"
-        ),
-        (
-            f"{analysis.text} text, {analysis.windows} x {analysis.window:,} tokens, {analysis.dtype} on"
-            f" {analysis.device}, {analysis.seconds:.0f} s"
-        ),
-        "",
-        f"{'':5}{'K':^47}{'V':^14}{'first token':>14}",
-        (
-            f"{'layer':5}{'offset':>8}{'outlier':>9}  {'by RoPE pair, fast to slow':<{PAIR_CELLS}}"
-            f"{'offset':>8}{'outlier':>9}{'attn':>6}{'|k|':>7}"
-        ),
-    ]
-    for index, layer in enumerate(analysis.layers):
-        lines.append(
-            f"{index:>5}{average(layer.k.offset):>8.0%}{average(layer.k.outlier):>8.1f}x "
-            f" {_pairs(layer.k):<{PAIR_CELLS}}"
-            f"{average(layer.v.offset):>8.0%}{average(layer.v.outlier):>8.1f}x{average(layer.sink):>6.0%}{average(layer.sink_norm):>6.1f}x"
-        )
-    lines += [
-        "offset: energy in one static vector.  outlier: largest channel / median one.",
-        "",
-        f"{'  stored as':<22}{'bits':>6}{'K':>9}{'V':>9}{'scores':>12}{'attention':>10}{'worst':>12}",
-    ]
-    for error in sorted(analysis.methods, key=lambda error: (error.bits, error.mean_output)):
-        worst_layer, worst = error.worst
-        mark = "->" if error.method == analysis.recommendation.method else "  "
-        place = f"{_percent(worst)} in {worst_layer}"
-        lines.append(
-            f"{mark}{label(error.method):<20}{error.bits:>6.2f}{_percent(mean(error.k)):>9}{_percent(mean(error.v)):>9}"
-            f"{mean(error.score):>7.4f} nats{_percent(error.mean_output):>10}{place:>12}"
-        )
-    advice = analysis.recommendation
-    lines += [
-        "Squared errors, as shares of the variance of K, V and the attention output.",
-        "",
-        f"Recommended: {advice.title}",
-    ]
-    lines += [
-        line
-        for sentence in advice.reason
-        for line in textwrap.wrap(sentence, 78, initial_indent="  ", subsequent_indent="  ")
-    ]
-    return "\n".join([*lines, f"  $ {advice.command}"])
-
-
-def _percent(share: float) -> str:
-    """A percentage of at most seven columns."""
-    return f"{share:.2%}" if share < 1 else f"{min(share, 9999):.0%}"
-
-
-PAIR_CELLS = 26
-
-
-def _pairs(stats: ChannelStats, width: int = PAIR_CELLS) -> str:
-    """Energy by RoPE pair as a line of blocks, on a log scale of three decades."""
-    energy = pair_energy(stats)
-    width = min(width, len(energy))
-    cells = [max(energy[len(energy) * i // width : len(energy) * (i + 1) // width]) for i in range(width)]
-    top = max(cells) or 1.0
-    levels = [max(0.0, 1 + math.log10(max(cell / top, 1e-9)) / 3) for cell in cells]
-    return "".join("▁▂▃▄▅▆▇█"[min(7, int(8 * level))] for level in levels)

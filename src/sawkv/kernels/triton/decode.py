@@ -1,15 +1,14 @@
 """Decode attention: `schedule_kernel` once a step; `prepare_kernel`, `decode_kernel` and `merge_kernel` in each layer.
 
-Keys are cut into chunks of whole tiles, as many as keep the GPU full; a program attends one chunk with the query rows
-of one KV head, and
-`merge_kernel` adds the chunks of a sequence. Codes are never converted, nor scaled one by one: see `common.codes_in`,
-and
+Keys are cut into chunks of whole tiles, as many as keep the GPU full. A program attends to one chunk with the query
+rows of one KV head, and `merge_kernel` adds the chunks of a sequence. Codes are neither converted nor scaled one by one
+(`common.codes_in`):
 
     score = k_scale * (q . n - k_zero * sum(q));    out = sum(p * v_scale * n) - sum(p * v_scale * v_zero).
 
 A row of codes is read as 16-bit words of PLANES codes each. Plane i, the i-th code of every word, holds channels c with
-c % PLANES == i; queries and partial results lie in the order of planes. Tokens are rows of the products' results, since
-there may be only 8 query rows.
+c % PLANES == i. Queries and partial results have the order of planes. Tokens are the rows of products, because there
+may be only 8 query rows. Over 400 lines: four kernels that share these conventions.
 """
 
 from __future__ import annotations
