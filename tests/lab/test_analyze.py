@@ -10,9 +10,10 @@ import pytest
 import torch
 
 from sawkv import SawkvError
-from sawkv.lab import analyze
+from sawkv.lab import analysis, analyze
 from sawkv.lab.analysis import Analysis, MethodError
 from sawkv.lab.analyze import recommend
+from sawkv.lab.description import describe
 from sawkv.lab.methods import Method, find_method
 from sawkv.prepare.model import EvalModel, collect_samples
 from sawkv.prepare.samples import LayerStates, Sample
@@ -139,13 +140,13 @@ def test_a_whole_analysis() -> None:
     by_name = {error.method: error for error in found.methods}
     assert by_name["fp32"].mean_output == 0
     assert by_name["halved"].mean_output > 0.25, "half of the output is lost, and half of its mean with it"
-    assert analyze.mean(by_name["halved"].k) == 0
+    assert analysis.mean(by_name["halved"].k) == 0
     assert by_name["int4_center_plain"].mean_output < 0.5 * by_name["int4-k0-v0"].mean_output, (
         "a key bias is what a center removes"
     )
     assert all(len(grid) == 2 and len(grid[0]) == 2 for grid in msgspec.structs.astuple(by_name["fp32"])[3:])
     assert Analysis.from_json(found.to_json()) == found
-    shown = analyze.describe(found)
+    shown = describe(found)
     assert "a model: 2 layers, 4 query heads, 2 KV heads of 32" in shown
     assert "Recommended" in shown
     assert max(map(len, shown.splitlines())) <= 80
