@@ -27,6 +27,7 @@ def test_a_name_parses_and_prints(name: str) -> None:
     assert str(CacheFormat.parse(name)) == name
 
 
+@settings(deadline=None)
 @given(st.text(max_size=40))
 def test_any_text_parses_or_is_refused(text: str) -> None:
     try:
@@ -87,6 +88,7 @@ def test_hadamard_is_orthogonal_and_rotate_applies_it(order: int) -> None:
 # ---- codec
 
 
+@settings(deadline=None)
 @given(st.binary(min_size=64, max_size=64))
 def test_packed_nibbles_are_what_was_encoded(raw: bytes) -> None:
     codes = torch.tensor([list(raw)], dtype=torch.uint8)
@@ -99,7 +101,7 @@ def test_packed_nibbles_are_what_was_encoded(raw: bytes) -> None:
 finite_rows = st.lists(st.floats(-3e4, 3e4, width=32), min_size=16, max_size=16)
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(finite_rows, st.sampled_from([1.0, 1e-3, 1e-7]), st.sampled_from([0.0, 100.0, -3e4]), st.sampled_from([4, 8]))
 def test_the_error_of_any_finite_row_is_at_most_half_a_scale(
     row: list[float], factor: float, offset: float, bits: int
@@ -269,6 +271,7 @@ def test_planes_fill_a_span_and_v_rows_fall_in_different_banks(head_dim: int, co
             )
 
 
+@settings(deadline=None)
 @given(st.integers(0, 5), st.integers(0, 15))
 def test_slots_are_a_bijection_onto_page_and_offset(page: int, offset: int) -> None:
     layout = PageLayout(CacheFormat.parse("int8-k0-v0"), 2, 16, 16)

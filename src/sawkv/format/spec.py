@@ -57,10 +57,10 @@ class CacheFormat:
         Raises:
             FormatError: the name is not one.
         """
-        match = _NAME.fullmatch(name)
+        match = _NAME.fullmatch(name) if isinstance(name, str) else None
         if match is None:
             raise FormatError(
-                f"format name: expected <codec>-k<order>-v<order> such as int4-k128-v128, got {name[:80]!r}"
+                f"format name: expected <codec>-k<order>-v<order> such as int4-k128-v128, got {name!r:.80}"
             )
         k, v = match["k"], match["v"]
         return cls(match["codec"], None if k is None else int(k), None if v is None else int(v))

@@ -23,7 +23,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from sawkv import ops
 from sawkv.cache import PagedKVCache
-from sawkv.errors import LayoutError, UnsupportedError
+from sawkv.errors import CalibrationError, LayoutError, UnsupportedError
 from sawkv.format.layout import PageLayout
 from sawkv.format.spec import CacheFormat
 from sawkv.integrations.transformers.models import NAME, find_model, head_dim_of, layer_configs, layer_windows
@@ -113,8 +113,11 @@ class SawCache(Cache):
         offload: bool = False,
         backend: str | None = None,
     ) -> None:
-        if max_cache_len is not None and max_cache_len < 1:
+        if max_cache_len is not None and (max_cache_len := _whole("max_cache_len", max_cache_len)) < 1:
             raise LayoutError(f"max_cache_len: expected at least 1, got {max_cache_len}")
+        for name, value in (("exact_prefill", exact_prefill), ("prepare", prepare), ("offload", offload)):
+            if not isinstance(value, bool):
+                raise UnsupportedError(f"SawCache: expected {name}=True or False, got {value!r}")
         if max_cache_len is not None and offload:
             raise UnsupportedError(
                 "SawCache: expected max_cache_len or offload, got both: pages that come and go cannot be compiled"
@@ -128,11 +131,13 @@ class SawCache(Cache):
             )
         decoder = config.get_text_config(decoder=True)
         windows = layer_windows(config)
-        cache_format = CacheFormat.parse(format) if isinstance(format, str) else format
+        cache_format = format if isinstance(format, CacheFormat) else CacheFormat.parse(format)
         for head_dim in {head_dim_of(layer) for layer in layer_configs(decoder)}:
             cache_format.resolve(head_dim)
         if isinstance(calibration, (str, Path)):
             calibration = Calibration.load(calibration)
+        if calibration is not None and not isinstance(calibration, Calibration):
+            raise CalibrationError(f"SawCache: expected a Calibration or the path of its file, got {calibration!r}")
         written_with: Calibration | Preparation | None = calibration
         if calibration is None and cache_format.codec == "int4":
             if prepare:
@@ -140,7 +145,6 @@ class SawCache(Cache):
             else:
                 warn_once(UNPREPARED)
         self.settings = _Settings(decoder, cache_format, max_cache_len, exact_prefill, backend, written_with, offload)
-        self._told = False
         self._register()
         super().__init__(layers=[SawLayer(self.settings, index, window) for index, window in enumerate(windows)])
 
@@ -195,14 +199,6 @@ class SawCache(Cache):
         if self.settings.read_by_sawkv:
             states = NewStates(key_states, value_states, layer, self.handle)
             return states, states
-        if not self._told:
-            self._told = True
-            logger.warning(
-                "sawkv: the model's attention implementation, %s, cannot read pages: every step decodes the whole"
-                ' cache first. For speed, call model.set_attn_implementation("%s")',
-                self.settings.config._attn_implementation,
-                NAME,
-            )
         keys, values = layer.update(key_states, value_states)
         return keys, values
 
@@ -230,7 +226,7 @@ class SawCache(Cache):
             LayoutError: a sliding window no longer has tokens that would be visible again, or the last pass is
                 incomplete and larger than the crop. The cache is unchanged.
         """
-        tokens_to_remove = operator.index(tokens_to_remove)
+        tokens_to_remove = _whole("crop", tokens_to_remove)
         pagings = self.settings.pagings.values()
         held = max((paging.length for paging in pagings), default=0)
         length = max(0, held + tokens_to_remove) if tokens_to_remove <= 0 else min(held, tokens_to_remove)
@@ -268,15 +264,17 @@ class SawCache(Cache):
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sequence."""
+        if (repeats := _whole("batch_repeat_interleave", repeats)) < 1:
+            raise LayoutError(f"batch_repeat_interleave: expected at least 1, got {repeats}")
         self.reorder_cache(torch.arange(max(0, self.batch_size)).repeat_interleave(repeats))
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         """Keep these sequences, given by index or by one bool per sequence. Errors as in `reorder_cache`."""
         indices = torch.as_tensor(indices)
         if indices.dtype == torch.bool:
-            if indices.shape[0] != self.batch_size > 0:
+            if list(indices.shape) != [self.batch_size] and self.batch_size > 0:
                 raise LayoutError(
-                    f"SawCache: expected a bool for each of {self.batch_size} sequences, got {indices.shape[0]}"
+                    f"SawCache: expected a bool for each of {self.batch_size} sequences, got {list(indices.shape)}"
                 )
             indices = indices.nonzero().flatten()
         self.reorder_cache(indices)
@@ -288,6 +286,13 @@ class SawCache(Cache):
 
     def _saw_layers(self) -> list[SawLayer]:
         return [layer for layer in self.layers if isinstance(layer, SawLayer)]
+
+
+def _whole(name: str, value: Any) -> int:
+    try:
+        return operator.index(value)
+    except TypeError:
+        raise LayoutError(f"{name}: expected a whole number, got {value!r}") from None
 
 
 class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
@@ -396,6 +401,10 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         """Write new K and V, and decode all tokens, for attention that reads tensors. Shapes as in
         `SawCache.update`.
         """
+        warn_once(
+            f"sawkv: the model's attention implementation, {self._settings.config._attn_implementation}, cannot read"
+            ' pages: every step decodes the whole cache first. For speed, call model.set_attn_implementation("sawkv")'
+        )
         with self.paging.on_device():
             self.enter(key_states, value_states)
             self.write(key_states, value_states)

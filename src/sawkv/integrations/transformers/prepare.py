@@ -364,9 +364,8 @@ class _Entry:
         self._store: CalibrationStore | None = None
         self._expected: dict[str, Any] = {}
         shapes = {(_kv_heads(layer), head_dim_of(layer)) for layer in layer_configs(decoder)}
-        weights = weights_digest(dict(itertools.chain(model.named_parameters(), model.named_buffers())))
-        if len(shapes) != 1 or weights is None:
-            self._reason = "its layers differ in their heads" if weights else "its weights are not in memory"
+        if len(shapes) != 1:
+            self._reason = "its layers differ in their heads"
             return
         self._device, (heads, head_dim) = model.device, shapes.pop()
         self._expected = {
@@ -376,9 +375,23 @@ class _Entry:
             "num_kv_heads": heads,
             "head_dim": head_dim,
         }
+        self._text = {"windows": _digest(windows), "positions": _digest(positions)}
+        try:
+            self._store = CalibrationStore(log=logger)
+        except (SawkvError, OSError) as error:
+            self._reason = str(error)
+
+    @functools.cached_property
+    def _key(self) -> str | None:
+        """In the store; None where the weights are not in memory. Reads them all, so only where it is asked for."""
+        model = self._model
+        weights = weights_digest(dict(itertools.chain(model.named_parameters(), model.named_buffers())))
+        if weights is None:
+            self._reason = "its weights are not in memory"
+            return None
         config = {
             key: x
-            for key, x in decoder.to_dict().items()
+            for key, x in self._decoder.to_dict().items()
             if key not in ("_name_or_path", "transformers_version", "use_cache")
         }
         computation = {
@@ -387,21 +400,19 @@ class _Entry:
             "dtype": str(model.dtype),
             "engine": f"transformers {transformers.__version__}",
             "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type,
-            "windows": _digest(windows),
-            "positions": _digest(positions),
         }
-        self._key = make_key({**self._expected, **computation, "weights": weights})
-        try:
-            self._store = CalibrationStore(log=logger)
-        except (SawkvError, OSError) as error:
-            self._reason = str(error)
+        return make_key({**self._expected, **self._text, **computation, "weights": weights})
 
     def load(self) -> tuple[list[LayerCalibration] | None, str]:
         """What is there by layer, and where it was found."""
         found = self._load_shipped()
         if found is not None and self._folder is not None:
             source = f"from {shipped_path(self._folder, found.format)}, which came with the model"
-        elif self._store is not None and (found := self._store.load(self._key, **self._expected)) is not None:
+        elif (
+            self._store is not None
+            and self._key is not None
+            and (found := self._store.load(self._key, **self._expected)) is not None
+        ):
             source = f"from {self._store.path(self._key)}"
         else:
             return None, ""
@@ -419,7 +430,7 @@ class _Entry:
             found = load_shipped(self._folder, contents_digest(self._folder) or "", log=logger, **self._expected)
             if found is None or _is_as_loaded(self._model, self._decoder, self._folder):
                 return found
-        except OSError as error:
+        except (OSError, RuntimeError, TypeError) as error:  # RuntimeError, TypeError: weights that are not in memory
             logger.debug("sawkv: %s", error)
         logger.info(
             "sawkv: the preparation that came with the model is not used: the model in memory is not the one in its"
@@ -429,7 +440,7 @@ class _Entry:
 
     def save(self, layers: list[LayerCalibration]) -> str:
         """Keep it if that is possible, and say where, or why not."""
-        if self._store is None:
+        if self._store is None or self._key is None:
             return f"not kept on disk: {self._reason}"
         expected = self._expected
         try:
