@@ -360,6 +360,26 @@ def test_the_log_names_the_kernels_that_read_the_real_pages(monkeypatch: pytest.
     assert said == ["sawkv: pages have 48 tokens, which triton kernels read, and not cuda kernels"]
 
 
+def test_what_is_prepared_without_some_layers_is_not_for_all() -> None:
+    """The file holds nothing for layers that were skipped: they would be served unprepared, without a word."""
+    from sawkv.integrations.vllm.prepare import _computation
+
+    def key(*skipped: str) -> Any:
+        return _computation(
+            SimpleNamespace(  # type: ignore[arg-type]
+                model_config=SimpleNamespace(
+                    hf_config=SimpleNamespace(to_dict=lambda: {"a": 1}), dtype=torch.bfloat16, quantization=None
+                ),
+                cache_config=SimpleNamespace(kv_cache_dtype_skip_layers=list(skipped)),
+                device_config=SimpleNamespace(device_type="cpu"),
+            )
+        )
+
+    assert key("0") != key()
+    assert key("0") != key("1")
+    assert key("1", "sliding_window") == key("sliding_window", "1")
+
+
 def test_layers_that_are_not_ours_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     from sawkv.integrations.vllm import announce
     from sawkv.integrations.vllm.backend import SawAttentionImpl
@@ -368,11 +388,11 @@ def test_layers_that_are_not_ours_are_counted(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(announce.logger, "log", lambda level, text, *rest: said.append(f"{level} {text % rest}"))
     monkeypatch.setattr(announce.logger, "warning", lambda text, *rest: said.append(text % rest))
 
-    def say(ours: set[int], skipped: list[str]) -> list[str]:
+    def say(ours: set[int], skipped: list[str], dtype: str = "auto", device: str = "cpu") -> list[str]:
         said.clear()
         impls = {i: object.__new__(SawAttentionImpl) if i in ours else object() for i in range(6)}
         layers: dict[str, Any] = {
-            f"layers.{i}": SimpleNamespace(impl=impl, kv_cache_dtype=INT4 if i in ours else "auto")
+            f"layers.{i}": SimpleNamespace(impl=impl, kv_cache_dtype=INT4 if i in ours else dtype)
             for i, impl in impls.items()
         }
         layers["layers.6.mamba"] = SimpleNamespace()
@@ -380,7 +400,7 @@ def test_layers_that_are_not_ours_are_counted(monkeypatch: pytest.MonkeyPatch) -
             compilation_config=SimpleNamespace(static_forward_context=layers),
             cache_config=SimpleNamespace(kv_cache_dtype_skip_layers=skipped),
         )
-        announce.say_layers(SimpleNamespace(vllm_config=config))
+        announce.say_layers(SimpleNamespace(vllm_config=config, device=torch.device(device)))
         return said
 
     assert say(set(range(6)), []) == []
@@ -393,3 +413,6 @@ def test_layers_that_are_not_ours_are_counted(monkeypatch: pytest.MonkeyPatch) -
         "30 sawkv: serves none of 6 attention layers; vLLM's own cache is kept for layers.0 (auto), "
     )
     assert line.endswith("layers.3 (auto) and 2 more")
+    with pytest.raises(SawkvError, match=r"got 2 without: layers\.0 has object\. Set VLLM_PLUGINS=sawkv"):
+        say({1, 2, 3, 4}, [], INT8)  # another plugin's choice: on a CPU nonsense
+    assert len(say({1, 2, 3, 4}, [], INT8, "cuda")) == 1, "a draft's, or without CUSTOM: vLLM's own, and right"

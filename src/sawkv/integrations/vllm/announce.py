@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any, Final
 import torch
 from vllm.logger import init_logger
 
+from sawkv.errors import UnsupportedError
 from sawkv.format.layout import PAGE_SIZE_MULTIPLE, PageLayout
 from sawkv.format.spec import CacheFormat
+from sawkv.integrations.vllm import PLUGIN
+from sawkv.integrations.vllm.config import KV_CACHE_DTYPE_CODECS
 from sawkv.kernels import select_backend
 
 if TYPE_CHECKING:
@@ -102,7 +105,12 @@ def say_kernels(layout: PageLayout, device: torch.device) -> None:
 
 
 def say_layers(worker: Any) -> None:
-    """Log how many layers of a worker are ours, if not all are. Called in each worker when an engine has started."""
+    """Log how many layers of a worker are ours, if not all are. Called in each worker when an engine has started.
+
+    Raises:
+        UnsupportedError: another plugin has given vLLM's own attention to a layer of our dtype. On a CPU it misreads
+            the pages.
+    """
     from sawkv.integrations.vllm.backend import SawAttentionImpl
 
     config = worker.vllm_config
@@ -115,6 +123,16 @@ def say_layers(worker: Any) -> None:
         for name, layer in attending.items()
         if not isinstance(layer.impl, SawAttentionImpl)
     ]
+    taken = [
+        f"{name} has {type(layer.impl).__name__}"
+        for name, layer in attending.items()
+        if layer.kv_cache_dtype in KV_CACHE_DTYPE_CODECS and not isinstance(layer.impl, SawAttentionImpl)
+    ]
+    if taken and worker.device.type == "cpu":
+        raise UnsupportedError(
+            f"sawkv: expected its own attention in all layers of its dtypes, got {len(taken)} without: {taken[0]}. Set"
+            f" VLLM_PLUGINS={PLUGIN} to load no other plugin"
+        )
     if others:
         ours = len(attending) - len(others)
         logger.log(

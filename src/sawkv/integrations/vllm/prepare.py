@@ -281,7 +281,9 @@ def _computation(vllm_config: VllmConfig) -> dict[str, Any]:
     config = model.hf_config.to_dict()  # with what --hf-overrides changed
     for name in ("_name_or_path", "transformers_version"):
         config.pop(name, None)
+    skipped = sorted(vllm_config.cache_config.kv_cache_dtype_skip_layers)
     return {
+        **({"skipped": skipped} if skipped else {}),  # what is kept then lacks these layers
         "config": config,
         "dtype": str(model.dtype),
         "quantization": model.quantization,
