@@ -34,6 +34,7 @@ from sawkv.lab.records import (
     Surprise,
 )
 from sawkv.lab.report.verdict import verdict
+from sawkv.lab.table import table
 from sawkv.page import Cell, Column, Table, digits, svg
 from sawkv.records import AttentionShape
 from tests.lab.test_analyze import run
@@ -91,6 +92,17 @@ def make_evaluation(model: str = "a-model", stress: int = 1) -> Evaluation:
         excerpt=("of ", "<the> ", "excerpt"),
         command="sawkv eval a-model --tokens 4096",
     )
+
+
+def test_perplexities_side_by_side_are_of_one_text() -> None:
+    """The noise of 16 bits is often measured on less: its perplexity would look like a gain."""
+    evaluation = make_evaluation()
+    floor, *others = evaluation.results
+    short = replace(floor, divergence=replace(floor.divergence, tokens=1024))
+    less = replace(evaluation, results=(short, *others))
+    assert table(evaluation).count("5.500") == len(METHODS) + 2
+    assert table(less).count("5.500") == len(METHODS) + 1
+    assert render([less], []).count(">5.500<") == render([evaluation], []).count(">5.500<") - 1
 
 
 def render(evaluations: list[Evaluation], analyses: list[Analysis]) -> str:

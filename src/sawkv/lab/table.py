@@ -21,7 +21,7 @@ def table(evaluation: Evaluation) -> str:
         "KL in nats a token, from the model with an unquantized cache; +-: one SE",
         "",
         HEAD,
-        *(line(result) for result in (reference, *evaluation.results)),
+        *(line(result, reference.divergence.tokens) for result in (reference, *evaluation.results)),
     ]
     if any(result.recall or result.free_run for result in evaluation.results):
         lines += ["", f"{'greedy':<27}{'pass-key':>10}{'needle':>10}{'same text for':>18}"]
@@ -29,12 +29,13 @@ def table(evaluation: Evaluation) -> str:
     return "\n".join(lines)
 
 
-def line(result: MethodResult) -> str:
-    """One row of the table: a method's predictions."""
+def line(result: MethodResult, tokens: int | None = None) -> str:
+    """One row of the table: a method's predictions. The perplexity is left out where it is not of `tokens` tokens."""
     d = result.divergence
+    ppl = f"{d.ppl:.3f}" if tokens in (None, d.tokens) else ""
     return (
         f"{result.method:<27}{result.bits:>6.2f}{d.mean_kl:>9.5f}{d.kl_se:>9.5f}"
-        f"{d.kl_p999:>8.3f}{d.same_top1:>8.1%}{d.ppl:>10.3f}"
+        f"{d.kl_p999:>8.3f}{d.same_top1:>8.1%}{ppl:>10}"
     )
 
 

@@ -149,7 +149,8 @@ def _table(evaluation: Evaluation, subject: MethodResult | None) -> Table:
             if is_reference
             else [_nats(found.kl_p999), _nats(found.kl_max), _share(found.same_top1, 2)]
         )
-        cells.append(Cell(f"{found.ppl:.3f}", found.ppl))
+        is_alike = found.tokens == reference.divergence.tokens  # the noise is often of less text
+        cells.append(Cell(f"{found.ppl:.3f}", found.ppl) if is_alike else empty)
         if with_recall:
             cells.append(empty if result.passkey is None else _share(result.passkey, 1))
         if with_runs:
