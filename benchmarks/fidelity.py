@@ -44,7 +44,8 @@ from safetensors.torch import load_file, save_file
 from benchmarks.texts import text_file
 from sawkv.errors import FormatError
 from sawkv.format.spec import CacheFormat
-from sawkv.integrations.vllm.client import Client, serving
+from sawkv.integrations.vllm.client import Client, check_layers, serving
+from sawkv.integrations.vllm.preflight import Options
 from sawkv.integrations.vllm.server import server_command
 from sawkv.lab.divergence import TokenScores, compare
 from sawkv.lab.evaluate import device_name, shipped_samples
@@ -216,6 +217,10 @@ def _serve(job: Job, method: str, args: argparse.Namespace) -> tuple[list[dict[s
     recorder = ["--worker-extension-cls", "benchmarks.recorder.Recorder"]
     with serving([*command, *recorder], job.work / f"{job.name}-{method}.log", env=env) as client:
         ready = time.monotonic() - start
+        layers = client.kv_cache_dtypes()
+        print(f"{job.name} {method}: layers {layers}", flush=True)
+        if command[2] != "sawkv.cli":
+            check_layers(layers, Options(command).get("--kv-cache-dtype") or "auto")
         if (command[2] == "sawkv.cli") != bool(client.notice()):
             raise RuntimeError(
                 f"{job.name} {method}: expected a server {'with' if command[2] == 'sawkv.cli' else 'without'} sawkv"

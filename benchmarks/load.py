@@ -25,10 +25,11 @@ from benchmarks.plots import RESULTS, load_table, read_records
 from benchmarks.serving import git_head
 from benchmarks.shapes import SHAPES, write_config
 from sawkv.bench.generator import Generator, options
-from sawkv.bench.records import Load, Setting
+from sawkv.bench.records import SIXTEEN_BITS, Load, Served, Setting
+from sawkv.bench.run import check_layers
 from sawkv.errors import UnsupportedError
 from sawkv.format.spec import CacheFormat
-from sawkv.integrations.vllm.client import serving
+from sawkv.integrations.vllm.client import ASKABLE, serving
 from sawkv.integrations.vllm.preflight import environment
 from sawkv.integrations.vllm.server import server_command
 
@@ -122,13 +123,15 @@ def _run_format(
     ]
     start, log = time.monotonic(), args.log / f"load-{name}.log"
     print(f"{name}: starting vLLM's server, log in {log}", flush=True)
-    env = environment() | {
-        "VLLM_USE_FLASHINFER_SAMPLER": "0"
-    }  # FlashInfer's sampler is compiled at start-up, which takes minutes
-    with serving(server_command(model, cache_format, words), log, env=env) as client:
+    # FlashInfer's sampler is compiled at start-up, which takes minutes.
+    env = environment() | {"VLLM_USE_FLASHINFER_SAMPLER": "0"} | ASKABLE[1]
+    with serving([*server_command(model, cache_format, words), *ASKABLE[0]], log, env=env) as client:
         print(f"{name}: ready after {time.monotonic() - start:.0f} s", flush=True)
         if cache_format is not None and not client.notice():  # vLLM goes on without a plugin that it cannot load
             raise SystemExit(f"{name}: vLLM runs without sawkv; see {log}")
+        served = Served(SIXTEEN_BITS if cache_format is None else name, layers=client.kv_cache_dtypes())
+        check_layers(served, Setting(model, options=tuple(args.options)))
+        print(f"{name}: layers {served.layers}", flush=True)
         for rate in args.rates:
             requests = max(1, round(rate * args.seconds))
             left = deadline - time.monotonic()

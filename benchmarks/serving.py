@@ -39,11 +39,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from benchmarks.layers import EXTENSION, check_layers
+from benchmarks.layers import check_engine
 from benchmarks.plots import RESULTS, read_records, serving_table
 from benchmarks.shapes import SHAPES, write_config
 from sawkv.format.spec import CacheFormat
-from sawkv.integrations.vllm.config import engine_options
+from sawkv.integrations.vllm.config import WORKER_EXTENSION, engine_options
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
@@ -240,10 +240,10 @@ def _run_loads(args: argparse.Namespace) -> None:
         "kernel_config": {"enable_flashinfer_autotune": False},
         **(PEERS[name] if name in PEERS else engine_options(CacheFormat.parse(name))),
         **args.engine,
-        "worker_extension_cls": EXTENSION,
+        "worker_extension_cls": WORKER_EXTENSION,
     }
     llm = vllm.LLM(**options)
-    print(f"{name}: {check_layers(llm, options.get('kv_cache_dtype', 'auto'))}", flush=True)
+    print(f"{name}: {check_engine(llm, options.get('kv_cache_dtype', 'auto'))}", flush=True)
     config = llm.llm_engine.vllm_config
     cache = config.cache_config
     common = {

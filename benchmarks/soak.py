@@ -40,12 +40,13 @@ import aiohttp
 
 from sawkv.format.spec import CacheFormat
 from sawkv.integrations.vllm.preflight import environment
-from sawkv.integrations.vllm.server import free_port, server_command
+from sawkv.integrations.vllm.server import free_port, running, server_command
 
 TIE = 0.01
 """Nats between the log-probabilities of two tokens that rounding may swap."""
 START_TIMEOUT = 900.0
 REQUEST_TIMEOUT = 600.0
+STOP_TIMEOUT = 60.0
 ACTIVE_CLIENTS = (1, 2, 4, 8, 16, 32, 64)
 KINDS = {"whole": 50, "stream": 25, "drop mid-stream": 10, "drop early": 8, "sampled": 7}
 """Weights of the kinds of requests."""
@@ -135,17 +136,18 @@ class Server:
             "--disable-uvicorn-access-log",
         ]
         self._command = server_command(load.model, load.cache_format, [*limits, *serving, *load.options])
+        self._stack = contextlib.ExitStack()
         self._process: subprocess.Popen[bytes] | None = None
         self._session: aiohttp.ClientSession | None = None
 
     async def start(self) -> None:
         """Start, and wait until the server answers."""
-        self._metrics = tempfile.TemporaryDirectory(prefix="sawkv-metrics-")
-        env = environment() | {"PROMETHEUS_MULTIPROC_DIR": self._metrics.name}
-        with self.log.open("ab") as sink:
-            self._process = subprocess.Popen(
-                self._command, env=env, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True
-            )
+        folder = self._stack.enter_context(tempfile.TemporaryDirectory(prefix="sawkv-metrics-"))
+        env = environment() | {"PROMETHEUS_MULTIPROC_DIR": folder}
+        sink = self._stack.enter_context(self.log.open("ab"))
+        self._process = self._stack.enter_context(
+            running(self._command, STOP_TIMEOUT, env=env, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True)
+        )
         timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT)
         # A connection for each request: the server closes idle ones, and a request sent into one would look lost.
         self._session = aiohttp.ClientSession(
@@ -166,17 +168,13 @@ class Server:
         """Signal the server, and its children too if it is to be killed; wait for its end."""
         if self._process is None or self._session is None:
             return
-        if how == signal.SIGTERM:
-            self._process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                await asyncio.to_thread(self._process.wait, 60)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self._process.pid, signal.SIGKILL)
-        await asyncio.to_thread(self._process.wait)
+        if how == signal.SIGKILL:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+        await asyncio.to_thread(self._stack.close)
         await asyncio.sleep(0.1)  # requests in flight see their connections end
         await self._session.close()
         self._process = None
-        self._metrics.cleanup()
 
     async def stream(self, prompt: Sequence[int], max_tokens: int, **options: Any) -> AsyncGenerator[list[int], None]:
         """Token ids as they come. Leaving the loop closes the connection, as a client that goes away does."""

@@ -66,6 +66,9 @@ class Client:
     def notice(self) -> str:
         return "sawkv: KV cache format int4" if self.port == 8 else ""
 
+    def kv_cache_dtypes(self) -> dict[str, int]:
+        return {"int4_per_token_head" if self.port == 8 else "auto": 5}
+
     def kv_tokens(self) -> int:
         return 1000 * self.port
 
@@ -143,6 +146,34 @@ def test_caches_are_measured_one_after_the_other(
     assert "no fp8 on this device" in text
     assert "sawkv bench models/sawkv-6m" in text
     assert "sawkv: KV cache format int4" in text
+    assert "5 int4_per_token_head" in text
+    assert "Nothing of the shared prefix" not in shown + text
+    lost = replace(narrow, results=tuple(replace(result, prefix_hits=0.0) for result in narrow.results))
+    missed = replace(bench, served=(wide, fp8, lost))
+    for whole in (" ".join(show.text(missed).split()), show.page(missed)):
+        assert "Nothing of the shared prefix was found in int4: the prefix cache finds whole blocks alone" in whole
+
+
+@pytest.mark.parametrize(
+    ("cache", "layers", "options", "words"),
+    [
+        ("16-bit", {"auto": 5}, (), None),
+        ("16-bit", {"fp8": 5}, (), "expected kv_cache_dtype auto in all attention layers, got fp8 in 5"),
+        ("fp8", {"fp8": 5}, (), None),
+        ("fp8", {"auto": 1, "fp8": 4}, (), "got auto in 1, fp8 in 4"),
+        ("int4-k0-v0", {"auto": 1, "int4_per_token_head": 4}, (), "got auto in 1"),
+        ("int4", {"auto": 1, "int4_per_token_head": 4}, ("--kv-cache-dtype-skip-layers", "0"), None),
+        ("int4", {"auto": 5}, ("--kv-cache-dtype-skip-layers", "0"), "expected kv_cache_dtype int4_per_token_head"),
+        ("bf16-k0-v0", {"auto": 5}, (), None),
+    ],
+)
+def test_a_cache_is_what_its_name_says(
+    cache: str, layers: dict[str, int], options: tuple[str, ...], words: str | None
+) -> None:
+    """A checkpoint may ask for FP8 in silence, and vLLM's TurboQuant keeps layers in 16 bits."""
+    served = Served(cache, layers=layers)
+    with pytest.raises(UnsupportedError, match=words) if words else contextlib.nullcontext():
+        run.check_layers(served, replace(SETTING, options=options))
 
 
 def test_a_stopped_run_goes_on(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import signal
 import subprocess
@@ -15,10 +17,13 @@ import pytest
 import sawkv
 from sawkv import cli
 from sawkv.format.spec import CODEC_BITS, CacheFormat
-from sawkv.integrations.vllm import server
+from sawkv.integrations.vllm import client, server
 from sawkv.integrations.vllm.contract import NEWEST_VLLM, OLDEST_VLLM
 from sawkv.lab.methods import METHODS
+from sawkv.terminal import coloured
 from tools import setup_env
+
+MODEL = next((Path(__file__).parents[1] / "models").glob("sawkv-*"))
 
 
 def test_serve_hands_other_options_to_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,6 +149,81 @@ global.find-links='/wheels https://c.example/'
     }
 
 
+BROKEN: dict[str, tuple[str, str | None, str]] = {
+    "cut off": ("model.safetensors", "cut", "bytes, as its header says, got 100000 in "),
+    "an LFS pointer": ("model.safetensors", "version https://git-lfs.github.com/spec/v1\n", "got a Git LFS pointer"),
+    "no weights": ("model.safetensors", None, "no file named model.safetensors|expected safetensors or another file"),
+    "no JSON": ("config.json", '{"a":', "expected JSON in .*config.json, got: Expecting value"),
+    "no object": ("config.json", "null", "expected a JSON object in .*config.json, got NoneType"),
+    "no number": ("config.json", '"num_hidden_layers": "five"', "num_hidden_layers: expected a positive .* got 'five'"),
+    "no heads": ("config.json", '"num_attention_heads": 0', "num_attention_heads: expected a positive .* got 0"),
+}
+"""The file that is changed, what into, and what is said."""
+
+
+@pytest.fixture(params=BROKEN)
+def broken(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[str, str]:
+    """A checkpoint's folder, and what is to be said of it."""
+    for file in MODEL.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    name, content, words = BROKEN[request.param]
+    old = (tmp_path / name).read_bytes()
+    (tmp_path / name).unlink()
+    if content == "cut":
+        (tmp_path / name).write_bytes(old[:100000])
+    elif content is not None and content.startswith('"'):
+        (tmp_path / name).write_text(json.dumps(json.loads(old) | json.loads(f"{{{content}}}")))
+    elif content is not None:
+        (tmp_path / name).write_text(content)
+    return str(tmp_path), words
+
+
+def test_a_broken_model_is_one_line_in_every_command(
+    broken: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And at once: neither vLLM starts, nor is anything measured."""
+    pytest.importorskip("vllm")
+    for module in (server, client):
+        monkeypatch.setattr(module, "running", lambda *_, **__: pytest.fail("vllm was started"))
+    monkeypatch.chdir(MODEL.parents[1])
+    folder, words = broken
+    out = ["--out", str(tmp_path / "out.json")]
+    for command in (
+        ["serve", folder, "--port", "0"],
+        ["demo", folder],
+        ["bench", folder, *out],
+        ["prepare", folder, *out],
+        ["eval", folder, *out],
+        ["analyze", folder, *out],
+    ):
+        assert cli.main(command) == 2, command
+        shown = capsys.readouterr().err
+        assert shown.count("\n") == 1, shown
+        assert re.search(words, shown), (command, shown)
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_a_model_without_a_tokenizer_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Transformers makes an empty one of nothing."""
+    for name in ("config.json", "model.safetensors", "held_out.npy"):
+        (tmp_path / name).symlink_to(MODEL / name)
+    for command in ("eval", "analyze", "prepare"):
+        assert cli.main([command, str(tmp_path)]) == 2
+        assert f"expected a checkpoint with a tokenizer, got none in {tmp_path}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "\x00", "[" * 10**5])
+def test_a_record_that_is_none_is_named(content: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "record.json"
+    file.write_text(content)
+    for command in (["eval", str(MODEL), "--resume", "--out"], ["bench", str(MODEL), "--resume", "--out"], ["report"]):
+        assert cli.main([*command, str(file)]) == 2
+        shown = capsys.readouterr().err
+        assert shown.startswith(f"sawkv: {file}: expected a record of `sawkv "), shown
+        assert shown.count("\n") == 1
+    assert file.read_text() == content
+
+
 def test_python_m_sawkv_is_the_command() -> None:
     done = run("serve", "m", "--format", "int5")
     assert (done.returncode, done.stdout) == (2, "")
@@ -169,6 +249,11 @@ def test_one_option_has_one_name_and_one_text() -> None:
         (KeyboardInterrupt(), 130, "sawkv: interrupted\n"),
         (FileNotFoundError(2, "No such file or directory", "a/b"), 2, "sawkv: a/b: No such file or directory\n"),
         (OSError("of a library"), 2, "sawkv: of a library\n"),
+        (
+            ModuleNotFoundError("No module named 'tqdm'", name="tqdm"),
+            2,
+            "sawkv: doctor: expected the package tqdm, got none: pip install 'sawkv[eval]'\n",
+        ),
     ],
 )
 def test_what_ends_a_command_is_one_line(
@@ -199,6 +284,17 @@ raise SystemExit(cli.main())
         _, errors = process.communicate(timeout=30)
     assert (process.returncode, errors) == (130, "sawkv: interrupted\n")
     assert not list(tmp_path.iterdir())
+
+
+def test_colour_is_for_terminals_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    master, slave = os.openpty()
+    for name in ("NO_COLOR", "TERM"):
+        monkeypatch.delenv(name, raising=False)
+    with open(slave, "w") as terminal, open(master), open(os.devnull, "w") as file:
+        assert coloured("x", "red", terminal) == "\033[31mx\033[0m"
+        assert coloured("x", "red", file) == "x"
+        monkeypatch.setenv("NO_COLOR", "1")
+        assert coloured("x", "red", terminal) == "x"
 
 
 def test_a_reader_that_leaves_is_no_fault() -> None:

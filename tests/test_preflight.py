@@ -58,6 +58,7 @@ def port() -> Iterator[int]:
 
 
 def write(folder: Path, **changes: Any) -> str:
+    (folder / "pytorch_model.bin").touch()
     (folder / "config.json").write_text(json.dumps(LLAMA | changes))
     return str(folder)
 
@@ -269,6 +270,7 @@ def test_a_draft_gets_our_backend_however_it_is_given(words: list[str], last: li
         ("", "sawkv"),
         ("a,sawkv,b", "a,sawkv,b"),
         ("a,not-sawkv", "a,not-sawkv,sawkv"),
+        ("a, sawkv", "a, sawkv,sawkv"),  # vLLM strips no spaces
     ],
 )
 def test_vllm_may_load_the_plugin(

@@ -21,6 +21,7 @@ HUB_TIMEOUT: Final = 5.0
 """Seconds to wait for an answer of the hub."""
 
 _HUB_NAME: Final = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
+WEIGHT_SUFFIXES: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".tensors")
 _OTHER_HEAD_DIMS: Final = (
     "kv_channels",
     "attention_head_dim",
@@ -82,6 +83,8 @@ def read_checkpoint(model: str) -> Checkpoint | None:
             raise SawkvError(
                 f"model: expected a checkpoint directory, got the file {model}: name the directory that it is in"
             )
+    except SawkvError:
+        raise
     except (OSError, ValueError) as error:  # the name is too long, or has a null byte
         raise SawkvError(f"model: expected a checkpoint directory, got {model[:200]!r}: {reason(error)}") from error
     if os.environ.get("VLLM_USE_MODELSCOPE", "").lower() in ("1", "true"):
@@ -154,6 +157,21 @@ def check_weights(folder: Path) -> None:
             )
     for file in sorted(folder.glob("*.safetensors")):
         _check_safetensors(file)
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds a file of weights, of any kind."""
+    return any(file.suffix in WEIGHT_SUFFIXES for file in folder.iterdir())
+
+
+def wrong_sizes(config: Mapping[str, Any]) -> list[str]:
+    """Sizes of a language model that are no positive numbers, in the words of config.json."""
+    text = text_config(config)
+    return [
+        f"{name}: expected a positive whole number in config.json, got {text[name]!r}"
+        for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
+        if isinstance(text.get(name), (str, float)) or (isinstance(text.get(name), int) and text[name] < 1)
+    ]
 
 
 def _check_safetensors(file: Path) -> None:

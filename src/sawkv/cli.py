@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from sawkv import __version__
 from sawkv.errors import SawkvError
+from sawkv.terminal import coloured
 
 COMMANDS = ("serve", "doctor", "plan", "prepare", "formats", "eval", "analyze", "report", "bench", "demo")
 
@@ -36,6 +37,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except SawkvError as error:
         return _fail(str(error), 2)
+    except ModuleNotFoundError as error:
+        if error.name is None or error.name.startswith("sawkv"):
+            raise
+        return _fail(f"{argv[0]}: expected the package {error.name}, got none: pip install 'sawkv[eval]'", 2)
     except BrokenPipeError:  # the reader of the output, such as `head`, closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return BROKEN_PIPE
@@ -74,7 +79,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _fail(message: str, status: int) -> int:
-    print(f"sawkv: {message}", file=sys.stderr)
+    print(f"{coloured('sawkv:', 'red', sys.stderr)} {message}", file=sys.stderr)
     return status
 
 

@@ -28,9 +28,11 @@ from sawkv.integrations.vllm.contract import NEWEST_VLLM, OLDEST_VLLM
 from sawkv.kernels import PREFERENCE, unsupported_reason
 from sawkv.kernels.disk import private_folder
 from sawkv.ops import append, decode_attention
+from sawkv.terminal import coloured
 
 WIDTH: Final = 80
 OK, NOTE, WARNING, TROUBLE = "ok", "note", "warning", "TROUBLE"
+COLOURS: Final = {OK: "green", WARNING: "yellow", TROUBLE: "red"}
 MAX_ERROR: Final = 5e-3
 """Largest relative error of attention with 16-bit queries, as in the kernels' tests."""
 PROBE_TIMEOUT: Final = 600.0
@@ -73,7 +75,7 @@ def run_doctor(model: str | None, head_dim: int) -> int:
         first = True
         for finding in findings:
             if first:
-                print(f"{title}")
+                print(coloured(title, "bold"))
             first = False
             print(_shown(finding), flush=True)
             troubles += finding.status == TROUBLE
@@ -85,9 +87,11 @@ def run_doctor(model: str | None, head_dim: int) -> int:
 
 def _shown(finding: Finding) -> str:
     start = f"  {finding.status:<9}"
-    return textwrap.fill(
+    text = textwrap.fill(
         finding.text, WIDTH, initial_indent=start, subsequent_indent=" " * len(start), break_on_hyphens=False
     )
+    colour = COLOURS.get(finding.status)
+    return text.replace(finding.status, coloured(finding.status, colour), 1) if colour else text
 
 
 def _versions() -> Iterator[Finding]:

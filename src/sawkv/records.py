@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import ClassVar, Self
 
 import msgspec
 
 from sawkv.errors import SawkvError
+from sawkv.files import reason
 
 
 class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -32,6 +34,18 @@ class Record(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         except (json.JSONDecodeError, RecursionError, msgspec.ValidationError) as error:
             raise SawkvError(
                 f"expected a record of `{cls.written_by}`, got one that does not parse: {error}"
+            ) from error
+
+    @classmethod
+    def read(cls, file: Path) -> Self:
+        """The record in a file. Errors as of `from_json`, with the file's name, and where it cannot be read."""
+        try:
+            return cls.from_json(file.read_text(encoding="utf-8"))
+        except SawkvError as error:
+            raise SawkvError(f"{file}: {error}") from error
+        except (OSError, ValueError) as error:
+            raise SawkvError(
+                f"{file}: expected a record of `{cls.written_by}`, got what cannot be read: {reason(error)}"
             ) from error
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from typing import ClassVar
 
+import msgspec
+
 from sawkv.errors import SawkvError
 from sawkv.records import Record
 
@@ -94,6 +96,7 @@ class Served(Record, frozen=True):
         notice: sawkv's line in the server's log, or "".
         start_s: seconds until the server answered.
         kv_tokens: tokens that its cache holds, as vLLM reports.
+        layers: number of attention layers by vLLM's dtype of their cache.
         predicted_tokens: the prediction of `sawkv plan`, or None.
         results: one per load.
     """
@@ -103,6 +106,7 @@ class Served(Record, frozen=True):
     notice: str = ""
     start_s: float = 0.0
     kv_tokens: int = 0
+    layers: dict[str, int] = msgspec.field(default_factory=dict)
     predicted_tokens: int | None = None
     results: tuple[Result, ...] = ()
 

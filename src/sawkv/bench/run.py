@@ -24,8 +24,10 @@ from sawkv.bench.records import FP8, SIXTEEN_BITS, Bench, Load, Result, Served, 
 from sawkv.errors import SawkvError, UnsupportedError
 from sawkv.files import check_writable, writing
 from sawkv.format.spec import CacheFormat
-from sawkv.integrations.vllm.client import Client, serving
-from sawkv.integrations.vllm.preflight import Options
+from sawkv.integrations.vllm import client as vllm_client
+from sawkv.integrations.vllm.client import ASKABLE, Client, serving
+from sawkv.integrations.vllm.config import engine_options
+from sawkv.integrations.vllm.preflight import Options, check_files, environment
 from sawkv.integrations.vllm.server import server_command
 from sawkv.machine import cpu_name, versions
 
@@ -33,6 +35,7 @@ SHARES: Final = (0.5, 0.75, 1.0)
 """Rates of the sweep, as shares of the request rate of the first cache with all requests at once."""
 CPU_CACHE_BYTES: Final = 256 << 20
 """Size of each cache on a CPU, unless the user gives one."""
+SKIP_LAYERS: Final = "--kv-cache-dtype-skip-layers"
 SPARE_TOKENS: Final = 16
 """Extra tokens of the longest sequence: a random prompt becomes text and then tokens again, sometimes a few more."""
 
@@ -63,6 +66,7 @@ def run_bench(setting: Setting, caches: Sequence[str], out: Path, *, resume: boo
             CacheFormat.parse(cache)
     if not _has_vllm():
         raise UnsupportedError("bench: expected vLLM in this environment, got none")
+    check_files(setting.model, Options(setting.options))
     device, on_gpu = _device()
     bench = Bench(
         setting,
@@ -73,7 +77,7 @@ def run_bench(setting: Setting, caches: Sequence[str], out: Path, *, resume: boo
         command=command,
     )
     if resume and out.exists():
-        bench = _resumed(Bench.from_json(out.read_text(encoding="utf-8")), bench)
+        bench = _resumed(Bench.read(out), bench)
 
     def keep(found: Bench) -> None:
         texts = (found.to_json(), show.table(found).csv(), show.page(found))
@@ -122,7 +126,10 @@ def measure(
         context, words = _server_options(bench.setting, on_gpu)
         try:
             with serving(
-                _command(bench.setting.model, cache, words), logs.with_name(f"{logs.stem}-{cache}.log"), say=tell
+                [*_command(bench.setting.model, cache, words), *ASKABLE[0]],
+                logs.with_name(f"{logs.stem}-{cache}.log"),
+                env=environment() | ASKABLE[1],
+                say=tell,
             ) as client:
                 predicted = predict(bench.setting.model, cache, words, context, on_gpu=on_gpu)
                 served = Served(
@@ -130,6 +137,7 @@ def measure(
                     notice=client.notice(),
                     start_s=round(time.monotonic() - start, 1),
                     kv_tokens=client.kv_tokens(),
+                    layers=client.kv_cache_dtypes(),
                     predicted_tokens=predicted,
                     results=known.results if known else (),
                 )
@@ -137,6 +145,7 @@ def measure(
                     raise UnsupportedError(
                         "vLLM's log: expected sawkv's line, got none: vLLM runs with a cache of its own"
                     )
+                check_layers(served, bench.setting)
                 for found in _measure_cache(bench, served, client, generator, tell):
                     bench = found
                     keep(bench)
@@ -146,6 +155,18 @@ def measure(
             bench = _with(bench, replace(kept, problem=str(error)))
             keep(bench)
     return bench
+
+
+def check_layers(served: Served, setting: Setting) -> None:
+    """Refuse a cache that is not what its name says, unless the user skips layers.
+
+    Raises:
+        UnsupportedError: layers have another dtype.
+    """
+    wanted = {SIXTEEN_BITS: "auto", FP8: "fp8"}.get(served.cache)
+    if wanted is None:
+        wanted = engine_options(CacheFormat.parse(served.cache))["kv_cache_dtype"]
+    vllm_client.check_layers(served.layers, wanted, all_of_them=not Options(setting.options).has(SKIP_LAYERS))
 
 
 def _measure_cache(

@@ -42,6 +42,8 @@ def text(bench: Bench) -> str:
                     f"{_ms(result.ttft_p99_ms):>7}{_ms(result.tpot_p50_ms):>6}{_ms(result.tpot_p99_ms):>7}"
                     f"{result.goodput_s:>9.4g}"
                 )
+    for note in _notes(bench):
+        lines += ["", *textwrap.wrap(note, WIDTH)]
     for served in bench.served:
         if served.problem:
             first = served.problem.strip().splitlines()[0]
@@ -58,9 +60,9 @@ def table(bench: Bench) -> Table:
         "output tok/s",
         "of first",
         "first token p50 ms",
-        "p99 ms",
+        "first token p99 ms",
         "per token p50 ms",
-        "p99 ms ",
+        "per token p99 ms",
         "good/s",
     )
     columns = [Column(title, minor="p50" in title or title == "requests/s") for title in titles] + [
@@ -102,11 +104,27 @@ def page(bench: Bench) -> str:
         table=table(bench),
         rates=_rates(bench),
         throughput=_throughput(bench),
+        notes=_notes(bench),
         notices=[served.notice for served in bench.served if served.notice],
         generator=bench.generator,
         command=bench.command,
         versions=", ".join(f"{name} {version}" for name, version in bench.versions.items()),
     )
+
+
+def _notes(bench: Bench) -> list[str]:
+    """What the numbers do not say: a prefix is found in whole blocks."""
+    missed = [
+        served.cache
+        for served in _served(bench)
+        if any(result.load.prefix_tokens and not result.prefix_hits for result in served.results)
+    ]
+    if not missed:
+        return []
+    return [
+        f"Nothing of the shared prefix was found in {', '.join(missed)}: the prefix cache finds whole blocks alone, of"
+        " 16 tokens or more on a GPU and of 128 on a CPU. Give a longer --prefix."
+    ]
 
 
 def _served(bench: Bench) -> list[Served]:
@@ -174,12 +192,14 @@ def _capacity(bench: Bench) -> Table:
         Column("of first"),
         Column("predicted"),
         Column("difference"),
+        Column("attention layers", minor=True),
     ]
     rows = []
     for served in _served(bench):
         predicted, off = _predicted(served)
         cells = [Cell(served.cache), Cell(f"{served.kv_tokens:,}", served.kv_tokens), Cell(_ratio(bench, served))]
-        rows.append([*cells, Cell(predicted, served.predicted_tokens), Cell(off)])
+        layers = ", ".join(f"{count} {dtype}" for dtype, count in served.layers.items())
+        rows.append([*cells, Cell(predicted, served.predicted_tokens), Cell(off), Cell(layers)])
     return Table("capacity", columns, rows)
 
 
@@ -219,5 +239,5 @@ def _throughput(bench: Bench) -> Any:
                 (load.name, [result.output_tok_s / base.output_tok_s if result else math.nan for result in found])
             )
     names = [other.cache for other in served[1:]]
-    title = f"Output tokens per second over those of {served[0].cache}"
+    title = f"Output rate over that of {served[0].cache}"
     return both(lambda width: svg.bars(groups, names, show="{:.2f}x".format, title=title, width=width))

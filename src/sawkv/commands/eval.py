@@ -73,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
         check_writable(out)
     if args.resume and out is None:
         raise SawkvError("--resume: expected --out FILE, with the record to go on with")
-    before = Evaluation.from_json(out.read_text(encoding="utf-8")) if args.resume and out.exists() else None
+    before = Evaluation.read(out) if args.resume and out.exists() else None
 
     def keep(evaluation: Evaluation) -> None:
         if out is not None:

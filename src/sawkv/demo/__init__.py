@@ -28,6 +28,7 @@ from typing import Any, Final
 
 from sawkv.errors import UnsupportedError
 from sawkv.format.spec import CacheFormat
+from sawkv.integrations.vllm import preflight
 from sawkv.integrations.vllm.client import Client, serving
 from sawkv.integrations.vllm.server import server_command
 
@@ -106,7 +107,10 @@ def run_demo(
     import torch
 
     options = ["--kv-cache-memory-bytes", str(kv_cache_memory), "--max-model-len", str(max_model_len)]
-    if not torch.cuda.device_count():  # on a CPU, compiling a model takes minutes
+    on_gpu = bool(torch.cuda.device_count())
+    preflight.check_installation()
+    preflight.check_model(model, cache_format, preflight.Options(options), on_gpu=on_gpu)
+    if not on_gpu:  # on a CPU, compiling a model takes minutes
         options.append("--enforce-eager")
     commands = {
         "16 bits": server_command(model, None, options),

@@ -29,7 +29,9 @@ from transformers.masking_utils import sdpa_mask
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
+from sawkv.checkpoint import check_weights, parse_config, wrong_sizes
 from sawkv.errors import SawkvError, UnsupportedError
+from sawkv.files import reason
 from sawkv.prepare.corpus import preparation_positions
 from sawkv.prepare.samples import LayerSample, LayerStates, Reader, Sample, joined, samples
 from sawkv.prepare.statistics import LayerStatistics
@@ -401,6 +403,9 @@ def _readable(checkpoint: Path) -> Iterator[dict[str, Any]]:
     if checkpoint.suffix == ".gguf" and checkpoint.is_file():
         source = {"pretrained_model_name_or_path": checkpoint.absolute().parent, "gguf_file": checkpoint.name}
     elif (checkpoint / "config.json").is_file():
+        check_weights(checkpoint)
+        if wrong := wrong_sizes(parse_config(checkpoint / "config.json")):
+            raise SawkvError(f"model: {'; '.join(wrong)} of {checkpoint}")
         source = {"pretrained_model_name_or_path": checkpoint}
     else:
         raise SawkvError(f"model: expected a checkpoint directory with a config.json, or a GGUF file, got {checkpoint}")
@@ -408,8 +413,11 @@ def _readable(checkpoint: Path) -> Iterator[dict[str, Any]]:
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield source
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise SawkvError(f"model: expected a checkpoint that Transformers loads, got {checkpoint}: {error}") from error
+    except SawkvError:
+        raise
+    except Exception as error:  # many kinds: of files, of fields in config.json, of arithmetic with them
+        why = f"{type(error).__name__}: {reason(error)}"
+        raise SawkvError(f"model: expected a checkpoint that Transformers loads, got {checkpoint}: {why}") from error
     finally:
         if bars:
             logging.enable_progress_bar()  # type: ignore[no-untyped-call]

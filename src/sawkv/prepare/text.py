@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from sawkv.errors import SawkvError
+from sawkv.files import reason
 from sawkv.prepare.corpus import preparation_text
 from sawkv.prepare.model import EvalModel, load_tokenizer
 
@@ -118,6 +119,8 @@ def load_encoder(model: Path) -> tuple[Encode, tuple[int, ...]]:
         ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return ids
 
+    if not encode("a"):  # Transformers makes an empty tokenizer for a folder that holds none
+        raise SawkvError(f"model: expected a checkpoint with a tokenizer, got none in {model}")
     special: Sequence[int] = tokenizer("")["input_ids"]
     return encode, tuple(token for token in special if token != tokenizer.eos_token_id)
 
@@ -142,6 +145,6 @@ def load_text(model: Path, file: Path | None) -> Text:
         return Text("held-out", torch.from_numpy(np.load(held_out).astype(np.int64)), prefix, encode)
     try:
         content = file.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SawkvError(f"text: expected a UTF-8 file, got {file}: {error}") from error
+    except (OSError, ValueError) as error:
+        raise SawkvError(f"text: expected a UTF-8 file, got {file}: {reason(error)}") from error
     return Text(file.name, torch.tensor(encode(content), dtype=torch.int64), prefix, encode)

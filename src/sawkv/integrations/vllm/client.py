@@ -10,12 +10,14 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from sawkv.errors import UnsupportedError
+from sawkv.integrations.vllm.config import WORKER_EXTENSION
 from sawkv.integrations.vllm.server import free_port, running
 
 START_TIMEOUT = 900.0
@@ -26,6 +28,8 @@ LOG_LINES = 25
 """Last lines of the log that are shown if the server ends without an error."""
 NOTICE = "sawkv: KV cache format"
 """Start of sawkv's line in vLLM's log. Without this line vLLM runs with a cache of its own."""
+ASKABLE: Final = (["--worker-extension-cls", WORKER_EXTENSION], {"VLLM_SERVER_DEV_MODE": "1"})
+"""Options and environment with which a server answers `Client.kv_cache_dtypes`."""
 STAGES: Mapping[str, str] = {
     "Initializing a V1 LLM engine": "starting the engine",
     "Loading weights took": "weights loaded",
@@ -108,10 +112,36 @@ class Client:
             raise UnsupportedError("vLLM's log: expected a line 'KV cache size: ... tokens', got none")
         return int(sizes[-1].replace(",", ""))
 
+    def kv_cache_dtypes(self) -> dict[str, int]:
+        """How many attention layers have each `kv_cache_dtype`, over all workers. The server needs `ASKABLE`'s options
+        and environment.
+        """
+        workers = self.post("/collective_rpc", {"method": "kv_cache_dtypes"})["results"]
+        return dict(Counter(dtype for worker in workers for dtype in worker))
+
     def notice(self) -> str:
         """sawkv's line in the server's log, or ""."""
         lines = self.log.read_text(errors="replace").splitlines()
         return next((line[line.index(NOTICE) :] for line in lines if NOTICE in line), "")
+
+
+def check_layers(found: Mapping[str, int], wanted: str, *, all_of_them: bool = True) -> None:
+    """Refuse a cache that is not what its name says: a checkpoint may ask for FP8 in silence, and vLLM's TurboQuant
+    keeps layers in 16 bits.
+
+    Args:
+        found: how many attention layers have each dtype of vLLM's.
+        wanted: the dtype that was asked for.
+        all_of_them: False lets others stand beside it.
+
+    Raises:
+        UnsupportedError: layers have another dtype.
+    """
+    if wanted not in found or (all_of_them and len(found) > 1):
+        got = ", ".join(f"{dtype} in {count}" for dtype, count in found.items()) or "no attention"
+        raise UnsupportedError(
+            f"expected kv_cache_dtype {wanted} in all attention layers, got {got}: not a cache of that name"
+        )
 
 
 @contextlib.contextmanager

@@ -18,7 +18,15 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, Final
 
-from sawkv.checkpoint import Checkpoint, check_weights, head_dims, read_checkpoint, text_config
+from sawkv.checkpoint import (
+    Checkpoint,
+    check_weights,
+    has_weights,
+    head_dims,
+    read_checkpoint,
+    text_config,
+    wrong_sizes,
+)
 from sawkv.errors import FormatError, SawkvError, UnsupportedError
 from sawkv.files import reason
 from sawkv.format.layout import PAGE_SIZE_MULTIPLE
@@ -64,8 +72,10 @@ class Options:
 
     def __init__(self, arguments: Sequence[str]) -> None:
         self._given = list(_pairs(arguments))
-        if "--config" in arguments[:-1]:  # vLLM reads no other form, and prefers what is given last
-            file = arguments[arguments.index("--config") + 1]
+        if "--config" in arguments:  # vLLM reads no other form, and prefers what is given last
+            file = next(iter(arguments[arguments.index("--config") + 1 :]), None)
+            if file is None:
+                raise SawkvError("--config: expected a YAML file of options, got nothing")
             self._given = [*_pairs(_words_of(file)), *self._given]
 
     def get(self, name: str) -> str | None:
@@ -157,7 +167,8 @@ def check(
         wanted = given.get(name.removeprefix("--").replace("-", "_"))
         if options.has(name) and (wanted is None or options.get(name) != wanted):
             raise UnsupportedError(
-                f"{name}: {why}; got {options.get(name)}. With `vllm serve` all options are yours (docs/vllm.md)"
+                f"{name}: {why}; got {options.get(name) or 'nothing'}. With `vllm serve` all options are yours"
+                " (docs/vllm.md)"
             )
     check_address(options)
     _check_worker_extension(options)
@@ -169,10 +180,7 @@ def check(
 
 def check_model(model: str, cache_format: CacheFormat, options: Options, *, on_gpu: bool) -> Checkpoint | None:
     """Refuse a model that cannot be served with these options. Arguments, result and errors as in `check`."""
-    checkpoint = read_checkpoint(model)
-    folder = Path(model).expanduser()
-    if folder.is_dir() and options.get("--load-format") != "dummy":
-        check_weights(folder)
+    checkpoint = check_files(model, options)
     reasons = _of_options(options, on_gpu)
     if checkpoint is not None:
         reasons += _of_model(checkpoint.config, cache_format, options)
@@ -182,6 +190,23 @@ def check_model(model: str, cache_format: CacheFormat, options: Options, *, on_g
         raise UnsupportedError(
             f"sawkv cannot serve {model}: {'; '.join(reasons)}. `vllm serve` serves it in 16 bits, if vLLM can"
         )
+    return checkpoint
+
+
+def check_files(model: str, options: Options) -> Checkpoint | None:
+    """Refuse a model that no cache can be of; returns it, if it can be seen here.
+
+    Raises:
+        SawkvError: there is no such model, or its files are damaged, missing or wrong.
+    """
+    checkpoint, folder = read_checkpoint(model), Path(model).expanduser()
+    if checkpoint is not None and (wrong := wrong_sizes(checkpoint.config)):
+        raise SawkvError(f"model: {'; '.join(wrong)} of {model}")
+    load_format = options.get("--load-format") or "auto"
+    if folder.is_dir() and load_format != "dummy":
+        check_weights(folder)
+        if load_format == "auto" and not has_weights(folder):
+            raise SawkvError(f"weights: expected safetensors or another file of weights, got none in {model}")
     return checkpoint
 
 
@@ -267,8 +292,8 @@ def check_address(options: Options) -> None:
     """
     if options.has("--uds") or options.has("--headless"):
         return
-    port = options.get("--port") or str(PORT)
-    if not (port.isascii() and port.isdigit() and int(port) < 1 << 16):
+    port = options.get("--port") if options.has("--port") else str(PORT)
+    if port is None or not (port.isascii() and port.isdigit() and int(port) < 1 << 16):
         raise SawkvError(f"--port: expected a number from 0 to 65535, got {port!r}")
     host = options.get("--host") or ""
     try:

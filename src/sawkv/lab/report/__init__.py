@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from sawkv.errors import SawkvError
-from sawkv.files import check_writable, writing
+from sawkv.files import check_writable, reason, writing
 from sawkv.lab.analysis import Analysis, label
 from sawkv.lab.records import Evaluation
 from sawkv.lab.report import analysis as analyses_view
@@ -54,7 +54,9 @@ def read_record(file: Path) -> Evaluation | Analysis:
             raise SawkvError(f"{file}: expected a record of at most {MAX_FILE_BYTES} bytes, got {size}")
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise SawkvError(f"{file}: expected a record of `sawkv eval` or `sawkv analyze`, got {error}") from error
+        raise SawkvError(
+            f"{file}: expected a record of `sawkv eval` or `sawkv analyze`, got {reason(error)}"
+        ) from error
     kind = Analysis if '"recommendation"' in text else Evaluation
     try:
         return kind.from_json(text)
