@@ -1,5 +1,5 @@
-"""Which layers a forward pass has reached. A pass that dies between layers leaves its tokens in some of them: no use
-may overlook that.
+"""Tracks the layers that a forward pass has reached. A pass that ends between layers leaves its tokens in some of them,
+and later uses have to notice it.
 """
 
 from __future__ import annotations
@@ -15,13 +15,14 @@ from sawkv.errors import LayoutError, SawkvError
 class Passes:
     """The forward passes over one cache.
 
-    A pass begins at the layer that began the first one, and brings the same number of tokens to each layer once.
+    Each pass begins at the layer at which the first pass began, and brings the same number of tokens to each layer
+    once.
 
     Attributes:
-        number: of passes begun.
-        num_new: tokens that the last one brings to each sequence.
-        done: the last pass that each layer has finished, by the layer's index.
-        broken: what stopped half way and cannot be taken back; empty if nothing did.
+        number: passes begun.
+        num_new: tokens per sequence in the last pass.
+        done: the last finished pass of each layer, by layer index.
+        broken: the change that was interrupted and cannot be undone; empty if there is none.
     """
 
     number: int = 0
@@ -31,10 +32,10 @@ class Passes:
     _first: int | None = None
 
     def enter(self, index: int, num_new: int) -> None:
-        """Ask whether this layer may take part in the pass that runs, or begin one. Changes nothing.
+        """Check whether a layer may take part in the current pass, or begin a new one. Changes nothing.
 
         Raises:
-            LayoutError: layers do not hold the same tokens, or would not.
+            LayoutError: layers hold different tokens, or would.
         """
         self.check_usable()
         if self._begins(index):
@@ -50,19 +51,19 @@ class Passes:
             )
 
     def begin(self, index: int, num_new: int) -> None:
-        """Layer `index` has entered, and there is room for its tokens."""
+        """Record that layer `index` has entered the pass, and has room for its tokens."""
         if self._begins(index):
             self._first, self.num_new = index, num_new
             self.number += 1
         self.done.setdefault(index, self.number - 1)
 
     def finish(self, index: int) -> None:
-        """Layer `index` has written its tokens, and attended."""
+        """Record that layer `index` has written its tokens, and attended."""
         self.done[index] = self.number
 
     @contextmanager
     def changing(self, what: str) -> Iterator[None]:
-        """Around a change of all layers: refusals come before it, anything else that stops it leaves the cache
+        """Encloses a change of all layers. Refusals are raised before it; any interruption within it leaves the cache
         `broken`.
         """
         try:
@@ -75,22 +76,23 @@ class Passes:
 
     @property
     def unfinished(self) -> bool:
-        """Whether the last pass is not in all layers."""
+        """Whether some layer lacks the last pass."""
         return any(number != self.number for number in self.done.values())
 
     def check_usable(self) -> None:
-        """
+        """Refuse a cache in which an earlier call was interrupted.
+
         Raises:
-            LayoutError: an earlier call stopped half way.
+            LayoutError: the cache is broken.
         """
         if self.broken:
             raise LayoutError(f"SawCache: {self.broken} stopped half way, so its layers are unlike. {WAYS_OUT}")
 
     def check_whole(self, taken_back: int = 0) -> None:
-        """For what needs all layers to hold the same tokens, once the last `taken_back` of them are gone.
+        """Check that all layers hold the same tokens once the last `taken_back` are removed.
 
         Raises:
-            LayoutError: the last pass is not in all layers.
+            LayoutError: some layer lacks the last pass.
         """
         self.check_usable()
         if self.unfinished and taken_back < self.num_new:
@@ -101,7 +103,7 @@ class Passes:
             )
 
     def take_back(self, is_empty: bool) -> None:
-        """The last pass is gone from all layers. `is_empty`: every other too."""
+        """Record that the last pass was removed from all layers; with `is_empty`, all passes."""
         if is_empty:
             self.number, self.done, self._first = 0, {}, None
         self.done = dict.fromkeys(self.done, self.number)

@@ -41,14 +41,14 @@ from sawkv.prepare.statistics import LayerStatistics
 from sawkv.prepare.store import CalibrationStore, contents_digest, load_shipped, make_key, shipped_path
 
 SAMPLED: Final = 64
-"""Numbers of a large weight that are looked at to see whether it has changed since the last preparation. Of small ones
-all are.
+"""Numbers of a large weight that are compared to notice a change since the last preparation. Small weights are compared
+in full.
 """
 SMALL: Final = 4096
 PIECE: Final = 1 << 14
-"""Words of 4 bytes that are summed to one number."""
+"""Words of 4 bytes per partial sum."""
 PIECES: Final = 1 << 9
-"""Such sums at a time, in 64 MB."""
+"""Partial sums computed at a time, in 64 MB."""
 
 logger = logging.getLogger(__name__)
 
@@ -61,12 +61,12 @@ _prepared: weakref.WeakKeyDictionary[PreTrainedModel, dict[str, tuple[str, list[
 
 
 class Preparation:
-    """What one cache's pages, and those of its copies, are written with, from the first forward pass of its model on.
+    """The calibration of one cache and its copies, fitted at the first forward pass of its model.
 
     Args:
-        decoder: config of the language model, the very object that the model has.
-        cache_format: with int4.
-        model: the model, if the caller knows it; None finds it.
+        decoder: the language model's config, the same object as in the model.
+        cache_format: of codec int4.
+        model: the model, if the caller has it; None finds it.
     """
 
     def __init__(
@@ -97,11 +97,11 @@ class Preparation:
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """For pickling: what waits for a model stays with it."""
+        """Pickle without the hook that waits for a model."""
         return vars(self) | {"_stop_waiting": None, "_model": None}
 
     def layer(self, index: int) -> LayerCalibration:
-        """What a layer's pages are written with.
+        """The calibration of one layer.
 
         Raises:
             UnsupportedError: the model was not found, or could not be prepared.
@@ -115,7 +115,7 @@ class Preparation:
         return self._layers[index]
 
     def _see(self, module: nn.Module) -> None:
-        """A module is about to run."""
+        """Called by PyTorch when a module is about to run."""
         model = getattr(module, "_orig_mod", module)  # of torch.compile
         if not isinstance(model, PreTrainedModel) or model.config.get_text_config(decoder=True) is not self._decoder:
             return
@@ -131,15 +131,15 @@ class Preparation:
 
 
 def prepared(model: PreTrainedModel, decoder: PretrainedConfig, cache_format: CacheFormat) -> list[LayerCalibration]:
-    """What each layer's pages are to be written with: fitted now, or for another cache before, or found on disk.
+    """The calibration of each layer: fitted now, fitted earlier for another cache, or found on disk.
 
     Args:
-        model: on its devices. It is left as it was.
+        model: on its devices. It is left unchanged.
         decoder: its language model's config.
-        cache_format: with int4.
+        cache_format: of codec int4.
 
     Raises:
-        UnsupportedError: the model does not attend through Transformers' AttentionInterface, or to numbers that are not
+        UnsupportedError: the model does not attend through Transformers' AttentionInterface, or its Q, K or V is not
             finite.
     """
     with _lock:
@@ -175,15 +175,15 @@ def _prepare(model: PreTrainedModel, decoder: PretrainedConfig, cache_format: Ca
 def measure(
     trunk: PreTrainedModel, decoder: PretrainedConfig, windows: torch.Tensor, positions: torch.Tensor
 ) -> list[LayerStatistics]:
-    """Run a language model on text, and sum up what its attention layers get.
+    """Run a language model on text, and gather statistics of its attention layers.
 
     Args:
-        trunk: without its output embedding. It is left as it was.
+        trunk: the model without its output embedding. It is left unchanged.
         decoder: its config.
-        windows, positions: [num_windows, window] int64, token ids and their places.
+        windows, positions: [num_windows, window] int64, token ids and positions.
 
     Raises:
-        UnsupportedError: a layer was not seen.
+        UnsupportedError: a layer did not attend through our function.
     """
     device = _embedding(trunk).device
     accepted = inspect.signature(trunk.forward).parameters
@@ -210,16 +210,14 @@ def measure(
 
 
 def note(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> None:
-    """Tell the preparation that runs in this thread, if one does, what a layer's attention got. Shapes as of
-    `saw_attention`.
-    """
+    """Add a layer's Q, K and V to the measurement that runs in this thread, if any. Shapes as in `saw_attention`."""
     recorder: _Recorder | None = getattr(_running, "recorder", None)
     if recorder is not None:
         recorder.add(module, query, key, value, scale)
 
 
 class _Recorder:
-    """Statistics of all layers. `windows`: the sliding window of each."""
+    """Statistics of all layers. `windows`: the sliding window of each layer."""
 
     def __init__(self, windows: Sequence[int]) -> None:
         self._windows = windows
@@ -247,8 +245,8 @@ class _Recorder:
 
 @contextlib.contextmanager
 def _left_as_it_was(model: nn.Module) -> Iterator[None]:
-    """Within it the model is in evaluation mode and attends by our function. Rotary embeddings that grow with the text
-    shrink again.
+    """Within the block the model is in evaluation mode and attends by our function. All of it is restored afterwards,
+    also rotary embeddings that grew with the text.
     """
     training = {module: module.training for module in model.modules()}
     configs = {
@@ -283,14 +281,14 @@ def _left_as_it_was(model: nn.Module) -> Iterator[None]:
 
 
 def trunk_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The language model in a model, without what comes before and after its layers."""
+    """The language model within a model, without embeddings of images and the output embedding."""
     trunk: PreTrainedModel = model.get_decoder()  # type: ignore[no-untyped-call]
     return trunk
 
 
 def _windows(model: PreTrainedModel, decoder: PretrainedConfig, window: int) -> torch.Tensor:
-    """[NUM_WINDOWS, window] int64: text in the model's tokens, or random ones if its tokenizer is not on
-    this machine.
+    """Windows of text in the model's tokens, or of random tokens if its tokenizer is not on this machine: [NUM_WINDOWS,
+    window] int64.
     """
     encoder = _encoder(next((name for name in (model.name_or_path, decoder._name_or_path) if name), None))
     vocab_size = int(_embedding(trunk_of(model)).shape[0])
@@ -311,8 +309,8 @@ def _embedding(model: PreTrainedModel) -> torch.Tensor:
 
 
 def _encoder(name: str | None) -> tuple[Callable[[str], list[int]], list[int]] | None:
-    """Text to token ids without special tokens, and those that go before a text; None if there is no tokenizer of that
-    name here.
+    """The encoder without special tokens, and the special tokens before a text; None if this machine has no tokenizer
+    of that name.
     """
     if name is None:
         return None
@@ -336,7 +334,7 @@ def _encoder(name: str | None) -> tuple[Callable[[str], list[int]], list[int]] |
 
 
 def _folder_of(model: PreTrainedModel, decoder: PretrainedConfig) -> Path | None:
-    """Of the checkpoint that a model was loaded from, if it is on this machine."""
+    """Folder of the checkpoint that a model was loaded from, if it is on this machine."""
     name = model.name_or_path or decoder._name_or_path
     if not name:
         return None
@@ -349,7 +347,9 @@ def _folder_of(model: PreTrainedModel, decoder: PretrainedConfig) -> Path | None
 
 
 class _Entry:
-    """What is on disk of this model's preparation, with the model or in the user's cache, or why nothing can be."""
+    """Stored calibrations of this model, in its folder or in the user's cache, or the reason why
+    none can be stored.
+    """
 
     def __init__(
         self,
@@ -383,7 +383,9 @@ class _Entry:
 
     @functools.cached_property
     def _key(self) -> str | None:
-        """In the store; None where the weights are not in memory. Reads them all, so only where it is asked for."""
+        """Key in the store; None if the weights are not in memory. Reads all weights, so it is
+        computed only if needed.
+        """
         model = self._model
         weights = weights_digest(dict(itertools.chain(model.named_parameters(), model.named_buffers())))
         if weights is None:
@@ -404,7 +406,7 @@ class _Entry:
         return make_key({**self._expected, **self._text, **computation, "weights": weights})
 
     def load(self) -> tuple[list[LayerCalibration] | None, str]:
-        """What is there by layer, and where it was found."""
+        """Stored calibrations by layer, and where they were found."""
         found = self._load_shipped()
         if found is not None and self._folder is not None:
             source = f"from {shipped_path(self._folder, found.format)}, which came with the model"
@@ -419,7 +421,9 @@ class _Entry:
         return [found.layer(i).to(self._device) for i in range(found.num_layers)], source
 
     def _load_shipped(self) -> Calibration | None:
-        """What the checkpoint brings, where it is for the weights in its files, and these are the ones in memory."""
+        """The checkpoint's own calibration, if it is for the weights in its files, and these equal the weights in
+        memory.
+        """
         if (
             self._folder is None
             or not self._expected
@@ -439,7 +443,7 @@ class _Entry:
         return None
 
     def save(self, layers: list[LayerCalibration]) -> str:
-        """Keep it if that is possible, and say where, or why not."""
+        """Store the calibrations if possible, and say where, or why not."""
         if self._store is None or self._key is None:
             return f"not kept on disk: {self._reason}"
         expected = self._expected
@@ -453,8 +457,8 @@ class _Entry:
 
 
 def _is_as_loaded(trunk: PreTrainedModel, decoder: PretrainedConfig, folder: Path) -> bool:
-    """Whether a language model in memory is the one in a folder's safetensors files, rounded to its dtype, without
-    adapters.
+    """Whether a language model in memory equals the one in a folder's safetensors files, rounded to its dtype, and has
+    no adapters.
 
     Raises:
         OSError: a file cannot be read.
@@ -481,9 +485,7 @@ def _is_as_loaded(trunk: PreTrainedModel, decoder: PretrainedConfig, folder: Pat
 
 
 def _ends(name: str) -> Iterator[str]:
-    """A name in a file, and what is left of it without its first parts: `model.layers.0.x`,
-    `layers.0.x`, `0.x`, `x`.
-    """
+    """A name in a file, and its ends: `model.layers.0.x`, `layers.0.x`, `0.x`, `x`."""
     while name:
         yield name
         name = name.partition(".")[2]
@@ -498,9 +500,7 @@ def _digest(x: torch.Tensor) -> str:
 
 
 def state_of(model: nn.Module) -> str:
-    """A digest that changes when weights do, or the adapters in force. It looks at some numbers of each weight, and so
-    is cheap.
-    """
+    """A digest that changes with weights or active adapters. It samples each weight, so it is cheap."""
     packed = [x for x in model.buffers() if not x.is_floating_point()]  # weights of some quantized models
     tensors = [*model.parameters(), *packed]
     known = [(id(x), x.data_ptr() if x.device.type != "meta" else 0, tuple(x.shape), str(x.dtype)) for x in tensors]
@@ -520,10 +520,10 @@ def state_of(model: nn.Module) -> str:
 
 
 def weights_digest(tensors: Mapping[str, torch.Tensor]) -> str | None:
-    """A digest over names, shapes, dtypes and all bytes of tensors, computed on their devices; None if some are not in
+    """A digest of names, shapes, dtypes and all bytes of tensors, computed on their devices; None if some are not in
     memory.
 
-    Bytes are summed in pieces, each 4 of them by a factor of their own modulo 2^64; SHA-256 goes over the sums.
+    Each piece of bytes is summed modulo 2^64, every 4 bytes with a factor of their own. SHA-256 is taken over the sums.
     """
     digest, factors = (
         hashlib.sha256(),
@@ -545,7 +545,7 @@ def weights_digest(tensors: Mapping[str, torch.Tensor]) -> str | None:
 
 
 def _adapters(model: nn.Module) -> list[str]:
-    """PEFT's layers choose among the weights that they hold by attributes."""
+    """Attributes of PEFT's layers that choose among the weights they hold."""
     names = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
     layers = (module for module in model.modules() if type(module).__module__.startswith("peft."))
     return [repr([getattr(layer, name, None) for name in names]) for layer in layers]
@@ -553,5 +553,5 @@ def _adapters(model: nn.Module) -> list[str]:
 
 @functools.cache
 def warn_once(message: str) -> None:
-    """Log a warning, once in a process."""
+    """Log a warning once per process."""
     logger.warning(message)

@@ -34,7 +34,7 @@ GatherArguments = structs.read(_SOURCE, "GatherArguments")
 
 
 def unsupported_reason(device: torch.device, layout: PageLayout) -> str | None:
-    """Builds the kernels if that has not been done."""
+    """Builds the kernels if needed."""
     if device.type != "cpu":
         return f"expected device cpu, got {device.type}"
     if layout.format.codec not in _CODECS:
@@ -75,7 +75,9 @@ class Pages:
 
 
 class Attention:
-    """See `sawkv.ops.Attention`. Results depend on no other sequence of the batch, to the last bit."""
+    """See `sawkv.ops.Attention`. The result of a sequence does not depend on other sequences of the batch, to the last
+    bit.
+    """
 
     def __init__(self, layer: Layer) -> None:
         num_kv_heads = layer.cache.layout.num_kv_heads
@@ -114,7 +116,7 @@ class Attention:
 
 
 def _describe(cache: PagedKVCache) -> Any:
-    """The `Cache` of the kernels. It holds addresses of the cache's tensors, which have to outlive it."""
+    """The `Cache` of the kernels. It holds addresses of the cache's tensors, so these must outlive it."""
     layout = cache.layout
     described = Cache(pages=cache.pages.data_ptr(), page_stride=cache.pages.stride(0), num_pages=cache.pages.shape[0])
     described.codec = _CODEC_NUMBERS[layout.format.codec]

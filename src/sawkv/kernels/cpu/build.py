@@ -1,7 +1,7 @@
-"""Compile the C++ kernels of this folder at first use, and load them.
+"""Compiles the C++ kernels of this folder at first use, and loads them.
 
-The library is kept in the user's cache folder under a key of everything that it depends on, with the SHA-256 of its
-content at its end: a damaged file is compiled anew.
+The library is stored in the user's cache folder under a hash of everything that it depends on. Its last bytes are the
+SHA-256 of the rest, so a damaged file is noticed and compiled again.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def load_library() -> ctypes.CDLL:
     """The compiled kernels.
 
     Raises:
-        UnsupportedError: there is no C++ compiler, or it failed; the message says what to install or what it printed.
+        UnsupportedError: there is no C++ compiler, or it failed. The message says what to install, or what it printed.
     """
     compiler = shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
@@ -78,7 +78,7 @@ def read_sources() -> dict[str, str]:
 
 
 def _is_whole(library: Path) -> bool:
-    """Whether the file is there and ends in the digest of the rest."""
+    """Whether the file exists, and ends with the digest of the rest."""
     try:
         content = library.read_bytes()
     except OSError:
@@ -87,7 +87,7 @@ def _is_whole(library: Path) -> bool:
 
 
 def _openmp_flags() -> list[str]:
-    """Compile for OpenMP, and link the very runtime that torch has loaded: a second one's threads would be outside
+    """Compile for OpenMP, and link the runtime that torch has loaded. The threads of a second runtime would be outside
     vLLM's binding.
     """
     maps = Path("/proc/self/maps")
@@ -102,7 +102,7 @@ def _openmp_flags() -> list[str]:
 
 
 def _processor() -> str:
-    """What -march=native depends on: a home folder may be shared by unlike machines."""
+    """The features that -march=native depends on. Machines of different kinds may share a home folder."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     described = sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})

@@ -1,7 +1,7 @@
-"""Triton backend for NVIDIA GPUs from Ampere on: INT4, INT8 and 16-bit pages of any head_dim from 64 to 256.
+"""Triton backend for NVIDIA GPUs from Ampere on: INT4, INT8 and 16-bit pages with any head_dim from 64 to 256.
 
-What the CUDA backend covers is faster there; this one is for all else, and is what CI runs, in Triton's interpreter
-(TRITON_INTERPRET=1).
+The CUDA backend is faster for the layouts that it supports; this backend serves all others. CI runs it in Triton's
+interpreter (TRITON_INTERPRET=1).
 """
 
 from __future__ import annotations
@@ -28,21 +28,20 @@ counts = True
 MIN_CAPABILITY = (8, 0)
 HEAD_DIMS = range(64, 257, 16)
 STORED = {"int4": tl.uint8, "int8": tl.uint8, "bf16": tl.bfloat16, "fp16": tl.float16}
-"""The codecs that the kernels know, and what they load."""
+"""Codecs that the kernels support, and the type that they load."""
 ROTATE_TOKENS = 8
-"""Tokens of a program that rotates, with one warp: then a butterfly needs shuffles, and no shared memory."""
+"""Tokens per program that rotates, with one warp. Butterflies then need shuffles, and no shared memory."""
 COPY_TOKENS = 16
-"""Tokens of a program that only decodes, with four warps."""
+"""Tokens per program that only decodes, with four warps."""
 FEEDBACK_TOKENS = 16
-"""Tokens of a program that passes errors on, with four warps: rows of a tensor core's tile, and few enough registers.
-"""
+"""Tokens per program with feedback, with four warps: the rows of one tensor-core tile, with few registers."""
 PREPARE_ROWS = 4
 SCHEDULE_BLOCK = 128
 MIN_TILES_PER_CHUNK = 4
 MAX_PIECES = 128
-"""Chunks of one sequence: the merge reads them one after the other."""
+"""Most chunks of one sequence. The merge reads them one after the other."""
 CHUNKS_PER_SM = 16
-"""Two rounds of what an H100's SM holds of the decode kernel; measured among 8 to 64."""
+"""Twice the number of decode programs that an H100's SM holds. Chosen by measurement among 8 to 64."""
 DECODE_WARPS = 2
 DECODE_STAGES = 3
 MERGE_ELEMENTS = 2048
@@ -134,7 +133,7 @@ class Pages:
 
 
 class Schedule(kernels.Schedule):
-    """The chunks of a step, and room for queries and partial results."""
+    """The chunks of a step, with buffers for queries and partial results."""
 
     def __init__(self, shape: ScheduleShape) -> None:
         super().__init__(shape)
@@ -173,7 +172,7 @@ class Schedule(kernels.Schedule):
         self.partial_stats = torch.empty(max_chunks, self.units, self.rows, 2, device=device)
 
     def max_chunks(self, num_seqs: int) -> int:
-        """Chunks of any batch of `num_seqs`: each sequence rounds up once."""
+        """Most chunks of any batch of `num_seqs`: each sequence rounds up once."""
         return self.target_chunks + num_seqs
 
     def update(self, seq_lens: torch.Tensor, query_start_loc: torch.Tensor) -> None:
@@ -200,9 +199,7 @@ class Schedule(kernels.Schedule):
 
 
 class Attention:
-    """See `sawkv.ops.Attention`. Where pages are of 16 bits, a NaN in V reaches all queries of its sequence in the
-    call.
-    """
+    """See `sawkv.ops.Attention`. In 16-bit pages, a NaN in V reaches all queries of its sequence in the call."""
 
     def __init__(self, layer: Layer) -> None:
         self._layer = layer

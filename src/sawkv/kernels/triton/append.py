@@ -1,6 +1,4 @@
-"""append: center, multiply by gains, rotate, quantize, pack and write. A program takes TOKENS tokens of one head, of K
-or of V.
-"""
+"""append: center, scale, rotate, quantize, pack and write. A program takes K or V of TOKENS tokens of one head."""
 
 from __future__ import annotations
 
@@ -56,8 +54,8 @@ def append_kernel(
     SWIZZLE_PERIOD: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """Grid [token blocks, num_kv_heads, 2]. `page_stride_16` counts 16 bytes, other strides elements; STORED is the
-    type of 16-bit rows.
+    """Grid [token blocks, num_kv_heads, 2]. `page_stride_16` counts 16-byte units, other strides elements. STORED is
+    the type of 16-bit rows.
     """
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     slot = tl.load(slot_mapping + token, mask=token < num_tokens, other=-1)
@@ -164,7 +162,7 @@ def _append_rows(
         MAX_CODE: tl.constexpr = (1 << BITS) - 1
         if weights is None:
             inverse, zero_point, meta, is_finite, is_saturated = _quantizer(y, is_channel, MAX_CODE, 0.0)
-        else:  # the cells of the codes cover the range
+        else:  # the intervals of the codes cover the range
             inverse, zero_point, meta, is_finite, is_saturated = _quantizer(y, is_channel, MAX_CODE + 1, -0.5)
         if counters is not None:
             squared_norm = tl.sum(y * y, 1)  # here, so that y takes no registers while errors are passed on
@@ -193,17 +191,17 @@ def _append_rows(
 
 @triton.jit
 def _round_clamped(x, low, high):
-    """To an integer, half to even, as int32. Adding 1.5 * 2^23 leaves it in the low bits."""
+    """Clamp, and round to int32, half to even. Adding 1.5 * 2^23 leaves the integer in the low bits."""
     return (tl.minimum(tl.maximum(x, low), high) + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
 
 
 @triton.jit
 def _with_feedback(t, weights, step, HEAD_DIM: tl.constexpr, MAX_CODE: tl.constexpr):
-    """Codes before rounding, [R, WIDTH] fp32, moved by the errors of the blocks of channels before their own:
-    docs/format.md, step 5.
+    """Unrounded codes [R, WIDTH] fp32, each moved by the errors of earlier blocks of channels: docs/format.md, step 5.
 
-    A block's sums are complete when it is coded, and stay as they are: it has no weights of itself or of later blocks.
-    Errors go block by block to what is left of their span of 32 channels, and then all at once to the spans after it.
+    When a block is coded, the sums of errors that move it are complete, because it has no weights for its own or later
+    blocks. Errors pass block by block to the rest of their group of 32 channels, and then all at once to the groups
+    after it.
     """
     R: tl.constexpr = t.shape[0]
     WIDTH: tl.constexpr = t.shape[1]
@@ -232,7 +230,7 @@ def _with_feedback(t, weights, step, HEAD_DIM: tl.constexpr, MAX_CODE: tl.conste
             if block < 7:
                 sums_here = tl.dot(
                     error.to(tl.int8), passed_here, sums_here, out_dtype=tl.int32
-                )  # which Triton 3.6 does not infer
+                )  # Triton 3.6 does not infer it
         sums = tl.dot(errors.to(tl.int8), passed, sums, out_dtype=tl.int32)
     return tl.fma(sums.to(tl.float32), tl.broadcast_to(step, t.shape), t)
 
@@ -241,11 +239,10 @@ def _with_feedback(t, weights, step, HEAD_DIM: tl.constexpr, MAX_CODE: tl.conste
 def _quantizer(y, is_channel, INTERVALS: tl.constexpr, FIRST: tl.constexpr):
     """1 / scale, zero point, both packed as meta, whether the row is finite, and whether its scale saturates: each [R].
 
-    The row's range is so many intervals of a scale, and begins at FIRST, a code before rounding. See docs/format.md,
-    steps 3 and 4.
+    The row's range is INTERVALS scales wide, and starts at the unrounded code FIRST. See docs/format.md, steps 3 and 4.
     """
     is_finite = tl.max(tl.where(tl.abs(y) < float("inf"), 0, 1), 1) == 0
-    y = tl.where(is_finite[:, None], y, 0.0)  # what such a row gives below is not used
+    y = tl.where(is_finite[:, None], y, 0.0)  # results for such a row are not used
     low = tl.min(tl.where(is_channel, y, float("inf")), 1)
     high = tl.max(tl.where(is_channel, y, -float("inf")), 1)
     by_range, by_offset = (high - low) * (1 / INTERVALS), tl.maximum(tl.abs(low), tl.abs(high)) * (1 / MAX_ZERO_POINT)
@@ -265,9 +262,7 @@ def _quantizer(y, is_channel, INTERVALS: tl.constexpr, FIRST: tl.constexpr):
 
 @triton.jit
 def _count(counters, squared_error, squared_norm, is_kept, is_counted, is_finite, is_saturated):
-    """Add rows, of which all arguments are [R], to one line of the counters: see `sawkv.format.counters`, and the
-    reference.
-    """
+    """Add rows to one line of the counters. All arguments but `counters` are [R]. See `sawkv.format.counters`."""
     is_used = is_kept & is_counted & is_finite & ~is_saturated
     tl.atomic_add(counters, tl.sum(is_kept.to(tl.float64)))
     tl.atomic_add(counters + 1, tl.sum((is_kept & ~is_finite).to(tl.float64)))

@@ -1,4 +1,4 @@
-"""What the device code shares: the rotation, the swizzle, and three operations that the interpreter does not have."""
+"""Functions that kernels share: the rotation, the swizzle, and three operations that the interpreter lacks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-"""Kernels run in numpy, on CPU tensors: for tests."""
+"""Whether kernels run in numpy on CPU tensors, for tests."""
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -16,8 +16,8 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def rotate(y, ORDER: tl.constexpr):
-    """Rows [R, WIDTH] fp32, WIDTH a power of two, times the normalized block-diagonal Hadamard matrix; in the order of
-    operations that docs/format.md fixes. Channels of padding are blocks of their own, so zeros stay zeros.
+    """Rows [R, WIDTH] fp32, WIDTH a power of two, times the normalized block-diagonal Hadamard matrix, in the order of
+    operations of docs/format.md. Padding channels form blocks of their own, so zeros stay zeros.
     """
     R: tl.constexpr = y.shape[0]
     WIDTH: tl.constexpr = y.shape[1]
@@ -33,7 +33,7 @@ def rotate(y, ORDER: tl.constexpr):
 
 @triton.jit
 def swizzled(column, offset, SEGMENT: tl.constexpr, MULTIPLIER: tl.constexpr, PERIOD: tl.constexpr):
-    """Where V's element `column` is stored in the row at `offset` of a page; SEGMENT elements are 16 bytes. See
+    """Place of V's element `column` in the row at `offset` of a page. SEGMENT elements are 16 bytes. See
     `PageLayout.swizzle`.
     """
     if PERIOD > 1:
@@ -54,7 +54,7 @@ def high_half(word):
 
 @triton.jit
 def multiply(a, b, sums):
-    """a @ b + sums. The interpreter takes bf16 for integers."""
+    """a @ b + sums. The interpreter would take bf16 for integers."""
     if INTERPRETED:
         return tl.dot(widen(a), widen(b), sums)
     else:
@@ -72,8 +72,9 @@ def widen(x):
 
 @triton.jit
 def round_to(x, DTYPE: tl.constexpr):
-    """fp32 to the nearest 16-bit float, half to even. The interpreter cuts bits off,
-    and the compiler converts bf16 one at a time."""
+    """Round fp32 to the nearest 16-bit float, half to even. The interpreter truncates, and the compiler converts bf16
+    one value at a time.
+    """
     if INTERPRETED and tl.bfloat16 == DTYPE:
         bits = x.to(tl.uint32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
@@ -94,11 +95,10 @@ def _shift_and_mask(shift, mask):
 
 @triton.jit
 def codes_in(words, PLANE: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
-    """Code `PLANE` of each 16-bit word, masked in place, as the tiny float that its bits are: n * 2^-24 in fp16, n *
-    2^-133 in bf16.
+    """Code `PLANE` of each 16-bit word, masked in place, and read as a float: n * 2^-24 in fp16, n * 2^-133 in bf16.
 
-    The odd nibbles of a byte stay where they are and are 16 n (see `ODD_NIBBLE`). No conversion happens: two words
-    share a register, and cost one or two instructions.
+    Odd nibbles of a byte are not shifted, and are 16 n (see `ODD_NIBBLE`). There is no conversion: two words share a
+    register, and take one or two instructions.
     """
     if BITS < 16:
         SHIFT: tl.constexpr = 8 if PLANE * BITS >= 8 else 0

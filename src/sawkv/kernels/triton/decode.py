@@ -31,15 +31,15 @@ from sawkv.kernels.triton.common import (
 )
 
 ODD_NIBBLE = tl.constexpr(16.0)
-"""What odd nibbles, left in place, are multiplied by."""
+"""Factor of odd nibbles, which are not shifted."""
 V_SHIFT = tl.constexpr(60)
-"""Weights are in bf16 times 2^V_SHIFT: far from both ends of the range for every fp16 scale."""
+"""Weights are bf16 numbers times 2^V_SHIFT, far from both ends of the range for every fp16 scale."""
 NO_SCORE = tl.constexpr(-1e30)
 
 
 @triton.jit
 def _visible_tiles(seq_len, query_len, window, TILE: tl.constexpr):
-    """The first tile that any query sees, and how many from there."""
+    """First tile that any query sees, and the number of tiles from there."""
     first_token = tl.where(window > 0, tl.maximum(seq_len - query_len - window + 1, 0), 0)
     first = first_token // TILE
     return first, tl.where(query_len > 0, (seq_len + TILE - 1) // TILE - first, 0)
@@ -65,10 +65,10 @@ def schedule_kernel(
     MAX_PIECES: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Grid [num_seqs]. Every program adds up all lengths and then writes its own sequence's chunks.
+    """Grid [num_seqs]. Every program sums all lengths, and writes the chunks of its own sequence.
 
     chunks: [max_chunks, 4] int32: sequence, first tile, tiles, 0.
-    splits: [max_num_seqs, 2] int32: first chunk, chunks.
+    splits: [max_num_seqs, 2] int32: first chunk, number of chunks.
     """
     seq = tl.program_id(0)
     total = 0
@@ -124,12 +124,11 @@ def prepare_kernel(
     ORDER: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Undo K's gains, rotate, and bring query rows to 16 bits in the order of planes: queries [num_rows, WIDTH], by
-    (token, query head).
+    """Divide query rows by K's gains, rotate them, and round them to 16 bits in the order of planes: queries [num_rows,
+    WIDTH], by (token, query head).
 
-    query_stats: [num_rows, 2] fp32: sum of the row in units of codes, and what its scores are multiplied by (log2(e)
-    included).
-    query_offsets: [num_rows] fp32 or None: what centering took from the row's scores, in the same unit.
+    query_stats: [num_rows, 2] fp32: sum of the row in units of codes, and the factor of its scores, log2(e) included.
+    query_offsets: [num_rows] fp32 or None: the term q.k_center of the row's scores, in the same unit.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, WIDTH)[None, :]
@@ -196,11 +195,11 @@ def decode_kernel(
     TILE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Grid [max_chunks * NUM_KV_HEADS * ROW_GROUPS]: one chunk, KV head and row group a program.
+    """Grid [max_chunks * NUM_KV_HEADS * ROW_GROUPS]: each program takes one chunk, KV head and row group.
 
     partials: [max_chunks, NUM_KV_HEADS * ROW_GROUPS, ROWS, WIDTH] fp32 in the order of planes, not divided by the sum
-    of the weights.
-    partial_stats: [max_chunks, NUM_KV_HEADS * ROW_GROUPS, ROWS, 2] fp32: maximum of the scores in log2, and sum of the
+    of weights.
+    partial_stats: [max_chunks, NUM_KV_HEADS * ROW_GROUPS, ROWS, 2] fp32: maximum of the scores in log2, and sum of
     weights.
     """
     UNITS: tl.constexpr = NUM_KV_HEADS * ROW_GROUPS
@@ -366,8 +365,8 @@ def merge_kernel(
     ROW_GROUPS: tl.constexpr,
     PIECES: tl.constexpr,
 ):
-    """Grid [num_seqs, NUM_KV_HEADS * ROW_GROUPS, ROWS]: add the chunks of one row, PIECES at a time; un-rotate, and
-    write.
+    """Grid [num_seqs, NUM_KV_HEADS * ROW_GROUPS, ROWS]. Add the chunks of one row, PIECES at a time, rotate the sum
+    back, and write it.
     """
     seq, unit = tl.program_id(0), tl.program_id(1)
     row = unit % ROW_GROUPS * ROWS + tl.program_id(2)

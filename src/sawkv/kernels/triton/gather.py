@@ -1,4 +1,4 @@
-"""gather: decode the pages of many sequences into contiguous rows. A program takes K or V of TOKENS output tokens and
+"""gather: decode the pages of many sequences into contiguous rows. A program takes K or V of TOKENS output tokens of
 one head.
 """
 
@@ -38,8 +38,8 @@ def gather_kernel(
     SWIZZLE_PERIOD: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
-    """Grid [token blocks, num_kv_heads, 2]. Orders are 0 where rows stay rotated; 2^search_steps is at
-    least num_seqs.
+    """Grid [token blocks, num_kv_heads, 2]. Orders are 0 for rows that stay rotated. 2^search_steps is at least
+    num_seqs.
     """
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     if tl.program_id(0) * TOKENS < tl.load(cu_seq_lens + num_seqs):
