@@ -45,7 +45,7 @@ from benchmarks.texts import text_file
 from sawkv.errors import FormatError
 from sawkv.format.spec import CacheFormat
 from sawkv.integrations.vllm.client import Client, check_layers, serving
-from sawkv.integrations.vllm.preflight import Options
+from sawkv.integrations.vllm.options import Options
 from sawkv.integrations.vllm.server import server_command
 from sawkv.lab.divergence import TokenScores, compare
 from sawkv.lab.evaluate import device_name, shipped_samples

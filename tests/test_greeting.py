@@ -9,7 +9,7 @@ import pytest
 
 from sawkv.checkpoint import Checkpoint
 from sawkv.integrations.vllm import greeting
-from sawkv.integrations.vllm.preflight import Options
+from sawkv.integrations.vllm.options import Options
 
 
 @pytest.mark.parametrize(

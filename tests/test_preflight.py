@@ -18,7 +18,8 @@ import torch
 
 from sawkv import CacheFormat, SawkvError, cli
 from sawkv.integrations.vllm import greeting, preflight, server
-from sawkv.integrations.vllm.preflight import Options
+from sawkv.integrations.vllm import options as options_of_vllm
+from sawkv.integrations.vllm.options import Options
 from sawkv.prepare.calibration import Calibration
 
 MODEL = next((Path(__file__).parents[1] / "models").glob("sawkv-*"))
@@ -340,16 +341,16 @@ def test_options_mean_what_they_mean_to_vllm() -> None:
         from vllm.entrypoints.openai.cli_args import make_arg_parser
     parser = make_arg_parser(FlexibleArgumentParser())
     known = parser._option_string_actions
-    source = "".join(Path(module.__file__).read_text() for module in (preflight, greeting, server))
+    source = "".join(Path(module.__file__).read_text() for module in (options_of_vllm, preflight, greeting, server))
     asked = {name for name in re.findall(r'"(--[a-z-]+)"', source) if name in known}
     assert len(asked) > 30
-    for short, name in preflight._SHORT.items():
+    for short, name in options_of_vllm._SHORT.items():
         assert known[short] is known[name]
-    assert set(preflight._SHORT) >= {
+    assert set(options_of_vllm._SHORT) >= {
         short for name in asked for short in known[name].option_strings if not short.startswith("--")
     }
     cut_off = {option for option in known for name in asked if name != option and name.startswith(option)}
-    assert cut_off <= {*preflight._WHOLE}, "such an option must not be taken for another"
+    assert cut_off <= {*options_of_vllm._WHOLE}, "such an option must not be taken for another"
     for words in (
         ["-sc", '{"model": "a"}', "--speculative-config.method", "eagle"],
         ["--speculative-config.model", "a", "-sc", '{"method": "x"}'],

@@ -25,6 +25,7 @@ from sawkv.format.layout import PageLayout
 from sawkv.format.spec import CODEC_BITS, CacheFormat
 from sawkv.integrations.vllm import PLUGIN, preflight
 from sawkv.integrations.vllm.contract import NEWEST_VLLM, OLDEST_VLLM
+from sawkv.integrations.vllm.options import Options
 from sawkv.kernels import PREFERENCE, unsupported_reason
 from sawkv.kernels.disk import private_folder
 from sawkv.ops import append, decode_attention
@@ -205,7 +206,7 @@ def _model(model: str, dims: list[int]) -> Iterator[Finding]:
     try:
         checkpoint = read_checkpoint(model)
         dims[:] = (head_dims(checkpoint.config) if checkpoint is not None else []) or dims
-        preflight.check_model(model, CacheFormat("int4"), preflight.Options([]), on_gpu=torch.cuda.is_available())
+        preflight.check_model(model, CacheFormat("int4"), Options([]), on_gpu=torch.cuda.is_available())
     except SawkvError as error:
         yield Finding(TROUBLE, str(error))
     else:

@@ -292,30 +292,6 @@ def test_options_are_named_as_the_user_gave_them(changes: dict[str, Any], messag
     assert found.startswith(message)
 
 
-def test_lost_capacity_is_said_with_its_factor(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sawkv import CacheFormat, PageLayout
-    from sawkv.integrations.vllm import announce
-
-    said: list[str] = []
-    for level in ("info_once", "warning_once"):
-        monkeypatch.setattr(
-            announce.logger, level, lambda text, *arguments: said.append(text % arguments), raising=False
-        )
-    layout = PageLayout(CacheFormat("int4"), 2, 128, 64)
-    right = 64 * 2 * 136
-    announce.say_pages(SimpleNamespace(page_size_bytes=right), layout, 64)  # type: ignore[arg-type]
-    assert said == []
-    announce.say_pages(SimpleNamespace(page_size_bytes=64 * 2 * 512), layout, 64)  # type: ignore[arg-type]
-    assert "pads our pages from 17408 to 65536 bytes" in said[0]
-    assert "hold 1.00 times the tokens of a 16-bit cache and not 3.76 times" in said[0]
-    large = PageLayout(CacheFormat("int4"), 2, 128, 1024)
-    announce.say_pages(SimpleNamespace(page_size_bytes=1024 * 2 * 136), large, 0)  # type: ignore[arg-type]
-    announce.say_pages(SimpleNamespace(page_size_bytes=1024 * 2 * 136), large, 1024)  # type: ignore[arg-type]
-    assert said[1:] == [
-        "sawkv: blocks have 1024 tokens, so the prefix cache finds multiples of 1024 tokens, and shorter prompts never"
-    ]
-
-
 @pytest.mark.parametrize(
     ("gpu", "block", "page"),
     [
@@ -343,23 +319,6 @@ def test_large_blocks_of_hybrids_are_cut_into_pages_on_a_gpu_alone(
     assert select_common_block_size(block, [ours]) == page
 
 
-def test_the_log_names_the_kernels_that_read_the_real_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sawkv import CacheFormat, PageLayout
-    from sawkv.integrations.vllm import announce
-
-    said: list[str] = []
-    monkeypatch.setattr(
-        announce.logger, "warning_once", lambda text, *arguments: said.append(text % arguments), raising=False
-    )
-    choose = {16: "cuda", 64: "cuda", 48: "triton"}
-    monkeypatch.setattr(
-        announce, "select_backend", lambda device, layout: SimpleNamespace(name=choose[layout.page_size])
-    )
-    for page_size in (16, 64, 48):
-        announce.say_kernels(PageLayout(CacheFormat("int4"), 2, 128, page_size), torch.device("cpu"))
-    assert said == ["sawkv: pages have 48 tokens, which triton kernels read, and not cuda kernels"]
-
-
 def test_what_is_prepared_without_some_layers_is_not_for_all() -> None:
     """The file holds nothing for layers that were skipped: they would be served unprepared, without a word."""
     from sawkv.integrations.vllm.prepare import _computation
@@ -378,41 +337,3 @@ def test_what_is_prepared_without_some_layers_is_not_for_all() -> None:
     assert key("0") != key()
     assert key("0") != key("1")
     assert key("1", "sliding_window") == key("sliding_window", "1")
-
-
-def test_layers_that_are_not_ours_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    from sawkv.integrations.vllm import announce
-    from sawkv.integrations.vllm.backend import SawAttentionImpl
-
-    said: list[str] = []
-    monkeypatch.setattr(announce.logger, "log", lambda level, text, *rest: said.append(f"{level} {text % rest}"))
-    monkeypatch.setattr(announce.logger, "warning", lambda text, *rest: said.append(text % rest))
-
-    def say(ours: set[int], skipped: list[str], dtype: str = "auto", device: str = "cpu") -> list[str]:
-        said.clear()
-        impls = {i: object.__new__(SawAttentionImpl) if i in ours else object() for i in range(6)}
-        layers: dict[str, Any] = {
-            f"layers.{i}": SimpleNamespace(impl=impl, kv_cache_dtype=INT4 if i in ours else dtype)
-            for i, impl in impls.items()
-        }
-        layers["layers.6.mamba"] = SimpleNamespace()
-        config = SimpleNamespace(
-            compilation_config=SimpleNamespace(static_forward_context=layers),
-            cache_config=SimpleNamespace(kv_cache_dtype_skip_layers=skipped),
-        )
-        announce.say_layers(SimpleNamespace(vllm_config=config, device=torch.device(device)))
-        return said
-
-    assert say(set(range(6)), []) == []
-    assert say(set(range(1, 6)), ["0", "sliding_window", "17", "foo"]) == [
-        "20 sawkv: serves 5 of 6 attention layers; vLLM's own cache is kept for layers.0 (auto)",
-        "sawkv: vLLM ignores what it does not know in --kv-cache-dtype-skip-layers: 17, foo",
-    ]
-    (line,) = say(set(), [str(i) for i in range(6)])
-    assert line.startswith(
-        "30 sawkv: serves none of 6 attention layers; vLLM's own cache is kept for layers.0 (auto), "
-    )
-    assert line.endswith("layers.3 (auto) and 2 more")
-    with pytest.raises(SawkvError, match=r"got 2 without: layers\.0 has object\. Set VLLM_PLUGINS=sawkv"):
-        say({1, 2, 3, 4}, [], INT8)  # another plugin's choice: on a CPU nonsense
-    assert len(say({1, 2, 3, 4}, [], INT8, "cuda")) == 1, "a draft's, or without CUSTOM: vLLM's own, and right"

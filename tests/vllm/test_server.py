@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from sawkv.integrations.vllm.client import Client, serving
-from sawkv.integrations.vllm.preflight import Options
+from sawkv.integrations.vllm.options import Options
 from tests.test_docs import PAGES, console, flags, inline
 from tests.vllm.engine import ENVIRONMENT, REPOSITORY
 

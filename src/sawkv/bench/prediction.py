@@ -11,7 +11,7 @@ from sawkv.capacity.weights import weights_of
 from sawkv.checkpoint import read_checkpoint
 from sawkv.errors import SawkvError
 from sawkv.format.spec import CacheFormat
-from sawkv.integrations.vllm.preflight import Options
+from sawkv.integrations.vllm.options import Options
 
 CPU_BLOCK = 128
 """Tokens per block on a CPU, in vLLM's own caches and ours."""

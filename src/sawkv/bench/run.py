@@ -27,7 +27,8 @@ from sawkv.format.spec import CacheFormat
 from sawkv.integrations.vllm import client as vllm_client
 from sawkv.integrations.vllm.client import ASKABLE, Client, serving
 from sawkv.integrations.vllm.config import engine_options
-from sawkv.integrations.vllm.preflight import Options, check_files, environment
+from sawkv.integrations.vllm.options import Options
+from sawkv.integrations.vllm.preflight import check_files, environment
 from sawkv.integrations.vllm.server import server_command
 from sawkv.machine import cpu_name, versions
 

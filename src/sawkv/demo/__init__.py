@@ -30,6 +30,7 @@ from sawkv.errors import UnsupportedError
 from sawkv.format.spec import CacheFormat
 from sawkv.integrations.vllm import preflight
 from sawkv.integrations.vllm.client import Client, serving
+from sawkv.integrations.vllm.options import Options
 from sawkv.integrations.vllm.server import server_command
 
 WIDTH: Final = 80
@@ -109,7 +110,7 @@ def run_demo(
     options = ["--kv-cache-memory-bytes", str(kv_cache_memory), "--max-model-len", str(max_model_len)]
     on_gpu = bool(torch.cuda.device_count())
     preflight.check_installation()
-    preflight.check_model(model, cache_format, preflight.Options(options), on_gpu=on_gpu)
+    preflight.check_model(model, cache_format, Options(options), on_gpu=on_gpu)
     if not on_gpu:  # on a CPU, compiling a model takes minutes
         options.append("--enforce-eager")
     commands = {

@@ -11,7 +11,8 @@ import urllib.request
 from typing import Final
 
 from sawkv.checkpoint import Checkpoint, parse_config
-from sawkv.integrations.vllm.preflight import PORT, Options
+from sawkv.integrations.vllm.options import Options
+from sawkv.integrations.vllm.preflight import PORT
 
 PLAIN_CHAT: Final = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"

@@ -21,6 +21,7 @@ import torch
 from sawkv.format.spec import CacheFormat
 from sawkv.integrations.vllm import greeting, preflight
 from sawkv.integrations.vllm.config import KV_CACHE_DTYPE_CODECS, engine_options
+from sawkv.integrations.vllm.options import Options
 from sawkv.prepare.calibration import Calibration
 
 
@@ -82,7 +83,7 @@ def serve(
     if cache_format is None:
         cache_format = CacheFormat("int4") if calibration is None else Calibration.load(calibration).format
     on_gpu = bool(torch.cuda.device_count())
-    known = preflight.Options(options)
+    known = Options(options)
     preflight.check_prepare_cache(prepare_cache)
     checkpoint = preflight.check(model, cache_format, known, calibration, on_gpu=on_gpu)
     options = with_drafts_backend(options) if on_gpu else options
@@ -114,7 +115,7 @@ def with_drafts_backend(options: Sequence[str]) -> list[str]:
     Raises:
         SawkvError: the speculative config is no JSON object.
     """
-    known = preflight.Options(options)
+    known = Options(options)
     speculative = known.speculative()
     has_our_cache = speculative.get("kv_cache_dtype") in (None, *KV_CACHE_DTYPE_CODECS)
     method = str(speculative.get("method"))
