@@ -3,6 +3,7 @@ other.
 
     python -m benchmarks.serving                                             # Qwen3-8B's shape, random weights
     python -m benchmarks.serving --formats int4-k128-v128 --loads 16384/512x48 --budget 240
+    python -m benchmarks.serving --model qwen3.5-35b-a3b --formats bf16 fp8 int4 --loads 256/1024x256 32768/512x32
     python -m benchmarks.serving --table  # the table of what is recorded, nothing run
 
 A load is INPUT/OUTPUTxREQUESTS in tokens, all requests sent at once, or PREFIX+NEW/OUTPUTxREQUESTS where they share a
@@ -14,7 +15,8 @@ prefixes only; this is checked. Each load is written to docs/results/serving.jso
                             first token
     ttft_mean_s, ttft_p99_s from vLLM's RequestOutput.metrics: first token, since the request was sent
     tpot_p50_ms, tpot_p99_ms over requests, of each one's mean time between its tokens after the first
-    kv_tokens               capacity of the KV cache
+    kv_tokens               that the KV cache holds in requests of `context` tokens, as vLLM's log says: in hybrid
+                            models and under sliding windows it depends on the context
     preemptions             requests that had to give their pages back and start again
 """
 
@@ -41,7 +43,7 @@ import numpy as np
 
 from benchmarks.layers import check_engine
 from benchmarks.plots import RESULTS, read_records, serving_table
-from benchmarks.shapes import SHAPES, write_config
+from benchmarks.shapes import ENGINE, SHAPES, write_config
 from sawkv.format.spec import CacheFormat
 from sawkv.integrations.vllm.config import WORKER_EXTENSION, engine_options
 
@@ -66,6 +68,7 @@ LOADS: Final = (
     "16384/1024x64",
 )
 MARK: Final = "RECORD "
+HELD: Final = re.compile(r"KV cache size: ([\d,]+) tokens")
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,7 @@ def _arguments() -> argparse.Namespace:
         "--limit", type=float, default=600, help="seconds for one load; it is stopped then (default: %(default)s)"
     )
     parser.add_argument("--engine", type=json.loads, default={}, metavar="JSON", help="more arguments of vllm.LLM")
+    parser.add_argument("--no-prepare", action="store_true", help="serve sawkv's formats unprepared")
     parser.add_argument("--commit", help="what is measured (default: git's HEAD)")
     parser.add_argument("--output", type=Path, default=RESULTS / "serving.jsonl")
     parser.add_argument(
@@ -177,10 +181,11 @@ def _run_format(args: argparse.Namespace, name: str, model: str, deadline: float
         "--model": model,
         "--budget": left,
         "--limit": args.limit,
-        "--engine": json.dumps(args.engine),
+        "--engine": json.dumps(ENGINE.get(args.model, {}) | args.engine),
         "--commit": args.commit,
     }
     command = [sys.executable, "-m", "benchmarks.serving", "--engine-of", name, "--loads", *map(str, args.loads)]
+    command += ["--no-prepare"] if args.no_prepare else []
     command += [str(part) for option in options.items() for part in option]
     env = os.environ | {
         "VLLM_USE_FLASHINFER_SAMPLER": "0"
@@ -197,15 +202,18 @@ def _run_format(args: argparse.Namespace, name: str, model: str, deadline: float
             left + 20, os.killpg, (engine.pid, signal.SIGKILL)
         )  # of a start-up that does not end; loads end themselves
         timer.start()
-        grace = 0
+        grace, held = 0, 0
         try:
             for line in engine.stdout:
                 if line.startswith(MARK):
                     record = json.loads(line.removeprefix(MARK))
                     print(record.pop("say"), flush=True)
-                    yield record
-                else:
-                    sink.write(line)
+                    yield record | ({"kv_tokens": held} if "format" in record else {})
+                    continue
+                sink.write(line)
+                if size := HELD.search(line):
+                    held = int(size[1].replace(",", ""))
+                    print(f"{name}: {held:,} tokens of KV cache", flush=True)
             grace = 30
         finally:
             timer.cancel()
@@ -238,28 +246,26 @@ def _run_loads(args: argparse.Namespace) -> None:
         "max_model_len": max(load.inp + load.out for load in args.loads),
         "disable_log_stats": False,  # or requests have no metrics
         "kernel_config": {"enable_flashinfer_autotune": False},
-        **(PEERS[name] if name in PEERS else engine_options(CacheFormat.parse(name))),
+        **(PEERS[name] if name in PEERS else engine_options(CacheFormat.parse(name), prepare=not args.no_prepare)),
         **args.engine,
         "worker_extension_cls": WORKER_EXTENSION,
     }
     llm = vllm.LLM(**options)
     print(f"{name}: {check_engine(llm, options.get('kv_cache_dtype', 'auto'))}", flush=True)
-    config = llm.llm_engine.vllm_config
-    cache = config.cache_config
     common = {
         "device": current_platform.get_device_name().strip() or "cpu",
         "commit": args.commit,
         "vllm": vllm.__version__,
         "model": Path(args.model).name,
         "format": name,
+        "context": options["max_model_len"],
     }
-    kv_tokens = (cache.num_gpu_blocks or 0) * cache.block_size
     try:  # compile what was not compiled at start-up
         _run_load(llm, Load(0, max(1, options["max_model_len"] // 4 - 8), 8, 4), deadline)
     except OutOfTimeError as error:
         raise SystemExit(f"{name}: warm-up {error}") from None
     seconds = time.monotonic() - start
-    _say(f"{name}: ready after {seconds:.0f} s, {kv_tokens:,} tokens of KV cache, {common['device']}", start_s=seconds)
+    _say(f"{name}: ready after {seconds:.0f} s on {common['device']}", start_s=seconds)
     done: list[dict[str, Any]] = []
     for load in args.loads:
         left = min(args.limit, deadline - time.monotonic())
@@ -267,7 +273,7 @@ def _run_loads(args: argparse.Namespace) -> None:
             _say(f"{name} {load}: skipped, it takes at least {least:.0f} s and {left:.0f} s are left")
             continue
         try:
-            record = {**common, **load.record, **_run_load(llm, load, time.monotonic() + left), "kv_tokens": kv_tokens}
+            record = {**common, **load.record, **_run_load(llm, load, time.monotonic() + left)}
         except OutOfTimeError as error:
             _say(f"{name} {load}: {error}")
             continue

@@ -15,6 +15,17 @@ _QWEN3 = {
     "num_key_value_heads": 8,
     "rope_theta": 1e6,
 }
+_GDN_LAYERS = ["linear_attention"] * 3 + ["full_attention"]
+_QWEN35 = {
+    "vocab_size": 248320,
+    "head_dim": 256,
+    "linear_conv_kernel_dim": 4,
+    "linear_key_head_dim": 128,
+    "linear_value_head_dim": 128,
+    "linear_num_key_heads": 16,
+    "mamba_ssm_dtype": "float32",
+    "max_position_embeddings": 262144,
+}
 _GPT_OSS_ROPE = {
     "rope_type": "yarn",
     "factor": 32.0,
@@ -149,6 +160,63 @@ SHAPES: Final[dict[str, dict[str, Any]]] = {
         "hidden_activation": "gelu_pytorch_tanh",
         "tie_word_embeddings": True,
     },
+    "qwen3.5-35b-a3b": (  # the language model of one that sees images
+        _QWEN35
+        | {
+            "architectures": ["Qwen3_5MoeForCausalLM"],
+            "model_type": "qwen3_5_moe_text",
+            "hidden_size": 2048,
+            "num_hidden_layers": 40,
+            "layer_types": _GDN_LAYERS * 10,
+            "num_attention_heads": 16,
+            "num_key_value_heads": 2,
+            "linear_num_value_heads": 32,
+            "moe_intermediate_size": 512,
+            "shared_expert_intermediate_size": 512,
+            "num_experts": 256,
+            "num_experts_per_tok": 8,
+        }
+    ),
+    "qwen3.5-27b": (
+        _QWEN35
+        | {
+            "architectures": ["Qwen3_5ForCausalLM"],
+            "model_type": "qwen3_5_text",
+            "hidden_size": 5120,
+            "intermediate_size": 17408,
+            "num_hidden_layers": 64,
+            "layer_types": _GDN_LAYERS * 16,
+            "num_attention_heads": 24,
+            "num_key_value_heads": 4,
+            "linear_num_value_heads": 48,
+        }
+    ),
+    "gemma-4-26b-a4b": {
+        "architectures": ["Gemma4ForCausalLM"],
+        "model_type": "gemma4_text",
+        "vocab_size": 262144,
+        "hidden_size": 2816,
+        "intermediate_size": 2112,
+        "num_hidden_layers": 30,
+        "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 5,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 8,
+        "num_global_key_value_heads": 2,
+        "attention_k_eq_v": True,
+        "head_dim": 256,
+        "global_head_dim": 512,
+        "num_kv_shared_layers": 0,
+        "hidden_size_per_layer_input": 0,
+        "sliding_window": 1024,
+        "enable_moe_block": True,
+        "num_experts": 128,
+        "top_k_experts": 8,
+        "moe_intermediate_size": 704,
+        "final_logit_softcapping": 30.0,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "max_position_embeddings": 262144,
+        "tie_word_embeddings": True,
+    },
     "gpt-oss-20b": {
         "architectures": ["GptOssForCausalLM"],
         "model_type": "gpt_oss",
@@ -168,6 +236,11 @@ SHAPES: Final[dict[str, dict[str, Any]]] = {
         "rope_scaling": _GPT_OSS_ROPE,
     },
 }
+
+ENGINE: Final[dict[str, dict[str, Any]]] = {
+    name: {"gdn_prefill_backend": "triton"} for name in SHAPES if name.startswith("qwen3.5")
+}
+"""Arguments of vLLM for some shapes. FlashInfer's kernels for gated delta nets are compiled at start, for minutes."""
 
 _COMMON = {
     "dtype": "bfloat16",

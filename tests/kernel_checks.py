@@ -47,7 +47,10 @@ def check_append(
     """
     layout = PageLayout(CacheFormat.parse(format_name), 3, head_dim, page_size)
     vectors = random_vectors(layout, device, centered, gained)
-    feedbacks = {f"{which}_feedback": random_feedback(3, head_dim, device) for which in feedback}
+    feedbacks = {
+        f"{which}_feedback": random_feedback(layout.rows.num_kv_heads, layout.rows.head_dim, device)
+        for which in feedback
+    }
     pages = torch.empty(2, *layout.pages_shape(5), dtype=torch.uint8, device=device)
     caches = [PagedKVCache(pages[i], layout, **vectors, **feedbacks) for i in range(2)]
     fused = torch.randn(70, 5, 3, head_dim) * torch.logspace(-8, 4, 70)[:, None, None, None] + torch.randn(70, 1, 1, 1)

@@ -18,7 +18,7 @@ from sawkv.kernels.structs import read
 from tests.conftest import Batch, make_batch, relative_error
 from tests.kernel_checks import check_append, check_feedback_ends_where_scales_saturate, check_wrong_feedback_is_noticed
 
-HEAD_DIMS = [16, 64, 80, 96, 112, 128, 192, 256]
+HEAD_DIMS = [16, 64, 80, 96, 128, 192, 256, 512]
 FORMATS = ["int4", "int8", "bf16", "fp16-k16-v16", "fp32-k16-v0"]
 
 

@@ -63,6 +63,7 @@ TRITON_SHAPES = [
     WIDE,
     Shape(query_len=4),
     Shape("int8"),
+    Shape(q_heads=16, kv_heads=2, head_dim=512, page_size=64),
     Shape(q_heads=40, head_dim=80, page_size=32, query_len=3, options={"sinks": torch.zeros(40)}),
 ]
 
@@ -73,11 +74,12 @@ def run_all(backend: Backend, shape: Shape) -> None:
     pages = torch.zeros(layout.pages_shape(4), dtype=torch.uint8)
     plain, prepared = PagedKVCache(pages, layout), PagedKVCache(pages, layout, **random_vectors(layout, "cpu"))
     if layout.format.codec == "int4":
-        prepared = replace(prepared, k_feedback=random_feedback(shape.kv_heads, shape.head_dim, "cpu"))
+        rows = layout.rows
+        prepared = replace(prepared, k_feedback=random_feedback(rows.num_kv_heads, rows.head_dim, "cpu"))
     counters = new_counters(CPU) if shape.counted else None
-    k, v = torch.zeros(2, 32, shape.kv_heads, shape.head_dim, dtype=torch.bfloat16)
+    k, v = torch.zeros(2, 32, layout.rows.num_kv_heads, layout.rows.head_dim, dtype=torch.bfloat16)
     for cache in (plain, replace(plain, counters=counters), replace(prepared, counters=counters)):
-        backend.Pages(cache).append(k, v, torch.arange(32))
+        backend.Pages(cache.rows()).append(k, v, torch.arange(32))
     window = shape.options.get("sliding_window", 0)
     schedule = backend.Schedule(ScheduleShape(layout, CPU, shape.q_heads, 2, shape.query_len, window))
     seq_lens, starts = (
@@ -94,7 +96,7 @@ def run_all(backend: Backend, shape: Shape) -> None:
         backend.Attention(Layer(cache, shape.q_heads, 1.0, **options))(q, step, torch.empty_like(q), wanted)
     prefixes = Prefixes(block_table, seq_lens, torch.tensor([0, 64, 128], dtype=torch.int32))
     for cache, rotated in ((plain, True), (plain, False), (prepared, False)):
-        backend.Pages(cache).gather(prefixes, k[:2], v[:2], rotated)
+        backend.Pages(cache.rows()).gather(prefixes, k[:2], v[:2], rotated)
 
 
 # ---------------------------------------------------------------------------------------------------------------- CUDA

@@ -156,7 +156,7 @@ def test_models_that_cannot_be_served(capsys: pytest.CaptureFixture[str], tmp_pa
     assert "no such directory" in shown
     assert status == 1
     status, shown = run(capsys, "--head-dim", "72")
-    assert "TROUBLE head_dim: expected a multiple of 16 from 16 to 256, got 72" in shown
+    assert "TROUBLE head_dim: expected a multiple of 16 from 16 to 256, or 512, got 72" in shown
     assert status == 1
 
 

@@ -15,6 +15,7 @@ from sawkv.format.codecs import CODECS, IntegerCodec
 from sawkv.format.feedback import Feedback
 from sawkv.format.rotation import hadamard_matrix, rotate
 from sawkv.kernels import reference
+from tests.kernel_checks import random_feedback
 
 HEAD_DIMS = [64, 80, 96, 112, 128, 192, 256]
 
@@ -67,7 +68,14 @@ def test_default_orders_are_the_largest_power_of_two_up_to_128(head_dim: int, or
 def test_shapes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(FormatError, match="head_dim 96, got 64"):
         PageLayout(CacheFormat.parse("int4-k64-v32"), 1, 96, 16)
-    for head_dim, page_size, heads in ((72, 16, 1), (512, 16, 1), (128, 24, 1), (128, 0, 1), (128, 16, 0)):
+    for head_dim, page_size, heads in (
+        (72, 16, 1),
+        (272, 16, 1),
+        (1024, 16, 1),
+        (128, 24, 1),
+        (128, 0, 1),
+        (128, 16, 0),
+    ):
         with pytest.raises(FormatError, match="expected"):
             PageLayout(CacheFormat("int4"), heads, head_dim, page_size)
 
@@ -250,6 +258,27 @@ def test_golden_rotation_and_swizzle() -> None:
     plain = [0x10, 0x32, 0x54, 0x76, 0x98, 0xBA, 0xDC, 0xFE] * 8
     assert layout.swizzle(2) == 1
     assert stored == plain[16:32] + plain[:16] + plain[48:] + plain[32:48]
+
+
+@pytest.mark.parametrize("codec", ["int4", "int8", "bf16"])
+def test_a_head_of_512_is_stored_as_two_of_256(codec: str) -> None:
+    wide, narrow = PageLayout(CacheFormat(codec), 2, 512, 32), PageLayout(CacheFormat(codec), 4, 256, 32)
+    assert wide.rows == narrow
+    assert wide.head_bytes == 2 * narrow.head_bytes, "so that blocks of layers with both need no padding"
+    k, v = torch.randn(2, 40, 2, 512) * torch.rand(512) + torch.randn(512)
+    pages = torch.zeros(2, *narrow.pages_shape(2), dtype=torch.uint8)
+    center, gain = torch.randn(2, 512), 0.5 + torch.rand(2, 512)
+    feedback = random_feedback(4, 256, "cpu") if codec == "int4" else None
+    caches = []
+    for i, layout in enumerate((wide, narrow)):
+        shape = (layout.num_kv_heads, layout.head_dim)
+        vectors = {"k_center": center.view(shape), "v_center": center.view(shape), "v_gain": gain.view(shape)}
+        caches.append(PagedKVCache(pages[i], layout, **vectors, k_feedback=feedback, v_feedback=feedback))
+        append(k.view(40, *shape), v.view(40, *shape), caches[i], torch.arange(3, 43), backend="reference")
+    assert torch.equal(pages[0], pages[1])
+    assert caches[0].fingerprint() != caches[1].fingerprint(), "they are read alike, but are not pages of one model"
+    with pytest.raises(FormatError, match="K rotation order: expected a divisor of 256, half of head_dim 512, got 512"):
+        PageLayout(CacheFormat.parse("int4-k512-v512"), 1, 512, 16)
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)

@@ -136,8 +136,8 @@ def test_options_are_refused_in_one_line(
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"head_dim": 72}, "head_dim: expected a multiple of 16 from 16 to 256, got 72"),
-        ({"head_dim": 256, "global_head_dim": 512}, "got 512"),
+        ({"head_dim": 72}, "head_dim: expected a multiple of 16 from 16 to 256, or 512, got 72"),
+        ({"head_dim": 256, "global_head_dim": 1024}, "got 1024"),
         ({"hidden_size": 200}, "got 100"),
         ({"kv_lora_rank": 512, "head_dim": 64}, "MLA (multi-head latent attention)"),
         ({"text_config": {"attention_chunk_size": 8192, "head_dim": 128}}, "attention in chunks"),
@@ -221,7 +221,7 @@ def test_drafts(
     draft = {"method": "draft_model", "model": write(tmp_path, head_dim=72)}
     arguments = [str(MODEL), "--port", "0", "--speculative-config"]
     shown = refusal(capsys, *arguments, json.dumps(draft))
-    assert "the draft model, head_dim: expected a multiple of 16 from 16 to 256, got 72" in shown
+    assert "the draft model, head_dim: expected a multiple of 16 from 16 to 256, or 512, got 72" in shown
     assert 'add "kv_cache_dtype": "auto" to --speculative-config' in shown
     assert cli.main(["serve", *arguments, json.dumps(draft | {"kv_cache_dtype": "auto"})]) == 0
     assert started.pop()[0][-1] == json.dumps(draft | {"kv_cache_dtype": "auto"})

@@ -147,6 +147,30 @@ def test_fit_centers_scales_and_feeds_back() -> None:
             torch.testing.assert_close(got.step, wanted.step, rtol=1e-4, atol=1e-12)
 
 
+def test_heads_that_are_stored_as_two_rows_are_fitted_row_by_row() -> None:
+    statistics = LayerStatistics(1, 512, "cpu", SCALE)
+    statistics.set_output_weight(torch.randn(11, 2 * 512))
+    statistics.add(*(torch.randn(30, heads, 512) * (0.1 + torch.rand(512)) + torch.randn(512) for heads in (2, 1, 1)))
+    got = fit([statistics], CacheFormat("int4"))[0]
+    assert got.k_center is not None
+    assert got.k_feedback is not None
+    assert got.k_feedback.weights.shape == (2, 256, 256)
+    for i, channels in enumerate((slice(256), slice(256, 512))):
+        part = LayerStatistics(1, 256, "cpu", SCALE)
+        part.rows, part.queries, part.weights = statistics.rows, statistics.queries, statistics.weights
+        for name in ("sums", "squares", "plain_sums", "plain_squares"):
+            setattr(part, name, getattr(statistics, name)[..., channels])
+        for name in ("query_gram", "output_gram"):
+            setattr(part, name, getattr(statistics, name)[:, channels, channels])
+        want = fit([part], CacheFormat("int4"))[0]
+        for name in ("k_center", "v_center", "k_gain", "v_gain"):
+            assert getattr(got, name)[:, channels].equal(getattr(want, name))
+        for name in ("k_feedback", "v_feedback"):
+            assert getattr(got, name).weights[i : i + 1].equal(getattr(want, name).weights)
+        for name in ("k_energy", "v_energy"):
+            assert getattr(got, name)[i : i + 1].equal(getattr(want, name))
+
+
 def test_energies_are_those_of_the_rows_as_they_are_stored() -> None:
     windows = windows_of(0)
     layer = fit([measured(windows)], INT4)[0]

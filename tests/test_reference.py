@@ -71,12 +71,17 @@ def attend_fp64(
     "options", [{}, {"window": 7}, {"cap": 3.0}, {"sinks": True}, {"cap": 3.0, "sinks": True, "window": 7}]
 )
 def test_decode_attention(format_name: str, options: dict[str, object]) -> None:
+    head_dim = 512 if format_name == "int4-k16-v64" else 128
     batch = make_batch(
-        format_name, LENGTHS, centered=format_name == "int4", gained=format_name.startswith(("int4", "fp16"))
+        format_name,
+        LENGTHS,
+        head_dim=head_dim,
+        centered=format_name == "int4",
+        gained=format_name.startswith(("int4", "fp16")),
     )
     query_lens = [1, 1, 3, 2, 1, 8, 2]
     starts = torch.tensor([0, *query_lens]).cumsum(0)
-    q = torch.randn(int(starts[-1]), 6, 128) / 3
+    q = torch.randn(int(starts[-1]), 6, head_dim) / 3
     window, cap = int(options.get("window", 0)), float(options.get("cap", 0.0))  # type: ignore[call-overload, arg-type]
     sinks = torch.randn(6) if "sinks" in options else None
     out, lse = torch.full_like(q, math.nan), torch.full(q.shape[:2], math.nan)
@@ -86,7 +91,7 @@ def test_decode_attention(format_name: str, options: dict[str, object]) -> None:
         batch.block_table,
         batch.seq_lens,
         starts.int(),
-        softmax_scale=128**-0.5,
+        softmax_scale=head_dim**-0.5,
         max_query_len=8,
         sliding_window=window,
         logit_softcap=cap,

@@ -31,5 +31,5 @@ def test_reasons_not_to_be_chosen() -> None:
         return unsupported_reason("triton", torch.device("cpu"), PageLayout(CacheFormat(codec), 1, head_dim, 16))
 
     assert reason("int4", 128) == "expected an NVIDIA GPU, got cpu"
-    assert reason("int4", 48) == "expected head_dim from 64 to 256, got 48"
+    assert reason("int4", 48) == "expected head_dim from 64, got 48"
     assert reason("fp32", 128) == "expected int4, int8, bf16, fp16, got fp32"

@@ -126,7 +126,7 @@ def test_attention(format_name: str, head_dim: int) -> None:
     )
 
 
-@pytest.mark.parametrize(("head_dim", "page_size"), [(80, 32), (96, 128), (128, 64), (192, 16), (256, 48)])
+@pytest.mark.parametrize(("head_dim", "page_size"), [(80, 32), (96, 128), (128, 64), (192, 16), (256, 48), (512, 32)])
 def test_attention_of_other_shapes(head_dim: int, page_size: int) -> None:
     check_attention(
         "triton", "cpu", "int4", [5, 150], [1, 2], head_dim=head_dim, page_size=page_size, centered=True, gained=True

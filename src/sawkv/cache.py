@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from copy import copy
 from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, NamedTuple
 
@@ -38,8 +39,8 @@ class PagedKVCache:
     """The pages of one layer, with their layout and static tensors.
 
     Attributes:
-        pages: [num_pages, num_kv_heads, page_size, token_bytes] uint8. The stride between pages is free; a page is
-            contiguous. Kernels write to it.
+        pages: [num_pages, num_kv_heads * parts, page_size, token_bytes] uint8. The stride between pages is free; a page
+            is contiguous. Kernels write to it.
         layout: offsets and sizes within a page.
         k_center, v_center: [num_kv_heads, head_dim] fp32, or None. `append` subtracts them before rotation. Attention
             adds V's to the output. Without K's center all scores of one query change by the same q.k_center, which
@@ -47,8 +48,8 @@ class PagedKVCache:
         k_gain, v_gain: [num_kv_heads, head_dim] fp32, positive and finite, or None. `append` multiplies by them after
             centering and before rotation. Attention divides Q by K's gain, and the output by V's. Values are checked on
             the CPU alone, where that does not synchronize.
-        k_feedback, v_feedback: how `append` passes rounding errors on to later channels, or None. Only int4 has
-            feedback. It does not change how pages are read.
+        k_feedback, v_feedback: how `append` passes rounding errors on to later channels, or None. Its heads are those
+            of `layout.rows`. Only int4 has feedback. It does not change how pages are read.
         counters: [2, 6] fp64 from `counters.new_counters`, or None. `append` updates it.
         constants: the static tensors of K and those of V, computed once from the fields above.
         bound: kernels that `sawkv.ops` has bound to these pages. Copies of the cache start without any.
@@ -103,7 +104,7 @@ class PagedKVCache:
                 continue
             if layout.format.codec != "int4":
                 raise LayoutError(f"{name}: expected an int4 format, got {layout.format}")
-            square = (layout.num_kv_heads, layout.head_dim, layout.head_dim)
+            square = (layout.rows.num_kv_heads, layout.rows.head_dim, layout.rows.head_dim)
             if feedback.weights.shape != square or feedback.weights.device != pages.device:
                 raise LayoutError(
                     f"{name}: expected weights {list(square)} on {pages.device}, "
@@ -136,6 +137,26 @@ class PagedKVCache:
     def __getstate__(self) -> dict[str, Any]:
         """Leave out bound kernels: they hold the addresses of this object's tensors."""
         return vars(self) | {"bound": {}}
+
+    def rows(self) -> PagedKVCache:
+        """The same tensors with `layout.rows`, for what writes and reads rows and knows of no parts."""
+        layout = self.layout.rows
+        if layout is self.layout:
+            return self
+
+        def seen(x: torch.Tensor | None) -> torch.Tensor | None:
+            return None if x is None else x.view(layout.num_kv_heads, layout.head_dim)
+
+        constants = tuple(
+            part._replace(center=seen(part.center), gain=seen(part.gain), gain_inverse=seen(part.gain_inverse))
+            for part in self.constants
+        )
+        k, v = constants
+        rows = copy(self)
+        vars(rows).update(
+            layout=layout, constants=constants, k_center=k.center, v_center=v.center, k_gain=k.gain, v_gain=v.gain
+        )
+        return rows
 
     def refresh(self) -> None:
         """Recompute the inverse gains in place. Call it after changing gains in place."""

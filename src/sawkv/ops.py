@@ -60,9 +60,10 @@ class Pages:
         layout = cache.layout
         self.cache = cache
         self._device = cache.pages.device
-        self._backend = select_backend(self._device, layout, backend)
-        self._kernels = self._backend.Pages(cache)
-        self._row_shape = (layout.num_kv_heads, layout.head_dim)
+        self._kernels = select_backend(self._device, layout.rows, backend).Pages(cache.rows())
+        self._head_shape = (layout.num_kv_heads, layout.head_dim)
+        self._row_shape = (layout.rows.num_kv_heads, layout.rows.head_dim)
+        self._has_parts = layout.parts > 1
 
     def append(self, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
         """Center, scale, rotate, quantize and pack K and V of new tokens, and write them to their slots.
@@ -86,7 +87,7 @@ class Pages:
         """
         shape, dtype = k.shape, k.dtype
         if not (
-            shape[1:] == self._row_shape
+            shape[1:] == self._head_shape
             and dtype in FLOAT_DTYPES
             and v.shape == shape
             and v.dtype is dtype
@@ -98,6 +99,8 @@ class Pages:
             and slot_mapping.shape[0] <= shape[0]
         ):
             self._check_append(k, v, slot_mapping)
+        if self._has_parts:
+            k, v = k.reshape(-1, *self._row_shape), v.reshape(-1, *self._row_shape)
         self._kernels.append(k, v, slot_mapping)
 
     def gather(self, prefixes: Prefixes, k_out: torch.Tensor, v_out: torch.Tensor, *, rotated: bool = True) -> None:
@@ -124,7 +127,7 @@ class Pages:
         """
         shape, dtype = k_out.shape, k_out.dtype
         if not (
-            shape[1:] == self._row_shape
+            shape[1:] == self._head_shape
             and dtype in FLOAT_DTYPES
             and v_out.shape == shape
             and v_out.dtype is dtype
@@ -133,6 +136,8 @@ class Pages:
             and v_out.is_contiguous()
         ):
             self._check_gather(prefixes, k_out, v_out)
+        if self._has_parts:
+            k_out, v_out = k_out.view(-1, *self._row_shape), v_out.view(-1, *self._row_shape)
         self._kernels.gather(prefixes, k_out, v_out, rotated)
 
     def _check_append(self, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
@@ -140,7 +145,7 @@ class Pages:
         test.
         """
         for name, x in (("k", k), ("v", v)):
-            _check(name, x, (None, *self._row_shape), FLOAT_DTYPES, self._device)
+            _check(name, x, (None, *self._head_shape), FLOAT_DTYPES, self._device)
         if k.shape != v.shape or k.dtype != v.dtype:
             raise LayoutError(f"k and v: expected equal shapes and dtypes, got {_show(k)} and {_show(v)}")
         _check("slot_mapping", slot_mapping, (None,), (torch.int64,), self._device)
@@ -153,7 +158,7 @@ class Pages:
         """Make the full check of `gather`'s arguments, for its message."""
         _check("block_table", prefixes.block_table, (None, None), (torch.int32,), self._device)
         for name, x in (("k_out", k_out), ("v_out", v_out)):
-            _check(name, x, (None, *self._row_shape), FLOAT_DTYPES, self._device)
+            _check(name, x, (None, *self._head_shape), FLOAT_DTYPES, self._device)
             if not x.is_contiguous():
                 raise LayoutError(f"{name}: expected a contiguous tensor, got strides {list(x.stride())}")
         if k_out.shape != v_out.shape or k_out.dtype != v_out.dtype:
@@ -202,6 +207,7 @@ class Attention(Pages):
         if sinks is not None:
             _check("sinks", sinks, (num_q_heads,), FLOAT_DTYPES, device)
         super().__init__(cache, backend)
+        self._backend = select_backend(device, layout, backend)
         self._attend = self._backend.Attention(
             Layer(cache, num_q_heads, softmax_scale, sliding_window, logit_softcap, sinks)
         )

@@ -8,6 +8,8 @@ import json
 from pathlib import Path
 from typing import Any, Final
 
+from benchmarks.shapes import SHAPES
+
 CONFIGS: Final[dict[str, dict[str, Any]]] = {
     "qwen3-8b": {
         "architectures": ["Qwen3ForCausalLM"],
@@ -264,23 +266,7 @@ CONFIGS: Final[dict[str, dict[str, Any]]] = {
         "vocab_size": 262400,
         "max_position_embeddings": 32768,
     },
-    "gemma-4-two-head-dims": {  # Gemma 4 with head_dims that this version serves: 128 in windows, 256 elsewhere
-        "architectures": ["Gemma4ForCausalLM"],
-        "model_type": "gemma4_text",
-        "hidden_size": 2816,
-        "intermediate_size": 2112,
-        "num_hidden_layers": 30,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 8,
-        "num_global_key_value_heads": 2,
-        "attention_k_eq_v": True,
-        "head_dim": 128,
-        "global_head_dim": 256,
-        "sliding_window": 1024,
-        "layer_types": (["sliding_attention"] * 5 + ["full_attention"]) * 5,
-        "vocab_size": 262144,
-        "max_position_embeddings": 262144,
-    },
+    "gemma-4-26b-a4b": SHAPES["gemma-4-26b-a4b"],
     "llama-3.1-8b": {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",

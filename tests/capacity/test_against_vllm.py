@@ -42,7 +42,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "short convolution": CONFIGS["lfm2-1.2b"],
     "shared KV": CONFIGS["gemma-3n-e4b"]
     | {"activation_sparsity_pattern": [0.0] * 35},  # vLLM computes with it, on the meta device
-    "two head_dims": CONFIGS["gemma-4-two-head-dims"],
+    "two head_dims": CONFIGS["gemma-4-26b-a4b"],
     WITHOUT_PREFIXES: CONFIGS["granite-4-h-small"],
 }
 

@@ -95,18 +95,23 @@ def test_a_block_grows_until_attentions_page_holds_a_state() -> None:
 
 
 def test_pages_of_unlike_layers_take_the_bytes_of_the_largest() -> None:
-    """Windows with 8 heads of 128: 4,096 bytes a token in 16 bits, 1,088 in INT4. Others with 2 of 256: 2,048 and 528.
+    """Windows with 8 heads of 256: 8,192 bytes a token in 16 bits, 2,112 in INT4. Others with 2 of 512: half of each,
+    so that their blocks hold twice the tokens.
 
-    In 16 bits blocks of the second hold twice the tokens. In INT4 that does not come out even, and their pages are
-    padded.
+    Heads of 128 and 256 take 1,088 and 528 bytes in INT4. That does not come out even, and pages are padded.
     """
-    shape = read_shape(CONFIGS["gemma-4-two-head-dims"])
+    config = CONFIGS["gemma-4-26b-a4b"]
+    shape = read_shape(config)
     bf16, _, int4 = (cut_blocks(shape, H100, cache) for cache in caches(shape))
-    assert (bf16.nbytes, bf16.block_size, bf16.least_prefix_hit) == (5 * 16 * 4096, 32, 32)
-    assert (int4.nbytes, int4.block_size, int4.least_prefix_hit) == (5 * 64 * 1088, 64, 64)
+    assert (bf16.nbytes, bf16.block_size, bf16.least_prefix_hit) == (5 * 16 * 8192, 32, 32)
+    assert (int4.nbytes, int4.block_size, int4.least_prefix_hit) == (5 * 64 * 2112, 128, 128)
     # 5 groups of windows: 1,023 tokens and two steps of 16,384 are more than the context, so 17,408 / 64 blocks and
     # one. One group of others.
-    assert int4.of_request == 5 * (272 + 1) + 272
+    assert int4.of_request == 5 * (272 + 1) + 136
+    shape = read_shape(config | {"head_dim": 128, "global_head_dim": 256})
+    padded = cut_blocks(shape, H100, caches(shape)[-1])
+    assert (padded.nbytes, padded.block_size, padded.least_prefix_hit) == (5 * 64 * 1088, 64, 64)
+    assert padded.of_request == 5 * (272 + 1) + 272
 
 
 def test_all_windows_of_one_size_share_a_group() -> None:

@@ -10,7 +10,6 @@ import json
 import multiprocessing
 import os
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -161,26 +160,11 @@ def _mutate(kind: str | None) -> None:
     """Change what `append` writes, in this process."""
     if kind is None:
         return
-    import torch
-
-    from sawkv import ops
-    from sawkv.format.codecs import CODECS, IntegerCodec, PassthroughCodec
+    from benchmarks.simulated import append_by_reference, simulate_int4
+    from sawkv.format.codecs import CODECS, IntegerCodec
     from sawkv.format.feedback import Feedback
-    from sawkv.kernels import reference
 
-    int4, fp32 = IntegerCodec(4), PassthroughCodec(torch.float32)
-
-    def append_by_reference(**changed: None) -> None:
-        """Have the reference write the pages, of a cache that is changed so."""
-
-        def append(self: ops.Pages, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
-            reference.Pages(replace(self.cache, **changed)).append(k, v, slot_mapping)
-
-        ops.Pages.append = append  # type: ignore[method-assign]
-
-    class Simulated(PassthroughCodec):
-        def encode(self, y: torch.Tensor, feedback: Feedback | None = None) -> tuple[torch.Tensor, None]:
-            return fp32.encode(int4.decode(*int4.encode(y, feedback)))
+    int4 = IntegerCodec(4)
 
     class Swapped(IntegerCodec):
         def encode(self, y: torch.Tensor, feedback: Feedback | None = None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -210,8 +194,8 @@ def _mutate(kind: str | None) -> None:
         backend.VLLM_SIZES_WINDOWS = True  # type: ignore[misc]
         return
     if kind == "simulate_int4":
-        CODECS["fp32"] = Simulated(torch.float32)
-    else:
-        CODECS["int4"] = Swapped(4)
+        simulate_int4()
+        return
+    CODECS["int4"] = Swapped(4)
     # The mutated codec is Python's, so the reference writes; the backend under test still reads.
     append_by_reference()

@@ -13,15 +13,15 @@ from typing import Any
 
 import pytest
 
-from benchmarks.architectures import WINDOW, make_model
+from benchmarks.families import WINDOW, make_model
 from sawkv import CacheFormat, PageLayout
 from tests.vllm.engine import run_engine
 
 pytestmark = pytest.mark.vllm
 
 BLOCK_SIZE = 32
-NUM_BLOCKS = {"mistral-7b": 9, "gemma-2-9b": 26}
-LAYERS_IN_A_POOL = {"mistral-7b": 4, "gemma-2-9b": 2}
+NUM_BLOCKS = {"mistral": 9, "gemma-2": 26}
+LAYERS_IN_A_POOL = {"mistral": 4, "gemma-2": 2}
 TOKENS = 40
 INT4 = {"kv_cache_dtype": "int4_per_token_head"}
 
@@ -82,7 +82,7 @@ def test_windowed_int4_pages_take_their_bytes_and_equal_the_simulated_format_bit
     assert simulated["logprobs"] == packed["logprobs"]
 
 
-@pytest.mark.parametrize("name", ["gemma-2-9b"], scope="module")
+@pytest.mark.parametrize("name", ["gemma-2"], scope="module")
 def test_what_a_skipped_layer_costs_in_a_pool_that_groups_share_is_said(name: str, model: Path) -> None:
     options = {"skip_tokenizer_init": True, "dtype": "float32", "max_model_len": 512, "block_size": BLOCK_SIZE}
     whole, skipping = (
@@ -100,7 +100,7 @@ def test_what_a_skipped_layer_costs_in_a_pool_that_groups_share_is_said(name: st
 
 
 @pytest.mark.parametrize(
-    "name", ["mistral-7b"], scope="module"
+    "name", ["mistral"], scope="module"
 )  # groups of layers with pages of unlike sizes are refused by vLLM itself
 def test_pages_of_another_size_are_refused_at_start_up(name: str, model: Path) -> None:
     from sawkv.integrations.vllm.windows import VLLM_SIZES_WINDOWS

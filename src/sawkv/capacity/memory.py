@@ -98,7 +98,7 @@ class KVCache:
         heads = max(1, layer.num_kv_heads // ranks)
         if self.cache_format is None:
             return heads * 2 * layer.head_dim * self.element_bytes
-        return heads * PageLayout(self.cache_format, 1, layer.head_dim, PAGE_SIZE_MULTIPLE).token_bytes
+        return heads * PageLayout(self.cache_format, 1, layer.head_dim, PAGE_SIZE_MULTIPLE).head_bytes
 
 
 def engine_caches(shape: ModelShape) -> list[KVCache]:

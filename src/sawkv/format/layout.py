@@ -7,7 +7,7 @@ from functools import cached_property
 
 from sawkv.errors import FormatError
 from sawkv.format.constants import SEGMENT_BYTES
-from sawkv.format.spec import CacheFormat, ResolvedFormat
+from sawkv.format.spec import MAX_ROW_DIM, CacheFormat, ResolvedFormat
 
 PAGE_SIZE_MULTIPLE = 16
 ENGINE_PAGE_SIZE = 64
@@ -52,9 +52,21 @@ class PageLayout:
         return self.format.v_rotation_order
 
     @cached_property
+    def parts(self) -> int:
+        """Rows per head: 1, and 2 at head_dim 512."""
+        return -(-self.head_dim // MAX_ROW_DIM)
+
+    @cached_property
+    def rows(self) -> PageLayout:
+        """The same bytes, as those of heads with one row each. Part p of head h is head h * parts + p."""
+        if self.parts == 1:
+            return self
+        return PageLayout(self.format, self.num_kv_heads * self.parts, self.head_dim // self.parts, self.page_size)
+
+    @cached_property
     def row_bytes(self) -> int:
         """Bytes of one row's codes."""
-        return self.head_dim * self.format.bits // 8
+        return self.head_dim // self.parts * self.format.bits // 8
 
     @cached_property
     def meta_bytes(self) -> int:
@@ -63,8 +75,13 @@ class PageLayout:
 
     @cached_property
     def token_bytes(self) -> int:
-        """Bytes of K and V of one token and one KV head."""
+        """Bytes of one row of K and one of V."""
         return 2 * (self.row_bytes + self.meta_bytes)
+
+    @cached_property
+    def head_bytes(self) -> int:
+        """Bytes of K and V of one token and one KV head."""
+        return self.parts * self.token_bytes
 
     @cached_property
     def k_meta_offset(self) -> int:
@@ -80,7 +97,7 @@ class PageLayout:
 
     @cached_property
     def span_bytes(self) -> int:
-        """Bytes of one KV head in one page."""
+        """Bytes of one KV head in one page, or of one part of a head."""
         return self.page_size * self.token_bytes
 
     @cached_property
@@ -101,4 +118,4 @@ class PageLayout:
 
     def pages_shape(self, num_pages: int) -> tuple[int, int, int, int]:
         """Shape of the uint8 tensor that holds `num_pages` pages."""
-        return num_pages, self.num_kv_heads, self.page_size, self.token_bytes
+        return num_pages, self.num_kv_heads * self.parts, self.page_size, self.token_bytes

@@ -17,7 +17,9 @@ CODEC_BITS: Final = {"int4": 4, "int8": 8, "bf16": 16, "fp16": 16, "fp32": 32}
 QUANTIZED_CODECS: Final = frozenset({"int4", "int8"})
 MIN_ROTATION_ORDER: Final = 16
 MAX_DEFAULT_ROTATION_ORDER: Final = 128
-HEAD_DIMS: Final = range(16, 257, 16)
+MAX_ROW_DIM: Final = 256
+"""Channels of a row, which has one scale and one zero point. Wider heads are stored as several rows."""
+HEAD_DIMS: Final = (*range(16, MAX_ROW_DIM + 1, 16), 2 * MAX_ROW_DIM)
 
 _NAME = re.compile(r"(?P<codec>[a-z]+[0-9]{1,2})(?:-k(?P<k>[0-9]{1,3})-v(?P<v>[0-9]{1,3}))?", re.ASCII)
 
@@ -95,21 +97,23 @@ class CacheFormat:
         """Fill in default rotation orders, and check the format against `head_dim`.
 
         Raises:
-            FormatError: head_dim is not a multiple of 16 up to 256, or an order does not divide it.
+            FormatError: head_dim is not one of `HEAD_DIMS`, or an order does not divide the channels of a row.
         """
         if head_dim not in HEAD_DIMS:
-            raise FormatError(f"head_dim: expected a multiple of 16 from 16 to 256, got {head_dim}")
-        default = min(head_dim & -head_dim, MAX_DEFAULT_ROTATION_ORDER) if self.quantized else 0
+            raise FormatError(f"head_dim: expected a multiple of 16 from 16 to 256, or 512, got {head_dim}")
+        row_dim = min(head_dim, MAX_ROW_DIM)
+        default = min(row_dim & -row_dim, MAX_DEFAULT_ROTATION_ORDER) if self.quantized else 0
         k, v = (default if order is None else order for order in (self.k_rotation_order, self.v_rotation_order))
         for kind, order in (("K", k), ("V", v)):
-            if order and head_dim % order:
-                raise FormatError(f"{kind} rotation order: expected a divisor of head_dim {head_dim}, got {order}")
+            if order and row_dim % order:
+                of = f"head_dim {head_dim}" if row_dim == head_dim else f"{row_dim}, half of head_dim {head_dim}"
+                raise FormatError(f"{kind} rotation order: expected a divisor of {of}, got {order}")
         return ResolvedFormat(self.codec, k, v)
 
 
 @dataclass(frozen=True, eq=False)
 class ResolvedFormat(CacheFormat):
-    """A `CacheFormat` whose rotation orders are known and divide the head_dim. `CacheFormat.resolve` makes it."""
+    """A `CacheFormat` whose rotation orders are known and divide a row's channels. `CacheFormat.resolve` makes it."""
 
     k_rotation_order: int = field()
     v_rotation_order: int = field()

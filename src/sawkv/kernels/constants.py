@@ -16,7 +16,7 @@ HEADER_NAME: Final = "format_constants.h"
 
 NUMBERS: Final[dict[str, int | float]] = {
     **{name: value for name, value in vars(constants).items() if name.isupper()},
-    "MAX_HEAD_DIM": HEAD_DIMS[-1],
+    "MAX_HEAD_DIM": max(HEAD_DIMS),
 }
 
 

@@ -150,12 +150,11 @@ def read_sequence(cache: PagedKVCache, block_table_row: torch.Tensor, length: in
     k_codes, k_meta, v_codes, v_meta = planes(cache)
     k = k_codes[page, :, offset]
     v = swizzle_segments(v_codes[page, :, offset], offset[:, None], layout)
-    if not layout.meta_bytes:
-        return codec.decode(k, None), codec.decode(v, None)
-    return (
-        codec.decode(k, k_meta[page, :, offset].view(torch.float16)),
-        codec.decode(v, v_meta[page, :, offset].view(torch.float16)),
-    )
+    decoded = []
+    for codes, meta in ((k, k_meta), (v, v_meta)):
+        row = codec.decode(codes, meta[page, :, offset].view(torch.float16) if layout.meta_bytes else None)
+        decoded.append(row.view(length, layout.num_kv_heads, layout.head_dim))
+    return decoded[0], decoded[1]
 
 
 def planes(cache: PagedKVCache) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:

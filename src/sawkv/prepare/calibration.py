@@ -54,8 +54,8 @@ class LayerCalibration:
 
     Attributes:
         k_center, v_center, k_gain, v_gain, k_feedback, v_feedback: as in `PagedKVCache`, which takes `**constants()`.
-        k_energy, v_energy: [num_kv_heads] fp32, mean squared length of centered and scaled rows on the text of the fit.
-            Quantization errors are proportional to it.
+        k_energy, v_energy: [num_kv_heads * parts] fp32, mean squared length of centered and scaled rows on the text of
+            the fit. Quantization errors are proportional to it.
     """
 
     k_center: torch.Tensor | None = None
@@ -76,15 +76,16 @@ class LayerCalibration:
         """Allocate every constant that a layer of this layout can have, with values that change nothing. `fill` sets
         them in place later.
         """
-        heads, head_dim = layout.num_kv_heads, layout.head_dim
+        shape, rows = (layout.num_kv_heads, layout.head_dim), layout.rows
 
         def vectors(value: float) -> torch.Tensor:
-            return torch.full((heads, head_dim), value, dtype=torch.float32, device=device)
+            return torch.full(shape, value, dtype=torch.float32, device=device)
 
         def feedback() -> Feedback | None:
             if layout.format.codec != "int4":
                 return None
-            weights = torch.zeros(heads, head_dim, head_dim, dtype=torch.int8, device=device)
+            heads, row_dim = rows.num_kv_heads, rows.head_dim
+            weights = torch.zeros(heads, row_dim, row_dim, dtype=torch.int8, device=device)
             return Feedback(weights, torch.zeros(heads, dtype=torch.float32, device=device))
 
         return cls(vectors(0), vectors(0), vectors(1), vectors(1), feedback(), feedback())

@@ -18,11 +18,13 @@ unknown, it is the squared error of the head's own output.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from sawkv.errors import UnsupportedError
 from sawkv.format.feedback import Feedback, cost_with_feedback, fit_feedback
+from sawkv.format.layout import PAGE_SIZE_MULTIPLE, PageLayout
 from sawkv.format.rotation import hadamard_matrix
 from sawkv.format.spec import CacheFormat, ResolvedFormat
 from sawkv.prepare.calibration import LayerCalibration
@@ -59,9 +61,9 @@ def fit(statistics: Sequence[LayerStatistics], cache_format: CacheFormat) -> lis
     fitted: dict[int, LayerCalibration] = {}
     for shape in sorted({(layer.num_kv_heads, layer.head_dim) for layer in statistics}):
         members = [i for i, layer in enumerate(statistics) if (layer.num_kv_heads, layer.head_dim) == shape]
-        fitted.update(
-            zip(members, _fit_alike([statistics[i] for i in members], cache_format.resolve(shape[1])), strict=True)
-        )
+        layout = PageLayout(cache_format, *shape, PAGE_SIZE_MULTIPLE)
+        parts = _fit_alike([statistics[i].split(layout.parts) for i in members], layout.format)
+        fitted.update(zip(members, (_joined(part, shape) for part in parts), strict=True))
     return [fitted[i] for i in range(len(statistics))]
 
 
@@ -106,6 +108,12 @@ def _fit_alike(statistics: list[LayerStatistics], cache_format: ResolvedFormat) 
         )
         for i in range(len(statistics))
     ]
+
+
+def _joined(part: LayerCalibration, shape: tuple[int, int]) -> LayerCalibration:
+    """What was fitted to rows, with the vectors of whole heads; feedback and energies stay those of rows."""
+    vectors = {name: getattr(part, name).view(shape) for name in ("k_center", "v_center", "k_gain", "v_gain")}
+    return replace(part, **vectors)
 
 
 def _value_hessian(layer: LayerStatistics) -> torch.Tensor:

@@ -10,6 +10,7 @@ Rows are not kept, so memory does not grow with the text. Q and K are taken afte
 
 from __future__ import annotations
 
+from copy import copy
 from typing import Final
 
 import torch
@@ -122,6 +123,25 @@ class LayerStatistics:
             self.query_gram[head] += flat.mT @ flat
         self.queries += grouped.shape[1] * len(q)
         self.rows += len(k)
+
+    def split(self, parts: int) -> LayerStatistics:
+        """These sums as of heads that are `parts` rows each, as their pages are: [num_kv_heads * parts] heads."""
+        if parts == 1:
+            return self
+        heads, size = self.num_kv_heads * parts, self.head_dim // parts
+
+        def blocks(gram: torch.Tensor) -> torch.Tensor:
+            split = gram.view(-1, parts, size, parts, size)
+            return torch.stack([split[:, i, :, i] for i in range(parts)], 1).flatten(0, 1)
+
+        whole = copy(self)
+        whole.num_kv_heads, whole.head_dim = heads, size
+        whole.weights = self.weights.repeat_interleave(parts, 1)
+        for name in ("sums", "squares", "plain_sums", "plain_squares"):
+            setattr(whole, name, getattr(self, name).view(2, heads, size))
+        whole.query_gram = blocks(self.query_gram)
+        whole.output_gram = None if self.output_gram is None else blocks(self.output_gram)
+        return whole
 
     def _importance(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: int

@@ -44,7 +44,7 @@ def say_format(
     logger.info(
         "sawkv: KV cache format %s, %d bytes per token, KV head and layer (16 bits: %d), %s kernels%s",
         cache_format,
-        layout.token_bytes,
+        layout.head_bytes,
         4 * head_dim,
         backend.name,
         f", calibrated by {calibration}" if calibration else "",
@@ -72,7 +72,7 @@ def say_pages(spec: AttentionSpec, layout: PageLayout, reused_block: int) -> Non
         layout: of the group's pages.
         reused_block: tokens of the prefix cache's block, which vLLM may cut into several pages; 0 if the cache is off.
     """
-    needed, taken = layout.num_kv_heads * layout.span_bytes, int(spec.page_size_bytes)
+    needed, taken = layout.rows.num_kv_heads * layout.span_bytes, int(spec.page_size_bytes)
     wide = 4 * layout.head_dim * layout.num_kv_heads * layout.page_size
     if taken > needed:
         logger.warning_once(  # groups are often alike

@@ -111,7 +111,7 @@ class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
 
     def _make_reader(self, layers: Mapping[str, Any], rank: int) -> CounterReader | None:
         """Who reads what this group's layers count; None where the kernels count nothing."""
-        layout = self._impls[0].layout(PAGE_SIZE_MULTIPLE)
+        layout = self._impls[0].layout(PAGE_SIZE_MULTIPLE).rows
         if not select_backend(self.device, layout).counts:
             return None
         first = self._first_impl(layers)
@@ -316,7 +316,7 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
             UnsupportedError: vLLM's size differs. Pages would be read wrongly.
         """
         layout = self.layout(spec.block_size)
-        expected = layout.num_kv_heads * layout.span_bytes
+        expected = layout.rows.num_kv_heads * layout.span_bytes
         if spec.unpadded_page_size_bytes != expected:
             raise UnsupportedError(
                 f"sawkv: expected pages of {expected} bytes for {spec.block_size} tokens and {self.num_kv_heads} KV"
@@ -367,7 +367,9 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
             counters = (
                 None if self.reader is None or self.reader.counters is None else self.reader.counters[self.reader_place]
             )
-            cache = PagedKVCache(kv_cache.view(torch.uint8), self.layout(kv_cache.shape[2]), **parts, counters=counters)
+            layout = self.layout(kv_cache.shape[2])
+            pages = kv_cache.view(torch.uint8).view(layout.pages_shape(kv_cache.shape[0]))
+            cache = PagedKVCache(pages, layout, **parts, counters=counters)
             self._attention = ops.Attention(
                 cache,
                 num_q_heads=self.num_heads,
@@ -467,7 +469,7 @@ def _energies(part: LayerCalibration) -> tuple[float, float] | None:
 
 def token_bytes(codec: str, head_size: int) -> int:
     """Bytes of K and V of one token and one KV head."""
-    return PageLayout(CacheFormat(codec), 1, head_size, PAGE_SIZE_MULTIPLE).token_bytes
+    return PageLayout(CacheFormat(codec), 1, head_size, PAGE_SIZE_MULTIPLE).head_bytes
 
 
 def _check_supported(

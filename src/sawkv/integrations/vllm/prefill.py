@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from vllm.v1.attention.backend import CommonAttentionMetadata
 
 DTYPES = (torch.bfloat16, torch.float16)
+MAX_FLASH_HEAD_DIM = 256
+"""Of FlashAttention 2 and 3."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,11 @@ class FlashPrefill:
             raise UnsupportedError(
                 "sawkv on a GPU: expected vLLM's FlashAttention and a model in bfloat16 or float16, "
                 f"got FlashAttention {version} and {self.dtype}"
+            )
+        if head_size > MAX_FLASH_HEAD_DIM and version < 4:
+            raise UnsupportedError(
+                f"sawkv on a GPU: expected FlashAttention 4 for head_dim {head_size}, got FlashAttention {version},"
+                f" which this card or --attention-config takes. {refusals.WAY_OUT}"
             )
         if sinks is not None and version == 2:
             raise UnsupportedError(

@@ -128,6 +128,7 @@ def _describe(cache: PagedKVCache) -> Any:
     described.row_bytes, described.meta_bytes = layout.row_bytes, layout.meta_bytes
     described.k_order, described.v_order = layout.k_rotation_order, layout.v_rotation_order
     described.swizzle_multiplier, described.swizzle_period = layout.swizzle_factors
+    described.parts = layout.parts
     for target, constants in zip((described.k, described.v), cache.constants, strict=True):
         for field, tensor in constants._asdict().items():
             setattr(target, field, _address(tensor))

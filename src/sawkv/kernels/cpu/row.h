@@ -27,9 +27,11 @@ struct Cache {
   int64_t page_stride, num_pages;
   int32_t codec, num_kv_heads, head_dim, page_size, row_bytes, meta_bytes;
   int32_t k_order, v_order, swizzle_multiplier, swizzle_period;
+  int32_t parts;  // rows per head: each is stored as a head of its own
   Constants k, v;
 };
 
+// `head` counts parts.
 inline uint8_t* span_of(const Cache& cache, int64_t page, int head) {
   return cache.pages + page * cache.page_stride +
          int64_t(head) * cache.page_size * 2 * (cache.row_bytes + cache.meta_bytes);
@@ -189,14 +191,18 @@ inline void decode_row(const Cache& cache, const uint8_t* row, const uint8_t* me
 // `count` tokens of one sequence from position `first`, K and V, as fp32 rows of `head_dim`.
 template <int CODEC>
 void decode_tokens(const Cache& cache, const int32_t* pages, int head, int first, int count, float* k, float* v) {
+  const int part_dim = cache.head_dim / cache.parts;
   for (int t = 0; t < count; ++t) {
     const int offset = (first + t) % cache.page_size;
-    const uint8_t* span = span_of(cache, pages[(first + t) / cache.page_size], head);
     const int64_t row = int64_t(offset) * cache.row_bytes,
                   meta = int64_t(cache.page_size) * cache.row_bytes + offset * cache.meta_bytes;
-    if (k) decode_row<CODEC>(cache, span + row, span + meta, 0, k + t * cache.head_dim);
-    span += v_offset(cache);
-    if (v) decode_row<CODEC>(cache, span + row, span + meta, swizzle_of(cache, offset), v + t * cache.head_dim);
+    for (int part = 0; part < cache.parts; ++part) {
+      const uint8_t* span = span_of(cache, pages[(first + t) / cache.page_size], head * cache.parts + part);
+      const int at = t * cache.head_dim + part * part_dim;
+      if (k) decode_row<CODEC>(cache, span + row, span + meta, 0, k + at);
+      span += v_offset(cache);
+      if (v) decode_row<CODEC>(cache, span + row, span + meta, swizzle_of(cache, offset), v + at);
+    }
   }
 }
 

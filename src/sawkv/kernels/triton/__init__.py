@@ -1,4 +1,4 @@
-"""Triton backend for NVIDIA GPUs from Ampere on: INT4, INT8 and 16-bit pages with any head_dim from 64 to 256.
+"""Triton backend for NVIDIA GPUs from Ampere on: INT4, INT8 and 16-bit pages with any head_dim from 64.
 
 The CUDA backend is faster for the layouts that it supports; this backend serves all others. CI runs it in Triton's
 interpreter (TRITON_INTERPRET=1).
@@ -16,6 +16,7 @@ import triton.language as tl
 from sawkv import kernels
 from sawkv.cache import PagedKVCache
 from sawkv.format.layout import PageLayout
+from sawkv.format.spec import HEAD_DIMS as ANY_HEAD_DIM
 from sawkv.kernels import Layer, Prefixes, ScheduleShape, Step
 from sawkv.kernels.triton.append import append_kernel
 from sawkv.kernels.triton.common import INTERPRETED
@@ -26,7 +27,7 @@ name = "triton"
 counts = True
 
 MIN_CAPABILITY = (8, 0)
-HEAD_DIMS = range(64, 257, 16)
+HEAD_DIMS = tuple(head_dim for head_dim in ANY_HEAD_DIM if head_dim >= 64)
 STORED = {"int4": tl.uint8, "int8": tl.uint8, "bf16": tl.bfloat16, "fp16": tl.float16}
 """Codecs that the kernels support, and the type that they load."""
 ROTATE_TOKENS = 8
@@ -53,7 +54,7 @@ def unsupported_reason(device: torch.device, layout: PageLayout) -> str | None:
     if layout.format.codec not in STORED:
         return f"expected {', '.join(STORED)}, got {layout.format.codec}"
     if layout.head_dim not in HEAD_DIMS:
-        return f"expected head_dim from {HEAD_DIMS[0]} to {HEAD_DIMS[-1]}, got {layout.head_dim}"
+        return f"expected head_dim from {HEAD_DIMS[0]}, got {layout.head_dim}"
     if INTERPRETED.value:
         return None
     if device.type != "cuda" or torch.version.hip:
@@ -165,7 +166,7 @@ class Schedule(kernels.Schedule):
         query_dtype = torch.bfloat16 if layout.format.codec == "bf16" else torch.float16
         self.queries = torch.empty(max_query_rows, self.width, dtype=query_dtype, device=device)
         self.query_stats, self.query_offsets = (
-            torch.empty(max_query_rows, 2, device=device),
+            torch.empty(max_query_rows, layout.parts + 1, device=device),
             torch.empty(max_query_rows, device=device),
         )
         self.partials = torch.empty(max_chunks, self.units, self.rows, self.width, device=device)
@@ -204,7 +205,8 @@ class Attention:
     def __init__(self, layer: Layer) -> None:
         self._layer = layer
         self._constants = _page_constants(layer.cache.layout)
-        self._shape = {key: self._constants[key] for key in ("HEAD_DIM", "WIDTH", "BITS")}
+        self._constants["PARTS"] = layer.cache.layout.parts
+        self._shape = {key: self._constants[key] for key in ("HEAD_DIM", "WIDTH", "PARTS", "BITS")}
 
     def __call__(self, q: torch.Tensor, step: Step, out: torch.Tensor, lse: torch.Tensor | None) -> None:
         """See `sawkv.ops.Attention.__call__`."""
@@ -262,7 +264,7 @@ class Attention:
             HAS_WINDOW=layer.sliding_window > 0,
             TILE=schedule.tile,
             STAGES=DECODE_STAGES,
-            num_warps=DECODE_WARPS,
+            num_warps=DECODE_WARPS * layout.parts,
             enable_fp_fusion=True,
         )
         merge_kernel[(num_seqs, schedule.units, schedule.rows)](

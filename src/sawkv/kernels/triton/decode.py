@@ -9,6 +9,9 @@ rows of one KV head, and `merge_kernel` adds the chunks of a sequence. Codes are
 A row of codes is read as 16-bit words of PLANES codes each. Plane i, the i-th code of every word, holds channels c with
 c % PLANES == i. Queries and partial results have the order of planes. Tokens are the rows of products, because there
 may be only 8 query rows. Over 400 lines: four kernels that share these conventions.
+
+A head of 512 channels is stored as PARTS = 2 rows, each with its own scale and zero point. Scores are summed over the
+parts, and each part has results of its own.
 """
 
 from __future__ import annotations
@@ -120,14 +123,16 @@ def prepare_kernel(
     scale_log2,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
+    PARTS: tl.constexpr,
     BITS: tl.constexpr,
     ORDER: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Divide query rows by K's gains, rotate them, and round them to 16 bits in the order of planes: queries [num_rows,
-    WIDTH], by (token, query head).
+    """Divide query rows by K's gains, rotate them, and round them to 16 bits in the order of parts and planes: queries
+    [num_rows, WIDTH], by (token, query head).
 
-    query_stats: [num_rows, 2] fp32: sum of the row in units of codes, and the factor of its scores, log2(e) included.
+    query_stats: [num_rows, PARTS + 1] fp32: sums of the row's parts in units of codes, and the factor of its scores,
+    log2(e) included.
     query_offsets: [num_rows] fp32 or None: the term q.k_center of the row's scores, in the same unit.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -148,16 +153,142 @@ def prepare_kernel(
     exponent = tl.minimum(tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) - 127, -100), 100)
     y = y * ((13 - exponent + 127) << 23).to(tl.float32, bitcast=True)[:, None]
     element = queries.dtype.element_ty
-    total = tl.sum(round_to(y, element).to(tl.float32), 1)
+    PART: tl.constexpr = WIDTH // PARTS
+    totals = tl.sum(tl.reshape(round_to(y, element).to(tl.float32), (ROWS, PARTS, PART)), 2)
     PLANES: tl.constexpr = 16 // BITS
     if BITS == 4:
         y = tl.where(channel % 2 == 1, y / ODD_NIBBLE, y)
-    place = channel % PLANES * (WIDTH // PLANES) + channel // PLANES
+    place = channel // PART * PART + channel % PLANES * (PART // PLANES) + channel % PART // PLANES
     tl.store(queries + row[:, None].to(tl.int64) * WIDTH + place, round_to(y, element), mask=(row < num_rows)[:, None])
     CODE_EXPONENT: tl.constexpr = 24 if BITS < 16 else 0  # codes are n * 2^-24
     factor = scale_log2 * ((exponent - 13 + CODE_EXPONENT + 127) << 23).to(tl.float32, bitcast=True)
-    tl.store(query_stats + 2 * row, total * 2.0**-CODE_EXPONENT, mask=row < num_rows)
-    tl.store(query_stats + 2 * row + 1, factor, mask=row < num_rows)
+    stats = query_stats + (PARTS + 1) * row
+    part = tl.arange(0, PARTS)[None, :]
+    tl.store(stats[:, None] + part, totals * 2.0**-CODE_EXPONENT, mask=(row < num_rows)[:, None])
+    tl.store(stats + PARTS, factor, mask=row < num_rows)
+
+
+@triton.jit
+def _load_query_planes(place, is_row, COLUMNS: tl.constexpr, PLANES: tl.constexpr):
+    """The planes of a part of the query rows, each [COLUMNS, BLOCK_ROWS]; those that are not there are the first."""
+    q0 = tl.load(place, mask=is_row[None, :], other=0)
+    q1 = q0
+    q2 = q0
+    q3 = q0
+    if PLANES > 1:
+        q1 = tl.load(place + COLUMNS, mask=is_row[None, :], other=0)
+    if PLANES > 2:
+        q2 = tl.load(place + 2 * COLUMNS, mask=is_row[None, :], other=0)
+        q3 = tl.load(place + 3 * COLUMNS, mask=is_row[None, :], other=0)
+    return q0, q1, q2, q3
+
+
+@triton.jit
+def _score_part(
+    k_plane,
+    offset,
+    is_there,
+    q0,
+    q1,
+    q2,
+    q3,
+    query_sum,
+    query_factor,
+    WORDS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BITS: tl.constexpr,
+    K_TYPE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+):
+    """Scores of a tile's tokens by one part of their rows, [TILE, BLOCK_ROWS]."""
+    PLANES: tl.constexpr = 16 // BITS
+    column = tl.arange(0, COLUMNS)
+    k_place = offset[:, None] * WORDS + column[None, :]
+    words = tl.load(k_plane[:, None] + k_place, mask=is_there[:, None] & (column < WORDS)[None, :], other=0)
+    scores = tl.zeros([offset.shape[0], q0.shape[1]], tl.float32)
+    scores = multiply(codes_in(words, 0, BITS, K_TYPE), q0, scores)
+    if PLANES > 1:
+        scores = multiply(codes_in(words, 1, BITS, K_TYPE), q1, scores)
+    if PLANES > 2:
+        scores = multiply(codes_in(words, 2, BITS, K_TYPE), q2, scores)
+        scores = multiply(codes_in(words, 3, BITS, K_TYPE), q3, scores)
+    if BITS < 16:
+        k_meta = tl.load(
+            (k_plane + PAGE_SIZE * WORDS + offset * 2).to(tl.pointer_type(tl.int32)), mask=is_there, other=0
+        )
+        scores = (scores - high_half(k_meta)[:, None] * query_sum[None, :]) * (
+            low_half(k_meta)[:, None] * query_factor[None, :]
+        )
+    else:
+        scores *= query_factor[None, :]
+    return scores
+
+
+@triton.jit
+def _add_values(
+    v_plane,
+    offset,
+    is_there,
+    is_visible,
+    weights,
+    shrink,
+    zero,
+    out0,
+    out1,
+    out2,
+    out3,
+    WORDS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    BITS: tl.constexpr,
+    V_TYPE: tl.constexpr,
+    PAGE_SIZE: tl.constexpr,
+    SWIZZLE_MULTIPLIER: tl.constexpr,
+    SWIZZLE_PERIOD: tl.constexpr,
+):
+    """One part of the output, its planes [COLUMNS, BLOCK_ROWS], with a tile's tokens added; and what zero points
+    take.
+    """
+    PLANES: tl.constexpr = 16 // BITS
+    if BITS < 16:
+        v_meta = tl.load(
+            (v_plane + PAGE_SIZE * WORDS + offset * 2).to(tl.pointer_type(tl.int32)), mask=is_there, other=0
+        )
+        weights *= (low_half(v_meta) * 2.0**V_SHIFT)[:, None]
+        if is_visible is not None:
+            weights = tl.where(is_visible, weights, 0)  # a hidden token's scale may be NaN
+    rounded = round_to(weights, V_TYPE)
+    if BITS < 16:  # from the rounded weights, so that rounding acts on n - zero and not on n and zero apart
+        zero = zero * shrink + tl.sum(widen(rounded) * high_half(v_meta)[:, None], 0)
+    column = tl.arange(0, COLUMNS)
+    v_place = (
+        swizzled(column[:, None], offset[None, :], 8, SWIZZLE_MULTIPLIER, SWIZZLE_PERIOD) + offset[None, :] * WORDS
+    )
+    if not INTERPRETED and SWIZZLE_PERIOD > 1:  # segments are whole
+        v_place = tl.max_contiguous(tl.multiple_of(v_place, (8, 1)), (8, 1))
+    words = tl.load(v_plane[None, :] + v_place, mask=is_there[None, :] & (column < WORDS)[:, None], other=0)
+    out0 = multiply(codes_in(words, 0, BITS, V_TYPE), rounded, out0 * shrink[None, :])
+    if PLANES > 1:
+        out1 = multiply(codes_in(words, 1, BITS, V_TYPE), rounded, out1 * shrink[None, :])
+    if PLANES > 2:
+        out2 = multiply(codes_in(words, 2, BITS, V_TYPE), rounded, out2 * shrink[None, :])
+        out3 = multiply(codes_in(words, 3, BITS, V_TYPE), rounded, out3 * shrink[None, :])
+    return zero, out0, out1, out2, out3
+
+
+@triton.jit
+def _store_part(to, is_row, zero, out0, out1, out2, out3, COLUMNS: tl.constexpr, BITS: tl.constexpr):
+    """One part of a chunk's output, brought to the unit of values."""
+    if BITS < 16:
+        offset = (zero * 2.0**-V_SHIFT)[None, :]
+        EVEN: tl.constexpr = 2.0 ** (133 - V_SHIFT)  # codes are n * 2^-133
+        ODD: tl.constexpr = EVEN / ODD_NIBBLE if BITS == 4 else EVEN
+        tl.store(to, out0 * EVEN - offset, mask=is_row[None, :])
+        tl.store(to + COLUMNS, out1 * ODD - offset, mask=is_row[None, :])
+        if BITS == 4:
+            tl.store(to + 2 * COLUMNS, out2 * EVEN - offset, mask=is_row[None, :])
+            tl.store(to + 3 * COLUMNS, out3 * ODD - offset, mask=is_row[None, :])
+    else:
+        tl.store(to, out0, mask=is_row[None, :])
 
 
 @triton.jit
@@ -179,6 +310,7 @@ def decode_kernel(
     window,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
+    PARTS: tl.constexpr,
     BITS: tl.constexpr,
     STORED: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
@@ -197,17 +329,18 @@ def decode_kernel(
 ):
     """Grid [max_chunks * NUM_KV_HEADS * ROW_GROUPS]: each program takes one chunk, KV head and row group.
 
-    partials: [max_chunks, NUM_KV_HEADS * ROW_GROUPS, ROWS, WIDTH] fp32 in the order of planes, not divided by the sum
-    of weights.
+    partials: [max_chunks, NUM_KV_HEADS * ROW_GROUPS, ROWS, WIDTH] fp32 in the order of parts and planes, not divided by
+    the sum of weights.
     partial_stats: [max_chunks, NUM_KV_HEADS * ROW_GROUPS, ROWS, 2] fp32: maximum of the scores in log2, and sum of
     weights.
     """
     UNITS: tl.constexpr = NUM_KV_HEADS * ROW_GROUPS
     PLANES: tl.constexpr = 16 // BITS
-    COLUMNS: tl.constexpr = WIDTH // PLANES
-    WORDS: tl.constexpr = HEAD_DIM // PLANES  # of a row, the rest is padding
+    PART: tl.constexpr = WIDTH // PARTS
+    COLUMNS: tl.constexpr = PART // PLANES
+    WORDS: tl.constexpr = HEAD_DIM // PARTS // PLANES  # of a row, the rest is padding
     IS_CODED: tl.constexpr = BITS < 16
-    HALF_SPAN: tl.constexpr = PAGE_SIZE * (HEAD_DIM * BITS // 16 + (2 if IS_CODED else 0))  # in 16-bit words
+    HALF_SPAN: tl.constexpr = PAGE_SIZE * (WORDS + (2 if IS_CODED else 0))  # in 16-bit words
     K_TYPE: tl.constexpr = tl.float16 if IS_CODED else STORED
     V_TYPE: tl.constexpr = tl.bfloat16 if IS_CODED else STORED
 
@@ -231,14 +364,13 @@ def decode_kernel(
     query = (query_start + query_token).to(tl.int64) * (NUM_KV_HEADS * GROUP) + kv_head * GROUP + row % GROUP
     column = tl.arange(0, COLUMNS)
     place = queries + query[None, :] * WIDTH + column[:, None]
-    q0 = tl.load(place, mask=is_row[None, :], other=0)
-    if PLANES > 1:
-        q1 = tl.load(place + COLUMNS, mask=is_row[None, :], other=0)
-    if PLANES > 2:
-        q2 = tl.load(place + 2 * COLUMNS, mask=is_row[None, :], other=0)
-        q3 = tl.load(place + 3 * COLUMNS, mask=is_row[None, :], other=0)
-    query_sum = tl.load(query_stats + 2 * query, mask=is_row, other=0)
-    query_factor = tl.load(query_stats + 2 * query + 1, mask=is_row, other=0)
+    q0, q1, q2, q3 = _load_query_planes(place, is_row, COLUMNS, PLANES)
+    stats = query_stats + (PARTS + 1) * query
+    query_sum = tl.load(stats, mask=is_row, other=0)
+    query_factor = tl.load(stats + PARTS, mask=is_row, other=0)
+    if PARTS > 1:
+        q4, q5, q6, q7 = _load_query_planes(place + PART, is_row, COLUMNS, PLANES)
+        second_query_sum = tl.load(stats + 1, mask=is_row, other=0)
     if query_offsets is not None:
         query_offset = tl.load(query_offsets + query, mask=is_row, other=0)
 
@@ -246,14 +378,18 @@ def decode_kernel(
     total = tl.zeros([BLOCK_ROWS], tl.float32)
     zero = tl.zeros([BLOCK_ROWS], tl.float32)  # sum of weight * v_scale * v_zero
     out0 = tl.zeros([COLUMNS, BLOCK_ROWS], tl.float32)
-    if PLANES > 1:
-        out1 = tl.zeros([COLUMNS, BLOCK_ROWS], tl.float32)
-    if PLANES > 2:
-        out2 = tl.zeros([COLUMNS, BLOCK_ROWS], tl.float32)
-        out3 = tl.zeros([COLUMNS, BLOCK_ROWS], tl.float32)
+    out1 = out0
+    out2 = out0
+    out3 = out0
+    if PARTS > 1:
+        second_zero = zero
+        out4 = out0
+        out5 = out0
+        out6 = out0
+        out7 = out0
 
     table = block_table + seq.to(tl.int64) * table_stride
-    head = pages.to(tl.pointer_type(tl.uint16)) + kv_head * (2 * HALF_SPAN)
+    head = pages.to(tl.pointer_type(tl.uint16)) + kv_head * (PARTS * 2 * HALF_SPAN)
     for tile in tl.range(first_tile, first_tile + num_tiles, num_stages=STAGES):
         token = tile * TILE + tl.arange(0, TILE)
         is_there = token < length
@@ -264,28 +400,32 @@ def decode_kernel(
         offset = token % PAGE_SIZE
 
         # Scores, [TILE, BLOCK_ROWS]
-        k_place = offset[:, None] * WORDS + column[None, :]
-        words = tl.load(k_plane[:, None] + k_place, mask=is_there[:, None] & (column < WORDS)[None, :], other=0)
-        scores = multiply(codes_in(words, 0, BITS, K_TYPE), q0, tl.zeros([TILE, BLOCK_ROWS], tl.float32))
-        if PLANES > 1:
-            scores = multiply(codes_in(words, 1, BITS, K_TYPE), q1, scores)
-        if PLANES > 2:
-            scores = multiply(codes_in(words, 2, BITS, K_TYPE), q2, scores)
-            scores = multiply(codes_in(words, 3, BITS, K_TYPE), q3, scores)
-        if IS_CODED:
-            k_meta = tl.load(
-                (k_plane + PAGE_SIZE * WORDS + offset * 2).to(tl.pointer_type(tl.int32)), mask=is_there, other=0
+        scores = _score_part(
+            k_plane, offset, is_there, q0, q1, q2, q3, query_sum, query_factor, WORDS, COLUMNS, BITS, K_TYPE, PAGE_SIZE
+        )
+        if PARTS > 1:
+            scores += _score_part(
+                k_plane + 2 * HALF_SPAN,
+                offset,
+                is_there,
+                q4,
+                q5,
+                q6,
+                q7,
+                second_query_sum,
+                query_factor,
+                WORDS,
+                COLUMNS,
+                BITS,
+                K_TYPE,
+                PAGE_SIZE,
             )
-            scores = (scores - high_half(k_meta)[:, None] * query_sum[None, :]) * (
-                low_half(k_meta)[:, None] * query_factor[None, :]
-            )
-        else:
-            scores *= query_factor[None, :]
         if query_offsets is not None:
             scores += query_offset[None, :]
         if HAS_SOFTCAP:  # cap * tanh(x / cap): scores are 2 x / cap in log2
             scores = softcap_log2 * (1 - 2 / (1 + tl.exp2(scores)))
         scores += tl.where(is_there, 0.0, -float("inf"))[:, None]
+        is_visible = None
         if MAX_QUERY_LEN > 1:
             is_visible = token[:, None] <= last[None, :]
             if HAS_WINDOW:
@@ -300,44 +440,55 @@ def decode_kernel(
 
         # Output, [COLUMNS, BLOCK_ROWS]
         v_plane = k_plane + HALF_SPAN
-        if IS_CODED:
-            v_meta = tl.load(
-                (v_plane + PAGE_SIZE * WORDS + offset * 2).to(tl.pointer_type(tl.int32)), mask=is_there, other=0
-            )
-            weights *= (low_half(v_meta) * 2.0**V_SHIFT)[:, None]
-            if MAX_QUERY_LEN > 1:
-                weights = tl.where(is_visible, weights, 0)  # a hidden token's scale may be NaN
-        rounded = round_to(weights, V_TYPE)
-        if IS_CODED:  # from the rounded weights, so that rounding acts on n - zero and not on n and zero apart
-            zero = zero * shrink + tl.sum(widen(rounded) * high_half(v_meta)[:, None], 0)
-        v_place = (
-            swizzled(column[:, None], offset[None, :], 8, SWIZZLE_MULTIPLIER, SWIZZLE_PERIOD) + offset[None, :] * WORDS
+        zero, out0, out1, out2, out3 = _add_values(
+            v_plane,
+            offset,
+            is_there,
+            is_visible,
+            weights,
+            shrink,
+            zero,
+            out0,
+            out1,
+            out2,
+            out3,
+            WORDS,
+            COLUMNS,
+            BITS,
+            V_TYPE,
+            PAGE_SIZE,
+            SWIZZLE_MULTIPLIER,
+            SWIZZLE_PERIOD,
         )
-        if not INTERPRETED and SWIZZLE_PERIOD > 1:  # segments are whole
-            v_place = tl.max_contiguous(tl.multiple_of(v_place, (8, 1)), (8, 1))
-        words = tl.load(v_plane[None, :] + v_place, mask=is_there[None, :] & (column < WORDS)[:, None], other=0)
-        out0 = multiply(codes_in(words, 0, BITS, V_TYPE), rounded, out0 * shrink[None, :])
-        if PLANES > 1:
-            out1 = multiply(codes_in(words, 1, BITS, V_TYPE), rounded, out1 * shrink[None, :])
-        if PLANES > 2:
-            out2 = multiply(codes_in(words, 2, BITS, V_TYPE), rounded, out2 * shrink[None, :])
-            out3 = multiply(codes_in(words, 3, BITS, V_TYPE), rounded, out3 * shrink[None, :])
+        if PARTS > 1:
+            second_zero, out4, out5, out6, out7 = _add_values(
+                v_plane + 2 * HALF_SPAN,
+                offset,
+                is_there,
+                is_visible,
+                weights,
+                shrink,
+                second_zero,
+                out4,
+                out5,
+                out6,
+                out7,
+                WORDS,
+                COLUMNS,
+                BITS,
+                V_TYPE,
+                PAGE_SIZE,
+                SWIZZLE_MULTIPLIER,
+                SWIZZLE_PERIOD,
+            )
 
     partial = tl.program_id(0).to(tl.int64) * ROWS + block_row
     tl.store(partial_stats + 2 * partial, maximum, mask=is_row)
     tl.store(partial_stats + 2 * partial + 1, total, mask=is_row)
     to = partials + partial[None, :] * WIDTH + column[:, None]
-    if IS_CODED:
-        offset = (zero * 2.0**-V_SHIFT)[None, :]
-        EVEN: tl.constexpr = 2.0 ** (133 - V_SHIFT)  # codes are n * 2^-133
-        ODD: tl.constexpr = EVEN / ODD_NIBBLE if BITS == 4 else EVEN
-        tl.store(to, out0 * EVEN - offset, mask=is_row[None, :])
-        tl.store(to + COLUMNS, out1 * ODD - offset, mask=is_row[None, :])
-        if PLANES > 2:
-            tl.store(to + 2 * COLUMNS, out2 * EVEN - offset, mask=is_row[None, :])
-            tl.store(to + 3 * COLUMNS, out3 * ODD - offset, mask=is_row[None, :])
-    else:
-        tl.store(to, out0, mask=is_row[None, :])
+    _store_part(to, is_row, zero, out0, out1, out2, out3, COLUMNS, BITS)
+    if PARTS > 1:
+        _store_part(to + PART, is_row, second_zero, out4, out5, out6, out7, COLUMNS, BITS)
 
 
 @triton.jit
@@ -358,6 +509,7 @@ def merge_kernel(
     lse_head_stride,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
+    PARTS: tl.constexpr,
     BITS: tl.constexpr,
     ORDER: tl.constexpr,
     GROUP: tl.constexpr,
@@ -408,7 +560,8 @@ def merge_kernel(
         maximum = new_maximum
     is_seen = with_sink != 0
     inverse = 1 / tl.where(is_seen, with_sink, 1.0)
-    y = tl.permute(tl.reshape(y * inverse, (PLANES, WIDTH // PLANES)), (1, 0))  # to the order of channels
+    y = tl.reshape(y * inverse, (PARTS, PLANES, WIDTH // PARTS // PLANES))
+    y = tl.permute(y, (0, 2, 1))  # to the order of channels
     y = tl.reshape(rotate(tl.reshape(y, (1, WIDTH)), ORDER), (WIDTH,))
     if v_gain_inverse is not None:
         y *= tl.load(v_gain_inverse + kv_head * HEAD_DIM + channel, mask=channel < HEAD_DIM, other=0)
