@@ -623,7 +623,7 @@ def test_a_first_allocation_that_fails(cache: str, attention: str, monkeypatch: 
         raise torch.OutOfMemoryError
 
     with monkeypatch.context() as patched:
-        patched.setattr("sawkv.integrations.transformers.cache.PagedKVCache.allocate", fail)
+        patched.setattr("sawkv.integrations.transformers.layer.PagedKVCache.allocate", fail)
         with pytest.raises(torch.OutOfMemoryError):
             logits(model, x, held)
     assert_close(logits(model, x, held), logits(model, x, None))

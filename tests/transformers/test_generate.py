@@ -15,7 +15,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from sawkv.integrations.transformers import SawCache
-from sawkv.integrations.transformers.cache import SawLayer
+from sawkv.integrations.transformers.layer import SawLayer
 from tests.transformers.models import MODELS, SimulatedCache, make_model, plain_attention, using
 
 LOSSLESS = "fp32-k16-v16"

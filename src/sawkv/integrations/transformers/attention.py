@@ -12,9 +12,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from sawkv.errors import UnsupportedError
-from sawkv.integrations.transformers.cache import CACHES, NewStates, SawLayer, refuse_gradients
+from sawkv.integrations.transformers.cache import CACHES
+from sawkv.integrations.transformers.layer import SawLayer
 from sawkv.integrations.transformers.models import NAME
 from sawkv.integrations.transformers.prepare import note
+from sawkv.integrations.transformers.states import NewStates, refuse_gradients
 
 MAX_SCORES = 1 << 26
 """Scores that attention with a soft-cap or sinks computes at once, where PyTorch has no kernel for it."""
