@@ -51,10 +51,16 @@ def test_the_address(options: list[str], url: str | None) -> None:
     assert greeting.base_url(Options(options)) == url
 
 
-def test_the_name_and_the_key_are_those_of_the_options() -> None:
+def test_the_name_and_the_key_are_those_of_the_options(monkeypatch: pytest.MonkeyPatch) -> None:
     text = "\n".join(greeting.greeting("a/b", Options(["--served-model-name", "mine", "--api-key", "secret"]), True))
     assert '"model": "mine"' in text
     assert "Authorization: Bearer KEY" in text
     assert "secret" not in text
     assert "--chat-template" in text
     assert "chat" not in "\n".join(greeting.greeting("a/b", Options(["--runner", "pooling"]), False))
+    monkeypatch.delenv("VLLM_API_KEY", raising=False)
+    assert "Bearer" not in "\n".join(greeting.greeting("a/b", Options([]), True))
+    monkeypatch.setenv("VLLM_API_KEY", "secret")  # which vLLM takes too
+    text = "\n".join(greeting.greeting("a/b", Options([]), True))
+    assert "Authorization: Bearer KEY" in text
+    assert "secret" not in text

@@ -159,6 +159,18 @@ def test_models_are_refused_in_one_line(
 
 
 @pytest.mark.parametrize(
+    "asked", [{"kv_cache_scheme": {"num_bits": 8}}, {"quantization": {"kv_cache_quant_algo": "FP8"}}]
+)
+def test_a_cache_that_the_checkpoint_asks_for(
+    asked: dict[str, Any], started: list[Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write(tmp_path, quantization_config=asked)
+    shown = refusal(capsys, folder, "--port", "0", "--format", "bf16-k128-v128")
+    assert "--format bf16-k128-v128: expected int4 or int8, as the checkpoint asks for a cache of its own" in shown
+    assert cli.main(["serve", folder, "--port", "0"]) == 0
+
+
+@pytest.mark.parametrize(
     ("changes", "options"),
     [
         ({}, []),
@@ -223,6 +235,8 @@ def test_drafts(
     shown = refusal(capsys, *arguments, json.dumps(draft))
     assert "the draft model, head_dim: expected a multiple of 16 from 16 to 256, or 512, got 72" in shown
     assert 'add "kv_cache_dtype": "auto" to --speculative-config' in shown
+    write(tmp_path, kv_lora_rank=512)
+    assert "the draft model, MLA (multi-head latent attention) (add" in refusal(capsys, *arguments, json.dumps(draft))
     assert cli.main(["serve", *arguments, json.dumps(draft | {"kv_cache_dtype": "auto"})]) == 0
     assert started.pop()[0][-1] == json.dumps(draft | {"kv_cache_dtype": "auto"})
 

@@ -59,15 +59,16 @@ def table(bench: Bench) -> Table:
         "requests/s",
         "output tok/s",
         "of first",
-        "first token p50 ms",
-        "first token p99 ms",
-        "per token p50 ms",
-        "per token p99 ms",
+        "first token p50",
+        "first token p99",
+        "per token p50",
+        "per token p99",
         "good/s",
     )
-    columns = [Column(title, minor="p50" in title or title == "requests/s") for title in titles] + [
-        Column("prefix found", minor=True)
-    ]
+    columns = [
+        Column(title, minor=title in ("requests/s", "first token p50") or title.startswith("per token"))
+        for title in titles
+    ] + [Column("prefix found", minor=True)]
     rows = []
     for load in bench.loads:
         for served in _served(bench):
@@ -79,7 +80,7 @@ def table(bench: Bench) -> Table:
             times = (result.ttft_p50_ms, result.ttft_p99_ms, result.tpot_p50_ms, result.tpot_p99_ms)
             cells += [Cell(_ms(value), value) for value in times]
             cells += [
-                Cell(f"{result.goodput_s:.4g}", result.goodput_s),
+                Cell(f"{result.goodput_s:.3g}", result.goodput_s),
                 Cell(f"{result.prefix_hits:.0%}", result.prefix_hits),
             ]
             rows.append(cells)

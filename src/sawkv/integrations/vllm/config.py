@@ -148,12 +148,18 @@ def has_entry(vllm_config: VllmConfig) -> bool:
 
 def _asked_by_checkpoint(vllm_config: VllmConfig, kv_cache_dtype: str) -> str:
     """A note for messages: without an option, vLLM takes the dtype from the checkpoint."""
-    quantization = getattr(vllm_config.model_config.hf_config, "quantization_config", None) or {}
-    asked = isinstance(quantization, dict) and any(
-        quantization.get(key) or quantization.get("quantization", {}).get(key)
+    asked = asks_for_a_cache(getattr(vllm_config.model_config.hf_config, "quantization_config", None))
+    return ", which the checkpoint's quantization_config asks for" if asked and kv_cache_dtype != "auto" else ""
+
+
+def asks_for_a_cache(quantization: object) -> bool:
+    """Whether a checkpoint's `quantization_config` names a dtype of the KV cache."""
+    return isinstance(quantization, dict) and any(
+        part.get(key)
+        for part in (quantization, quantization.get("quantization"))
+        if isinstance(part, dict)
         for key in ("kv_cache_scheme", "kv_cache_quant_algo")
     )
-    return ", which the checkpoint's quantization_config asks for" if asked and kv_cache_dtype != "auto" else ""
 
 
 @cache  # every layer asks

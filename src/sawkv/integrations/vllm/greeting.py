@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import threading
 import time
@@ -68,7 +69,7 @@ def greeting(model: str, options: Options, plain_chat: bool) -> list[str]:
     """
     url = base_url(options)
     name = (options.get("--served-model-name") or model).split()[0]
-    key = " -H 'Authorization: Bearer KEY'" if options.has("--api-key") else ""
+    key = " -H 'Authorization: Bearer KEY'" if options.has("--api-key") or os.environ.get("VLLM_API_KEY") else ""
     if options.has("--runner") or options.has("--convert"):
         return [f"sawkv: the server answers on {url}/v1"]
     body = json.dumps({"model": name, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 32})

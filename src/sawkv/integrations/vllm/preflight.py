@@ -30,7 +30,7 @@ from sawkv.files import reason
 from sawkv.format.layout import PAGE_SIZE_MULTIPLE
 from sawkv.format.spec import CacheFormat
 from sawkv.integrations.vllm import PLUGIN, refusals
-from sawkv.integrations.vllm.config import WORKER_EXTENSION, engine_options
+from sawkv.integrations.vllm.config import WORKER_EXTENSION, asks_for_a_cache, engine_options
 from sawkv.integrations.vllm.options import Options
 from sawkv.prepare.calibration import Calibration, model_id
 
@@ -254,6 +254,10 @@ def _of_model(config: Mapping[str, Any], cache_format: CacheFormat, options: Opt
     if isinstance(heads, int) and ranks > 1 and heads % ranks:
         found.append(f"--tensor-parallel-size: expected a divisor of the model's {heads} attention heads, got {ranks}")
     if (codec := cache_format.codec) in _FLOAT_DTYPES.values():
+        if asks_for_a_cache(config.get("quantization_config")):
+            found.append(
+                f"--format {cache_format}: expected int4 or int8, as the checkpoint asks for a cache of its own"
+            )
         dtype = _dtype(config, options)
         if dtype in _FLOAT_DTYPES and _FLOAT_DTYPES[dtype] != codec:
             wanted = next(name for name, of_dtype in _FLOAT_DTYPES.items() if of_dtype == codec)
@@ -302,7 +306,7 @@ def _of_draft(speculative: Mapping[str, Any], cache_format: CacheFormat) -> list
     way_out = 'add "kv_cache_dtype": "auto" to --speculative-config'
     return [
         f"the draft model, {found} ({way_out})"
-        for found in _of_head_dims(checkpoint.config, CacheFormat(cache_format.codec))
+        for found in _of_model(checkpoint.config, CacheFormat(cache_format.codec), Options(()))
     ]
 
 
