@@ -2,7 +2,7 @@
 
 Heads and head_dims are those of the models that people serve, where that is cheap; depth, width, vocabulary, experts
 and windows are cut down. A family is written down here once. `benchmarks.architectures` runs it, `docs/models.md` lists
-it, and tests take one of each kind.
+it, and tests take one of each kind. Over 400 lines: a table, one entry per family.
 """
 
 from __future__ import annotations
