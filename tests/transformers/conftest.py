@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from sawkv.integrations.transformers import prepare
+from sawkv.integrations.transformers import prepare, stored
 from sawkv.prepare.store import CalibrationStore
 
 
@@ -20,7 +20,7 @@ def prepared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _brief(prepared_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Little text: tiny models have little to learn."""
-    monkeypatch.setattr(prepare, "CalibrationStore", functools.partial(CalibrationStore, prepared_folder))
+    monkeypatch.setattr(stored, "CalibrationStore", functools.partial(CalibrationStore, prepared_folder))
     monkeypatch.setattr(prepare, "WINDOW", 128)
     yield
     prepare.warn_once.cache_clear()

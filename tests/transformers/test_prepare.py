@@ -23,7 +23,7 @@ from torch.nn.modules import module as torch_modules
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from sawkv import CacheFormat, LayoutError, UnsupportedError
-from sawkv.integrations.transformers import SawCache, prepare
+from sawkv.integrations.transformers import SawCache, prepare, stored
 from sawkv.prepare.calibration import Calibration, LayerCalibration, model_id
 from sawkv.prepare.store import CalibrationStore, contents_digest, shipped_path
 from tests.transformers.models import SMALL, make_model, plain_attention, using
@@ -75,7 +75,7 @@ def runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[PreTrainedMode
         return measure(model, *args)
 
     monkeypatch.setattr(prepare, "measure", noted)
-    monkeypatch.setattr(prepare, "CalibrationStore", functools.partial(CalibrationStore, tmp_path / "store"))
+    monkeypatch.setattr(stored, "CalibrationStore", functools.partial(CalibrationStore, tmp_path / "store"))
     return measured
 
 
@@ -191,7 +191,7 @@ def test_a_preparation_that_comes_with_the_model(
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="sawkv").eval()
     del runs[:]
     if changed is None:  # the weights are compared with those in the files, and need no digest
-        monkeypatch.delattr(prepare, "weights_digest")
+        monkeypatch.delattr(stored, "weights_digest")
     with torch.no_grad(), caplog.at_level(logging.INFO, "sawkv"):
         if changed == "in memory":
             model.model.layers[1].self_attn.k_proj.weight[0, 0] += 1
@@ -271,26 +271,26 @@ def test_a_digest_of_weights_sees_every_bit() -> None:
         "b": torch.randn(5).bfloat16(),
         "c": torch.randint(0, 255, (3, 2**21 + 1), dtype=torch.uint8),
     }
-    seen = {prepare.weights_digest(tensors)}
+    seen = {stored.weights_digest(tensors)}
     for name, x in tensors.items():
         for place in (0, -1, x.numel() // 2):
             changed = x.clone()
             as_bytes = changed.view(-1).view(torch.uint8)
             as_bytes[place] ^= 1
-            seen.add(prepare.weights_digest(tensors | {name: changed}))
-    seen.add(prepare.weights_digest(tensors | {"a": tensors["a"].view(7, 1000)}))
-    seen.add(prepare.weights_digest({"x" + name: x for name, x in tensors.items()}))
+            seen.add(stored.weights_digest(tensors | {name: changed}))
+    seen.add(stored.weights_digest(tensors | {"a": tensors["a"].view(7, 1000)}))
+    seen.add(stored.weights_digest({"x" + name: x for name, x in tensors.items()}))
     assert len(seen) == 1 + 9 + 2
-    assert prepare.weights_digest(tensors) == prepare.weights_digest(
+    assert stored.weights_digest(tensors) == stored.weights_digest(
         {name: x.clone() for name, x in reversed(tensors.items())}
     )
-    assert prepare.weights_digest(tensors | {"d": torch.empty(3, device="meta")}) is None
+    assert stored.weights_digest(tensors | {"d": torch.empty(3, device="meta")}) is None
 
 
 def test_it_is_deterministic(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     made = []
     for run in range(2):
-        monkeypatch.setattr(prepare, "CalibrationStore", functools.partial(CalibrationStore, tmp_path / str(run)))
+        monkeypatch.setattr(stored, "CalibrationStore", functools.partial(CalibrationStore, tmp_path / str(run)))
         model = biased("gpt_oss", plain_attention("gpt_oss") if run else "sawkv")
         torch.manual_seed(run)
         cache = SawCache(model)

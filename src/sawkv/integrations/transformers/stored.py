@@ -1,0 +1,241 @@
+"""Calibrations of a loaded model on disk, and digests of its weights, by which they are found."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import hashlib
+import itertools
+import logging
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+import transformers
+from safetensors import safe_open
+from torch import nn
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
+
+from sawkv.errors import SawkvError
+from sawkv.format.spec import CacheFormat
+from sawkv.integrations.transformers.models import head_dim_of, layer_configs
+from sawkv.prepare.calibration import Calibration, LayerCalibration, model_id
+from sawkv.prepare.store import CalibrationStore, contents_digest, load_shipped, make_key, shipped_path
+
+SAMPLED: Final = 64
+"""Numbers of a large weight that are compared to notice a change since the last preparation. Small weights are compared
+in full.
+"""
+SMALL: Final = 4096
+PIECE: Final = 1 << 14
+"""Words of 4 bytes per partial sum."""
+PIECES: Final = 1 << 9
+"""Partial sums computed at a time, in 64 MB."""
+
+logger = logging.getLogger(__name__)
+
+
+class Entry:
+    """Stored calibrations of this model, in its folder or in the user's cache, or the reason why
+    none can be stored.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        decoder: PretrainedConfig,
+        cache_format: CacheFormat,
+        windows: torch.Tensor,
+        positions: torch.Tensor,
+        folder: Path | None,
+    ) -> None:
+        self._model, self._decoder, self._folder = model, decoder, folder
+        self._store: CalibrationStore | None = None
+        self._expected: dict[str, Any] = {}
+        shapes = {(_kv_heads(layer), head_dim_of(layer)) for layer in layer_configs(decoder)}
+        if len(shapes) != 1:
+            self._reason = "its layers differ in their heads"
+            return
+        self._device, (heads, head_dim) = model.device, shapes.pop()
+        self._expected = {
+            "cache_format": cache_format.resolve(head_dim),
+            "model": model_id(decoder),
+            "num_layers": decoder.num_hidden_layers,
+            "num_kv_heads": heads,
+            "head_dim": head_dim,
+        }
+        self._text = {"windows": _digest(windows), "positions": _digest(positions)}
+        try:
+            self._store = CalibrationStore(log=logger)
+        except (SawkvError, OSError) as error:
+            self._reason = str(error)
+
+    @functools.cached_property
+    def _key(self) -> str | None:
+        """Key in the store; None if the weights are not in memory. Reads all weights, so it is
+        computed only if needed.
+        """
+        model = self._model
+        weights = weights_digest(dict(itertools.chain(model.named_parameters(), model.named_buffers())))
+        if weights is None:
+            self._reason = "its weights are not in memory"
+            return None
+        config = {
+            key: x
+            for key, x in self._decoder.to_dict().items()
+            if key not in ("_name_or_path", "transformers_version", "use_cache")
+        }
+        computation = {
+            "config": config,
+            "adapters": _adapters(model),
+            "dtype": str(model.dtype),
+            "engine": f"transformers {transformers.__version__}",
+            "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type,
+        }
+        return make_key({**self._expected, **self._text, **computation, "weights": weights})
+
+    def load(self) -> tuple[list[LayerCalibration] | None, str]:
+        """Stored calibrations by layer, and where they were found."""
+        found = self._load_shipped()
+        if found is not None and self._folder is not None:
+            source = f"from {shipped_path(self._folder, found.format)}, which came with the model"
+        elif (
+            self._store is not None
+            and self._key is not None
+            and (found := self._store.load(self._key, **self._expected)) is not None
+        ):
+            source = f"from {self._store.path(self._key)}"
+        else:
+            return None, ""
+        return [found.layer(i).to(self._device) for i in range(found.num_layers)], source
+
+    def _load_shipped(self) -> Calibration | None:
+        """The checkpoint's own calibration, if it is for the weights in its files, and these equal the weights in
+        memory.
+        """
+        if (
+            self._folder is None
+            or not self._expected
+            or not shipped_path(self._folder, self._expected["cache_format"]).exists()
+        ):
+            return None
+        try:
+            found = load_shipped(self._folder, contents_digest(self._folder) or "", log=logger, **self._expected)
+            if found is None or _is_as_loaded(self._model, self._decoder, self._folder):
+                return found
+        except (OSError, RuntimeError, TypeError) as error:  # RuntimeError, TypeError: weights that are not in memory
+            logger.debug("sawkv: %s", error)
+        logger.info(
+            "sawkv: the preparation that came with the model is not used: the model in memory is not the one in its"
+            " files"
+        )
+        return None
+
+    def save(self, layers: list[LayerCalibration]) -> str:
+        """Store the calibrations if possible, and say where, or why not."""
+        if self._store is None or self._key is None:
+            return f"not kept on disk: {self._reason}"
+        expected = self._expected
+        try:
+            calibration = Calibration.from_layers(
+                expected["cache_format"], expected["model"], expected["num_layers"], dict(enumerate(layers))
+            )
+            return f"kept in {self._store.save(self._key, calibration)}"
+        except SawkvError as error:
+            return f"not kept on disk: {error}"
+
+
+def _is_as_loaded(trunk: PreTrainedModel, decoder: PretrainedConfig, folder: Path) -> bool:
+    """Whether a language model in memory equals the one in a folder's safetensors files, rounded to its dtype, and has
+    no adapters.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    ignored = ("_name_or_path", "transformers_version", "use_cache", "dtype", "architectures")
+    try:
+        there = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config(decoder=True)
+    except ValueError:  # of a model that brings its own code
+        return False
+    configs = [{key: x for key, x in config.to_dict().items() if key not in ignored} for config in (there, decoder)]
+    if configs[0] != configs[1] or any(_adapters(trunk)):
+        return False
+    missing = dict(trunk.state_dict())
+    for path in folder.glob("*.safetensors"):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - it is no dictionary
+                mine = next((end for end in _ends(name) if end in missing), None)
+                if mine is None:
+                    continue
+                x, y = missing.pop(mine), file.get_tensor(name)
+                if x.shape != y.shape or not torch.equal(x, y.to(x.device, x.dtype)):
+                    return False
+    return not missing
+
+
+def _ends(name: str) -> Iterator[str]:
+    """A name in a file, and its ends: `model.layers.0.x`, `layers.0.x`, `0.x`, `x`."""
+    while name:
+        yield name
+        name = name.partition(".")[2]
+
+
+def _kv_heads(layer: PretrainedConfig) -> int:
+    return int(getattr(layer, "num_key_value_heads", None) or layer.num_attention_heads)
+
+
+def _digest(x: torch.Tensor) -> str:
+    return hashlib.sha256(x.numpy().tobytes()).hexdigest()
+
+
+def state_of(model: nn.Module) -> str:
+    """A digest that changes with weights or active adapters. It samples each weight, so it is cheap."""
+    packed = [x for x in model.buffers() if not x.is_floating_point()]  # weights of some quantized models
+    tensors = [*model.parameters(), *packed]
+    known = [(id(x), x.data_ptr() if x.device.type != "meta" else 0, tuple(x.shape), str(x.dtype)) for x in tensors]
+    samples: dict[torch.device, list[torch.Tensor]] = {}
+    for x in tensors:
+        with contextlib.suppress(
+            RuntimeError, NotImplementedError, TypeError
+        ):  # packed weights that are no plain tensors
+            if x.device.type != "meta" and x.numel():
+                step = max(1, x.numel() // SAMPLED) if x.numel() > SMALL else 1
+                taken = x.detach().reshape(-1)[::step].contiguous().view(torch.uint8)
+                samples.setdefault(x.device, []).append(taken)
+    digest = hashlib.sha256(repr((known, _adapters(model))).encode())
+    for parts in samples.values():
+        digest.update(torch.cat(parts).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def weights_digest(tensors: Mapping[str, torch.Tensor]) -> str | None:
+    """A digest of names, shapes, dtypes and all bytes of tensors, computed on their devices; None if some are not in
+    memory.
+
+    Each piece of bytes is summed modulo 2^64, every 4 bytes with a factor of their own. SHA-256 is taken over the sums.
+    """
+    digest, factors = (
+        hashlib.sha256(),
+        torch.randint(-(2**62), 2**62, (PIECE,), generator=torch.Generator().manual_seed(1)) | 1,
+    )
+    for name, x in sorted(tensors.items()):
+        try:
+            if x.device.type == "meta":
+                return None
+            content = x.detach().contiguous().reshape(-1).view(torch.uint8)
+        except (RuntimeError, NotImplementedError, TypeError):  # packed in a way of their own
+            return None
+        factors = factors.to(x.device)
+        digest.update(f"{name} {list(x.shape)} {x.dtype} ".encode())
+        for block in torch.split(content, 4 * PIECE * PIECES):
+            words = nn.functional.pad(block, (0, -block.numel() % (4 * PIECE))).view(torch.int32).view(-1, PIECE)
+            digest.update((words * factors).sum(1).cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _adapters(model: nn.Module) -> list[str]:
+    """Attributes of PEFT's layers that choose among the weights they hold."""
+    names = ("active_adapters", "disable_adapters", "merged_adapters", "scaling")
+    layers = (module for module in model.modules() if type(module).__module__.startswith("peft."))
+    return [repr([getattr(layer, name, None) for name in names]) for layer in layers]
