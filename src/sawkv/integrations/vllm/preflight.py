@@ -147,6 +147,8 @@ def _check_worker_extension(options: Options) -> None:
     if not options.has("--worker-extension-cls"):
         return
     name = options.get("--worker-extension-cls") or ""
+    if name == WORKER_EXTENSION:  # to import it would import vLLM
+        return
     module, _, attribute = name.rpartition(".")
     try:
         with _as_vllm_imports():
