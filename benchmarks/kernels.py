@@ -37,6 +37,8 @@ PEERS = ("fa3_bf16", "fa3_fp8", "vllm_int4_per_token_head")
 BACKENDS = ("cuda", "triton")
 COLD_BYTES = 400_000_000  # caches of a graph hold more than this together, several times the L2 cache
 MAX_ERROR = 5e-3
+GATHER = "sawkv-gather+fa3"
+"""Of `turns`: today's other way for what has too many query rows for the pages to be read directly."""
 
 
 @dataclass(frozen=True)
@@ -116,6 +118,13 @@ def all_shapes() -> list[Shape]:
     ]
 
 
+def turns() -> list[Shape]:
+    """Few new tokens over what is cached, as agents send them."""
+    new = [uniform(8, 65536, query_len=n) for n in (9, 16, 32, 64, 128, 256)]
+    shorter = [uniform(32, context, query_len=n) for context in (1024, 8192) for n in (16, 64, 128, 256)]
+    return [*new, *shorter, uniform(8, 65536, query_len=64, q_heads=64), uniform(8, 65536, query_len=64, head_dim=64)]
+
+
 @dataclass
 class Batch:
     """Device tensors of one shape."""
@@ -170,7 +179,7 @@ def constants_of(kernel: str, kv_heads: int, head_dim: int) -> dict[str, Any]:
 
 def backend_of(kernel: str) -> str:
     """That of a kernel of ours; of a peer, its name."""
-    return kernel.removeprefix("sawkv-").partition("+")[0]
+    return "cuda" if kernel == GATHER else kernel.removeprefix("sawkv-").partition("+")[0]
 
 
 def fill(batch: Batch, shape: Shape, kernel: str) -> PagedKVCache:
@@ -223,6 +232,34 @@ def relative_error(shape: Shape, batch: Batch, cache: PagedKVCache, got: torch.T
         backend="reference",
     )
     return float((got.float() - want).norm() / want.norm())
+
+
+def gather_and_attend(shape: Shape, batch: Batch, cache: PagedKVCache) -> Callable[[], torch.Tensor]:
+    """What serves long prompts: pages are gathered into 16 bits, and FlashAttention-3 attends to these."""
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    lengths = torch.tensor([0, *shape.lengths], device="cuda")
+    starts, out = lengths.cumsum(0).int(), torch.full_like(batch.q, torch.nan)
+    k, v = torch.empty(2, sum(shape.lengths), shape.kv_heads, shape.head_dim, device="cuda", dtype=torch.bfloat16)
+
+    def run() -> torch.Tensor:
+        gather(cache, batch.block_table, batch.seq_lens, starts, k, v, rotated=False, backend="cuda")
+        flash_attn_varlen_func(
+            batch.q,
+            k,
+            v,
+            max_seqlen_q=shape.query_len,
+            cu_seqlens_q=batch.query_start_loc,
+            max_seqlen_k=max(shape.lengths),
+            cu_seqlens_k=starts,
+            softmax_scale=shape.head_dim**-0.5,
+            causal=True,
+            out=out,
+            fa_version=3,
+        )
+        return out
+
+    return run
 
 
 def peer_decode(name: str, shape: Shape, batch: Batch) -> Callable[[], torch.Tensor]:
@@ -366,6 +403,8 @@ def run_decode(
                         continue
                     cache = fill(batch, shape, kernel)
                     run, schedule = sawkv_decode(shape, batch, cache, backend)
+                    if kernel == GATHER:
+                        run = gather_and_attend(shape, batch, cache)
                     record["rel_err"] = relative_error(shape, batch, cache, run())
                     if not record["rel_err"] <= MAX_ERROR:
                         print(f"{shape.name:34s} {kernel:26s} WRONG: relative error {record['rel_err']:.2e}")
@@ -375,8 +414,13 @@ def run_decode(
                         continue
                     record["schedule_ms"] = median_ms(schedule)
                     one = cache.pages.numel()
-                    more = [(Batch.make(shape), shape) for _ in range(min(15, COLD_BYTES // one))]
-                    runs = [run, *(sawkv_decode(s, b, fill(b, s, kernel), backend)[0] for b, s in more)]
+                    more = [Batch.make(shape) for _ in range(min(15, COLD_BYTES // one))]
+                    filled = ((b, fill(b, shape, kernel)) for b in more)
+                    runs = [run]
+                    if kernel == GATHER:
+                        runs += [gather_and_attend(shape, b, c) for b, c in filled]
+                    else:
+                        runs += [sawkv_decode(shape, b, c, backend)[0] for b, c in filled]
                 else:
                     if only_check:
                         continue
@@ -522,7 +566,7 @@ def main() -> None:
         "--kernels", default="fa3_bf16,sawkv-cuda,sawkv-cuda+prepared,sawkv-triton,fa3_fp8,vllm_int4_per_token_head"
     )
     parser.add_argument("--check", action="store_true", help="correctness only")
-    parser.add_argument("--skip", default="", help="decode or append")
+    parser.add_argument("--skip", default="", help="some of decode, turns and append, comma-separated")
     parser.add_argument("--no-write", action="store_true", help="do not append to docs/results")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--commit", help="of these sources, where they are not in a git repository")
@@ -536,9 +580,14 @@ def main() -> None:
     shapes = [shape for shape in all_shapes() if not wanted or any(part in shape.name for part in wanted)]
     kernels = arguments.kernels.split(",")
     results = {}
-    if arguments.skip != "decode":
+    skipped = arguments.skip.split(",")
+    if "decode" not in skipped:
         results["decode.jsonl"] = run_decode(shapes, kernels, arguments.check, common)
-    if arguments.skip != "append" and not arguments.check:
+    if "turns" not in skipped:
+        of_turns = [kernel for kernel in kernels if kernel in ("fa3_bf16", "sawkv-cuda")]
+        chosen = [shape for shape in turns() if not wanted or any(part in shape.name for part in wanted)]
+        results["turns.jsonl"] = run_decode(chosen, [*of_turns, GATHER], arguments.check, common)
+    if "append" not in skipped and not arguments.check:
         results["append_gather.jsonl"] = [*run_append(kernels, common), *run_gather(kernels, common)]
     if not arguments.no_write:
         arguments.output.mkdir(parents=True, exist_ok=True)

@@ -48,6 +48,8 @@ CASES = (
     Case(lengths=(9000, 40, 3), page_size=64),  # a sequence cut into chunks, merged by the second kernel
     Case(query_len=4, group=8),
     Case(query_len=8, group=16),
+    Case(query_len=16, options={"sliding_window": 100}),
+    Case(lengths=(9000, 40, 90), query_len=40, page_size=64, options={"sinks": torch.zeros(8)}),
     Case(head_dim=64, page_size=32),
     Case(head_dim=96, group=1),
     Case(head_dim=256, page_size=128, query_len=2),

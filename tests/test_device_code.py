@@ -111,15 +111,19 @@ def compile_cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], dict[str, s
     def prepare(arch: str) -> dict[str, str]:
         logs: dict[str, str] = {}
 
-        def load(source_file: str, name: str, defines: dict[str, int | str], device: torch.device) -> SimpleNamespace:
+        def load(
+            source_file: str, name: str, defines: dict[str, int | str], device: torch.device, family: str = ""
+        ) -> SimpleNamespace:
             key = f"{source_file} {sorted(defines.items())}"
             if key not in logs:
-                logs[key] = cuda.runtime.compile_image(source_file, defines, arch, ("--ptxas-options=-v",)).log
+                logs[key] = cuda.runtime.compile_image(source_file, defines, arch + family, ("--ptxas-options=-v",)).log
             return SimpleNamespace(launch=lambda *_, **__: None, read_constant=lambda _: 64)
 
         monkeypatch.setattr(cuda.runtime, "load", load)
         monkeypatch.setattr(cuda, "_stream", lambda _: 0)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132, major=9, minor=0)
+        )
         return logs
 
     return prepare
@@ -130,7 +134,32 @@ def test_cuda_sources(arch: str, shape: Shape, compile_cuda: Callable[[str], dic
     logs = compile_cuda(arch)
     run_all(cuda, shape)
     assert {key.split()[0] for key in logs} == {"append.cu", "schedule.cu", "decode.cu", "gather.cu"}
+    check_registers(logs)
+
+
+@pytest.mark.parametrize(
+    ("query_len", "head_dim", "options"), [(16, 128, {}), (100, 128, {"logit_softcap": 30.0}), (300, 64, {})]
+)
+def test_extend_compiles(
+    query_len: int, head_dim: int, options: dict[str, Any], compile_cuda: Callable[[str], dict[str, str]]
+) -> None:
+    """For one consumer group's rows and for two's, with all that costs registers."""
+    logs = compile_cuda("sm_90")
+    layout = PageLayout(CacheFormat("int4"), 8, head_dim, 64)
+    cache = PagedKVCache(torch.zeros(layout.pages_shape(4), dtype=torch.uint8), layout, **random_vectors(layout, "cpu"))
+    schedule = cuda.Schedule(ScheduleShape(layout, CPU, 32, 1, query_len, 0))
+    table, lengths, starts = (torch.tensor(x, dtype=torch.int32) for x in ([[0]], [64], [0, query_len]))
+    q = torch.zeros(query_len, 32, head_dim, dtype=torch.bfloat16)
+    layer = Layer(cache, 32, 1.0, **{"sliding_window": 0, "logit_softcap": 0.0, "sinks": None} | options)
+    cuda.Attention(layer)(q, Step(table, lengths, starts, schedule), torch.empty_like(q), torch.empty(q.shape[:2]))
+    assert {key.split()[0] for key in logs} == {"schedule.cu", "extend.cu"}
+    check_registers(logs)
+
+
+def check_registers(logs: dict[str, str]) -> None:
+    """No spills, and no warpgroup's products that wait for each other since the compiler could not keep them apart."""
     for key, log in logs.items():
+        assert "Performance Loss" not in log, f"{key}:\n{log}"
         spills = [int(count) for count in re.findall(r"(\d+) bytes (?:stack frame|spill)", log)]
         assert spills, f"{key}: no report of registers in {log!r}"
         assert not any(spills), f"{key}:\n{log}"
@@ -202,7 +231,9 @@ def compile_triton(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[
             return kernel
 
         monkeypatch.setattr(JITFunction, "run", compile_only)
-        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132))
+        monkeypatch.setattr(
+            torch.cuda, "get_device_properties", lambda _: SimpleNamespace(multi_processor_count=132, major=9, minor=0)
+        )
         no_driver = SimpleNamespace(
             get_current_target=lambda: GPUTarget("cuda", capability, 32),
             get_current_device=lambda: capability,  # each has its own cache of kernels

@@ -303,7 +303,7 @@ class Schedule:
             device: of the pages.
             num_q_heads, sliding_window: of the layers, as in `Attention`.
             max_num_seqs: sequences in the largest batch.
-            max_query_len: most query tokens of any sequence. GPU backends take 1 to 8; CPU backends any number.
+            max_query_len: most query tokens of any sequence. The Triton backend takes 1 to 8; others any number.
             backend: as in `Attention`.
 
         Raises:
@@ -323,8 +323,9 @@ class Schedule:
         Args:
             block_table: [num_seqs, max_pages] int32, the pages of each sequence. Entries past a sequence's length may
                 hold anything.
-            seq_lens: [num_seqs] int32, tokens in the cache, query tokens included. 0 is allowed.
-            query_start_loc: [num_seqs + 1] int32, non-decreasing from 0.
+            seq_lens: [num_seqs] int32, tokens in the cache, query tokens included. 0 is allowed. The CUDA backend
+                leaves out a sequence of negative length: its rows of the output stay as they are.
+            query_start_loc: [num_seqs + 1] int32, non-decreasing.
 
         Returns:
             The step, which layers take. It refers to these tensors.
@@ -337,6 +338,18 @@ class Schedule:
             raise LayoutError(f"schedule: expected at most {self.max_num_seqs} sequences, got {seq_lens.shape[0]}")
         self.kernel.update(seq_lens, query_start_loc)
         return Step(block_table, seq_lens, query_start_loc, self.kernel)
+
+
+def turns(
+    layout: PageLayout, device: torch.device, num_q_heads: int, backend: str | None = None
+) -> kernels.Turns | None:
+    """Which requests of more than a few query tokens an engine should let read the pages, instead of `Pages.gather` and
+    its own attention. None where nobody measured it.
+
+    Raises:
+        UnsupportedError: no backend, or not the named one, can run this.
+    """
+    return select_backend(device, layout, backend).Schedule.turns(layout, device, num_q_heads)
 
 
 def prefixes(block_table: torch.Tensor, seq_lens: torch.Tensor, cu_seq_lens: torch.Tensor) -> Prefixes:

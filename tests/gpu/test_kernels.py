@@ -178,6 +178,95 @@ def test_options(backend: str, query_lens: list[int], options: dict[str, object]
         )
 
 
+def skip_unless_it_extends(backend: str) -> None:
+    if backend == "triton":
+        pytest.skip("takes up to 8 query tokens")
+
+
+@pytest.mark.parametrize(
+    "query_lens", [[1, 16, 16, 16, 0, 5, 16], [1, 17, 32, 9, 30, 0, 32], [1, 64, 70, 64, 16, 3, 100]]
+)
+@pytest.mark.parametrize(("head_dim", "page_size"), [(128, 16), (128, 64), (64, 16), (64, 128), (96, 16)])
+def test_turns(backend: str, head_dim: int, page_size: int, query_lens: list[int]) -> None:
+    """More query tokens than decode takes, some more than their sequence has; head_dim 96 is decode's all the same."""
+    skip_unless_it_extends(backend)
+    for prepared in (False, True):
+        check_attention(
+            backend,
+            DEVICE,
+            "int4",
+            SEQ_LENS,
+            query_lens,
+            head_dim=head_dim,
+            page_size=page_size,
+            centered=prepared,
+            gained=prepared,
+        )
+
+
+@pytest.mark.parametrize("group", [1, 5, 7, 8, 16])
+def test_query_shapes_of_turns(backend: str, group: int) -> None:
+    skip_unless_it_extends(backend)
+    check_attention(backend, DEVICE, "int4", [9000, 77, 200], [40, 12, 3], group=group, dtype=torch.float16)
+
+
+@pytest.mark.parametrize("most", [16, 100])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"sliding_window": 50},
+        {"sliding_window": 700},
+        {"logit_softcap": 2.0},
+        {"sinks": True},
+        {"logit_softcap": 2.0, "sinks": True, "sliding_window": 700},
+        {"softmax_scale": -0.05},
+        {"softmax_scale": 0.0},
+    ],
+    ids=str,
+)
+def test_options_of_turns(backend: str, most: int, options: dict[str, object]) -> None:
+    skip_unless_it_extends(backend)
+    if "sinks" in options:
+        options = options | {"sinks": torch.randn(8, device=DEVICE).bfloat16()}
+    for prepared in (False, True):
+        check_attention(
+            backend,
+            DEVICE,
+            "int4",
+            [9000, 77, 200, 3000],
+            [most, 12, 3, 10],
+            centered=prepared,
+            gained=prepared,
+            **options,
+        )
+
+
+@pytest.mark.parametrize("most", [16, 40])
+def test_what_turns_leave_alone(backend: str, most: int) -> None:
+    """Pages behind a window, which hold another request's tokens or NaN, and sequences of negative length."""
+    skip_unless_it_extends(backend)
+    batch = make_batch("int4", [5000, 900, 64], device=DEVICE)
+    starts, window = starts_of([most, 12, 9], DEVICE), 300
+    q = torch.randn(int(starts[-1]), 8, 128, device=DEVICE).bfloat16()
+    want = attend(batch, q, starts, "reference", sliding_window=window)
+    for i, (length, query_len) in enumerate(((5000, most), (900, 12))):
+        behind = (length - query_len - window + 1) // 16
+        batch.cache.pages[batch.block_table[i, :behind].long()] = 0xFF
+    compare_attention(attend(batch, q, starts, backend, sliding_window=window), want, starts, 2e-2)
+    if DRY_RUN:
+        return
+    options = {"num_q_heads": 8, "sliding_window": window}
+    schedule = Schedule(
+        batch.cache.layout, batch.cache.pages.device, max_num_seqs=3, max_query_len=most, backend=backend, **options
+    )
+    out, lengths = torch.full_like(q, -7), batch.seq_lens.clone()
+    lengths[1] = -1
+    attention = Attention(batch.cache, softmax_scale=128**-0.5, backend=backend, **options)
+    attention(q, schedule.update(batch.block_table, lengths, starts), out)
+    left_out = (torch.arange(len(q), device=DEVICE) >= most) & (torch.arange(len(q), device=DEVICE) < most + 12)
+    assert (out == -7).flatten(1).all(1).equal(left_out)
+
+
 def test_options_of_wide_heads(backend: str) -> None:
     """As Gemma 2 has them: a soft-cap, and registers that are all in use."""
     check_attention(

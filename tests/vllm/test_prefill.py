@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 
 from sawkv import CacheFormat, PagedKVCache, PageLayout, Pages, append, gather, prefixes
 from sawkv.errors import UnsupportedError
+from sawkv.kernels import Turns
 
 pytestmark = [
     pytest.mark.vllm,
@@ -43,6 +45,69 @@ def slots(pages: torch.Tensor, num_tokens: int) -> torch.Tensor:
 @pytest.mark.parametrize("host_knows_lengths", [True, False])
 def test_what_is_gathered(window: int, capacity: int, host_knows_lengths: bool) -> None:
     check(window, capacity, host_knows_lengths, begins_with=window)
+
+
+@pytest.mark.parametrize(("longest", "shortest"), [(16, 1), (17, 300), (64, 64), (300, 200), (300, 501)])
+@pytest.mark.parametrize("window", [0, 300])
+def test_turns_are_left_out(window: int, longest: int, shortest: int) -> None:
+    check(window, 700, True, begins_with=window, turns=[Turns((1, longest), shortest), Turns((1000,), 0)])
+
+
+def test_which_requests_are_turns() -> None:
+    """From the first on, of few new tokens, with much to see, as every kind of layer has it."""
+    from sawkv.integrations.vllm.prefill import find_turns
+
+    common: Any = SimpleNamespace(
+        num_reqs=5,
+        query_start_loc_cpu=torch.tensor([0, 1, 101, 110, 120, 130]),
+        seq_lens_cpu_upper_bound=torch.tensor([9000, 9000, 9000, 8000, 9000]),
+        max_seq_len=9000,
+    )
+    few, more = Turns((16, 64), 8192), Turns((200,), 8990)
+    assert find_turns(common, 1, 0, [few]) == [False, False, True, False, True]
+    assert find_turns(common, 0, 0, [few]) == [True, False, True, False, True]
+    assert find_turns(common, 1, 0, [more]) == [False, True, True, False, True]
+    assert find_turns(common, 1, 8185, [few]) == [False, False, True, False, True]
+    assert find_turns(common, 1, 8000, [few]) == [False] * 5
+    assert find_turns(common, 1, 0, [few, None]) == [False] * 5
+    common.seq_lens_cpu_upper_bound = None
+    assert find_turns(common, 1, 0, [few, more]) == [False, False, True, True, True]
+
+
+def test_turns_are_scheduled_for_as_few_query_tokens_as_do() -> None:
+    """Layers without a window read the pages of the third and the fifth request, those with one of none."""
+    from sawkv.integrations.vllm.backend import SawMetadataBuilder
+
+    starts, lengths = torch.tensor([0, 1, 101, 110, 120, 130]).int(), torch.tensor([9000, 9000, 9000, 80, 9000]).int()
+    common: Any = SimpleNamespace(
+        num_reqs=5,
+        query_start_loc=starts,
+        query_start_loc_cpu=starts,
+        seq_lens=lengths,
+        seq_lens_cpu_upper_bound=lengths,
+        block_table_tensor=torch.arange(10).view(5, 2),
+    )
+    whole, windowed = (32, 8, 0), (32, 8, 1000)
+    made: list[tuple[Any, ...]] = []
+    builder: Any = object.__new__(SawMetadataBuilder)
+    builder.device = torch.device("cpu")
+    builder._turns = dict.fromkeys((whole, windowed), Turns((4, 16, 64), 8192))
+    builder._impls = [SimpleNamespace(alike=alike, sliding_window=alike[2]) for alike in (whole, windowed)]
+
+    def schedule(alike: Any, max_query_len: int) -> Any:
+        made.append((alike, max_query_len))
+        return SimpleNamespace(update=lambda *lengths: lengths)
+
+    builder._schedule = schedule
+    steps = builder._schedule_turns(common, 1)
+    assert made == [(whole, 16)]
+    assert list(steps) == [whole]
+    table, seq_lens, query_starts = steps[whole]
+    assert table.tolist() == [[2, 3], [4, 5], [6, 7], [8, 9]]
+    assert (seq_lens.tolist(), seq_lens.dtype) == ([-1, 9000, -1, 9000], torch.int32)
+    assert query_starts.tolist() == [1, 101, 110, 120, 130]
+    common.query_start_loc_cpu = torch.tensor([0, 1, 101, 201, 301, 401])
+    assert builder._schedule_turns(common, 1) == {}
 
 
 @pytest.mark.parametrize("window", [0, 30])
@@ -106,12 +171,18 @@ def test_sinks_on_flash_attention_2_are_refused(monkeypatch: pytest.MonkeyPatch)
 
 
 def check(
-    window: int, capacity: int, host_knows_lengths: bool, begins_with: int, short_by: int = 0, slack: int | None = None
+    window: int,
+    capacity: int,
+    host_knows_lengths: bool,
+    begins_with: int,
+    short_by: int = 0,
+    slack: int | None = None,
+    turns: Sequence[Turns | None] = (None,),
 ) -> None:
     """`begins_with`: the window that the slices are made for; `short_by`: tokens that the host's bounds lack, `slack`:
     as is said.
     """
-    from sawkv.integrations.vllm.prefill import slice_prefills
+    from sawkv.integrations.vllm.prefill import find_turns, slice_prefills
 
     size = LAYOUT.page_size
     pages = [-(-n // size) for n in CONTEXTS]
@@ -149,8 +220,10 @@ def check(
         max_seq_len=max(CONTEXTS),
         block_table_tensor=table,
     )
-    done = 1
-    slices = slice_prefills(common, 1, capacity, begins_with, size, short_by if slack is None else slack)
+    are_turns = find_turns(common, 1, begins_with, turns)
+    slack = short_by if slack is None else slack
+    slices = slice_prefills(common, 1, capacity, begins_with, size, slack, are_turns)
+    left = iter([i for i in range(1, len(CONTEXTS)) if not are_turns[i]])
     for piece in slices:
         states = torch.full((2, piece.num_keys, 2, 64), torch.nan)
         Pages(cache).gather(piece.prefixes, states[0], states[1], rotated=False)
@@ -158,9 +231,9 @@ def check(
         for j in range(len(piece.prefixes.seq_lens)):
             rows, keys = (slice(*cu[j : j + 2].tolist()) for cu in (piece.cu_seqlens_q, piece.prefixes.cu_seq_lens))
             got = attend(q[piece.tokens][rows], *states[:, keys], window)
-            want = attend(q[starts[done] : starts[done + 1]], *whole[done], window)
+            i = next(left)
+            want = attend(q[starts[i] : starts[i + 1]], *whole[i], window)
             torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
-            done += 1
-    assert done == len(CONTEXTS)
-    if capacity > 700 or window == 0:
+    assert next(left, None) is None
+    if not any(are_turns) and (capacity > 700 or window == 0):
         assert (len(slices) > 1) == (capacity == 700)

@@ -36,7 +36,7 @@ class ScheduleShape(NamedTuple):
         device: of the pages.
         num_q_heads: query heads of a layer.
         max_num_seqs: sequences in the largest batch.
-        max_query_len: most query tokens of any sequence. GPU backends take 1 to 8; others any number.
+        max_query_len: most query tokens of any sequence. The Triton backend takes 1 to 8; others any number.
         sliding_window: tokens that a query sees, itself included; 0 is no limit.
     """
 
@@ -48,6 +48,19 @@ class ScheduleShape(NamedTuple):
     sliding_window: int
 
 
+class Turns(NamedTuple):
+    """For which requests attention to the pages is faster than `gather` and an engine's own 16-bit attention.
+
+    Attributes:
+        query_lens: numbers of query tokens for which a schedule of its own pays, ascending. The last is the most that a
+            request may have.
+        min_seq_len: tokens that a request has at least in the cache.
+    """
+
+    query_lens: tuple[int, ...]
+    min_seq_len: int
+
+
 class Schedule:
     """How the attention of one step is spread over the device: made once, updated once per step, read by every layer.
 
@@ -56,6 +69,11 @@ class Schedule:
 
     def __init__(self, shape: ScheduleShape) -> None:
         self.shape = shape
+
+    @staticmethod
+    def turns(layout: PageLayout, device: torch.device, num_q_heads: int) -> Turns | None:
+        """Which turns should read the pages; None where nobody measured it."""
+        return None
 
     def update(self, seq_lens: torch.Tensor, query_start_loc: torch.Tensor) -> None:
         """Enqueue the schedule for these lengths, [num_seqs] and [num_seqs + 1] int32, on the current stream."""
@@ -127,7 +145,7 @@ class Backend(Protocol):
         ...
 
     Pages: Callable[[PagedKVCache], PageKernels]
-    Schedule: Callable[[ScheduleShape], Schedule]
+    Schedule: type[Schedule]
     Attention: Callable[[Layer], AttentionKernel]
 
 

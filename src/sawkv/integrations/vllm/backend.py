@@ -39,7 +39,7 @@ from sawkv.integrations.vllm.config import KV_CACHE_DTYPE_CODECS, SawConfig, is_
 from sawkv.integrations.vllm.contract import check_contract
 from sawkv.integrations.vllm.measure import LayerMeasurement, Prompt, first_kv_head, layer_index, whole_prompts
 from sawkv.integrations.vllm.metrics import CountedLayer, CounterReader
-from sawkv.integrations.vllm.prefill import FlashPrefill, PrefillSlice, slice_prefills, speculated_tokens
+from sawkv.integrations.vllm.prefill import FlashPrefill, PrefillSlice, find_turns, slice_prefills, speculated_tokens
 from sawkv.integrations.vllm.prepare import is_installed
 from sawkv.integrations.vllm.windows import VLLM_SIZES_WINDOWS, pack_windows
 from sawkv.kernels import Step, select_backend
@@ -60,12 +60,14 @@ class SawMetadata(AttentionMetadata):
     """What attention needs in one step, for all layers of a group.
 
     Attributes:
-        steps: of requests that read their pages, by `LikeLayers`; empty if there are no such requests.
+        steps: of requests with few new tokens, which read their pages, by `LikeLayers`; empty if there are none.
+        turns: of those with more that read them too, alike.
         prefills: slices of all other requests, by the sliding window of the layers.
         prompts: prompts that lie in this step, while layers measure.
     """
 
     steps: Mapping[LikeLayers, Step]
+    turns: Mapping[LikeLayers, Step]
     prefills: Mapping[int, Sequence[PrefillSlice]]
     prompts: Sequence[Prompt] = ()
 
@@ -74,7 +76,8 @@ class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
     """Builds `SawMetadata` once per step.
 
     On a GPU, requests with few query tokens come first and are decoded from their pages, under CUDA graphs if the whole
-    batch is. All others are prefills. On a CPU one kernel serves all requests.
+    batch is. Of the others, short turns over long contexts read their pages too, and the rest are prefills. On a CPU
+    one kernel serves all requests.
     """
 
     _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
@@ -94,7 +97,9 @@ class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
         layout = self._impls[0].layout(kv_cache_spec.block_size)
         announce.say_pages(kv_cache_spec, layout, cache_config.block_size if cache_config.enable_prefix_caching else 0)
         announce.say_kernels(layout, device)
-        self._schedules: dict[LikeLayers, ops.Schedule] = {}
+        self._schedules: dict[tuple[LikeLayers, int], ops.Schedule] = {}
+        block_size = kv_cache_spec.block_size
+        self._turns = {impl.alike: ops.turns(impl.layout(block_size), device, impl.num_heads) for impl in self._impls}
         self._unprepared = self._impls
         self._reader = self._make_reader(layers, vllm_config.parallel_config.rank)
         # The least: a draft model's layers have a configuration of their own.
@@ -144,27 +149,55 @@ class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
         if self.device.type != "cpu":
             max_query_len = self.reorder_batch_threshold or 1
             num_decodes, _, _, _ = split_decodes_and_prefills(common, decode_threshold=max_query_len)
-        if not self._schedules:  # not at start-up: the threshold is final only now
-            self._make_schedules(max_query_len)
         lengths = common.seq_lens[:num_decodes], common.query_start_loc[: num_decodes + 1]
-        block_table, schedules = common.block_table_tensor[:num_decodes], self._schedules if num_decodes else {}
+        block_table = common.block_table_tensor[:num_decodes]
+        has_prefills = num_decodes < common.num_reqs
         return SawMetadata(
-            steps={alike: schedule.update(block_table, *lengths) for alike, schedule in schedules.items()},
-            prefills=self._slice_prefills(common, num_decodes) if num_decodes < common.num_reqs else {},
+            steps={
+                alike: self._schedule(alike, max_query_len).update(block_table, *lengths)
+                for alike in (self._turns if num_decodes else ())
+            },
+            turns=self._schedule_turns(common, num_decodes) if has_prefills else {},
+            prefills=self._slice_prefills(common, num_decodes) if has_prefills else {},
             prompts=whole_prompts(common) if self._measures() else (),
         )
 
-    def _make_schedules(self, max_query_len: int) -> None:
-        for impl in self._impls:
-            if impl.alike not in self._schedules:
-                self._schedules[impl.alike] = ops.Schedule(
-                    impl.layout(self.kv_cache_spec.block_size),
-                    self.device,
-                    num_q_heads=impl.num_heads,
-                    max_num_seqs=self._max_num_seqs,
-                    max_query_len=max_query_len,
-                    sliding_window=impl.sliding_window,
-                )
+    def _schedule(self, alike: LikeLayers, max_query_len: int) -> ops.Schedule:
+        """Made at first use: at start-up the threshold of decodes is not final."""
+        found = self._schedules.get((alike, max_query_len))
+        if found is None:
+            impl = next(impl for impl in self._impls if impl.alike == alike)
+            found = self._schedules[alike, max_query_len] = ops.Schedule(
+                impl.layout(self.kv_cache_spec.block_size),
+                self.device,
+                num_q_heads=impl.num_heads,
+                max_num_seqs=self._max_num_seqs,
+                max_query_len=max_query_len,
+                sliding_window=impl.sliding_window,
+            )
+        return found
+
+    def _find_turns(self, common: CommonAttentionMetadata, first: int, window: int) -> list[bool]:
+        """Which requests, from `first` on, all layers of this window let read their pages."""
+        turns = [self._turns[impl.alike] for impl in self._impls if impl.sliding_window == window]
+        return find_turns(common, first, window, turns)
+
+    def _schedule_turns(self, common: CommonAttentionMetadata, first: int) -> dict[LikeLayers, Step]:
+        """Of the requests from `first` on that read their pages. `slice_prefills` leaves these out."""
+        block_table, starts = common.block_table_tensor[first:], common.query_start_loc[first:]
+        query_lens: list[int] = common.query_start_loc_cpu[first:].diff().tolist()
+        steps = {}
+        for alike, turns in self._turns.items():
+            are_turns = self._find_turns(common, first, alike[2])[first:]
+            if turns is None or not any(are_turns):
+                continue
+            longest = max(n for n, is_turn in zip(query_lens, are_turns, strict=True) if is_turn)
+            seq_lens = common.seq_lens[first:]
+            if not all(are_turns):  # a negative length leaves a sequence out
+                seq_lens = torch.where(torch.tensor(are_turns).to(self.device, non_blocking=True), seq_lens, -1)
+            schedule = self._schedule(alike, next(n for n in turns.query_lens if n >= longest))
+            steps[alike] = schedule.update(block_table, seq_lens, starts)
+        return steps
 
     def _measures(self) -> bool:
         self._unprepared = [impl for impl in self._unprepared if impl.unprepared]
@@ -174,7 +207,12 @@ class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
         """Requests from `first` on, by the window of the layers that attend them."""
         page_size = self.kv_cache_spec.block_size
         capacity, slack = self._workspace_tokens, self._bound_slack
-        return {window: slice_prefills(common, first, capacity, window, page_size, slack) for window in self._windows}
+        return {
+            window: slice_prefills(
+                common, first, capacity, window, page_size, slack, self._find_turns(common, first, window)
+            )
+            for window in self._windows
+        }
 
 
 class SawAttentionImpl(AttentionImpl[SawMetadata]):
@@ -296,6 +334,8 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
         attention = self._bind(kv_cache)
         if attn_metadata.steps:
             attention(query, attn_metadata.steps[self.alike], output)
+        if self.alike in attn_metadata.turns:
+            attention(query, attn_metadata.turns[self.alike], output)
         if attn_metadata.prefills and self.prefill is not None:  # only a GPU's metadata has prefills
             for prefill in attn_metadata.prefills[self.sliding_window]:
                 self.prefill.attend(query, attention, prefill, output)

@@ -7,6 +7,7 @@ depend on how its prompt was cut (docs/decisions/0002).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ import torch
 from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
 from vllm.v1.worker.workspace import current_workspace_manager
 
-from sawkv import ops
+from sawkv import kernels, ops
 from sawkv.errors import UnsupportedError
 from sawkv.integrations.vllm import refusals
 from sawkv.kernels import Prefixes
@@ -65,31 +66,61 @@ def speculated_tokens(vllm_config: VllmConfig) -> int:
     return 0 if speculative is None else int(speculative.num_speculative_tokens or 0) + 1
 
 
+def _bounds(common: CommonAttentionMetadata, slack: int = 0) -> list[int]:
+    """Of the requests' lengths, as the host knows them. Those of single requests may be too small by `slack`."""
+    bounds = common.seq_lens_cpu_upper_bound
+    return [common.max_seq_len] * common.num_reqs if bounds is None else (bounds + slack).tolist()
+
+
+def find_turns(
+    common: CommonAttentionMetadata, first: int, window: int, turns: Sequence[kernels.Turns | None]
+) -> list[bool]:
+    """Which requests read their pages as they are: those from `first` on that every kind of layer of this sliding
+    `window` should let do so. Found without synchronization.
+    """
+    measured = [turn for turn in turns if turn is not None]
+    if len(measured) < len(turns):
+        return [False] * common.num_reqs
+    longest = min(turn.query_lens[-1] for turn in measured)
+    shortest = max(turn.min_seq_len for turn in measured)
+    query_lens = common.query_start_loc_cpu.diff().tolist()
+    seen = [min(bound, n + window) if window else bound for bound, n in zip(_bounds(common), query_lens, strict=True)]
+    return [i >= first and n <= longest and seen[i] >= shortest for i, n in enumerate(query_lens)]
+
+
 def slice_prefills(
-    common: CommonAttentionMetadata, first: int, capacity: int, window: int, page_size: int, slack: int = 0
+    common: CommonAttentionMetadata,
+    first: int,
+    capacity: int,
+    window: int,
+    page_size: int,
+    slack: int = 0,
+    are_turns: Sequence[bool] = (),
 ) -> list[PrefillSlice]:
     """Cut the requests from `first` on into runs of at most `capacity` tokens of context. Uses bounds that the host
     knows, so it does not synchronize.
 
     Bounds may be too small by `slack` tokens. With a sliding `window` the context starts at the page of the first key
-    that a query sees, because vLLM may have reused earlier pages.
+    that a query sees, because vLLM may have reused earlier pages. Requests in `are_turns` are left out: they read
+    their pages.
 
     Raises:
         UnsupportedError: a request does not fit in the workspace. vLLM's limit on the length of requests prevents this.
     """
     starts = common.query_start_loc_cpu.tolist()
-    bounds = common.seq_lens_cpu_upper_bound
-    lengths: list[int] = (
-        [common.max_seq_len] * common.num_reqs if bounds is None else [bound + slack for bound in bounds.tolist()]
-    )
+    lengths = _bounds(common, slack)
     if window:
         lengths = [min(lengths[i], starts[i + 1] - starts[i] + window + page_size - 2) for i in range(common.num_reqs)]
     if max(lengths[first:]) > capacity + slack:
         raise UnsupportedError(f"sawkv: expected contexts of at most {capacity} tokens, got {max(lengths[first:])}")
+    are_turns = are_turns or [False] * common.num_reqs
     slices = []
     while first < common.num_reqs:
+        if are_turns[first]:
+            first += 1
+            continue
         last, total = first, 0
-        while last < common.num_reqs and (last == first or total + lengths[last] <= capacity):
+        while last < common.num_reqs and not are_turns[last] and (last == first or total + lengths[last] <= capacity):
             total += lengths[last]
             last += 1
         seq_lens, block_table = common.seq_lens[first:last], common.block_table_tensor[first:last]

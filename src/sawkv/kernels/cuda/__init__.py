@@ -17,7 +17,7 @@ from sawkv import kernels
 from sawkv.cache import PagedKVCache
 from sawkv.errors import LayoutError
 from sawkv.format.layout import GPU_PAGE_SIZES, PageLayout
-from sawkv.kernels import Layer, Prefixes, ScheduleShape, Step, structs
+from sawkv.kernels import Layer, Prefixes, ScheduleShape, Step, Turns, structs
 from sawkv.kernels.cuda import runtime
 
 name = "cuda"
@@ -27,8 +27,15 @@ MIN_CAPABILITY = (9, 0)
 MIN_SHARED_BYTES = 227 << 10
 ELEMENTS = {torch.bfloat16: "sawkv::Bfloat", torch.float16: "sawkv::Half", torch.float32: "float"}
 """The device code's names of dtypes."""
-MAX_CHUNKS_PER_BLOCK = 8
-TILES_PER_CHUNK = 50  # where blocks get few
+EXTEND_CAPABILITY = (9, 0)
+EXTEND_HEAD_DIMS = (64, 128)
+MAX_DECODE_QUERY_LEN = 8
+MAX_DECODE_ROWS = 32
+"""Query rows of a KV head up to which decode.cu is faster than extend.cu."""
+TURN_ROWS = (64, 512)
+"""Query rows of a KV head: those of one of its consumer groups, and the most with which it was measured to be faster
+than gather.cu and FlashAttention-3, from MIN_TURN_SEQ_LEN tokens on."""
+MIN_TURN_SEQ_LEN = 8192
 MERGE_THREADS = 256
 MERGE_BLOCKS_PER_SM = 4
 LOG2_E = math.log2(math.e)
@@ -160,7 +167,13 @@ class _Variant(NamedTuple):
 @dataclass(frozen=True)
 class QueryShape:
     """How query rows of one (sequence, KV head) are spread: groups that read the pages apart, blocks for different
-    warps, tiles of 8.
+    warps, tiles of 8; and how the kernel that serves them is scheduled.
+
+    Attributes:
+        chunk_rows: rows of a group.
+        kernel: "decode" or "extend".
+        max_chunks_per_block: where there is much.
+        tiles_per_chunk: where blocks get few chunks.
     """
 
     group: int
@@ -168,36 +181,59 @@ class QueryShape:
     column_tiles: int
     row_blocks: int
     row_groups: int
+    chunk_rows: int
+    kernel: str
+    max_chunks_per_block: int
+    tiles_per_chunk: int
 
     @property
-    def chunk_rows(self) -> int:
-        """Rows that a chunk has room for."""
-        return 8 * self.column_tiles * self.row_blocks
+    def defines(self) -> dict[str, int]:
+        """Macros of attention.cuh and decode.cu."""
+        names = ("group", "chunk_rows", "row_groups", "rows", "column_tiles", "row_blocks")
+        return {name.upper(): getattr(self, name) for name in names[: 3 if self.kernel == "extend" else None]}
 
     @classmethod
-    def of(cls, group: int, max_query_len: int, head_dim: int) -> QueryShape:
+    def of(cls, group: int, max_query_len: int, head_dim: int, extends: bool) -> QueryShape:
+        """
+        Args:
+            extends: extend.cu can run.
+        """
         total = group * max_query_len
+        if extends and max_query_len > MAX_DECODE_QUERY_LEN and total > MAX_DECODE_ROWS:
+            rows = 64 if total <= 64 else 128
+            return cls(group, rows, 1, 1, _divide_up(total, rows), rows, "extend", 2, 32)
         column_tiles = 1 if total <= 8 or head_dim > 128 else 2
         columns = 8 * column_tiles
         row_blocks = 1
         while row_blocks < 8 and row_blocks * columns < total:
             row_blocks *= 2
-        return cls(group, min(total, columns), column_tiles, row_blocks, _divide_up(total, row_blocks * columns))
+        chunk_rows = row_blocks * columns
+        row_groups = _divide_up(total, chunk_rows)
+        return cls(group, min(total, columns), column_tiles, row_blocks, row_groups, chunk_rows, "decode", 8, 50)
 
 
 class Schedule(kernels.Schedule):
     """What the schedule kernel writes, with room for partial results."""
 
+    @staticmethod
+    def turns(layout: PageLayout, device: torch.device, num_q_heads: int) -> Turns | None:
+        """See `kernels.Schedule.turns`."""
+        if not _can_extend(layout, device):
+            return None
+        group = num_q_heads // layout.num_kv_heads
+        return Turns(tuple(rows // group for rows in TURN_ROWS if rows >= group), MIN_TURN_SEQ_LEN)
+
     def __init__(self, shape: ScheduleShape) -> None:
         super().__init__(shape)
         layout, device = shape.layout, shape.device
-        self.queries = QueryShape.of(shape.num_q_heads // layout.num_kv_heads, shape.max_query_len, layout.head_dim)
+        group, extends = shape.num_q_heads // layout.num_kv_heads, _can_extend(layout, device)
+        self.queries = QueryShape.of(group, shape.max_query_len, layout.head_dim, extends)
         self.units_per_seq = layout.num_kv_heads * self.queries.row_groups
         self.num_blocks = torch.cuda.get_device_properties(device).multi_processor_count
         self.kernel = runtime.load("schedule.cu", "sawkv_schedule", {"HEAD_DIM": layout.head_dim}, device)
         self.tile_tokens = self.kernel.read_constant("sawkv_tile_tokens")
         max_split_chunks = (
-            self.num_blocks * MAX_CHUNKS_PER_BLOCK * 3 // 2
+            self.num_blocks * self.queries.max_chunks_per_block * 3 // 2
         )  # units in two or more pieces, their number rounded: 4/3 at most
         max_chunks = (
             max_split_chunks + shape.max_num_seqs * self.units_per_seq + self.num_blocks
@@ -216,12 +252,15 @@ class Schedule(kernels.Schedule):
         params = ScheduleParams(
             *map(_pointer, (seq_lens, query_start_loc, self.header, self.chunks, self.splits)),
             num_seqs,
-            self.units_per_seq,
+            self.shape.layout.num_kv_heads,
+            self.queries.group,
+            self.queries.chunk_rows,
+            self.queries.row_groups,
             self.tile_tokens,
-            TILES_PER_CHUNK,
+            self.queries.tiles_per_chunk,
             self.shape.sliding_window,
             self.num_blocks,
-            MAX_CHUNKS_PER_BLOCK,
+            self.queries.max_chunks_per_block,
         )
         self.kernel.launch((1, 1, 1), 1024, _stream(seq_lens.device), params, shared_bytes=4 * 4 * (num_seqs + 1))
 
@@ -281,20 +320,17 @@ class Attention:
         )
         params.k_center, params.v_center = map(_pointer, centers)
         params.k_gain_inverse, params.v_gain_inverse = map(_pointer, inverses)
+        family = "a" if queries.kernel == "extend" else ""
         defines = _page_defines(layout, dtype, layout.k_rotation_order, layout.v_rotation_order) | {
-            "GROUP": queries.group,
-            "ROWS": queries.rows,
-            "CHUNK_ROWS": queries.chunk_rows,
-            "COLUMN_TILES": queries.column_tiles,
-            "ROW_BLOCKS": queries.row_blocks,
-            "ROW_GROUPS": queries.row_groups,
+            **queries.defines,
             "GAIN": int(_are_there(inverses)),
             "SOFTCAP": int(softcap > 0),
             "OFFSET": int(layer.adds_offsets or (gives_lse and centers[0] is not None)),
             **DEBUG_DEFINES,
         }
         decode, merge = (
-            runtime.load("decode.cu", kernel, defines, self._device) for kernel in ("sawkv_decode", "sawkv_merge")
+            runtime.load(f"{queries.kernel}.cu", f"sawkv_{kernel}", defines, self._device, family)
+            for kernel in (queries.kernel, "merge")
         )
         variant = _DecodeVariant(
             decode,
@@ -322,6 +358,11 @@ class _DecodeVariant(NamedTuple):
     threads: int
     shared_bytes: int
     merge_rows_per_seq: int
+
+
+def _can_extend(layout: PageLayout, device: torch.device) -> bool:
+    properties = torch.cuda.get_device_properties(device)
+    return layout.head_dim in EXTEND_HEAD_DIMS and (properties.major, properties.minor) == EXTEND_CAPABILITY
 
 
 def _page_defines(layout: PageLayout, dtype: torch.dtype, k_order: int, v_order: int) -> dict[str, int | str]:

@@ -1,8 +1,9 @@
 // What attention kernels share: their parameters, which query a row is, and how results are added and written.
 //
-// Macros: HEAD_DIM, GROUP (query heads per KV head), CHUNK_ROWS (query rows that a chunk has room for), ROW_GROUPS (of
-// CHUNK_ROWS rows each, dealt to chunks), V_ORDER, ELEMENT (of q and the output); 1 or 0: GAIN (K or V, or both, have
-// gains), SOFTCAP, OFFSET (K has centers, and a soft-cap, sinks or the log-sum-exp see what scores lack by them).
+// Macros: HEAD_DIM, GROUP (query heads per KV head), CHUNK_ROWS (query rows that a chunk has room for), ROW_GROUPS (the
+// most of them, of CHUNK_ROWS rows each, that a sequence and KV head has; each is a unit), V_ORDER, ELEMENT (of q and
+// the output); 1 or 0: GAIN (K or V, or both, have gains), SOFTCAP, OFFSET (K has centers, and a soft-cap, sinks or the
+// log-sum-exp see what scores lack by them).
 #pragma once
 #include "pages.cuh"
 #include "plan.cuh"
@@ -32,13 +33,19 @@ struct DecodeParams {
   int window;          // 0: none
 };
 
+// Row groups of a sequence and KV head
+__device__ inline int num_row_groups(int query_len) {
+  return ROW_GROUPS == 1 ? 1 : min(ROW_GROUPS, divide_up(query_len * GROUP, CHUNK_ROWS));
+}
+__device__ inline int kv_head_of(const Chunk& chunk) { return chunk.unit / num_row_groups(chunk.query_len); }
+
 // The query row that a unit's row r is: token in the sequence's query, and query head.
 struct QueryRow {
   int token, head;
-  __device__ QueryRow(int unit, int r) {
-    const int row = unit % ROW_GROUPS * CHUNK_ROWS + r;
+  __device__ QueryRow(int unit, int query_len, int r) {
+    const int row_groups = num_row_groups(query_len), row = unit % row_groups * CHUNK_ROWS + r;
     token = row / GROUP;
-    head = unit / ROW_GROUPS * GROUP + row % GROUP;
+    head = unit / row_groups * GROUP + row % GROUP;
   }
 };
 

@@ -77,6 +77,21 @@ __device__ inline u32 pack_bfloats(float low, float high) {
   return pair;
 }
 
+__device__ inline u32 pack_halfs(float low, float high) {
+  u32 pair;
+  asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(high), "f"(low));
+  return pair;
+}
+// a * b + c of pairs, rounded once; subnormals are exact
+__device__ inline u32 fma_halfs(u32 a, u32 b, u32 c) {
+  u32 d;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
+  return d;
+}
+__device__ inline void store_shared(u32 address, u32 a, u32 b, u32 c, u32 d) {
+  asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+
 // Matrices of 8 x 8 16-bit elements
 __device__ inline u32 transpose_matrix(u32 a) {
   u32 d;
@@ -128,7 +143,8 @@ __device__ inline void mma_int8(int (&c)[4], u32 a, u32 b) {
 __device__ inline void init_barrier(u64* barrier, u32 arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
-__device__ inline void publish_barriers() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+// What this thread wrote to shared memory, to bulk copies and the products of warpgroups. For barriers too.
+__device__ inline void publish_to_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ inline void arrive(u64* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
@@ -161,6 +177,15 @@ __device__ inline void wait(u64* barrier, u32 parity) {
       "}" ::"r"(shared_address(barrier)),
       "r"(parity)
       : "memory");
+}
+
+// Of `threads` threads, by number: 0 is __syncthreads's
+__device__ inline void sync_threads(int barrier, int threads) {
+  asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
+}
+
+__device__ inline void arrive_threads(int barrier, int threads) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
 
 // Bulk copy, 16-byte aligned; its bytes count on `barrier`.

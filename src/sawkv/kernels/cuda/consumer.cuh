@@ -117,7 +117,7 @@ struct Consumer {
     for (int t = 0; t < COLUMN_TILES; t++)
 #pragma unroll
       for (int e = 0; e < 2; e++) {
-        const QueryRow row(chunk.unit, first_row + 8 * t + 2 * (lane_index() % 4) + e);
+        const QueryRow row(chunk.unit, chunk.query_len, first_row + 8 * t + 2 * (lane_index() % 4) + e);
         const int last = min(chunk.length - chunk.query_len + row.token, chunk.length - 1);
         const int first = window ? last - window + 1 : 0;
 #pragma unroll
@@ -234,7 +234,7 @@ struct Consumer {
   // Hand the result of a chunk to the merge warp.
   __device__ void store(Shared& s, int slot, int warp) {
     const int lane = lane_index();
-    constexpr int CODE_EXPONENT = 133 - V_SHIFT;  // bf16 codes are n * 2^-133
+    constexpr int V_EXPONENT = 133 - V_SHIFT;  // bf16 codes are n * 2^-133
 #pragma unroll
     for (int t = 0; t < COLUMN_TILES; t++)
 #pragma unroll
@@ -246,7 +246,7 @@ struct Consumer {
         }
         const int row = 8 * t + 2 * (lane % 4) + e;
         if (row >= ROWS) continue;
-        const float even = power_of_two(CODE_EXPONENT), odd = power_of_two(CODE_EXPONENT - 4),
+        const float even = power_of_two(V_EXPONENT), odd = power_of_two(V_EXPONENT - 4),
                     offset = zero[t][e] * power_of_two(-V_SHIFT);
         auto* channels = (Vector<float, 4>*)s.results[slot][warp][row];
 #pragma unroll

@@ -26,6 +26,23 @@ constexpr int STAGES_THAT_FIT =
 constexpr int STAGES = STAGES_THAT_FIT >= 24 ? 24 : STAGES_THAT_FIT / CONSUMERS * CONSUMERS;
 static_assert(STAGES > 0, "no room for the ring");
 
+// Copies under way at once, in tiles of some 9 KB. The memory serves more of them in a worse order: without this bound,
+// decode is 1 to 4% slower.
+constexpr int MOST_UNDER_WAY = 8;
+
+// Queries that the scheduler loads at once, as registers allow
+constexpr int QUERIES_AT_ONCE = ROWS <= 4 || (SOFTCAP && OFFSET && D > 128) ? 4 : 8;
+constexpr int CODE_EXPONENT = 24;  // codes are fp16 numbers n * 2^-24, and odd ones 16 times as large
+constexpr float ODD_FACTOR = 1.0f / 16;
+
+// Where channel c of row r stands among a chunk's queries. A consumer lane reads its B fragments of 8 rows and 32
+// channels as 16 bytes, next to its neighbour's. In these the two nibbles of an A fragment's word are four channels
+// apart, and even and odd nibbles alternate.
+__device__ inline int fragment_index(int r, int c) {
+  const int quad = c / (D / 4), word = c % (D / 4) / 8;
+  return (((r / 8 * (D / 32) + word) * 8 + r % 8) * 4 + quad) * 8 + (c >> 1 & 1) * 4 + (c & 1) * 2 + (c >> 2 & 1);
+}
+
 struct alignas(sizeof(float) * (SOFTCAP && OFFSET ? 4 : 2)) QueryStats {
   float sum, factor;  // of the row in units of codes; what a score is multiplied by
 #if SOFTCAP && OFFSET
@@ -55,7 +72,7 @@ struct Shared {
       ptx::init_barrier(&results_full[i], CONSUMERS * WARP_ARRIVALS),
           ptx::init_barrier(&results_empty[i], MERGERS * WARP_ARRIVALS);
     ptx::init_barrier(&last_results_full, WARP_ARRIVALS);
-    ptx::publish_barriers();
+    ptx::publish_to_copies();
   }
 };
 static_assert(sizeof(Shared) <= SHARED_LIMIT, "no room in shared memory");

@@ -9,7 +9,7 @@ __device__ void merge_rows(const Shared& s, const DecodeParams& p, int n, int fi
   const Chunk chunk = s.chunks[Turn<CHUNK_SLOTS>{n}.slot()];
   const int slot = Turn<RESULT_SLOTS>{n}.slot();
   for (int r = first; r < CHUNK_ROWS; r += step) {
-    const QueryRow row(chunk.unit, r);
+    const QueryRow row(chunk.unit, chunk.query_len, r);
     if (is_padding(r) || row.token >= chunk.query_len) continue;
     Row<D> outs[GROUPS];
     float2 stats[GROUPS];

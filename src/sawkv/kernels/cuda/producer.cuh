@@ -1,12 +1,12 @@
 // The producer warps: bring tiles of pages into a ring in shared memory, one bulk copy for each page and KV head.
+//
+// Included behind the kernel's Shared, STAGES, CHUNK_SLOTS, PRODUCERS and MOST_UNDER_WAY.
 #pragma once
-#include "decode_shared.cuh"
+#include "attention.cuh"
+#include "tiles.cuh"
 
 namespace sawkv {
 
-// Copies under way at once, in tiles of some 9 KB. The memory serves more of them in a worse order: without this bound,
-// decode is 1 to 4% slower.
-constexpr int MOST_UNDER_WAY = 8;
 static_assert(STAGES <= WARP, "a lane for each stage");
 static_assert(MOST_UNDER_WAY <= STAGES && MOST_UNDER_WAY % PRODUCERS == 0 && STAGES % PRODUCERS == 0,
               "each tile's earlier ones are its producer's");
@@ -48,7 +48,7 @@ __device__ int run_producer(Shared& s, const DecodeParams& p, int producer) {
     ptx::wait(&s.chunk_full[turn.slot()], turn.phase());
     const Chunk chunk = s.chunks[turn.slot()];
     if (!chunk.num_tiles) return n;
-    const u8* head = p.pages + (i64)(chunk.unit / ROW_GROUPS) * HEAD_BYTES;
+    const u8* head = p.pages + (i64)kv_head_of(chunk) * HEAD_BYTES;
     int first = (producer + PRODUCERS - tiles_before % PRODUCERS) % PRODUCERS;
     TilePages next_pages(p, chunk, first + lane_index() * PRODUCERS);
     // Once around the ring, a lane for each tile: what a copy needs is worked out for all of them at once, before any

@@ -174,26 +174,33 @@ class Kernel:
         self._allowed_shared_bytes = shared_bytes
 
 
-def load(source_file: str, name: str, defines: Mapping[str, int | str], device: torch.device) -> Kernel:
+def load(
+    source_file: str, name: str, defines: Mapping[str, int | str], device: torch.device, family: str = ""
+) -> Kernel:
     """The kernel called `name`, compiled for `device` (with an index) and loaded on it; a later call returns the same
     one.
+
+    Args:
+        family: "a" for instructions that only GPUs of the device's own compute capability have.
 
     Raises:
         UnsupportedError: NVRTC or the driver's bindings are missing.
         CudaError: compilation or loading failed.
     """
-    return _load(source_file, name, tuple(sorted(defines.items())), device.index)
+    return _load(source_file, name, tuple(sorted(defines.items())), device.index, family)
 
 
 @functools.cache
-def _load(source_file: str, name: str, defines: tuple[tuple[str, int | str], ...], device_index: int) -> Kernel:
-    return Kernel(_load_module(source_file, defines, device_index), name)
+def _load(
+    source_file: str, name: str, defines: tuple[tuple[str, int | str], ...], device_index: int, family: str
+) -> Kernel:
+    return Kernel(_load_module(source_file, defines, device_index, family), name)
 
 
 @functools.cache
-def _load_module(source_file: str, defines: tuple[tuple[str, int | str], ...], device_index: int) -> Any:
+def _load_module(source_file: str, defines: tuple[tuple[str, int | str], ...], device_index: int, family: str) -> Any:
     major, minor = torch.cuda.get_device_capability(device_index)
-    image = image_for(source_file, dict(defines), f"sm_{major}{minor}")
+    image = image_for(source_file, dict(defines), f"sm_{major}{minor}{family}")
     with torch.cuda.device(device_index):
         # makes torch's context current before the driver is asked for anything
         torch.cuda.current_stream().synchronize()

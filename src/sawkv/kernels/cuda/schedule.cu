@@ -16,7 +16,9 @@ struct ScheduleParams {
   Chunk* chunks;
   SplitUnit* splits;
   int num_seqs;
-  int units_per_seq;    // KV heads * row groups
+  int num_kv_heads;
+  int group, chunk_rows;  // query heads per KV head; query rows of a unit, at most
+  int max_row_groups;
   int tile_tokens;      // TILE; as a constant it costs registers
   int tiles_per_chunk;  // where blocks get few chunks
   int window;           // 0: none
@@ -24,14 +26,17 @@ struct ScheduleParams {
   int max_chunks_per_block;
 };
 
-// Tiles that a sequence's queries can see; at least one, so that a sequence without keys still gets its zeros.
+// Tiles that a sequence's queries can see; at least one, so that a sequence without keys still gets its zeros. None of
+// a sequence of negative length: its rows are left as they are.
 struct TileRange {
-  int first, count;
+  int first, count;  // of each unit
+  int units;         // KV heads * row groups
   __device__ TileRange(const ScheduleParams& p, int seq) {
     const int length = p.seq_lens[seq], query_len = p.query_start_loc[seq + 1] - p.query_start_loc[seq];
     const int first_token = p.window ? max(0, length - query_len - p.window + 1) : 0;
     first = first_token / p.tile_tokens;
-    count = query_len > 0 ? max(1, divide_up(length, p.tile_tokens) - first) : 0;
+    count = query_len > 0 && length >= 0 ? max(1, divide_up(length, p.tile_tokens) - first) : 0;
+    units = count ? p.num_kv_heads * min(divide_up(query_len * p.group, p.chunk_rows), p.max_row_groups) : 0;
   }
 };
 
@@ -92,7 +97,10 @@ __global__ void __launch_bounds__(THREADS) sawkv_schedule(const __grid_constant_
   int* whole_chunks = split_chunks + n + 1;
   int* split_units = whole_chunks + n + 1;
 
-  for (int i = threadIdx.x; i < n; i += THREADS) tiles[i] = TileRange(p, i).count * p.units_per_seq;
+  for (int i = threadIdx.x; i < n; i += THREADS) {
+    const TileRange range(p, i);
+    tiles[i] = range.count * range.units;
+  }
   __syncthreads();
   prefix_sums(tiles, n);
   const i64 total_tiles = tiles[n];
@@ -108,13 +116,14 @@ __global__ void __launch_bounds__(THREADS) sawkv_schedule(const __grid_constant_
   __syncthreads();
 
   for (int i = threadIdx.x; i < n; i += THREADS) {
-    const int count = TileRange(p, i).count;
+    const TileRange range(p, i);
+    const int count = range.count, units = range.units;
     const int pieces =
         total_tiles ? max(1, min((int)((count * chunks_wanted + rounding) / total_tiles), count / min_tiles)) : 1;
     tiles[i] = pieces;
-    split_chunks[i] = pieces > 1 ? pieces * p.units_per_seq : 0;
-    whole_chunks[i] = pieces == 1 && count > 0 ? p.units_per_seq : 0;
-    split_units[i] = pieces > 1 ? p.units_per_seq : 0;
+    split_chunks[i] = pieces > 1 ? pieces * units : 0;
+    whole_chunks[i] = pieces == 1 && count > 0 ? units : 0;
+    split_units[i] = pieces > 1 ? units : 0;
   }
   __syncthreads();
   prefix_sums(split_chunks, n);

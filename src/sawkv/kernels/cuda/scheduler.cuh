@@ -1,16 +1,12 @@
-// The decode kernel's scheduler warp: takes chunks from the plan; loads, rotates and normalizes their queries.
+// The scheduler warp: takes chunks from the plan; loads, rotates and normalizes their queries.
+//
+// Included behind the kernel's Shared, CHUNK_SLOTS, ROWS, is_padding, fragment_index, QUERIES_AT_ONCE, CODE_EXPONENT
+// and ODD_FACTOR.
 #pragma once
-#include "decode_shared.cuh"
+#include "attention.cuh"
+#include "tiles.cuh"
 
 namespace sawkv {
-
-// Where channel c of row r stands among a chunk's queries. A consumer lane reads its B fragments of 8 rows and 32
-// channels as 16 bytes, next to its neighbour's. In these the two nibbles of an A fragment's word are four channels
-// apart, and even and odd nibbles alternate.
-__device__ inline int fragment_index(int r, int c) {
-  const int quad = c / (D / 4), word = c % (D / 4) / 8;
-  return (((r / 8 * (D / 32) + word) * 8 + r % 8) * 4 + quad) * 8 + (c >> 1 & 1) * 4 + (c & 1) * 2 + (c >> 2 & 1);
-}
 
 __device__ void store_query(Shared& s, const DecodeParams& p, int slot, int r, Row<D> q, int kv_head,
                             const Row<D>& gain_inverse) {
@@ -31,31 +27,30 @@ __device__ void store_query(Shared& s, const DecodeParams& p, int slot, int r, R
   for (int i = 0; i < Row<D>::PER_LANE; i++) {
     const int c = Row<D>::channel(i);
     sum += ptx::half_to_float(ptx::float_to_half(q.x[i]));
-    s.queries[slot][fragment_index(r, c)] = ptx::float_to_half(c % 2 ? q.x[i] / 16 : q.x[i]);
+    s.queries[slot][fragment_index(r, c)] = ptx::float_to_half(c % 2 ? q.x[i] * ODD_FACTOR : q.x[i]);
   }
   sum = sum_over_lanes(sum);
-  stats.sum = sum * power_of_two(-24);
-  stats.factor = p.scale_log2 * power_of_two(24 + exponent - 13);
+  stats.sum = sum * power_of_two(-CODE_EXPONENT);
+  stats.factor = p.scale_log2 * power_of_two(CODE_EXPONENT + exponent - 13);
   if (lane_index() == 0) s.query_stats[slot][r] = stats;
 }
 
 __device__ void prepare_queries(Shared& s, const DecodeParams& p, const Chunk& chunk, int slot) {
-  constexpr int AT_ONCE = ROWS <= 4 || (SOFTCAP && OFFSET && D > 128) ? 4 : 8;  // loads in flight, as registers allow
-  const int kv_head = chunk.unit / ROW_GROUPS;
+  const int kv_head = kv_head_of(chunk);
   const auto gain_inverse = GAIN && p.k_gain_inverse ? Row<D>::load(p.k_gain_inverse + kv_head * D) : Row<D>::filled(1);
-  for (int first = 0; first < CHUNK_ROWS; first += AT_ONCE) {
+  for (int first = 0; first < CHUNK_ROWS; first += QUERIES_AT_ONCE) {
     if (is_padding(first)) continue;
-    Row<D> rows[AT_ONCE];
+    Row<D> rows[QUERIES_AT_ONCE];
 #pragma unroll
-    for (int i = 0; i < AT_ONCE; i++) {
-      const QueryRow row(chunk.unit, first + i);
+    for (int i = 0; i < QUERIES_AT_ONCE; i++) {
+      const QueryRow row(chunk.unit, chunk.query_len, first + i);
       rows[i] = Row<D>::filled(0);
       if (!is_padding(first + i) && row.token < chunk.query_len)
         rows[i] =
             Row<D>::load(p.q + (i64)(chunk.query_start + row.token) * p.q_token_stride + row.head * p.q_head_stride);
     }
 #pragma unroll
-    for (int i = 0; i < AT_ONCE; i++) store_query(s, p, slot, first + i, rows[i], kv_head, gain_inverse);
+    for (int i = 0; i < QUERIES_AT_ONCE; i++) store_query(s, p, slot, first + i, rows[i], kv_head, gain_inverse);
   }
 }
 

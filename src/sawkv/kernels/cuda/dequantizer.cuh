@@ -1,0 +1,125 @@
+// The extend kernel's dequantizer warps: turn tiles of codes into operands of the tensor cores, once for all query
+// rows.
+//
+// A nibble n, masked in place, is the fp16 number n * 2^-24 (odd ones 16 times as large). One fma makes
+// (n - zero_point) * scale of two of them, with the scale of its row over a power of two near the tile's largest, so
+// that products stay in fp16's range whatever the scales. Consumers put that power back, into scores and weights.
+#pragma once
+#include "extend_shared.cuh"
+
+namespace sawkv {
+
+// Which of a tile's tokens are read. All else becomes 0: it may hold anything, NaN too, and is multiplied by weights of
+// 0.
+struct TokenRange {
+  int first, end;
+  __device__ bool has(int token) const { return token >= first && token < end; }
+};
+
+// Of a lane's tokens, the largest scale's bits. NaN is none.
+__device__ inline u32 largest_scale(const u8* tile, int meta_offset, TokenRange range) {
+  u32 largest = 0;
+#pragma unroll
+  for (int i = 0; i < TILE; i += WARP) {
+    const int token = i + lane_index();
+    const u32 scale = *(const u32*)(tile + token / SPAN * SPAN_BYTES + meta_offset + token % SPAN * 4) & 0xffff;
+    if (range.has(token) && scale < 0x7c00) largest = max(largest, scale);
+  }
+  return largest;
+}
+// The exponent of the power of two at or below the largest scale of all lanes.
+__device__ inline int exponent_of(u32 largest_scale) {
+  return max((int)(__reduce_max_sync(ALL_LANES, largest_scale) >> 10), 1) - 15;
+}
+
+// A thread's part of K or V of a tile: a token's row, or every other segment of it. Eight neighbouring lanes write
+// eight different banks of 16 bytes, and mostly read from as many: of K they hold four tokens and two segments each,
+// other ones for two of the tokens, or eight tokens; of V one segment of eight tokens.
+template <bool IS_V>
+struct PartOfRow {
+  static constexpr int CODES = IS_V ? V_CODES : 0, META = IS_V ? V_META : K_META;
+  static constexpr int SHARE = DEQUANTIZERS * WARP / TILE, COUNT = SEGMENTS / SHARE;  // threads of a token; segments
+  static_assert(SHARE * TILE == DEQUANTIZERS * WARP && SHARE <= 2 && COUNT == 2, "head_dim 64 or 128");
+  uint4 codes[COUNT];
+  u32 meta;
+  int token, first;
+
+  static __device__ int segment(int first, int i) { return (first + SHARE * i) % SEGMENTS; }
+  __device__ PartOfRow(const u8* tile, int thread) {
+    token = IS_V ? thread % TILE : thread / SHARE;
+    first = IS_V ? thread / TILE : SHARE == 2 ? thread % 2 + thread / 4 % 2 * 2 : 0;
+    const int swizzle = IS_V ? token % 8 * ODD_SEGMENTS * SWIZZLE_PERIOD / 8 % SWIZZLE_PERIOD : 0;
+    const u8* span = tile + token / SPAN * SPAN_BYTES;
+#pragma unroll
+    for (int i = 0; i < COUNT; i++)
+      codes[i] = *(const uint4*)(span + CODES + token % SPAN * ROW_BYTES + (segment(first, i) ^ swizzle) * 16);
+    meta = *(const u32*)(span + META + token % SPAN * 4);
+  }
+
+  __device__ void dequantize(TokenRange range, int exponent, u16* operand) const {
+    const bool is_there = range.has(token);
+    const float multiplier = is_there ? ptx::low_half_to_float(meta) * power_of_two(15 - exponent) : 0;
+    const float offset = is_there ? -ptx::high_half_to_float(meta) * (multiplier * power_of_two(-24)) : 0;
+    const u32 even = ptx::pack_halfs(multiplier, multiplier),
+              odd = ptx::pack_halfs(multiplier * power_of_two(-4), multiplier * power_of_two(-4)),
+              add = ptx::pack_halfs(offset, offset);
+    const u32 row = ptx::shared_address(operand) + token * 128;
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+      const int s = segment(first, i);
+      const u32 to = row + s / 2 * (TILE * 128) + (s % 2 * 4 ^ token % 8) * 16;
+      const u32 words[4] = {codes[i].x, codes[i].y, codes[i].z, codes[i].w};
+#pragma unroll
+      for (int w = 0; w < 4; w++) {
+        const u32 high = words[w] >> 8;
+        ptx::store_shared(to ^ w << 4, ptx::fma_halfs(nibbles(words[w], high, 0), even, add),
+                          ptx::fma_halfs(nibbles(words[w], high, 1), odd, add),
+                          ptx::fma_halfs(nibbles(words[w], high, 2), even, add),
+                          ptx::fma_halfs(nibbles(words[w], high, 3), odd, add));
+      }
+    }
+  }
+};
+
+// What operands hold is for the tensor cores, which read memory their own way.
+__device__ inline void publish(u64* full) {
+  ptx::publish_to_copies();
+  hand_on(full);
+}
+
+__device__ void run_dequantizer(Shared& s, const DecodeParams& p, int thread) {
+  int stage = 0, stage_phase = 0, slot = 0, slot_phase = 0;  // of both rings
+  for (int n = 0;; n++) {
+    const Turn<CHUNK_SLOTS> turn{n};
+    ptx::wait(&s.chunk_full[turn.slot()], turn.phase());
+    const Chunk& chunk = s.chunks[turn.slot()];
+    const int num_tiles = uniform(chunk.num_tiles);
+    // From what the first query sees on, counted from the tile's first token
+    const int length = uniform(chunk.length - chunk.first_tile * TILE), query_len = uniform(chunk.query_len);
+    TokenRange range{p.window ? length - query_len - p.window + 1 : 0, length};
+    if (!num_tiles) return;
+    hand_on(&s.chunk_empty[turn.slot()]);
+#pragma unroll 1
+    for (int tile = 0; tile < num_tiles; tile++, range.first -= TILE, range.end -= TILE) {
+      const u8* from = s.tiles[stage];
+      ptx::wait(&s.tile_full[stage], stage_phase);
+      const u32 key_scale = largest_scale(from, K_META, range), value_scale = largest_scale(from, V_META, range);
+      const PartOfRow<false> keys(from, thread);
+      const PartOfRow<true> values(from, thread);
+      const int key_exponent = exponent_of(key_scale), value_exponent = exponent_of(value_scale);
+      hand_on(&s.tile_empty[stage]);
+      ptx::wait(&s.keys_empty[slot], slot_phase ^ 1);
+      if (thread == 0)  // with the keys, so that no one waits for values before they are multiplied
+        s.powers[slot] = {power_of_two(key_exponent), (float)value_exponent, power_of_two(-value_exponent), 0};
+      keys.dequantize(range, key_exponent, s.keys[slot]);
+      publish(&s.keys_full[slot]);
+      ptx::wait(&s.values_empty[slot], slot_phase ^ 1);
+      values.dequantize(range, value_exponent, s.values[slot]);
+      publish(&s.values_full[slot]);
+      if (++stage == STAGES) stage = 0, stage_phase ^= 1;
+      if (++slot == OPERAND_STAGES) slot = 0, slot_phase ^= 1;
+    }
+  }
+}
+
+}  // namespace sawkv

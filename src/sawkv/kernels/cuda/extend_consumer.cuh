@@ -1,0 +1,283 @@
+// The extend kernel's consumer groups: attend 64 query rows to dequantized tiles by products of a warpgroup.
+//
+// A warp has 16 of the rows, lane l rows l / 4 and l / 4 + 8 of these, and of every 8 columns of a sum the columns
+// 2 (l % 4) and + 1. Sums of scores are thus fragments of weights already.
+#pragma once
+#include "extend_shared.cuh"
+
+namespace sawkv {
+
+struct ExtendConsumer {
+  static constexpr int PANEL_BYTES = TILE * 128;
+
+  u32 query[D / 16][4];
+  u32 weights[TILE / 16][4];
+  float scores[TILE / 2];  // of 8 tokens each: two of row l / 4, two of row l / 4 + 8
+  float out[D / 2];        // likewise, of channels
+  // Of the lane's two rows. Weights are 2^(score + the exponent of the tile's values - maximum).
+  float maximum[2], sum[2];
+  float factor[2];
+#if SOFTCAP && OFFSET
+  float offset[2];
+#endif
+  int last[2], first[2];  // tokens that the rows see
+
+  __device__ void start(const Shared& s, const DecodeParams& p, int slot, const Chunk& chunk, int first_row) {
+    const int lane = lane_index();
+    const auto* fragments = (const uint4*)&s.queries[slot][first_row * D] + lane;
+#pragma unroll
+    for (int k = 0; k < D / 16; k++) {
+      const uint4 q = fragments[k * WARP];
+      const u32 sign = p.scale_log2 < 0 ? 0x80008000u : 0;
+      query[k][0] = q.x ^ sign, query[k][1] = q.y ^ sign, query[k][2] = q.z ^ sign, query[k][3] = q.w ^ sign;
+    }
+#pragma unroll
+    for (int e = 0; e < 2; e++) {
+      const int r = first_row + lane / 4 + 8 * e;
+      const QueryRow row(chunk.unit, chunk.query_len, r);
+      const QueryStats& stats = s.query_stats[slot][r];
+      factor[e] = fmaxf(fabsf(stats.factor), 1e-30f);  // positive, as masks and maxima need it: the sign goes to q
+#if SOFTCAP && OFFSET
+      offset[e] = stats.offset;
+#endif
+      last[e] = min(chunk.length - chunk.query_len + row.token, chunk.length - 1);
+      first[e] = p.window ? last[e] - p.window + 1 : 0;
+      maximum[e] = -1e30f;
+      sum[e] = 0;
+    }
+#pragma unroll
+    for (int i = 0; i < D / 2; i++) out[i] = 0;
+  }
+
+  // `keys`, `values`: the operand's address in shared memory, over 16
+  __device__ void multiply_keys(u32 keys) {
+#pragma unroll
+    for (int k = 0; k < D / 16; k++)
+      ptx::mma_warpgroup<0>(scores, query[k], ptx::matrix_of_panels<0>(keys + (k / 4 * PANEL_BYTES + k % 4 * 32) / 16),
+                            k > 0);
+    ptx::commit_warpgroup();
+  }
+  __device__ void multiply_values(u32 values) {
+#pragma unroll
+    for (int k = 0; k < TILE / 16; k++)
+      ptx::mma_warpgroup<1>(out, weights[k], ptx::matrix_of_panels<PANEL_BYTES>(values + k * 16 * 128 / 16), true);
+    ptx::commit_warpgroup();
+  }
+
+  // Scores become weights. Returns what sums from before have to be multiplied by: 1 for most tiles, since a maximum is
+  // raised only when it grows by more than 4 in log2.
+  __device__ bool weigh(int first_token, bool is_masked, float key_power, float value_exponent, float value_power,
+                        float softcap_log2, float (&rescale)[2]) {
+    float scale[2];
+#pragma unroll
+    for (int e = 0; e < 2; e++) scale[e] = factor[e] * key_power;
+#if SOFTCAP
+#pragma unroll
+    for (int i = 0; i < TILE / 2; i++) {
+      float x = scores[i] * scale[i / 2 % 2];
+#if OFFSET
+      x += offset[i / 2 % 2];
+#endif
+      scores[i] = softcap_log2 * (1 - 2 / (1 + ptx::exp2(x)));  // as in consumer.cuh
+    }
+    scale[0] = scale[1] = 1;
+#endif
+    if (is_masked) {
+#pragma unroll
+      for (int i = 0; i < TILE / 2; i++) {
+        const int token = first_token + i / 4 * 8 + lane_index() % 4 * 2 + i % 2;
+        if (token > last[i / 2 % 2] || token < first[i / 2 % 2]) scores[i] = -infinity();
+      }
+    }
+    float largest[4] = {scores[0], scores[1], scores[2], scores[3]};
+#pragma unroll
+    for (int i = 4; i < TILE / 2; i++) largest[i % 4] = fmaxf(largest[i % 4], scores[i]);
+#pragma unroll
+    for (int e = 0; e < 2; e++) largest[e] = fmaf(fmaxf(largest[2 * e], largest[2 * e + 1]), scale[e], value_exponent);
+    const bool grows = __any_sync(ALL_LANES, largest[0] > maximum[0] + 4 || largest[1] > maximum[1] + 4);
+    if (grows) {
+#pragma unroll
+      for (int e = 0; e < 2; e++) {
+        float x = fmaxf(maximum[e], largest[e]);
+        x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 1));
+        x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 2));
+        rescale[e] = ptx::exp2(maximum[e] - x);
+        maximum[e] = x;
+        sum[e] *= rescale[e];
+      }
+    }
+    const float shift[2] = {value_exponent - maximum[0], value_exponent - maximum[1]};
+    float total[4] = {};
+#pragma unroll
+    for (int i = 0; i < TILE / 2; i++) {
+      scores[i] = ptx::exp2(fmaf(scores[i], scale[i / 2 % 2], shift[i / 2 % 2]));
+      total[i % 4] += scores[i];
+    }
+#pragma unroll
+    for (int e = 0; e < 2; e++) sum[e] = fmaf(total[2 * e] + total[2 * e + 1], value_power, sum[e]);
+    return grows;
+  }
+
+  __device__ void rescale_out(const float (&rescale)[2]) {
+#pragma unroll
+    for (int i = 0; i < D / 2; i += 4) {
+      out[i] *= rescale[0], out[i + 1] *= rescale[0];
+      out[i + 2] *= rescale[1], out[i + 3] *= rescale[1];
+    }
+  }
+
+  __device__ void pack_weights() {
+#pragma unroll
+    for (int k = 0; k < TILE / 16; k++)
+#pragma unroll
+      for (int i = 0; i < 4; i++) weights[k][i] = ptx::pack_halfs(scores[8 * k + 2 * i], scores[8 * k + 2 * i + 1]);
+  }
+
+  // Rows l / 4 + 8 * half of the result, to where a warp can read whole rows
+  __device__ void store(Shared& s, int warp, int half) const {
+    const int lane = lane_index();
+#pragma unroll
+    for (int i = 0; i < D / 8; i++) {  // of 8 columns: see operand_column
+      float* channels = &s.results[warp][lane / 4][i * 8 + lane % 4];
+      channels[0] = out[4 * i + 2 * half] * power_of_two(CODE_EXPONENT);
+      channels[4] = out[4 * i + 2 * half + 1] * power_of_two(CODE_EXPONENT);
+    }
+    if (lane % 4 == 0) s.result_stats[warp][lane / 4] = {maximum[half], sum[half]};
+  }
+};
+
+// Write the rows of a finished chunk, or its partial result. `warp`: of all consumers.
+__device__ void write_results(Shared& s, const DecodeParams& p, const Chunk& chunk, ExtendConsumer& consumer,
+                              int warp) {
+#pragma unroll
+  for (int e = 0; e < 2; e++) {
+    consumer.sum[e] += __shfl_xor_sync(ALL_LANES, consumer.sum[e], 1);
+    consumer.sum[e] += __shfl_xor_sync(ALL_LANES, consumer.sum[e], 2);
+  }
+  constexpr int SOURCES = DEALS_TILES ? CONSUMER_GROUPS : 1;
+  const int pair = warp % 4;  // warps that have the same rows
+#pragma unroll
+  for (int half = 0; half < 2; half++) {
+    consumer.store(s, warp, half);
+    if (DEALS_TILES)
+      ptx::sync_threads(1 + pair, CONSUMER_GROUPS * WARP);
+    else
+      __syncwarp();
+#pragma unroll 1
+    for (int i = DEALS_TILES ? warp / 4 : 0; i < 8; i += SOURCES) {
+      const int r = (DEALS_TILES ? pair : warp) * 16 + half * 8 + i;
+      const QueryRow row(chunk.unit, chunk.query_len, r);
+      if (row.token >= chunk.query_len) continue;
+      Row<D> outs[SOURCES];
+      float2 stats[SOURCES];
+#pragma unroll
+      for (int k = 0; k < SOURCES; k++) {
+        const int source = DEALS_TILES ? pair + 4 * k : warp;
+        outs[k] = Row<D>::load(s.results[source][i]);
+        stats[k] = s.result_stats[source][i];
+      }
+      Result merged = Result::none();
+      merged.add(outs, stats);
+      if (chunk.partial < 0) {
+        merged.write(p, chunk.query_start, row);
+      } else {
+        const i64 index = (i64)chunk.partial * CHUNK_ROWS + r;
+        merged.out.store(p.partials + index * D);
+        if (lane_index() == 0) p.partial_stats[index] = {merged.maximum, merged.sum};
+      }
+    }
+    if (DEALS_TILES)
+      ptx::sync_threads(1 + pair, CONSUMER_GROUPS * WARP);
+    else
+      __syncwarp();
+  }
+}
+
+// Groups that attend to the same tiles issue their products in turn: one weighs while the other has the tensor cores.
+__device__ inline void begin_products(int group) {
+  if (!DEALS_TILES) ptx::sync_threads(1 + group, CONSUMER_GROUPS * WARPGROUP);
+}
+__device__ inline void end_products(int group) {
+  if (!DEALS_TILES) ptx::arrive_threads(1 + (group ^ 1), CONSUMER_GROUPS * WARPGROUP);
+}
+
+__device__ void run_extend_consumer(Shared& s, const DecodeParams& p, int warp) {
+  const int group = warp / 4, first_row = (DEALS_TILES ? warp % 4 : warp) * 16;
+  constexpr int STEP = DEALS_TILES ? CONSUMER_GROUPS : 1;
+  constexpr u32 OPERAND = TILE * D * 2 / 16;
+  const u32 keys = ptx::shared_address(s.keys) / 16, values = ptx::shared_address(s.values) / 16;
+  int tiles_before = 0;
+  if (group) end_products(group);  // the first group begins
+  for (int n = 0;; n++) {
+    const Turn<CHUNK_SLOTS> turn{n};
+    ptx::wait(&s.queries_full[turn.slot()], turn.phase());
+    Chunk chunk = s.chunks[turn.slot()];
+    chunk.num_tiles = uniform(chunk.num_tiles), chunk.first_tile = uniform(chunk.first_tile);
+    chunk.length = uniform(chunk.length), chunk.query_len = uniform(chunk.query_len), chunk.unit = uniform(chunk.unit);
+    if (!chunk.num_tiles) return;
+    ExtendConsumer consumer;
+    consumer.start(s, p, turn.slot(), chunk, first_row);
+    const int first_token = QueryRow(chunk.unit, chunk.query_len, first_row).token;
+    const int unmasked_end = min(chunk.length - chunk.query_len + first_token + 1, chunk.length);
+    // What comes between the scores and the weights of a tile
+    const auto weigh = [&](int tile, Turn<OPERAND_STAGES> operand, float (&rescale)[2]) {
+      const int slot = operand.slot();
+      const float4 powers = s.powers[slot];
+      hand_on(&s.keys_empty[slot]);
+      const int begin = (chunk.first_tile + tile) * TILE;
+      const bool is_masked = begin + TILE > unmasked_end || (p.window && begin < chunk.length - p.window);
+      return consumer.weigh(begin, is_masked, powers.x, powers.y, powers.z, p.softcap_log2, rescale);
+    };
+
+    int tile = DEALS_TILES ? (group + CONSUMER_GROUPS - tiles_before % CONSUMER_GROUPS) % CONSUMER_GROUPS : 0;
+    if (tile < chunk.num_tiles) {
+      Turn<OPERAND_STAGES> operand{tiles_before + tile};
+      float rescale[2];
+      ptx::wait(&s.keys_full[operand.slot()], operand.phase());
+      hand_on(&s.chunk_empty[turn.slot()]);  // the producer has read it: its first keys are there
+      ptx::pin(consumer.scores);
+      ptx::fence_warpgroup();
+      consumer.multiply_keys(keys + operand.slot() * OPERAND);
+      ptx::wait_warpgroup<0>();
+      ptx::pin(consumer.scores);
+      weigh(tile, operand, rescale);
+      consumer.pack_weights();
+      // The scores of a tile are multiplied while those before it are weights already, and multiply their values.
+#pragma unroll 1
+      for (tile += STEP; tile < chunk.num_tiles; tile += STEP) {
+        const Turn<OPERAND_STAGES> next{tiles_before + tile};
+        ptx::wait(&s.keys_full[next.slot()], next.phase());
+        ptx::pin(consumer.scores);
+        ptx::pin(consumer.out);
+        ptx::wait(&s.values_full[operand.slot()], operand.phase());
+        begin_products(group);
+        ptx::fence_warpgroup();
+        consumer.multiply_keys(keys + next.slot() * OPERAND);
+        consumer.multiply_values(values + operand.slot() * OPERAND);
+        end_products(group);
+        ptx::wait_warpgroup<1>();
+        ptx::pin(consumer.scores);
+        const bool is_rescaled = weigh(tile, next, rescale);
+        ptx::wait_warpgroup<0>();
+        ptx::pin(consumer.out);
+        hand_on(&s.values_empty[operand.slot()]);
+        if (is_rescaled) consumer.rescale_out(rescale);
+        consumer.pack_weights();
+        operand = next;
+      }
+      ptx::wait(&s.values_full[operand.slot()], operand.phase());
+      ptx::pin(consumer.out);
+      ptx::fence_warpgroup();
+      consumer.multiply_values(values + operand.slot() * OPERAND);
+      ptx::wait_warpgroup<0>();
+      ptx::pin(consumer.out);
+      hand_on(&s.values_empty[operand.slot()]);
+    } else {
+      hand_on(&s.chunk_empty[turn.slot()]);
+    }
+    tiles_before += chunk.num_tiles;
+    write_results(s, p, chunk, consumer, warp);
+  }
+}
+
+}  // namespace sawkv

@@ -1,0 +1,98 @@
+// Roles of the warps of the extend kernel, and what they share.
+//
+// Macros: those of attention.cuh, PAGE_SIZE.
+#pragma once
+#include "attention.cuh"
+#include "tiles.cuh"
+#include "wgmma.cuh"
+
+namespace sawkv {
+
+constexpr int WARPGROUP = 4 * WARP;
+// Four warpgroups: helpers, of which two have nothing to do; dequantizers; and two groups of consumers.
+constexpr int PRODUCERS = 1, SCHEDULER = PRODUCERS, FIRST_DEQUANTIZER = 4, FIRST_CONSUMER = 8;
+constexpr int DEQUANTIZERS = FIRST_CONSUMER - FIRST_DEQUANTIZER, CONSUMER_GROUPS = 2, CONSUMERS = 4 * CONSUMER_GROUPS;
+constexpr int THREADS = (FIRST_CONSUMER + CONSUMERS) * WARP;
+constexpr int HELPER_REGISTERS = 64, CONSUMER_REGISTERS = 192;
+static_assert(2 * HELPER_REGISTERS + CONSUMER_GROUPS * CONSUMER_REGISTERS <= 512, "64k registers for an SM");
+
+constexpr int GROUP_ROWS = 64;  // query rows of a consumer group
+constexpr int ROW_BLOCKS = 1, BLOCK_ROWS = CHUNK_ROWS, ROWS = CHUNK_ROWS;
+// Both groups attend with the same rows, each to every other tile; else each has its own rows.
+constexpr bool DEALS_TILES = CHUNK_ROWS == GROUP_ROWS;
+static_assert(DEALS_TILES || CHUNK_ROWS == CONSUMER_GROUPS * GROUP_ROWS, "one or two groups' rows");
+static_assert(D == 64 || D == 128, "panels of 64 channels, and registers for sums");
+
+constexpr int CHUNK_SLOTS = 1;
+constexpr int STAGES = DEALS_TILES ? 5 : 6, MOST_UNDER_WAY = STAGES;
+// Of dequantized tiles. A stage always belongs to the same group (tiles.cuh: a phase must not be missed).
+constexpr int OPERAND_STAGES = DEALS_TILES ? 4 : 3;
+static_assert(!DEALS_TILES || OPERAND_STAGES % CONSUMER_GROUPS == 0, "a stage has one owner");
+constexpr int OPERAND_READERS = DEALS_TILES ? 4 : CONSUMERS;  // warps
+
+// Dequantized values are those of the tile times 2^-9, over a power of two that all rows of a tile share.
+constexpr int CODE_EXPONENT = 9, QUERIES_AT_ONCE = 2;
+constexpr float ODD_FACTOR = 1;
+
+// Where a channel stands in a row of an operand. A word of 8 codes becomes 16 bytes; nibbles n and n + 4 come as pairs.
+__host__ __device__ constexpr int operand_column(int c) { return c / 8 * 8 + c % 4 * 2 + c / 4 % 2; }
+
+// Where channel c of row r stands among a chunk's queries: in the order in which lanes hold fragments of A.
+__device__ inline int fragment_index(int r, int c) {
+  const int column = operand_column(c), k = column % 16;
+  const int lane = r % 8 * 4 + k % 8 / 2, part = r / 8 % 2 + k / 8 * 2;
+  return ((r / 16 * (D / 16) + column / 16) * WARP + lane) * 8 + part * 2 + k % 2;
+}
+
+struct alignas(sizeof(float) * (SOFTCAP && OFFSET ? 4 : 2)) QueryStats {
+  float sum, factor;  // the first is not used here; what a score is multiplied by
+#if SOFTCAP && OFFSET
+  float offset;  // what a score lacks by K's center, in log2
+#endif
+};
+
+struct Shared {
+  u16 keys[OPERAND_STAGES][TILE * D];  // as `matrix_of_panels` has it, like the values
+  u16 values[OPERAND_STAGES][TILE * D];
+  u8 tiles[STAGES][TILE_BYTES];
+  u16 queries[CHUNK_SLOTS][CHUNK_ROWS * D];
+  QueryStats query_stats[CHUNK_SLOTS][CHUNK_ROWS];
+  float results[CONSUMERS][8][D + 4];
+  float2 result_stats[CONSUMERS][8];  // x: maximum, as of Result; y: sum of the weights
+  float4 powers[OPERAND_STAGES];      // of two that a tile's rows were divided by: of keys; of values the exponent, the
+                                      // inverse
+  Chunk chunks[CHUNK_SLOTS];
+  u64 tile_full[STAGES], tile_empty[STAGES];
+  u64 keys_full[OPERAND_STAGES], keys_empty[OPERAND_STAGES], values_full[OPERAND_STAGES], values_empty[OPERAND_STAGES];
+  u64 chunk_full[CHUNK_SLOTS], queries_full[CHUNK_SLOTS], chunk_empty[CHUNK_SLOTS];
+
+  __device__ void init_barriers() {
+    for (int i = 0; i < STAGES; i++)
+      ptx::init_barrier(&tile_full[i], 1), ptx::init_barrier(&tile_empty[i], DEQUANTIZERS * WARP_ARRIVALS);
+    for (int i = 0; i < OPERAND_STAGES; i++) {
+      ptx::init_barrier(&keys_full[i], DEQUANTIZERS * WARP_ARRIVALS);
+      ptx::init_barrier(&values_full[i], DEQUANTIZERS * WARP_ARRIVALS);
+      ptx::init_barrier(&keys_empty[i], OPERAND_READERS * WARP_ARRIVALS);
+      ptx::init_barrier(&values_empty[i], OPERAND_READERS * WARP_ARRIVALS);
+    }
+    for (int i = 0; i < CHUNK_SLOTS; i++)
+      ptx::init_barrier(&chunk_full[i], WARP_ARRIVALS), ptx::init_barrier(&queries_full[i], WARP_ARRIVALS),
+          ptx::init_barrier(&chunk_empty[i], (CONSUMERS + DEQUANTIZERS) * WARP_ARRIVALS);
+    ptx::publish_to_copies();
+  }
+};
+static_assert(sizeof(Shared) <= SHARED_LIMIT, "no room in shared memory");
+
+// Arrive at a barrier for the whole warp, when all of its lanes have come here.
+__device__ inline void hand_on(u64* barrier) {
+  __syncwarp();
+  if (arrives()) ptx::arrive(barrier);
+}
+
+// The same, said so that the compiler knows: what all lanes have in common is counted once, in uniform registers, where
+// descriptors of operands have to be.
+__device__ inline int uniform(int x) { return __shfl_sync(ALL_LANES, x, 0); }
+
+__device__ inline bool is_padding(int) { return false; }
+
+}  // namespace sawkv
