@@ -281,6 +281,7 @@ SECTIONS: Final[
         plot_roofline,
         "roofline.svg",
     ),
+    "turns.jsonl": (decode_table, "", None, ""),
     "append_gather.jsonl": (append_gather_table, "", None, ""),
 }
 """For each file of records: table, and where there is one, the picture's caption, plot and file."""
