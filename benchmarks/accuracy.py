@@ -1,4 +1,4 @@
-"""The evidence of docs/accuracy.md: every method on models as they are and under function-preserving stress, as JSON
+"""The evidence of docs/lab/methods.md: every method on models as they are and under function-preserving stress, as JSON
 lines.
 
     python -m benchmarks.accuracy models/sawkv-6m .gpu/sawkv-6m-bias --out docs/results/accuracy.jsonl

@@ -1,4 +1,4 @@
-"""The tables of docs/accuracy.md, from the records of `benchmarks.accuracy`.
+"""The tables of docs/lab/methods.md, from the records of `benchmarks.accuracy`.
 
 python -m benchmarks.accuracy_tables docs/results/accuracy.jsonl
 """

@@ -22,7 +22,7 @@ PAGES = [
     ROOT / name
     for name in ("README.md", "CONTRIBUTING.md", "SECURITY.md", "benchmarks/README.md", "models/sawkv-6m/README.md")
 ]
-PAGES += sorted((ROOT / "docs").glob("*.md"))
+PAGES += [*sorted((ROOT / "docs").glob("*.md")), ROOT / "docs/lab/methods.md"]
 MODEL = "models/sawkv-6m"
 PLACEHOLDERS = {
     "DIR": MODEL,
