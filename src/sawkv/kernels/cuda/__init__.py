@@ -1,7 +1,8 @@
 """CUDA backend for Hopper and newer: INT4 pages at the speed of memory. docs/kernels.md describes the kernels.
 
-Source is compiled at run time by NVRTC and kept on disk (`runtime`), so that installing needs no compiler. What is not
-covered here (INT8 and 16-bit formats, head_dim that is not a multiple of 32, older GPUs) is the Triton backend's.
+NVRTC compiles the sources at run time, and keeps the result on disk (`runtime`), so installing needs no compiler.
+The Triton backend serves all other layouts: INT8 and 16-bit formats, head_dim that is not a multiple of 32, older GPUs.
+Over 400 lines: the host's side of all kernels.
 """
 
 from __future__ import annotations
