@@ -203,12 +203,18 @@ def test_a_broken_model_is_one_line_in_every_command(
     assert not (tmp_path / "out.json").exists()
 
 
-def test_a_model_without_a_tokenizer_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_model_without_a_tokenizer_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Transformers makes an empty one of nothing."""
     for name in ("config.json", "model.safetensors", "held_out.npy"):
         (tmp_path / name).symlink_to(MODEL / name)
-    for command in ("eval", "analyze", "prepare"):
-        assert cli.main([command, str(tmp_path)]) == 2
+    for module in (server, client):
+        monkeypatch.setattr(module, "running", lambda *_, **__: pytest.fail("vllm was started"))
+    monkeypatch.setattr("sawkv.integrations.vllm.preflight.check_installation", lambda: None)
+    monkeypatch.setattr("sawkv.bench.run._has_vllm", lambda: True)
+    for command in ("eval", "analyze", "prepare", "serve", "demo", "bench"):
+        assert cli.main([command, str(tmp_path), *(["--port", "0"] if command == "serve" else [])]) == 2
         assert f"expected a checkpoint with a tokenizer, got none in {tmp_path}" in capsys.readouterr().err
 
 

@@ -59,7 +59,8 @@ def port() -> Iterator[int]:
 
 
 def write(folder: Path, **changes: Any) -> str:
-    (folder / "pytorch_model.bin").touch()
+    for name in ("pytorch_model.bin", "tokenizer.json"):
+        (folder / name).touch()
     (folder / "config.json").write_text(json.dumps(LLAMA | changes))
     return str(folder)
 

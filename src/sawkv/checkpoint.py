@@ -164,6 +164,12 @@ def has_weights(folder: Path) -> bool:
     return any(file.suffix in WEIGHT_SUFFIXES for file in folder.iterdir())
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a file that may be of a tokenizer, by its name."""
+    parts = ("token", "vocab", "tekken", "spiece", "sentencepiece", "bpe")
+    return any(part in file.name.lower() for file in folder.iterdir() for part in (*parts, ".gguf"))
+
+
 def wrong_sizes(config: Mapping[str, Any]) -> list[str]:
     """Sizes of a language model that are no positive numbers, in the words of config.json."""
     text = text_config(config)

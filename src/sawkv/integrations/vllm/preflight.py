@@ -19,6 +19,7 @@ from typing import Any, Final
 from sawkv.checkpoint import (
     Checkpoint,
     check_weights,
+    has_tokenizer,
     has_weights,
     head_dims,
     read_checkpoint,
@@ -112,6 +113,11 @@ def check_files(model: str, options: Options) -> Checkpoint | None:
         check_weights(folder)
         if load_format == "auto" and not has_weights(folder):
             raise SawkvError(f"weights: expected safetensors or another file of weights, got none in {model}")
+    elsewhere = any(options.has(name) for name in ("--tokenizer", "--tokenizer-mode", "--skip-tokenizer-init"))
+    if checkpoint is not None and folder.is_dir() and not elsewhere and not has_tokenizer(folder):
+        raise SawkvError(
+            f"model: expected a checkpoint with a tokenizer, got none in {model}; --tokenizer names another"
+        )
     return checkpoint
 
 
