@@ -343,11 +343,11 @@ class Schedule:
 def turns(
     layout: PageLayout, device: torch.device, num_q_heads: int, backend: str | None = None
 ) -> kernels.Turns | None:
-    """Which requests of more than a few query tokens an engine should let read the pages, instead of `Pages.gather` and
-    its own attention. None where nobody measured it.
+    """The requests with more than a few query tokens that should read the pages, and not use `Pages.gather` and the
+    engine's own attention. None if nobody measured it.
 
     Raises:
-        UnsupportedError: no backend, or not the named one, can run this.
+        UnsupportedError: the named backend, or every backend, cannot serve such layers.
     """
     return select_backend(device, layout, backend).Schedule.turns(layout, device, num_q_heads)
 

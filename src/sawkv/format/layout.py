@@ -53,12 +53,12 @@ class PageLayout:
 
     @cached_property
     def parts(self) -> int:
-        """Rows per head: 1, and 2 at head_dim 512."""
+        """Rows per head: 1, or 2 at head_dim 512."""
         return -(-self.head_dim // MAX_ROW_DIM)
 
     @cached_property
     def rows(self) -> PageLayout:
-        """The same bytes, as those of heads with one row each. Part p of head h is head h * parts + p."""
+        """The layout of the same bytes, with one head per row. Part p of head h is head h * parts + p."""
         if self.parts == 1:
             return self
         return PageLayout(self.format, self.num_kv_heads * self.parts, self.head_dim // self.parts, self.page_size)

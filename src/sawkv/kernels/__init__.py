@@ -49,12 +49,13 @@ class ScheduleShape(NamedTuple):
 
 
 class Turns(NamedTuple):
-    """For which requests attention to the pages is faster than `gather` and an engine's own 16-bit attention.
+    """The requests for which reading the pages is faster than `gather` and an engine's own 16-bit attention. A turn is
+    a request with several new tokens on a long cached prefix.
 
     Attributes:
-        query_lens: numbers of query tokens for which a schedule of its own pays, ascending. The last is the most that a
-            request may have.
-        min_seq_len: tokens that a request has at least in the cache.
+        query_lens: numbers of query tokens that a schedule of its own pays for, ascending. The last is the most that a
+            turn may have.
+        min_seq_len: fewest tokens of a turn in the cache.
     """
 
     query_lens: tuple[int, ...]
@@ -72,7 +73,7 @@ class Schedule:
 
     @staticmethod
     def turns(layout: PageLayout, device: torch.device, num_q_heads: int) -> Turns | None:
-        """Which turns should read the pages; None where nobody measured it."""
+        """The turns that should read the pages; None if nobody measured it."""
         return None
 
     def update(self, seq_lens: torch.Tensor, query_start_loc: torch.Tensor) -> None:

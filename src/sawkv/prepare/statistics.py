@@ -125,7 +125,7 @@ class LayerStatistics:
         self.rows += len(k)
 
     def split(self, parts: int) -> LayerStatistics:
-        """These sums as of heads that are `parts` rows each, as their pages are: [num_kv_heads * parts] heads."""
+        """The same sums for heads cut into `parts` rows each, as pages store them: num_kv_heads * parts heads."""
         if parts == 1:
             return self
         heads, size = self.num_kv_heads * parts, self.head_dim // parts

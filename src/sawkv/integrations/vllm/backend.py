@@ -163,7 +163,7 @@ class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
         )
 
     def _schedule(self, alike: LikeLayers, max_query_len: int) -> ops.Schedule:
-        """Made at first use: at start-up the threshold of decodes is not final."""
+        """The schedule of such layers. Made at first use, because the threshold of decodes is not final at start."""
         found = self._schedules.get((alike, max_query_len))
         if found is None:
             impl = next(impl for impl in self._impls if impl.alike == alike)
@@ -178,12 +178,12 @@ class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
         return found
 
     def _find_turns(self, common: CommonAttentionMetadata, first: int, window: int) -> list[bool]:
-        """Which requests, from `first` on, all layers of this window let read their pages."""
+        """Whether each request from `first` on reads its pages in all layers of this window."""
         turns = [self._turns[impl.alike] for impl in self._impls if impl.sliding_window == window]
         return find_turns(common, first, window, turns)
 
     def _schedule_turns(self, common: CommonAttentionMetadata, first: int) -> dict[LikeLayers, Step]:
-        """Of the requests from `first` on that read their pages. `slice_prefills` leaves these out."""
+        """Steps of the requests from `first` on that read their pages. `slice_prefills` leaves these out."""
         block_table, starts = common.block_table_tensor[first:], common.query_start_loc[first:]
         query_lens: list[int] = common.query_start_loc_cpu[first:].diff().tolist()
         steps = {}

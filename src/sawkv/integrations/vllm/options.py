@@ -1,4 +1,4 @@
-"""The words of vLLM's command line, as vLLM reads them. Imports no vLLM."""
+"""Reads vLLM's command line as vLLM does. Imports no vLLM."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _SHORT: Final = {
 }
 _SPECULATIVE: Final = {"--spec-method": "method", "--spec-model": "model"}
 _WHOLE: Final = ("--tokenizer", "--kv-cache-dtype")
-"""Options of vLLM with which the names of others begin that are looked at here."""
+"""Options of vLLM that are prefixes of other options which are read here."""
 
 
 class Options:
@@ -61,10 +61,10 @@ class Options:
         return int(float(found[1]) * (1024 if found[2].isupper() else 1000) ** power)
 
     def json(self, name: str) -> dict[str, Any]:
-        """A value that is a JSON object, or what `--name.key value` make up, which vLLM takes instead.
+        """A value that is a JSON object, or the object that `--name.key value` options make, which vLLM prefers.
 
         Raises:
-            SawkvError: it is something else.
+            SawkvError: it is no JSON object.
         """
         if (start := self.start_of_keys(name)) is not None:
             return {key.replace("-", "_"): value for option, key, value in self._given if key and option == start}
@@ -78,20 +78,20 @@ class Options:
         return value
 
     def start_of_keys(self, name: str) -> str | None:
-        """How `name` was typed where it was given as `--name.key`: vLLM makes one object of what is typed alike, and
-        prefers that of which a key was given last for the first time.
+        """The spelling in which `name` was given as `--name.key`. vLLM merges options of one spelling, and prefers the
+        spelling that appeared last.
         """
         starts = dict.fromkeys(option for option, key, _ in self._given if key and _names(option, name))
         return next(reversed(starts), None)
 
     def speculative(self) -> dict[str, Any]:
-        """`--speculative-config`, with the keys that have options of their own. Errors as of `json`."""
+        """`--speculative-config`, with keys that have options of their own. Errors as in `json`."""
         given = {key: self.get(option) for option, key in _SPECULATIVE.items()}
         return self.json("--speculative-config") | {key: value for key, value in given.items() if value is not None}
 
 
 def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str, str | None]]:
-    """Option as it was typed, key below it or "", and value."""
+    """Each option as typed, the key below it or "", and its value."""
     for i, argument in enumerate(arguments):
         if not argument.startswith("-"):
             continue
@@ -102,13 +102,13 @@ def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str, str | None]]:
 
 
 def _names(option: str, name: str) -> bool:
-    """Whether `option`, as it was typed, is `name`, perhaps cut off. vLLM refuses what may be several options."""
+    """Whether the typed `option` means `name`, perhaps abbreviated. vLLM refuses ambiguous abbreviations."""
     option = _SHORT.get(option, option)
     return option == name or (len(option) > len("--") and option not in _WHOLE and name.startswith(option))
 
 
 def _words_of(file: str) -> list[str]:
-    """Options in a YAML file of vLLM's `--config`, as words of a command line."""
+    """Options in a YAML file of `--config`, as words of a command line."""
     import yaml
 
     try:

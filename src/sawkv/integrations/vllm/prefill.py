@@ -75,8 +75,8 @@ def _bounds(common: CommonAttentionMetadata, slack: int = 0) -> list[int]:
 def find_turns(
     common: CommonAttentionMetadata, first: int, window: int, turns: Sequence[kernels.Turns | None]
 ) -> list[bool]:
-    """Which requests read their pages as they are: those from `first` on that every kind of layer of this sliding
-    `window` should let do so. Found without synchronization.
+    """Whether each request reads its pages directly: those from `first` on that suit every kind of layer with this
+    sliding `window`. Does not synchronize.
     """
     measured = [turn for turn in turns if turn is not None]
     if len(measured) < len(turns):
