@@ -6,7 +6,7 @@
 // log-sum-exp see what scores lack by them).
 #pragma once
 #include "pages.cuh"
-#include "plan.cuh"
+#include "chunks.cuh"
 
 namespace sawkv {
 
@@ -14,7 +14,7 @@ struct DecodeParams {
   const ELEMENT* q;
   const u8* pages;
   const int* block_table;
-  PlanHeader* header;
+  ScheduleHeader* header;
   const Chunk* chunks;
   const SplitUnit* splits;
   float* partials;        // [chunks of split units][CHUNK_ROWS][D], not yet divided by the sum of the weights

@@ -1,6 +1,6 @@
 // Decode attention over INT4 pages for Hopper: one persistent block per SM. docs/kernels.md draws it.
 //
-//   scheduler warp    scheduler.cuh: takes chunks from the plan, prepares their queries
+//   scheduler warp    scheduler.cuh: takes chunks from the schedule, prepares their queries
 //   producer warps    producer.cuh: bring tiles of pages into a ring in shared memory; two where pages are small
 //   consumer warps    consumer.cuh: eight; tile i goes to consumer group i % GROUPS
 //   merge warps       merger.cuh: one or two; add the groups' results of a finished chunk while the consumers go on
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(THREADS, 1) sawkv_decode(const __grid_constant
   }
   __syncthreads();
   ptx::wait_for_prerequisites();
-  ptx::let_dependents_launch();  // after the wait: the merge kernel may read the plan at once
+  ptx::let_dependents_launch();  // after the wait: the merge kernel may read the schedule at once
   const int warp = warp_index();
   if (warp < CONSUMERS) {
     run_consumer(s, p, warp);

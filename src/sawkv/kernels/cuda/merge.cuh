@@ -16,7 +16,7 @@ __global__ void __launch_bounds__(MERGE_WARPS* WARP) sawkv_merge(const __grid_co
   constexpr int MANY = 8, AT_ONCE = 4, ROWS_PER_UNIT = ROW_BLOCKS * ROWS;
   __shared__ float shared_outs[MERGE_WARPS][D];
   __shared__ float2 shared_stats[MERGE_WARPS];
-  const PlanHeader header = *p.header;  // the decode kernel started after the plan was there
+  const ScheduleHeader header = *p.header;  // the decode kernel started after the schedule was written
   const bool share = header.num_split_chunks > MANY * header.num_split_units;
   const int num_rows = header.num_split_units * ROWS_PER_UNIT, warp = warp_index();
   const int first = share ? blockIdx.x : blockIdx.x * MERGE_WARPS + warp,

@@ -3,7 +3,7 @@
 // host, so that one CUDA graph serves every batch.
 //
 // Macros: HEAD_DIM.
-#include "plan.cuh"
+#include "chunks.cuh"
 
 namespace sawkv {
 
@@ -12,7 +12,7 @@ constexpr int THREADS = 1024;
 struct ScheduleParams {
   const int* seq_lens;
   const int* query_start_loc;
-  PlanHeader* header;
+  ScheduleHeader* header;
   Chunk* chunks;
   SplitUnit* splits;
   int num_seqs;

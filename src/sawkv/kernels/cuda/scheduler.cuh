@@ -1,4 +1,4 @@
-// The scheduler warp: takes chunks from the plan; loads, rotates and normalizes their queries.
+// The scheduler warp: takes chunks from the schedule; loads, rotates and normalizes their queries.
 //
 // Included behind the kernel's Shared, CHUNK_SLOTS, ROWS, is_padding, fragment_index, QUERIES_AT_ONCE, CODE_EXPONENT
 // and ODD_FACTOR.
@@ -61,7 +61,7 @@ __device__ int run_scheduler(Shared& s, const DecodeParams& p) {
   for (int n = 0;; n++) {
     const Turn<CHUNK_SLOTS> turn{n};
     const int slot = turn.slot();
-    Chunk chunk = p.chunks[next];  // the plan has room for a block's claim beyond the last
+    Chunk chunk = p.chunks[next];  // the schedule has room for a block's claim beyond the last
     if (next >= num_chunks) chunk.num_tiles = 0;
     ptx::wait(&s.chunk_empty[slot], turn.phase() ^ 1);
     if (arrives()) {

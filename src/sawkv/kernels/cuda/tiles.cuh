@@ -3,7 +3,7 @@
 // Macros: HEAD_DIM, PAGE_SIZE.
 #pragma once
 #include "pages.cuh"
-#include "plan.cuh"
+#include "chunks.cuh"
 
 namespace sawkv {
 

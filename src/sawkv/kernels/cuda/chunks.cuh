@@ -25,7 +25,7 @@ struct alignas(16) SplitUnit {
   int padding[3];
 };
 
-struct alignas(16) PlanHeader {
+struct alignas(16) ScheduleHeader {
   int num_chunks, num_split_chunks, num_split_units;
   u32 claimed;      // chunks that blocks have taken; wraps to 0 at the end of each decode launch
   int total_tiles;  // of all units
