@@ -12,7 +12,7 @@ import torch
 
 from sawkv import CacheFormat, PagedKVCache, PageLayout, append, decode_attention, gather
 from sawkv.format.feedback import Feedback, channel_blocks, takes_from
-from sawkv.kernels.cuda import MAX_DECODE_QUERY_LEN
+from sawkv.kernels.cuda.queries import MAX_DECODE_QUERY_LEN
 from tests.conftest import Batch, make_batch, random_vectors, relative_error
 
 MAX_ERROR = 5e-3

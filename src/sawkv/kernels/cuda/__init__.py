@@ -2,14 +2,12 @@
 
 NVRTC compiles the sources at run time, and keeps the result on disk (`runtime`), so installing needs no compiler.
 The Triton backend serves all other layouts: INT8 and 16-bit formats, head_dim that is not a multiple of 32, older GPUs.
-Over 400 lines: the host's side of all kernels.
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -20,6 +18,7 @@ from sawkv.errors import LayoutError
 from sawkv.format.layout import GPU_PAGE_SIZES, PageLayout
 from sawkv.kernels import Layer, Prefixes, ScheduleShape, Step, Turns, structs
 from sawkv.kernels.cuda import runtime
+from sawkv.kernels.cuda.queries import MIN_TURN_SEQ_LEN, TURN_ROWS, QueryShape, can_extend
 
 name = "cuda"
 counts = True
@@ -28,15 +27,6 @@ MIN_CAPABILITY = (9, 0)
 MIN_SHARED_BYTES = 227 << 10
 ELEMENTS = {torch.bfloat16: "sawkv::Bfloat", torch.float16: "sawkv::Half", torch.float32: "float"}
 """The device code's names of dtypes."""
-EXTEND_CAPABILITY = (9, 0)
-EXTEND_HEAD_DIMS = (64, 128)
-MAX_DECODE_QUERY_LEN = 8
-MAX_DECODE_ROWS = 32
-"""Query rows of a KV head up to which decode.cu is faster than extend.cu."""
-TURN_ROWS = (64, 512)
-"""Query rows of a KV head: those of one of its consumer groups, and the most with which it was measured to be faster
-than gather.cu and FlashAttention-3, from MIN_TURN_SEQ_LEN tokens on."""
-MIN_TURN_SEQ_LEN = 8192
 MERGE_THREADS = 256
 MERGE_BLOCKS_PER_SM = 4
 LOG2_E = math.log2(math.e)
@@ -165,61 +155,13 @@ class _Variant(NamedTuple):
         )
 
 
-@dataclass(frozen=True)
-class QueryShape:
-    """How query rows of one (sequence, KV head) are spread: groups that read the pages apart, blocks for different
-    warps, tiles of 8; and how the kernel that serves them is scheduled.
-
-    Attributes:
-        chunk_rows: rows of a group.
-        kernel: "decode" or "extend".
-        max_chunks_per_block: where there is much.
-        tiles_per_chunk: where blocks get few chunks.
-    """
-
-    group: int
-    rows: int
-    column_tiles: int
-    row_blocks: int
-    row_groups: int
-    chunk_rows: int
-    kernel: str
-    max_chunks_per_block: int
-    tiles_per_chunk: int
-
-    @property
-    def defines(self) -> dict[str, int]:
-        """Macros of attention.cuh and decode.cu."""
-        names = ("group", "chunk_rows", "row_groups", "rows", "column_tiles", "row_blocks")
-        return {name.upper(): getattr(self, name) for name in names[: 3 if self.kernel == "extend" else None]}
-
-    @classmethod
-    def of(cls, group: int, max_query_len: int, head_dim: int, extends: bool) -> QueryShape:
-        """
-        Args:
-            extends: extend.cu can run.
-        """
-        total = group * max_query_len
-        if extends and max_query_len > MAX_DECODE_QUERY_LEN and total > MAX_DECODE_ROWS:
-            rows = 64 if total <= 64 else 128
-            return cls(group, rows, 1, 1, _divide_up(total, rows), rows, "extend", 2, 32)
-        column_tiles = 1 if total <= 8 or head_dim > 128 else 2
-        columns = 8 * column_tiles
-        row_blocks = 1
-        while row_blocks < 8 and row_blocks * columns < total:
-            row_blocks *= 2
-        chunk_rows = row_blocks * columns
-        row_groups = _divide_up(total, chunk_rows)
-        return cls(group, min(total, columns), column_tiles, row_blocks, row_groups, chunk_rows, "decode", 8, 50)
-
-
 class Schedule(kernels.Schedule):
     """What the schedule kernel writes, with room for partial results."""
 
     @staticmethod
     def turns(layout: PageLayout, device: torch.device, num_q_heads: int) -> Turns | None:
         """See `kernels.Schedule.turns`."""
-        if not _can_extend(layout, device):
+        if not can_extend(layout, device):
             return None
         group = num_q_heads // layout.num_kv_heads
         return Turns(tuple(rows // group for rows in TURN_ROWS if rows >= group), MIN_TURN_SEQ_LEN)
@@ -227,7 +169,7 @@ class Schedule(kernels.Schedule):
     def __init__(self, shape: ScheduleShape) -> None:
         super().__init__(shape)
         layout, device = shape.layout, shape.device
-        group, extends = shape.num_q_heads // layout.num_kv_heads, _can_extend(layout, device)
+        group, extends = shape.num_q_heads // layout.num_kv_heads, can_extend(layout, device)
         self.queries = QueryShape.of(group, shape.max_query_len, layout.head_dim, extends)
         self.units_per_seq = layout.num_kv_heads * self.queries.row_groups
         self.num_blocks = torch.cuda.get_device_properties(device).multi_processor_count
@@ -359,11 +301,6 @@ class _DecodeVariant(NamedTuple):
     threads: int
     shared_bytes: int
     merge_rows_per_seq: int
-
-
-def _can_extend(layout: PageLayout, device: torch.device) -> bool:
-    properties = torch.cuda.get_device_properties(device)
-    return layout.head_dim in EXTEND_HEAD_DIMS and (properties.major, properties.minor) == EXTEND_CAPABILITY
 
 
 def _page_defines(layout: PageLayout, dtype: torch.dtype, k_order: int, v_order: int) -> dict[str, int | str]:

@@ -1,0 +1,73 @@
+"""How query rows are spread over decode.cu and extend.cu, and where the latter was measured to win."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sawkv.format.layout import PageLayout
+
+EXTEND_CAPABILITY = (9, 0)
+EXTEND_HEAD_DIMS = (64, 128)
+MAX_DECODE_QUERY_LEN = 8
+MAX_DECODE_ROWS = 32
+"""Query rows of a KV head up to which decode.cu is faster than extend.cu."""
+TURN_ROWS = (64, 512)
+"""Query rows of a KV head: those of one of its consumer groups, and the most with which it was measured to be faster
+than gather.cu and FlashAttention-3, from MIN_TURN_SEQ_LEN tokens on."""
+MIN_TURN_SEQ_LEN = 8192
+
+
+def can_extend(layout: PageLayout, device: torch.device) -> bool:
+    """Whether extend.cu runs there: it needs the products of warpgroups."""
+    properties = torch.cuda.get_device_properties(device)
+    return layout.head_dim in EXTEND_HEAD_DIMS and (properties.major, properties.minor) == EXTEND_CAPABILITY
+
+
+@dataclass(frozen=True)
+class QueryShape:
+    """How query rows of one (sequence, KV head) are spread: groups that read the pages apart, blocks for different
+    warps, tiles of 8; and how the kernel that serves them is scheduled.
+
+    Attributes:
+        chunk_rows: rows of a group.
+        kernel: "decode" or "extend".
+        max_chunks_per_block: where there is much.
+        tiles_per_chunk: where blocks get few chunks.
+    """
+
+    group: int
+    rows: int
+    column_tiles: int
+    row_blocks: int
+    row_groups: int
+    chunk_rows: int
+    kernel: str
+    max_chunks_per_block: int
+    tiles_per_chunk: int
+
+    @property
+    def defines(self) -> dict[str, int]:
+        """Macros of attention.cuh and decode.cu."""
+        names = ("group", "chunk_rows", "row_groups", "rows", "column_tiles", "row_blocks")
+        return {name.upper(): getattr(self, name) for name in names[: 3 if self.kernel == "extend" else None]}
+
+    @classmethod
+    def of(cls, group: int, max_query_len: int, head_dim: int, extends: bool) -> QueryShape:
+        """
+        Args:
+            extends: extend.cu can run.
+        """
+        total = group * max_query_len
+        if extends and max_query_len > MAX_DECODE_QUERY_LEN and total > MAX_DECODE_ROWS:
+            rows = 64 if total <= 64 else 128
+            return cls(group, rows, 1, 1, -(-total // rows), rows, "extend", 2, 32)
+        column_tiles = 1 if total <= 8 or head_dim > 128 else 2
+        columns = 8 * column_tiles
+        row_blocks = 1
+        while row_blocks < 8 and row_blocks * columns < total:
+            row_blocks *= 2
+        chunk_rows = row_blocks * columns
+        row_groups = -(-total // chunk_rows)
+        return cls(group, min(total, columns), column_tiles, row_blocks, row_groups, chunk_rows, "decode", 8, 50)
