@@ -383,6 +383,16 @@ def test_options_mean_what_they_mean_to_vllm() -> None:
         assert ours.has("--kv-offloading-size") == (theirs.kv_offloading_size is not None)
         assert ours.has("--language-model-only") == theirs.language_model_only
         assert (ours.get("--dtype") or "auto") == theirs.dtype
+    for words in (
+        ["-sc", '{"model": "a", "method": "draft_model"}'],
+        ["--speculative-config.model", "a", "--speculative_config.method=draft_model"],
+        ["-sc.model", "a"],
+        ["-sc", '{"model": "b"}', "--speculative-c.model", "a"],
+    ):
+        found = parser.parse_args(server.with_drafts_backend(words)).speculative_config
+        assert (found["model"], found["attention_backend"]) == ("a", "CUSTOM")
+    drafted = parser.parse_args(server.with_drafts_backend(["--spec-model", "a", "--spec-tokens", "2"]))
+    assert (drafted.spec_model, drafted.speculative_config) == ("a", {"attention_backend": "CUSTOM"})
 
 
 def test_the_program_is_what_the_installed_vllm_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
