@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -381,8 +382,8 @@ def read_bandwidth() -> float:
 
 def run_decode(
     shapes: list[Shape], kernels: list[str], only_check: bool, common: dict[str, Any]
-) -> list[dict[str, Any]]:
-    bandwidth, records = read_bandwidth(), []
+) -> Iterator[dict[str, Any]]:
+    bandwidth = read_bandwidth()
     print(f"this card reads {bandwidth:.0f} GB/s")
     columns = (
         f"{'ms':>8s} {'graph':>8s} {'GB/s':>6s} {'of read':>7s} {'vs FA3':>6s} {'graph':>6s} {'error':>8s}  schedule"
@@ -446,9 +447,6 @@ def run_decode(
             if base:
                 record["speedup_vs_fa3_bf16"] = base["ms"] / record["ms"]
                 record["graph_speedup_vs_fa3_bf16"] = base["graph_ms"] / record["graph_ms"]
-            records.append(
-                {key: round(value, 5) if isinstance(value, float) else value for key, value in record.items()}
-            )
             print(
                 f"{shape.name:34s} {kernel:26s} {record['ms']:8.4f} {record['graph_ms']:8.4f}"
                 f" {record['useful_gb_s']:6.0f} {record['useful_gb_s'] / bandwidth:7.1%}"
@@ -456,16 +454,15 @@ def run_decode(
                 f" {record.get('rel_err', 0):8.1e}  {record.get('schedule_ms', 0) * 1e3:.1f} us",
                 flush=True,
             )
-    return records
+            yield {key: round(value, 5) if isinstance(value, float) else value for key, value in record.items()}
 
 
-def run_append(kernels: list[str], common: dict[str, Any]) -> list[dict[str, Any]]:
+def run_append(kernels: list[str], common: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """append beside vLLM's BF16 write and a copy of as many bytes, on slots as a prefill writes them; bytes are checked
     first.
     """
     heads, head_dim, page, num_pages = 8, 128, ENGINE_PAGE_SIZE, 1024
     layout = PageLayout(CacheFormat("int4"), heads, head_dim, page)
-    records = []
 
     def inputs(tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         k, v = torch.randn(2, tokens, heads, head_dim, device="cuda", dtype=torch.bfloat16)
@@ -509,19 +506,16 @@ def run_append(kernels: list[str], common: dict[str, Any]) -> list[dict[str, Any
             except Exception as error:
                 print(f"append {tokens:5d} tokens  {kernel:24s} {type(error).__name__}: {str(error)[:200]}")
                 continue
-            records.append(
-                {**common, "operation": "append", "kernel": kernel, "tokens": tokens, "ms": ms, "graph_ms": replayed}
-            )
+            yield {**common, "operation": "append", "kernel": kernel, "tokens": tokens, "ms": ms, "graph_ms": replayed}
             print(
                 f"append {tokens:5d} tokens  {kernel:24s} {ms * 1e3:7.2f} us, graph {replayed * 1e3:7.2f} us",
                 flush=True,
             )
-    return records
 
 
-def run_gather(kernels: list[str], common: dict[str, Any]) -> list[dict[str, Any]]:
+def run_gather(kernels: list[str], common: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """gather beside a copy of as many bytes."""
-    shape, records = uniform(8, 16384), []
+    shape = uniform(8, 16384)
     total = sum(shape.lengths)
     source = torch.empty(1 << 28, device="cuda", dtype=torch.uint8)
     copied = torch.empty_like(source)
@@ -542,21 +536,18 @@ def run_gather(kernels: list[str], common: dict[str, Any]) -> list[dict[str, Any
                 print(f"gather 8x16384 {kernel:22s} {type(error).__name__}: {str(error)[:200]}")
                 continue
             share = moved / 1e6 / ms / copy_gb_s
-            records.append(
-                {
-                    **common,
-                    "operation": "gather",
-                    "kernel": kernel,
-                    "rotated": rotated,
-                    "ms": ms,
-                    "of_copy_bandwidth": round(share, 4),
-                }
-            )
+            yield {
+                **common,
+                "operation": "gather",
+                "kernel": kernel,
+                "rotated": rotated,
+                "ms": ms,
+                "of_copy_bandwidth": round(share, 4),
+            }
             print(
                 f"gather 8x16384 {kernel:22s} rotated={rotated!s:5s} {ms * 1e3:7.1f} us, {share:.0%} of copy's"
                 f" {copy_gb_s:.0f} GB/s"
             )
-    return records
 
 
 def main() -> None:
@@ -579,21 +570,22 @@ def main() -> None:
     wanted = [part for part in arguments.only.split(",") if part]
     shapes = [shape for shape in all_shapes() if not wanted or any(part in shape.name for part in wanted)]
     kernels = arguments.kernels.split(",")
-    results = {}
     skipped = arguments.skip.split(",")
+    of_turns = [kernel for kernel in kernels if kernel in ("fa3_bf16", "sawkv-cuda")]
+    chosen = [shape for shape in turns() if not wanted or any(part in shape.name for part in wanted)]
+    sections: dict[str, list[Iterator[dict[str, Any]]]] = {}
     if "decode" not in skipped:
-        results["decode.jsonl"] = run_decode(shapes, kernels, arguments.check, common)
+        sections["decode.jsonl"] = [run_decode(shapes, kernels, arguments.check, common)]
     if "turns" not in skipped:
-        of_turns = [kernel for kernel in kernels if kernel in ("fa3_bf16", "sawkv-cuda")]
-        chosen = [shape for shape in turns() if not wanted or any(part in shape.name for part in wanted)]
-        results["turns.jsonl"] = run_decode(chosen, [*of_turns, GATHER], arguments.check, common)
+        sections["turns.jsonl"] = [run_decode(chosen, [*of_turns, GATHER], arguments.check, common)]
     if "append" not in skipped and not arguments.check:
-        results["append_gather.jsonl"] = [*run_append(kernels, common), *run_gather(kernels, common)]
-    if not arguments.no_write:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        for name, records in results.items():
-            with (arguments.output / name).open("a") as file:
-                file.writelines(json.dumps(record) + "\n" for record in records)
+        sections["append_gather.jsonl"] = [run_append(kernels, common), run_gather(kernels, common)]
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    for name, parts in sections.items():
+        for record in chain(*parts):  # written one by one: a run that is stopped keeps what it has measured
+            if not arguments.no_write:
+                with (arguments.output / name).open("a") as file:
+                    file.write(json.dumps(record) + "\n")
 
 
 if __name__ == "__main__":
