@@ -1,11 +1,11 @@
-"""The evidence of docs/lab/methods.md: every method on models as they are and under function-preserving stress, as JSON
-lines.
+"""The evidence of docs/lab/methods.md: every method on each model, as it is and under function-preserving stress, as
+JSON lines.
 
     python -m benchmarks.accuracy models/sawkv-6m .gpu/sawkv-6m-bias --out docs/results/accuracy.jsonl
 
-One line for each (model, stress, method); lines that the file holds for the same cell are replaced. Models are scored
-in fp32 on either device unless --dtype says otherwise, so that the figures are the cache's alone; `bf16_floor` says
-what 16-bit arithmetic adds.
+Each (model, stress, method) has one line, which replaces the line that the file has for it. Models are scored in fp32
+on any device, unless --dtype says otherwise, so that figures show the cache alone. `bf16_floor` is the effect of 16-bit
+arithmetic.
 """
 
 from __future__ import annotations

@@ -1,6 +1,5 @@
-"""Whether two engines agree: on greedy outputs, where rounding may decide between tokens that are almost equally
-likely; and on how likely a given text is, token by token, where rounding also decides codes and so moves every
-log-probability a little.
+"""Compares two engines: their greedy outputs, where rounding may decide between tokens of almost equal likelihood; and
+the log-probability of each token of a given text, which rounding of codes also moves a little.
 """
 
 from __future__ import annotations

@@ -1,9 +1,10 @@
-"""What counting costs: append with and without counters, beside the attention of the same step, on the CPU or a GPU.
+"""The cost of counting: append with and without counters, compared with the attention of the same step, on a CPU or a
+GPU.
 
     python -m benchmarks.counters
 
-Each step appends one token to each sequence, of one layer. On a GPU a CUDA graph of `CALLS` calls is replayed, so that
-only kernels count. Plain and counted calls take turns; the least of all turns is taken.
+Each step appends one token to each sequence of one layer. On a GPU a CUDA graph of `CALLS` calls is replayed, so that
+only kernels count. Runs with and without counters alternate, and the smallest time of each counts.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
 # Over 400 lines: one program, from servers to records, read from top to bottom.
-"""What serving from a smaller KV cache does to real checkpoints: each is served in several ways, and asked over HTTP.
+"""The effect of smaller KV caches on real checkpoints: each is served from several caches, and asked over HTTP.
 
     python -m benchmarks.fidelity smollm2 gemma3 --jobs 5  # docs/results/real_models.jsonl
     python -m benchmarks.fidelity smollm2 --methods served --tokens 1024 --window 128  # small

@@ -1,9 +1,8 @@
-"""The tables of real checkpoints in docs/accuracy.md, from the records of `benchmarks.fidelity`; and the limits that
-they must keep.
+"""The tables of real checkpoints in docs/accuracy.md, from the records of `benchmarks.fidelity`, and limits on these
+figures.
 
-python -m benchmarks.fidelity_tables --write docs/accuracy.md     # the tables
-python -m benchmarks.fidelity_tables --check                      # one line for each thing wanted; the exit status
-counts failures
+    python -m benchmarks.fidelity_tables --write docs/accuracy.md     # the tables
+    python -m benchmarks.fidelity_tables --check                      # one line per limit; exit status: failures
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 # Over 400 lines: eight engines and their checks, one after the other.
-"""vLLM on a GPU, end to end: what users switch on must not change what comes out.
+"""vLLM on a GPU, end to end: options that users switch on must not change outputs.
 
     python -m benchmarks.gpu_correctness models/sawkv-6m                       # all engines, one after the other
     python -m benchmarks.gpu_correctness models/sawkv-6m --engines serving --minutes 10
     python -m benchmarks.gpu_correctness models/sawkv-6m --format fp16-k128-v128 --engines reference cache ngram draft
 
-Each engine runs in a process of its own, and what it found is kept in `--work`, so a later command may run the rest.
+Each engine runs in a process of its own, and its results are kept in `--work`, so a later command may run the rest.
 Engines:
 
-    reference    the reference kernels, eager, in one process: its greedy texts are what all others follow
-    wide         vLLM's own 16-bit cache: how far the format itself moves log-probabilities
+    reference    the reference kernels, eager, in one process: all other engines follow its greedy texts
+    wide         vLLM's own 16-bit cache: the distance of the format itself
     serving      the kernels under test: CUDA graphs, torch.compile, asynchronous scheduling, prefix caching, LoRA; then
                  a soak of --minutes
     cache        a cache too small for its requests (preemption); sleep levels 1 and 2, and the same again after waking

@@ -9,7 +9,7 @@ which is a C function that does nothing. The layers are vLLM's, made by its cons
 with pages of a prepared model.
 
 Both checkouts are measured in processes of their own, in turns of a fraction of a second, so that both see the same
-load of the machine. Figures are the least of a checkout's turns, in us a call.
+load of the machine. Figures are the smallest of a checkout's turns, in us per call.
 """
 
 from __future__ import annotations

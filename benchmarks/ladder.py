@@ -1,13 +1,12 @@
-"""The release gate of accuracy: on a real checkpoint, the more is stored of K and V, the nearer are its predictions to
-16 bits.
+"""The release gate of accuracy: on a real checkpoint, formats that store more of K and V must be closer to 16 bits.
 
     python -m benchmarks.ladder  # SmolLM2-135M-Instruct, fetched once; a minute or two on two cores
     python -m benchmarks.ladder DIRECTORY --tokens 16384 --limits prepared=0.04
 
-Each rung must have a smaller KL than the next one: 16-bit pages, int8, int4 prepared, int4 unprepared, int4 not even
-rotated. The rung of what is served must stay under its limit and within 3 % of the perplexity of 16 bits; the last rung
-must be far above, or the gate is blind. One line for each check; the exit status is the number that failed, or 3 where
-the checkpoint cannot be had.
+Each format must have a smaller KL than the next: 16-bit pages, int8, int4 prepared, int4 unprepared, int4 without
+rotation. The served format must stay under its limit, and within 3 % of the perplexity of 16 bits. The last format must
+be far above; otherwise the gate could not fail. Each check prints one line. The exit status is the number of failed
+checks, or 3 if the checkpoint is not available.
 """
 
 from __future__ import annotations

@@ -1,5 +1,5 @@
-"""Which cache each layer of an engine has, asked in its workers: a baseline that keeps some layers in 16 bits is not
-what its name says.
+"""The cache dtype of each layer of an engine, as its workers report it. A baseline that keeps some layers in 16 bits is
+not what its name says.
 """
 
 from __future__ import annotations

@@ -1,15 +1,14 @@
-"""Exact next-token distributions of a served model: what vLLM's worker computes logits from, kept and compared where it
-lies.
+"""Exact next-token distributions of a served model, kept and compared inside vLLM's workers.
 
-An answer over HTTP holds the log-probabilities of a few tokens; all of a vocabulary's for 16,000 predictions would be
-gigabytes. So the worker keeps the hidden states that its logits are made of (megabytes), and a second server compares
-its own with those of the first: both through its own `compute_logits`, over the whole vocabulary. vLLM gives its
-workers these methods by `--worker-extension-cls benchmarks.recorder.Recorder`, and clients reach them at
-`/collective_rpc`; both are its own ways.
+An answer over HTTP has log-probabilities of a few tokens; those of the whole vocabulary for 16,000 predictions would
+take gigabytes. So the worker keeps the hidden states from which logits are computed (megabytes). A second server
+compares its own states with those of the first, both through its `compute_logits`, over the whole vocabulary. vLLM
+gives its workers these methods by `--worker-extension-cls benchmarks.recorder.Recorder`, and clients call them at
+`/collective_rpc`. Both are vLLM's own interfaces.
 
-vLLM's runners call `compute_logits` with the states of all prompt tokens where a request asks for prompt
-log-probabilities, and with one row for each token that they sample. Requests are sent one at a time, so calls with more
-rows than one are the prompts', in order.
+vLLM's runners call `compute_logits` with the states of all prompt tokens if a request asks for prompt
+log-probabilities, and with one row per sampled token. Requests are sent one at a time, so calls with several rows
+belong to the prompts, in order.
 """
 
 from __future__ import annotations

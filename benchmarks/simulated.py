@@ -1,5 +1,5 @@
-"""INT4 without packed pages: 32-bit pages that hold what INT4 would read back. An engine on INT4 pages has to equal one
-on these.
+"""INT4 simulated in 32-bit pages, which hold the values that INT4 pages decode to. An engine on INT4 pages must equal
+an engine on these.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Text that is measured on, from what an environment with vLLM holds anyway: nothing is downloaded, and nothing of it
+"""Texts to measure on, from files that an environment with vLLM already holds. Nothing is downloaded, and none of it
 ships with sawkv.
 """
 
