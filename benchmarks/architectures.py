@@ -407,7 +407,7 @@ def _in_transformers(task: Task, model: str) -> Record:
                 mask = torch.cat([mask, torch.ones_like(step)], 1)
         return torch.stack(chosen, 1), torch.stack(kept, 1)
 
-    loaded.set_attn_implementation("eager" if "bloom" in task.name else "sdpa")
+    loaded.set_attn_implementation("eager" if family.kind in ("ALiBi", "sink") else "sdpa")
     tokens, wide = write(DynamicCache(config=loaded.config))
     order = min((min(head_dim & -head_dim, 128) for head_dim in family.head_dims), default=128)
     implementations = (

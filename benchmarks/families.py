@@ -170,6 +170,8 @@ def _dense(models: str, architecture: str, model_type: str, **changes: Any) -> F
 
 
 _MLA_REFUSED: Final = "MLA (multi-head latent attention)"
+_BOTH: Final = "layers of type hybrid"
+_SHARED: Final = "layers that share the K and V of others (num_kv_shared_layers)"
 _MLA_CACHE: Final = "multi-head latent attention (kv_lora_rank)"
 
 FAMILIES: Final[dict[str, Family]] = {
@@ -254,6 +256,7 @@ FAMILIES: Final[dict[str, Family]] = {
         rotary_dim=64,
         scoring_func="sigmoid",
         use_routing_bias=True,
+        not_on_cpu="AssertionError",  # its experts on a CPU take no such bias
     ),
     "glm-4.5": _dense(
         "GLM 4.5, 4.6, 4.7",
@@ -371,16 +374,6 @@ FAMILIES: Final[dict[str, Family]] = {
         chunk_size=64,
         mamba_ssm_cache_dtype="float32",
     ),
-    "bamba": _dense(
-        "Bamba",
-        "BambaForCausalLM",
-        "bamba",
-        kind="Mamba 2",
-        **_MAMBA2,
-        num_attention_heads=2,
-        attn_layer_indices=[1, 3],
-        num_hidden_layers=4,
-    ),
     "falcon-h1": _dense(
         "Falcon-H1",
         "FalconH1ForCausalLM",
@@ -388,6 +381,8 @@ FAMILIES: Final[dict[str, Family]] = {
         kind="Mamba 2 and attention in each layer",
         **_MAMBA2,
         mamba_d_ssm=512,
+        cache=_BOTH,
+        initializer_range=0.05,
     ),
     "zamba2": _dense(
         "Zamba2",
@@ -404,7 +399,9 @@ FAMILIES: Final[dict[str, Family]] = {
         mamba_expand=2,
         chunk_size=64,
         num_mem_blocks=1,
+        cache=_BOTH,
         num_key_value_heads=4,
+        initializer_range=0.05,
         tie_word_embeddings=True,
     ),
     "lfm-2": _dense(
@@ -437,6 +434,7 @@ FAMILIES: Final[dict[str, Family]] = {
         hidden_size_per_layer_input=32,
         vocab_size_per_layer_input=1024,
         activation_sparsity_pattern=[0.0] * 6,
+        cache=_SHARED,
         tie_word_embeddings=True,
     ),
     "gemma-4": _dense(
@@ -453,6 +451,7 @@ FAMILIES: Final[dict[str, Family]] = {
         "Gemma4ForCausalLM",
         "gemma4_text",
         kind="two head_dims, shared KV",
+        cache=_SHARED,
         **_GEMMA4 | {"num_kv_shared_layers": 3},
     ),
     "qwen3-vl": _dense(

@@ -247,7 +247,7 @@ def test_the_attention_without_a_saw_cache() -> None:
         ("mamba", {}, "layers of type|causal self-attention"),
         ("t5", {}, "encoder"),
         ("llama", {"head_dim": 24}, "head_dim: expected a multiple of 16"),
-        ("qwen3_next", {}, "linear_attention"),
+        ("falcon_h1", {}, "layers of type hybrid"),
     ],
 )
 def test_models_that_cannot_be_served_are_refused_at_once(kind: str, changes: dict[str, Any], message: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from transformers import PretrainedConfig
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, LinearAttentionLayer
 
 from sawkv.errors import CalibrationError, LayoutError, UnsupportedError
 from sawkv.format.spec import CacheFormat
@@ -61,8 +61,9 @@ class SawCache(Cache):
 
     Raises:
         CalibrationError: the calibration cannot be read; or, at the first pass, is of another model or format.
-        UnsupportedError: a layer has something other than causal self-attention, with or without a sliding window; or,
-            at the first pass, the model cannot be prepared.
+        UnsupportedError: a layer has something other than causal self-attention, with or without a sliding window, or a
+            recurrent state; `max_cache_len` is given for a model with recurrent states; or, at the first pass, the
+            model cannot be prepared.
         FormatError: the format is not valid, or does not fit the model's head_dim.
     """
 
@@ -96,6 +97,11 @@ class SawCache(Cache):
             )
         decoder = config.get_text_config(decoder=True)
         windows = layer_windows(config)
+        if max_cache_len is not None and None in windows:
+            raise UnsupportedError(
+                f"SawCache: expected no max_cache_len for a {decoder.model_type}: steps with recurrent states are not"
+                " compiled"
+            )
         cache_format = format if isinstance(format, CacheFormat) else CacheFormat.parse(format)
         for head_dim in {head_dim_of(layer) for layer in layer_configs(decoder)}:
             cache_format.resolve(head_dim)
@@ -111,7 +117,11 @@ class SawCache(Cache):
                 warn_once(UNPREPARED)
         self.settings = Settings(decoder, cache_format, max_cache_len, exact_prefill, backend, written_with, offload)
         self._register()
-        super().__init__(layers=[SawLayer(self.settings, index, window) for index, window in enumerate(windows)])
+        layers: list[Any] = [
+            LinearAttentionLayer() if window is None else SawLayer(self.settings, index, window)
+            for index, window in enumerate(windows)
+        ]
+        super().__init__(layers=layers)
 
     def _register(self) -> None:
         self.handle = next(_handles)
@@ -157,7 +167,10 @@ class SawCache(Cache):
             UnsupportedError: K and V differ in shape, have no kernels, or need gradients.
         """
         layer = self.layers[layer_idx]
-        assert isinstance(layer, SawLayer)
+        if not isinstance(layer, SawLayer):
+            raise UnsupportedError(
+                f"SawCache: expected no K and V in layer {layer_idx}, which the config says has no attention"
+            )
         refuse_gradients(key_states, value_states)
         if not layer.is_initialized:
             layer.lazy_initialization(key_states, value_states)
@@ -182,6 +195,7 @@ class SawCache(Cache):
         for layer in self._saw_layers():
             layer.reset()
         self.settings.passes = Passes()
+        self.layers = [layer if isinstance(layer, SawLayer) else LinearAttentionLayer() for layer in self.layers]
 
     def crop(self, tokens_to_remove: int) -> None:
         """Remove the last `-tokens_to_remove` tokens; or, if it is positive, all after that many (Transformers before
@@ -190,11 +204,22 @@ class SawCache(Cache):
         Raises:
             LayoutError: a sliding window no longer has tokens that would be visible again, or the last pass is
                 incomplete and larger than the crop. The cache is unchanged.
+            UnsupportedError: a recurrent state would have to be taken back. The cache is unchanged.
         """
         tokens_to_remove = _whole("crop", tokens_to_remove)
         pagings = self.settings.pagings.values()
         held = max((paging.length for paging in pagings), default=0)
         length = max(0, held + tokens_to_remove) if tokens_to_remove <= 0 else min(held, tokens_to_remove)
+        if len(self._saw_layers()) < len(self.layers):
+            if 0 < length < held:
+                raise UnsupportedError(
+                    "SawCache: expected a crop to no token, or none, got one to"
+                    f" {length} of {held} tokens: recurrent states of {self.settings.config.model_type} cannot be taken"
+                    " back. Generate without assistance, or keep a copy.deepcopy of the cache"
+                )
+            if not length:
+                self.reset()
+                return
         self.settings.passes.check_whole(held - length)
         for paging in pagings:
             paging.check_crop(length)
@@ -226,6 +251,9 @@ class SawCache(Cache):
         with self.settings.passes.changing("a change of the batch"):
             for layer in layers:
                 layer.reorder_cache(beam_idx)
+            for state in self.layers:
+                if isinstance(state, LinearAttentionLayer) and state.device is not None:
+                    state.reorder_cache(beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sequence."""

@@ -11,6 +11,10 @@ NAME = "sawkv"
 """Name of the attention implementation, for `attn_implementation=` and `model.set_attn_implementation()`."""
 
 
+STATES = ("linear_attention", "conv", "mamba", "moe", "mlp")
+"""Types of layers without K and V. Some keep a state of fixed size, which is Transformers' own affair."""
+
+
 def find_model(module: nn.Module) -> PreTrainedModel:
     """The module itself, or the first Transformers model in it.
 
@@ -37,8 +41,8 @@ def head_dim_of(layer: PretrainedConfig) -> int:
     return int(getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads)
 
 
-def layer_windows(config: PretrainedConfig) -> list[int]:
-    """The sliding window of each decoder layer, 0 for none.
+def layer_windows(config: PretrainedConfig) -> list[int | None]:
+    """The sliding window of each decoder layer: 0 for full attention, None for a layer without attention.
 
     Raises:
         UnsupportedError: names everything in this model that a SawCache cannot hold.
@@ -51,7 +55,11 @@ def layer_windows(config: PretrainedConfig) -> list[int]:
         types = [
             "chunked_attention" if chunked else "sliding_attention" if window else "full_attention"
         ] * decoder.num_hidden_layers
-    reasons = [f"layers of type {name}" for name in sorted(set(types) - {"full_attention", "sliding_attention"})]
+    types = ["full_attention" if name == "attention" else name for name in types]
+    held = {"full_attention", "sliding_attention", *STATES}
+    reasons = [f"layers of type {name}" for name in sorted(set(types) - held)]
+    if not reasons and set(types) <= set(STATES):
+        reasons.append("no layer of attention")
     if config.is_encoder_decoder:
         reasons.append("an encoder and cross attention")
     if getattr(decoder, "kv_lora_rank", None):
@@ -62,7 +70,7 @@ def layer_windows(config: PretrainedConfig) -> list[int]:
         reasons.append("sliding attention without a sliding_window")
     if reasons:
         raise UnsupportedError(
-            f"SawCache: expected causal self-attention in all layers, got a {decoder.model_type} with"
-            f" {', '.join(reasons)}. Use DynamicCache(config=model.config) for this model"
+            "SawCache: expected causal self-attention, alone or beside recurrent states, got a"
+            f" {decoder.model_type} with {', '.join(reasons)}. Use DynamicCache(config=model.config) for this model"
         )
-    return [window if name == "sliding_attention" else 0 for name in types]
+    return [None if name in STATES else window if name == "sliding_attention" else 0 for name in types]

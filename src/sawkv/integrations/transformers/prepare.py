@@ -145,10 +145,10 @@ def _prepare(model: PreTrainedModel, decoder: PretrainedConfig, cache_format: Ca
     if layers is None:
         statistics = measure(trunk_of(model), decoder, windows, positions)
         layers = [LayerCalibration()] * len(statistics)
-        devices = [layer.sums.device for layer in statistics]
-        for device in dict.fromkeys(devices):
-            there = [i for i, other in enumerate(devices) if other == device]
-            for i, fitted in zip(there, fit([statistics[i] for i in there], cache_format), strict=True):
+        devices = {i: layer.sums.device for i, layer in enumerate(statistics) if layer is not None}
+        for device in dict.fromkeys(devices.values()):
+            there = {i: layer for i, layer in enumerate(statistics) if layer is not None and devices[i] == device}
+            for i, fitted in zip(there, fit(list(there.values()), cache_format), strict=True):
                 layers[i] = fitted
         source = f"on {NUM_WINDOWS} windows of {window} tokens, {entry.save(layers)}"
     logger.info("sawkv: the model was prepared in %.1f s %s", time.monotonic() - started, source)
@@ -159,8 +159,8 @@ def _prepare(model: PreTrainedModel, decoder: PretrainedConfig, cache_format: Ca
 @torch.no_grad()
 def measure(
     trunk: PreTrainedModel, decoder: PretrainedConfig, windows: torch.Tensor, positions: torch.Tensor
-) -> list[LayerStatistics]:
-    """Run a language model on text, and gather statistics of its attention layers.
+) -> list[LayerStatistics | None]:
+    """Run a language model on text, and gather statistics of its attention layers; None for layers without attention.
 
     Args:
         trunk: the model without its output embedding. It is left unchanged.
@@ -185,13 +185,14 @@ def measure(
                 trunk(**{name: x for name, x in inputs.items() if name in accepted}, use_cache=False)
         finally:
             _running.recorder = None
-    missing = [index for index, layer in enumerate(recorder.layers) if layer is None]
+    windows_of = layer_windows(decoder)
+    missing = [index for index, layer in enumerate(recorder.layers) if layer is None and windows_of[index] is not None]
     if missing:
         raise UnsupportedError(
             f"expected all attention layers of {type(trunk).__name__} to use Transformers' AttentionInterface, got"
             f" {len(missing)} of {len(recorder.layers)} that do not"
         )
-    return [layer for layer in recorder.layers if layer is not None]
+    return recorder.layers
 
 
 def note(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> None:
@@ -202,9 +203,9 @@ def note(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch
 
 
 class _Recorder:
-    """Statistics of all layers. `windows`: the sliding window of each layer."""
+    """Statistics of all layers. `windows`: the sliding window of each layer, None without attention."""
 
-    def __init__(self, windows: Sequence[int]) -> None:
+    def __init__(self, windows: Sequence[int | None]) -> None:
         self._windows = windows
         self.layers: list[LayerStatistics | None] = [None] * len(windows)
 
@@ -220,7 +221,7 @@ class _Recorder:
         if layer is None:
             _, num_kv_heads, _, head_dim = key.shape
             layer = self.layers[index] = LayerStatistics(
-                num_kv_heads, head_dim, key.device, scale, self._windows[index]
+                num_kv_heads, head_dim, key.device, scale, self._windows[index] or 0
             )
             weight = output_weight(module, query.shape[1] * head_dim)
             if weight is not None:

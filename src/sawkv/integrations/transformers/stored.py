@@ -19,7 +19,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 
 from sawkv.errors import SawkvError
 from sawkv.format.spec import CacheFormat
-from sawkv.integrations.transformers.models import head_dim_of, layer_configs
+from sawkv.integrations.transformers.models import head_dim_of, layer_configs, layer_windows
 from sawkv.prepare.calibration import Calibration, LayerCalibration, model_id
 from sawkv.prepare.store import CalibrationStore, contents_digest, load_shipped, make_key, shipped_path
 
@@ -56,6 +56,9 @@ class Entry:
         shapes = {(_kv_heads(layer), head_dim_of(layer)) for layer in layer_configs(decoder)}
         if len(shapes) != 1:
             self._reason = "its layers differ in their heads"
+            return
+        if None in layer_windows(decoder):
+            self._reason = "some of its layers have no attention"
             return
         self._device, (heads, head_dim) = model.device, shapes.pop()
         self._expected = {
