@@ -7,12 +7,13 @@ from __future__ import annotations
 import gc
 import weakref
 from copy import copy, deepcopy
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from sawkv import Attention, CacheFormat, LayoutError, PagedKVCache, PageLayout, Schedule, append, prefixes
-from sawkv.kernels import cuda
+from sawkv.kernels import Layer, Step, cuda
 from tests.conftest import make_batch
 
 
@@ -122,3 +123,31 @@ def test_each_call_of_attention_and_gather_is_checked() -> None:
 def test_a_wrong_field_of_a_launch_is_an_error() -> None:
     with pytest.raises(AttributeError, match="num_token"):
         cuda.AppendParams().num_token = 1
+
+
+def test_a_layer_keeps_kernels_for_the_schedules_of_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decodes and turns alternate in every step. Older schedules are given up with their memory."""
+    kernel = SimpleNamespace(read_constant=lambda name: 0, launch=lambda *a, **b: None)
+    loads: list[str] = []
+    monkeypatch.setattr(cuda.runtime, "load", lambda source, name, *a: loads.append(name) or kernel)
+    monkeypatch.setattr(cuda, "_stream", lambda device: 0)
+    batch = make_batch("int4", [40, 9])
+    layer = cuda.Attention(Layer(batch.cache, 4, 0.1, 0, 0.0, None))
+    q, out = torch.randn(2, 4, 128), torch.empty(2, 4, 128)
+
+    def step() -> Step:
+        words = torch.zeros(8, dtype=torch.int32)
+        schedule = object.__new__(cuda.Schedule)
+        queries = cuda.QueryShape.of(2, 1, 128, False)
+        vars(schedule).update(header=words, chunks=words, splits=words, partials=words, partial_stats=words)
+        vars(schedule).update(queries=queries, num_blocks=1, units_per_seq=1)
+        return Step(batch.block_table, batch.seq_lens, torch.arange(3, dtype=torch.int32), schedule)
+
+    steps = [step() for _ in range(cuda.MAX_SCHEDULES)]
+    for _ in range(3):
+        for one in steps:
+            layer(q, one, out, None)
+    assert len(loads) == 2 * len(steps)  # decode and merge
+    layer(q, step(), out, None)
+    assert {key[0] for key in layer._variants} >= {one.schedule for one in steps[1:]}
+    assert steps[0].schedule not in {key[0] for key in layer._variants}

@@ -29,6 +29,10 @@ ELEMENTS = {torch.bfloat16: "sawkv::Bfloat", torch.float16: "sawkv::Half", torch
 """The device code's names of dtypes."""
 MERGE_THREADS = 256
 MERGE_BLOCKS_PER_SM = 4
+MAX_SCHEDULES = 4
+"""Schedules that a layer keeps kernels for: an engine has one of decodes, and one or two of turns. One that is given up
+holds much memory.
+"""
 LOG2_E = math.log2(math.e)
 AppendParams = structs.read(runtime.read_source("append.cu"), "AppendParams")
 GatherParams = structs.read(runtime.read_source("gather.cu"), "GatherParams")
@@ -283,9 +287,8 @@ class Attention:
             decode.read_constant("sawkv_shared_bytes"),
             schedule.units_per_seq * queries.rows * queries.row_blocks,
         )
-        kept = {
-            key: known for key, known in self._variants.items() if key[0] is schedule
-        }  # a schedule given up holds much memory
+        newest = list(dict.fromkeys(key[0] for key in self._variants if key[0] is not schedule))[1 - MAX_SCHEDULES :]
+        kept = {key: known for key, known in self._variants.items() if key[0] in (*newest, schedule)}
         self._variants = kept | {(schedule, dtype, gives_lse): variant}
         return variant
 
