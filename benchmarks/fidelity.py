@@ -212,10 +212,12 @@ def _serve(job: Job, method: str, args: argparse.Namespace) -> tuple[list[dict[s
     start = time.monotonic()
     env = os.environ | {"VLLM_SERVER_DEV_MODE": "1"}
     command = _command(job, method)
+    recorder = "benchmarks.recorder_ours.OurRecorder"
     if command[2] != "sawkv.cli":
-        env["VLLM_PLUGINS"] = ""
-    recorder = ["--worker-extension-cls", "benchmarks.recorder.Recorder"]
-    with serving([*command, *recorder], job.work / f"{job.name}-{method}.log", env=env) as client:
+        recorder, env["VLLM_PLUGINS"] = "benchmarks.recorder.Recorder", ""
+    with serving(
+        [*command, "--worker-extension-cls", recorder], job.work / f"{job.name}-{method}.log", env=env
+    ) as client:
         ready = time.monotonic() - start
         layers = client.kv_cache_dtypes()
         print(f"{job.name} {method}: layers {layers}", flush=True)

@@ -18,11 +18,11 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from sawkv.integrations.vllm.worker import Extension
+from sawkv.integrations.vllm.layers import Layers
 from sawkv.lab.divergence import score
 
 
-class Recorder(Extension):
+class Recorder(Layers):
     """Methods added to a worker of one GPU, or of a CPU."""
 
     model_runner: Any

@@ -6,19 +6,11 @@ would start without it, and its CPU build would read an INT4 cache as 8-bit page
 
 from __future__ import annotations
 
-from typing import Any
-
+from sawkv.integrations.vllm.layers import Layers
 from sawkv.integrations.vllm.selection import install
 
 install()
 
 
-class Extension:
-    """A method of each worker."""
-
-    vllm_config: Any
-
-    def kv_cache_dtypes(self) -> list[str]:
-        """Of all attention layers, in order."""
-        layers = self.vllm_config.compilation_config.static_forward_context.values()
-        return [layer.kv_cache_dtype for layer in layers if hasattr(layer, "kv_cache_dtype")]
+class Extension(Layers):
+    """What every worker gets that serves from our pages."""
