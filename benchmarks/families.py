@@ -254,6 +254,7 @@ FAMILIES: Final[dict[str, Family]] = {
         num_local_experts=8,
         num_experts_per_tok=2,
         rotary_dim=64,
+        initializer_range=0.06,
         scoring_func="sigmoid",
         use_routing_bias=True,
         not_on_cpu="AssertionError",  # its experts on a CPU take no such bias

@@ -1,0 +1,33 @@
+"""docs/models.md is what its records say."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from benchmarks.families import FAMILIES
+from benchmarks.models import RECORDS, page
+
+
+def test_the_page_is_made_of_the_records() -> None:
+    records = [json.loads(line) for line in RECORDS.read_text().splitlines()]
+    assert Path(RECORDS.parents[1], "models.md").read_text() == page(records)
+    assert all(record["expected"] for record in records)
+    assert {record["family"] for record in records} <= set(FAMILIES)
+
+
+def test_a_family_without_a_record_is_said_not_to_have_run_and_a_wrong_one_to_be_wrong() -> None:
+    common = {
+        "engine": "vllm",
+        "device": "cpu",
+        "checks": {},
+        "vllm": "1",
+        "transformers": "1",
+        "commit": "abc",
+        "failed": [],
+    }
+    wrong = common | {"family": "llama-3", "outcome": "served wrong", "detail": "", "failed": ["plain"]}
+    rows = {line.split("`")[1]: line for line in page([wrong]).splitlines() if line.startswith("| ") and "`" in line}
+    assert set(rows) == set(FAMILIES)
+    assert "| **wrong**: plain | not run | not run |" in rows["llama-3"]
+    assert "| not run | not run | not run |" in rows["qwen3"]
