@@ -21,11 +21,11 @@ name = "cpu"
 counts = True
 
 _CODECS = ("int4", "int8", "bf16", "fp16", "fp32")
-"""Codecs that the kernels know."""
+"""Codecs that the kernels support."""
 _CODEC_NUMBERS = {codec: number for number, codec in enumerate(CODEC_BITS)}
-"""`enum Codec` of the kernels."""
+"""Values of the kernels' `enum Codec`."""
 _DTYPES = tuple(codec.dtype for codec in CODECS.values() if isinstance(codec, PassthroughCodec))
-"""`enum DType` of the kernels."""
+"""Values of the kernels' `enum DType`."""
 _SOURCE = "\n".join(read_sources().values())
 Cache = structs.read(_SOURCE, "Cache")
 AppendArguments = structs.read(_SOURCE, "AppendArguments")
@@ -34,7 +34,7 @@ GatherArguments = structs.read(_SOURCE, "GatherArguments")
 
 
 def unsupported_reason(device: torch.device, layout: PageLayout) -> str | None:
-    """Builds the kernels if needed."""
+    """Why the kernels cannot serve the layout, or None. Compiles them if needed."""
     if device.type != "cpu":
         return f"expected device cpu, got {device.type}"
     if layout.format.codec not in _CODECS:
@@ -75,9 +75,7 @@ class Pages:
 
 
 class Attention:
-    """See `sawkv.ops.Attention`. The result of a sequence does not depend on other sequences of the batch, to the last
-    bit.
-    """
+    """See `sawkv.ops.Attention`. A sequence's result has the same bits in every batch."""
 
     def __init__(self, layer: Layer) -> None:
         num_kv_heads = layer.cache.layout.num_kv_heads

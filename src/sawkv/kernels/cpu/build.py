@@ -25,7 +25,7 @@ from sawkv.kernels.disk import DIGEST_BYTES, digest, private_folder
 
 SOURCE_FOLDER = Path(__file__).parent
 MAX_GROUP = 128
-"""Query heads per KV head that the kernels take."""
+"""Most query heads per KV head that the kernels support."""
 FLAGS = (
     "-std=c++17",
     "-O3",
@@ -44,7 +44,7 @@ def load_library() -> ctypes.CDLL:
     """The compiled kernels.
 
     Raises:
-        UnsupportedError: there is no C++ compiler, or it failed. The message says what to install, or what it printed.
+        UnsupportedError: there is no C++ compiler, or it failed. The message says what to install, or has its output.
     """
     compiler = shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++")
     if compiler is None:
@@ -56,8 +56,8 @@ def load_library() -> ctypes.CDLL:
     key = hashlib.sha256(described.encode()).hexdigest()[:24]
     library = private_folder("cpu") / f"{key}.so"
     if not _is_whole(library):
-        # Processes that start at once each build their own copy. The rename is atomic: none sees half a file, and no
-        # lock is left behind.
+        # Processes that start at the same time each build a copy. The rename is atomic, so no process reads half a
+        # file, and no lock can be left behind.
         with tempfile.TemporaryDirectory(dir=library.parent) as folder:
             for name, text in sources.items():
                 Path(folder, name).write_text(text)
@@ -67,7 +67,7 @@ def load_library() -> ctypes.CDLL:
             if done.returncode:
                 raise UnsupportedError(f"{compiler} could not compile the CPU kernels:\n{done.stderr[-2000:]}")
             with built.open("ab") as file:
-                file.write(digest(built.read_bytes()))  # loaders ignore what follows the sections
+                file.write(digest(built.read_bytes()))  # loaders ignore bytes after the sections
             os.replace(built, library)
     return ctypes.CDLL(str(library))
 
@@ -87,8 +87,8 @@ def _is_whole(library: Path) -> bool:
 
 
 def _openmp_flags() -> list[str]:
-    """Compile for OpenMP, and link the runtime that torch has loaded. The threads of a second runtime would be outside
-    vLLM's binding.
+    """Compile with OpenMP, and link the runtime that torch has loaded. vLLM would not bind the threads of a second
+    runtime to cores.
     """
     maps = Path("/proc/self/maps")
     lines = maps.read_text().splitlines() if maps.is_file() else []

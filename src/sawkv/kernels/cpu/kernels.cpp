@@ -3,8 +3,8 @@
 //
 // Reading order: vectors.h, then row.h (rotate, encode and decode one row), tile.h (scores, softmax and weighted values
 // of one tile of tokens), then this file. After a row is decoded to fp32, all formats share the same arithmetic, so
-// equal values give equal bits whatever they were stored as. Compiled with -ffp-contract=off: the only fused operations
-// are those written as fma, as docs/format.md requires.
+// equal values give equal bits in every format. -ffp-contract=off is required: the only fused operations are those
+// written as fma (docs/format.md).
 #include <limits>
 #include <vector>
 
@@ -93,7 +93,7 @@ const char* query_row(const AttentionArguments& a, int64_t token, int head) {
   return static_cast<const char*>(a.q) + token * a.q_token_stride + head * a.q_head_stride;
 }
 
-// What centering K took from all scores of a query row.
+// q . center of a query row, which its scores over centered keys lack.
 float center_score(const AttentionArguments& a, int64_t token, int head, int kv_head) {
   const int head_dim = a.cache.head_dim;
   if (!a.cache.k.center) return 0;
@@ -105,7 +105,7 @@ float center_score(const AttentionArguments& a, int64_t token, int head, int kv_
   return sum(total) * a.softmax_scale;
 }
 
-// Rows of an item are ordered by query token, then by head of the group.
+// Rows of an item are ordered by query token, then by head within the group.
 void load_rows(const AttentionArguments& a, const Item& item, int group, float* q, Rows& rows) {
   const Cache& cache = a.cache;
   const int length = a.seq_lens[item.seq], num_queries = a.query_start[item.seq + 1] - a.query_start[item.seq];
@@ -150,7 +150,7 @@ void attend_item(const AttentionArguments& a, const Item& item, int group, Decod
   }
 }
 
-// Joins the parts of one query row, adds the sink, un-rotates and writes.
+// Adds the partial results and the sink of one query row, rotates the sum back, and writes it.
 void finish_row(const AttentionArguments& a, const Item& item, int row, int group, const Partial* parts) {
   const Cache& cache = a.cache;
   const int head_dim = cache.head_dim, head = item.head * group + row % group;
@@ -158,8 +158,8 @@ void finish_row(const AttentionArguments& a, const Item& item, int row, int grou
   float m = -INFINITY;
   for (int s = 0; s < item.num_splits; ++s) m = std::max(m, parts[s].max[row]);
   const float key_max = m;
-  // Scores under a soft-cap are whole already. Others lack the same number each, which only a sink and the log-sum-exp
-  // see.
+  // With a soft-cap, scores include the offset already. Without one, all scores of the row lack it, and only a sink and
+  // the log-sum-exp need it.
   const float offset = a.softcap == 0 && (a.sinks || a.lse) ? center_score(a, token, head, item.head) : 0;
   const float sink = a.sinks ? a.sinks[head] - offset : -INFINITY;
   m = std::max(m, sink);
@@ -194,7 +194,7 @@ void sawkv_attention(const AttentionArguments* args) {
   for (int seq = 0; seq < a.num_seqs; ++seq) {
     const int num_queries = a.query_start[seq + 1] - a.query_start[seq], length = a.seq_lens[seq];
     const int num_splits = num_queries > kMaxSplitQueries ? 1 : std::max(1, (length + kSplit - 1) / kSplit);
-    for (int query = num_queries; query > 0; query -= queries_at_once)  // the last queries see most: they come first
+    for (int query = num_queries; query > 0; query -= queries_at_once)  // the last ones first: they see most tokens
       for (int head = 0; head < cache.num_kv_heads; ++head)
         for (int split = 0; split < num_splits; ++split) {
           const int first = std::max(0, query - queries_at_once);

@@ -1,4 +1,4 @@
-// One row of a page: centered rows are rotated and encoded, codes are decoded, and what was written is counted.
+// Encodes, decodes and counts one row of a page.
 #pragma once
 #include <algorithm>
 
@@ -55,7 +55,7 @@ void rotate(float* x, int head_dim, int order) {
   for (int i = 0; i < head_dim; ++i) x[i] *= norm;
 }
 
-// x *= factors, those of a head.
+// x *= factors, with one head's factors.
 void multiply(float* x, int head_dim, const float* factors, int head) {
   for (int d = 0; d < head_dim; ++d) x[d] *= factors[head * head_dim + d];
 }
@@ -80,13 +80,13 @@ inline uint16_t fp16_up(float x) {
 
 inline float round_clamped(float x, float low, float high) { return std::nearbyint(std::min(std::max(low, x), high)); }
 
-// Codes of a finite row, with the errors of each block of channels passed on to the blocks after it: docs/format.md,
-// step 5. t: the codes before rounding. weights: [head_dim, head_dim], of one head.
+// Codes of a finite row with feedback, which passes the errors of each block of channels on to later blocks:
+// docs/format.md, step 5. t: the codes before rounding. weights: [head_dim, head_dim], of one head.
 void code_with_feedback(float* t, int head_dim, float max_code, const int8_t* weights, float step, uint8_t* codes) {
-  alignas(32) int16_t errors[MAX_HEAD_DIM] = {};  // of 8 bits, which multiply faster as 16; zero where not coded yet
+  alignas(32) int16_t errors[MAX_HEAD_DIM] = {};  // 8-bit errors, in 16 bits, which multiply faster; 0 until coded
   for (int start = 0; start < head_dim; start += 32) {
     const int end = std::min(start + 32, head_dim);
-    for (int first = start; first < start + 8; ++first) {  // of a block, which is one of each eight channels
+    for (int first = start; first < start + 8; ++first) {  // one block: every eighth channel
       for (int j = first; j < end; j += 8) {
         int32_t taken = 0;
         for (int i = 0; i < end; ++i) taken += int32_t(weights[j * head_dim + i]) * errors[i];
@@ -101,8 +101,7 @@ void code_with_feedback(float* t, int head_dim, float max_code, const int8_t* we
   }
 }
 
-// Codes of a row of 4- or 8-bit integers, one in a byte, and their scale and zero point. weights: of the head's
-// feedback, or null.
+// 4- or 8-bit codes of a row, one per byte, with scale and zero point. weights: the head's feedback weights, or null.
 Meta quantize(const float* y, int head_dim, int max_code, const int8_t* weights, float step, uint8_t* codes) {
   if (!all_finite(y, head_dim)) {
     std::memset(codes, 0, head_dim);
@@ -115,7 +114,7 @@ Meta quantize(const float* y, int head_dim, int max_code, const int8_t* weights,
   }
   float lo = low[0], hi = high[0];
   for (int j = 1; j < W; ++j) lo = std::min(lo, low[j]), hi = std::max(hi, high[j]);
-  // With feedback the cells of the codes cover the range, and without it the codes do.
+  // With feedback the range is covered by the cells of the codes, without it by the codes themselves.
   const float by_range = (hi - lo) * float(1.0 / (weights ? max_code + 1 : max_code));
   const float by_offset = std::max(std::fabs(lo), std::fabs(hi)) * (1 / MAX_ZERO_POINT);
   const float wanted = std::max(std::max(by_range, by_offset), MIN_SCALE);
@@ -188,7 +187,7 @@ inline void decode_row(const Cache& cache, const uint8_t* row, const uint8_t* me
   }
 }
 
-// `count` tokens of one sequence from position `first`, K and V, as fp32 rows of `head_dim`.
+// Decodes K and V of `count` tokens of one sequence, from position `first`, to fp32 rows of `head_dim`.
 template <int CODEC>
 void decode_tokens(const Cache& cache, const int32_t* pages, int head, int first, int count, float* k, float* v) {
   const int part_dim = cache.head_dim / cache.parts;

@@ -5,20 +5,20 @@
 namespace {
 
 constexpr int kTile = 32;  // tokens decoded at once; at head_dim 128, K and V of a tile fill a 32 KiB L1 cache
-constexpr int kRows = 64;  // query rows (tokens x heads of a group) that a work item aims at
-constexpr int kMaxRows = MAX_GROUP;  // and the most it can have: the largest group of heads, which __init__.py checks
+constexpr int kRows = 64;  // desired query rows (tokens x heads of a group) per work item
+constexpr int kMaxRows = MAX_GROUP;  // the most it can have: the largest group of heads, which __init__.py checks
 constexpr int kSplit =
-    1024;  // tokens a work item covers where queries are few; fixed, so that a result depends on no other sequence
-constexpr int kMaxSplitQueries = 8;  // more query tokens than this and the queries themselves give enough items
+    1024;  // tokens per work item if queries are few; fixed, so that results do not depend on other sequences
+constexpr int kMaxSplitQueries = 8;  // with more query tokens, the queries alone give enough items
 
-// What attention over part of the keys leaves: softmax maximum and sum, and the weighted values, for each row.
+// Result of attention over part of the keys: softmax maximum, sum, and weighted values of each row.
 struct Partial {
   float* max;
   float* sum;
   float* values;  // [rows, head_dim]
 };
 
-// scores[r][t] = q[r] . k[t] for R rows and T tokens; each dot product has the same order of operations for any R and
+// scores[r][t] = q[r] . k[t] for R rows and T tokens. The order of operations of a dot product does not depend on R and
 // T.
 template <int R, int T>
 inline void dot_block(const float* q, const float* k, int head_dim, float* scores) {
@@ -57,7 +57,7 @@ inline void weigh_block(const float* p, const float* v, int first, int last, int
 
 struct Rows {              // the query rows of a work item
   const float* q;          // [count, head_dim], gain undone, rotated, times the softmax scale
-  float offset[kMaxRows];  // with a soft-cap alone: what centering took from each row's scores
+  float offset[kMaxRows];  // with a soft-cap only: q . center of each row
   int count;
   int first[kMaxRows], last[kMaxRows];  // keys that each row sees: positions first to last - 1
 };
@@ -85,8 +85,8 @@ void attend_tile(const Rows& rows, const float* k, const float* v, int start, in
     last[r] = std::max(std::min(rows.last[r] - start, count), first[r]);
     all_see_all &= first[r] == 0 && last[r] == count;
   }
-  // Rows are weighed several at once, with weight 0 for what one of them does not see. That hides all values but NaN
-  // and infinity.
+  // Several rows are handled at once, with weight 0 for tokens that a row does not see. A weight of 0 hides all values
+  // except NaN and infinity.
   const bool together = all_see_all || all_finite(v, count * head_dim);
   for (r = 0; r < rows.count; ++r) {
     float* row = p + r * kTile;
@@ -99,7 +99,7 @@ void attend_tile(const Rows& rows, const float* k, const float* v, int start, in
       continue;
     }
     vec high = splat(out.max[r]);
-    for (int t = 0; t < kTile; t += W) high = max(load(row + t), high);  // in this order NaN is passed over
+    for (int t = 0; t < kTile; t += W) high = max(load(row + t), high);  // this order of arguments ignores NaN
     float m = high[0];
     for (int j = 1; j < W; ++j) m = std::max(m, high[j]);
     if (m == -INFINITY) m = 0;  // every score is NaN or -inf

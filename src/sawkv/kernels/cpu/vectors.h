@@ -1,4 +1,4 @@
-// Vectors of fp32, and the float types that rows are read from and written to.
+// Vectors of fp32, and conversions from and to the float types of rows.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace {
 
-constexpr int W = 8;  // fp32 lanes of a vector; the compiler joins or splits them for other widths
+constexpr int W = 8;  // fp32 lanes per vector; the compiler joins or splits vectors for other widths
 typedef float vec __attribute__((vector_size(4 * W)));
 typedef int32_t ivec __attribute__((vector_size(4 * W)));
 
@@ -20,7 +20,7 @@ inline vec load(const float* p) {
 }
 inline void store(float* p, vec v) { std::memcpy(p, &v, sizeof v); }
 inline vec splat(float x) { return vec{x, x, x, x, x, x, x, x}; }
-// The three operations that compilers do not make of portable code.
+// Three operations for which compilers find no good instructions in portable code.
 inline vec fma(vec a, vec b, vec c) {
 #ifdef __FMA__
   return _mm256_fmadd_ps(a, b, c);
@@ -53,7 +53,7 @@ inline void nibbles_to_float(const uint8_t* p, vec& first, vec& second) {  // 8 
 }
 inline vec max(vec a, vec b) { return a > b ? a : b; }
 inline vec min(vec a, vec b) { return a < b ? a : b; }
-inline vec round_even(vec a) {  // adding 1.5 * 2^23 leaves no fraction bits; exact for |a| < 2^22
+inline vec round_even(vec a) {  // adding 1.5 * 2^23 leaves no bits for a fraction; exact for |a| < 2^22
   const vec magic = splat(12582912.f);
   return (a + magic) - magic;
 }

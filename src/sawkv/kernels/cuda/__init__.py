@@ -1,4 +1,4 @@
-"""CUDA backend for Hopper and newer: INT4 pages at the speed of memory. docs/kernels.md describes the kernels.
+"""CUDA backend for Hopper and newer: INT4 pages, limited by memory bandwidth. docs/kernels.md describes the kernels.
 
 NVRTC compiles the sources at run time, and keeps the result on disk (`runtime`), so installing needs no compiler.
 The Triton backend serves all other layouts: INT8 and 16-bit formats, head_dim that is not a multiple of 32, older GPUs.
@@ -30,8 +30,8 @@ ELEMENTS = {torch.bfloat16: "sawkv::Bfloat", torch.float16: "sawkv::Half", torch
 MERGE_THREADS = 256
 MERGE_BLOCKS_PER_SM = 4
 MAX_SCHEDULES = 4
-"""Schedules that a layer keeps kernels for: an engine has one of decodes, and one or two of turns. One that is given up
-holds much memory.
+"""Schedules for which a layer keeps kernels. An engine has one for decodes and one or two for turns. The limit exists
+because a kept schedule that is no longer used still holds much memory.
 """
 LOG2_E = math.log2(math.e)
 AppendParams = structs.read(runtime.read_source("append.cu"), "AppendParams")
@@ -43,7 +43,7 @@ DEBUG_DEFINES: dict[str, int | str] = {}
 
 
 def unsupported_reason(device: torch.device, layout: PageLayout) -> str | None:
-    """None for INT4 with head_dim a multiple of 32 on a GPU with Hopper's bulk copies and shared memory."""
+    """None for INT4 with head_dim a multiple of 32, if the GPU has Hopper's bulk copies and shared memory."""
     if device.type != "cuda" or torch.version.hip:
         return f"expected an NVIDIA GPU, got {device.type}"
     if layout.format.codec != "int4":
@@ -98,7 +98,7 @@ class Pages:
         variant.kernel.launch((blocks, 1, 1), variant.threads, _stream(self._device), params, dependent=True)
 
     def _prepare_append(self, dtype: torch.dtype) -> _Variant:
-        """The kernel for rows of `dtype`, with what the cache knows of its parameters."""
+        """The kernel for rows of `dtype`, with the parameters that the cache determines."""
         cache, layout = self._cache, self._cache.layout
         centers, gains, _, weights, steps = zip(*cache.constants, strict=True)
         params = AppendParams(pages=_pointer(cache.pages), page_stride=cache.pages.stride(0), num_slots=cache.num_slots)
@@ -113,7 +113,7 @@ class Pages:
         return self._appends[dtype]
 
     def _prepare_gather(self, dtype: torch.dtype, rotated: bool) -> _Variant:
-        """The kernel for outputs of `dtype`, with what the cache knows of its parameters."""
+        """The kernel for outputs of `dtype`, with the parameters that the cache determines."""
         cache, layout = self._cache, self._cache.layout
         centers, inverses = ((None, None),) * 2 if rotated else (tuple(x[i] for x in cache.constants) for i in (0, 2))
         params = GatherParams(
@@ -128,10 +128,10 @@ class Pages:
 
 
 class _Variant(NamedTuple):
-    """append or gather compiled for a layout and dtype, and the bytes of its parameters, where those of a call are zero
-    yet.
+    """append or gather compiled for a layout and dtype, and the bytes of its parameters, with zeros for those of each
+    call.
 
-    A call sets its own in a copy, so that threads may share this.
+    A call sets its own in a copy, so threads may share this object.
     """
 
     kernel: runtime.Kernel
@@ -160,7 +160,7 @@ class _Variant(NamedTuple):
 
 
 class Schedule(kernels.Schedule):
-    """What the schedule kernel writes, with room for partial results."""
+    """The output of the schedule kernel, and memory for partial results."""
 
     @staticmethod
     def turns(layout: PageLayout, device: torch.device, num_q_heads: int) -> Turns | None:
@@ -181,10 +181,10 @@ class Schedule(kernels.Schedule):
         self.tile_tokens = self.kernel.read_constant("sawkv_tile_tokens")
         max_split_chunks = (
             self.num_blocks * self.queries.max_chunks_per_block * 3 // 2
-        )  # units in two or more pieces, their number rounded: 4/3 at most
+        )  # rounding adds a third at most, since only units of two or more pieces count
         max_chunks = (
             max_split_chunks + shape.max_num_seqs * self.units_per_seq + self.num_blocks
-        )  # and each block's claim beyond the last
+        )  # and one claim per block beyond the last chunk
 
         def words(*sizes: int) -> torch.Tensor:
             return torch.zeros(sizes, dtype=torch.int32, device=device)
@@ -240,7 +240,7 @@ class Attention:
         params.q_token_stride, params.q_head_stride, _ = q.stride()
         params.out_token_stride, params.out_head_stride, _ = out.stride()
         if sinks is not None:
-            sinks = sinks.float().contiguous()  # at each call: an engine may write other weights in their place
+            sinks = sinks.float().contiguous()  # in each call, because an engine may overwrite the weights in place
             params.sinks = sinks.data_ptr()
         if lse is not None:
             params.lse = lse.data_ptr()
@@ -253,7 +253,7 @@ class Attention:
         variant.merge.launch((merge_blocks, 1, 1), MERGE_THREADS, stream, params, dependent=True)
 
     def _prepare(self, schedule: Schedule, dtype: torch.dtype, gives_lse: bool) -> _DecodeVariant:
-        """The kernels for queries of `dtype`, with what the layer and the schedule know of their parameters."""
+        """The kernels for queries of `dtype`, with the parameters that layer and schedule determine."""
         layer, cache, layout, queries = self._layer, self._layer.cache, self._layer.cache.layout, schedule.queries
         centers, _, inverses, _, _ = zip(*cache.constants, strict=True)
         softcap = layer.logit_softcap
@@ -294,8 +294,8 @@ class Attention:
 
 
 class _DecodeVariant(NamedTuple):
-    """decode and merge compiled for a layer and a schedule, and the bytes of their parameters, where those of a call
-    are zero yet.
+    """decode and merge compiled for a layer and a schedule, and the bytes of their parameters, with zeros for those of
+    a call.
     """
 
     decode: runtime.Kernel
@@ -322,7 +322,7 @@ def _are_there(of_k_and_v: tuple[torch.Tensor | None, ...]) -> bool:
 
 
 def _is_vectorizable(x: torch.Tensor) -> bool:
-    """Rows of [num_tokens, num_heads, head_dim] aligned to 16 bytes."""
+    """Whether all rows of [num_tokens, num_heads, head_dim] are aligned to 16 bytes."""
     token_stride, head_stride, _ = x.stride()
     return not (x.data_ptr() | (token_stride | head_stride) * x.element_size()) & 15  # sizes are powers of two
 
@@ -339,7 +339,7 @@ def _pointer(x: torch.Tensor | None) -> int | None:
 def _stream(device: torch.device) -> int:
     return torch._C._cuda_getCurrentRawStream(
         device.index
-    )  # what torch.cuda.current_stream wraps, at a fifth of its time
+    )  # the function that torch.cuda.current_stream wraps; five times faster
 
 
 def _divide_up(a: int, b: int) -> int:

@@ -1,8 +1,9 @@
-// append: center, multiply by gains, rotate, quantize, pack and write new tokens' K and V in one launch. A block takes
-// the K or the V of TOKENS tokens and one head.
+// append: center, multiply by gains, rotate, quantize, pack and write K and V of new tokens in one launch. A block
+// handles K or V of TOKENS tokens and one head.
 //
-// Equal to the reference byte for byte: docs/format.md fixes the order of operations. None of them may be contracted to
-// fma but the one written so; the products with gains and norms are __fmul_rn, which the compiler leaves as they are.
+// Bytes equal the reference's: docs/format.md fixes the order of operations. The compiler must not contract any of them
+// to an fma, except the one that is written as fma. Products with gains and norms use __fmul_rn, which is never
+// contracted.
 //
 // Macros: HEAD_DIM, PAGE_SIZE, K_ORDER, V_ORDER, ELEMENT (of k and v); 1 or 0: GAIN and FEEDBACK (of K or V, or both),
 // COUNT (update the counters).
@@ -14,17 +15,17 @@ namespace sawkv {
 using namespace format;
 
 constexpr int THREADS = 128, LANES = 4,
-              TOKENS = THREADS / LANES;  // lanes of a row: few, since they spend their time exchanging values
+              TOKENS = THREADS / LANES;  // LANES per row: few, because lanes spend most time on exchanging values
 constexpr float MAX_CODE = 15;
 
 struct AppendParams {
   const i64* slot_mapping;
   u8* pages;
   double* counters;                     // [2][NUM_COLUMNS], or null without COUNT
-  const ELEMENT* x[2];                  // of K and of V, as all pairs
+  const ELEMENT* x[2];                  // of K and of V, like all pairs below
   const float* center[2];               // [num_kv_heads][D] or null
   const float* gain[2];                 // likewise
-  const u8* weights[2];                 // of the feedback, signed: [num_kv_heads][D][D], or null without it
+  const u8* weights[2];                 // of feedback, signed: [num_kv_heads][D][D] or null
   const float* step[2];                 // [num_kv_heads]
   i64 token_stride[2], head_stride[2];  // in elements
   i64 page_stride;                      // bytes
@@ -35,17 +36,17 @@ struct AppendParams {
 constexpr float ROUNDER =
     12582912;  // 1.5 * 2^23: adding it rounds to an integer, half to even, and leaves it in the low bits
 
-// For the counters: of a lane's channels, squared, errors in codes and values.
+// For the counters: sums over a lane's channels of squared errors, in codes, and of squared values.
 struct Sums {
   float error, norm;
 };
 
-// How a row becomes codes: with feedback the cells of the codes cover its range, without it the codes do. The
-// constructor may change the row.
+// Turns a row into codes. With feedback the row's range is covered by the cells of the codes, without it by the codes
+// themselves. The constructor may change the row.
 struct Quantizer {
   float inverse, zero_point;
   u32 meta;
-  bool is_bounded;  // neither non-finite nor saturated
+  bool is_bounded;  // finite, and the scale does not saturate
 
   __device__ Quantizer(Row<D, LANES>& y, bool has_feedback) {
     float low = y.x[0], high = y.x[0];
@@ -68,7 +69,7 @@ struct Quantizer {
     zero_point = ptx::half_to_float(zero_bits);
     meta = is_finite ? scale | (u32)zero_bits << 16 : (u32)NAN_SCALE_BITS;
     is_bounded = is_finite && wanted <= MAX_SCALE;
-    if (!is_bounded) {  // rare: codes beyond their range, or none. Let the row hold its codes already.
+    if (!is_bounded) {  // rare: codes need clamping, or are all 0, so the row is replaced by its codes
 #pragma unroll
       for (int i = 0; i < y.PER_LANE; i++)
         y.x[i] = is_finite ? fminf(fmaxf(fmaf(y.x[i], inverse, zero_point), 0), MAX_CODE) : 0;
@@ -76,8 +77,8 @@ struct Quantizer {
       zero_point = 0;
     }
   }
-  // Two codes in the low byte. Without feedback fma(y, inverse, zero_point) lies between -0.26 and 15.26, so nothing
-  // has to be clamped. ROUNDER's other low bits are 0. (Conversions run at a quarter of the speed.)
+  // Two codes in the low byte. No clamp is needed, because fma(y, inverse, zero_point) lies between -0.26 and 15.26
+  // without feedback. ROUNDER's other low bits are 0. Conversion instructions would run at a quarter of the speed.
   __device__ u32 codes(float even, float odd) const { return shifted(odd) * 16 + shifted(even); }
 
   __device__ Sums sums(const Row<D, LANES>& y) const {
@@ -92,24 +93,24 @@ struct Quantizer {
     return sums;
   }
 
-  // Let the row hold its codes already, the error of each block of channels passed on to the blocks after it:
-  // docs/format.md, step 5. The eight rows of a warp are rows of a product of 8-bit integers. Its 16 columns are four
-  // blocks, of each of which a lane holds a channel, and the errors of these are then the lane's part of an operand as
-  // they are: no value changes lanes. Errors of earlier columns come all at once, and those of the four blocks as they
-  // are made.
+  // Replace the row by its codes, and pass the errors of each block of channels on to later blocks: docs/format.md,
+  // step 5. The sums of weights * errors are products of 8-bit integer matrices, with the warp's eight rows as rows and
+  // four blocks of channels as 16 columns. A lane holds one channel of each block, and its errors are its own part of
+  // the next operand, so no value moves between lanes. One product adds the errors of all earlier columns. The errors
+  // within the four blocks are added as soon as each block is coded.
   __device__ Sums feed_back(Row<D, LANES>& y, const u8* weights, float step) {
     static_assert(LANES == 4 && Row<D, LANES>::VECTOR == 8, "a lane holds a channel of each block");
     const int lane = lane_index(), column = lane / 4, quad = lane % 4;
     if (!is_bounded) step = 0;
     Sums sums{};
 #pragma unroll
-    for (int i = 0; i < y.PER_LANE; i++) sums.norm += y.x[i] * y.x[i];  // here, so that y takes no registers below
-    u32 errors[D / 32][2] = {};                                         // of eight blocks, four in a word
+    for (int i = 0; i < y.PER_LANE; i++) sums.norm += y.x[i] * y.x[i];  // here, to free y's registers
+    u32 errors[D / 32][2] = {};                                         // of eight blocks, four per word
 #pragma unroll
-    for (int four = 0; four < D / 16; four++) {  // blocks
-      const int zero = __float_as_int(ROUNDER);  // an integer below 2^22, added to its bits, makes a float of it
+    for (int four = 0; four < D / 16; four++) {  // groups of four blocks
+      const int zero = __float_as_int(ROUNDER);  // adding an integer below 2^22 to these bits converts it to float
       int taken[2][4] = {{zero, zero}, {zero, zero}};
-      u32 own_weights[2];  // for the errors of the same four blocks
+      u32 own_weights[2];  // for errors within these four blocks
 #pragma unroll
       for (int k = 0; k <= four / 2; k++)
 #pragma unroll
@@ -131,7 +132,7 @@ struct Quantizer {
         constexpr float MAX_ERROR = (float)MAX_WEIGHT / ERROR_STEPS;  // in codes
         const float error = fmaf(fminf(fmaxf(moved - code, -MAX_ERROR), MAX_ERROR), ERROR_STEPS, ROUNDER);
         const u32 passed =
-            __byte_perm(__float_as_uint(error), 0, 0x4444 ^ 4 << 4 * i);  // its low byte to byte i, 0 to the others
+            __byte_perm(__float_as_uint(error), 0, 0x4444 ^ 4 << 4 * i);  // its low byte in byte i, 0 in the others
         errors[four / 2][four % 2] |= passed;
 #pragma unroll
         for (int half = (i + 1) / 2; half < 2; half++)
@@ -151,12 +152,12 @@ struct Quantizer {
 
 __device__ inline bool is_sampled(i64 slot) { return (u32)slot * SAMPLE_HASH < (1ull << 32) / SAMPLE; }
 
-// Counts a row that is about to be written. All threads of a block come here. Mirrors sawkv.format.counters and the
+// Counts a row before it is written. All threads of a block must call it. Mirrors sawkv.format.counters and the
 // reference.
 __device__ inline void count_row(const AppendParams& p, bool is_v, u32 meta, Sums sums, i64 slot, bool is_kept,
                                  bool is_first_lane) {
   double* counters = p.counters + (is_v ? NUM_COLUMNS : 0);
-  if (blockIdx.y == 0) {  // every head keeps the same tokens
+  if (blockIdx.y == 0) {  // once for all heads, which keep the same tokens
     const int kept = __syncthreads_count(is_kept && is_first_lane);
     if (threadIdx.x == 0) atomicAdd(&counters[COLUMN_ROWS], (double)kept * gridDim.y);
   }
@@ -172,15 +173,15 @@ __device__ inline void count_row(const AppendParams& p, bool is_v, u32 meta, Sum
   if (is_first_lane) atomicAdd(&counters[COLUMN_SAMPLED_ROWS], 1.0);
 }
 
-// One path for K and V where their orders are one: it is long, and instructions are fetched as well.
+// K and V share one instance if their orders are equal: the code is long, and fetching instructions takes time too.
 template <int ORDER>
 __device__ inline void append_row(const AppendParams& p, bool is_v) {
   const int token = blockIdx.x * TOKENS + threadIdx.x / LANES, head = blockIdx.y;
-  // Read whether it will be kept or not, so as to wait for the row and its slot once.
+  // Load the row before it is known to be kept, so that the loads of row and slot overlap.
   auto y =
       Row<D, LANES>::load(p.x[is_v] + min(token, p.num_tokens - 1) * p.token_stride[is_v] + head * p.head_stride[is_v]);
   const i64 slot = token < p.num_tokens ? p.slot_mapping[token] : -1;
-  const bool is_kept = slot >= 0 && slot < p.num_slots;  // all lanes go on: they exchange values
+  const bool is_kept = slot >= 0 && slot < p.num_slots;  // all lanes continue, since they exchange values
   if (p.center[is_v]) {
     const auto c = Row<D, LANES>::load(p.center[is_v] + head * D);
 #pragma unroll
@@ -222,7 +223,7 @@ __device__ int sawkv_tokens_per_block = TOKENS;
 __global__ void __launch_bounds__(THREADS, (D <= 128 ? 8 : 4) >> FEEDBACK)
     sawkv_append(const __grid_constant__ AppendParams p) {
   ptx::wait_for_prerequisites();
-  ptx::let_dependents_launch();  // decode gets ready meanwhile
+  ptx::let_dependents_launch();  // the decode kernel starts up meanwhile
   const bool is_v = blockIdx.z;
   if (K_ORDER == V_ORDER || !is_v)
     append_row<K_ORDER>(p, is_v);

@@ -1,9 +1,9 @@
-// What attention kernels share: their parameters, which query a row is, and how results are added and written.
+// Shared by the attention kernels: their parameters, the query of each row, and how results are added and written.
 //
-// Macros: HEAD_DIM, GROUP (query heads per KV head), CHUNK_ROWS (query rows that a chunk has room for), ROW_GROUPS (the
-// most of them, of CHUNK_ROWS rows each, that a sequence and KV head has; each is a unit), V_ORDER, ELEMENT (of q and
-// the output); 1 or 0: GAIN (K or V, or both, have gains), SOFTCAP, OFFSET (K has centers, and a soft-cap, sinks or the
-// log-sum-exp see what scores lack by them).
+// Macros: HEAD_DIM, GROUP (query heads per KV head), CHUNK_ROWS (most query rows of a chunk), ROW_GROUPS (most groups
+// of CHUNK_ROWS query rows per sequence and KV head; each group is a unit), V_ORDER, ELEMENT (of q and the output); 1
+// or 0: GAIN (K or V, or both, have gains), SOFTCAP, OFFSET (K has centers, and a soft-cap, sinks or the log-sum-exp
+// need the q . center that scores over centered keys lack).
 #pragma once
 #include "pages.cuh"
 #include "chunks.cuh"
@@ -17,7 +17,7 @@ struct DecodeParams {
   ScheduleHeader* header;
   const Chunk* chunks;
   const SplitUnit* splits;
-  float* partials;        // [chunks of split units][CHUNK_ROWS][D], not yet divided by the sum of the weights
+  float* partials;        // [chunks of split units][CHUNK_ROWS][D], not divided by the sum of the weights
   float2* partial_stats;  // [chunks of split units][CHUNK_ROWS]
   const float* k_center;  // this and the next three: [KV heads][D] or null
   const float* v_center;
@@ -26,20 +26,20 @@ struct DecodeParams {
   const float* sinks;  // [query heads] or null
   ELEMENT* out;
   float* lse;       // or null
-  i64 page_stride;  // bytes; the other strides in elements
+  i64 page_stride;  // in bytes; other strides in elements
   i64 table_stride, q_token_stride, q_head_stride, out_token_stride, out_head_stride, lse_token_stride, lse_head_stride;
-  float scale_log2;    // softmax_scale * log2(e); with a soft-cap, of 2 score / logit_softcap
+  float scale_log2;    // softmax_scale * log2(e); with a soft-cap times 2 / logit_softcap
   float softcap_log2;  // logit_softcap * log2(e)
   int window;          // 0: none
 };
 
-// Row groups of a sequence and KV head
+// Row groups per sequence and KV head
 __device__ inline int num_row_groups(int query_len) {
   return ROW_GROUPS == 1 ? 1 : min(ROW_GROUPS, divide_up(query_len * GROUP, CHUNK_ROWS));
 }
 __device__ inline int kv_head_of(const Chunk& chunk) { return chunk.unit / num_row_groups(chunk.query_len); }
 
-// The query row that a unit's row r is: token in the sequence's query, and query head.
+// The query of a unit's row r: its token, counted from the sequence's first query token, and its query head.
 struct QueryRow {
   int token, head;
   __device__ QueryRow(int unit, int query_len, int r) {
@@ -49,7 +49,7 @@ struct QueryRow {
   }
 };
 
-// What the scores of a query row, of one lane's channels before rotation, lack by K's center, in log2
+// q . center of a query row, in log2: scores over centered keys lack it. `q` is not rotated yet.
 __device__ inline float center_score(const DecodeParams& p, const Row<D>& q, const Row<D>& center) {
   float sum = 0;
 #pragma unroll
@@ -64,7 +64,7 @@ struct Result {
 
   static __device__ Result none() { return {Row<D>::filled(0), -1e30f, 0}; }
 
-  // Add N others, all of whose loads are under way.
+  // Add N others. Their loads were issued together, so their latencies overlap.
   template <int N>
   __device__ void add(const Row<D> (&others)[N], const float2 (&stats)[N]) {
     float new_maximum = maximum;
@@ -84,7 +84,7 @@ struct Result {
 
   __device__ void write(const DecodeParams& p, int query_start, QueryRow row) {
     float total = sum,
-          offset = 0;  // all scores lack the offset: a soft-cap has seen to it, a sink and the log-sum-exp have not
+          offset = 0;  // a soft-cap has added it to the scores; a sink and the log-sum-exp still need it
     if constexpr (OFFSET && !SOFTCAP)
       offset = center_score(
           p, Row<D>::load(p.q + (i64)(query_start + row.token) * p.q_token_stride + row.head * p.q_head_stride),

@@ -1,4 +1,4 @@
-// What the schedule kernel writes once a step, and the decode and merge kernels of every layer read.
+// The schedule kernel writes these structs once per step. The attention and merge kernels of every layer read them.
 //
 // Macros: HEAD_DIM.
 #pragma once
@@ -8,17 +8,18 @@ namespace sawkv {
 
 constexpr int TILE = HEAD_DIM <= 64 ? 128 : HEAD_DIM <= 128 ? 64 : 32;  // tokens
 
-// A unit is one (sequence, KV head, row group): all tiles that one set of query rows needs. Long units are cut into
-// chunks, which blocks take one after the other. Those of units that were cut come first: they are long.
+// A unit is one (sequence, KV head, row group): all tiles that one set of query rows needs. Long units are split into
+// chunks, which blocks take one after the other. Chunks of split units are first in the schedule, because they are
+// long.
 struct alignas(16) Chunk {
-  int sequence, unit;          // unit in the sequence: kv_head * row groups + row group
-  int first_tile, num_tiles;   // 0 tiles: there are no more chunks
+  int sequence, unit;          // unit, within the sequence: kv_head * row groups + row group
+  int first_tile, num_tiles;   // 0 tiles: the schedule has ended
   int length;                  // tokens in the cache, query tokens included
   int query_start, query_len;  // rows of q
-  int partial;  // index of its result among the partial ones; -1: the chunk is its whole unit, its result is the output
+  int partial;  // index among the partial results; -1: the chunk is a whole unit, and its result is the output
 };
 
-// A unit that was cut, for the merge kernel.
+// A unit of several chunks, for the merge kernel.
 struct alignas(16) SplitUnit {
   int unit, query_start, query_len;
   int first_chunk, num_chunks;
@@ -28,7 +29,7 @@ struct alignas(16) SplitUnit {
 struct alignas(16) ScheduleHeader {
   int num_chunks, num_split_chunks, num_split_units;
   u32 claimed;      // chunks that blocks have taken; wraps to 0 at the end of each decode launch
-  int total_tiles;  // of all units
+  int total_tiles;  // in all units
   int padding[3];
 };
 

@@ -1,4 +1,4 @@
-// What the kernels share: integer types, PTX instructions, element types, and a row of channels spread over a warp.
+// Shared by all kernels: integer types, PTX instructions, element types, and a row of channels spread over lanes.
 // Compiled by NVRTC with no CUDA headers.
 #pragma once
 
@@ -51,7 +51,7 @@ __device__ inline float max_or_nan(float a, float b) {
   return y;
 }
 
-// fp16 and bf16, held as their bits
+// fp16 and bf16 as raw bits
 __device__ inline float half_to_float(u16 bits) {
   float f;
   asm("cvt.f32.f16 %0, %1;" : "=f"(f) : "h"(bits));
@@ -143,7 +143,7 @@ __device__ inline void mma_int8(int (&c)[4], u32 a, u32 b) {
 __device__ inline void init_barrier(u64* barrier, u32 arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals) : "memory");
 }
-// What this thread wrote to shared memory, to bulk copies and the products of warpgroups. For barriers too.
+// Makes this thread's writes to shared memory, barriers included, visible to bulk copies and warpgroup products.
 __device__ inline void publish_to_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 __device__ inline void arrive(u64* barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(shared_address(barrier)) : "memory");
@@ -166,7 +166,7 @@ __device__ inline bool has_ended(u64* barrier, u32 parity) {
       : "memory");
   return has;
 }
-// Waits until it has ended.
+// Waits until that phase has ended.
 __device__ inline void wait(u64* barrier, u32 parity) {
   asm volatile(
       "{\n"
@@ -179,7 +179,7 @@ __device__ inline void wait(u64* barrier, u32 parity) {
       : "memory");
 }
 
-// Of `threads` threads, by number: 0 is __syncthreads's
+// Named barriers of `threads` threads. Number 0 is that of __syncthreads.
 __device__ inline void sync_threads(int barrier, int threads) {
   asm volatile("bar.sync %0, %1;" ::"r"(barrier), "r"(threads) : "memory");
 }
@@ -207,14 +207,14 @@ __device__ inline void copy_to_shared(void* to, const void* from, u32 bytes, u64
       : "memory");
 }
 
-// Programmatic dependent launch: the first does nothing unless the next kernel was launched with it, the second unless
-// this one was.
+// Programmatic dependent launch. The first has an effect only if the next kernel was launched with it, the second only
+// if this one was.
 __device__ inline void let_dependents_launch() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }
 __device__ inline void wait_for_prerequisites() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
 
 }  // namespace ptx
 
-// Element types of engines' tensors; the host names them in macros (ELEMENTS in __init__.py).
+// Element types of engines' tensors. Macros from the host choose among them (ELEMENTS in __init__.py).
 struct Bfloat {
   u16 bits;
   Bfloat() = default;
@@ -237,9 +237,9 @@ struct alignas(sizeof(Element) * N < 16 ? sizeof(Element) * N : 16) Vector {
   Element x[N];
 };
 
-// A row of D fp32 channels, spread over LANES neighbouring lanes so that every stride of a butterfly is either inside a
-// lane or between two lanes: lane l holds, for each block of LANES * VECTOR channels, channels l * VECTOR ... l *
-// VECTOR + VECTOR - 1. Neighbouring lanes load and store neighbouring vectors, of 16 bytes at 16 bits.
+// A row of D fp32 channels, spread over LANES neighbouring lanes so that each stage of butterflies is either within
+// lanes or between pairs of lanes. In each block of LANES * VECTOR channels, lane l holds channels l * VECTOR to
+// l * VECTOR + VECTOR - 1. Neighbouring lanes load and store neighbouring vectors, of 16 bytes at 16 bits per channel.
 template <int D, int LANES = WARP>
 struct Row {
   static_assert(D % LANES == 0 && is_power_of_two(LANES) && LANES <= WARP, "lanes hold equal parts of a row");
@@ -283,14 +283,14 @@ struct Row {
   __device__ void scale(float factor) {
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++)
-      x[i] = __fmul_rn(x[i], factor);  // never a part of an fma: docs/format.md fixes the rounding
+      x[i] = __fmul_rn(x[i], factor);  // never contracted to an fma: docs/format.md fixes the rounding
   }
-  // Element by element; likewise
+  // The same with a factor per element
   __device__ void multiply(const Row& factors) {
 #pragma unroll
     for (int i = 0; i < PER_LANE; i++) x[i] = __fmul_rn(x[i], factors.x[i]);
   }
-  // The stage of a Hadamard transform whose pairs are this many elements of a lane apart
+  // One stage of the Hadamard transform, on pairs that are `elements` apart within a lane
   __device__ void add_pairs(int elements) {
     const Row in = *this;
 #pragma unroll
@@ -304,7 +304,7 @@ struct Row {
   }
 };
 
-// One value a lane to all of LANES neighbouring lanes
+// Reductions of one value per lane. All of LANES neighbouring lanes get the result.
 template <int LANES = WARP>
 __device__ inline float max_over_lanes(float x) {
 #pragma unroll
@@ -335,7 +335,7 @@ __device__ inline void rotate(Row<D, LANES>& row) {
     for (int stride = 1; stride < ORDER; stride *= 2) {
       if (stride >= R::VECTOR && stride < LANES * R::VECTOR) {
         const int lanes = stride / R::VECTOR;
-        const float sign = R::lane() & lanes ? -1 : 1;  // a product with it is exact
+        const float sign = R::lane() & lanes ? -1 : 1;  // the product is exact
 #pragma unroll
         for (int i = 0; i < R::PER_LANE; i++)
           row.x[i] = fmaf(row.x[i], sign, __shfl_xor_sync(ALL_LANES, row.x[i], lanes));

@@ -7,12 +7,11 @@
 
 namespace sawkv {
 
-constexpr int V_SHIFT =
-    60;  // weights are stored in bf16 times 2^60: far from both ends of the range for every fp16 scale
+constexpr int V_SHIFT = 60;  // weights are stored in bf16 times 2^60, which keeps them in range for every fp16 scale
 
 struct Consumer {
-  static constexpr int WORDS = D / 32;              // of K codes that a lane holds of one token
-  static constexpr int PART = TILE / COLUMN_TILES;  // tokens attended at once: as many as registers hold scores for
+  static constexpr int WORDS = D / 32;              // of K codes per lane and token
+  static constexpr int PART = TILE / COLUMN_TILES;  // tokens attended at once; registers limit the scores
   static constexpr int BLOCKS = PART / 16;
 
   float maximum[COLUMN_TILES][2], sum[COLUMN_TILES][2];
@@ -32,10 +31,10 @@ struct Consumer {
     }
   }
 
-  // The 16 tokens from `token` on: their span, and their place in it.
+  // The span that holds the 16 tokens from `token` on
   static __device__ const u8* span_of(const u8* tile, int token) { return tile + token / SPAN * SPAN_BYTES; }
 
-  // `queries`: this lane's part of those of the warp's rows
+  // `queries`: this lane's fragments of the warp's query rows
   static __device__ void multiply_keys(const u8* tile, int part, const uint4* queries,
                                        float (&scores)[COLUMN_TILES][BLOCKS][4]) {
     constexpr int LOAD = largest_power_of_two_in(WORDS) < 4 ? largest_power_of_two_in(WORDS) : 4;
@@ -103,14 +102,14 @@ struct Consumer {
             score += query[t][e].offset;
 #endif
             score =
-                softcap_log2 * (1 - 2 / (1 + ptx::exp2(score)));  // cap * tanh(x / cap): the score is 2 x / cap in log2
+                softcap_log2 * (1 - 2 / (1 + ptx::exp2(score)));  // cap * tanh(x / cap); the score is 2 x / cap in log2
 #endif
           }
       }
     }
   }
 
-  // Scores of tokens that a query does not see, or that are not there, to minus infinity.
+  // Set scores to minus infinity for tokens that a query does not see or that do not exist.
   __device__ void mask_scores(const Chunk& chunk, int window, int first_row, int first_token,
                               float (&scores)[COLUMN_TILES][BLOCKS][4]) const {
 #pragma unroll
@@ -161,7 +160,7 @@ struct Consumer {
       }
   }
 
-  // `is_masked`: some weights are 0 because their token is not to be seen; its scale and zero point may be NaN.
+  // `is_masked`: some tokens are hidden. Their weights are 0, but their scales and zero points may be NaN.
   __device__ void multiply_values(const u8* tile, int part, bool is_masked,
                                   const float (&scores)[COLUMN_TILES][BLOCKS][4]) {
     const int lane = lane_index();
@@ -186,7 +185,7 @@ struct Consumer {
             scaled[e] = is_masked && weight == 0 ? 0 : weight * scale;
           }
           const u32 rounded = ptx::pack_bfloats(scaled[0], scaled[1]);
-          // From the rounded weights, so that rounding acts on n - zero and not on n and zero apart
+          // From the rounded weights: their error then multiplies n - zero, not n and zero separately.
           zero[t][0] += is_masked && scaled[0] == 0 ? 0 : ptx::low_bfloat_to_float(rounded) * zero_point;
           zero[t][1] += is_masked && scaled[1] == 0 ? 0 : ptx::high_bfloat_to_float(rounded) * zero_point;
           weights[t][h] = ptx::transpose_matrix(rounded);
@@ -195,7 +194,7 @@ struct Consumer {
       const u32 rows = ptx::shared_address(span + V_CODES + (token % SPAN + lane % 16) * ROW_BYTES);
 #pragma unroll
       for (int segment = 0; segment < SEGMENTS; segment += 2) {
-        u32 r[4];  // segment: tokens 0-7, 8-15; segment + 1: the same
+        u32 r[4];  // tokens 0-7 and 8-15 of segment, then of segment + 1
         if (segment + 1 < SEGMENTS) {
           ptx::load_4_matrices_transposed(r, rows + ((segment + lane / 16) ^ swizzle) * 16);
         } else {
@@ -217,7 +216,7 @@ struct Consumer {
     }
   }
 
-  // Attend the tokens of `tile` from `part` on. `first_token` is the position of the tile's first.
+  // Attend to PART tokens of `tile` from `part` on. `first_token` is the position of the tile's first token.
   __device__ void attend(const u8* tile, int part, const Shared& s, int slot, const Chunk& chunk, const DecodeParams& p,
                          int first_row, int first_token) {
     float scores[COLUMN_TILES][BLOCKS][4];
@@ -231,7 +230,7 @@ struct Consumer {
     multiply_values(tile, part, is_masked, scores);
   }
 
-  // Hand the result of a chunk to the merge warp.
+  // Pass the result of a chunk to the merge warps.
   __device__ void store(Shared& s, int slot, int warp) {
     const int lane = lane_index();
     constexpr int V_EXPONENT = 133 - V_SHIFT;  // bf16 codes are n * 2^-133
@@ -250,7 +249,7 @@ struct Consumer {
                     offset = zero[t][e] * power_of_two(-V_SHIFT);
         auto* channels = (Vector<float, 4>*)s.results[slot][warp][row];
 #pragma unroll
-        for (int i = 0; i < SEGMENTS; i++)  // 32 channels, four of them this lane's
+        for (int i = 0; i < SEGMENTS; i++)  // 32 channels, four of them in this lane
           channels[8 * i + lane / 4] = {out[t][2 * i][e] * even - offset, out[t][2 * i][2 + e] * odd - offset,
                                         out[t][2 * i + 1][e] * even - offset, out[t][2 * i + 1][2 + e] * odd - offset};
         if (lane / 4 == 0) s.result_stats[slot][warp][row] = {maximum[t][e], sum[t][e]};

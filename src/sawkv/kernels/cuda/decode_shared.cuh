@@ -1,4 +1,4 @@
-// Roles of the warps of the decode kernel, and what they share.
+// Roles of the decode kernel's warps, and their shared memory.
 //
 // Macros: those of attention.cuh, PAGE_SIZE, ROWS, COLUMN_TILES, ROW_BLOCKS.
 #pragma once
@@ -7,10 +7,10 @@
 
 namespace sawkv {
 
-constexpr int CONSUMERS = 8, HELPERS = 4;  // helpers: all but the consumers, producers first
+constexpr int CONSUMERS = 8, HELPERS = 4;  // helpers: all other warps, producers first
 constexpr int PRODUCERS = SPANS < 4 ? 1 : 2, SCHEDULER = PRODUCERS, FIRST_MERGER = SCHEDULER + 1,
               MERGERS = HELPERS - FIRST_MERGER;
-constexpr int GROUPS = CONSUMERS / ROW_BLOCKS;  // the warps of a group share a tile, each with its own query rows
+constexpr int GROUPS = CONSUMERS / ROW_BLOCKS;  // a group's warps share a tile, each with its own rows
 constexpr int BLOCK_ROWS = 8 * COLUMN_TILES;    // rows of a row block, with padding
 constexpr int THREADS = (CONSUMERS + HELPERS) * WARP;
 static_assert(CONSUMERS % ROW_BLOCKS == 0 && ROWS <= BLOCK_ROWS && CHUNK_ROWS == ROW_BLOCKS * BLOCK_ROWS,
@@ -21,32 +21,32 @@ constexpr int RESULT_BYTES = CONSUMERS * ROWS * (D + 2) * 4;
 constexpr int RESULT_SLOTS = RESULT_BYTES <= 36 << 10 ? 2 : 1;
 constexpr int STAGES_THAT_FIT =
     (SHARED_LIMIT - 4096 - RESULT_SLOTS * RESULT_BYTES - CHUNK_SLOTS * CHUNK_ROWS * (2 * D + 8)) / TILE_BYTES;
-// A stage must always belong to the same group and producer: a warp that skipped a phase of its barrier would misread
-// the parity.
+// Each stage always belongs to the same group and producer. If a warp skipped a phase of a stage's barrier, it would
+// misread the parity of the next one.
 constexpr int STAGES = STAGES_THAT_FIT >= 24 ? 24 : STAGES_THAT_FIT / CONSUMERS * CONSUMERS;
 static_assert(STAGES > 0, "no room for the ring");
 
-// Copies under way at once, in tiles of some 9 KB. The memory serves more of them in a worse order: without this bound,
-// decode is 1 to 4% slower.
+// Most tiles (about 9 KB each) being copied at once. Memory serves more of them in a less favourable order: without
+// this bound, decode is 1 to 4% slower.
 constexpr int MOST_UNDER_WAY = 8;
 
-// Queries that the scheduler loads at once, as registers allow
+// Queries that the scheduler loads at once. Registers limit them.
 constexpr int QUERIES_AT_ONCE = ROWS <= 4 || (SOFTCAP && OFFSET && D > 128) ? 4 : 8;
-constexpr int CODE_EXPONENT = 24;  // codes are fp16 numbers n * 2^-24, and odd ones 16 times as large
+constexpr int CODE_EXPONENT = 24;  // codes are read as fp16 n * 2^-24, odd ones 16 times as large
 constexpr float ODD_FACTOR = 1.0f / 16;
 
-// Where channel c of row r stands among a chunk's queries. A consumer lane reads its B fragments of 8 rows and 32
-// channels as 16 bytes, next to its neighbour's. In these the two nibbles of an A fragment's word are four channels
-// apart, and even and odd nibbles alternate.
+// Index of channel c of row r in a chunk's queries. A consumer lane reads its B fragments of 8 rows and 32 channels as
+// 16 bytes, next to its neighbour's. Their channels have the order of A's fragments, where the two nibbles of a word
+// are four channels apart, and even and odd nibbles alternate.
 __device__ inline int fragment_index(int r, int c) {
   const int quad = c / (D / 4), word = c % (D / 4) / 8;
   return (((r / 8 * (D / 32) + word) * 8 + r % 8) * 4 + quad) * 8 + (c >> 1 & 1) * 4 + (c & 1) * 2 + (c >> 2 & 1);
 }
 
 struct alignas(sizeof(float) * (SOFTCAP && OFFSET ? 4 : 2)) QueryStats {
-  float sum, factor;  // of the row in units of codes; what a score is multiplied by
+  float sum, factor;  // sum of the row, in units of codes; factor of its scores
 #if SOFTCAP && OFFSET
-  float offset;  // what a score lacks by K's center, in log2
+  float offset;  // q . center in log2, which scores over centered keys lack
 #endif
 };
 
@@ -60,7 +60,7 @@ struct Shared {
   u64 tile_full[STAGES], tile_empty[STAGES];
   u64 chunk_full[CHUNK_SLOTS], queries_full[CHUNK_SLOTS], chunk_empty[CHUNK_SLOTS];
   u64 results_full[RESULT_SLOTS], results_empty[RESULT_SLOTS];
-  u64 last_results_full;  // those of the block's last chunk
+  u64 last_results_full;  // results of the block's last chunk
 
   __device__ void init_barriers() {
     for (int i = 0; i < STAGES; i++)

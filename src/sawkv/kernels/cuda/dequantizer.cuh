@@ -1,22 +1,22 @@
-// The extend kernel's dequantizer warps: turn tiles of codes into operands of the tensor cores, once for all query
+// The extend kernel's dequantizer warps: convert tiles of codes to operands of the tensor cores, once for all query
 // rows.
 //
-// A nibble n, masked in place, is the fp16 number n * 2^-24 (odd ones 16 times as large). One fma makes
-// (n - zero_point) * scale of two of them, with the scale of its row over a power of two near the tile's largest, so
-// that products stay in fp16's range whatever the scales. Consumers put that power back, into scores and weights.
+// A nibble n, masked in place, is the fp16 number n * 2^-24 (odd ones 16 times as large). One fma computes
+// (n - zero_point) * scale for two of them. The row's scale is first divided by a power of two near the tile's largest
+// scale, so that products stay in fp16's range for all scales. Consumers multiply scores and weights by that power.
 #pragma once
 #include "extend_shared.cuh"
 
 namespace sawkv {
 
-// Which of a tile's tokens are read. All else becomes 0: it may hold anything, NaN too, and is multiplied by weights of
-// 0.
+// The tokens of a tile that some query sees. The others become 0: their memory may hold NaN, and their weights of 0
+// would not hide it.
 struct TokenRange {
   int first, end;
   __device__ bool has(int token) const { return token >= first && token < end; }
 };
 
-// Of a lane's tokens, the largest scale's bits. NaN is none.
+// Bits of the largest scale among a lane's tokens, NaN ignored.
 __device__ inline u32 largest_scale(const u8* tile, int meta_offset, TokenRange range) {
   u32 largest = 0;
 #pragma unroll
@@ -27,18 +27,19 @@ __device__ inline u32 largest_scale(const u8* tile, int meta_offset, TokenRange 
   }
   return largest;
 }
-// The exponent of the power of two at or below the largest scale of all lanes.
+// Exponent of the power of two at or below the largest scale of all lanes.
 __device__ inline int exponent_of(u32 largest_scale) {
   return max((int)(__reduce_max_sync(ALL_LANES, largest_scale) >> 10), 1) - 15;
 }
 
-// A thread's part of K or V of a tile: a token's row, or every other segment of it. Eight neighbouring lanes write
-// eight different banks of 16 bytes, and mostly read from as many: of K they hold four tokens and two segments each,
-// other ones for two of the tokens, or eight tokens; of V one segment of eight tokens.
+// A thread's part of K or V of a tile: a token's row, or every other segment of it. Eight neighbouring lanes always
+// write to eight different 16-byte banks, and mostly read from eight. Of K they hold either eight tokens, or four
+// tokens with two segments each (two of the tokens take other segments than the other two). Of V they hold one segment
+// of eight tokens.
 template <bool IS_V>
 struct PartOfRow {
   static constexpr int CODES = IS_V ? V_CODES : 0, META = IS_V ? V_META : K_META;
-  static constexpr int SHARE = DEQUANTIZERS * WARP / TILE, COUNT = SEGMENTS / SHARE;  // threads of a token; segments
+  static constexpr int SHARE = DEQUANTIZERS * WARP / TILE, COUNT = SEGMENTS / SHARE;  // threads per token; segments
   static_assert(SHARE * TILE == DEQUANTIZERS * WARP && SHARE <= 2 && COUNT == 2, "head_dim 64 or 128");
   uint4 codes[COUNT];
   u32 meta;
@@ -81,20 +82,20 @@ struct PartOfRow {
   }
 };
 
-// What operands hold is for the tensor cores, which read memory their own way.
+// Signals that an operand is written. Tensor cores read shared memory through another proxy, so a fence comes first.
 __device__ inline void publish(u64* full) {
   ptx::publish_to_copies();
   hand_on(full);
 }
 
 __device__ void run_dequantizer(Shared& s, const DecodeParams& p, int thread) {
-  int stage = 0, stage_phase = 0, slot = 0, slot_phase = 0;  // of both rings
+  int stage = 0, stage_phase = 0, slot = 0, slot_phase = 0;  // positions in the two rings
   for (int n = 0;; n++) {
     const Turn<CHUNK_SLOTS> turn{n};
     ptx::wait(&s.chunk_full[turn.slot()], turn.phase());
     const Chunk& chunk = s.chunks[turn.slot()];
     const int num_tiles = uniform(chunk.num_tiles);
-    // From what the first query sees on, counted from the tile's first token
+    // Tokens from the first one that the first query sees, relative to the tile's first token
     const int length = uniform(chunk.length - chunk.first_tile * TILE), query_len = uniform(chunk.query_len);
     TokenRange range{p.window ? length - query_len - p.window + 1 : 0, length};
     if (!num_tiles) return;
@@ -109,7 +110,7 @@ __device__ void run_dequantizer(Shared& s, const DecodeParams& p, int thread) {
       const int key_exponent = exponent_of(key_scale), value_exponent = exponent_of(value_scale);
       hand_on(&s.tile_empty[stage]);
       ptx::wait(&s.keys_empty[slot], slot_phase ^ 1);
-      if (thread == 0)  // with the keys, so that no one waits for values before they are multiplied
+      if (thread == 0)  // published with the keys, before values are complete, since weights need them
         s.powers[slot] = {power_of_two(key_exponent), (float)value_exponent, power_of_two(-value_exponent), 0};
       keys.dequantize(range, key_exponent, s.keys[slot]);
       publish(&s.keys_full[slot]);

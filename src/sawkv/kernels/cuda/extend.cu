@@ -1,10 +1,10 @@
-// Attention of many query rows over INT4 pages for Hopper (sm_90a): of short turns, say, where decode.cu would
-// dequantize a tile for every 16 rows. One persistent block per SM. docs/kernels.md describes it.
+// Attention of many query rows over INT4 pages for Hopper (sm_90a), as short turns need. It dequantizes a tile once for
+// all rows, where decode.cu would do so for every 16. One persistent block per SM. docs/kernels.md describes it.
 //
 //   scheduler warp      scheduler.cuh: takes chunks from the schedule, prepares their queries
-//   producer warp       producer.cuh: brings tiles of pages into a ring in shared memory
-//   dequantizer warps   dequantizer.cuh: four; turn tiles into operands, once for all rows
-//   consumer warps      extend_consumer.cuh: two warpgroups; one attends while the other has the tensor cores
+//   producer warp       producer.cuh: copies tiles of pages into a ring in shared memory
+//   dequantizer warps   dequantizer.cuh: four; convert tiles to operands, once for all rows
+//   consumer warps      extend_consumer.cuh: two warpgroups; one computes weights while the other uses the tensor cores
 //
 // Macros: those of attention.cuh, PAGE_SIZE, K_ORDER. CHUNK_ROWS is 64 or 128.
 #include "extend_shared.cuh"
@@ -27,7 +27,7 @@ __global__ void __launch_bounds__(THREADS, 1) sawkv_extend(const __grid_constant
   if (threadIdx.x == 0) s.init_barriers();
   __syncthreads();
   ptx::wait_for_prerequisites();
-  ptx::let_dependents_launch();  // after the wait: the merge kernel may read the schedule at once
+  ptx::let_dependents_launch();  // after the wait, so that the merge kernel may read the schedule at once
   const int warp = uniform(warp_index());
   if (warp < FIRST_DEQUANTIZER) {
     ptx::give_registers<HELPER_REGISTERS>();

@@ -1,7 +1,7 @@
-// The extend kernel's consumer groups: attend 64 query rows to dequantized tiles by products of a warpgroup.
+// The extend kernel's consumer groups: each attends to dequantized tiles with 64 query rows, by warpgroup products.
 //
-// A warp has 16 of the rows, lane l rows l / 4 and l / 4 + 8 of these, and of every 8 columns of a sum the columns
-// 2 (l % 4) and + 1. Sums of scores are thus fragments of weights already.
+// A warp has 16 of the rows. Lane l has rows l / 4 and l / 4 + 8 of these, and columns 2 (l % 4) and 2 (l % 4) + 1 of
+// every 8 columns of a product. Scores therefore have the fragment layout that weights need as an operand.
 #pragma once
 #include "extend_shared.cuh"
 
@@ -12,9 +12,9 @@ struct ExtendConsumer {
 
   u32 query[D / 16][4];
   u32 weights[TILE / 16][4];
-  float scores[TILE / 2];  // of 8 tokens each: two of row l / 4, two of row l / 4 + 8
-  float out[D / 2];        // likewise, of channels
-  // Of the lane's two rows. Weights are 2^(score + the exponent of the tile's values - maximum).
+  float scores[TILE / 2];  // per 8 tokens: two of row l / 4, two of row l / 4 + 8
+  float out[D / 2];        // likewise, per 8 channels
+  // Per row of the lane. Weights are 2^(score + exponent of the tile's values - maximum).
   float maximum[2], sum[2];
   float factor[2];
 #if SOFTCAP && OFFSET
@@ -36,7 +36,7 @@ struct ExtendConsumer {
       const int r = first_row + lane / 4 + 8 * e;
       const QueryRow row(chunk.unit, chunk.query_len, r);
       const QueryStats& stats = s.query_stats[slot][r];
-      factor[e] = fmaxf(fabsf(stats.factor), 1e-30f);  // positive, as masks and maxima need it: the sign goes to q
+      factor[e] = fmaxf(fabsf(stats.factor), 1e-30f);  // positive, as masks and maxima need; q takes the sign
 #if SOFTCAP && OFFSET
       offset[e] = stats.offset;
 #endif
@@ -49,7 +49,7 @@ struct ExtendConsumer {
     for (int i = 0; i < D / 2; i++) out[i] = 0;
   }
 
-  // `keys`, `values`: the operand's address in shared memory, over 16
+  // `keys`, `values`: the operand's address in shared memory, divided by 16
   __device__ void multiply_keys(u32 keys) {
 #pragma unroll
     for (int k = 0; k < D / 16; k++)
@@ -64,8 +64,8 @@ struct ExtendConsumer {
     ptx::commit_warpgroup();
   }
 
-  // Scores become weights. Returns what sums from before have to be multiplied by: 1 for most tiles, since a maximum is
-  // raised only when it grows by more than 4 in log2.
+  // Turns scores into weights. Returns whether earlier sums must be multiplied by `rescale`. Most tiles need no
+  // rescaling, because a maximum is raised only if it grows by more than 4 in log2.
   __device__ bool weigh(int first_token, bool is_masked, float key_power, float value_exponent, float value_power,
                         float softcap_log2, float (&rescale)[2]) {
     float scale[2];
@@ -133,11 +133,11 @@ struct ExtendConsumer {
       for (int i = 0; i < 4; i++) weights[k][i] = ptx::pack_halfs(scores[8 * k + 2 * i], scores[8 * k + 2 * i + 1]);
   }
 
-  // Rows l / 4 + 8 * half of the result, to where a warp can read whole rows
+  // Store rows l / 4 + 8 * half of the result in shared memory, where a warp can read whole rows.
   __device__ void store(Shared& s, int warp, int half) const {
     const int lane = lane_index();
 #pragma unroll
-    for (int i = 0; i < D / 8; i++) {  // of 8 columns: see operand_column
+    for (int i = 0; i < D / 8; i++) {  // per 8 columns, in the order of operand_column
       float* channels = &s.results[warp][lane / 4][i * 8 + lane % 4];
       channels[0] = out[4 * i + 2 * half] * power_of_two(CODE_EXPONENT);
       channels[4] = out[4 * i + 2 * half + 1] * power_of_two(CODE_EXPONENT);
@@ -146,7 +146,7 @@ struct ExtendConsumer {
   }
 };
 
-// Write the rows of a finished chunk, or its partial result. `warp`: of all consumers.
+// Write the rows of a finished chunk, or its partial result. `warp` counts all consumer warps.
 __device__ void write_results(Shared& s, const DecodeParams& p, const Chunk& chunk, ExtendConsumer& consumer,
                               int warp) {
 #pragma unroll
@@ -155,7 +155,7 @@ __device__ void write_results(Shared& s, const DecodeParams& p, const Chunk& chu
     consumer.sum[e] += __shfl_xor_sync(ALL_LANES, consumer.sum[e], 2);
   }
   constexpr int SOURCES = DEALS_TILES ? CONSUMER_GROUPS : 1;
-  const int pair = warp % 4;  // warps that have the same rows
+  const int pair = warp % 4;  // warps with the same `pair` have the same rows
 #pragma unroll
   for (int half = 0; half < 2; half++) {
     consumer.store(s, warp, half);
@@ -193,7 +193,7 @@ __device__ void write_results(Shared& s, const DecodeParams& p, const Chunk& chu
   }
 }
 
-// Groups that attend to the same tiles issue their products in turn: one weighs while the other has the tensor cores.
+// Groups that attend to the same tiles take turns: one computes weights while the other uses the tensor cores.
 __device__ inline void begin_products(int group) {
   if (!DEALS_TILES) ptx::sync_threads(1 + group, CONSUMER_GROUPS * WARPGROUP);
 }
@@ -207,7 +207,7 @@ __device__ void run_extend_consumer(Shared& s, const DecodeParams& p, int warp) 
   constexpr u32 OPERAND = TILE * D * 2 / 16;
   const u32 keys = ptx::shared_address(s.keys) / 16, values = ptx::shared_address(s.values) / 16;
   int tiles_before = 0;
-  if (group) end_products(group);  // the first group begins
+  if (group) end_products(group);  // gives the first turn to the first group
   for (int n = 0;; n++) {
     const Turn<CHUNK_SLOTS> turn{n};
     ptx::wait(&s.queries_full[turn.slot()], turn.phase());
@@ -219,7 +219,7 @@ __device__ void run_extend_consumer(Shared& s, const DecodeParams& p, int warp) 
     consumer.start(s, p, turn.slot(), chunk, first_row);
     const int first_token = QueryRow(chunk.unit, chunk.query_len, first_row).token;
     const int unmasked_end = min(chunk.length - chunk.query_len + first_token + 1, chunk.length);
-    // What comes between the scores and the weights of a tile
+    // All work between the scores and the weights of a tile
     const auto weigh = [&](int tile, Turn<OPERAND_STAGES> operand, float (&rescale)[2]) {
       const int slot = operand.slot();
       const float4 powers = s.powers[slot];
@@ -234,7 +234,7 @@ __device__ void run_extend_consumer(Shared& s, const DecodeParams& p, int warp) 
       Turn<OPERAND_STAGES> operand{tiles_before + tile};
       float rescale[2];
       ptx::wait(&s.keys_full[operand.slot()], operand.phase());
-      hand_on(&s.chunk_empty[turn.slot()]);  // the producer has read it: its first keys are there
+      hand_on(&s.chunk_empty[turn.slot()]);  // the producer has read it, since its first keys exist
       ptx::pin(consumer.scores);
       ptx::fence_warpgroup();
       consumer.multiply_keys(keys + operand.slot() * OPERAND);
@@ -242,7 +242,7 @@ __device__ void run_extend_consumer(Shared& s, const DecodeParams& p, int warp) 
       ptx::pin(consumer.scores);
       weigh(tile, operand, rescale);
       consumer.pack_weights();
-      // The scores of a tile are multiplied while those before it are weights already, and multiply their values.
+      // Pipelined: products of a tile's keys are issued together with those of the previous tile's weights and values.
 #pragma unroll 1
       for (tile += STEP; tile < chunk.num_tiles; tile += STEP) {
         const Turn<OPERAND_STAGES> next{tiles_before + tile};

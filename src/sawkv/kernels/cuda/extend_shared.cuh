@@ -1,4 +1,4 @@
-// Roles of the warps of the extend kernel, and what they share.
+// Roles of the extend kernel's warps, and their shared memory.
 //
 // Macros: those of attention.cuh, PAGE_SIZE.
 #pragma once
@@ -9,7 +9,7 @@
 namespace sawkv {
 
 constexpr int WARPGROUP = 4 * WARP;
-// Four warpgroups: helpers, of which two have nothing to do; dequantizers; and two groups of consumers.
+// Four warpgroups: helpers (two of these warps are idle), dequantizers, and two groups of consumers.
 constexpr int PRODUCERS = 1, SCHEDULER = PRODUCERS, FIRST_DEQUANTIZER = 4, FIRST_CONSUMER = 8;
 constexpr int DEQUANTIZERS = FIRST_CONSUMER - FIRST_DEQUANTIZER, CONSUMER_GROUPS = 2, CONSUMERS = 4 * CONSUMER_GROUPS;
 constexpr int THREADS = (FIRST_CONSUMER + CONSUMERS) * WARP;
@@ -18,26 +18,26 @@ static_assert(2 * HELPER_REGISTERS + CONSUMER_GROUPS * CONSUMER_REGISTERS <= 512
 
 constexpr int GROUP_ROWS = 64;  // query rows of a consumer group
 constexpr int ROW_BLOCKS = 1, BLOCK_ROWS = CHUNK_ROWS, ROWS = CHUNK_ROWS;
-// Both groups attend with the same rows, each to every other tile; else each has its own rows.
+// True: both groups have the same rows, and each attends to every other tile. False: each group has its own rows.
 constexpr bool DEALS_TILES = CHUNK_ROWS == GROUP_ROWS;
 static_assert(DEALS_TILES || CHUNK_ROWS == CONSUMER_GROUPS * GROUP_ROWS, "one or two groups' rows");
 static_assert(D == 64 || D == 128, "panels of 64 channels, and registers for sums");
 
 constexpr int CHUNK_SLOTS = 1;
 constexpr int STAGES = DEALS_TILES ? 5 : 6, MOST_UNDER_WAY = STAGES;
-// Of dequantized tiles. A stage always belongs to the same group (tiles.cuh: a phase must not be missed).
+// Stages for dequantized tiles. Each belongs to one group, because a warp must not skip a phase of its barriers.
 constexpr int OPERAND_STAGES = DEALS_TILES ? 4 : 3;
 static_assert(!DEALS_TILES || OPERAND_STAGES % CONSUMER_GROUPS == 0, "a stage has one owner");
 constexpr int OPERAND_READERS = DEALS_TILES ? 4 : CONSUMERS;  // warps
 
-// Dequantized values are those of the tile times 2^-9, over a power of two that all rows of a tile share.
+// Operands are the tile's values times 2^-9, divided by a power of two that all rows of the tile share.
 constexpr int CODE_EXPONENT = 9, QUERIES_AT_ONCE = 2;
 constexpr float ODD_FACTOR = 1;
 
-// Where a channel stands in a row of an operand. A word of 8 codes becomes 16 bytes; nibbles n and n + 4 come as pairs.
+// Column of a channel in an operand. A word of 8 codes becomes 16 bytes, where nibbles n and n + 4 are pairs.
 __host__ __device__ constexpr int operand_column(int c) { return c / 8 * 8 + c % 4 * 2 + c / 4 % 2; }
 
-// Where channel c of row r stands among a chunk's queries: in the order in which lanes hold fragments of A.
+// Index of channel c of row r in a chunk's queries, which have the order of A's fragments.
 __device__ inline int fragment_index(int r, int c) {
   const int column = operand_column(c), k = column % 16;
   const int lane = r % 8 * 4 + k % 8 / 2, part = r / 8 % 2 + k / 8 * 2;
@@ -45,22 +45,21 @@ __device__ inline int fragment_index(int r, int c) {
 }
 
 struct alignas(sizeof(float) * (SOFTCAP && OFFSET ? 4 : 2)) QueryStats {
-  float sum, factor;  // the first is not used here; what a score is multiplied by
+  float sum, factor;  // sum is unused here; factor of the row's scores
 #if SOFTCAP && OFFSET
-  float offset;  // what a score lacks by K's center, in log2
+  float offset;  // q . center in log2, which scores over centered keys lack
 #endif
 };
 
 struct Shared {
-  u16 keys[OPERAND_STAGES][TILE * D];  // as `matrix_of_panels` has it, like the values
+  u16 keys[OPERAND_STAGES][TILE * D];  // laid out for `matrix_of_panels`, like the values
   u16 values[OPERAND_STAGES][TILE * D];
   u8 tiles[STAGES][TILE_BYTES];
   u16 queries[CHUNK_SLOTS][CHUNK_ROWS * D];
   QueryStats query_stats[CHUNK_SLOTS][CHUNK_ROWS];
   float results[CONSUMERS][8][D + 4];
-  float2 result_stats[CONSUMERS][8];  // x: maximum, as of Result; y: sum of the weights
-  float4 powers[OPERAND_STAGES];      // of two that a tile's rows were divided by: of keys; of values the exponent, the
-                                      // inverse
+  float2 result_stats[CONSUMERS][8];  // x: maximum, as in Result; y: sum of the weights
+  float4 powers[OPERAND_STAGES];      // x: power of two for keys; y, z: exponent and inverse of that for values
   Chunk chunks[CHUNK_SLOTS];
   u64 tile_full[STAGES], tile_empty[STAGES];
   u64 keys_full[OPERAND_STAGES], keys_empty[OPERAND_STAGES], values_full[OPERAND_STAGES], values_empty[OPERAND_STAGES];
@@ -83,14 +82,14 @@ struct Shared {
 };
 static_assert(sizeof(Shared) <= SHARED_LIMIT, "no room in shared memory");
 
-// Arrive at a barrier for the whole warp, when all of its lanes have come here.
+// Arrive at a barrier for the whole warp, once all its lanes are here.
 __device__ inline void hand_on(u64* barrier) {
   __syncwarp();
   if (arrives()) ptx::arrive(barrier);
 }
 
-// The same, said so that the compiler knows: what all lanes have in common is counted once, in uniform registers, where
-// descriptors of operands have to be.
+// x, which is equal in all lanes, in a form that shows this to the compiler. It then uses uniform registers, which
+// operand descriptors need.
 __device__ inline int uniform(int x) { return __shfl_sync(ALL_LANES, x, 0); }
 
 __device__ inline bool is_padding(int) { return false; }

@@ -1,33 +1,33 @@
-// gather: decode the pages of many sequences into contiguous 16- or 32-bit rows. A block decodes one KV head for TOKENS
-// output tokens, a warp K or V of TILE of them.
+// gather: decode the pages of many sequences into contiguous 16- or 32-bit rows. A block decodes one KV head of TOKENS
+// output tokens, and each of its warps K or V of TILE of them.
 //
-// Codes are small integers, and so is their Hadamard transform: exact in fp32, whatever the order of the sums. Tensor
-// cores make four of its stages, out of masked nibbles as in decode; the others are sums inside a lane. Scale and zero
-// point act at the end: the transform of a constant is ORDER times it in a block's first channel, and 0 in the others.
+// Codes are small integers, so their Hadamard transform is exact in fp32, in any order of summation. Tensor cores
+// compute four of its stages from masked nibbles, as in decode. The others are sums within a lane. Scale and zero point
+// are applied at the end: a constant transforms to ORDER times itself in a block's first channel, and 0 in the others.
 //
-// Macros: HEAD_DIM, PAGE_SIZE, K_ORDER and V_ORDER (0: rows stay rotated), ELEMENT (of the output), GAIN (1: K or V, or
-// both, have gains to be divided by).
+// Macros: HEAD_DIM, PAGE_SIZE, K_ORDER and V_ORDER (0: rows stay rotated), ELEMENT (of the output), GAIN (1: gains of
+// K or V, or both, must be undone).
 #include "pages.cuh"
 
 namespace sawkv {
 
-constexpr int THREADS = 128, LANES = 4, TILE = 16, TOKENS = THREADS / WARP / 2 * TILE;  // LANES: of a row
-constexpr int LANE_ROWS = 2;  // rows that a lane has a part of, 8 tokens apart
+constexpr int THREADS = 128, LANES = 4, TILE = 16, TOKENS = THREADS / WARP / 2 * TILE;  // LANES per row
+constexpr int LANE_ROWS = 2;  // rows that a lane holds a part of, 8 tokens apart
 
 struct GatherParams {
   u8* pages;
   const int* block_table;
   const int* seq_lens;
   const int* cu_seq_lens;
-  const float* center[2];        // of K and of V: [num_kv_heads][D], added to rows, where not null
-  const float* gain_inverse[2];  // likewise; rows are multiplied by it before
+  const float* center[2];        // of K and of V: [num_kv_heads][D] or null; added to rows
+  const float* gain_inverse[2];  // likewise; multiplies rows before that
   ELEMENT* k_out;
   ELEMENT* v_out;
   i64 page_stride, table_stride;
   int num_seqs, max_tokens, num_kv_heads;
 };
 
-// Where an output token's row of one KV head is stored, if it is to be written.
+// The page and offset that hold an output token's row of one KV head.
 struct Source {
   bool is_there;
   int offset;
@@ -44,15 +44,15 @@ struct Source {
   }
 };
 
-// An element of the Hadamard matrix as fp16. `in` and `out` are channels. Odd nibbles come 16 times as large.
+// An element of the Hadamard matrix as fp16, over 16 for odd nibbles, which read as 16 n. `in` and `out` are channels.
 template <int BLOCK>
 __device__ inline u32 hadamard(int in, int out) {
-  if ((in ^ out) & ~(BLOCK - 1)) return 0;  // not of one block
+  if ((in ^ out) & ~(BLOCK - 1)) return 0;  // different blocks
   const u32 one = in % 2 ? 0x2c00 : 0x3c00;
   return one | (__popc(in & out & (BLOCK - 1)) & 1) << 15;
 }
 
-// Vector by vector, since registers are few.
+// One vector at a time, to save registers.
 __device__ inline void store_restored(Row<D, LANES>& row, const float* gain_inverse, const float* center, ELEMENT* to) {
   using R = Row<D, LANES>;
 #pragma unroll
@@ -74,8 +74,8 @@ __device__ inline void store_restored(Row<D, LANES>& row, const float* gain_inve
   }
 }
 
-// Of a channel's bits, tensor cores transform 0 (odd nibbles), 2 (half of a word) and 3 and 4 (lane), and lanes
-// themselves 1 and those from 5 on.
+// Each bit of the channel index is one stage of the transform. Tensor cores compute bits 0 (odd nibbles), 2 (half of a
+// word), 3 and 4 (lane). Sums within a lane compute bit 1 and bits from 5 on.
 template <int ORDER>
 __device__ inline void decode_rows(const Source (&sources)[LANE_ROWS], bool is_v, const float* gain_inverse,
                                    const float* center, ELEMENT* const (&to)[LANE_ROWS]) {
@@ -144,7 +144,7 @@ __device__ int sawkv_tokens_per_block = TOKENS;
 __global__ void __launch_bounds__(THREADS, D <= 128 ? 4 : 2) sawkv_gather(const __grid_constant__ GatherParams p) {
   ptx::wait_for_prerequisites();
   const int head = blockIdx.x % p.num_kv_heads,
-            first = blockIdx.x / p.num_kv_heads * TOKENS;  // heads are neighbours in memory
+            first = blockIdx.x / p.num_kv_heads * TOKENS;  // so that neighbouring blocks read neighbouring heads
   if (first >= p.cu_seq_lens[p.num_seqs]) return;
   int seq = 0;  // the last sequence that starts at or before `first`
   for (int high = p.num_seqs - 1; seq < high;) {

@@ -1,6 +1,6 @@
-// The kernel behind an attention kernel: adds the partial results of units that were cut into chunks.
+// The kernel that runs after an attention kernel: adds the partial results of units that were split into chunks.
 //
-// Included behind the kernel's ROW_BLOCKS, ROWS and BLOCK_ROWS.
+// Included after the attention kernel defines ROW_BLOCKS, ROWS and BLOCK_ROWS.
 #pragma once
 #include "attention.cuh"
 
@@ -8,15 +8,15 @@ using namespace sawkv;
 
 extern "C" {
 
-// Add the chunks of each split unit. A warp takes a row where there are few chunks; all warps of a block share one
-// where there are many.
+// Add the chunks of each split unit. With few chunks each warp takes a row. With many, all warps of a block share a
+// row.
 constexpr int MERGE_WARPS = 8;
 
 __global__ void __launch_bounds__(MERGE_WARPS* WARP) sawkv_merge(const __grid_constant__ DecodeParams p) {
   constexpr int MANY = 8, AT_ONCE = 4, ROWS_PER_UNIT = ROW_BLOCKS * ROWS;
   __shared__ float shared_outs[MERGE_WARPS][D];
   __shared__ float2 shared_stats[MERGE_WARPS];
-  const ScheduleHeader header = *p.header;  // the decode kernel started after the schedule was written
+  const ScheduleHeader header = *p.header;  // already written: decode started after the schedule's end
   const bool share = header.num_split_chunks > MANY * header.num_split_units;
   const int num_rows = header.num_split_units * ROWS_PER_UNIT, warp = warp_index();
   const int first = share ? blockIdx.x : blockIdx.x * MERGE_WARPS + warp,
@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(MERGE_WARPS* WARP) sawkv_merge(const __grid_co
     if (i != first) split = p.splits[i / ROWS_PER_UNIT];
     const int r = i % ROWS_PER_UNIT / ROWS * BLOCK_ROWS + i % ROWS;
     const QueryRow row(split.unit, split.query_len, r);
-    if (row.token >= split.query_len) continue;  // the same for all warps that share it
+    if (row.token >= split.query_len) continue;  // equal in all warps that share the row
     Result merged = Result::none();
     const int begin = share ? warp : 0, stride = share ? MERGE_WARPS : 1;
     for (int c = begin; c < split.num_chunks; c += AT_ONCE * stride) {

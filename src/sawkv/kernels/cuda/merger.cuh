@@ -1,10 +1,10 @@
-// The decode kernel's merge warps: add what the consumer groups found in a chunk, and write it.
+// The decode kernel's merge warps: add the consumer groups' results of a chunk, and write the sum.
 #pragma once
 #include "decode_shared.cuh"
 
 namespace sawkv {
 
-// Add the groups' results of rows first, first + step, ... of the n-th chunk. They are there.
+// Add the groups' results of rows first, first + step, ... of the n-th chunk. The caller has waited for them.
 __device__ void merge_rows(const Shared& s, const DecodeParams& p, int n, int first, int step) {
   const Chunk chunk = s.chunks[Turn<CHUNK_SLOTS>{n}.slot()];
   const int slot = Turn<RESULT_SLOTS>{n}.slot();
@@ -31,15 +31,15 @@ __device__ void merge_rows(const Shared& s, const DecodeParams& p, int n, int fi
   }
 }
 
-// Whether the n-th chunk, once it is known, turns out to be none.
+// Waits for the n-th chunk, and returns whether the schedule ended before it.
 __device__ bool is_end(Shared& s, int n) {
   const Turn<CHUNK_SLOTS> turn{n};
   ptx::wait(&s.chunk_full[turn.slot()], turn.phase());
   return s.chunks[turn.slot()].num_tiles == 0;
 }
 
-// Where all helpers end. Merge warps share the rows of every chunk from the first on; the others come for the last one,
-// n, which all share.
+// The last role of all helpers. Merge warps share the rows of each chunk, from the first one. The other helpers join
+// for the last chunk, n, whose rows all helpers share.
 __device__ void run_merger(Shared& s, const DecodeParams& p, int helper, int n) {
   for (;; n++) {
     const bool is_last = helper < FIRST_MERGER || is_end(s, n + 1);

@@ -1,6 +1,6 @@
-// The producer warps: bring tiles of pages into a ring in shared memory, one bulk copy for each page and KV head.
+// The producer warps: copy tiles of pages into a ring in shared memory, with one bulk copy per page and KV head.
 //
-// Included behind the kernel's Shared, STAGES, CHUNK_SLOTS, PRODUCERS and MOST_UNDER_WAY.
+// Included after the kernel defines Shared, STAGES, CHUNK_SLOTS, PRODUCERS and MOST_UNDER_WAY.
 #pragma once
 #include "attention.cuh"
 #include "tiles.cuh"
@@ -11,7 +11,7 @@ static_assert(STAGES <= WARP, "a lane for each stage");
 static_assert(MOST_UNDER_WAY <= STAGES && MOST_UNDER_WAY % PRODUCERS == 0 && STAGES % PRODUCERS == 0,
               "each tile's earlier ones are its producer's");
 
-// Ids of the pages that a tile's spans lie in
+// Ids of the pages that hold a tile's spans
 struct TilePages {
   int ids[SPANS];
   __device__ TilePages(const DecodeParams& p, const Chunk& chunk, int tile) {
@@ -24,7 +24,7 @@ struct TilePages {
   }
 };
 
-// A tile may be brought when its stage is empty and the tile MOST_UNDER_WAY before it has come.
+// A tile may be copied when its stage is empty, and the tile MOST_UNDER_WAY before it has arrived.
 __device__ void wait_for_room(Shared& s, Turn<STAGES> stage) {
   const Turn<STAGES> earlier{stage.n - MOST_UNDER_WAY};
   ptx::wait(&s.tile_empty[stage.slot()], stage.phase() ^ 1);
@@ -37,8 +37,8 @@ __device__ bool has_room(Shared& s, Turn<STAGES> stage) {
 }
 
 __device__ int run_producer(Shared& s, const DecodeParams& p, int producer) {
-  // Pages are read once a step. If they are few, let L2 forget them first and keep what others left there; if they are
-  // many, all is forgotten anyway, and ordinary replacement was measured 2% faster.
+  // Pages are read once per step. If they are few, L2 evicts them first and keeps the data of other kernels. If they
+  // are many, L2 keeps nothing anyway, and normal eviction was measured 2% faster.
   constexpr i64 MANY_BYTES = 400ll << 20;
   const bool is_many = p.header->total_tiles > MANY_BYTES / TILE_BYTES;
   const u64 policy = is_many ? ptx::evict_normal_policy() : ptx::evict_first_policy();
@@ -51,8 +51,7 @@ __device__ int run_producer(Shared& s, const DecodeParams& p, int producer) {
     const u8* head = p.pages + (i64)kv_head_of(chunk) * HEAD_BYTES;
     int first = (producer + PRODUCERS - tiles_before % PRODUCERS) % PRODUCERS;
     TilePages next_pages(p, chunk, first + lane_index() * PRODUCERS);
-    // Once around the ring, a lane for each tile: what a copy needs is worked out for all of them at once, before any
-    // stage is free.
+    // One round of the ring, with a lane per tile: all lanes prepare their copies at once, before a stage is free.
 #pragma unroll 1
     for (; first < chunk.num_tiles; first += STAGES) {
       const TilePages pages = next_pages;
@@ -70,7 +69,7 @@ __device__ int run_producer(Shared& s, const DecodeParams& p, int producer) {
 #pragma unroll 1
       while (due) {
         wait_for_room(s, {tiles_before + first + (__ffs(due) - 1) * PRODUCERS});
-        // In order: a tile must not fill a stage anew while an earlier one waits to see that stage full.
+        // Copy in order: a tile must not refill a stage while an earlier tile still waits for that stage to be full.
         const u32 blocked = due & ~__ballot_sync(ALL_LANES, has_room(s, stage)),
                   ready = due & ((blocked & -blocked) - 1);
         if (ready >> lane_index() & 1) {
@@ -79,7 +78,7 @@ __device__ int run_producer(Shared& s, const DecodeParams& p, int producer) {
 #pragma unroll
             for (int i = 0; i < SPANS; i++)
               if (i < spans) ptx::copy_to_shared(to + i * SPAN_BYTES, from[i], SPAN_BYTES, full, policy);
-          } else if (spans) {  // a part of a page: one copy for each of its planes
+          } else if (spans) {  // part of a page: one copy per plane
 #pragma unroll
             for (int i = 0; i < 4; i++) {
               const int plane = i / 2 * (ROW_BYTES + META_BYTES) + i % 2 * ROW_BYTES,

@@ -1,4 +1,4 @@
-"""How query rows are spread over decode.cu and extend.cu, and where the latter was measured to win."""
+"""How decode.cu and extend.cu split query rows, and the shapes for which extend.cu was measured to be faster."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ EXTEND_CAPABILITY = (9, 0)
 EXTEND_HEAD_DIMS = (64, 128)
 MAX_DECODE_QUERY_LEN = 8
 MAX_DECODE_ROWS = 32
-"""Query rows of a KV head up to which decode.cu is faster than extend.cu."""
+"""Query rows per KV head up to which decode.cu is faster than extend.cu."""
 TURN_ROWS = (64, 512)
-"""Query rows of a KV head: those of one of its consumer groups, and the most with which it was measured to be faster
-than gather.cu and FlashAttention-3, from MIN_TURN_SEQ_LEN tokens on."""
+"""Query rows per KV head for which extend.cu serves turns: the rows of one consumer group, and the most with which it
+was measured to be faster than gather.cu and FlashAttention-3, from MIN_TURN_SEQ_LEN tokens on."""
 MIN_TURN_SEQ_LEN = 8192
 
 
 def can_extend(layout: PageLayout, device: torch.device) -> bool:
-    """Whether extend.cu runs there: it needs the products of warpgroups."""
+    """Whether extend.cu runs on the device, which must have warpgroup products."""
     properties = torch.cuda.get_device_properties(device)
     return layout.head_dim in EXTEND_HEAD_DIMS and (properties.major, properties.minor) == EXTEND_CAPABILITY
 
 
 @dataclass(frozen=True)
 class QueryShape:
-    """How query rows of one (sequence, KV head) are spread: groups that read the pages apart, blocks for different
-    warps, tiles of 8; and how the kernel that serves them is scheduled.
+    """How the query rows of one (sequence, KV head) are split: into groups that each read the pages, row blocks for
+    different warps, and tiles of 8 rows. Also how the kernel that serves them is scheduled.
 
     Attributes:
         chunk_rows: rows of a group.
         kernel: "decode" or "extend".
-        max_chunks_per_block: where there is much.
-        tiles_per_chunk: where blocks get few chunks.
+        max_chunks_per_block: chunks per block if there is much work.
+        tiles_per_chunk: tiles per chunk if blocks get few chunks.
     """
 
     group: int
@@ -57,7 +57,7 @@ class QueryShape:
     def of(cls, group: int, max_query_len: int, head_dim: int, extends: bool) -> QueryShape:
         """
         Args:
-            extends: extend.cu can run.
+            extends: whether extend.cu can run.
         """
         total = group * max_query_len
         if extends and max_query_len > MAX_DECODE_QUERY_LEN and total > MAX_DECODE_ROWS:

@@ -1,5 +1,5 @@
 """Compile CUDA C++ at run time and launch it: NVRTC and the driver through `cuda.bindings`, which a CUDA build of
-PyTorch brings along.
+PyTorch installs.
 
 A kernel is a source file of this package, a set of macros that choose its variant, and a name:
 
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 
 SOURCE_FOLDER = Path(__file__).parent
 DEFAULT_SHARED_BYTES = 47 << 10
-"""Dynamic shared memory that a block may have without asking for more: 48 KiB, less what a kernel has of static."""
+"""Dynamic shared memory that a block has without opting in to more: 48 KiB, less the kernel's static shared memory."""
 
 _OPTIONS = ("--std=c++17",)
 _INCLUDE = re.compile(r'^#include "([\w.]+)"', re.MULTILINE)
@@ -50,7 +50,7 @@ class CudaError(RuntimeError):
 
 @dataclass(frozen=True)
 class Image:
-    """Machine code of one source file and variant, and what the compiler said (empty if it came from the cache)."""
+    """Machine code of one source file and variant, and the compiler's log (empty if the image is from the cache)."""
 
     code: bytes
     log: str
@@ -100,7 +100,7 @@ def compile_image(
 
 
 def image_for(source_file: str, defines: Mapping[str, int | str], arch: str) -> bytes:
-    """The compiled image, from the disk cache if it is there; else compiled, and stored for the next process."""
+    """The image from the disk cache. If there is none, it is compiled, and stored for the next process."""
     folder = _cache_folder()
     if folder is None:
         return compile_image(source_file, defines, arch).code
@@ -120,7 +120,7 @@ class Kernel:
         self.name = name
         self._module = module
         self._function = _call(driver.cuModuleGetFunction, module, name.encode())
-        self._handle = ctypes.c_void_p(int(self._function))  # of a bare int ctypes would pass 32 bits
+        self._handle = ctypes.c_void_p(int(self._function))  # ctypes would pass 32 bits of a plain int
         self._launch = _libcuda().cuLaunchKernelEx
         self._allowed_shared_bytes = DEFAULT_SHARED_BYTES
         self._constants: dict[str, int] = {}
@@ -137,14 +137,15 @@ class Kernel:
         """Enqueue the kernel.
 
         Args:
-            grid: blocks.
-            threads: in a block.
+            grid: blocks, in x, y and z.
+            threads: threads per block.
             stream: a CUDA stream's handle.
-            params: copied before this returns.
-            shared_bytes: dynamic shared memory of a block.
-            dependent: the kernel may start before the one ahead of it in the stream has ended (programmatic dependent
-                launch); it must execute `griddepcontrol.wait` before it touches what that kernel reads or writes, and
-                before it lets the next one start early, which may then rely on all that came before this kernel.
+            params: the kernel's parameters, copied before this returns.
+            shared_bytes: dynamic shared memory per block.
+            dependent: the kernel may start before the previous one in the stream has ended (programmatic dependent
+                launch). It must execute `griddepcontrol.wait` before it accesses memory that the previous kernel reads
+                or writes. It must also do so before it lets the next kernel start early, because that one relies on the
+                end of all kernels before this one.
         """
         if shared_bytes > self._allowed_shared_bytes:
             self._allow_shared_bytes(shared_bytes)
@@ -177,8 +178,8 @@ class Kernel:
 def load(
     source_file: str, name: str, defines: Mapping[str, int | str], device: torch.device, family: str = ""
 ) -> Kernel:
-    """The kernel called `name`, compiled for `device` (with an index) and loaded on it; a later call returns the same
-    one.
+    """The kernel called `name`, compiled for `device` (with an index) and loaded on it. Later calls return the same
+    kernel.
 
     Args:
         family: "a" for instructions that only GPUs of the device's own compute capability have.
@@ -202,7 +203,7 @@ def _load_module(source_file: str, defines: tuple[tuple[str, int | str], ...], d
     major, minor = torch.cuda.get_device_capability(device_index)
     image = image_for(source_file, dict(defines), f"sm_{major}{minor}{family}")
     with torch.cuda.device(device_index):
-        # makes torch's context current before the driver is asked for anything
+        # makes torch's context current before any call of the driver
         torch.cuda.current_stream().synchronize()
         return _call(_driver().cuModuleLoadData, image)
 
@@ -222,7 +223,7 @@ def _nvrtc() -> Any:
     try:
         from cuda.bindings import nvrtc
 
-        nvrtc.nvrtcVersion()  # finds the library
+        nvrtc.nvrtcVersion()  # fails if the library is missing
     except (ImportError, RuntimeError) as error:  # cuda-pathfinder's error is a RuntimeError
         raise UnsupportedError(
             f"NVRTC is not installed (packages cuda-bindings and nvidia-cuda-nvrtc): {error}"
@@ -241,7 +242,7 @@ def _driver() -> Any:
 
 @functools.cache
 def _libcuda() -> ctypes.CDLL:
-    """The driver for launches, through ctypes: a tenth of what `cuda.bindings` takes for them."""
+    """The driver for launches, through ctypes: a launch takes a tenth of the time that `cuda.bindings` needs."""
     return ctypes.CDLL("libcuda.so.1")
 
 
@@ -276,7 +277,7 @@ _Arguments = ctypes.c_void_p * 1
 
 
 def _call(function: Any, *arguments: Any) -> Any:
-    """The results of a call of `cuda.bindings`: None, the one result, or a tuple."""
+    """The results of a call of `cuda.bindings`: None, one result, or a tuple."""
     status, *results = function(*arguments)
     if int(status) != 0:
         raise CudaError(f"{function.__name__}: {status.name}")
@@ -284,7 +285,7 @@ def _call(function: Any, *arguments: Any) -> Any:
 
 
 def read_sources(source_file: str) -> dict[str, str]:
-    """The file and all that it includes, by name."""
+    """The file and all files that it includes, by name."""
     sources: dict[str, str] = {}
     waiting = [source_file]
     while waiting:
@@ -297,7 +298,7 @@ def read_sources(source_file: str) -> dict[str, str]:
 
 
 def read_source(source_file: str) -> str:
-    """The file and all that it includes, one after the other."""
+    """The file and all files that it includes, concatenated."""
     return "\n".join(read_sources(source_file).values())
 
 
@@ -321,7 +322,7 @@ def _cache_key(source_file: str, defines: Mapping[str, int | str], arch: str) ->
 
 
 def _cache_folder() -> Path | None:
-    """None, with a warning, if there can be none."""
+    """The cache folder, or None with a warning if it cannot be used."""
     try:
         return private_folder("cuda")
     except (OSError, UnsupportedError) as error:
@@ -340,10 +341,10 @@ def _read_cached(path: Path) -> bytes | None:
 
 
 def _write_cached(path: Path, image: bytes) -> None:
-    """Write beside, then rename: another process sees the whole file or none."""
+    """Write a temporary file, then rename it: other processes see the whole file or none."""
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=".", delete=False) as file:
             file.write(digest(image) + image)
         os.replace(file.name, path)
-    except OSError as error:  # a full disk costs the next start-up a second, nothing else
+    except OSError as error:  # after a full disk, the next start only compiles again
         logger.warning("sawkv: a compiled kernel is not kept: %s", error)

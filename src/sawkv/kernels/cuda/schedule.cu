@@ -1,6 +1,6 @@
-// The schedule of one engine step: cut every (sequence, KV head) into chunks of tiles that blocks will take
-// dynamically. One block, once a step and not once a layer: it depends on lengths only. Nothing of it is known on the
-// host, so that one CUDA graph serves every batch.
+// The schedule of one engine step: cut every unit into chunks of tiles, which blocks then take dynamically. It depends
+// on lengths alone, so one block computes it once per step for all layers. The host knows nothing of it, so one CUDA
+// graph serves every batch.
 //
 // Macros: HEAD_DIM.
 #include "chunks.cuh"
@@ -17,17 +17,17 @@ struct ScheduleParams {
   SplitUnit* splits;
   int num_seqs;
   int num_kv_heads;
-  int group, chunk_rows;  // query heads per KV head; query rows of a unit, at most
+  int group, chunk_rows;  // query heads per KV head; most query rows of a unit
   int max_row_groups;
-  int tile_tokens;      // TILE; as a constant it costs registers
-  int tiles_per_chunk;  // where blocks get few chunks
+  int tile_tokens;      // TILE, passed because it takes more registers as a constant
+  int tiles_per_chunk;  // if blocks get few chunks
   int window;           // 0: none
   int num_blocks;       // of the decode kernel
   int max_chunks_per_block;
 };
 
-// Tiles that a sequence's queries can see; at least one, so that a sequence without keys still gets its zeros. None of
-// a sequence of negative length: its rows are left as they are.
+// Tiles that a sequence's queries can see: at least one, so that a sequence without keys still gets zeros as output. A
+// sequence of negative length has none, and its output is not written.
 struct TileRange {
   int first, count;  // of each unit
   int units;         // KV heads * row groups
@@ -40,7 +40,7 @@ struct TileRange {
   }
 };
 
-// In place: values[0..n) to their exclusive prefix sums, and their total to values[n].
+// Replaces values[0..n) by their exclusive prefix sums, and sets values[n] to the total.
 __device__ void prefix_sums(int* values, int n) {
   __shared__ int warp_totals[WARP];
   int carry = 0;
@@ -92,7 +92,7 @@ __device__ int sawkv_tile_tokens = TILE;
 __global__ void __launch_bounds__(THREADS) sawkv_schedule(const __grid_constant__ ScheduleParams p) {
   extern __shared__ int dynamic[];
   const int n = p.num_seqs;
-  int* tiles = dynamic;  // before each sequence; then, pieces that each of its units is cut into
+  int* tiles = dynamic;  // first the tiles before each sequence, later the pieces of each of its units
   int* split_chunks = tiles + n + 1;
   int* whole_chunks = split_chunks + n + 1;
   int* split_units = whole_chunks + n + 1;
@@ -105,13 +105,14 @@ __global__ void __launch_bounds__(THREADS) sawkv_schedule(const __grid_constant_
   prefix_sums(tiles, n);
   const i64 total_tiles = tiles[n];
   const int tiles_per_block = (int)(total_tiles / p.num_blocks);
-  // Few and long where there is little, or merging costs too much; many where there is more, or blocks do not end
-  // together.
+  // Little work gets few long chunks, because merging would cost too much. Much work gets many short ones, so that all
+  // blocks end at about the same time.
   const int chunks_per_block =
       tiles_per_block < 4 * p.tiles_per_chunk ? max(1, tiles_per_block / p.tiles_per_chunk) : p.max_chunks_per_block;
-  const int min_tiles = p.tiles_per_chunk / 6;  // one or more for each consumer warp
+  const int min_tiles = p.tiles_per_chunk / 6;  // one or more per consumer warp
   const i64 chunks_wanted = (i64)p.num_blocks * chunks_per_block;
-  // Rounding up gives evener chunks, but where a block gets one or two, a chunk too many is a round too many.
+  // Rounding to nearest gives more even chunks. With one or two chunks per block it rounds down instead, because one
+  // chunk too many would make one block take a whole chunk more than the others.
   const i64 rounding = chunks_per_block > 2 ? total_tiles / 2 : 0;
   __syncthreads();
 

@@ -1,7 +1,7 @@
 // The scheduler warp: takes chunks from the schedule; loads, rotates and normalizes their queries.
 //
-// Included behind the kernel's Shared, CHUNK_SLOTS, ROWS, is_padding, fragment_index, QUERIES_AT_ONCE, CODE_EXPONENT
-// and ODD_FACTOR.
+// Included after the kernel defines Shared, CHUNK_SLOTS, ROWS, is_padding, fragment_index, QUERIES_AT_ONCE,
+// CODE_EXPONENT and ODD_FACTOR.
 #pragma once
 #include "attention.cuh"
 #include "tiles.cuh"
@@ -19,7 +19,7 @@ __device__ void store_query(Shared& s, const DecodeParams& p, int slot, int r, R
   float largest = 0;
 #pragma unroll
   for (int i = 0; i < Row<D>::PER_LANE; i++) largest = fmaxf(largest, fabsf(q.x[i]));
-  // To the top of fp16's range by a power of two. NaN and infinities stay what they are.
+  // Scale by a power of two to the top of fp16's range. NaN and infinities are unchanged.
   const int exponent = min(max((int)(__float_as_uint(max_over_lanes(largest)) >> 23) - 127, -100), 100);
   q.scale(power_of_two(13 - exponent));
   float sum = 0;
@@ -54,20 +54,20 @@ __device__ void prepare_queries(Shared& s, const DecodeParams& p, const Chunk& c
   }
 }
 
-// run_scheduler and run_producer return the number of the block's chunks.
+// run_scheduler and run_producer return the number of chunks that the block took.
 __device__ int run_scheduler(Shared& s, const DecodeParams& p) {
   const int num_chunks = p.header->num_chunks;
   int next = blockIdx.x;  // the first chunk is fixed, the others are claimed
   for (int n = 0;; n++) {
     const Turn<CHUNK_SLOTS> turn{n};
     const int slot = turn.slot();
-    Chunk chunk = p.chunks[next];  // the schedule has room for a block's claim beyond the last
+    Chunk chunk = p.chunks[next];  // there is room for one claim per block beyond the last chunk
     if (next >= num_chunks) chunk.num_tiles = 0;
     ptx::wait(&s.chunk_empty[slot], turn.phase() ^ 1);
     if (arrives()) {
       if (lane_index() == 0) s.chunks[slot] = chunk;
       ptx::arrive(&s.chunk_full[slot]);
-      // Each block's last claim finds nothing, so there are as many claims as chunks, and the counter wraps to 0 for
+      // Each chunk is followed by one claim. There are thus as many claims as chunks, and the counter wraps to 0 for
       // the next launch.
       if (lane_index() == 0 && chunk.num_tiles) next = gridDim.x + atomicInc(&p.header->claimed, num_chunks - 1);
     }

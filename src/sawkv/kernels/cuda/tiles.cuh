@@ -1,4 +1,4 @@
-// How tiles of pages lie in shared memory, and the rings and barriers by which warps hand them on.
+// Layout of tiles in shared memory, and the rings and barriers with which warps pass them on.
 //
 // Macros: HEAD_DIM, PAGE_SIZE.
 #pragma once
@@ -18,8 +18,8 @@ constexpr int K_META = SPAN * ROW_BYTES, V_CODES = SPAN * (ROW_BYTES + META_BYTE
 
 constexpr int SHARED_LIMIT = 227 << 10;
 
-// A lane of each warp arrives at barriers for all of them, after __syncwarp. compute-sanitizer's racecheck follows only
-// lanes that arrive themselves; EVERY_LANE_ARRIVES is for it.
+// One lane per warp arrives at barriers for the whole warp, after __syncwarp. compute-sanitizer's racecheck tracks only
+// lanes that arrive themselves, and needs EVERY_LANE_ARRIVES.
 #ifdef EVERY_LANE_ARRIVES
 constexpr int WARP_ARRIVALS = WARP;
 #else

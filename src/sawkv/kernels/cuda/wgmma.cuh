@@ -1,4 +1,5 @@
-// Products of a warpgroup (wgmma): sm_90a alone has them. A is in registers, B in shared memory, fp16; sums are fp32.
+// Warpgroup matrix products (wgmma), which only sm_90a has. A is in registers, B in shared memory, both fp16. Sums are
+// fp32.
 #pragma once
 #include "common.cuh"
 
@@ -10,9 +11,9 @@ namespace sawkv::ptx {
 #define SAWKV_32_FLOATS(d, i) SAWKV_16_FLOATS(d, i), SAWKV_16_FLOATS(d, i + 16)
 #define SAWKV_64_FLOATS(d, i) SAWKV_32_FLOATS(d, i), SAWKV_32_FLOATS(d, i + 32)
 
-// A matrix in shared memory, of panels of 64 columns: rows of 128 bytes, whose 16-byte segment s lies at s ^ row % 8.
-// PANEL_BYTES: from one panel to the next, where a product takes several at once. `start`: its address over 16, so that
-// an instruction's operand is one addition away.
+// Descriptor of a matrix in shared memory. It consists of panels of 64 columns, with rows of 128 bytes, whose 16-byte
+// segment s lies at s ^ row % 8. PANEL_BYTES is the distance of panels, for products that take several. `start` is the
+// address divided by 16, so that one addition gives each instruction's operand.
 template <int PANEL_BYTES>
 __device__ inline u64 matrix_of_panels(u32 start) {
   constexpr u32 SWIZZLE_128 = 1u << 30, EIGHT_ROWS = 1024 >> 4;
@@ -60,10 +61,10 @@ __device__ inline void mma_warpgroup(float (&d)[64], const u32 (&a)[4], u64 b, b
 #undef SAWKV_32_FLOATS
 #undef SAWKV_64_FLOATS
 
-// Before the first product that reads registers written since, sums included
+// Required before a product that reads registers written since the last one, sums included
 __device__ inline void fence_warpgroup() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ inline void commit_warpgroup() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-// Until at most N committed groups are under way
+// Waits until at most N committed groups are in flight.
 template <int N>
 __device__ inline void wait_warpgroup() {
   asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(N) : "memory");
@@ -75,7 +76,7 @@ __device__ inline void pin(float (&d)[N]) {
   for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
 
-// Registers of each of this warpgroup's threads from now on
+// Set the registers per thread of this warpgroup.
 template <int N>
 __device__ inline void take_registers() {
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(N));

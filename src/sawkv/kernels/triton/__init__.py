@@ -29,13 +29,13 @@ counts = True
 MIN_CAPABILITY = (8, 0)
 HEAD_DIMS = tuple(head_dim for head_dim in ANY_HEAD_DIM if head_dim >= 64)
 STORED = {"int4": tl.uint8, "int8": tl.uint8, "bf16": tl.bfloat16, "fp16": tl.float16}
-"""Codecs that the kernels support, and the type that they load."""
+"""Codecs that the kernels support, and the type in which they load codes."""
 ROTATE_TOKENS = 8
-"""Tokens per program that rotates, with one warp. Butterflies then need shuffles, and no shared memory."""
+"""Tokens per program that rotates. It has one warp, so butterflies use shuffles instead of shared memory."""
 COPY_TOKENS = 16
-"""Tokens per program that only decodes, with four warps."""
+"""Tokens per program that decodes without rotation. It has four warps."""
 FEEDBACK_TOKENS = 16
-"""Tokens per program with feedback, with four warps: the rows of one tensor-core tile, with few registers."""
+"""Tokens per program with feedback: the rows of one tensor-core tile. Four warps keep registers per thread low."""
 PREPARE_ROWS = 4
 SCHEDULE_BLOCK = 128
 MIN_TILES_PER_CHUNK = 4
@@ -50,7 +50,7 @@ LOG2_E = math.log2(math.e)
 
 
 def unsupported_reason(device: torch.device, layout: PageLayout) -> str | None:
-    """None on an NVIDIA GPU from Ampere on, and on a CPU in the interpreter."""
+    """None on NVIDIA GPUs from Ampere on, and on CPUs in the interpreter, if the kernels support the layout."""
     if layout.format.codec not in STORED:
         return f"expected {', '.join(STORED)}, got {layout.format.codec}"
     if layout.head_dim not in HEAD_DIMS:
@@ -151,9 +151,7 @@ class Schedule(kernels.Schedule):
         self.rows = min(total_rows, self.block_rows)
         self.row_groups = _divide_up(total_rows, self.block_rows)
         self.units = layout.num_kv_heads * self.row_groups
-        self.tile = (
-            64 if layout.format.codec == "int4" and self.width <= 128 else 32
-        )  # tokens, as many as registers hold
+        self.tile = 64 if layout.format.codec == "int4" and self.width <= 128 else 32  # tokens, limited by registers
         num_sms = 1 if INTERPRETED.value else torch.cuda.get_device_properties(device).multi_processor_count
         self.target_chunks = _divide_up(CHUNKS_PER_SM * num_sms, self.units)
         max_chunks = self.max_chunks(max_num_seqs)
@@ -285,7 +283,7 @@ class Attention:
             ORDER=layout.v_rotation_order,
             PIECES=MERGE_ELEMENTS // schedule.width,
             num_warps=1,
-            enable_fp_fusion=False,  # so that lanes with copies of a sum agree to the bit
+            enable_fp_fusion=False,  # so that all lanes with copies of a sum have the same bits
         )
 
 

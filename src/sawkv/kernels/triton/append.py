@@ -162,10 +162,10 @@ def _append_rows(
         MAX_CODE: tl.constexpr = (1 << BITS) - 1
         if weights is None:
             inverse, zero_point, meta, is_finite, is_saturated = _quantizer(y, is_channel, MAX_CODE, 0.0)
-        else:  # the intervals of the codes cover the range
+        else:  # the cells of the codes cover the range
             inverse, zero_point, meta, is_finite, is_saturated = _quantizer(y, is_channel, MAX_CODE + 1, -0.5)
         if counters is not None:
-            squared_norm = tl.sum(y * y, 1)  # here, so that y takes no registers while errors are passed on
+            squared_norm = tl.sum(y * y, 1)  # here, so that feedback below does not keep y in registers
         shifted = tl.fma(y, tl.broadcast_to(inverse[:, None], y.shape), tl.broadcast_to(zero_point[:, None], y.shape))
         moved = shifted
         if weights is not None:
@@ -191,7 +191,7 @@ def _append_rows(
 
 @triton.jit
 def _round_clamped(x, low, high):
-    """Clamp, and round to int32, half to even. Adding 1.5 * 2^23 leaves the integer in the low bits."""
+    """Clamp, and round to int32, half to even. Adding 1.5 * 2^23 moves the integer to the low bits."""
     return (tl.minimum(tl.maximum(x, low), high) + 12582912.0).to(tl.int32, bitcast=True) - 0x4B400000
 
 
@@ -205,7 +205,7 @@ def _with_feedback(t, weights, step, HEAD_DIM: tl.constexpr, MAX_CODE: tl.conste
     """
     R: tl.constexpr = t.shape[0]
     WIDTH: tl.constexpr = t.shape[1]
-    SPANS: tl.constexpr = WIDTH // 32  # of eight blocks, in turns of one channel
+    SPANS: tl.constexpr = WIDTH // 32  # groups of 32 channels, with eight blocks each
     target = tl.arange(0, WIDTH)[None, :]
     source = tl.arange(0, 32)
     sums = tl.zeros([R, WIDTH], tl.int32)
@@ -239,10 +239,11 @@ def _with_feedback(t, weights, step, HEAD_DIM: tl.constexpr, MAX_CODE: tl.conste
 def _quantizer(y, is_channel, INTERVALS: tl.constexpr, FIRST: tl.constexpr):
     """1 / scale, zero point, both packed as meta, whether the row is finite, and whether its scale saturates: each [R].
 
-    The row's range is INTERVALS scales wide, and starts at the unrounded code FIRST. See docs/format.md, steps 3 and 4.
+    The row's range is INTERVALS scales wide, and its minimum has the unrounded code FIRST (docs/format.md, steps 3 and
+    4).
     """
     is_finite = tl.max(tl.where(tl.abs(y) < float("inf"), 0, 1), 1) == 0
-    y = tl.where(is_finite[:, None], y, 0.0)  # results for such a row are not used
+    y = tl.where(is_finite[:, None], y, 0.0)  # results of a row that is not finite are unused
     low = tl.min(tl.where(is_channel, y, float("inf")), 1)
     high = tl.max(tl.where(is_channel, y, -float("inf")), 1)
     by_range, by_offset = (high - low) * (1 / INTERVALS), tl.maximum(tl.abs(low), tl.abs(high)) * (1 / MAX_ZERO_POINT)

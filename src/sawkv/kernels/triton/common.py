@@ -54,7 +54,7 @@ def high_half(word):
 
 @triton.jit
 def multiply(a, b, sums):
-    """a @ b + sums. The interpreter would take bf16 for integers."""
+    """a @ b + sums. The interpreter would read bf16 as integers."""
     if INTERPRETED:
         return tl.dot(widen(a), widen(b), sums)
     else:
@@ -89,7 +89,7 @@ def round_to(x, DTYPE: tl.constexpr):
 
 @triton.constexpr_function
 def _shift_and_mask(shift, mask):
-    """PTX for two 16-bit words in a register."""
+    """PTX that handles two 16-bit words in a register."""
     return f"{{ .reg .b32 moved; shr.b32 moved, $1, {shift}; and.b32 $0, moved, {mask << 16 | mask}; }}"
 
 
@@ -97,8 +97,8 @@ def _shift_and_mask(shift, mask):
 def codes_in(words, PLANE: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
     """Code `PLANE` of each 16-bit word, masked in place, and read as a float: n * 2^-24 in fp16, n * 2^-133 in bf16.
 
-    Odd nibbles of a byte are not shifted, and are 16 n (see `ODD_NIBBLE`). There is no conversion: two words share a
-    register, and take one or two instructions.
+    Odd nibbles of a byte are not shifted, and read as 16 n (see `ODD_NIBBLE`). No conversion is needed: two words share
+    a register, and take one or two instructions.
     """
     if BITS < 16:
         SHIFT: tl.constexpr = 8 if PLANE * BITS >= 8 else 0

@@ -1,6 +1,6 @@
-"""Decode attention: `schedule_kernel` once a step; `prepare_kernel`, `decode_kernel` and `merge_kernel` in each layer.
+"""Decode attention: `schedule_kernel` once per step; `prepare_kernel`, `decode_kernel` and `merge_kernel` per layer.
 
-Keys are cut into chunks of whole tiles, as many as keep the GPU full. A program attends to one chunk with the query
+Keys are split into chunks of whole tiles, enough to fill the GPU. A program attends to one chunk with the query
 rows of one KV head, and `merge_kernel` adds the chunks of a sequence. Codes are neither converted nor scaled one by one
 (`common.codes_in`):
 
@@ -36,7 +36,7 @@ from sawkv.kernels.triton.common import (
 ODD_NIBBLE = tl.constexpr(16.0)
 """Factor of odd nibbles, which are not shifted."""
 V_SHIFT = tl.constexpr(60)
-"""Weights are bf16 numbers times 2^V_SHIFT, far from both ends of the range for every fp16 scale."""
+"""Weights are stored in bf16 times 2^V_SHIFT, which keeps them in range for every fp16 scale."""
 NO_SCORE = tl.constexpr(-1e30)
 
 
@@ -148,7 +148,7 @@ def prepare_kernel(
     if k_gain_inverse is not None:
         y = y * tl.load(k_gain_inverse + of_head, mask=is_there, other=0)
     y = rotate(y, ORDER)
-    # To the top of fp16's range by a power of two. NaN and infinities stay what they are.
+    # Scale by a power of two to the top of fp16's range. NaN and infinities are unchanged.
     largest = tl.max(tl.abs(y), 1)
     exponent = tl.minimum(tl.maximum((largest.to(tl.int32, bitcast=True) >> 23) - 127, -100), 100)
     y = y * ((13 - exponent + 127) << 23).to(tl.float32, bitcast=True)[:, None]
@@ -170,7 +170,7 @@ def prepare_kernel(
 
 @triton.jit
 def _load_query_planes(place, is_row, COLUMNS: tl.constexpr, PLANES: tl.constexpr):
-    """The planes of a part of the query rows, each [COLUMNS, BLOCK_ROWS]; those that are not there are the first."""
+    """Planes of a part of the query rows, each [COLUMNS, BLOCK_ROWS]. Planes that do not exist repeat the first."""
     q0 = tl.load(place, mask=is_row[None, :], other=0)
     q1 = q0
     q2 = q0
@@ -245,8 +245,8 @@ def _add_values(
     SWIZZLE_MULTIPLIER: tl.constexpr,
     SWIZZLE_PERIOD: tl.constexpr,
 ):
-    """One part of the output, its planes [COLUMNS, BLOCK_ROWS], with a tile's tokens added; and what zero points
-    take.
+    """Planes of one part of the output, each [COLUMNS, BLOCK_ROWS], with a tile's tokens added, and the sum of zero
+    points to subtract.
     """
     PLANES: tl.constexpr = 16 // BITS
     if BITS < 16:
@@ -257,13 +257,13 @@ def _add_values(
         if is_visible is not None:
             weights = tl.where(is_visible, weights, 0)  # a hidden token's scale may be NaN
     rounded = round_to(weights, V_TYPE)
-    if BITS < 16:  # from the rounded weights, so that rounding acts on n - zero and not on n and zero apart
+    if BITS < 16:  # from the rounded weights: their error then multiplies n - zero, not n and zero separately
         zero = zero * shrink + tl.sum(widen(rounded) * high_half(v_meta)[:, None], 0)
     column = tl.arange(0, COLUMNS)
     v_place = (
         swizzled(column[:, None], offset[None, :], 8, SWIZZLE_MULTIPLIER, SWIZZLE_PERIOD) + offset[None, :] * WORDS
     )
-    if not INTERPRETED and SWIZZLE_PERIOD > 1:  # segments are whole
+    if not INTERPRETED and SWIZZLE_PERIOD > 1:  # rows consist of whole segments
         v_place = tl.max_contiguous(tl.multiple_of(v_place, (8, 1)), (8, 1))
     words = tl.load(v_plane[None, :] + v_place, mask=is_there[None, :] & (column < WORDS)[:, None], other=0)
     out0 = multiply(codes_in(words, 0, BITS, V_TYPE), rounded, out0 * shrink[None, :])
@@ -277,7 +277,7 @@ def _add_values(
 
 @triton.jit
 def _store_part(to, is_row, zero, out0, out1, out2, out3, COLUMNS: tl.constexpr, BITS: tl.constexpr):
-    """One part of a chunk's output, brought to the unit of values."""
+    """One part of a chunk's output, converted to the unit of values."""
     if BITS < 16:
         offset = (zero * 2.0**-V_SHIFT)[None, :]
         EVEN: tl.constexpr = 2.0 ** (133 - V_SHIFT)  # codes are n * 2^-133
@@ -330,7 +330,7 @@ def decode_kernel(
     """Grid [max_chunks * NUM_KV_HEADS * ROW_GROUPS]: each program takes one chunk, KV head and row group.
 
     partials: [max_chunks, NUM_KV_HEADS * ROW_GROUPS, ROWS, WIDTH] fp32 in the order of parts and planes, not divided by
-    the sum of weights.
+    the sum of the weights.
     partial_stats: [max_chunks, NUM_KV_HEADS * ROW_GROUPS, ROWS, 2] fp32: maximum of the scores in log2, and sum of
     weights.
     """
@@ -338,7 +338,7 @@ def decode_kernel(
     PLANES: tl.constexpr = 16 // BITS
     PART: tl.constexpr = WIDTH // PARTS
     COLUMNS: tl.constexpr = PART // PLANES
-    WORDS: tl.constexpr = HEAD_DIM // PARTS // PLANES  # of a row, the rest is padding
+    WORDS: tl.constexpr = HEAD_DIM // PARTS // PLANES  # words per row; the rest is padding
     IS_CODED: tl.constexpr = BITS < 16
     HALF_SPAN: tl.constexpr = PAGE_SIZE * (WORDS + (2 if IS_CODED else 0))  # in 16-bit words
     K_TYPE: tl.constexpr = tl.float16 if IS_CODED else STORED
@@ -360,7 +360,7 @@ def decode_kernel(
     row = unit % ROW_GROUPS * ROWS + block_row
     query_token = row // GROUP
     is_row = (block_row < ROWS) & (query_token < query_len)
-    last = tl.minimum(length - query_len + query_token, length - 1)  # that the row sees
+    last = tl.minimum(length - query_len + query_token, length - 1)  # last token that the row sees
     query = (query_start + query_token).to(tl.int64) * (NUM_KV_HEADS * GROUP) + kv_head * GROUP + row % GROUP
     column = tl.arange(0, COLUMNS)
     place = queries + query[None, :] * WIDTH + column[:, None]
@@ -422,7 +422,7 @@ def decode_kernel(
             )
         if query_offsets is not None:
             scores += query_offset[None, :]
-        if HAS_SOFTCAP:  # cap * tanh(x / cap): scores are 2 x / cap in log2
+        if HAS_SOFTCAP:  # cap * tanh(x / cap), from scores of 2 x / cap in log2
             scores = softcap_log2 * (1 - 2 / (1 + tl.exp2(scores)))
         scores += tl.where(is_there, 0.0, -float("inf"))[:, None]
         is_visible = None
@@ -547,7 +547,7 @@ def merge_kernel(
 
     q_head = kv_head * GROUP + row % GROUP
     token = (query_start + query_token).to(tl.int64)
-    offset = 0.0  # all scores lack it, which only a sink and the log-sum-exp see
+    offset = 0.0  # q.k_center, which all scores lack; only a sink and the log-sum-exp need it
     if query_offsets is not None:
         offset = tl.load(query_offsets + token * (tl.num_programs(1) // ROW_GROUPS * GROUP) + q_head)
     with_sink = total

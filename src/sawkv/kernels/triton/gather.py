@@ -135,7 +135,7 @@ def _gather_rows(
             (plane + PAGE_SIZE * ROW_BYTES + offset * 4).to(tl.pointer_type(tl.int32)), mask=is_there, other=0
         )
         y = (codes.to(tl.float32) - high_half(meta)[:, None]) * low_half(meta)[:, None]
-        y = tl.where(is_channel, y, 0.0)  # so that padding stays zero
+        y = tl.where(is_channel, y, 0.0)  # padding must stay zero
     y = rotate(y, ORDER)
     here = head * HEAD_DIM + channel
     if gain_inverse is not None:
