@@ -92,14 +92,13 @@ def test_turns_are_scheduled_for_as_few_query_tokens_as_do() -> None:
     builder: Any = object.__new__(SawMetadataBuilder)
     builder.device = torch.device("cpu")
     builder._turns = dict.fromkeys((whole, windowed), Turns((4, 16, 64), 8192))
-    builder._impls = [SimpleNamespace(alike=alike, sliding_window=alike[2]) for alike in (whole, windowed)]
 
     def schedule(alike: Any, max_query_len: int) -> Any:
         made.append((alike, max_query_len))
         return SimpleNamespace(update=lambda *lengths: lengths)
 
     builder._schedule = schedule
-    steps = builder._schedule_turns(common, 1)
+    steps = builder._schedule_turns(common, 1, builder._find_turns(common, 1))
     assert made == [(whole, 16)]
     assert list(steps) == [whole]
     table, seq_lens, query_starts = steps[whole]
@@ -107,7 +106,7 @@ def test_turns_are_scheduled_for_as_few_query_tokens_as_do() -> None:
     assert (seq_lens.tolist(), seq_lens.dtype) == ([-1, 9000, -1, 9000], torch.int32)
     assert query_starts.tolist() == [1, 101, 110, 120, 130]
     common.query_start_loc_cpu = torch.tensor([0, 1, 101, 201, 301, 401])
-    assert builder._schedule_turns(common, 1) == {}
+    assert builder._schedule_turns(common, 1, builder._find_turns(common, 1)) == {}
 
 
 @pytest.mark.parametrize("window", [0, 30])

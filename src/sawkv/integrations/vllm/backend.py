@@ -42,7 +42,7 @@ from sawkv.integrations.vllm.metrics import CountedLayer, CounterReader
 from sawkv.integrations.vllm.prefill import FlashPrefill, PrefillSlice, find_turns, slice_prefills, speculated_tokens
 from sawkv.integrations.vllm.prepare import is_installed
 from sawkv.integrations.vllm.windows import VLLM_SIZES_WINDOWS, pack_windows
-from sawkv.kernels import Step, select_backend
+from sawkv.kernels import Step, Turns, select_backend
 from sawkv.prepare.calibration import Calibration, LayerCalibration, model_id
 
 if TYPE_CHECKING:
@@ -107,7 +107,6 @@ class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
             (impl.prefill.capacity for impl in self._impls if impl.prefill is not None), default=0
         )
         self._bound_slack = speculated_tokens(vllm_config)
-        self._windows = {impl.sliding_window for impl in self._impls}
         capture_sizes = vllm_config.compilation_config.cudagraph_capture_sizes or []
         self._max_query_len = vllm_config.scheduler_config.max_num_batched_tokens  # on a CPU
         self._max_num_seqs = max(
@@ -151,14 +150,14 @@ class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
             num_decodes, _, _, _ = split_decodes_and_prefills(common, decode_threshold=max_query_len)
         lengths = common.seq_lens[:num_decodes], common.query_start_loc[: num_decodes + 1]
         block_table = common.block_table_tensor[:num_decodes]
-        has_prefills = num_decodes < common.num_reqs
+        turns = self._find_turns(common, num_decodes) if num_decodes < common.num_reqs else {}
         return SawMetadata(
             steps={
                 alike: self._schedule(alike, max_query_len).update(block_table, *lengths)
                 for alike in (self._turns if num_decodes else ())
             },
-            turns=self._schedule_turns(common, num_decodes) if has_prefills else {},
-            prefills=self._slice_prefills(common, num_decodes) if has_prefills else {},
+            turns=self._schedule_turns(common, num_decodes, turns) if turns else {},
+            prefills=self._slice_prefills(common, num_decodes, turns),
             prompts=whole_prompts(common) if self._measures() else (),
         )
 
@@ -177,18 +176,24 @@ class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
             )
         return found
 
-    def _find_turns(self, common: CommonAttentionMetadata, first: int, window: int) -> list[bool]:
-        """Whether each request from `first` on reads its pages in all layers of this window."""
-        turns = [self._turns[impl.alike] for impl in self._impls if impl.sliding_window == window]
-        return find_turns(common, first, window, turns)
+    def _find_turns(self, common: CommonAttentionMetadata, first: int) -> dict[int, list[bool]]:
+        """By window, whether each request from `first` on reads its pages in all layers that have it."""
+        by_window: dict[int, list[Turns | None]] = {}
+        for (_, _, window), turns in self._turns.items():
+            by_window.setdefault(window, []).append(turns)
+        return {window: find_turns(common, first, window, turns) for window, turns in by_window.items()}
 
-    def _schedule_turns(self, common: CommonAttentionMetadata, first: int) -> dict[LikeLayers, Step]:
-        """Steps of the requests from `first` on that read their pages. `slice_prefills` leaves these out."""
+    def _schedule_turns(
+        self, common: CommonAttentionMetadata, first: int, found: Mapping[int, Sequence[bool]]
+    ) -> dict[LikeLayers, Step]:
+        """Steps of the requests from `first` on that read their pages, `found` by window. `slice_prefills` leaves these
+        out.
+        """
         block_table, starts = common.block_table_tensor[first:], common.query_start_loc[first:]
         query_lens: list[int] = common.query_start_loc_cpu[first:].diff().tolist()
         steps = {}
         for alike, turns in self._turns.items():
-            are_turns = self._find_turns(common, first, alike[2])[first:]
+            are_turns = found[alike[2]][first:]
             if turns is None or not any(are_turns):
                 continue
             longest = max(n for n, is_turn in zip(query_lens, are_turns, strict=True) if is_turn)
@@ -203,15 +208,15 @@ class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
         self._unprepared = [impl for impl in self._unprepared if impl.unprepared]
         return any(impl.measurement is not None for impl in self._unprepared)
 
-    def _slice_prefills(self, common: CommonAttentionMetadata, first: int) -> dict[int, list[PrefillSlice]]:
+    def _slice_prefills(
+        self, common: CommonAttentionMetadata, first: int, turns: Mapping[int, Sequence[bool]]
+    ) -> dict[int, list[PrefillSlice]]:
         """Requests from `first` on, by the window of the layers that attend them."""
         page_size = self.kv_cache_spec.block_size
         capacity, slack = self._workspace_tokens, self._bound_slack
         return {
-            window: slice_prefills(
-                common, first, capacity, window, page_size, slack, self._find_turns(common, first, window)
-            )
-            for window in self._windows
+            window: slice_prefills(common, first, capacity, window, page_size, slack, are_turns)
+            for window, are_turns in turns.items()
         }
 
 
