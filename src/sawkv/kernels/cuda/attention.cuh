@@ -108,6 +108,17 @@ struct Result {
     if (p.lse && lane_index() == 0)
       p.lse[token * p.lse_token_stride + row.head * p.lse_head_stride] = (maximum + ptx::log2(total)) * LN_2;
   }
+
+  // Row r of a chunk: the output of a whole unit, or the partial result of a split one.
+  __device__ void put(const DecodeParams& p, const Chunk& chunk, QueryRow row, int r) {
+    if (chunk.partial < 0) {
+      write(p, chunk.query_start, row);
+    } else {
+      const i64 index = (i64)chunk.partial * CHUNK_ROWS + r;
+      out.store(p.partials + index * D);
+      if (lane_index() == 0) p.partial_stats[index] = {maximum, sum};
+    }
+  }
 };
 
 }  // namespace sawkv

@@ -178,13 +178,7 @@ __device__ void write_results(Shared& s, const DecodeParams& p, const Chunk& chu
       }
       Result merged = Result::none();
       merged.add(outs, stats);
-      if (chunk.partial < 0) {
-        merged.write(p, chunk.query_start, row);
-      } else {
-        const i64 index = (i64)chunk.partial * CHUNK_ROWS + r;
-        merged.out.store(p.partials + index * D);
-        if (lane_index() == 0) p.partial_stats[index] = {merged.maximum, merged.sum};
-      }
+      merged.put(p, chunk, row, r);
     }
     if (DEALS_TILES)
       ptx::sync_threads(1 + pair, CONSUMER_GROUPS * WARP);

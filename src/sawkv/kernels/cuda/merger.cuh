@@ -21,13 +21,7 @@ __device__ void merge_rows(const Shared& s, const DecodeParams& p, int n, int fi
     }
     Result merged = Result::none();
     merged.add(outs, stats);
-    if (chunk.partial < 0) {
-      merged.write(p, chunk.query_start, row);
-    } else {
-      const i64 index = (i64)chunk.partial * CHUNK_ROWS + r;
-      merged.out.store(p.partials + index * D);
-      if (lane_index() == 0) p.partial_stats[index] = {merged.maximum, merged.sum};
-    }
+    merged.put(p, chunk, row, r);
   }
 }
 
