@@ -187,9 +187,8 @@ def _job(name: str, folder: Path, args: argparse.Namespace) -> Job:
     # Not --max-model-len: the model is prepared for its whole context, as it is for users who do not limit it.
     options = ["--max-num-batched-tokens", str(max(2048, args.window)), "--enforce-eager"]
     options += ["--kv-cache-memory-bytes", str(args.kv_cache_memory << 20)]
-    options += (
-        ["--gpu-memory-utilization", "0.05"] if torch.cuda.device_count() else []
-    )  # vLLM asks for so much to be free
+    # vLLM asks for so much to be free.
+    options += ["--gpu-memory-utilization", "0.05"] if torch.cuda.device_count() else []
     ids = torch.cat(list(windows.values())) if windows else None
     return Job(
         name,

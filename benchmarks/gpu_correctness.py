@@ -201,9 +201,8 @@ class Engine:
     def follow(self, texts: Sequence[Output], adapter: Path | None = None) -> list[list[float]]:
         """Log-probabilities of the tokens of each text."""
         followers = follow(texts, lambda prompts, lengths: self._generate(prompts, lengths, adapter))
-        self.results.setdefault(
-            "departures", sum(follower.departures for follower in followers)
-        )  # of the main texts, which are first
+        # Of the main texts, which are first.
+        self.results.setdefault("departures", sum(follower.departures for follower in followers))
         return [follower.logprobs for follower in followers]
 
     def _generate(self, prompts: Sequence[list[int]], lengths: Sequence[int], adapter: Path | None) -> list[Output]:

@@ -141,9 +141,8 @@ class Batch:
         pages = [-(-length // shape.page) for length in shape.lengths]
         num_pages = sum(pages) + 1
         ids = (torch.arange if shape.in_order else torch.randperm)(num_pages, device="cuda", dtype=torch.int32)
-        table = torch.full(
-            (len(pages), max(pages)), 2**30, dtype=torch.int32, device="cuda"
-        )  # a kernel that reads too far faults
+        # A kernel that reads too far faults.
+        table = torch.full((len(pages), max(pages)), 2**30, dtype=torch.int32, device="cuda")
         start = 0
         for i, count in enumerate(pages):
             table[i, :count] = ids[start : start + count]
@@ -499,9 +498,8 @@ def run_append(kernels: list[str], common: dict[str, Any]) -> Iterator[dict[str,
         for kernel in (*peers, *own, *(f"{kernel}+{extra}" for kernel in own for extra in ("feedback", "prepared"))):
             make = peers.get(kernel) or partial(sawkv_append, kernel=kernel)
             try:
-                runs = [
-                    make(tokens) for _ in range(8)
-                ]  # 8 sets of inputs together outgrow the L2 cache at 8,192 tokens
+                # 8 sets of inputs together outgrow the L2 cache at 8,192 tokens.
+                runs = [make(tokens) for _ in range(8)]
                 ms, replayed = median_ms(runs[0]), graph_ms(runs)
             except Exception as error:
                 print(f"append {tokens:5d} tokens  {kernel:24s} {type(error).__name__}: {str(error)[:200]}")

@@ -96,9 +96,8 @@ def _write_model(folder: Path, name: str) -> str:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     vocabulary = {f"w{i}": i for i in range(1, SHAPES[name]["vocab_size"])}
-    unknown = (
-        "w" + "0" * 15
-    )  # vLLM refuses texts of more characters than the longest word would give, which has no space
+    # vLLM refuses texts of more characters than the longest word would give, which has no space.
+    unknown = "w" + "0" * 15
     tokenizer = Tokenizer(models.WordLevel({unknown: 0, **vocabulary}, unk_token=unknown))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     write_config(folder, name)

@@ -187,9 +187,8 @@ def _run_format(args: argparse.Namespace, name: str, model: str, deadline: float
     command = [sys.executable, "-m", "benchmarks.serving", "--engine-of", name, "--loads", *map(str, args.loads)]
     command += ["--no-prepare"] if args.no_prepare else []
     command += [str(part) for option in options.items() for part in option]
-    env = os.environ | {
-        "VLLM_USE_FLASHINFER_SAMPLER": "0"
-    }  # FlashInfer's sampler is compiled at start-up, which takes minutes
+    # FlashInfer's sampler is compiled at start-up, which takes minutes.
+    env = os.environ | {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
     print(f"{name}: starting vLLM, log in {log}", flush=True)
     with (
         log.open("w") as sink,
@@ -198,9 +197,8 @@ def _run_format(args: argparse.Namespace, name: str, model: str, deadline: float
         ) as engine,
     ):
         assert engine.stdout is not None
-        timer = threading.Timer(
-            left + 20, os.killpg, (engine.pid, signal.SIGKILL)
-        )  # of a start-up that does not end; loads end themselves
+        # Of a start-up that does not end; loads end themselves.
+        timer = threading.Timer(left + 20, os.killpg, (engine.pid, signal.SIGKILL))
         timer.start()
         grace, held = 0, 0
         try:

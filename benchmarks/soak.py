@@ -244,9 +244,8 @@ class Soak:
         """The whole of it: references, load with restarts, and then an idle server that must hold no page."""
         task = asyncio.current_task()
         if task is not None:
-            asyncio.get_running_loop().add_signal_handler(
-                signal.SIGTERM, task.cancel
-            )  # the server must not outlive this process
+            # The server must not outlive this process.
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
         try:
             await self._server.start()
             await self.make_references()

@@ -44,9 +44,8 @@ def main() -> None:
     ):
         model.set_attn_implementation(attention)
         model.generate(**inputs, past_key_values=cache, max_new_tokens=1)
-        longer = model.generate(
-            **inputs, past_key_values=cache, max_new_tokens=2
-        )  # the prompt is in the cache: one step
+        # The prompt is in the cache: one step.
+        longer = model.generate(**inputs, past_key_values=cache, max_new_tokens=2)
         started = time.perf_counter()
         out = model.generate(longer, past_key_values=cache, max_new_tokens=62)
         speed = 62 / (time.perf_counter() - started)

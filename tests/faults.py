@@ -58,9 +58,8 @@ def non_finite_rows_stay_in_their_token_and_head(backend: str, device: str) -> N
             clean = attend(batch, q, [6, 4, 2], backend)
             rows = torch.randn(2, 1, 2, 128, device=device)
             rows[which, 0, 1, 77] = poison
-            append(
-                *rows, batch.cache, slot_of(batch, 0, 16), backend=backend
-            )  # queries at 14..19: two see it not, four do
+            # Queries at 14..19: two see it not, four do.
+            append(*rows, batch.cache, slot_of(batch, 0, 16), backend=backend)
             dirty = attend(batch, q, [6, 4, 2], backend)
             assert dirty[2:6, 4:].isnan().all()
             dirty[2:6] = clean[2:6] = 0  # the other head's row is new too

@@ -67,9 +67,8 @@ def check_append(
     fused[7, :, 2, 0] = 1000
     fused[9, ..., ::2] *= -0.0
     k, v = fused.to(device, dtype)[:, 1], fused.to(device, dtype)[:, 3]  # strided views, as engines give them
-    slots = (torch.randperm(5 * page_size + 20)[:64] - 10).to(
-        device
-    )  # some are out of range on either side, and 6 tokens are padding
+    # Some are out of range on either side, and 6 tokens are padding.
+    slots = (torch.randperm(5 * page_size + 20)[:64] - 10).to(device)
     for cache, name in zip(caches, (backend, "reference"), strict=True):
         cache.pages.fill_(0xAB)
         append(k, v, cache, slots, backend=name)

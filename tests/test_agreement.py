@@ -36,9 +36,8 @@ def test_a_follower_comes_back_to_its_text() -> None:
     follower = Follower([1, 2], [5, 6, 7])
     follower.take(output([5, 9, 9], {"5": -0.1, "4": -2.0}, {"9": -0.2, "6": -1.0}, {"9": 0.0}))
     assert (follower.prompt, follower.left, follower.departures) == ([1, 2, 5, 6], 1, 1)
-    follower.take(
-        output([8], {"8": -0.3, "3": -4.0})
-    )  # the text's token is not among the best: as likely as the last of them
+    # The text's token is not among the best: as likely as the last of them.
+    follower.take(output([8], {"8": -0.3, "3": -4.0}))
     assert (follower.logprobs, follower.left, follower.departures) == ([-0.1, -1.0, -4.0], 0, 2)
 
 

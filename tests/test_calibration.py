@@ -150,10 +150,11 @@ def test_layers_make_a_whole_and_a_whole_its_layers() -> None:
     made = make_fed(num_layers=4)
     rebuilt = Calibration.from_layers(FORMAT, "a model", 4, {index: made.layer(index) for index in range(4)})
     assert rebuilt.fingerprint() == made.fingerprint()
+    # Others do not attend.
     parts = {
         2: made.layer(2),
         0: replace(made.layer(0), k_gain=None, v_feedback=None, k_center=None),
-    }  # others do not attend
+    }
     sparse = Calibration.from_layers(FORMAT, "a model", 4, parts)
     assert sparse.num_layers == 4
     for index in range(4):

@@ -140,9 +140,8 @@ def test_a_channel_0_outlier_leaves_the_other_channels_intact(outlier: float) ->
     error = (decoded - x)[:, 1:].norm() / x[:, 1:].norm()
     assert error < 0.13
     # The control: zero points clamped to the codes' range, as elsewhere, lose the row.
-    clamped = IntegerCodec(4).encode(
-        rotate(x, 128).clamp(min=0)
-    )  # a row that starts at 0, as a clamped zero point would have it
+    # A row that starts at 0, as a clamped zero point would have it.
+    clamped = IntegerCodec(4).encode(rotate(x, 128).clamp(min=0))
     lost = rotate(IntegerCodec(4).decode(*clamped), 128)
     assert outlier > 0 or (lost - x)[:, 1:].norm() / x[:, 1:].norm() > 0.13
 

@@ -29,14 +29,12 @@ def main() -> int:
         "--disable-pip-version-check",
     ]
     installed = subprocess.run(freeze, check=True, capture_output=True, text=True).stdout
-    pinned = [
-        line.split("+")[0] for line in installed.splitlines() if "==" in line
-    ]  # local builds such as 2.13.0+cpu by their release
+    # Local builds such as 2.13.0+cpu by their release.
+    pinned = [line.split("+")[0] for line in installed.splitlines() if "==" in line]
     with tempfile.TemporaryDirectory(prefix="sawkv-audit-") as temporary:
         folder = Path(temporary)
-        venv.create(
-            folder / "venv", with_pip=True
-        )  # of its own: the tool's dependencies must not change what is audited
+        # Of its own: the tool's dependencies must not change what is audited.
+        venv.create(folder / "venv", with_pip=True)
         python = str(folder / "venv" / "bin" / "python")
         subprocess.run([python, "-m", "pip", "install", "-qq", "--disable-pip-version-check", "pip-audit"], check=True)
         requirements = folder / "requirements.txt"

@@ -77,9 +77,8 @@ def _norm_divisors(model: Qwen3, ids: torch.Tensor) -> dict[nn.Module, torch.Ten
     found: dict[nn.Module, torch.Tensor] = {}
 
     def note(norm: nn.Module, arguments: tuple[torch.Tensor, ...]) -> None:
-        found[norm] = (
-            arguments[0].float().square().mean(-1).sqrt().mean((0, 1))
-        )  # of [batch, length, num_heads, head_dim]
+        # Of [batch, length, num_heads, head_dim].
+        found[norm] = arguments[0].float().square().mean(-1).sqrt().mean((0, 1))
 
     norms = [norm for attention in _attentions(model) for norm in (attention.q_norm, attention.k_norm)]
     handles = [norm.register_forward_pre_hook(note) for norm in norms]

@@ -69,9 +69,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     args, others = parser.parse_known_args(argv)
     if others and "engine_options" not in args:
         parser.error(f"unknown arguments: {' '.join(others)}")
-    if others and argv.index(others[0]) < argv.index(
-        args.model
-    ):  # only vLLM knows whether an option takes the next word
+    # Only vLLM knows whether an option takes the next word.
+    if others and argv.index(others[0]) < argv.index(args.model):
         parser.error(f"{argv[0]}: expected MODEL before vLLM's options, got {others[0]} before it")
     args.engine_options = others
     args.typed = shlex.join(["sawkv", *argv])  # for the records that commands write

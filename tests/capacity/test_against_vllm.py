@@ -26,9 +26,8 @@ BLOCK_SIZES = {"bf16": 32, "int4": 64}  # vLLM's CPU build has no blocks of 16
 DTYPES = {"bf16": "auto", "int4": "int4_per_token_head"}
 WITHOUT_PREFIXES = "Mamba 2, no prefix caching"
 
-GEMMA_3 = CONFIGS["gemma-3-27b"]["text_config"] | {
-    "architectures": ["Gemma3ForCausalLM"]
-}  # its nested config needs torchvision in vLLM
+# Its nested config needs torchvision in vLLM.
+GEMMA_3 = CONFIGS["gemma-3-27b"]["text_config"] | {"architectures": ["Gemma3ForCausalLM"]}
 KINDS: dict[str, dict[str, Any]] = {
     "dense": CONFIGS["qwen3-8b"],
     "windows": CONFIGS["mistral-7b"],

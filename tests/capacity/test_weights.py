@@ -47,9 +47,8 @@ def test_bytes_of_files_are_counted_as_vllm_holds_them(tmp_path: Path) -> None:
         tmp_path / "model.safetensors",
         {"a": ("F32", [3, 5]), "b": ("BF16", [7]), "c": ("F8_E4M3", [11]), "d": ("I32", [2]), "e": ("U8", [13])},
     )
-    write_safetensors(
-        tmp_path / "consolidated.safetensors", {"a": ("BF16", [1000])}
-    )  # the same weights again, for another loader
+    # The same weights again, for another loader.
+    write_safetensors(tmp_path / "consolidated.safetensors", {"a": ("BF16", [1000])})
     assert weights(tmp_path) == Weights(2 * 15 + 2 * 7 + 11 + 4 * 2 + 13, "measured in their files")
 
 

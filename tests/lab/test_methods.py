@@ -47,9 +47,8 @@ def make_sample(num_tokens: int = 400, num_kv_heads: int = 2, head_dim: int = 12
     hessian = mix @ torch.diag_embed(torch.rand(num_kv_heads, head_dim) ** 4) @ mix.mT
     statistics = LayerStatistics(num_kv_heads, head_dim, "cpu")
     root = torch.linalg.cholesky(hessian + 1e-4 * torch.eye(head_dim))
-    statistics.set_output_weight(
-        root.mT.permute(1, 0, 2).flatten(1)
-    )  # [head_dim, heads * head_dim], whose columns' Gram matrix it is
+    # [head_dim, heads * head_dim], whose columns' Gram matrix it is
+    statistics.set_output_weight(root.mT.permute(1, 0, 2).flatten(1))
     queries = torch.einsum("thd,hcd->thc", torch.randn(num_tokens, num_kv_heads, head_dim), root)
     statistics.add(queries, rows[0], rows[1])
     return LayerSample(Sample(rows[0], hessian), Sample(rows[1], hessian), statistics)

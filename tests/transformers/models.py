@@ -74,9 +74,8 @@ def make_model(kind: str, attention: str = "sawkv", seed: int = 0, **changes: An
                 weight.normal_(std=weight.shape[-1] ** -0.5)
             elif "sinks" in name:
                 weight.normal_()
-    model.generation_config.eos_token_id = (
-        10**6
-    )  # random models never mean to stop; without any, Transformers 5.5 cannot draft
+    # Random models never mean to stop; without any, Transformers 5.5 cannot draft.
+    model.generation_config.eos_token_id = 10**6
     model.generation_config.pad_token_id = 0
     return model
 

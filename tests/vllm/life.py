@@ -57,9 +57,8 @@ def main() -> None:
         nonlocal appended_tokens
         sampling = SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
         outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False)
-        for output, prompt in zip(
-            outputs, prompts, strict=True
-        ):  # vLLM 0.27's counter of hits loses some after a reset
+        # vLLM 0.27's counter of hits loses some after a reset.
+        for output, prompt in zip(outputs, prompts, strict=True):
             cached_tokens.append(output.num_cached_tokens)
             appended_tokens += len(prompt) - cached_tokens[-1] + max_tokens - 1  # the last token is not appended
         return [list(output.outputs[0].token_ids) for output in outputs]
@@ -109,9 +108,8 @@ def main() -> None:
     def poisoned(self: ops.Pages, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
         nonlocal appended
         appended += 1
-        if (
-            appended == 10 * len(impls) + 1
-        ):  # the first layer in a step in which all three decode; the first row is the first request's
+        # The first layer in a step in which all three decode; the first row is the first request's.
+        if appended == 10 * len(impls) + 1:
             k = k.clone()
             k[0, 0, 0] = float("nan")
         append(self, k, v, slot_mapping)
@@ -151,9 +149,8 @@ def _has_invariant_products(model: Any) -> bool:
     for layer in layers:
         x = torch.randn(CHUNK, layer.input_size, dtype=torch.bfloat16)
         whole = layer.quant_method.apply(layer, x)
-        if not all(
-            torch.equal(layer.quant_method.apply(layer, x[:n]), whole[:n]) for n in (8, 40)
-        ):  # the pieces of the two runs
+        # The pieces of the two runs.
+        if not all(torch.equal(layer.quant_method.apply(layer, x[:n]), whole[:n]) for n in (8, 40)):
             return False
     return True
 

@@ -10,10 +10,11 @@ import torch
 
 from sawkv.errors import SawkvError
 
+# Of torch.jit, as vLLM is imported.
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-]  # of torch.jit, as vLLM is imported
+]
 
 INT4, INT8 = "int4_per_token_head", "int8_per_token_head"
 

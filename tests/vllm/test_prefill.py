@@ -13,10 +13,11 @@ from sawkv import CacheFormat, PagedKVCache, PageLayout, Pages, append, gather, 
 from sawkv.errors import UnsupportedError
 from sawkv.kernels import Turns
 
+# Of torch.jit, as vLLM is imported.
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
-]  # of torch.jit, as vLLM is imported
+]
 
 LAYOUT = PageLayout(CacheFormat("int4"), 2, 64, 16)
 CONTEXTS, QUERIES = (5, 40, 200, 333, 64, 500), (1, 40, 17, 300, 64, 9)

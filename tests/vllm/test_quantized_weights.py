@@ -33,9 +33,8 @@ def test_int4_pages_under_a_checkpoint_made_for_fp8_pages(tmp_path: Path) -> Non
     quantize_checkpoint(asking, kv_cache_scheme=scheme)
     tensors = load_file(asking / "model.safetensors")
     attention = [name.removesuffix("q_proj.weight") for name in tensors if name.endswith("q_proj.weight")]
-    scales = {
-        f"{prefix}{x}_scale": torch.tensor([0.5]) for prefix in attention for x in "kv"
-    }  # FP8's, and far from right
+    # FP8's, and far from right.
+    scales = {f"{prefix}{x}_scale": torch.tensor([0.5]) for prefix in attention for x in "kv"}
     save_file(tensors | scales, asking / "model.safetensors")
 
     unsaid = [run_engine(model=str(folder)).get("kv_tokens") for folder in (asking, plain)]

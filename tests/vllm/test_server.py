@@ -66,9 +66,8 @@ def test_metrics_are_exact_without_a_later_request(server: Client) -> None:
     before = published(server)
     options = {"model": MODEL, "max_tokens": 20, "ignore_eos": True}
     usages = [server.post("/v1/completions", options | {"prompt": prompt})["usage"] for prompt in ("a b", "c")]
-    tokens = sum(
-        usage["prompt_tokens"] + usage["completion_tokens"] - 1 for usage in usages
-    )  # the last is not appended
+    # The last is not appended.
+    tokens = sum(usage["prompt_tokens"] + usage["completion_tokens"] - 1 for usage in usages)
     end = time.monotonic() + 20
     while (now := published(server)).get("sawkv_tokens_total", 0) - before.get("sawkv_tokens_total", 0) < tokens:
         assert time.monotonic() < end, (now, tokens)

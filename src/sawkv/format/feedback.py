@@ -179,7 +179,6 @@ def channel_blocks(head_dim: int) -> torch.Tensor:
     Of every 32 channels, the first of each eight are one block, the second of each eight are the next block, and so on.
     So a GPU lane that holds eight neighbouring channels has one channel of every block.
     """
-    channel = torch.arange(
-        head_dim, device="cpu"
-    )  # whatever the default device is: vLLM's is the GPU while it makes layers
+    # Whatever the default device is: vLLM's is the GPU while it makes layers.
+    channel = torch.arange(head_dim, device="cpu")
     return channel // 32 * 8 + channel % 8

@@ -88,9 +88,8 @@ class Attention:
                 first = max(0, last + 1 - layer.sliding_window) if layer.sliding_window else 0
                 visible = slice(first, max(last + 1, first))
                 scores = torch.einsum("hgd,khd->hgk", rotated_q[token], keys[visible]) * layer.softmax_scale
-                if (
-                    of_k.center is not None
-                ):  # centering removed q.k_center from all scores; a cap, a sink and the log-sum-exp need it
+                # Centering removed q.k_center from all scores; a cap, a sink and the log-sum-exp need it.
+                if of_k.center is not None:
                     scores = scores + torch.einsum("hgd,hd->hg", q[token], of_k.center)[..., None] * layer.softmax_scale
                 if layer.logit_softcap:
                     scores = layer.logit_softcap * torch.tanh(scores / layer.logit_softcap)

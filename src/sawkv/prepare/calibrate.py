@@ -112,9 +112,8 @@ def calibrate(model: EvalModel, cache_format: CacheFormat, windows: torch.Tensor
                 f"got {layer.num_kv_heads} of {layer.head_dim} in layer {index}"
             )
     config = model.model.config.get_text_config()
-    indices = [
-        getattr(module, "layer_idx", position) for position, module in enumerate(model.layers)
-    ]  # in a hybrid model some layers have no attention
+    # In a hybrid model some layers have no attention.
+    indices = [getattr(module, "layer_idx", position) for position, module in enumerate(model.layers)]
     return Calibration.from_layers(
         resolved, model_id(config), config.num_hidden_layers, dict(zip(indices, fit(statistics, resolved), strict=True))
     )

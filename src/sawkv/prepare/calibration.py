@@ -206,9 +206,8 @@ class Calibration:
         if not bool(((step >= 0) & (step <= MAX_STEP)).all()):  # NaN fails too
             raise CalibrationError(f"{name}_step: expected values from 0 to {MAX_STEP:g}, got NaN or others")
         never = ~takes_from(self.head_dim)
-        if any(
-            bool(layer[:, never].any()) for layer in weights
-        ):  # layer by layer, so that no copy of all weights is made
+        # Layer by layer, so that no copy of all weights is made.
+        if any(bool(layer[:, never].any()) for layer in weights):
             raise CalibrationError(
                 f"{name}: expected weights of 0 for channels whose block is not coded before, got others"
             )

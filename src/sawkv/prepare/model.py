@@ -132,9 +132,8 @@ class EvalModel:
         options: dict[str, Any] = {"use_cache": False}
         if positions is not None:
             options["position_ids"] = positions.to(self.device)[None]
-            options["attention_mask"] = torch.ones_like(
-                ids
-            )  # without it Transformers takes a gap in positions for a new sequence
+            # Without it Transformers takes a gap in positions for a new sequence.
+            options["attention_mask"] = torch.ones_like(ids)
         if self._head is None:
             whole: torch.Tensor = self.model(ids, **options).logits
             return whole

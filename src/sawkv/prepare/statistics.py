@@ -164,8 +164,7 @@ class LayerStatistics:
         )
         weighed = out @ metric
         length = ((v @ metric) * v).sum(-1)
-        distance = (length + (weighed * out).sum(-1, keepdim=True) - 2 * weighed @ v.mT).clamp_min(
-            0
-        )  # |v - o|^2 in the layer's output
+        # |v - o|^2 in the layer's output.
+        distance = (length + (weighed * out).sum(-1, keepdim=True) - 2 * weighed @ v.mT).clamp_min(0)
         squares = seen.square()
         return (squares * distance).sum((0, 1)), squares.sum((0, 1))

@@ -185,9 +185,8 @@ def attend_tensors(
             scores = scores.masked_fill(~part, -torch.inf) if part.dtype == torch.bool else scores + part
         if sinks is not None:
             scores = torch.cat([scores, sinks.float().view(1, -1, group, 1, 1).expand(*scores.shape[:-1], 1)], -1)
-        weights = (
-            torch.softmax(scores, -1).nan_to_num(0.0)[..., :num_keys].to(query.dtype)
-        )  # a row of padding sees nothing
+        # A row of padding sees nothing.
+        weights = torch.softmax(scores, -1).nan_to_num(0.0)[..., :num_keys].to(query.dtype)
         weights = torch.nn.functional.dropout(weights, dropout, module.training)
         parts.append(torch.einsum("bhgqk,bhkd->bqhgd", weights, value))
     return torch.cat(parts, 1).flatten(2, 3)

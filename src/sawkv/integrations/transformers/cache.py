@@ -242,9 +242,8 @@ class SawCache(Cache):
         if beam_idx.ndim != 1 or beam_idx.is_floating_point():
             raise LayoutError(f"SawCache: expected a vector of indices, got {beam_idx.dtype} {list(beam_idx.shape)}")
         beam_idx = beam_idx.long()
-        outside = beam_idx.device.type == "cpu" and bool(
-            ((beam_idx < -size) | (beam_idx >= size)).any()
-        )  # a GPU stops by itself
+        # A GPU stops by itself.
+        outside = beam_idx.device.type == "cpu" and bool(((beam_idx < -size) | (beam_idx >= size)).any())
         if not beam_idx.numel() or outside:
             raise LayoutError(f"SawCache: expected sequences from 0 to {size - 1}, got {beam_idx.tolist()}")
         beam_idx = torch.where(beam_idx < 0, beam_idx + size, beam_idx)

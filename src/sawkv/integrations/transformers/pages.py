@@ -78,9 +78,8 @@ class Paging:
         """Make the tensors whose size is the number of sequences."""
         self.pads, self.batch_size = pads, pads.shape[0]
         self._sequence = torch.arange(self.batch_size, device=self.device)
-        self._one_slot = torch.empty(
-            self.batch_size, dtype=torch.int64, device=self.device
-        )  # CUDA graphs need a fixed address
+        # CUDA graphs need a fixed address.
+        self._one_slot = torch.empty(self.batch_size, dtype=torch.int64, device=self.device)
         self.slots = self._one_slot
         self._starts: dict[int, torch.Tensor] = {}
         self._schedules: dict[tuple[int, int], ops.Schedule] = {}

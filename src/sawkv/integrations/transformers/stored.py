@@ -199,9 +199,8 @@ def state_of(model: nn.Module) -> str:
     known = [(id(x), x.data_ptr() if x.device.type != "meta" else 0, tuple(x.shape), str(x.dtype)) for x in tensors]
     samples: dict[torch.device, list[torch.Tensor]] = {}
     for x in tensors:
-        with contextlib.suppress(
-            RuntimeError, NotImplementedError, TypeError
-        ):  # packed weights that are no plain tensors
+        # Packed weights that are no plain tensors.
+        with contextlib.suppress(RuntimeError, NotImplementedError, TypeError):
             if x.device.type != "meta" and x.numel():
                 step = max(1, x.numel() // SAMPLED) if x.numel() > SMALL else 1
                 taken = x.detach().reshape(-1)[::step].contiguous().view(torch.uint8)

@@ -109,9 +109,8 @@ class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
         self._bound_slack = speculated_tokens(vllm_config)
         capture_sizes = vllm_config.compilation_config.cudagraph_capture_sizes or []
         self._max_query_len = vllm_config.scheduler_config.max_num_batched_tokens  # on a CPU
-        self._max_num_seqs = max(
-            [vllm_config.scheduler_config.max_num_seqs, *capture_sizes]
-        )  # a graph's batch is padded
+        # A graph's batch is padded.
+        self._max_num_seqs = max([vllm_config.scheduler_config.max_num_seqs, *capture_sizes])
 
     def _make_reader(self, layers: Mapping[str, Any], rank: int) -> CounterReader | None:
         """Who reads what this group's layers count; None where the kernels count nothing."""
@@ -273,9 +272,8 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
             )
         self.unprepared = config.prepares
         self.measurement: LayerMeasurement | None = None
-        if not any(
-            self._is_like(getattr(layer, "impl", None)) for layer in self._layers.values()
-        ):  # the first of its kind
+        # The first of its kind.
+        if not any(self._is_like(getattr(layer, "impl", None)) for layer in self._layers.values()):
             device = torch.device(vllm_config.device_config.device_type)
             fingerprint = "" if config.calibration is None else config.calibration.fingerprint()
             announce.say_format(self._format, head_size, self.num_kv_heads, device, fingerprint)

@@ -43,9 +43,8 @@ def lacks_chat_template(checkpoint: Checkpoint | None, options: Options) -> bool
     tokenizer = folder / "tokenizer_config.json"
     if not tokenizer.is_file() or any((folder / name).exists() for name in (*_OTHER_TOKENIZERS, *_TEMPLATES)):
         return False
-    if "auto_map" in config or any(
-        key.endswith("_config") and key != "quantization_config" for key in config
-    ):  # vLLM has some for these
+    # vLLM has some for these.
+    if "auto_map" in config or any(key.endswith("_config") and key != "quantization_config" for key in config):
         return False
     return not parse_config(tokenizer).get("chat_template")
 

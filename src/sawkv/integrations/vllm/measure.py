@@ -130,9 +130,8 @@ def attend_exactly(
     """
     num_tokens, num_q_heads, head_dim = q.shape
     num_kv_heads = k.shape[1]
-    queries = (
-        q.float().view(num_tokens, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
-    )  # [kv heads, queries a head, tokens, head_dim]
+    # [kv heads, queries a head, tokens, head_dim]
+    queries = q.float().view(num_tokens, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
     keys, values = (x.float().transpose(0, 1)[:, None] for x in (k, v))
     out = torch.empty(num_tokens, num_q_heads, head_dim, dtype=torch.float32, device=q.device)
     places = torch.arange(num_tokens, device=q.device)

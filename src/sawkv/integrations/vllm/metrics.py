@@ -87,9 +87,8 @@ class CounterReader:
         publishes when the copy has ended.
         """
         self._stepped = time.monotonic()
-        if (self._is_copying or self._stepped >= self._due) and self._lock.acquire(
-            blocking=False
-        ):  # the thread may read just now
+        # The thread may read just now.
+        if (self._is_copying or self._stepped >= self._due) and self._lock.acquire(blocking=False):
             try:
                 self._poll()
             finally:

@@ -179,12 +179,10 @@ class Schedule(kernels.Schedule):
         self.num_blocks = torch.cuda.get_device_properties(device).multi_processor_count
         self.kernel = runtime.load("schedule.cu", "sawkv_schedule", {"HEAD_DIM": layout.head_dim}, device)
         self.tile_tokens = self.kernel.read_constant("sawkv_tile_tokens")
-        max_split_chunks = (
-            self.num_blocks * self.queries.max_chunks_per_block * 3 // 2
-        )  # rounding adds a third at most, since only units of two or more pieces count
-        max_chunks = (
-            max_split_chunks + shape.max_num_seqs * self.units_per_seq + self.num_blocks
-        )  # and one claim per block beyond the last chunk
+        # Rounding adds a third at most, since only units of two or more pieces count.
+        max_split_chunks = self.num_blocks * self.queries.max_chunks_per_block * 3 // 2
+        # And one claim per block beyond the last chunk.
+        max_chunks = max_split_chunks + shape.max_num_seqs * self.units_per_seq + self.num_blocks
 
         def words(*sizes: int) -> torch.Tensor:
             return torch.zeros(sizes, dtype=torch.int32, device=device)
@@ -337,9 +335,8 @@ def _pointer(x: torch.Tensor | None) -> int | None:
 
 
 def _stream(device: torch.device) -> int:
-    return torch._C._cuda_getCurrentRawStream(
-        device.index
-    )  # the function that torch.cuda.current_stream wraps; five times faster
+    # The function that torch.cuda.current_stream wraps; five times faster.
+    return torch._C._cuda_getCurrentRawStream(device.index)
 
 
 def _divide_up(a: int, b: int) -> int:

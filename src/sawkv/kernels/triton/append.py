@@ -228,9 +228,8 @@ def _with_feedback(t, weights, step, HEAD_DIM: tl.constexpr, MAX_CODE: tl.conste
             )
             errors += error
             if block < 7:
-                sums_here = tl.dot(
-                    error.to(tl.int8), passed_here, sums_here, out_dtype=tl.int32
-                )  # Triton 3.6 does not infer it
+                # Triton 3.6 does not infer it.
+                sums_here = tl.dot(error.to(tl.int8), passed_here, sums_here, out_dtype=tl.int32)
         sums = tl.dot(errors.to(tl.int8), passed, sums, out_dtype=tl.int32)
     return tl.fma(sums.to(tl.float32), tl.broadcast_to(step, t.shape), t)
 
@@ -250,9 +249,8 @@ def _quantizer(y, is_channel, INTERVALS: tl.constexpr, FIRST: tl.constexpr):
     wanted = tl.maximum(tl.maximum(by_range, by_offset), MIN_SCALE)
     bound = tl.minimum(wanted, MAX_SCALE)
     nearest = bound.to(tl.float16)
-    scale_bits = nearest.to(tl.int16, bitcast=True).to(tl.int32) + tl.where(
-        nearest.to(tl.float32) < bound, 1, 0
-    )  # the next fp16 up
+    # The next fp16 up.
+    scale_bits = nearest.to(tl.int16, bitcast=True).to(tl.int32) + tl.where(nearest.to(tl.float32) < bound, 1, 0)
     scale = scale_bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
     inverse = tl.math.div_rn(tl.full(scale.shape, 1.0, tl.float32), scale)
     zero_point = tl.minimum(tl.maximum(FIRST - low * inverse, -MAX_ZERO_POINT), MAX_ZERO_POINT).to(tl.float16)

@@ -42,9 +42,8 @@ class HessianAware:
         codec = IntegerCodec(self.bits_per_code)
 
         def read(rows: torch.Tensor) -> torch.Tensor:
-            scale, zero_point = (
-                codec.encode(rows)[1].float().permute(2, 1, 0)[:, :, None]
-            )  # each [num_kv_heads, 1, num_tokens]
+            # Each [num_kv_heads, 1, num_tokens].
+            scale, zero_point = codec.encode(rows)[1].float().permute(2, 1, 0)[:, :, None]
             left = rows.permute(1, 2, 0).clone()  # [num_kv_heads, head_dim, num_tokens]
             coded = torch.empty_like(left)
             for i in range(left.shape[1]):

@@ -35,9 +35,8 @@ class LowRank:
         mean = sample.rows.mean(0)
         centered = sample.rows - mean
         covariance = torch.einsum("thc,thd->hcd", centered.double(), centered.double())
-        basis = (
-            torch.linalg.eigh(covariance).eigenvectors[..., -self._rank(sample.head_dim) :].float()
-        )  # [num_kv_heads, head_dim, rank]
+        # [num_kv_heads, head_dim, rank]
+        basis = torch.linalg.eigh(covariance).eigenvectors[..., -self._rank(sample.head_dim) :].float()
 
         def project(rows: torch.Tensor) -> torch.Tensor:
             return torch.einsum("thd,hdr->thr", rows - mean, basis)
