@@ -236,26 +236,38 @@ def relative_error(shape: Shape, batch: Batch, cache: PagedKVCache, got: torch.T
 
 def gather_and_attend(shape: Shape, batch: Batch, cache: PagedKVCache) -> Callable[[], torch.Tensor]:
     """What serves long prompts: pages are gathered into 16 bits, and FlashAttention-3 attends to these."""
-    from vllm.vllm_flash_attn import flash_attn_varlen_func
-
     lengths = torch.tensor([0, *shape.lengths], device="cuda")
     starts, out = lengths.cumsum(0).int(), torch.full_like(batch.q, torch.nan)
     k, v = torch.empty(2, sum(shape.lengths), shape.kv_heads, shape.head_dim, device="cuda", dtype=torch.bfloat16)
 
+    attend = fa3(shape, batch, batch.q, k, v, out, cu_seqlens_k=starts)
+
     def run() -> torch.Tensor:
         gather(cache, batch.block_table, batch.seq_lens, starts, k, v, rotated=False, backend="cuda")
+        return attend()
+
+    return run
+
+
+def fa3(
+    shape: Shape, batch: Batch, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, **where: Any
+) -> Callable[[], torch.Tensor]:
+    """FlashAttention-3 of a batch's queries. `where` says where the keys of each sequence are."""
+    from vllm.vllm_flash_attn import flash_attn_varlen_func
+
+    def run() -> torch.Tensor:
         flash_attn_varlen_func(
-            batch.q,
+            q,
             k,
             v,
             max_seqlen_q=shape.query_len,
             cu_seqlens_q=batch.query_start_loc,
             max_seqlen_k=max(shape.lengths),
-            cu_seqlens_k=starts,
             softmax_scale=shape.head_dim**-0.5,
             causal=True,
             out=out,
             fa_version=3,
+            **where,
         )
         return out
 
@@ -266,8 +278,6 @@ def peer_decode(name: str, shape: Shape, batch: Batch) -> Callable[[], torch.Ten
     """The same attention by vLLM's kernels over their own caches, filled at random."""
     if name == "vllm_int4_per_token_head":
         return vllm_int4(shape, batch)
-    from vllm.vllm_flash_attn import flash_attn_varlen_func
-
     q = batch.q
     k, v = torch.randn(
         2, batch.num_pages, shape.page, shape.kv_heads, shape.head_dim, device="cuda", dtype=torch.bfloat16
@@ -278,26 +288,7 @@ def peer_decode(name: str, shape: Shape, batch: Batch) -> Callable[[], torch.Ten
         one = torch.ones(len(shape.lengths), shape.kv_heads, device="cuda")
         scales = {"q_descale": one, "k_descale": one, "v_descale": one}
     out, table = torch.empty_like(batch.q), batch.block_table.clamp(max=batch.num_pages - 1)
-
-    def run() -> torch.Tensor:
-        flash_attn_varlen_func(
-            q,
-            k,
-            v,
-            max_seqlen_q=shape.query_len,
-            cu_seqlens_q=batch.query_start_loc,
-            max_seqlen_k=max(shape.lengths),
-            seqused_k=batch.seq_lens,
-            block_table=table,
-            softmax_scale=shape.head_dim**-0.5,
-            causal=True,
-            out=out,
-            fa_version=3,
-            **scales,
-        )
-        return out
-
-    return run
+    return fa3(shape, batch, q, k, v, out, seqused_k=batch.seq_lens, block_table=table, **scales)
 
 
 def vllm_int4(shape: Shape, batch: Batch) -> Callable[[], torch.Tensor]:

@@ -10,6 +10,7 @@ import io
 import itertools
 import math
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -47,6 +48,8 @@ for line in sys.stdin:
     pathlib.Path(value["--result-dir"], value["--result-filename"]).write_text(json.dumps(found))
     pathlib.Path(done).touch()
 """
+SMALL = ["bench", MODEL, "--input", "96", "--requests", "4"]
+TWO_CACHES = ["--formats", "16-bit,int4", "--prefix", "0"]
 SETTING = Setting(MODEL, 96, 32, 64, 4)
 
 
@@ -99,21 +102,7 @@ def test_caches_are_measured_one_after_the_other(
     started: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "new" / "bench.json"
-    command = [
-        "bench",
-        MODEL,
-        "--input",
-        "96",
-        "--output",
-        "32",
-        "--prefix",
-        "64",
-        "--requests",
-        "4",
-        "--out",
-        str(out),
-    ]
-    assert cli.main(command) == 1, "fp8 was not served"
+    assert cli.main([*SMALL, "--output", "32", "--prefix", "64", "--out", str(out)]) == 1, "fp8 was not served"
     assert started == ["16-bit", "fp8", "int4"]
     bench = Bench.from_json(out.read_text())
     assert [load.name for load in bench.loads] == [
@@ -180,21 +169,7 @@ def test_a_stopped_run_goes_on(
     started: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "bench.json"
-    command = [
-        "bench",
-        MODEL,
-        "--formats",
-        "16-bit,int4",
-        "--rates",
-        "1,2",
-        "--input",
-        "96",
-        "--requests",
-        "4",
-        "--prefix",
-        "0",
-    ]
-    command += ["--out", str(out)]
+    command = [*SMALL, *TWO_CACHES, "--rates", "1,2", "--out", str(out)]
     real, asked = Generator.generate, []
 
     def generate(self: Generator, words: Sequence[str], port: int, patience: float) -> dict[str, Any]:
@@ -220,20 +195,7 @@ def test_a_stopped_run_goes_on(
 
 def test_what_was_measured_before_a_failure_is_kept(started: list[str], tmp_path: Path) -> None:
     out = tmp_path / "b.json"
-    command = [
-        "bench",
-        MODEL,
-        "--formats",
-        "16-bit,int4",
-        "--rates",
-        "2,7",
-        "--requests",
-        "4",
-        "--prefix",
-        "0",
-        "--out",
-        str(out),
-    ]
+    command = [*SMALL, *TWO_CACHES, "--rates", "2,7", "--out", str(out)]
     assert cli.main(command) == 1
     for served in Bench.from_json(out.read_text()).served:
         assert [result.load.rate for result in served.results] == [math.inf, 2]
@@ -280,21 +242,30 @@ def test_a_generator_that_fails_is_started_again() -> None:
         os.kill(pid, 0)
 
 
-def test_the_children_of_a_child_end_too(tmp_path: Path) -> None:
-    """As vLLM's engine does where its server was killed."""
+@pytest.mark.parametrize("impatient", [False, True])
+def test_the_children_of_a_child_end_too(impatient: bool, tmp_path: Path) -> None:
+    """As vLLM's engine does where its server was killed; and where Ctrl-C is typed again while the server ends."""
     script = f"""
-import subprocess, sys, time
+import signal, subprocess, sys, time
 deaf = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+if {impatient}: exec(deaf.partition("time.")[0])
 child = subprocess.Popen([sys.executable, "-c", deaf])
 open({str(tmp_path / "pid")!r}, "w").write(str(child.pid))
 time.sleep(60)
 """
-    with running([sys.executable, "-c", script], 5, start_new_session=True, stdout=subprocess.DEVNULL):
+    command = [sys.executable, "-c", script]
+    with (
+        pytest.raises(KeyboardInterrupt) if impatient else contextlib.nullcontext(),
+        running(command, 5, start_new_session=True, stdout=subprocess.DEVNULL) as server,
+    ):
         deadline = time.monotonic() + 20
         while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text()) and time.monotonic() < deadline:
             time.sleep(0.05)
         pid = int((tmp_path / "pid").read_text())
         os.kill(pid, 0)
+        if impatient:
+            real = server.wait
+            server.wait = lambda patience=None: real() if patience is None else signal.raise_signal(signal.SIGINT)
     state = Path(f"/proc/{pid}/stat")
     deadline = time.monotonic() + 10
     while state.exists() and state.read_text().split()[2] not in "ZX" and time.monotonic() < deadline:

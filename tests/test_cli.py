@@ -282,7 +282,7 @@ import sawkv.prepare.calibrate
 sawkv.prepare.calibrate.EvalModel.load = load
 raise SystemExit(cli.main())
 """
-    command = [sys.executable, "-c", script, "prepare", "m", "--out", str(tmp_path / "c")]
+    command = [sys.executable, "-c", script, "prepare", str(MODEL), "--out", str(tmp_path / "c")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "up\n"

@@ -27,7 +27,7 @@ def outcome(name: str, kv_tokens: int, loss: float, tokens: list[int], notice: s
 
 def test_the_report_fits_a_terminal_and_explains_the_texts() -> None:
     wide, narrow = outcome("16 bits", 5760, 2.0, [3, 4, 5, 6]), outcome("INT4", 20480, 2.02, [3, 4, 9], NOTICE)
-    lines = demo.report(wide, narrow, [1, 4, 0], 128 << 20, "DIRECTORY")
+    lines = demo.report(wide, narrow, [1, 4, 0], 128 << 20, "DIRECTORY", on_gpu=False)
     text = "\n".join(lines)
     assert max(map(len, lines)) <= 80
     assert "\x1b" not in text
@@ -38,7 +38,13 @@ def test_the_report_fits_a_terminal_and_explains_the_texts() -> None:
     assert "INT4 parts from 16 bits after this many tokens: 2, 2, 2." in flat
     assert "parts from vLLM's 16 bits after 1, not at all, 0." in flat
     assert lines[-1] == "Next: sawkv serve DIRECTORY"
-    assert "Transformers" not in " ".join(demo.report(wide, narrow, None, 128 << 20, "DIRECTORY"))
+    assert "perplexity +2.0%. On a CPU, 4 bits save memory and no time" in flat
+    on_gpu = " ".join(demo.report(wide, narrow, None, 128 << 20, "DIRECTORY", on_gpu=True))
+    assert "Transformers" not in on_gpu
+    assert "On a CPU" not in on_gpu
+    shown = demo._beside("INT4", "    return reversed(text)\n" + "many words " * 20)
+    assert shown[0] == "   INT4 |     return reversed(text)"
+    assert all(line.startswith("        | ") and line[10] != " " for line in shown[1:]), "only code is indented"
     assert demo.bytes_per_token(NOTICE) == (72, 256)
 
 

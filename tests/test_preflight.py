@@ -105,6 +105,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         ),
         (["--gpu-memory-utilization", "2"], "--gpu-memory-utilization: expected a share above 0 and up to 1, got 2"),
         (["--gpu-memory-utilization=nan"], "--gpu-memory-utilization: expected a share above 0 and up to 1, got nan"),
+        (["--gpu-memory-utilization", "90%"], "expected a share above 0 and up to 1, got 90%"),
         (["--port", "99999"], "--port: expected a number from 0 to 65535, got '99999'"),
         (["--port", "http"], "got 'http'"),
         (["--speculative-config", "{"], "--speculative-config: expected a JSON object, got '{'"),

@@ -12,7 +12,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
-from sawkv import CacheFormat, FormatError, PagedKVCache, PageLayout, append, cli, gather
+from sawkv import CacheFormat, PagedKVCache, PageLayout, append, cli, gather
 from sawkv.integrations.transformers import SawCache
 from sawkv.prepare import calibrate
 from sawkv.prepare.calibration import Calibration, LayerCalibration
@@ -140,9 +140,21 @@ def test_windows_are_spread_over_the_context() -> None:
     assert relative_error(far.v_center[0], near.v_center[0]) < 0.03
 
 
-def test_formats_with_nothing_to_fit_are_refused() -> None:
-    with pytest.raises(FormatError, match="expected a quantized format"):
-        calibrate.calibrate(EvalModel(make_model()), CacheFormat("bf16"), windows(1), 64)
+@pytest.mark.parametrize("command", ["prepare", "eval", "analyze"])
+def test_arguments_are_refused_before_the_model_is_loaded(
+    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Which takes minutes for a large one."""
+    monkeypatch.setattr(EvalModel, "load", lambda *_: pytest.fail("loaded"))
+    shipped = str(next((Path(__file__).parents[1] / "models").glob("sawkv-*")))
+    (tmp_path / "latin.txt").write_bytes(b"\xe9\xe8")
+    wrong = [["--text", "none.txt"], ["--text", str(tmp_path / "latin.txt")], ["--out", str(tmp_path)]]
+    wrong += [["--format", "bf16", "--out", str(tmp_path / "c")]] if command == "prepare" else [["--formats", "int5"]]
+    for options in wrong:
+        assert cli.main([command, shipped, *options]) == 2
+        shown = capsys.readouterr().err
+        assert "expected" in shown
+        assert shown.count("\n") == 1
 
 
 def test_by_default_the_file_travels_with_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -8,6 +8,7 @@ import os
 import shlex
 import signal
 import sys
+import time
 from collections.abc import Sequence
 
 from sawkv import __version__
@@ -31,6 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if argv is None:
         argv = sys.argv[1:]
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    started, args = time.time(), argparse.Namespace()
     try:
         args = _parse(argv)
         status: int = args.run(args)
@@ -47,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         return _fail(f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error), 2)
     except KeyboardInterrupt:
-        return _fail("interrupted", INTERRUPTED)
+        return _fail(_interrupted(args, started), INTERRUPTED)
     return status
 
 
@@ -75,6 +77,15 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     args.engine_options = others
     args.typed = shlex.join(["sawkv", *argv])  # for the records that commands write
     return args
+
+
+def _interrupted(args: argparse.Namespace, started: float) -> str:
+    """What Ctrl-C leaves of a command's measurements."""
+    out = getattr(args, "out", None)
+    if out is None or not out.is_file() or out.stat().st_mtime < started:
+        return "interrupted"
+    kept = f"interrupted; {out} holds what was measured"
+    return f"{kept}. The same command with --resume goes on" if "resume" in args else kept
 
 
 def _fail(message: str, status: int) -> int:

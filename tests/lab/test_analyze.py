@@ -9,9 +9,9 @@ import msgspec
 import pytest
 import torch
 
-from sawkv import SawkvError
+from sawkv import SawkvError, cli
 from sawkv.lab import analysis, analyze
-from sawkv.lab.analysis import Analysis, MethodError
+from sawkv.lab.analysis import Analysis, MethodError, Recommendation
 from sawkv.lab.analyze import recommend
 from sawkv.lab.description import describe
 from sawkv.lab.methods import Method, find_method
@@ -184,12 +184,30 @@ def test_the_recommendation(errors: list[MethodError], wanted: str, command: str
     assert found.reason
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_keeps_the_windows_before_ctrl_c(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     folder = next((Path(__file__).parents[2] / "models").glob("sawkv-*"))
     out = tmp_path / "analysis.json"
-    options = {"methods": ["int4", "fp32"], "window": 128, "windows": 1, "stress": 4, "device": "cpu"}
-    assert analyze.run_analyze(folder, None, out, **options) == 0
+    command = ["analyze", str(folder), "--formats", "int4,fp32", "--window", "64", "--stress", "4", "--device", "cpu"]
+    read: list[int] = []
+
+    def stop(errors: list[MethodError]) -> Recommendation:
+        read.append(1)
+        if len(read) == 3:
+            raise KeyboardInterrupt
+        return recommend(errors)
+
+    monkeypatch.setattr(analyze, "shipped_samples", lambda model, text: collect_samples(model, text.windows(64, 1)))
+    with monkeypatch.context() as patch:
+        patch.setattr(analyze, "recommend", stop)
+        assert cli.main([*command, "--tokens", "256", "--out", str(out)]) == 130
+    assert capsys.readouterr().err == f"sawkv: interrupted; {out} holds what was measured\n"
+    stopped = Analysis.from_json(out.read_text())
+    assert cli.main([*command, "--tokens", "128", "--out", str(out)]) == 0
     assert "stress 4: 5 layers" in capsys.readouterr().out
     found = Analysis.from_json(out.read_text())
+    assert stopped.windows == found.windows == 2
+    assert (stopped.layers, stopped.methods) == (found.layers, found.methods)
     assert [error.method for error in found.methods] == ["int4", "fp32"]
     assert all(math.isfinite(value) for error in found.methods for row in error.output for value in row)

@@ -120,6 +120,8 @@ def test_a_stopped_run_keeps_its_methods_and_is_resumed(
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "fit", stop)
         assert cli.main([*command, "int8,int4_plain,fp8"]) == 130
+    said = f"sawkv: interrupted; {out} holds what was measured. The same command with --resume goes on\n"
+    assert capsys.readouterr().err == said
     kept = Evaluation.from_json(out.read_text())
     assert [result.method for result in kept.results] == ["int8"], "a floor of 0 tokens is left out"
     marked = replace(kept.results[0].divergence, kl_max=123.0)  # what a second measurement would not give

@@ -135,7 +135,8 @@ def run_demo(
         raise UnsupportedError(
             "demo: expected vLLM to run with sawkv, got a log without its line; so there is nothing to compare"
         )
-    print("\n".join(report(wide, narrow, forks(model, wide.answers), kv_cache_memory, model)), flush=True)
+    control = forks(model, wide.answers)
+    print("\n".join(report(wide, narrow, control, kv_cache_memory, model, on_gpu=on_gpu)), flush=True)
     promised = bytes_per_token(narrow.notice)
     return 0 if narrow.kv_tokens / wide.kv_tokens >= LEAST_SHARE * promised[1] / promised[0] else 1
 
@@ -213,7 +214,9 @@ def forks(model: str, answers: Sequence[Answer]) -> list[int] | None:
     """
     import torch
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).to(device)  # type: ignore[arg-type]
@@ -234,7 +237,9 @@ def first_difference(a: Sequence[int], b: Sequence[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def report(wide: Outcome, narrow: Outcome, control: list[int] | None, kv_cache_memory: int, model: str) -> list[str]:
+def report(
+    wide: Outcome, narrow: Outcome, control: list[int] | None, kv_cache_memory: int, model: str, *, on_gpu: bool
+) -> list[str]:
     """Lines of at most `WIDTH` columns."""
     lines = []
     for question, *both in zip(QUESTIONS, wide.answers, narrow.answers, strict=True):
@@ -267,7 +272,10 @@ def report(wide: Outcome, narrow: Outcome, control: list[int] | None, kv_cache_m
     lines += _paragraph(about_texts(wide, narrow, control))
     lines += ["", *_paragraph(f"In sawkv's words: {narrow.notice.removeprefix('sawkv: ')}.")]
     ratio, change = narrow.kv_tokens / wide.kv_tokens, ppl[1] / ppl[0] - 1
-    lines += ["", *_paragraph(f"In short: {ratio:.2f} times the tokens in the same memory, perplexity {change:+.1%}.")]
+    short = f"In short: {ratio:.2f} times the tokens in the same memory, perplexity {change:+.1%}."
+    if not on_gpu:
+        short += " On a CPU, 4 bits save memory and no time; docs/performance.md has the speed of GPUs."
+    lines += ["", *_paragraph(short)]
     return [*lines, f"Next: sawkv serve {model}"]
 
 
@@ -295,7 +303,7 @@ def _beside(name: str, text: str) -> list[str]:
     """A text to the right of its name."""
     shown = "".join(c if c.isprintable() or c == "\n" else "?" for c in text.strip().expandtabs(4))
     width = WIDTH - 10
-    parts = [part for line in shown.split("\n") for part in textwrap.wrap(line, width, drop_whitespace=False) or [""]]
+    parts = [part for line in shown.split("\n") for part in textwrap.wrap(line, width) or [""]]
     return [f"{name if not i else '':>7} | {part.rstrip()}".rstrip() for i, part in enumerate(parts)]
 
 

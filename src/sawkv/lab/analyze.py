@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -76,14 +76,21 @@ def run_analyze(
     if out is not None:
         check_writable(out)
     chosen = None if methods is None else [find_method(name) for name in methods]
+    text = load_text(model_folder, text_file)
     where = find_device(device)
     model = EvalModel.load(model_folder, where, default_dtype(where))
     for method in chosen or ():
         check_fits(method, model.shape.head_dim)
-    text = with_bos(load_text(model_folder, text_file), model)
+    text = with_bos(text, model)
     scored = text.windows(window, windows)
     if stress > 1:
         apply_stress(model.layers, model.shape.head_dim, stress)
+
+    def keep(found: Analysis) -> None:
+        if out is not None:
+            with writing(out) as part:
+                part.write_text(replace(found, command=command).to_json(indent=None), encoding="utf-8")
+
     analysis = analyze(
         model,
         scored,
@@ -92,12 +99,10 @@ def run_analyze(
         name=model_folder.resolve().name,
         text=text.name,
         stress=stress,
+        keep=keep,
     )
-    analysis = replace(analysis, command=command)
     print(describe(analysis))
     if out is not None:
-        with writing(out) as part:
-            part.write_text(analysis.to_json(indent=None), encoding="utf-8")
         print(f"\nwrote {out}; `sawkv report {out}` makes a page of it")
     return 0
 
@@ -112,6 +117,7 @@ def analyze(
     name: str,
     text: str,
     stress: int = 1,
+    keep: Callable[[Analysis], object] = lambda analysis: None,
 ) -> Analysis:
     """Analyze all layers.
 
@@ -121,6 +127,7 @@ def analyze(
         samples: of other text, for methods that fit parameters.
         methods: None is `default_methods`.
         name, text, stress: of the model and the text, for the record.
+        keep: called after each window with the record of the windows so far.
     """
     started = time.monotonic()
     methods = default_methods() if methods is None else methods
@@ -130,41 +137,46 @@ def analyze(
     ]
     stats = [_StatsSum() for _ in range(num_layers)]
     errors = [[_ErrorSum() for _ in range(num_layers)] for _ in methods]
+    config = model.model.config.get_text_config()
+    rope = getattr(config, "rope_parameters", None) or {}
+
+    def record(measured: int) -> Analysis:
+        found = tuple(
+            MethodError(
+                method.name,
+                round(method.bits(model.shape.head_dim), 3),
+                method.served,
+                *(tuple(zip(*(error.shares() for error in errors[i]), strict=True))),
+            )
+            for i, method in enumerate(methods)
+        )
+        return Analysis(
+            model=name,
+            shape=model.shape,
+            device=model.device.type,
+            dtype=str(model.model.dtype).removeprefix("torch."),
+            text=text,
+            window=windows.shape[1],
+            windows=measured,
+            stress=stress,
+            rope_theta=float(rope.get("rope_theta") or 0),
+            layers=tuple(stat.result() for stat in stats),
+            methods=found,
+            recommendation=recommend(found),
+            seconds=round(time.monotonic() - started, 1),
+        )
+
     progress = tqdm(total=len(windows) * num_layers, desc="measuring", unit="layer", leave=False, disable=None)
-    for ids in torch.split(windows, 1):
+    for measured, ids in enumerate(torch.split(windows, 1), 1):
         for layer, states in enumerate(model.states(ids)):
             attention = _Attention.of(states, model.layers[layer])
             stats[layer].add(states, attention)
             for i in range(len(methods)):
                 errors[i][layer].add(states, attention, readers[i][layer])
             progress.update()
+        keep(record(measured))
     progress.close()
-    found = tuple(
-        MethodError(
-            method.name,
-            round(method.bits(model.shape.head_dim), 3),
-            method.served,
-            *(tuple(zip(*(error.shares() for error in errors[i]), strict=True))),
-        )
-        for i, method in enumerate(methods)
-    )
-    config = model.model.config.get_text_config()
-    rope = getattr(config, "rope_parameters", None) or {}
-    return Analysis(
-        model=name,
-        shape=model.shape,
-        device=model.device.type,
-        dtype=str(model.model.dtype).removeprefix("torch."),
-        text=text,
-        window=windows.shape[1],
-        windows=len(windows),
-        stress=stress,
-        rope_theta=float(rope.get("rope_theta") or 0),
-        layers=tuple(stat.result() for stat in stats),
-        methods=found,
-        recommendation=recommend(found),
-        seconds=round(time.monotonic() - started, 1),
-    )
+    return record(len(windows))
 
 
 def default_methods() -> list[Method]:

@@ -64,11 +64,12 @@ def evaluate(
     budget = budget or Budget()
     device = device or find_device()
     dtype = dtype or default_dtype(device)
+    source = load_text(checkpoint, text)
     loaded = EvalModel.load(checkpoint, device, dtype)
     head_dim = loaded.shape.head_dim
     for method in methods:
         check_fits(method, head_dim)
-    source = with_bos(load_text(checkpoint, text), loaded)
+    source = with_bos(source, loaded)
     if budget.stress > 1:
         apply_stress(loaded.layers, head_dim, budget.stress)
     windows = source.windows(budget.window, -(-budget.tokens // budget.window))

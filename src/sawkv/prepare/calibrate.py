@@ -55,14 +55,19 @@ def run_prepare(
     ships = out is None
     if ships and not model_folder.is_dir():
         raise SawkvError(f"prepare: expected a checkpoint directory to write into, or --out FILE, got {model_folder}")
+    if not cache_format.quantized:
+        raise FormatError(
+            f"prepare: expected a quantized format such as int4, got {cache_format}, for which there is nothing to fit"
+        )
     check_writable(out or model_folder / SHIPPED / "probe")
+    text = shipped_text(model_folder) if text_file is None else load_text(model_folder, text_file)
     where = find_device(device)
     model = EvalModel.load(model_folder, where, default_dtype(where))
+    text = with_bos(text, model)
     weights = contents_digest(model_folder)
     limit = getattr(model.model.config.get_text_config(), "max_position_embeddings", None) or LONGEST_CONTEXT
     context = context or min(limit, LONGEST_CONTEXT)
     window = min(window, context)
-    text = with_bos(shipped_text(model_folder) if text_file is None else load_text(model_folder, text_file), model)
     if text_file is None:
         ids = preparation_windows(text.encode, window, windows, text.prefix)
     else:
@@ -99,10 +104,6 @@ def calibrate(model: EvalModel, cache_format: CacheFormat, windows: torch.Tensor
     """
     num_kv_heads, head_dim = model.shape.num_kv_heads, model.shape.head_dim
     resolved = cache_format.resolve(head_dim)
-    if not resolved.quantized:
-        raise FormatError(
-            f"prepare: expected a quantized format such as int4, got {resolved}, for which there is nothing to fit"
-        )
     with tqdm(total=len(windows), desc="measuring", unit="window", leave=False, disable=None) as bar:
         statistics = measure(model, windows, context, lambda states: bar.update())
     for index, layer in enumerate(statistics):

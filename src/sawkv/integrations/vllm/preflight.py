@@ -77,6 +77,7 @@ def check(
                 " (docs/vllm.md)"
             )
     check_address(options)
+    _check_share_of_memory(options)
     _check_worker_extension(options)
     checkpoint = check_model(model, cache_format, options, on_gpu=on_gpu)
     if calibration is not None:
@@ -220,6 +221,16 @@ def check_address(options: Options) -> None:
         ) from error
 
 
+def _check_share_of_memory(options: Options) -> None:
+    share = options.get("--gpu-memory-utilization")
+    try:
+        valid = share is None or 0 < float(share) <= 1
+    except ValueError:
+        valid = False
+    if not valid:
+        raise SawkvError(f"--gpu-memory-utilization: expected a share above 0 and up to 1, got {share}")
+
+
 def _of_options(options: Options, on_gpu: bool) -> list[str]:
     found = [name for name in ("--kv-transfer-config", "--kv-offloading-size") if options.has(name)]
     for name in ("--decode-context-parallel-size", "--prefill-context-parallel-size"):
@@ -227,10 +238,6 @@ def _of_options(options: Options, on_gpu: bool) -> list[str]:
             found.append(f"{name} {options.get(name)}")
     if options.whole("--block-size", PAGE_SIZE_MULTIPLE) % PAGE_SIZE_MULTIPLE:
         found.append(f"--block-size: expected a multiple of {PAGE_SIZE_MULTIPLE}, got {options.get('--block-size')}")
-    share = options.get("--gpu-memory-utilization")
-    with contextlib.suppress(TypeError, ValueError):
-        if share is not None and not 0 < float(share) <= 1:
-            found.append(f"--gpu-memory-utilization: expected a share above 0 and up to 1, got {share}")
     if on_gpu and _dtype({}, options) == "float32":
         found.append("--dtype: expected bfloat16 or float16 on a GPU, got float32")
     return found

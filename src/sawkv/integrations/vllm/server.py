@@ -144,15 +144,17 @@ def running(command: Sequence[str], patience: float | None = None, **options: An
     try:
         yield server
     finally:
-        server.terminate()
         try:
+            server.terminate()
             server.wait(patience)
         except subprocess.TimeoutExpired:
             server.kill()
             server.wait()
-        if options.get("start_new_session"):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(server.pid, signal.SIGKILL)
+        finally:  # a second Ctrl-C ends the wait
+            if options.get("start_new_session"):
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(server.pid, signal.SIGKILL)
+                server.wait()
 
 
 def free_port() -> int:
