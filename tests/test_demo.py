@@ -42,9 +42,9 @@ def test_the_report_fits_a_terminal_and_explains_the_texts() -> None:
     on_gpu = " ".join(demo.report(wide, narrow, None, 128 << 20, "DIRECTORY", on_gpu=True))
     assert "Transformers" not in on_gpu
     assert "On a CPU" not in on_gpu
-    shown = demo._beside("INT4", "    return reversed(text)\n" + "many words " * 20)
-    assert shown[0] == "   INT4 |     return reversed(text)"
-    assert all(line.startswith("        | ") and line[10] != " " for line in shown[1:]), "only code is indented"
+    shown = demo._beside("INT4", "def f():\n    return 1\n" + "many words " * 20)
+    assert shown[:2] == ["   INT4 | def f():", "        |     return 1"]
+    assert all(line.startswith("        | ") and line[10] != " " for line in shown[2:]), "only code is indented"
     assert demo.bytes_per_token(NOTICE) == (72, 256)
 
 

@@ -216,7 +216,7 @@ def forks(model: str, answers: Sequence[Answer]) -> list[int] | None:
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
-    disable_progress_bar()
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         loaded = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).to(device)  # type: ignore[arg-type]
