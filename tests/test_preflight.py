@@ -91,8 +91,11 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--attention-backend", "FLASH_ATTN"], "--attention-backend: sawkv serve chooses it"),
         (["--model", "other"], "--model: it is the first argument"),
         (["--format", "int4-k256-v0"], "K rotation order: expected a divisor of head_dim 128, got 256"),
-        (["--kv-offloading-size", "1"], "--kv-offloading-size. `vllm serve` serves it"),
-        (["--kv-transfer-config", '{"kv_connector": "X"}'], "--kv-transfer-config"),
+        (
+            ["--kv-offloading-size", "1"],
+            "--kv-offloading-size on a CPU: vLLM copies pages between a GPU",
+        ),
+        (["--kv-transfer-config", '{"kv_connector": "X"}'], "--kv-transfer-config with X: it is not one that sawkv"),
         (["--decode-context-parallel-size", "2"], "--decode-context-parallel-size 2"),
         (["--block-size", "24"], "--block-size: expected a multiple of 16, got 24"),
         (
@@ -115,8 +118,11 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--prefill-context=4"], "--prefill-context-parallel-size 4"),
         (["-tp", "3"], "--tensor-parallel-size: expected a divisor of the model's 4 attention heads, got 3"),
         (["-ac.backend", "FLASH_ATTN"], "--attention-config: sawkv serve chooses the attention backend"),
-        (["--kv-transfer", "{}"], "--kv-transfer-config"),
-        (["--kv_offloading_s", "1"], "--kv-offloading-size"),
+        (["--kv-transfer", "{}"], "--kv-transfer-config with None"),
+        (
+            ["--kv_offloading_s", "1", "--kv-offloading-backend=lmcache"],
+            "--kv-offloading-size with LMCacheMPConnector: its server is told",
+        ),
         (["--attention-b=FLASH_ATTN"], "--attention-backend: sawkv serve chooses it"),
         (["--format", "bf16-k128-v128", "--dtype", "half"], "--format bf16-k128-v128: expected --dtype bfloat16, got"),
         (["--format", "fp32", "--dtype=bfloat16"], "--format fp32: expected --dtype float32, got bfloat16"),
@@ -323,7 +329,7 @@ def test_a_file_of_options_is_read_too(started: list[Any], tmp_path: Path, capsy
     assert cli.main(["serve", str(MODEL), "--config", str(file), "--port", "0"]) == 0, "the command line is preferred"
     file.write_text("language-model-only: false\nkv-offloading-size: 1\n")
     assert not Options(["--config", str(file)]).has("--language-model-only")
-    assert "--kv-offloading-size" in refusal(capsys, str(MODEL), "--port", "0", "--config", str(file))
+    assert "--kv-offloading-size on a CPU" in refusal(capsys, str(MODEL), "--port", "0", "--config", str(file))
     for content in ("- a\n- b\n", "a: [", "\x00"):
         file.write_text(content)
         assert "--config: expected" in refusal(capsys, str(MODEL), "--config", str(file))

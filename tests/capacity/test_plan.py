@@ -325,3 +325,50 @@ def test_a_file_is_not_a_directory(tmp_path: Path, capsys: pytest.CaptureFixture
     assert f"expected a checkpoint directory, got the file {config}" in capsys.readouterr().err
     assert cli.main(["plan", str(tmp_path.parent), "--gpu-memory", "80GiB"]) == 2
     assert "expected a checkpoint directory with a config.json, got" in capsys.readouterr().err
+
+
+def test_host_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Qwen3 8B: a block of 16 tokens takes 16 x 147,456 bytes in 16 bits, 64 x 39,168 in INT4. Both are multiples of
+    4,096.
+    """
+    model = write_config(tmp_path, "qwen3-8b")
+    options = ("--host-memory", "100GiB", "--context", "32768", "--prefill-speed", "20000")
+    bf16, fp8, int4 = plan(capsys, model, *options)["host"]
+    blocks = 100 * GIB // (16 * 147456), 100 * GIB // (64 * 39168)
+    assert abs(bf16["tokens"] - 16 * blocks[0]) <= 1
+    assert abs(int4["tokens"] - 64 * blocks[1]) <= 1
+    assert int4["tokens"] / bf16["tokens"] == pytest.approx(147456 / 39168, rel=1e-3)
+    assert bf16["seconds"] == pytest.approx(32768 * 147456 / 50e9)
+    assert int4["seconds"] == pytest.approx(32768 * 39168 / 50e9)
+    assert fp8["seconds"] == pytest.approx(bf16["seconds"] / 2)
+    assert int4["break_even"] == pytest.approx(50e9 / 39168)
+    assert int4["computed"] == pytest.approx(32768 / 20000)
+    # Two cards bring their halves at once, and the context bounds the prefix.
+    halves = plan(capsys, model, "--host-memory", "100GiB", "--context", "8192", "--tensor-parallel", "2")["host"]
+    assert halves[2]["prefix"] == 8192
+    assert halves[2]["seconds"] == pytest.approx(8192 * 39168 / 2 / 50e9)
+    assert halves[2]["tokens"] == pytest.approx(int4["tokens"], rel=1e-3)
+    assert halves[2]["computed"] is None
+
+    assert cli.main(["plan", str(model), "--gpu-memory", "80GiB", *options]) == 0
+    printed = capsys.readouterr().out
+    assert "host memory, tokens" in printed
+    assert "32,768 tokens computed" in printed
+    assert "50 GB/s between host memory and each card" in printed
+    assert max(map(len, printed.splitlines())) < 80
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "said"),
+    [
+        ("qwen3-8b", ("--host-memory", "much"), "--host-memory: expected a number with a unit"),
+        ("qwen3-8b", ("--prefill-speed", "5"), "--prefill-speed: expected --host-memory beside it"),
+        ("qwen3-8b", ("--host-memory", "1GiB", "--prefill-speed", "0"), "--prefill-speed: expected a rate above 0"),
+        ("qwen3-next-80b", ("--host-memory", "1GiB"), "expected a model of attention alone"),
+    ],
+)
+def test_what_is_refused_of_host_memory(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], model: str, options: tuple[str, ...], said: str
+) -> None:
+    assert cli.main(["plan", str(write_config(tmp_path, model)), "--gpu-memory", "80GiB", *options]) != 0
+    assert said in capsys.readouterr().err

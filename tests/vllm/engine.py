@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,19 @@ def run_engine(
 
 @functools.cache  # runs are deterministic, and a start takes many seconds
 def _run(job: str) -> dict[str, Any]:
+    return run_process(_generate, job)
+
+
+def run_process(function: Callable[..., dict[str, Any]], job: str) -> dict[str, Any]:
+    """Call a function of a module in a fresh process that has imported vLLM.
+
+    Args:
+        function: returns what JSON can hold.
+        job: its arguments by name, as JSON.
+
+    Returns:
+        its result, and in `log` the lines of the log that begin with `sawkv: `.
+    """
     context = multiprocessing.get_context("forkserver")
     # Processes are forked from one that has imported vLLM, and nothing of sawkv: the import takes most of a start. It
     # may also start CUDA, which does not survive a fork.
@@ -79,7 +93,7 @@ def _run(job: str) -> dict[str, Any]:
         with pytest.MonkeyPatch.context() as patch:  # the first start makes that process, with this environment
             for name, value in ENVIRONMENT.items():
                 patch.setenv(name, value)
-            process = context.Process(target=_main, args=(job, folder))
+            process = context.Process(target=_main, args=(function, job, folder))
             process.start()
         process.join(600)
         if process.exitcode != 0:
@@ -92,11 +106,11 @@ def _run(job: str) -> dict[str, Any]:
     return result | {"log": [line.partition("] ")[2] for line in printed.splitlines() if "] sawkv: " in line]}
 
 
-def _main(job: str, folder: str) -> None:
+def _main(function: Callable[..., dict[str, Any]], job: str, folder: str) -> None:
     with open(Path(folder, "printed"), "w") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
-    Path(folder, "result").write_text(json.dumps(_generate(**json.loads(job))))
+    Path(folder, "result").write_text(json.dumps(function(**json.loads(job))))
 
 
 def _generate(

@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.soak import Difference, Load, Reference, Report, Soak
 from sawkv import CacheFormat, PageLayout
-from tests.vllm.engine import MODEL, REPOSITORY, run_engine
+from tests.vllm.engine import MODEL, REPOSITORY
 from tests.vllm.life import MARK
 
 pytestmark = pytest.mark.vllm
@@ -135,14 +135,6 @@ def test_tokens_and_rows_are_counted_exactly(life: dict[str, Any]) -> None:
     assert life["tokens_counted"] == life["tokens_appended"] > 1000
     assert life["rows_counted"] == 2 * 5 * 2 * life["tokens_counted"]
     assert life["saved_bytes"] == life["rows_counted"] * (256 - 68)
-
-
-def test_offload_and_transfer_of_pages_are_refused_at_start_up() -> None:
-    """Who reads the bytes may take them for another format: no connector carries our fingerprint. vLLM makes a
-    connector of this option.
-    """
-    error = run_engine(kv_cache_dtype="int4_per_token_head", kv_offloading_size=1.0)["error"]
-    assert "sawkv cannot serve this configuration: --kv-offloading-size." in error
 
 
 def test_the_thread_reads_what_no_step_has_read(monkeypatch: pytest.MonkeyPatch) -> None:

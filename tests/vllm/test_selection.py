@@ -265,13 +265,16 @@ def test_a_subclass_is_refused_in_the_words_of_the_option() -> None:
         refuse_subclass(SomethingNew, Choice)
 
 
+TRANSFER = SimpleNamespace(kv_connector="NixlConnector", kv_connector_extra_config=None)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kv_transfer_config": object()}, "--kv-transfer-config"),
+        ({"kv_transfer_config": TRANSFER}, "--kv-transfer-config with NixlConnector"),
         (
-            {"kv_transfer_config": object(), "cache_config": SimpleNamespace(kv_offloading_size=1.0)},
-            "--kv-offloading-size",
+            {"kv_transfer_config": TRANSFER, "cache_config": SimpleNamespace(kv_offloading_size=1.0)},
+            "--kv-offloading-size with NixlConnector",
         ),
         ({"parallel_config": SimpleNamespace(decode_context_parallel_size=2)}, "--decode-context-parallel-size 2"),
         ({"parallel_config": SimpleNamespace(prefill_context_parallel_size=4)}, "--prefill-context-parallel-size 4"),
@@ -282,9 +285,12 @@ def test_options_are_named_as_the_user_gave_them(changes: dict[str, Any], messag
     from sawkv.integrations.vllm.refusals import of_configuration
 
     config = SimpleNamespace(
-        model_config=SimpleNamespace(),
+        model_config=SimpleNamespace(is_hybrid=False),
         cache_config=SimpleNamespace(),
         parallel_config=SimpleNamespace(),
+        device_config=SimpleNamespace(device_type="cuda"),
+        lora_config=None,
+        speculative_config=None,
         kv_transfer_config=None,
     )
     assert of_configuration(config) == []
@@ -323,10 +329,10 @@ def test_large_blocks_of_hybrids_are_cut_into_pages_on_a_gpu_alone(
 
 def test_what_is_prepared_without_some_layers_is_not_for_all() -> None:
     """The file holds nothing for layers that were skipped: they would be served unprepared, without a word."""
-    from sawkv.integrations.vllm.prepare import _computation
+    from sawkv.integrations.vllm.prepare import computation
 
     def key(*skipped: str) -> Any:
-        return _computation(
+        return computation(
             SimpleNamespace(  # type: ignore[arg-type]
                 model_config=SimpleNamespace(
                     hf_config=SimpleNamespace(to_dict=lambda: {"a": 1}), dtype=torch.bfloat16, quantization=None

@@ -7,6 +7,7 @@ import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict
 
+from sawkv.capacity.host import LINK, HostPlan
 from sawkv.capacity.memory import BATCH_DEFAULTS, GIB, SMALL_BATCH_CARDS, Plan, Setting
 from sawkv.capacity.model import ModelShape
 from sawkv.capacity.weights import Weights
@@ -14,8 +15,8 @@ from sawkv.capacity.weights import Weights
 COLUMNS = 79
 
 
-def table(plans: Sequence[Plan], setting: Setting) -> str:
-    """One column per plan, 16 bits first."""
+def table(plans: Sequence[Plan], setting: Setting, hosts: Sequence[HostPlan] = ()) -> str:
+    """One column per plan, 16 bits first. `hosts`: of the same columns, or empty."""
     rows: list[tuple[str, list[str]]] = [
         (name, [f"{getattr(plan, field) / GIB:.2f} GiB" for plan in plans])
         for name, field in (
@@ -41,6 +42,15 @@ def table(plans: Sequence[Plan], setting: Setting) -> str:
     ]
     if plans[0].tokens:
         rows.append(("tokens, ratio", [f"{plan.tokens / plans[0].tokens:.2f}x" for plan in plans]))
+    if hosts:
+        prefix = hosts[0].prefix
+        rows += [
+            ("host memory, tokens", [f"{host.tokens:,}" for host in hosts]),
+            (f"{prefix:,} tokens from it", [f"{host.seconds * 1000:,.1f} ms" for host in hosts]),
+            ("as fast as computing, tokens/s", [f"{host.break_even:,.0f}" for host in hosts]),
+        ]
+        if hosts[0].computed is not None:
+            rows.append((f"{prefix:,} tokens computed", [f"{host.computed or 0:,.2f} s" for host in hosts]))
     lines = [f"{'':<31}" + "".join(f"{plan.format:>16}" for plan in plans)]
     return "\n".join([*lines, *(f"{name:<31}" + "".join(f"{cell:>16}" for cell in cells) for name, cells in rows)])
 
@@ -92,13 +102,34 @@ def shortage(plan: Plan, setting: Setting, longest: int) -> str:
     )
 
 
-def text(plans: Sequence[Plan], setting: Setting, assumed: Sequence[str], notes: Sequence[str]) -> str:
+def link_assumption() -> str:
+    """What `HostPlan` rests on."""
+    return (
+        f"{LINK / 1e9:.0f} GB/s between host memory and each card (PCIe 5.0 x16). `as fast as computing` is the speed"
+        " of prefill at which a prefix is computed as fast as it is brought back."
+    )
+
+
+def text(
+    plans: Sequence[Plan],
+    setting: Setting,
+    assumed: Sequence[str],
+    notes: Sequence[str],
+    hosts: Sequence[HostPlan] = (),
+) -> str:
     """The table, the assumptions, then notes for the user."""
     listed = "\n".join(["Assumed:", *(_fill(line, bullet="- ") for line in assumed)])
-    return "\n\n".join([table(plans, setting), listed, *map(_fill, notes)])
+    return "\n\n".join([table(plans, setting, hosts), listed, *map(_fill, notes)])
 
 
-def as_json(model: str, plans: Sequence[Plan], setting: Setting, assumed: Sequence[str], notes: Sequence[str]) -> str:
+def as_json(
+    model: str,
+    plans: Sequence[Plan],
+    setting: Setting,
+    assumed: Sequence[str],
+    notes: Sequence[str],
+    hosts: Sequence[HostPlan] = (),
+) -> str:
     """The same as JSON. Bytes are of one card."""
     values = {
         "model": model,
@@ -108,6 +139,7 @@ def as_json(model: str, plans: Sequence[Plan], setting: Setting, assumed: Sequen
         "max_num_batched_tokens": setting.batched_tokens,
         "max_num_seqs": setting.seqs,
         "formats": [asdict(plan) for plan in plans],
+        **({"host": [asdict(host) for host in hosts]} if hosts else {}),
         "assumed": list(assumed),
         "notes": list(notes),
     }

@@ -53,12 +53,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="as in vLLM: recurrent layers then hold one state per request",
     )
+    parser.add_argument(
+        "--host-memory",
+        metavar="SIZE",
+        help="host memory for pages, of all cards together, as vLLM's --kv-offloading-size: what it adds",
+    )
+    parser.add_argument(
+        "--prefill-speed",
+        type=float,
+        metavar="TOKENS",
+        help="tokens of a prompt that the server computes per second, to compare with bringing a prefix back",
+    )
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan. The exit status is 1 if a request of this length fits in no format."""
     from sawkv.capacity import memory, table
+    from sawkv.capacity.host import make_host_plan
     from sawkv.capacity.model import read_shape
     from sawkv.capacity.weights import Weights, weights_of
     from sawkv.checkpoint import read_checkpoint
@@ -102,9 +114,18 @@ def run(args: argparse.Namespace) -> int:
         if not plan.fits:
             notes.append(table.shortage(plan, setting, memory.longest_context(shape, setting, cache, weights.nbytes)))
     assumed = table.assumptions(setting, shape, weights)
+    hosts = []
+    if args.host_memory is not None:
+        host_memory = memory.size_bytes("--host-memory", args.host_memory)
+        hosts = [
+            make_host_plan(shape, setting, cache, host_memory, prefill_speed=args.prefill_speed) for cache in caches
+        ]
+        assumed.append(table.link_assumption())
+    elif args.prefill_speed is not None:
+        raise SawkvError("--prefill-speed: expected --host-memory beside it")
     print(
-        table.as_json(args.model, plans, setting, assumed, notes)
+        table.as_json(args.model, plans, setting, assumed, notes, hosts)
         if args.json
-        else table.text(plans, setting, assumed, notes)
+        else table.text(plans, setting, assumed, notes, hosts)
     )
     return 0 if any(plan.fits for plan in plans) else 1

@@ -24,10 +24,19 @@ def private_folder(name: str) -> Path:
     parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     folder.mkdir(mode=0o700, exist_ok=True)
     for path in (parent, folder):
-        status = path.stat()
-        if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
-            raise UnsupportedError(f"cache folder {path}: expected one that this user owns and no other can write to")
+        check_private(path)
     return folder
+
+
+def check_private(folder: Path) -> None:
+    """Refuse a folder that other users could write to.
+
+    Raises:
+        UnsupportedError: another user owns the folder, or could write to it.
+    """
+    status = folder.stat()
+    if status.st_uid != os.getuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise UnsupportedError(f"cache folder {folder}: expected one that this user owns and no other can write to")
 
 
 def digest(content: bytes) -> bytes:

@@ -2,9 +2,9 @@
 
 With it, `--kv-cache-dtype int4_per_token_head` means sawkv's rotated INT4 pages. docs/vllm.md lists the options.
 Reading order: `config` (the user's settings), `selection` (which layers use sawkv), `backend` (the attention backend),
-`prefill`, `prepare` and `measure` (preparation at start), `refusals` (what is not served), `windows` (page sizes of
-windowed layers before vLLM 0.28), `contract` (what sawkv needs of vLLM), `server` (vLLM's server as a child process),
-`client`.
+`prefill`, `prepare` and `measure` (preparation at start), `connectors`, `offload`, `disk` and `host` (pages that leave
+the engine), `refusals` (what is not served), `windows` (page sizes of windowed layers before vLLM 0.28), `contract`
+(what sawkv needs of vLLM), `server` (vLLM's server as a child process), `client`.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ def register() -> None:
     from vllm.logger import init_logger
 
     from sawkv.errors import UnsupportedError
-    from sawkv.integrations.vllm import prepare, selection
+    from sawkv.integrations.vllm import offload, prepare, selection
 
+    offload.install()
     for part in (selection, prepare):
         try:
             part.install()

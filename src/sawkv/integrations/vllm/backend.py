@@ -388,6 +388,18 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
         self.counted.energies = _energies(part)
         self.unprepared = False
 
+    def written_with(self, kv_cache: torch.Tensor) -> dict[str, Any]:
+        """All that the bytes of this layer's pages depend on, besides K and V, by name."""
+        layout = self.layout(kv_cache.shape[2])
+        pages = torch.empty(layout.pages_shape(1), dtype=torch.uint8, device=kv_cache.device)
+        cache = PagedKVCache(pages, layout, **self._written_with(kv_cache.device).constants())
+        return {
+            "format": str(layout.format),
+            "page size": layout.page_size,
+            "KV heads": layout.num_kv_heads,
+            "centers, gains and feedback": cache.fingerprint(),
+        }
+
     def _written_with(self, device: torch.device) -> LayerCalibration:
         """Static tensors of this layer's pages. A layer that waits to be prepared gets tensors that change nothing
         until they are filled.

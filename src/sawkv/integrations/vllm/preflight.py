@@ -30,7 +30,7 @@ from sawkv.errors import FormatError, SawkvError, UnsupportedError
 from sawkv.files import reason
 from sawkv.format.layout import PAGE_SIZE_MULTIPLE
 from sawkv.format.spec import CacheFormat
-from sawkv.integrations.vllm import PLUGIN, refusals
+from sawkv.integrations.vllm import PLUGIN, connectors, refusals
 from sawkv.integrations.vllm.config import WORKER_EXTENSION, asks_for_a_cache, engine_options
 from sawkv.integrations.vllm.options import Options
 from sawkv.prepare.calibration import Calibration, model_id
@@ -232,7 +232,7 @@ def _check_share_of_memory(options: Options) -> None:
 
 
 def _of_options(options: Options, on_gpu: bool) -> list[str]:
-    found = [name for name in ("--kv-transfer-config", "--kv-offloading-size") if options.has(name)]
+    found = _of_transfer(options, on_gpu)
     for name in ("--decode-context-parallel-size", "--prefill-context-parallel-size"):
         if options.whole(name, 1) > 1:
             found.append(f"{name} {options.get(name)}")
@@ -241,6 +241,24 @@ def _of_options(options: Options, on_gpu: bool) -> list[str]:
     if on_gpu and _dtype({}, options) == "float32":
         found.append("--dtype: expected bfloat16 or float16 on a GPU, got float32")
     return found
+
+
+def _of_transfer(options: Options, on_gpu: bool) -> list[str]:
+    transfer = options.json("--kv-transfer-config")
+    option, connector, extra = (
+        "--kv-transfer-config",
+        transfer.get("kv_connector"),
+        transfer.get("kv_connector_extra_config") or {},
+    )
+    if not isinstance(extra, dict):
+        raise SawkvError(f"--kv-transfer-config: expected an object in kv_connector_extra_config, got {extra!r}")
+    if options.has("--kv-offloading-size"):
+        option, lmcache = "--kv-offloading-size", options.get("--kv-offloading-backend") == "lmcache"
+        connector = "LMCacheMPConnector" if lmcache else connectors.NATIVE
+    elif not options.has(option):
+        return []
+    engine = connectors.Engine(on_gpu, lora=options.has("--enable-lora"), speculates=bool(options.speculative()))
+    return connectors.refused(connector, extra, engine, option)
 
 
 def _of_model(config: Mapping[str, Any], cache_format: CacheFormat, options: Options) -> list[str]:

@@ -22,6 +22,7 @@ import torch
 from vllm.logger import init_logger
 
 from sawkv.errors import SawkvError, UnsupportedError
+from sawkv.integrations.vllm import offload
 from sawkv.integrations.vllm.config import SawConfig
 from sawkv.prepare import corpus
 from sawkv.prepare.calibration import Calibration, model_id
@@ -70,6 +71,7 @@ def install() -> None:
     def initialize_and_prepare(self: Any, vllm_config: VllmConfig) -> KVCacheConfig:
         kv_cache_config: KVCacheConfig = initialize(self, vllm_config)
         prepare(self.model_executor, vllm_config, kv_cache_config)
+        offload.bind(self.model_executor, vllm_config)
         if SawConfig.from_vllm(vllm_config, vllm_config.cache_config.cache_dtype) is not None:
             from sawkv.integrations.vllm.announce import say_layers
             from sawkv.integrations.vllm.metrics import publish_when_idle
@@ -131,9 +133,10 @@ def _prepare(executor: Any, vllm_config: VllmConfig, kv_cache_config: KVCacheCon
         logger.info("sawkv: preparing the model on %d windows of %d tokens", *windows.shape)
         engine = _Engine(executor, vllm_config, kv_cache_config)
         executor.collective_rpc(measure.begin)
-        for ids, places in zip(windows, positions, strict=True):
-            executor.collective_rpc(measure.place, args=(places,))
-            engine.run(ids.tolist())
+        with offload.disconnected(executor, vllm_config):
+            for ids, places in zip(windows, positions, strict=True):
+                executor.collective_rpc(measure.place, args=(places,))
+                engine.run(ids.tolist())
         calibration = executor.collective_rpc(measure.finish)[0]
         source = f"on {len(windows)} windows of {windows.shape[1]} tokens, {entry.save(calibration)}"
     logger.info(
@@ -209,7 +212,7 @@ class _Entry:
                     f"the weights are not files of a checkpoint (--load-format {vllm_config.load_config.load_format})"
                 )
                 return
-            self._key = make_key({**self._expected, **text, **_computation(vllm_config), "weights": self._weights})
+            self._key = make_key({**self._expected, **text, **computation(vllm_config), "weights": self._weights})
             self._store = CalibrationStore(config.prepare_cache, logger)
         except (SawkvError, OSError) as error:
             self._reason = str(error)
@@ -270,7 +273,17 @@ def _checkpoint_path(vllm_config: VllmConfig) -> Path | None:
     return path
 
 
-def _computation(vllm_config: VllmConfig) -> dict[str, Any]:
+def weights_digest(vllm_config: VllmConfig) -> str | None:
+    """Digest of the checkpoint's weights; None if they are not files.
+
+    Raises:
+        OSError: a file cannot be read.
+    """
+    path = _checkpoint_path(vllm_config)
+    return None if path is None else contents_digest(path)
+
+
+def computation(vllm_config: VllmConfig) -> dict[str, Any]:
     """Settings that change the numbers that the model computes, by name. Ranks and batches change no more than
     rounding.
     """
@@ -302,6 +315,7 @@ class _Engine:
 
         config = copy.copy(vllm_config)
         config.kv_events_config = None  # whose port the engine's scheduler takes
+        config.kv_transfer_config = None  # what is computed here must not be stored
         block_size, hash_block_size = resolve_kv_cache_block_sizes(kv_cache_config, config)
         self._hasher = None
         if config.cache_config.enable_prefix_caching:  # a scheduler that caches wants hashes

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from sawkv.errors import UnsupportedError
+from sawkv.integrations.vllm import connectors
 from sawkv.integrations.vllm.config import is_draft
 
 MLA: Final = "MLA (multi-head latent attention)"
@@ -65,9 +66,16 @@ def of_configuration(vllm_config: Any) -> list[str]:
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
             found.append(f"--{name.replace('_', '-')} {getattr(parallel, name)}")
-    if vllm_config.kv_transfer_config is not None:
+    if (transfer := vllm_config.kv_transfer_config) is not None:
         offloads = getattr(vllm_config.cache_config, "kv_offloading_size", None) is not None
-        found.append("--kv-offloading-size" if offloads else "--kv-transfer-config")
+        engine = connectors.Engine(
+            on_gpu=vllm_config.device_config.device_type != "cpu",
+            lora=vllm_config.lora_config is not None,
+            hybrid=vllm_config.model_config.is_hybrid,
+            speculates=vllm_config.speculative_config is not None,
+        )
+        option = "--kv-offloading-size" if offloads else "--kv-transfer-config"
+        found += connectors.refused(transfer.kv_connector, transfer.kv_connector_extra_config or {}, engine, option)
     return found
 
 

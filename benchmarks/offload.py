@@ -1,0 +1,249 @@
+"""Prefixes from host memory compared with computing them: vLLM's native offloading with 16-bit and INT4 pages.
+
+    python -m benchmarks.offload                       # Qwen3-8B's shape, random weights, 64 prefixes of 16k tokens
+    python -m benchmarks.offload --model models/sawkv-6m --prefixes 16 --tokens 512 --gpu-cache 0.0075 \
+        --host-memory 0.1 --spec HostTieringSpec      # on a CPU, to try this file
+
+The GPU's cache is made so small that a few prefixes fit, and host memory holds all. Each prefix is computed once, with
+a question behind it, and asked again when all others have been computed: it must come from host memory. An engine per
+format, in a process of its own. Each is written to docs/results/offload.jsonl:
+
+    computed_s, restored_s   mean time to first token, from vLLM's RequestOutput.metrics, requests one at a time
+    load_bytes_per_token     bytes that the connector moved to the GPU, per token that came from host memory
+    load_gb_s                those bytes over the time of the copies, as vLLM measures it
+    equal_texts              answers that are those of the computed prefix, token by token. Chunks differ, so a near-tie
+                             may fall otherwise
+
+The exit status is 1 unless each prefix came back whole, INT4's restored_s is at most 0.35 of its computed_s, and its
+bytes are at most 0.28 of 16 bits'.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import numpy as np
+
+from benchmarks.layers import check_engine
+from benchmarks.plots import RESULTS
+from benchmarks.serving import MARK, PEERS, git_head
+from benchmarks.shapes import SHAPES, write_config
+from sawkv.format.spec import CacheFormat
+from sawkv.integrations.vllm.config import WORKER_EXTENSION, engine_options
+
+if TYPE_CHECKING:
+    from vllm import LLM, RequestOutput
+
+GIB: Final = 1 << 30
+QUESTION: Final = 64
+"""Tokens behind a prefix."""
+ANSWER: Final = 8
+MOST_TIME: Final = 0.35
+MOST_BYTES: Final = 0.28
+COUNTERS: Final = ("kv_offload_load_bytes", "kv_offload_load_time", "external_prefix_cache_hits")
+SHARE: Final = 0.9
+"""Of host memory that is filled: what is stored last must not drive out what is asked for first."""
+
+
+def main() -> None:
+    args = _arguments()
+    if args.engine_of:
+        _run_engine(args)
+        return
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # vLLM must not outlive this process
+    records = []
+    with tempfile.TemporaryDirectory(prefix="sawkv-offload-") as folder:
+        args.model = write_config(Path(folder, args.model), args.model) if args.model in SHAPES else args.model
+        for name in args.formats:
+            record = _run_format(args, name)
+            records.append(record)
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            with args.output.open("a") as file:
+                file.write(json.dumps(record) + "\n")
+    faults = check(records)
+    print("\n".join(faults or ["all limits are kept"]))
+    sys.exit(bool(faults))
+
+
+def check(records: list[dict[str, Any]]) -> list[str]:
+    """What of the records breaks a limit. Each has the fields of the module's docstring, `format`, `prefixes`,
+    `tokens`, `cached`: the tokens of each prefix that were not computed again, and `whole`: those in whole blocks.
+    """
+    faults = []
+    for record in records:
+        if len(record["cached"]) != record["prefixes"] or min(record["cached"]) < record["whole"]:
+            faults.append(
+                f"{record['format']}: expected {record['prefixes']} prefixes back, of {record['whole']} tokens, got"
+                f" {record['cached']}"
+            )
+        if record["external_hits"] < record["prefixes"] * record["whole"]:
+            faults.append(
+                f"{record['format']}: expected {record['prefixes'] * record['whole']:,} tokens from host memory, got"
+                f" {record['external_hits']:,.0f}: the GPU's cache holds {record['kv_tokens']:,} (--gpu-cache)"
+            )
+        ratio = record["restored_s"] / record["computed_s"]
+        if record["format"] not in PEERS and ratio > MOST_TIME:
+            faults.append(f"{record['format']}: expected at most {MOST_TIME} of the time to compute, got {ratio:.3f}")
+    moved = {record["format"]: record["load_bytes_per_token"] for record in records}
+    for name in moved.keys() - PEERS.keys():
+        if "bf16" in moved and moved[name] > MOST_BYTES * moved["bf16"]:
+            faults.append(f"{name}: expected at most {MOST_BYTES} of 16 bits' bytes, got {moved[name] / moved['bf16']}")
+    return faults
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--formats", nargs="+", default=["bf16", "int4-k128-v128"])
+    parser.add_argument(
+        "--model", default="qwen3-8b", help=f"a model directory, or a shape: {', '.join(SHAPES)} (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--prefixes", type=int, default=64, help="fewer where host memory does not hold them (default: %(default)s)"
+    )
+    parser.add_argument("--tokens", type=int, default=16384, help="of a prefix (default: %(default)s)")
+    parser.add_argument("--gpu-cache", type=float, default=3.0, help="GiB of KV cache (default: %(default)s)")
+    parser.add_argument("--host-memory", type=float, default=64.0, help="GiB for pages (default: %(default)s)")
+    parser.add_argument("--spec", help="spec_name of vLLM's connector (on a CPU: HostTieringSpec)")
+    parser.add_argument("--engine", type=json.loads, default={}, metavar="JSON", help="more arguments of vllm.LLM")
+    parser.add_argument("--commit", help="what is measured (default: git's HEAD)")
+    parser.add_argument("--output", type=Path, default=RESULTS / "offload.jsonl")
+    parser.add_argument(
+        "--log", type=Path, default=Path(tempfile.gettempdir()), help="folder for vLLM's logs (default: %(default)s)"
+    )
+    parser.add_argument("--engine-of", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    args.commit = args.commit or git_head()
+    return args
+
+
+def _run_format(args: argparse.Namespace, name: str) -> dict[str, Any]:
+    log = args.log / f"offload-{name}.log"
+    command = [sys.executable, "-m", "benchmarks.offload", "--engine-of", name]
+    for option in ("model", "prefixes", "tokens", "gpu_cache", "host_memory", "spec", "commit"):
+        if (value := getattr(args, option)) is not None:
+            command += [f"--{option.replace('_', '-')}", str(value)]
+    command += ["--engine", json.dumps(args.engine)]
+    print(f"{name}: starting vLLM, log in {log}", flush=True)
+    # FlashInfer's sampler is compiled at start-up, which takes minutes.
+    env = os.environ | {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    log.write_text(done.stdout + done.stderr)
+    found = [json.loads(line.removeprefix(MARK)) for line in done.stdout.splitlines() if line.startswith(MARK)]
+    if not found:
+        raise SystemExit(f"{name}: vLLM ended with {done.returncode}; the log's end:\n{log.read_text()[-4000:]}")
+    record: dict[str, Any] = found[0]
+    print(
+        f"{name}: {record['prefixes']} prefixes of {args.tokens:,} tokens, first token {record['computed_s']:.3f} s"
+        f" computed, {record['restored_s']:.3f} s from host memory; {record['load_bytes_per_token']:,.0f} bytes per"
+        f" token at {record['load_gb_s']:.1f} GB/s; {record['equal_texts']} answers equal",
+        flush=True,
+    )
+    return record
+
+
+def _run_engine(args: argparse.Namespace) -> None:
+    """In the format's own process: start vLLM, compute the prefixes, ask for them again, print one marked line."""
+    import vllm
+    from vllm.platforms import current_platform
+
+    name = args.engine_of
+    extra: dict[str, Any] = {"cpu_bytes_to_use": int(args.host_memory * GIB)}
+    if args.spec:
+        extra["spec_name"] = args.spec
+    options = {
+        "model": args.model,
+        "load_format": "auto" if list(Path(args.model).glob("*.safetensors")) else "dummy",
+        "skip_tokenizer_init": True,
+        "max_model_len": args.tokens + QUESTION + ANSWER,
+        "kv_cache_memory_bytes": int(args.gpu_cache * GIB),
+        "disable_log_stats": False,  # or requests have no metrics
+        "kernel_config": {"enable_flashinfer_autotune": False},
+        **(PEERS[name] if name in PEERS else engine_options(CacheFormat.parse(name))),
+        "kv_transfer_config": {
+            "kv_connector": "OffloadingConnector",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": extra,
+        },
+        **args.engine,
+        "worker_extension_cls": WORKER_EXTENSION,
+    }
+    llm = vllm.LLM(**options)
+    print(f"{name}: {check_engine(llm, options.get('kv_cache_dtype', 'auto'))}", flush=True)
+    config = llm.llm_engine.vllm_config
+    draw = np.random.default_rng(args.tokens)
+    vocabulary = config.model_config.get_vocab_size()
+    prompts = [draw.integers(0, vocabulary, args.tokens + QUESTION).tolist() for _ in range(args.prefixes + 1)]
+
+    _ask(llm, prompts.pop())  # compile what was not compiled at start-up
+    _settle(llm, draw, vocabulary)
+    stored = _counter(llm, "vllm:kv_offload_store_bytes")
+    prefixes = min(args.prefixes, int(SHARE * args.host_memory * GIB / stored) - 1)
+    if prefixes < 2:
+        raise SystemExit(
+            f"{name}: expected --host-memory for 2 prefixes of {stored:,.0f} bytes, got {args.host_memory}"
+        )
+    computed = [_ask(llm, prompt) for prompt in prompts[:prefixes]]
+    _settle(llm, draw, vocabulary)
+    before = {key: _counter(llm, f"vllm:{key}") for key in COUNTERS}
+    restored = [_ask(llm, prompt) for prompt in prompts[:prefixes]]
+    _settle(llm, draw, vocabulary)
+    moved = {key: _counter(llm, f"vllm:{key}") - before[key] for key in COUNTERS}
+    block = config.cache_config.block_size
+    cached = [output.num_cached_tokens or 0 for output in restored]
+    record = {
+        "device": current_platform.get_device_name().strip() or "cpu",
+        "commit": args.commit,
+        "vllm": vllm.__version__,
+        "model": Path(args.model).name,
+        "format": name,
+        "prefixes": prefixes,
+        "tokens": args.tokens,
+        "whole": args.tokens // block * block,
+        "cached": cached,
+        "kv_tokens": (config.cache_config.num_gpu_blocks or 0) * block,
+        "computed_s": _first_token(computed),
+        "restored_s": _first_token(restored),
+        "load_bytes_per_token": moved["kv_offload_load_bytes"] / max(1, moved["external_prefix_cache_hits"]),
+        "load_gb_s": moved["kv_offload_load_bytes"] / max(1e-9, moved["kv_offload_load_time"]) / 1e9,
+        "external_hits": moved["external_prefix_cache_hits"],
+        "equal_texts": sum(
+            list(a.outputs[0].token_ids) == list(b.outputs[0].token_ids)
+            for a, b in zip(computed, restored, strict=True)
+        ),
+    }
+    print(f"\n{MARK}{json.dumps(record)}", flush=True)
+
+
+def _ask(llm: LLM, prompt: list[int]) -> RequestOutput:
+    from vllm import SamplingParams, TokensPrompt
+
+    sampling = SamplingParams(temperature=0, max_tokens=ANSWER, ignore_eos=True, detokenize=False)
+    (output,) = llm.generate(TokensPrompt(prompt_token_ids=prompt), sampling, use_tqdm=False)
+    return output
+
+
+def _settle(llm: LLM, draw: np.random.Generator, vocabulary: int) -> None:
+    """Let what was queued end: vLLM looks at its copies in the steps of other requests."""
+    for _ in range(4):
+        _ask(llm, draw.integers(0, vocabulary, 4).tolist())
+
+
+def _first_token(outputs: list[RequestOutput]) -> float:
+    """Mean time to first token in seconds."""
+    return float(np.mean([output.metrics.first_token_latency for output in outputs if output.metrics is not None]))
+
+
+def _counter(llm: LLM, name: str) -> float:
+    return sum(float(metric.value) for metric in llm.get_metrics() if metric.name == name and hasattr(metric, "value"))
+
+
+if __name__ == "__main__":
+    main()

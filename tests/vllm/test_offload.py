@@ -1,0 +1,143 @@
+"""Pages that leave the engine are bound to what wrote them (docs/offload.md)."""
+
+from __future__ import annotations
+
+import json
+import stat
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sawkv.errors import UnsupportedError
+from tests.vllm import stored
+from tests.vllm.engine import run_process
+
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of what vLLM's engine core imports
+]
+
+PLAIN = {"prepare": False}
+OTHER = {"prepare": False, "format": "int4-k64-v64"}
+"""Pages of the same bytes per token, which mean something else."""
+
+
+RANK = {"layers.0": {"format": "int4-k128-v128", "page size": 32, "shape": [2, 32, 136], "strides": [1, 2, 3]}}
+WRITTEN_WITH = {"rank 0": RANK, "model": {"config": {"hidden_size": 8}, "dtype": "bf16", "weights": "f00"}}
+
+
+def changed(path: tuple[str, ...], value: Any) -> dict[str, Any]:
+    """`WRITTEN_WITH` with another value at a path of names."""
+    copy = json.loads(json.dumps(WRITTEN_WITH))
+    inner = copy
+    for name in path[:-1]:
+        inner = inner[name]
+    inner[path[-1]] = value
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "said"),
+    [
+        (("rank 0", "layers.0", "format"), "int4-k64-v64", "rank 0, layers.0, format: int4-k128-v128, here int4-k64"),
+        (("rank 0", "layers.0", "page size"), 16, "rank 0, layers.0, page size: 32, here 16"),
+        (("rank 0", "layers.0", "strides"), [1, 2, 4], "rank 0, layers.0, strides: [1, 2, 3], here [1, 2, 4]"),
+        (("rank 1",), RANK, "rank 1: None, here {"),
+        (("model", "weights"), "beef", "model, weights: f00, here beef"),
+        (("model", "config", "hidden_size"), 16, "model, config, hidden_size: 8, here 16"),
+    ],
+)
+def test_what_was_written_otherwise_is_in_another_folder_and_said(
+    path: tuple[str, ...], value: Any, said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sawkv.integrations.vllm import disk
+    from sawkv.integrations.vllm.offload import differences, fingerprint
+
+    other, warned = changed(path, value), []
+    monkeypatch.setattr(disk.logger, "warning", lambda text, *values: warned.append(text % values))
+    same = dict(reversed(json.loads(json.dumps(WRITTEN_WITH)).items()))
+    folders = [disk.open_folder(tmp_path / "root", fingerprint(each), each) for each in (WRITTEN_WITH, same)]
+    assert folders[0] == folders[1]
+    assert not warned
+    assert disk.open_folder(tmp_path / "root", fingerprint(other), other) not in folders
+    assert said in warned[0]
+    assert len(differences(other, WRITTEN_WITH)) == len(warned) == 1
+    assert stat.S_IMODE(folders[0].stat().st_mode) == 0o700
+    folders[0].chmod(0o770)
+    with pytest.raises(UnsupportedError, match="expected one that this user owns and no other can write to"):
+        disk.open_folder(tmp_path / "root", fingerprint(WRITTEN_WITH), WRITTEN_WITH)
+
+
+def test_the_tier_is_of_engines_with_sawkv_alone() -> None:
+    from sawkv.integrations.vllm.disk import CheckedFileTier
+
+    with pytest.raises(UnsupportedError, match="expected an engine with sawkv"):
+        CheckedFileTier(root_dir="unused")
+
+
+def test_checksums_notice_any_damage(tmp_path: Path) -> None:
+    from sawkv.integrations.vllm.disk import damaged, missing, sum_path, write_sums
+
+    key, blocks = "0" * 64, []
+    for i in range(5):
+        content = bytes(torch.randint(256, (5000,), dtype=torch.uint8).tolist())
+        path = tmp_path / f"{i}.bin"
+        blocks.append((str(path), memoryview(content)))
+    assert missing(blocks) == blocks
+    write_sums(missing(blocks), key)
+    assert damaged(blocks, key) == []
+    assert len(damaged(blocks, "1" * 64)) == 5, "written with something else"
+    for path, content in blocks:
+        Path(path).write_bytes(content)
+    assert missing(blocks) == []
+    paths, contents = map(list, zip(*blocks, strict=True))
+    flipped = bytearray(contents[1])
+    flipped[4999] ^= 128
+    contents[1] = memoryview(flipped)
+    Path(sum_path(paths[3])).unlink()
+    contents[4] = contents[0]  # one file in the place of another, with its checksum
+    Path(sum_path(paths[4])).write_bytes(Path(sum_path(paths[0])).read_bytes())
+    assert damaged(list(zip(paths, contents, strict=True)), key) == [paths[1], paths[3], paths[4]]
+
+
+def generate(folder: Path, entry: dict[str, Any], **options: Any) -> dict[str, Any]:
+    return run_process(stored.generate, json.dumps({"folder": str(folder), "entry": entry, **options}))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("store")
+
+
+@pytest.fixture(scope="module")
+def first(folder: Path) -> dict[str, Any]:
+    return generate(folder, PLAIN)
+
+
+def test_another_start_reads_the_same_bytes_and_notices_one_that_changed(folder: Path, first: dict[str, Any]) -> None:
+    """Two prompts of 200 tokens in blocks of 32. The second prompt's file is damaged before it is read."""
+    second = generate(folder, PLAIN, damage=5000)
+    assert first["cached"] == [0, 0]
+    assert second["cached"][0] == 192
+    assert second["cached"][1] < 192, "blocks before the damaged one at most"
+    assert second["texts"] == first["texts"]
+    assert len(first["pages"]) == 12
+    assert second["pages"] == first["pages"], "all bytes of all layers' pages, by the block's hash"
+    assert any("a stored block is damaged and is removed" in line for line in second["log"])
+    assert second["files"] == first["files"], "the damaged one is written again"
+
+
+def test_pages_of_another_format_are_not_found(folder: Path, first: dict[str, Any]) -> None:
+    other = generate(folder, OTHER)
+    assert other["cached"] == [0, 0]
+    assert any("format: int4-k128-v128, here int4-k64-v64" in line for line in other["log"])
+    assert len(set(other["files"]) - set(first["files"])) == 12
+
+
+def test_without_the_binding_they_would_be_read_wrongly(folder: Path, first: dict[str, Any]) -> None:
+    """The control: an engine with the other format claims the fingerprint of the first."""
+    wrong = generate(folder, OTHER, claims=first["fingerprint"])
+    assert wrong["cached"] == [192, 192]
+    assert wrong["texts"] != first["texts"]
