@@ -87,16 +87,17 @@ def compile_image(
             option.encode() for option in (*_OPTIONS, *options, f"--gpu-architecture={arch}", *_as_options(defines))
         ]
         (status,) = nvrtc.nvrtcCompileProgram(program, len(arguments), arguments)
-        log_buffer = b" " * _call(nvrtc.nvrtcGetProgramLogSize, program)
+        # NVRTC writes into these. Bytes would not do: Python has one object for each byte, and shares it.
+        log_buffer = bytearray(_call(nvrtc.nvrtcGetProgramLogSize, program))
         _call(nvrtc.nvrtcGetProgramLog, program, log_buffer)
         log = log_buffer.decode(errors="replace").rstrip("\0 \n")
         if status != nvrtc.nvrtcResult.NVRTC_SUCCESS:
             raise CudaError(f"{source_file} for {arch} with {dict(defines)}: {status.name}\n{log[-4000:]}")
-        code = b" " * _call(nvrtc.nvrtcGetCUBINSize, program)
+        code = bytearray(_call(nvrtc.nvrtcGetCUBINSize, program))
         _call(nvrtc.nvrtcGetCUBIN, program, code)
     finally:
         nvrtc.nvrtcDestroyProgram(program)
-    return Image(code, log)
+    return Image(bytes(code), log)
 
 
 def image_for(source_file: str, defines: Mapping[str, int | str], arch: str) -> bytes:
