@@ -146,7 +146,7 @@ class Server:
         env = environment() | {"PROMETHEUS_MULTIPROC_DIR": folder}
         sink = self._stack.enter_context(self.log.open("ab"))
         self._process = self._stack.enter_context(
-            running(self._command, STOP_TIMEOUT, env=env, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True)
+            running(self._command, STOP_TIMEOUT, env=env, stdout=sink, stderr=subprocess.STDOUT)
         )
         timeout = aiohttp.ClientTimeout(total=REQUEST_TIMEOUT)
         # A connection for each request: the server closes idle ones, and a request sent into one would look lost.

@@ -256,7 +256,7 @@ time.sleep(60)
     command = [sys.executable, "-c", script]
     with (
         pytest.raises(KeyboardInterrupt) if impatient else contextlib.nullcontext(),
-        running(command, 5, start_new_session=True, stdout=subprocess.DEVNULL) as server,
+        running(command, 5, stdout=subprocess.DEVNULL) as server,
     ):
         deadline = time.monotonic() + 20
         while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text()) and time.monotonic() < deadline:

@@ -44,16 +44,19 @@ def test_serve_takes_no_word_of_an_option_for_the_model(capsys: pytest.CaptureFi
     assert "expected MODEL before vLLM's options, got --max-model-len" in capsys.readouterr().err
 
 
-def test_sigterm_ends_the_server_too(tmp_path: Path) -> None:
-    server = """
-import signal, sys, time
-signal.signal(signal.SIGTERM, lambda *_: sys.exit(open("ended", "w").close()))
-print("up", flush=True)
+@pytest.mark.parametrize(("number", "status", "deaf"), [(signal.SIGTERM, 143, False), (signal.SIGHUP, 129, True)])
+def test_the_server_ends_with_its_command(number: int, status: int, deaf: bool, tmp_path: Path) -> None:
+    """Also where it is deaf, as vLLM is to SIGTERM while it starts."""
+    server = f"""
+import os, signal, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN if {deaf} else lambda *_: sys.exit(open("ended", "w").close()))
+print(os.getpid(), flush=True)
 time.sleep(60)
 """
     script = f"""
 from sawkv import cli
 from sawkv.integrations.vllm import preflight, server
+server.STOP_TIMEOUT = 0.5 if {deaf} else 30
 preflight.check = lambda *_, **__: None
 server.server_command = lambda *_, **__: [{sys.executable!r}, "-c", {server!r}]
 cli.main()
@@ -62,10 +65,12 @@ cli.main()
         [sys.executable, "-c", script, "serve", "m"], cwd=tmp_path, stdout=subprocess.PIPE
     ) as command:
         assert command.stdout is not None
-        assert command.stdout.readline() == b"up\n"
-        command.terminate()
-        assert command.wait(30) == 143
-    assert (tmp_path / "ended").exists()
+        pid = int(command.stdout.readline())
+        command.send_signal(number)
+        assert command.wait(30) == status
+    assert (tmp_path / "ended").exists() != deaf
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
 
 
 @pytest.mark.parametrize(

@@ -17,21 +17,26 @@ from sawkv.terminal import coloured
 
 COMMANDS = ("serve", "doctor", "plan", "prepare", "formats", "eval", "analyze", "report", "bench", "demo")
 
-INTERRUPTED, BROKEN_PIPE, TERMINATED = (128 + number for number in (signal.SIGINT, signal.SIGPIPE, signal.SIGTERM))
+INTERRUPTED, BROKEN_PIPE, TERMINATED, HUNG_UP = (
+    128 + number for number in (signal.SIGINT, signal.SIGPIPE, signal.SIGTERM, signal.SIGHUP)
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand.
 
-    SIGTERM ends the program in the same way as Ctrl-C, so that it first ends the servers that it started.
+    SIGTERM, and SIGHUP of a closed terminal, end the program in the same way as Ctrl-C, so that it first ends the
+    servers that it started.
 
     Returns:
         The exit status: the subcommand's; 2 for bad input and files that cannot be read or written; 130 after Ctrl-C;
-            143 after SIGTERM.
+            143 after SIGTERM, 129 after SIGHUP.
     """
     if argv is None:
         argv = sys.argv[1:]
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # which nohup sets
+            signal.signal(signal.SIGHUP, lambda *_: sys.exit(HUNG_UP))
     started, args = time.time(), argparse.Namespace()
     try:
         args = _parse(argv)

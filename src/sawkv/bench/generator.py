@@ -122,7 +122,7 @@ class Generator:
         sink = self._stack.enter_context((self._folder / "log").open("wb"))
         command = [sys.executable, *self._program]
         pipes = {"stdin": subprocess.PIPE, "stdout": sink, "stderr": subprocess.STDOUT}
-        self._child = self._stack.enter_context(running(command, STOP_TIMEOUT, start_new_session=True, **pipes))
+        self._child = self._stack.enter_context(running(command, STOP_TIMEOUT, **pipes))
         assert self._child.stdin is not None
         self._stack.callback(_close, self._child.stdin)
         return self._child

@@ -18,11 +18,10 @@ from typing import Any, Final
 
 from sawkv.errors import UnsupportedError
 from sawkv.integrations.vllm.config import WORKER_EXTENSION
-from sawkv.integrations.vllm.server import free_port, running
+from sawkv.integrations.vllm.server import STOP_TIMEOUT, free_port, running
 
 START_TIMEOUT = 900.0
 """Seconds that vLLM may take to start. The first start on a CPU compiles the model."""
-STOP_TIMEOUT = 30.0
 POLL = 0.5
 LOG_LINES = 25
 """Last lines of the log that are shown if the server ends without an error."""
@@ -167,9 +166,7 @@ def serving(
     command = [*command, "--host", "127.0.0.1", "--port", str(port)]
     with (
         log.open("wb") as sink,
-        running(
-            command, STOP_TIMEOUT, stdout=sink, stderr=subprocess.STDOUT, env=env, start_new_session=True
-        ) as server,
+        running(command, STOP_TIMEOUT, stdout=sink, stderr=subprocess.STDOUT, env=env) as server,
     ):
         client = Client(port, log)
         _wait(client, server, say)

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
@@ -23,6 +23,9 @@ from sawkv.integrations.vllm import greeting, preflight
 from sawkv.integrations.vllm.config import KV_CACHE_DTYPE_CODECS, engine_options
 from sawkv.integrations.vllm.options import Options
 from sawkv.prepare.calibration import Calibration
+
+STOP_TIMEOUT: Final = 30.0
+"""Seconds that vLLM may take to end."""
 
 
 def server_command(
@@ -95,13 +98,18 @@ def serve(
     )
     with (
         tempfile.TemporaryDirectory(prefix="sawkv-metrics-") as folder,  # through it /metrics shows what workers count
-        running(command, env={"PROMETHEUS_MULTIPROC_DIR": folder} | preflight.environment()) as server,
+        running(
+            command,
+            STOP_TIMEOUT + known.whole("--shutdown-timeout", 0),
+            env={"PROMETHEUS_MULTIPROC_DIR": folder} | preflight.environment(),
+        ) as server,
     ):
         if (url := greeting.base_url(known)) is not None:
             greeting.greet_when_ready(server, greeting.greeting(model, known, plain_chat), url)
         try:
             status = server.wait()
-        except KeyboardInterrupt:  # the terminal sent it to vLLM too
+        except KeyboardInterrupt:
+            os.killpg(server.pid, signal.SIGINT)  # as the terminal would
             return server.wait()
     if status > 0:
         print(f"sawkv: vLLM ended with status {status}; what it says of that is above", file=sys.stderr)
@@ -129,18 +137,19 @@ def with_drafts_backend(options: Sequence[str]) -> list[str]:
 
 
 @contextlib.contextmanager
-def running(command: Sequence[str], patience: float | None = None, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
-    """A child process that ends with the block: by SIGTERM, and after `patience` seconds by SIGKILL.
+def running(command: Sequence[str], patience: float, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """A child process in a session of its own, which ends with the block: by SIGTERM, and after `patience` seconds by
+    SIGKILL.
 
-    With the option `start_new_session` its own children end too. vLLM's engine would otherwise run on for a while, and
-    hold GPU memory.
+    Its own children end with it. vLLM loses a SIGTERM that reaches it while it starts, and goes on to serve; and its
+    engine outlives a killed server, with its GPU memory.
 
     Args:
         command: as for `subprocess.Popen`, like `options`. By default the environment is one in which vLLM loads sawkv.
-        patience: None waits without limit.
+        patience: seconds.
     """
     options.setdefault("env", preflight.environment())
-    server = subprocess.Popen(command, **options)
+    server = subprocess.Popen(command, start_new_session=True, **options)
     try:
         yield server
     finally:
@@ -148,13 +157,11 @@ def running(command: Sequence[str], patience: float | None = None, **options: An
             server.terminate()
             server.wait(patience)
         except subprocess.TimeoutExpired:
-            server.kill()
-            server.wait()
+            pass
         finally:  # a second Ctrl-C ends the wait
-            if options.get("start_new_session"):
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(server.pid, signal.SIGKILL)
-                server.wait()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(server.pid, signal.SIGKILL)
+            server.wait()
 
 
 def free_port() -> int:
