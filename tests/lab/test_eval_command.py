@@ -19,7 +19,7 @@ from sawkv.lab.methods import find_method, fit
 from sawkv.lab.records import Evaluation
 from sawkv.lab.tasks import DEPTHS, free_run, make_prompts, recall
 from sawkv.prepare.corpus import preparation_windows
-from sawkv.prepare.model import EvalModel
+from sawkv.prepare.model import EvalModel, collect_samples
 from sawkv.prepare.text import Text, load_text, with_bos
 
 MODEL = next(Path("models").glob("sawkv-*"))
@@ -117,6 +117,8 @@ def test_a_stopped_run_keeps_its_methods_and_is_resumed(
             raise KeyboardInterrupt
         return fit(method, samples)
 
+    few = lambda model, text, context: collect_samples(model, text.windows(64, 1))  # noqa: E731 - enough of a fit
+    monkeypatch.setattr(evaluate, "shipped_samples", few)
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "fit", stop)
         assert cli.main([*command, "int8,int4_plain,fp8"]) == 130

