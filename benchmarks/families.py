@@ -171,7 +171,6 @@ def _dense(models: str, architecture: str, model_type: str, **changes: Any) -> F
 
 _MLA_REFUSED: Final = "MLA (multi-head latent attention)"
 _BOTH: Final = "layers of type hybrid"
-_SHARED: Final = "layers that share the K and V of others (num_kv_shared_layers)"
 _MLA_CACHE: Final = "multi-head latent attention (kv_lora_rank)"
 
 FAMILIES: Final[dict[str, Family]] = {
@@ -435,7 +434,6 @@ FAMILIES: Final[dict[str, Family]] = {
         hidden_size_per_layer_input=32,
         vocab_size_per_layer_input=1024,
         activation_sparsity_pattern=[0.0] * 6,
-        cache=_SHARED,
         tie_word_embeddings=True,
     ),
     "gemma-4": _dense(
@@ -452,7 +450,6 @@ FAMILIES: Final[dict[str, Family]] = {
         "Gemma4ForCausalLM",
         "gemma4_text",
         kind="two head_dims, shared KV",
-        cache=_SHARED,
         **_GEMMA4 | {"num_kv_shared_layers": 3},
     ),
     "qwen3-vl": _dense(

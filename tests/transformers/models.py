@@ -53,6 +53,31 @@ MODELS: dict[str, dict[str, Any]] = {
         "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
     },
 }
+UNLIKE: dict[str, dict[str, Any]] = {
+    "gemma4_text": {  # two head_dims, and layers that share K and V
+        "head_dim": 256,
+        "global_head_dim": 512,
+        "num_global_key_value_heads": 1,
+        "attention_k_eq_v": True,
+        "num_kv_shared_layers": 2,
+        "hidden_size_per_layer_input": 16,
+        "vocab_size_per_layer_input": 100,
+        "sliding_window": 20,
+        "layer_types": ALTERNATING,
+    },
+    "qwen3_next": {  # gated delta nets
+        "layer_types": ["linear_attention", "full_attention"] * 2,
+        "linear_key_head_dim": 8,
+        "linear_value_head_dim": 8,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16,
+        "shared_expert_intermediate_size": 16,
+    },
+}
+"""Models whose layers differ: in heads, in whose K and V they read, or in whether they attend at all."""
 
 
 CACHE_NAME = "cache" if "cache" in inspect.signature(LlamaForCausalLM.forward).parameters else "past_key_values"
@@ -65,7 +90,7 @@ def using(cache: Any) -> dict[str, Any]:
 
 def make_model(kind: str, attention: str = "sawkv", seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A random model in fp32, with weights large enough that attention matters."""
-    config = AutoConfig.for_model(kind, **(SMALL | MODELS[kind] | changes))
+    config = AutoConfig.for_model(kind, **(SMALL | (MODELS | UNLIKE)[kind] | changes))
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32).eval()
     with torch.no_grad():

@@ -507,9 +507,11 @@ def test_models_that_touch_k_and_v(kind: str, changes: dict[str, Any]) -> None:
         logits(model, x, SawCache(model.config, "fp32"))
 
 
-def test_layers_that_differ_in_their_heads() -> None:
-    """Gemma 4 without shared K and V: heads and head_dim depend on the layer's type, and its config says so for each
-    layer alone.
+@pytest.mark.parametrize("attention", ["sawkv", "sdpa"])
+@pytest.mark.parametrize("shared", [0, 2])
+def test_layers_that_differ_in_their_heads_or_share_k_and_v(shared: int, attention: str) -> None:
+    """Gemma 4: heads and head_dim depend on the layer's type, and its config says so for each layer alone. The last
+    layers may read the pages of earlier ones, also where these drop what is behind a window.
     """
     kinds = ["sliding_attention", "full_attention"] * 2
     shape = {
@@ -520,17 +522,29 @@ def test_layers_that_differ_in_their_heads() -> None:
         "num_global_key_value_heads": 1,
     }
     off = {
-        "num_kv_shared_layers": 0,
-        "hidden_size_per_layer_input": 0,
+        "num_kv_shared_layers": shared,
+        "hidden_size_per_layer_input": 8 * shared,
+        "vocab_size_per_layer_input": 100,
         "attention_k_eq_v": True,
         "enable_moe_block": False,
     }
     config = AutoConfig.for_model("gemma4_text", **(SMALL | shape | off))
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sawkv", dtype=torch.float32).eval()
-    x, outs = ids(2, 40), []
-    for cache in (saw(model), DynamicCache(config=model.config)):
-        outs.append(torch.cat([logits(model, piece, cache) for piece in x.split([30, 1, 9], 1)], 1))
-    assert_close(*outs)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32).eval()
+    pieces, outs, cache = ids(2, 469).split([30, 424, 1, 5, 9], 1), [], saw(model)
+    for held in (cache, saw(model, offload=True), DynamicCache(config=model.config)):
+        outs.append(torch.cat([logits(model, piece, held) for piece in pieces], 1))
+    assert_close(outs[0], outs[2])
+    assert_close(outs[1], outs[2])
+    last, ends = saw(model), torch.tensor([29, 453, 454, 459, 468])  # where `generate` looks
+    outs.append(torch.cat([logits(model, piece, last, logits_to_keep=1) for piece in pieces], 1))
+    assert_close(outs[3], outs[2][:, ends])
+    assert len(cache.layers) == 4 - shared
+    cache.crop(-9)
+    cache.reorder_cache(torch.tensor([1, 0]))
+    assert_close(logits(model, pieces[-1].flip(0), cache), outs[0][:, -9:].flip(0))
+    if shared:
+        with pytest.raises(UnsupportedError, match=r"max_cache_len for a gemma4_text: .* share K and V"):
+            SawCache(config, max_cache_len=64)
     config = AutoConfig.for_model("gemma4_text", **(SMALL | shape | off | {"head_dim": 24}))
     with pytest.raises(FormatError, match="head_dim: expected a multiple of 16 from 16 to 256, or 512, got 24"):
         SawCache(config)

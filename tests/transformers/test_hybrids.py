@@ -11,20 +11,10 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 
 from sawkv import UnsupportedError
 from sawkv.integrations.transformers import SawCache
-from tests.transformers.models import CACHE_NAME, SMALL
+from tests.transformers.models import CACHE_NAME, SMALL, UNLIKE
 
 KINDS: dict[str, dict[str, Any]] = {
-    "qwen3_next": {  # gated delta nets
-        "layer_types": ["linear_attention", "full_attention"] * 2,
-        "linear_key_head_dim": 8,
-        "linear_value_head_dim": 8,
-        "linear_num_key_heads": 2,
-        "linear_num_value_heads": 4,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 16,
-        "shared_expert_intermediate_size": 16,
-    },
+    "qwen3_next": UNLIKE["qwen3_next"],
     "lfm2": {  # short convolutions
         "layer_types": ["conv", "full_attention"] * 2,
         "conv_L_cache": 3,

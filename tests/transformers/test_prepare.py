@@ -169,6 +169,26 @@ def test_a_new_process_finds_it_on_disk(
     assert_equal(written_with(caches[0]), written_with(caches[2]))
 
 
+@pytest.mark.parametrize(("kind", "shapes"), [("gemma4_text", 2), ("qwen3_next", 1)])
+def test_layers_of_unlike_shapes_are_found_on_disk(
+    kind: str, shapes: int, runs: list[PreTrainedModel], tmp_path: Path
+) -> None:
+    """Two head_dims, one in two rows, with layers that share K and V; and layers without attention."""
+    first, again = make_model(kind), make_model(kind)
+    if shapes > 1 and not getattr(first.config, "is_heterogeneous", False):
+        pytest.skip("this Transformers does not say which layer has which heads, so nothing is kept")
+    x, logs = ids(), []
+    for model in (first, again):
+        with torch.no_grad():
+            logs.append(model(x, **using(SawCache(model))).logits)
+    assert runs == [first.model]
+    assert len(list((tmp_path / "store").glob("*.safetensors"))) == shapes
+    assert torch.equal(*logs)
+    with torch.no_grad():
+        unprepared = first(x, **using(SawCache(first, prepare=False))).logits
+    assert not torch.equal(logs[0], unprepared)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("changed", [None, "in memory", "rotary embeddings", "in the file", "of other weights"])
 def test_a_preparation_that_comes_with_the_model(

@@ -237,3 +237,24 @@ def check(
     assert next(left, None) is None
     if not any(are_turns) and (capacity > 700 or window == 0):
         assert (len(slices) > 1) == (capacity == 700)
+
+
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
+def test_layers_that_measure_attend_exactly(softcap: float) -> None:
+    """With a window, sinks and more queries than a block; prompts of one engine test have all but soft-caps."""
+    from sawkv.integrations.vllm.exact import QUERY_BLOCK, attend_exactly
+
+    tokens, window = QUERY_BLOCK + 30, 100
+    q, k, v = torch.randn(tokens, 4, 32) * 3, torch.randn(tokens, 2, 32), torch.randn(tokens, 2, 32)
+    sinks = torch.randn(4)
+    scores = torch.einsum("qhd,khd->hqk", q, k.repeat_interleave(2, 1)) * 0.2
+    scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+    age = torch.arange(tokens)[:, None] - torch.arange(tokens)
+    weights = scores.masked_fill((age < 0) | (age >= window), -torch.inf).exp()
+    weights = weights / (weights.sum(-1, keepdim=True) + sinks.exp()[:, None, None])
+    want = torch.einsum("hqk,khd->qhd", weights, v.repeat_interleave(2, 1))
+    options: dict[str, Any] = {"softmax_scale": 0.2, "sliding_window": window, "sinks": sinks}
+    got = attend_exactly(q, k, v, **options, logit_softcap=softcap)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    other = attend_exactly(q, k, v, **options, logit_softcap=2.0)
+    assert (other - want).abs().max() > 0.01

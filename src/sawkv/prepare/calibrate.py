@@ -110,7 +110,8 @@ def calibrate(model: EvalModel, cache_format: CacheFormat, windows: torch.Tensor
         if (layer.num_kv_heads, layer.head_dim) != (num_kv_heads, head_dim):
             raise UnsupportedError(
                 f"prepare: expected every layer to have {num_kv_heads} KV heads of {head_dim}, "
-                f"got {layer.num_kv_heads} of {layer.head_dim} in layer {index}"
+                f"got {layer.num_kv_heads} of {layer.head_dim} in layer {index}. Engines prepare such a model when they"
+                " start"
             )
     config = model.model.config.get_text_config()
     # In a hybrid model some layers have no attention.

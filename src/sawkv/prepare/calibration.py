@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from sawkv.errors import CalibrationError, FormatError
 from sawkv.files import writing
 from sawkv.format.feedback import Feedback, takes_from
-from sawkv.format.layout import PageLayout
+from sawkv.format.layout import PAGE_SIZE_MULTIPLE, PageLayout
 from sawkv.format.spec import FORMAT_VERSION, CacheFormat, ResolvedFormat
 
 VERSION: Final = "2"
@@ -116,7 +116,8 @@ class LayerCalibration:
 
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    """Centers, gains and feedback of all layers of a model.
+    """Centers, gains and feedback of all layers of a model with this many KV heads and channels per head. Layers of
+    another shape have a `Calibration` of their own, and change nothing in this one, as layers without attention.
 
     Attributes:
         format: the format that they were fitted for.
@@ -124,10 +125,10 @@ class Calibration:
         k_center, v_center: [num_layers, num_kv_heads, head_dim] fp32 on the CPU, for the whole model. Zeros change
             nothing.
         k_gain, v_gain: same shape, fp32, from 1 / MAX_GAIN to MAX_GAIN, or None. Ones change nothing.
-        k_feedback, v_feedback: [num_layers, num_kv_heads, head_dim, head_dim] int8, weights as in `Feedback`, or None.
-            Only int4 has them. A layer of zeros passes no errors on.
-        k_feedback_step, v_feedback_step: [num_layers, num_kv_heads] fp32, as in `Feedback`; None if the weights are.
-        k_energy, v_energy: [num_layers, num_kv_heads] fp32, as in `LayerCalibration`, or None. Zero means unknown.
+        k_feedback, v_feedback: [num_layers, num_rows, row_dim, row_dim] int8, weights as in `Feedback`, or None. Only
+            int4 has them. A layer of zeros passes no errors on. A head is `parts` rows (`PageLayout.rows`).
+        k_feedback_step, v_feedback_step: [num_layers, num_rows] fp32, as in `Feedback`; None if the weights are.
+        k_energy, v_energy: [num_layers, num_rows] fp32, as in `LayerCalibration`, or None. Zero means unknown.
         weights: `store.contents_digest` of the measured checkpoint, or "" if unknown. The fingerprint does not cover
             it, because it changes no page.
 
@@ -175,12 +176,12 @@ class Calibration:
         for name in ("k_feedback", "v_feedback"):
             self._check_feedback(name, getattr(self, name), getattr(self, f"{name}_step"))
         for name in _ENERGIES:
-            x, shape = getattr(self, name), self.k_center.shape[:2]
+            x, shape = getattr(self, name), [self.num_layers, self.rows.num_kv_heads]
             if x is None:
                 continue
-            if x.dtype != torch.float32 or x.shape != shape or x.device.type != "cpu":
+            if x.dtype != torch.float32 or list(x.shape) != shape or x.device.type != "cpu":
                 raise CalibrationError(
-                    f"{name}: expected float32 {list(shape)} on the CPU, got {x.dtype} {list(x.shape)} on {x.device}"
+                    f"{name}: expected float32 {shape} on the CPU, got {x.dtype} {list(x.shape)} on {x.device}"
                 )
             if not bool(((x >= 0) & (x < torch.inf)).all()):  # NaN fails both
                 raise CalibrationError(f"{name}: expected finite values from 0, got NaN or others")
@@ -194,10 +195,11 @@ class Calibration:
             )
         if self.format.codec != "int4":
             raise CalibrationError(f"{name}: expected an int4 format, got {self.format}")
-        shape = list(self.k_center.shape)
+        rows = self.rows
+        shape = [self.num_layers, rows.num_kv_heads]
         for part, x, dtype, wanted in (
-            ("", weights, torch.int8, [*shape, shape[-1]]),
-            ("_step", step, torch.float32, shape[:-1]),
+            ("", weights, torch.int8, [*shape, rows.head_dim, rows.head_dim]),
+            ("_step", step, torch.float32, shape),
         ):
             if x.dtype != dtype or list(x.shape) != wanted or x.device.type != "cpu":
                 raise CalibrationError(
@@ -205,7 +207,7 @@ class Calibration:
                 )
         if not bool(((step >= 0) & (step <= MAX_STEP)).all()):  # NaN fails too
             raise CalibrationError(f"{name}_step: expected values from 0 to {MAX_STEP:g}, got NaN or others")
-        never = ~takes_from(self.head_dim)
+        never = ~takes_from(rows.head_dim)
         # Layer by layer, so that no copy of all weights is made.
         if any(bool(layer[:, never].any()) for layer in weights):
             raise CalibrationError(
@@ -223,6 +225,11 @@ class Calibration:
     @property
     def head_dim(self) -> int:
         return self.k_center.shape[2]
+
+    @property
+    def rows(self) -> PageLayout:
+        """Rows in which pages store the KV heads of one layer."""
+        return PageLayout(self.format, self.num_kv_heads, self.head_dim, PAGE_SIZE_MULTIPLE).rows
 
     def fingerprint(self) -> str:
         """Hash everything that changes the bytes of a cache, and the model.
@@ -297,8 +304,12 @@ class Calibration:
             raise CalibrationError(
                 f"KV heads: expected up to {self.num_kv_heads}, as the calibration file has them, got {heads.stop}"
             )
+        parts = self.rows.num_kv_heads // self.num_kv_heads
+        first, end, _ = heads.indices(self.num_kv_heads)
+        rows = slice(first * parts, end * parts)
         taken = {
-            name: x[index, heads].clone(memory_format=torch.contiguous_format) for name, x in self._tensors().items()
+            name: x[index, heads if name in (*_CENTERS, *_GAINS) else rows].clone(memory_format=torch.contiguous_format)
+            for name, x in self._tensors().items()
         }
 
         def center(name: str) -> torch.Tensor | None:
@@ -340,22 +351,28 @@ class Calibration:
         if any(not 0 <= index < num_layers for index in layers):
             raise CalibrationError(f"layers: expected indices from 0 to {num_layers - 1}, got {sorted(layers)}")
         parts: dict[str, dict[int, torch.Tensor]] = {name: {} for name in _TENSORS}
-        found = []
+        found, rows_found = [], []
         for index, layer in layers.items():
             for name, part in vars(layer).items():
                 if isinstance(part, Feedback):
                     parts[name][index], parts[f"{name}_step"][index] = part.weights, part.step
-                    found.append(part.weights.shape[:2])
+                    rows_found.append(part.weights.shape[:2])
                 elif part is not None:
                     parts[name][index] = part
                     if name not in _ENERGIES:
                         found.append(part.shape)
-        if not found:
+        if not found and not rows_found:
             raise CalibrationError("layers: expected a center, gain or feedback in one of them, got none")
-        shape = found[0]
+        shape = (found or rows_found)[0]
         if len(shape) != 2 or any(other != shape for other in found):
             raise CalibrationError(
                 f"layers: expected [num_kv_heads, head_dim] alike in all of them, got {[list(x) for x in found]}"
+            )
+        layout = PageLayout(cache_format, shape[0], shape[1], PAGE_SIZE_MULTIPLE).rows
+        rows = layout.num_kv_heads, layout.head_dim
+        if any(tuple(other) != rows for other in rows_found):
+            raise CalibrationError(
+                f"layers: expected feedback of {list(rows)} in all of them, got {[list(x) for x in rows_found]}"
             )
 
         def assembled(
@@ -370,10 +387,10 @@ class Calibration:
         for name in ("k_feedback", "v_feedback"):
             if parts[name]:
                 others |= {
-                    name: assembled(name, (*shape, shape[1]), dtype=torch.int8),
-                    f"{name}_step": assembled(f"{name}_step", shape[:1]),
+                    name: assembled(name, (*rows, rows[1]), dtype=torch.int8),
+                    f"{name}_step": assembled(f"{name}_step", rows[:1]),
                 }
-        others |= {name: assembled(name, shape[:1]) for name in _ENERGIES if parts[name]}
+        others |= {name: assembled(name, rows[:1]) for name in _ENERGIES if parts[name]}
         return cls(cache_format, model, assembled("k_center", shape), assembled("v_center", shape), **others)
 
     def save(self, path: str | Path) -> None:
@@ -435,10 +452,12 @@ class Calibration:
                         f"got {_show(', '.join(names) or 'none')}"
                     )
                 shape = [_whole(metadata, key) for key in ("num_layers", "num_kv_heads", "head_dim")]
+                cache_format = _with_orders(_parse(metadata["format"]), shape[-1])
+                rows = PageLayout(cache_format, shape[1], shape[2], PAGE_SIZE_MULTIPLE).rows
                 for name in names:
-                    wanted = ("F32", shape if name in (*_CENTERS, *_GAINS) else shape[:-1])
+                    wanted = ("F32", shape if name in (*_CENTERS, *_GAINS) else [shape[0], rows.num_kv_heads])
                     if name in ("k_feedback", "v_feedback"):
-                        wanted = ("I8", [*shape, shape[-1]])
+                        wanted = ("I8", [shape[0], rows.num_kv_heads, rows.head_dim, rows.head_dim])
                     part = file.get_slice(name)
                     if (part.get_dtype(), part.get_shape()) != wanted:
                         raise CalibrationError(
@@ -447,13 +466,7 @@ class Calibration:
                 tensors = {name: file.get_tensor(name).clone() for name in names}
         except (SafetensorError, OSError) as error:
             raise CalibrationError(f"expected safetensors, got what cannot be parsed: {_show(str(error))}") from error
-        try:
-            cache_format = CacheFormat.parse(metadata["format"])
-        except FormatError as error:
-            raise CalibrationError(str(error)) from error
-        calibration = cls(
-            _with_orders(cache_format, shape[-1]), metadata["model"], weights=metadata.get("weights", ""), **tensors
-        )
+        calibration = cls(cache_format, metadata["model"], weights=metadata.get("weights", ""), **tensors)
         if calibration.fingerprint() != metadata["fingerprint"]:
             raise CalibrationError(
                 f"fingerprint: expected {calibration.fingerprint()}, that of the contents, got"
@@ -493,6 +506,13 @@ def _config_field(config: object, name: str) -> object:
         return getattr(config, name, None)
     except RuntimeError:  # Transformers raises it if layers differ in this field
         return [getattr(layer, name, None) for layer in config.per_layer_config]  # type: ignore[attr-defined]
+
+
+def _parse(name: str) -> CacheFormat:
+    try:
+        return CacheFormat.parse(name)
+    except FormatError as error:
+        raise CalibrationError(str(error)) from error
 
 
 def _with_orders(cache_format: CacheFormat, head_dim: int) -> ResolvedFormat:

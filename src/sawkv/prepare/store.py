@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import mmap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
@@ -79,6 +79,16 @@ class CalibrationStore:
             return None
         return calibration
 
+    def load_all(self, entries: Mapping[str, Mapping[str, Any]]) -> list[Calibration]:
+        """The entries of a model whose layers differ in shape, or none if one is missing.
+
+        Args:
+            entries: what `load` expects, by key.
+        """
+        found = [self.load(key, **expected) for key, expected in entries.items()]
+        calibrations = [calibration for calibration in found if calibration is not None]
+        return calibrations if len(calibrations) == len(found) else []
+
     def save(self, key: str, calibration: Calibration) -> Path:
         """Write an entry.
 
@@ -129,6 +139,11 @@ def load_shipped(
         )
         return None
     return calibration
+
+
+def listed(paths: Iterable[Path]) -> str:
+    """Paths of entries, for a log."""
+    return " and ".join(map(str, paths))
 
 
 def make_key(parts: Mapping[str, Any]) -> str:

@@ -91,18 +91,22 @@ def attend(
     sinks: torch.Tensor | None,
     kwargs: dict[str, Any],
 ) -> torch.Tensor:
-    """Write new K and V, and attend. Arguments and result as of `saw_attention`."""
+    """Write new K and V, unless an earlier layer wrote them, and attend. Arguments and result as of `saw_attention`."""
     layer, paging = new.layer, new.layer.paging
+    reader = layer.reader(module)
     with paging.on_device():
-        layer.enter(new.key, new.value, None if dropout else query.shape[1], mask)
-        layer.write(new.key, new.value)
-        if paging.reads_pages:
+        if reader == layer.index:
+            layer.enter(new.key, new.value, None if dropout else query.shape[1], mask)
+            layer.write(new.key, new.value)
+        # Layers that share K and V may be asked for the last of the new tokens alone (Transformers from 5.24 on).
+        if paging.reads_pages and query.shape[2] == new.key.shape[2]:
             out = layer.attend(query, scale, softcap or 0.0, sinks)
         else:
             keys, values = (new.key, new.value) if layer.exact else layer.decode(new.key.dtype, new.value.dtype)
             mask = paging.cut_mask(mask, query.shape[2])
             out = attend_tensors(module, query, keys, values, mask, scale, dropout, softcap, sinks, kwargs)
-        layer.settle()
+        if reader == layer.last_reader:  # those that share these pages need all that the first of them read
+            layer.settle()
     return out
 
 

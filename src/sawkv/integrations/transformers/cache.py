@@ -17,7 +17,7 @@ from transformers.cache_utils import Cache, LinearAttentionLayer
 from sawkv.errors import CalibrationError, LayoutError, UnsupportedError
 from sawkv.format.spec import CacheFormat
 from sawkv.integrations.transformers.layer import SawLayer, Settings
-from sawkv.integrations.transformers.models import find_model, head_dim_of, layer_configs, layer_windows
+from sawkv.integrations.transformers.models import find_model, head_dim_of, kv_sources, layer_configs, layer_windows
 from sawkv.integrations.transformers.passes import Passes
 from sawkv.integrations.transformers.prepare import Preparation, warn_once
 from sawkv.integrations.transformers.states import NewStates, refuse_gradients
@@ -62,8 +62,8 @@ class SawCache(Cache):
     Raises:
         CalibrationError: the calibration cannot be read; or, at the first pass, is of another model or format.
         UnsupportedError: a layer has something other than causal self-attention, with or without a sliding window, or a
-            recurrent state; `max_cache_len` is given for a model with recurrent states; or, at the first pass, the
-            model cannot be prepared.
+            recurrent state; `max_cache_len` is given for a model with recurrent states or shared K and V; or, at the
+            first pass, the model cannot be prepared.
         FormatError: the format is not valid, or does not fit the model's head_dim.
     """
 
@@ -97,10 +97,11 @@ class SawCache(Cache):
             )
         decoder = config.get_text_config(decoder=True)
         windows = layer_windows(config)
-        if max_cache_len is not None and None in windows:
+        sources = kv_sources(decoder)
+        if max_cache_len is not None and (None in windows or len(windows) < len(sources)):
             raise UnsupportedError(
-                f"SawCache: expected no max_cache_len for a {decoder.model_type}: steps with recurrent states are not"
-                " compiled"
+                f"SawCache: expected no max_cache_len for a {decoder.model_type}: steps with recurrent states, or with"
+                " layers that share K and V, are not compiled"
             )
         cache_format = format if isinstance(format, CacheFormat) else CacheFormat.parse(format)
         for head_dim in {head_dim_of(layer) for layer in layer_configs(decoder)}:
@@ -115,7 +116,9 @@ class SawCache(Cache):
                 written_with = Preparation(decoder, cache_format, model)
             else:
                 warn_once(UNPREPARED)
-        self.settings = Settings(decoder, cache_format, max_cache_len, exact_prefill, backend, written_with, offload)
+        self.settings = Settings(
+            decoder, cache_format, max_cache_len, exact_prefill, backend, written_with, offload, sources
+        )
         self._register()
         layers: list[Any] = [
             LinearAttentionLayer() if window is None else SawLayer(self.settings, index, window)

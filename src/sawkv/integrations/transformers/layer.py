@@ -16,7 +16,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from sawkv import ops
 from sawkv.cache import PagedKVCache
-from sawkv.errors import LayoutError
+from sawkv.errors import LayoutError, UnsupportedError
 from sawkv.format.layout import PageLayout
 from sawkv.format.spec import CacheFormat
 from sawkv.integrations.transformers.models import NAME
@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class Settings:
-    """Settings that the layers of a cache share. Arguments as in `SawCache`."""
+    """Settings that the layers of a cache share. Arguments as in `SawCache`; `sources` as `models.kv_sources`."""
 
     config: PretrainedConfig
     format: CacheFormat
@@ -43,6 +43,7 @@ class Settings:
     backend: str | None
     calibration: Calibration | Preparation | None
     offload: bool
+    sources: list[int]
     record_past: bool = False
     pagings: dict[tuple[torch.device, PageLayout, int], Paging] = field(default_factory=dict)
     passes: Passes = field(default_factory=Passes)
@@ -78,6 +79,29 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def __repr__(self) -> str:
         return f"SawLayer({self._settings.format}, window={self.window})"
+
+    @property
+    def last_reader(self) -> int:
+        """Index of the last layer that reads these pages: this one, or one that shares them."""
+        sources = self._settings.sources
+        return len(sources) - 1 - sources[::-1].index(self.index)
+
+    def reader(self, module: torch.nn.Module) -> int:
+        """Index of the layer that a model's attention module belongs to, which reads these pages.
+
+        Raises:
+            UnsupportedError: it is not one that the config says shares them.
+        """
+        sources = self._settings.sources
+        if self.last_reader == self.index:
+            return self.index
+        index = getattr(module, "layer_idx", None)
+        if not isinstance(index, int) or not 0 <= index < len(sources) or sources[index] != self.index:
+            raise UnsupportedError(
+                f"SawCache: expected layers of a {self.model_type} to share K and V with the last layer of their type,"
+                f" got layer {index!r} with the K and V of layer {self.index}"
+            )
+        return index
 
     @property
     def is_compileable(self) -> bool:  # type: ignore[override]  # a class attribute there

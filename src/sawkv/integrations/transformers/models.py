@@ -41,8 +41,21 @@ def head_dim_of(layer: PretrainedConfig) -> int:
     return int(getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads)
 
 
+def kv_sources(decoder: PretrainedConfig) -> list[int]:
+    """The layer whose K and V each layer reads: its own, or that of an earlier layer. The last `num_kv_shared_layers`
+    read those of the last layer before them that has their type (Gemma 3n, Gemma 4).
+    """
+    count = decoder.num_hidden_layers
+    owners = count - (getattr(decoder, "num_kv_shared_layers", None) or 0)
+    if owners == count:
+        return list(range(count))
+    types = decoder.layer_types
+    return [i if i < owners else max(j for j in range(owners) if types[j] == types[i]) for i in range(count)]
+
+
 def layer_windows(config: PretrainedConfig) -> list[int | None]:
-    """The sliding window of each decoder layer: 0 for full attention, None for a layer without attention.
+    """The sliding window of each decoder layer: 0 for full attention, None for a layer without attention. Layers that
+    share the K and V of others come last, and are left out.
 
     Raises:
         UnsupportedError: names everything in this model that a SawCache cannot hold.
@@ -56,6 +69,7 @@ def layer_windows(config: PretrainedConfig) -> list[int | None]:
             "chunked_attention" if chunked else "sliding_attention" if window else "full_attention"
         ] * decoder.num_hidden_layers
     types = ["full_attention" if name == "attention" else name for name in types]
+    types = types[: len(set(kv_sources(decoder)))]
     held = {"full_attention", "sliding_attention", *STATES}
     reasons = [f"layers of type {name}" for name in sorted(set(types) - held)]
     if not reasons and set(types) <= set(STATES):
@@ -64,8 +78,6 @@ def layer_windows(config: PretrainedConfig) -> list[int | None]:
         reasons.append("an encoder and cross attention")
     if getattr(decoder, "kv_lora_rank", None):
         reasons.append("multi-head latent attention (kv_lora_rank)")
-    if getattr(decoder, "num_kv_shared_layers", None):
-        reasons.append("layers that share the K and V of others (num_kv_shared_layers)")
     if "sliding_attention" in types and not window:
         reasons.append("sliding attention without a sliding_window")
     if reasons:

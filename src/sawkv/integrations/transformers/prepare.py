@@ -26,7 +26,7 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from sawkv.errors import SawkvError, UnsupportedError
 from sawkv.format.spec import CacheFormat
-from sawkv.integrations.transformers.models import NAME, layer_windows
+from sawkv.integrations.transformers.models import NAME, kv_sources, layer_windows
 from sawkv.integrations.transformers.stored import Entry, state_of
 from sawkv.prepare import corpus
 from sawkv.prepare.calibration import LayerCalibration
@@ -172,7 +172,7 @@ def measure(
     """
     device = _embedding(trunk).device
     accepted = inspect.signature(trunk.forward).parameters
-    recorder = _Recorder(layer_windows(decoder))
+    recorder = _Recorder(layer_windows(decoder), kv_sources(decoder))
     with _left_as_it_was(trunk), torch.compiler.set_stance("force_eager"):
         _running.recorder = recorder
         try:
@@ -203,20 +203,23 @@ def note(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch
 
 
 class _Recorder:
-    """Statistics of all layers. `windows`: the sliding window of each layer, None without attention."""
+    """Statistics of all layers that have K and V of their own. `windows`: the sliding window of each such layer, None
+    without attention; `sources`: as of `kv_sources`.
+    """
 
-    def __init__(self, windows: Sequence[int | None]) -> None:
-        self._windows = windows
+    def __init__(self, windows: Sequence[int | None], sources: Sequence[int]) -> None:
+        self._windows, self._sources = windows, sources
         self.layers: list[LayerStatistics | None] = [None] * len(windows)
 
     def add(self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> None:
         index = getattr(module, "layer_idx", None)
-        if not isinstance(index, int) or not 0 <= index < len(self.layers):
+        if not isinstance(index, int) or not 0 <= index < len(self._sources):
             raise UnsupportedError(
                 f"expected attention layers that know their index, got {type(module).__name__} with {index!r}"
             )
         if key.shape != value.shape:
             raise UnsupportedError(f"expected K and V of one shape, got {list(key.shape)} and {list(value.shape)}")
+        index = self._sources[index]
         layer = self.layers[index]
         if layer is None:
             _, num_kv_heads, _, head_dim = key.shape

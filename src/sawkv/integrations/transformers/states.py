@@ -31,6 +31,16 @@ class NewStates:
     layer: SawLayer
     handle: int
 
+    def to(self, device: Any) -> NewStates:
+        """The same, where a model moves what layers share to the device of their queries.
+
+        Raises:
+            UnsupportedError: it is another device, or no device.
+        """
+        if device != self.key.device:
+            self.refuse()
+        return self
+
     def refuse(self) -> NoReturn:
         """Refuse to be read as tensors by anything but our attention function.
 

@@ -21,7 +21,7 @@ from sawkv.errors import SawkvError
 from sawkv.format.spec import CacheFormat
 from sawkv.integrations.transformers.models import head_dim_of, layer_configs, layer_windows
 from sawkv.prepare.calibration import Calibration, LayerCalibration, model_id
-from sawkv.prepare.store import CalibrationStore, contents_digest, load_shipped, make_key, shipped_path
+from sawkv.prepare.store import CalibrationStore, contents_digest, listed, load_shipped, make_key, shipped_path
 
 SAMPLED: Final = 64
 """Numbers of a large weight that are compared to notice a change since the last preparation. Small weights are compared
@@ -37,8 +37,8 @@ logger = logging.getLogger(__name__)
 
 
 class Entry:
-    """Stored calibrations of this model, in its folder or in the user's cache, or the reason why
-    none can be stored.
+    """Stored calibrations of this model, in its folder or in the user's cache, or the reason why none can be stored.
+    There is one for each shape of layers, and all or none are used.
     """
 
     def __init__(
@@ -52,22 +52,21 @@ class Entry:
     ) -> None:
         self._model, self._decoder, self._folder = model, decoder, folder
         self._store: CalibrationStore | None = None
-        self._expected: dict[str, Any] = {}
-        shapes = {(_kv_heads(layer), head_dim_of(layer)) for layer in layer_configs(decoder)}
-        if len(shapes) != 1:
-            self._reason = "its layers differ in their heads"
-            return
-        if None in layer_windows(decoder):
-            self._reason = "some of its layers have no attention"
-            return
-        self._device, (heads, head_dim) = model.device, shapes.pop()
-        self._expected = {
-            "cache_format": cache_format.resolve(head_dim),
-            "model": model_id(decoder),
-            "num_layers": decoder.num_hidden_layers,
-            "num_kv_heads": heads,
-            "head_dim": head_dim,
-        }
+        self._device, windows_of = model.device, layer_windows(decoder)
+        self._shapes = [
+            None if window is None else (_kv_heads(layer), head_dim_of(layer))
+            for layer, window in zip(layer_configs(decoder), windows_of, strict=False)
+        ]
+        self._expected: list[dict[str, Any]] = [
+            {
+                "cache_format": cache_format.resolve(shape[1]),
+                "model": model_id(decoder),
+                "num_layers": decoder.num_hidden_layers,
+                "num_kv_heads": shape[0],
+                "head_dim": shape[1],
+            }
+            for shape in sorted({shape for shape in self._shapes if shape is not None})
+        ]
         self._text = {"windows": _digest(windows), "positions": _digest(positions)}
         try:
             self._store = CalibrationStore(log=logger)
@@ -75,15 +74,15 @@ class Entry:
             self._reason = str(error)
 
     @functools.cached_property
-    def _key(self) -> str | None:
-        """Key in the store; None if the weights are not in memory. Reads all weights, so it is
-        computed only if needed.
+    def _entries(self) -> dict[str, dict[str, Any]]:
+        """What is expected of the entries in the store, by key; none if the weights are not in memory. Reads all
+        weights, so it is computed only if needed.
         """
         model = self._model
         weights = weights_digest(dict(itertools.chain(model.named_parameters(), model.named_buffers())))
         if weights is None:
             self._reason = "its weights are not in memory"
-            return None
+            return {}
         config = {
             key: x
             for key, x in self._decoder.to_dict().items()
@@ -96,35 +95,37 @@ class Entry:
             "engine": f"transformers {transformers.__version__}",
             "device": torch.cuda.get_device_name(model.device) if model.device.type == "cuda" else model.device.type,
         }
-        return make_key({**self._expected, **self._text, **computation, "weights": weights})
+        measured = {**self._text, **computation, "weights": weights}
+        return {make_key({**expected, **measured}): expected for expected in self._expected}
 
     def load(self) -> tuple[list[LayerCalibration] | None, str]:
         """Stored calibrations by layer, and where they were found."""
-        found = self._load_shipped()
-        if found is not None and self._folder is not None:
-            source = f"from {shipped_path(self._folder, found.format)}, which came with the model"
-        elif (
-            self._store is not None
-            and self._key is not None
-            and (found := self._store.load(self._key, **self._expected)) is not None
-        ):
-            source = f"from {self._store.path(self._key)}"
+        shipped = self._load_shipped()
+        if shipped is not None and self._folder is not None:
+            found, source = [shipped], f"{shipped_path(self._folder, shipped.format)}, which came with the model"
         else:
+            found = [] if self._store is None else self._store.load_all(self._entries)
+            source = "" if self._store is None else listed(map(self._store.path, self._entries))
+        if not found:
             return None, ""
-        return [found.layer(i).to(self._device) for i in range(found.num_layers)], source
+        by_shape = {(part.num_kv_heads, part.head_dim): part for part in found}
+        layers = [
+            LayerCalibration() if shape is None else by_shape[shape].layer(i).to(self._device)
+            for i, shape in enumerate(self._shapes)
+        ]
+        return layers, f"from {source}"
 
     def _load_shipped(self) -> Calibration | None:
         """The checkpoint's own calibration, if it is for the weights in its files, and these equal the weights in
         memory.
         """
-        if (
-            self._folder is None
-            or not self._expected
-            or not shipped_path(self._folder, self._expected["cache_format"]).exists()
-        ):
+        if self._folder is None or len(self._expected) > 1:  # `sawkv prepare` makes none for layers of unlike shapes
+            return None
+        (expected,) = self._expected
+        if not shipped_path(self._folder, expected["cache_format"]).exists():
             return None
         try:
-            found = load_shipped(self._folder, contents_digest(self._folder) or "", log=logger, **self._expected)
+            found = load_shipped(self._folder, contents_digest(self._folder) or "", log=logger, **expected)
             if found is None or _is_as_loaded(self._model, self._decoder, self._folder):
                 return found
         except (OSError, RuntimeError, TypeError) as error:  # RuntimeError, TypeError: weights that are not in memory
@@ -137,16 +138,21 @@ class Entry:
 
     def save(self, layers: list[LayerCalibration]) -> str:
         """Store the calibrations if possible, and say where, or why not."""
-        if self._store is None or self._key is None:
+        if self._store is None or not self._entries:
             return f"not kept on disk: {self._reason}"
-        expected = self._expected
+        paths = []
         try:
-            calibration = Calibration.from_layers(
-                expected["cache_format"], expected["model"], expected["num_layers"], dict(enumerate(layers))
-            )
-            return f"kept in {self._store.save(self._key, calibration)}"
+            for key, expected in self._entries.items():
+                shape = expected["num_kv_heads"], expected["head_dim"]
+                alike = {i: layer for i, layer in enumerate(layers) if self._shapes[i] == shape}
+                calibration = Calibration.from_layers(
+                    expected["cache_format"], expected["model"], expected["num_layers"], alike
+                )
+                calibration.check(**expected)
+                paths.append(self._store.save(key, calibration))
         except SawkvError as error:
             return f"not kept on disk: {error}"
+        return f"kept in {listed(paths)}"
 
 
 def _is_as_loaded(trunk: PreTrainedModel, decoder: PretrainedConfig, folder: Path) -> bool:

@@ -8,7 +8,7 @@ prefix.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from sawkv.errors import CalibrationError, UnsupportedError
 from sawkv.format.feedback import Feedback
 from sawkv.format.spec import CacheFormat
 from sawkv.integrations.vllm.config import SawConfig
+from sawkv.integrations.vllm.exact import attend_exactly
 from sawkv.prepare.calibration import Calibration, LayerCalibration, model_id
 from sawkv.prepare.fit import fit
 from sawkv.prepare.statistics import LayerStatistics
@@ -29,8 +30,8 @@ if TYPE_CHECKING:
 
     from sawkv.integrations.vllm.backend import SawAttentionImpl
 
-QUERY_BLOCK = 256
-"""Queries per block of attention on a CPU. Scores of a window of 2,048 tokens then take 2 MB per head."""
+HeadShape = tuple[int, int]
+"""KV heads of a layer, on all ranks together, and channels per head. In some models layers differ in it (Gemma 4)."""
 IDENTITY_ROWS = 256
 """Rows of the identity per pass through a packed projection."""
 
@@ -108,50 +109,6 @@ class LayerMeasurement:
         return output
 
 
-def attend_exactly(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    *,
-    softmax_scale: float,
-    sliding_window: int = 0,
-    logit_softcap: float = 0.0,
-    sinks: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Causal attention of one prompt to its own tokens in fp32, one block of queries at a time. Arguments as in
-    `ops.decode_attention`.
-
-    Args:
-        q: [num_tokens, num_q_heads, head_dim].
-        k, v: [num_tokens, num_kv_heads, head_dim].
-
-    Returns:
-        [num_tokens, num_q_heads, head_dim] fp32.
-    """
-    num_tokens, num_q_heads, head_dim = q.shape
-    num_kv_heads = k.shape[1]
-    # [kv heads, queries a head, tokens, head_dim]
-    queries = q.float().view(num_tokens, num_kv_heads, -1, head_dim).permute(1, 2, 0, 3)
-    keys, values = (x.float().transpose(0, 1)[:, None] for x in (k, v))
-    out = torch.empty(num_tokens, num_q_heads, head_dim, dtype=torch.float32, device=q.device)
-    places = torch.arange(num_tokens, device=q.device)
-    for first in range(0, num_tokens, QUERY_BLOCK):
-        last = min(first + QUERY_BLOCK, num_tokens)
-        start = max(0, first - sliding_window + 1) if sliding_window else 0
-        scores = softmax_scale * queries[:, :, first:last] @ keys[:, :, start:last].mT
-        if logit_softcap:
-            scores = logit_softcap * torch.tanh(scores / logit_softcap)
-        distance = places[first:last, None] - places[start:last]
-        unseen = distance < 0 if not sliding_window else (distance < 0) | (distance >= sliding_window)
-        scores = scores.masked_fill_(unseen, -torch.inf)
-        if sinks is not None:
-            sink = sinks.float().view(num_kv_heads, -1, 1, 1).expand(-1, -1, last - first, 1)
-            scores = torch.cat([scores, sink], -1)
-        weights = scores.softmax(-1)[..., : last - start]
-        out[first:last] = (weights @ values[:, :, start:last]).permute(2, 0, 1, 3).flatten(1, 2)
-    return out
-
-
 class MeasuredModel:
     """Wraps a runner's model during measurement: shifts the positions that the model sees, and counts its calls.
 
@@ -193,6 +150,15 @@ def layer_index(name: str) -> int:
     return indices[0]
 
 
+def head_shape(model_config: Any, name: str, impl: SawAttentionImpl) -> HeadShape:
+    """The shape of the layer whose pages this layer reads."""
+    config = model_config.hf_text_config
+    if not getattr(config, "is_heterogeneous", False):
+        return int(model_config.get_total_num_kv_heads()), impl.head_size
+    index = layer_index(impl.kv_sharing_target_layer_name or name)
+    return int(config.per_layer_config[index].num_key_value_heads), impl.head_size
+
+
 def first_kv_head(num_kv_heads: int) -> int:
     """First KV head of this rank, of `num_kv_heads` in the whole model. If there are more ranks than heads, ranks share
     a head, as vLLM replicates it.
@@ -203,9 +169,10 @@ def first_kv_head(num_kv_heads: int) -> int:
 # What `prepare` calls in every worker, in this order.
 
 
-def waiting(worker: Any) -> list[int]:
-    """The head_dim of each layer of this worker that waits to be prepared."""
-    return [layer.impl.head_size for layer in _waiting(worker).values()]
+def waiting(worker: Any) -> set[HeadShape]:
+    """Shapes of the layers of this worker that wait to be prepared."""
+    model_config = worker.vllm_config.model_config
+    return {head_shape(model_config, name, layer.impl) for name, layer in _waiting(worker).items()}
 
 
 @torch.inference_mode()
@@ -236,8 +203,9 @@ def place(worker: Any, positions: torch.Tensor) -> None:
 
 
 @torch.inference_mode()
-def finish(worker: Any) -> Calibration:
-    """Fit the measurements, and set the calibration of the layers. All ranks return that of the whole model.
+def finish(worker: Any) -> list[Calibration]:
+    """Fit the measurements, and set the calibration of the layers. All ranks return those of the whole model, one for
+    each shape of layers.
 
     Raises:
         UnsupportedError: a rank measured nothing, or NaN.
@@ -257,16 +225,18 @@ def finish(worker: Any) -> Calibration:
         torch.distributed.all_gather_object(parts, own, group=get_world_group().cpu_group)
     if failed := [part for part in parts if isinstance(part, str)]:
         raise UnsupportedError(failed[0])
-    calibration = _assemble(worker, [part for part in parts if not isinstance(part, str)])
-    apply(worker, calibration)
-    return calibration
+    calibrations = _assemble(worker, [part for part in parts if not isinstance(part, str)])
+    apply(worker, calibrations)
+    return calibrations
 
 
 @torch.inference_mode()
-def apply(worker: Any, calibration: Calibration) -> None:
-    """Set the calibration of the layers that wait."""
+def apply(worker: Any, calibrations: Sequence[Calibration]) -> None:
+    """Set the calibration of the layers that wait. There is one for each shape of layers."""
+    by_shape: dict[HeadShape, Calibration] = {(found.num_kv_heads, found.head_dim): found for found in calibrations}
     for name, layer in _waiting(worker).items():
         impl = layer.impl
+        calibration = by_shape[head_shape(worker.vllm_config.model_config, name, impl)]
         first = first_kv_head(calibration.num_kv_heads)
         part = calibration.layer(
             layer_index(impl.kv_sharing_target_layer_name or name), slice(first, first + impl.num_kv_heads)
@@ -300,24 +270,32 @@ def _fit(worker: Any, calls: int) -> dict[int, tuple[int, LayerCalibration]]:
     for impl in impls.values():
         impl.measurement = None
     fitted = fit(statistics, _format(worker)) if owners else []  # a stage of a pipeline may have no attention
-    first = first_kv_head(worker.vllm_config.model_config.get_total_num_kv_heads())
-    return {layer_index(name): (first, part.to("cpu")) for name, part in zip(owners, fitted, strict=True)}
+    model_config = worker.vllm_config.model_config
+    return {
+        layer_index(name): (first_kv_head(head_shape(model_config, name, impl)[0]), part.to("cpu"))
+        for (name, impl), part in zip(owners.items(), fitted, strict=True)
+    }
 
 
-def _assemble(worker: Any, parts: Sequence[dict[int, tuple[int, LayerCalibration]]]) -> Calibration:
-    """The whole model's calibration, from those of the ranks. For a KV head that ranks share, the
-    first rank counts.
+def _assemble(worker: Any, parts: Sequence[Mapping[int, tuple[int, LayerCalibration]]]) -> list[Calibration]:
+    """The whole model's calibrations by shape, from those of the ranks. For a KV head that ranks share, the first rank
+    counts.
     """
     config = worker.vllm_config.model_config.hf_text_config
     heads: dict[int, dict[int, LayerCalibration]] = {}
     for part in parts:
         for index, (first, layer) in part.items():
             heads.setdefault(index, {}).setdefault(first, layer)
-    layers = {index: _joined([found[first] for first in sorted(found)]) for index, found in heads.items()}
-    head_dim = next(x.shape[1] for layer in layers.values() for x in (layer.k_center, layer.v_center) if x is not None)
-    return Calibration.from_layers(
-        _format(worker).resolve(head_dim), model_id(config), config.num_hidden_layers, layers
-    )
+    by_shape: dict[HeadShape, dict[int, LayerCalibration]] = {}
+    for index, found in heads.items():
+        layer = _joined([found[first] for first in sorted(found)])
+        assert layer.k_center is not None  # every fitted layer has one
+        num_kv_heads, head_dim = layer.k_center.shape
+        by_shape.setdefault((num_kv_heads, head_dim), {})[index] = layer
+    return [
+        Calibration.from_layers(_format(worker).resolve(shape[1]), model_id(config), config.num_hidden_layers, layers)
+        for shape, layers in sorted(by_shape.items())
+    ]
 
 
 def _format(worker: Any) -> CacheFormat:

@@ -15,6 +15,7 @@ import copy
 import functools
 import hashlib
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -26,11 +27,13 @@ from sawkv.integrations.vllm import offload
 from sawkv.integrations.vllm.config import SawConfig
 from sawkv.prepare import corpus
 from sawkv.prepare.calibration import Calibration, model_id
-from sawkv.prepare.store import CalibrationStore, contents_digest, load_shipped, make_key, shipped_path
+from sawkv.prepare.store import CalibrationStore, contents_digest, listed, load_shipped, make_key, shipped_path
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
     from vllm.v1.kv_cache_interface import KVCacheConfig
+
+    from sawkv.integrations.vllm.measure import HeadShape
 
 LEAST_WINDOW: Final = 16
 FILE_FORMATS: Final = (
@@ -118,17 +121,14 @@ def _prepare(executor: Any, vllm_config: VllmConfig, kv_cache_config: KVCacheCon
     if getattr(vllm_config.parallel_config, "enable_elastic_ep", False):
         raise UnsupportedError("expected engines that start together, got elastic expert parallelism")
     started = time.monotonic()
-    head_dims = {head_dim for rank in executor.collective_rpc(measure.waiting) for head_dim in rank}
-    if not head_dims:
+    shapes = set().union(*executor.collective_rpc(measure.waiting))
+    if not shapes:
         return
-    if len(head_dims) > 1:
-        raise UnsupportedError(f"expected one head_dim in all attention layers, got {sorted(head_dims)}")
     windows, positions = _windows(vllm_config)
-    entry = _Entry(vllm_config, config, head_dims.pop(), windows, positions)
-    calibration: Any
-    calibration, source = entry.load()
-    if all(executor.collective_rpc(measure.all_agree, args=(calibration is not None,))):
-        executor.collective_rpc(measure.apply, args=(calibration,))
+    entry = _Entry(vllm_config, config, sorted(shapes), windows, positions)
+    calibrations, source = entry.load()
+    if all(executor.collective_rpc(measure.all_agree, args=(bool(calibrations),))):
+        executor.collective_rpc(measure.apply, args=(calibrations,))
     else:
         logger.info("sawkv: preparing the model on %d windows of %d tokens", *windows.shape)
         engine = _Engine(executor, vllm_config, kv_cache_config)
@@ -137,11 +137,10 @@ def _prepare(executor: Any, vllm_config: VllmConfig, kv_cache_config: KVCacheCon
             for ids, places in zip(windows, positions, strict=True):
                 executor.collective_rpc(measure.place, args=(places,))
                 engine.run(ids.tolist())
-        calibration = executor.collective_rpc(measure.finish)[0]
-        source = f"on {len(windows)} windows of {windows.shape[1]} tokens, {entry.save(calibration)}"
-    logger.info(
-        "sawkv: prepared in %.1f s %s, fingerprint %s", time.monotonic() - started, source, calibration.fingerprint()
-    )
+        calibrations = executor.collective_rpc(measure.finish)[0]
+        source = f"on {len(windows)} windows of {windows.shape[1]} tokens, {entry.save(calibrations)}"
+    fingerprints = ", ".join(calibration.fingerprint() for calibration in calibrations)
+    logger.info("sawkv: prepared in %.1f s %s, fingerprint %s", time.monotonic() - started, source, fingerprints)
 
 
 def _windows(vllm_config: VllmConfig) -> tuple[torch.Tensor, torch.Tensor]:
@@ -184,21 +183,29 @@ def _encoder(model: ModelConfig) -> tuple[Any, list[int]] | None:
 
 
 class _Entry:
-    """Stored calibrations of this model, in its folder or in the user's cache, or the reason why
-    none can be stored.
+    """Stored calibrations of this model, in its folder or in the user's cache, or the reason why none can be stored.
+    There is one for each shape of layers, and all or none are used.
     """
 
     def __init__(
-        self, vllm_config: VllmConfig, config: SawConfig, head_dim: int, windows: torch.Tensor, positions: torch.Tensor
+        self,
+        vllm_config: VllmConfig,
+        config: SawConfig,
+        shapes: Sequence[HeadShape],
+        windows: torch.Tensor,
+        positions: torch.Tensor,
     ) -> None:
         model = vllm_config.model_config
-        self._expected = {
-            "cache_format": config.format.resolve(head_dim),
-            "model": model_id(model.hf_text_config),
-            "num_layers": model.hf_text_config.num_hidden_layers,
-            "num_kv_heads": model.get_total_num_kv_heads(),
-            "head_dim": head_dim,
-        }
+        self._expected: list[dict[str, Any]] = [
+            {
+                "cache_format": config.format.resolve(head_dim),
+                "model": model_id(model.hf_text_config),
+                "num_layers": model.hf_text_config.num_hidden_layers,
+                "num_kv_heads": num_kv_heads,
+                "head_dim": head_dim,
+            }
+            for num_kv_heads, head_dim in shapes
+        ]
         text = {"windows": list(windows.shape), "text": _digest(windows), "positions": _digest(positions)}
         self._store: CalibrationStore | None = None
         self._checkpoint: Path | None = None
@@ -212,23 +219,27 @@ class _Entry:
                     f"the weights are not files of a checkpoint (--load-format {vllm_config.load_config.load_format})"
                 )
                 return
-            self._key = make_key({**self._expected, **text, **computation(vllm_config), "weights": self._weights})
+            measured = {**text, **computation(vllm_config), "weights": self._weights}
+            self._entries = {make_key({**expected, **measured}): expected for expected in self._expected}
             self._store = CalibrationStore(config.prepare_cache, logger)
         except (SawkvError, OSError) as error:
             self._reason = str(error)
 
-    def load(self) -> tuple[Calibration | None, str]:
-        """The stored calibration, and where it was found."""
+    def load(self) -> tuple[list[Calibration], str]:
+        """The stored calibrations, or none, and where they were found."""
         shipped = self._load_shipped()
         if shipped is not None and self._checkpoint is not None:
-            return shipped, f"from {shipped_path(self._checkpoint, shipped.format)}, which came with the model"
-        found = None if self._store is None else self._store.load(self._key, **self._expected)
-        return found, "" if found is None or self._store is None else f"from {self._store.path(self._key)}"
+            return [shipped], f"from {shipped_path(self._checkpoint, shipped.format)}, which came with the model"
+        if self._store is None:
+            return [], ""
+        return self._store.load_all(self._entries), f"from {listed(map(self._store.path, self._entries))}"
 
     def _load_shipped(self) -> Calibration | None:
         if self._checkpoint is None or self._weights is None or not self._checkpoint.is_dir():
             return None
-        found = load_shipped(self._checkpoint, self._weights, log=logger, **self._expected)
+        if len(self._expected) > 1:  # `sawkv prepare` makes none for layers of unlike shapes
+            return None
+        found = load_shipped(self._checkpoint, self._weights, log=logger, **self._expected[0])
         if found is not None and self._overridden:
             logger.warning(
                 "sawkv: the preparation that came with the model is not used: --hf-overrides changes what it was"
@@ -237,16 +248,15 @@ class _Entry:
             return None
         return found
 
-    def save(self, calibration: Calibration) -> str:
-        """Store the calibration if possible, and say where, or why not."""
+    def save(self, calibrations: Sequence[Calibration]) -> str:
+        """Store the calibrations if possible, and say where, or why not."""
+        if self._store is None:
+            return f"not kept: {self._reason}"
         try:
-            return (
-                f"not kept: {self._reason}"
-                if self._store is None
-                else f"kept in {self._store.save(self._key, calibration)}"
-            )
+            paths = [self._store.save(key, found) for key, found in zip(self._entries, calibrations, strict=True)]
         except SawkvError as error:
             return f"not kept: {error}"
+        return f"kept in {listed(paths)}"
 
 
 def _digest(x: torch.Tensor) -> str:
