@@ -9,8 +9,6 @@ import io
 import itertools
 import math
 import re
-import shutil
-import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
 from xml.etree import ElementTree
@@ -48,7 +46,6 @@ METHODS = {
     "vllm_int4_per_token_head": 4.25,
     "svd_int8": 4.5,
 }
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
 def make_result(method: str, bits: float, kl: float, correct: int = 9) -> MethodResult:
@@ -359,51 +356,3 @@ def test_a_cells_share_of_the_scale() -> None:
     assert svg._share(3, 3, 3, False) == 0.5
     assert svg.log_scale([0.012, 0.9]) == pytest.approx((0.01, 10)), "room beside the ends"
     assert [digits(value) for value in (0.0123456, 12.3456, 0.0, 1e-9)] == ["0.0123", "12.3", "0", "1.00e-09"]
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium; the other tests check the page without one")
-def test_a_browser_draws_it(tmp_path: Path) -> None:
-    page, image = tmp_path / "page.html", tmp_path / "page.png"
-    page.write_text(render([make_evaluation()], [make_analysis()]), encoding="utf-8")
-    done = browse(tmp_path, f"--screenshot={image}", page)
-    assert "Refused to" not in done.stderr, "the page breaks its own content security policy"
-    assert image.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert image.stat().st_size > 30_000, "an empty page is smaller"
-
-
-FRAMES = """
-<iframe src="phone.html" style="width: 400px"></iframe>
-<iframe src="paper.html" style="width: 700px"></iframe>
-<iframe src="cut.html" style="width: 700px"></iframe>
-<script>
-onload = () => {
-  for (const {contentDocument: page} of document.querySelectorAll("iframe")) {
-    const width = page.documentElement.clientWidth + 1;
-    const wide = [...page.querySelectorAll("html, .scroll, pre, figure, table, svg")].filter(
-      part => part.getBoundingClientRect().right > width || part.scrollWidth > part.clientWidth + 1);
-    document.body.append(`[${wide.map(part => part.tagName).join()}]`);
-  }
-};
-</script>
-"""
-
-
-@pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium")
-def test_nothing_is_wider_than_a_phone_or_paper(tmp_path: Path) -> None:
-    """On paper nobody scrolls. The last frame is the control: the page as a screen shows it, on a sheet's width."""
-    page = render([make_evaluation()], [make_analysis()])
-    for name, text in (("phone", page), ("paper", page.replace("@media print", "@media all")), ("cut", page)):
-        (tmp_path / f"{name}.html").write_text(text, encoding="utf-8")
-    (tmp_path / "frames.html").write_text(FRAMES)
-    shown = browse(tmp_path, "--dump-dom", tmp_path / "frames.html").stdout
-    phone, paper, cut = re.findall(r"\[([^]\[]*)\]", shown.partition("</script>")[2])
-    assert "HTML" not in phone
-    assert paper == ""
-    assert "TABLE" in cut
-
-
-def browse(folder: Path, action: str, page: Path) -> subprocess.CompletedProcess[str]:
-    flags = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking"
-    flags += " --disable-component-update --disable-sync --hide-scrollbars --allow-file-access-from-files"
-    command = [str(CHROMIUM), *flags.split(), f"--user-data-dir={folder / 'profile'}", "--window-size=1200,1600"]
-    return subprocess.run([*command, action, page.as_uri()], check=True, capture_output=True, text=True, timeout=120)
