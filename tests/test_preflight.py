@@ -39,7 +39,7 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     def start(command: list[str], **options: Any) -> Any:
         found.append((command, options["env"]))
-        return SimpleNamespace(poll=lambda: 0, wait=lambda *_: 0, terminate=lambda: None)
+        return SimpleNamespace(poll=lambda: 0, wait=lambda *_: 0, terminate=lambda: None, pid=1 << 30)  # no process
 
     monkeypatch.setattr(server, "subprocess", SimpleNamespace(Popen=start))
     find = importlib.util.find_spec
@@ -283,6 +283,25 @@ def test_drafts(
 def test_a_draft_gets_our_backend_however_it_is_given(words: list[str], last: list[str]) -> None:
     """vLLM makes one object of keys whose option is typed alike, and then forgets a whole one."""
     assert server.with_drafts_backend(words)[-2:] == last
+
+
+@pytest.mark.parametrize(
+    ("words", "mixed"),
+    [
+        (["--kv-cache-dtype-skip-layers", "0", "1"], True),
+        (["--kv-cache-dtype-skip=sliding_window"], True),
+        (["-sc.model", "D", "-sc.kv_cache_dtype", "auto"], True),
+        (["-sc", '{"method": "mtp", "attention_backend": "FLASH_ATTN"}'], True),
+        (["-sc", '{"method": "mtp"}'], False),
+        (["--spec-method", "ngram"], False),
+        (["--kv-cache-dtype-skip-layers", "0", "--block-size", "128"], False),
+        ([], False),
+    ],
+)
+def test_layers_with_vllms_own_cache_do_not_make_our_pages_small(words: list[str], mixed: bool) -> None:
+    got = server.with_block_size(server.with_drafts_backend(words))
+    assert (got[-2:] == ["--block-size", "64"]) == mixed
+    assert mixed or got.count("--block-size") == words.count("--block-size")
 
 
 @pytest.mark.parametrize(

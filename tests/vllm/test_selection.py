@@ -316,6 +316,9 @@ def test_large_blocks_of_hybrids_are_cut_into_pages_on_a_gpu_alone(
     monkeypatch: pytest.MonkeyPatch, gpu: bool, block: int, page: int
 ) -> None:
     """vLLM's CPU runner clears new blocks as if each were a page, so there they have to be."""
+    from vllm.config import VllmConfig
+    from vllm.platforms import Platform
+    from vllm.v1.attention.backend import MultipleOf
     from vllm.v1.worker.utils import select_common_block_size
 
     from sawkv.integrations.vllm import backend
@@ -324,6 +327,10 @@ def test_large_blocks_of_hybrids_are_cut_into_pages_on_a_gpu_alone(
     ours = backend.SawAttentionBackend
     assert ours.supports_block_size(block)
     assert ours.get_preferred_block_size(16) == 64
+    if gpu and hasattr(Platform, "_preferred_block_size_for_backends"):  # why `server.with_block_size` names it
+        sizes = {"get_supported_kernel_block_sizes": staticmethod(lambda: [MultipleOf(16)])}  # FlashAttention's
+        for backends, size in (([ours], 64), ([ours, type("Theirs", (ours,), sizes)], 16)):
+            assert Platform._preferred_block_size_for_backends(backends, 16, VllmConfig()) == size
     assert select_common_block_size(block, [ours]) == page
 
 

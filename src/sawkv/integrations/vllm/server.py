@@ -12,12 +12,13 @@ import socket
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 
+from sawkv.format.layout import ENGINE_PAGE_SIZE
 from sawkv.format.spec import CacheFormat
 from sawkv.integrations.vllm import greeting, preflight
 from sawkv.integrations.vllm.config import KV_CACHE_DTYPE_CODECS, engine_options
@@ -89,7 +90,7 @@ def serve(
     known = Options(options)
     preflight.check_prepare_cache(prepare_cache)
     checkpoint = preflight.check(model, cache_format, known, calibration, on_gpu=on_gpu)
-    options = with_drafts_backend(options) if on_gpu else options
+    options = with_block_size(with_drafts_backend(options)) if on_gpu else options
     plain_chat = greeting.lacks_chat_template(checkpoint, known)
     if plain_chat:
         options = [*options, "--chat-template", greeting.PLAIN_CHAT]
@@ -126,14 +127,33 @@ def with_drafts_backend(options: Sequence[str]) -> list[str]:
     known = Options(options)
     speculative = known.speculative()
     has_our_cache = speculative.get("kv_cache_dtype") in (None, *KV_CACHE_DTYPE_CODECS)
-    method = str(speculative.get("method"))
-    drafts = speculative.get("model") is not None or method in ("eagle", "eagle3") or method.endswith("mtp")
-    if not drafts or not has_our_cache or "attention_backend" in speculative:
+    if not _has_layers(speculative) or not has_our_cache or "attention_backend" in speculative:
         return list(options)
     name, ours = "--speculative-config", "CUSTOM"
     if (start := known.start_of_keys(name)) is not None:  # vLLM prefers these to an object
         return [*options, f"{start}.attention_backend", ours]
     return [*options, name, json.dumps(known.json(name) | {"attention_backend": ours})]
+
+
+def with_block_size(options: Sequence[str]) -> list[str]:
+    """These options of vLLM, with the block size that our layers alone would have, where some layers keep vLLM's own
+    cache. From 0.27 on it would choose the least that all backends take, 16 tokens.
+
+    Raises:
+        SawkvError: the speculative config is no JSON object.
+    """
+    known = Options(options)
+    speculative = known.speculative()
+    drafts_apart = _has_layers(speculative) and speculative.get("attention_backend") != "CUSTOM"
+    if known.has("--block-size") or not (known.has("--kv-cache-dtype-skip-layers") or drafts_apart):
+        return list(options)
+    return [*options, "--block-size", str(ENGINE_PAGE_SIZE)]
+
+
+def _has_layers(speculative: Mapping[str, Any]) -> bool:
+    """Whether what drafts has attention layers of its own."""
+    method = str(speculative.get("method"))
+    return speculative.get("model") is not None or method in ("eagle", "eagle3") or method.endswith("mtp")
 
 
 @contextlib.contextmanager
