@@ -23,7 +23,7 @@ from typing import Final
 
 from benchmarks.plots import RESULTS, load_table, read_records
 from benchmarks.serving import git_head
-from benchmarks.shapes import SHAPES, write_config
+from benchmarks.shapes import SHAPES, write_model
 from sawkv.bench.generator import Generator, options
 from sawkv.bench.records import SIXTEEN_BITS, Load, Served, Setting
 from sawkv.bench.run import check_layers
@@ -47,7 +47,7 @@ def main() -> None:
     said = subprocess.run([sys.executable, "-c", DEVICE], check=True, capture_output=True, text=True).stdout
     version, device = said.strip().splitlines()[-1].split("|")
     with tempfile.TemporaryDirectory(prefix="sawkv-load-") as folder:
-        model = _write_model(Path(folder, args.model), args.model) if args.model in SHAPES else args.model
+        model = write_model(Path(folder, args.model), args.model) if args.model in SHAPES else args.model
         with Generator() as generator:
             for name in args.formats:
                 try:
@@ -87,23 +87,6 @@ def _arguments() -> argparse.Namespace:
     args = parser.parse_args()
     args.commit = args.commit or git_head()
     return args
-
-
-def _write_model(folder: Path, name: str) -> str:
-    """A shape with a tokenizer of one word a token, so that prompts have the length that is asked for and every token
-    has a text.
-    """
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    vocabulary = {f"w{i}": i for i in range(1, SHAPES[name]["vocab_size"])}
-    # vLLM refuses texts of more characters than the longest word would give, which has no space.
-    unknown = "w" + "0" * 15
-    tokenizer = Tokenizer(models.WordLevel({unknown: 0, **vocabulary}, unk_token=unknown))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    write_config(folder, name)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
-    return str(folder)
 
 
 def _run_format(

@@ -1,10 +1,13 @@
 """Shapes of public models, as their config.json files give them, so that engines can be started without
 their weights.
+
+    python -m benchmarks.shapes qwen3-8b DIR && sawkv bench DIR --load-format dummy
 """
 
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any, Final
 
@@ -258,3 +261,24 @@ def write_config(folder: Path, name: str, **changes: Any) -> str:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(_COMMON | SHAPES[name] | changes, indent=1))
     return str(folder)
+
+
+def write_model(folder: Path, name: str) -> str:
+    """Write a shape with a tokenizer of one word per token, so that prompts have the length that is asked for and every
+    token has a text; returns the folder as vLLM's `model`.
+    """
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    vocabulary = {f"w{i}": i for i in range(1, SHAPES[name]["vocab_size"])}
+    # vLLM refuses texts of more characters than the longest word would give, which has no space.
+    unknown = "w" + "0" * 15
+    tokenizer = Tokenizer(models.WordLevel({unknown: 0, **vocabulary}, unk_token=unknown))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    model = write_config(folder, name)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))
+    return model
+
+
+if __name__ == "__main__":
+    write_model(Path(sys.argv[2]), sys.argv[1])

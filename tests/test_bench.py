@@ -297,11 +297,15 @@ def test_the_prediction_is_that_of_vllms_blocks() -> None:
 def test_odd_records_are_shown() -> None:
     bench = Bench(SETTING, "a cpu", {"sawkv": "0"}, ("16-bit", "<b>"), (Load(math.inf),))
     check(show.page(bench))
+    assert "KV tokens" not in show.text(bench), "a table of nothing"
     result = Result(Load(math.inf), 1, 0, 0, 0, 0, 1e6, 0, 1e6, 0)
     bench = replace(
         bench, served=(Served("16-bit", kv_tokens=9, predicted_tokens=0, results=(result,)), Served("<b>", "no"))
     )
     check(show.page(bench))
-    assert all(len(line) <= 80 for line in show.text(bench).splitlines())
+    for name in ("m", "a/folder/whose/name/is-long-" * 3):
+        shown = show.text(replace(bench, setting=replace(SETTING, model=name)))
+        assert all(len(line) <= 80 for line in shown.splitlines())
+        assert " on a cpu, vLLM" in shown, "nothing is cut off"
     with pytest.raises(SawkvError, match="expected a record of `sawkv bench`"):
         Bench.from_json("{}")

@@ -10,6 +10,7 @@ import importlib.util
 import math
 import shlex
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -86,10 +87,11 @@ def run_bench(setting: Setting, caches: Sequence[str], out: Path, *, resume: boo
             with writing(file) as part:
                 part.write_text(text, encoding="utf-8")
 
+    def say(line: str) -> None:
+        print(textwrap.fill(line, show.WIDTH, subsequent_indent=" " * 8, max_lines=3, placeholder=" ..."), flush=True)
+
     with Generator() as generator:
-        bench = measure(
-            bench, generator, on_gpu=on_gpu, keep=keep, say=lambda line: print(line[: show.WIDTH], flush=True), logs=out
-        )
+        bench = measure(bench, generator, on_gpu=on_gpu, keep=keep, say=say, logs=out)
     keep(bench)
     print(f"\n{show.text(bench)}\n\nwrote {', '.join(map(str, files))}")
     return 1 if any(served.problem for served in bench.served) else 0
@@ -178,7 +180,8 @@ def _measure_cache(
     while len(loads := _loads(bench)) > done:
         load = loads[done]
         done += 1
-        if served.result(load) is None:
+        known = served.result(load)
+        if known is None:
             words = options(bench.setting, load, done)
             found = _measure_load(words, load, client, generator, TIMEOUT + arrival_seconds(bench.setting, load))
             served = replace(served, results=(*served.results, found))
@@ -189,7 +192,7 @@ def _measure_cache(
             bench = replace(
                 bench, loads=_all_loads(bench.setting, [_round(share * result.request_s) for share in SHARES])
             )
-        place = f"load {done}/{len(_loads(bench))}, {load.name}"
+        place = f"load {done}/{len(_loads(bench))}, {load.name}{', measured before' if known else ''}"
         tell(f"{place}: {result.output_tok_s:,.0f} output tok/s, first token {result.ttft_p50_ms:,.0f} ms")
         bench = _with(bench, served)
         yield bench

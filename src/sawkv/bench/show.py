@@ -18,22 +18,24 @@ def text(bench: Bench) -> str:
     """Text for a terminal."""
     setting = bench.setting
     lines = [
-        f"{setting.model} on {bench.device}, {_vllm(bench)}",
+        *textwrap.wrap(f"{setting.model} on {bench.device}, {_vllm(bench)}", WIDTH, break_on_hyphens=False),
         (
             f"{setting.requests} requests of {setting.input_tokens:,} tokens in and {setting.output_tokens:,} out;"
             " times in ms"
         ),
         f"good: first token within {setting.ttft_ms:g} ms, and {setting.tpot_ms:g} ms per token after it",
-        "",
-        f"{'':16}{'KV tokens':>12}{'':>7}{'predicted':>12}{'difference':>16}",
     ]
-    for served in _served(bench):
+    measured = _served(bench)
+    if measured:
+        lines += ["", f"{'':16}{'KV tokens':>12}{'':>7}{'predicted':>12}{'difference':>16}"]
+    for served in measured:
         predicted, off = _predicted(served)
         lines.append(f"{served.cache:16}{served.kv_tokens:>12,}{_ratio(bench, served):>7}{predicted:>12}{off:>16}")
-    lines += ["", HEAD, UNITS]
-    for load in bench.loads:
+    if measured:
+        lines += ["", HEAD, UNITS]
+    for load in bench.loads if measured else ():
         lines.append(_load_title(bench, load))
-        for served in _served(bench):
+        for served in measured:
             result, ratio = served.result(load), _speed(bench, served, load)
             if result is not None:
                 lines.append(

@@ -293,6 +293,7 @@ def bars(
         parts.append(_text(x + 17, y, name, "start", "row"))
         x += 34 + 7 * len(name)
     y, first = y + 20, y + 14
+    level = len(parts)  # below the bars and their labels
     for name, values in groups:
         parts.append(_text(left - 8, y + thick * len(values) / 2, name, "end", "row"))
         for i, value in enumerate(values):
@@ -302,11 +303,12 @@ def bars(
                     f'<rect class="c{i % COLOURS}" x="{left}" y="{y:.1f}" width="{value * scale:.1f}"'
                     f' height="{thick - 2}" rx="2"><title>{tip}</title></rect>'
                 )
-                parts.append(_text(left + value * scale + 5, y + thick / 2 - 1, show(value), "start"))
+                parts.append(_text(left + value * scale + 5, y + thick / 2 - 1, show(value), "start", "label"))
             y += thick
         y += 10
-    parts.append(
-        f'<line class="dashed" x1="{left + scale:.1f}" y1="{first:.1f}" x2="{left + scale:.1f}" y2="{y - 6:.1f}"/>'
+    parts.insert(
+        level,
+        f'<line class="dashed" x1="{left + scale:.1f}" y1="{first:.1f}" x2="{left + scale:.1f}" y2="{y - 6:.1f}"/>',
     )
     return _svg("chart", width, y, parts, title)
 
