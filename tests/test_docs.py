@@ -48,6 +48,8 @@ RUN = ("doctor", "plan", "prepare", "eval", "analyze", "report", "formats")
 """Of the subcommands, those that need no server."""
 OF_OTHERS = ("curl", "hf", "lm_eval", "rm", "npm", "docker", "podman", "grafana")
 """Programs that do not come with sawkv."""
+OF_VLLM = {"--load-format", "--max-num-seqs"}
+"""Options that `sawkv bench` passes on."""
 
 
 def blocks(page: Path, language: str) -> list[str]:
@@ -101,6 +103,7 @@ def faults(words: list[str]) -> list[str]:
         if not rest or rest[0] not in parsers:
             return [f"no command: {' '.join(words)}"]
         known = {option for action in parsers[rest[0]]._actions for option in action.option_strings}
+        known |= OF_VLLM if rest[0] == "bench" else set()
         return [] if rest[0] == "serve" else [f"sawkv {rest[0]} has no {name}" for name in sorted(flags(rest) - known)]
     if program == "python" and rest[0] == "-m":
         spec = importlib.util.find_spec(rest[1])
