@@ -10,6 +10,10 @@ is (prefix hits); requests that are dropped mid-stream or before their first tok
 cache is far too small for all of them, so that vLLM preempts. Between, the server is stopped or killed, and started
 again.
 
+With `--offload FOLDER` blocks also go to files and come back (docs/offload.md), and every second or so one byte of a
+file is flipped, or the file gets the content of another, with its checksum. Then a run also fails if no prefix came
+back from files, or if no damage was noticed.
+
 A response that differs is asked for again, alone, from its first differing token on. It is a near-tie if the two
 tokens' log-probabilities are within `TIE` there, and so on to its end; else it is wrong. Where matrix products do not
 depend on the batch (bf16 on CPUs without bf16 instructions), all responses are equal to the last token. The exit status
@@ -51,7 +55,7 @@ ACTIVE_CLIENTS = (1, 2, 4, 8, 16, 32, 64)
 KINDS = {"whole": 50, "stream": 25, "drop mid-stream": 10, "drop early": 8, "sampled": 7}
 """Weights of the kinds of requests."""
 METRICS = re.compile(
-    r"^((?:vllm:(?:num_preemptions|prefix_cache_hits|prefix_cache_queries|generation_tokens)_total|sawkv_\w+_total))"
+    r"^(vllm:(?:num_preemptions|(?:external_)?prefix_cache_(?:hits|queries)|generation_tokens)_total|sawkv_\w+_total)"
     r"(?:\{.*\})?"
     r" (\S+)$",
     re.MULTILINE,
@@ -72,6 +76,22 @@ class Load:
     seed: int = 0
     num_blocks: int = 256
     options: tuple[str, ...] = ()
+    offload: Path | None = None
+
+    def server_options(self) -> list[str]:
+        """Options of the server for this load alone."""
+        if self.offload is None:
+            return [*self.options]
+        connector = {
+            "kv_connector": "OffloadingConnector",
+            "kv_role": "kv_both",
+            "kv_connector_extra_config": {
+                "spec_name": "HostTieringSpec",
+                "cpu_bytes_to_use": 4 << 20,  # smaller than the engine's own pages: most come from files
+                "secondary_tiers": [{"type": "sawkv_fs", "root_dir": str(self.offload)}],
+            },
+        }
+        return ["--kv-transfer-config", json.dumps(connector), *self.options]
 
 
 @dataclass(frozen=True)
@@ -135,7 +155,7 @@ class Server:
             str(port),
             "--disable-uvicorn-access-log",
         ]
-        self._command = server_command(load.model, load.cache_format, [*limits, *serving, *load.options])
+        self._command = server_command(load.model, load.cache_format, [*limits, *serving, *load.server_options()])
         self._stack = contextlib.ExitStack()
         self._process: subprocess.Popen[bytes] | None = None
         self._session: aiohttp.ClientSession | None = None
@@ -251,12 +271,14 @@ class Soak:
             await self.make_references()
             self._serving.set()
             clients = [asyncio.create_task(self._client(i)) for i in range(self.load.clients)]
-            conductor = asyncio.create_task(self._conduct())
+            others = [asyncio.create_task(self._conduct()), asyncio.create_task(self._damage())]
             await asyncio.gather(*clients)
-            conductor.cancel()
+            for other in others:
+                other.cancel()
             await self._explain_differences()
             await self._check_idle()
             await self._scrape()
+            self._check_offload()
         finally:
             await self._server.stop()
         return self.report
@@ -359,6 +381,33 @@ class Soak:
                 await self._server.start()
                 self._serving.set()
 
+    async def _damage(self) -> None:
+        """Flip one byte of a stored block, or put another block in its place, again and again."""
+        draw = random.Random(self.load.seed)
+        while self.load.offload is not None:
+            await asyncio.sleep(draw.uniform(0.5, 2))
+            files = sorted(self.load.offload.rglob("*.bin"))
+            with contextlib.suppress(FileNotFoundError):  # a damaged file is removed
+                if len(files) < 2:
+                    continue
+                file, other = draw.sample(files, 2)
+                if draw.random() < 0.5:
+                    content = bytearray(file.read_bytes())
+                    content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+                else:
+                    content = bytearray(other.read_bytes())
+                    Path(f"{file}.sum").write_bytes(Path(f"{other}.sum").read_bytes())
+                file.write_bytes(content)
+                self.report.counts["files damaged"] += 1
+
+    def _check_offload(self) -> None:
+        if self.load.offload is None:
+            return
+        noticed = self._server.log.read_text(errors="replace").count("a stored block is damaged and is removed")
+        self.report.counts["damaged blocks noticed"] = noticed
+        if not noticed or not self.report.metrics.get("vllm:external_prefix_cache_hits_total"):
+            self.report.lost.append("expected prefixes from files and damaged files among them")
+
     async def _explain_differences(self) -> None:
         for difference in self._differences:
             ties = await self._near_ties(difference)
@@ -408,7 +457,8 @@ class Soak:
         print(f"{time.monotonic() - self._started:7.0f} s  {text}", flush=True)
 
 
-def main() -> int:
+def read_arguments(arguments: Sequence[str] | None = None) -> tuple[Load, Path]:
+    """The load, and where the server's log goes. Options that are not ours are the server's."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("--format", default="int4", help="cache format (default: %(default)s)")
@@ -421,20 +471,28 @@ def main() -> int:
     )
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn at random (default: %(default)s)")
     parser.add_argument(
+        "--offload", type=Path, metavar="FOLDER", help="store blocks in files of this folder, and damage some"
+    )
+    parser.add_argument(
         "--server-log", type=Path, default=Path("soak-server.log"), help="where vLLM's log goes (default: %(default)s)"
     )
-    args, options = parser.parse_known_args()
+    args, options = parser.parse_known_args(arguments)
     load = Load(
         args.model,
-        args.format,
+        CacheFormat.parse(args.format),
         tokens=args.tokens,
         clients=args.clients,
         restarts=args.restarts,
         seed=args.seed,
         options=tuple(options),
+        offload=args.offload,
     )
+    return load, args.server_log
+
+
+def main() -> int:
     try:
-        report = asyncio.run(Soak(load, args.server_log).run())
+        report = asyncio.run(Soak(*read_arguments()).run())
     except asyncio.CancelledError:
         return 130
     print("\n".join(report.lines()))

@@ -39,14 +39,19 @@ def test_host_memory_and_files_with_checksums_are_served() -> None:
         ("OffloadingConnector", tiers("sawkv_fs"), {"speculates": True}, ["speculative decoding"]),
         ("OffloadingConnector", {}, {"speculates": True}, []),
         ("ExampleConnector", {}, {}, ["token ids alone"]),
-        ("NixlConnector", {}, {}, ["not format and calibration"]),
+        ("NixlConnector", {}, {}, []),
+        ("NixlConnector", {"enforce_handshake_compat": False}, {}, ["enforce_handshake_compat false"]),
+        ("NixlPullConnector", {}, {"lora": True}, ["--enable-lora"]),
+        ("NixlConnector", {}, {"speculates": True}, ["speculative decoding"]),
+        ("NixlConnector", {}, {"hybrid": True}, ["recurrent layers"]),
+        ("NixlPushConnector", {}, {}, ["by block number"]),
         ("LMCacheConnectorV1", {}, {}, [re.escape("[2, tokens, heads, head_dim]")]),
         ("MultiConnector", {}, {}, ["with None"]),
         (
             "MultiConnector",
             {"connectors": [{"kv_connector": "OffloadingConnector"}, {"kv_connector": "NixlConnector"}]},
             {},
-            ["with NixlConnector"],
+            ["with NixlConnector in a MultiConnector"],
         ),
         (None, {}, {}, ["with None: it is not one that sawkv knows"]),
     ],
@@ -67,7 +72,7 @@ def test_every_connector_that_vllm_ships_has_a_reason_or_is_served() -> None:
     factory = Path(spec.origin).parent / "distributed/kv_transfer/kv_connector/factory.py"
     shipped = set(re.findall(r'register_connector\(\s*"(\w+)"', factory.read_text()))
     assert len(shipped) > 10
-    for name in shipped - {"MultiConnector", "OffloadingConnector"}:
+    for name in shipped - {"MultiConnector", "OffloadingConnector", *connectors.SENDING}:
         (reason,) = refused(name, {}, ON_A_GPU)
         assert name in reason
         assert "not one that sawkv knows" not in reason

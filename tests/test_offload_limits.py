@@ -1,12 +1,17 @@
-"""`benchmarks.offload` fails where a limit is broken, and where nothing came from host memory."""
+"""`benchmarks.offload` fails where a limit is broken, and where nothing came from host memory. What other benchmarks of
+pages that leave the engine take for a fault.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks import disaggregation, soak
 from benchmarks.offload import check
+from sawkv import CacheFormat
 
 RECORD = {
     "prefixes": 2,
@@ -39,3 +44,36 @@ def test_what_is_within_the_limits_passes() -> None:
 def test_what_breaks_a_limit_is_said(changes: dict[str, Any], said: str) -> None:
     (fault,) = check([BF16, INT4 | changes])
     assert said in fault
+
+
+def test_the_soaks_arguments_are_its_load_and_the_servers_options() -> None:
+    load, log = soak.read_arguments(["model", "--offload", "folder", "--server-log", "log", "--enforce-eager"])
+    assert load.cache_format == CacheFormat("int4")
+    assert log == Path("log")
+    option, connector, *rest = load.server_options()
+    assert option == "--kv-transfer-config"
+    assert '"root_dir": "folder"' in connector
+    assert rest == ["--enforce-eager"]
+    assert soak.read_arguments(["model"])[0].server_options() == []
+
+
+EQUAL = {"expected": [1, 2], "answer": [1, 2], "finish": "length", "offered": disaggregation.PROMPT, "refusal": ""}
+REFUSED = EQUAL | {"answer": [], "finish": "error", "refusal": "Local: a sawkv b, Remote: a sawkv c"}
+
+
+@pytest.mark.parametrize(
+    ("case", "found", "good"),
+    [
+        ("equal", EQUAL, True),
+        ("equal", EQUAL | {"answer": [1, 3]}, False),
+        ("equal", EQUAL | {"offered": 0}, False),
+        ("format", REFUSED, True),
+        ("format", EQUAL, False),
+        ("format", REFUSED | {"refusal": "Local: a, Remote: a"}, False),
+        ("control", EQUAL | {"answer": [1, 3]}, True),
+        ("control", EQUAL, False),
+        ("control", REFUSED, False),
+    ],
+)
+def test_what_is_not_as_a_case_expects_is_a_fault(case: str, found: dict[str, Any], good: bool) -> None:
+    assert (disaggregation.check(case, found) is None) == good

@@ -19,6 +19,7 @@ def generate(
     claims: str | None = None,
     ranks: int = 1,
     model: str = "",
+    other_weights: str = "",
 ) -> dict[str, Any]:
     """Generate for `PROMPTS`, one after the other.
 
@@ -29,6 +30,7 @@ def generate(
         claims: fingerprint to take in place of its own.
         ranks: of tensor parallelism.
         model: folder of another model than the tests' own.
+        other_weights: folder of a checkpoint that is loaded at the end, after the engine's own has been loaded again.
     """
     from vllm import LLM, SamplingParams
 
@@ -89,6 +91,7 @@ def generate(
             SamplingParams(max_tokens=4, ignore_eos=True, detokenize=False),
             use_tqdm=False,
         )
+    reloaded = reload(llm, other_weights) if other_weights else {}
     region = Path(f"/dev/shm/vllm_offload_{llm.llm_engine.vllm_config.kv_transfer_config.engine_id}.mmap")
     llm.llm_engine.engine_core.shutdown()
     region.unlink(missing_ok=True)  # where a worker was stopped before it could
@@ -99,8 +102,37 @@ def generate(
         "cached": cached,
         "pages": pages,
         "metrics": metrics,
+        "reloaded": reloaded,
         "files": sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*.bin")),
     }
+
+
+def reload(llm: Any, other_weights: str) -> dict[str, Any]:
+    """What a prompt that no store has answers before and after the weights are loaded again, and what all pages are
+    written with; then what loading others says.
+    """
+    from vllm import SamplingParams
+
+    from sawkv.errors import UnsupportedError
+    from sawkv.integrations.vllm.offload import describe
+
+    def ask(salt: str) -> list[int]:
+        prompt = {"prompt_token_ids": PROMPTS[0], "cache_salt": salt}
+        sampling = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True, detokenize=False)
+        (output,) = llm.generate([prompt], sampling, use_tqdm=False)
+        return [*output.outputs[0].token_ids, output.num_cached_tokens]
+
+    before = [ask("before"), llm.collective_rpc(describe)]
+    llm.collective_rpc("reload_weights")
+    after = [ask("after"), llm.collective_rpc(describe)]
+    print("] sawkv: now other weights")
+    llm.collective_rpc("reload_weights", kwargs={"weights_path": other_weights})
+    error = ""
+    try:
+        ask("others")
+    except UnsupportedError as refusal:
+        error = str(refusal)
+    return {"before": before, "after": after, "error": error}
 
 
 def page_digests(worker: Any, blocks: list[int]) -> list[str]:

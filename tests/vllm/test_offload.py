@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import shutil
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from sawkv.errors import UnsupportedError
 from tests.vllm import stored
-from tests.vllm.engine import run_process
+from tests.vllm.engine import MODEL, run_process
 
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),  # of what vLLM's engine core imports
 ]
 
-PLAIN = {"prepare": False}
+PREPARED = {"prepare": True}
 OTHER = {"prepare": False, "format": "int4-k64-v64"}
 """Pages of the same bytes per token, which mean something else."""
 
@@ -77,6 +81,37 @@ def test_the_tier_is_of_engines_with_sawkv_alone() -> None:
         CheckedFileTier(root_dir="unused")
 
 
+def test_what_both_ends_of_nixl_compare_depends_on_the_fingerprint(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`python -m benchmarks.disaggregation` runs both ends."""
+    from vllm.distributed.kv_transfer import kv_transfer_state
+    from vllm.distributed.kv_transfer.kv_connector.v1.nixl.metadata import NixlHandshakePayload
+    from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_worker import NixlPullConnectorWorker
+
+    from sawkv.integrations.vllm import offload
+
+    handshake = inspect.getsource(NixlPullConnectorWorker._nixl_handshake)
+    assert "handshake_payload.compatibility_hash != self.compat_hash" in handshake, "vLLM compares these two"
+    ends = []
+    layer = RANK["layers.0"] | {"centers, gains and feedback": "0123"}
+    for written_with in (WRITTEN_WITH, changed(("model", "weights"), "beef")):
+        written_with = written_with | {"rank 0": {"layers.0": layer}}
+        payload = NixlHandshakePayload(compatibility_hash="vllm", agent_metadata_bytes=b"")
+        end = SimpleNamespace(compat_hash="vllm", xfer_handshake_metadata=payload)
+        agent = SimpleNamespace(connector_worker=end)
+        monkeypatch.setattr(kv_transfer_state, "_KV_CONNECTOR_AGENT", agent)
+        monkeypatch.setattr(kv_transfer_state, "get_kv_transfer_group", lambda agent=agent: agent)
+        offload._bind_handshake(None, offload.summary(written_with))
+        assert end.compat_hash == payload.compatibility_hash
+        ends.append(end.compat_hash)
+    assert ends[0] != ends[1]
+    assert ends[0].startswith("vllm sawkv ")
+    assert "(int4-k128-v128, page size 32, calibration" in ends[0]
+    assert "weights beef" in ends[1]
+    end.compat_hash = "something new"
+    with pytest.raises(UnsupportedError, match=r"does not fit this vLLM: it needs NixlConnectorWorker\.compat_hash"):
+        offload._bind_handshake(None, "")
+
+
 def test_checksums_notice_any_damage(tmp_path: Path) -> None:
     from sawkv.integrations.vllm.disk import damaged, missing, sum_path, write_sums
 
@@ -103,6 +138,7 @@ def test_checksums_notice_any_damage(tmp_path: Path) -> None:
 
 
 def generate(folder: Path, entry: dict[str, Any], **options: Any) -> dict[str, Any]:
+    entry = entry | {"prepare_cache": str(folder / "prepared")}
     return run_process(stored.generate, json.dumps({"folder": str(folder), "entry": entry, **options}))
 
 
@@ -113,12 +149,26 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def first(folder: Path) -> dict[str, Any]:
-    return generate(folder, PLAIN)
+    return generate(folder, PREPARED)
 
 
-def test_another_start_reads_the_same_bytes_and_notices_one_that_changed(folder: Path, first: dict[str, Any]) -> None:
-    """Two prompts of 200 tokens in blocks of 32. The second prompt's file is damaged before it is read."""
-    second = generate(folder, PLAIN, damage=5000)
+@pytest.fixture(scope="module")
+def second(folder: Path, first: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """The second prompt's file is damaged before it is read. In the end, the weights are loaded again, then others."""
+    other = tmp_path_factory.mktemp("other")
+    for file in MODEL.glob("*.json"):
+        shutil.copy(file, other)
+    weights = load_file(MODEL / "model.safetensors")
+    name = next(name for name in weights if "v_proj" in name)
+    weights[name] = weights[name] * 1.01
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    return generate(folder, PREPARED, damage=5000, other_weights=str(other))
+
+
+def test_another_start_reads_the_same_bytes_and_notices_one_that_changed(
+    first: dict[str, Any], second: dict[str, Any]
+) -> None:
+    """Two prompts of 200 tokens in blocks of 32."""
     assert first["cached"] == [0, 0]
     assert second["cached"][0] == 192
     assert second["cached"][1] < 192, "blocks before the damaged one at most"
@@ -126,14 +176,23 @@ def test_another_start_reads_the_same_bytes_and_notices_one_that_changed(folder:
     assert len(first["pages"]) == 12
     assert second["pages"] == first["pages"], "all bytes of all layers' pages, by the block's hash"
     assert any("a stored block is damaged and is removed" in line for line in second["log"])
-    assert second["files"] == first["files"], "the damaged one is written again"
+    assert set(first["files"]) <= set(second["files"]), "the damaged one is written again"
 
 
-def test_pages_of_another_format_are_not_found(folder: Path, first: dict[str, Any]) -> None:
+def test_weights_that_are_loaded_again_keep_the_calibration_and_others_stop_the_engine(second: dict[str, Any]) -> None:
+    reloaded, log = second["reloaded"], second["log"]
+    assert reloaded["after"] == reloaded["before"]
+    assert reloaded["after"][0][-1] == 0, "the prompt was computed"
+    warning = next(i for i, line in enumerate(log) if "other weights were loaded" in line)
+    assert warning > log.index("sawkv: now other weights")
+    assert "expected the weights of the start" in reloaded["error"]
+
+
+def test_pages_of_another_format_are_not_found(folder: Path, first: dict[str, Any], second: dict[str, Any]) -> None:
     other = generate(folder, OTHER)
     assert other["cached"] == [0, 0]
     assert any("format: int4-k128-v128, here int4-k64-v64" in line for line in other["log"])
-    assert len(set(other["files"]) - set(first["files"])) == 12
+    assert len(set(other["files"]) - set(second["files"])) == 12
 
 
 def test_without_the_binding_they_would_be_read_wrongly(folder: Path, first: dict[str, Any]) -> None:
@@ -141,3 +200,17 @@ def test_without_the_binding_they_would_be_read_wrongly(folder: Path, first: dic
     wrong = generate(folder, OTHER, claims=first["fingerprint"])
     assert wrong["cached"] == [192, 192]
     assert wrong["texts"] != first["texts"]
+
+
+def test_another_training_step_is_other_weights() -> None:
+    from sawkv.integrations.vllm.weights import sample
+
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(300, 70), "b": torch.nn.Conv1d(5, 6, 3)})
+    before = sample(model)
+    assert sample(model) == before
+    for parameter in model.parameters():
+        with torch.no_grad():
+            parameter.add_(1e-3)
+        after = sample(model)
+        assert after != before
+        before = after

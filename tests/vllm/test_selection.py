@@ -265,16 +265,16 @@ def test_a_subclass_is_refused_in_the_words_of_the_option() -> None:
         refuse_subclass(SomethingNew, Choice)
 
 
-TRANSFER = SimpleNamespace(kv_connector="NixlConnector", kv_connector_extra_config=None)
+TRANSFER = SimpleNamespace(kv_connector="MooncakeConnector", kv_connector_extra_config=None)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"kv_transfer_config": TRANSFER}, "--kv-transfer-config with NixlConnector"),
+        ({"kv_transfer_config": TRANSFER}, "--kv-transfer-config with MooncakeConnector"),
         (
             {"kv_transfer_config": TRANSFER, "cache_config": SimpleNamespace(kv_offloading_size=1.0)},
-            "--kv-offloading-size with NixlConnector",
+            "--kv-offloading-size with MooncakeConnector",
         ),
         ({"parallel_config": SimpleNamespace(decode_context_parallel_size=2)}, "--decode-context-parallel-size 2"),
         ({"parallel_config": SimpleNamespace(prefill_context_parallel_size=4)}, "--prefill-context-parallel-size 4"),

@@ -8,7 +8,7 @@ vLLM's words: block = page, head_size = head_dim, `[blocks, kv heads, block_size
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -141,6 +141,9 @@ class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
         common = common_attn_metadata
         if self._reader is not None:
             self._reader.poll()
+        for impl in self._impls:
+            if impl.stopped is not None:
+                raise impl.stopped
         if common.causal is not True:
             raise UnsupportedError("sawkv: expected causal attention, got a request for non-causal attention")
         num_decodes, max_query_len = common.num_reqs, self._max_query_len
@@ -254,6 +257,8 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
         self.reader: CounterReader | None = None
         self.reader_place = 0
         self.counted = CountedLayer("")  # until the layer's name is known
+        self.reloaded: Callable[[], None] | None = None  # called when weights have been loaded again
+        self.stopped: UnsupportedError | None = None  # why no further step may run
         self._attention: ops.Attention | None = None
         self._kv_cache: torch.Tensor | None = None
         self._layer_calibration: LayerCalibration | None = LayerCalibration()
@@ -298,6 +303,8 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
             for layer in self._layers.values():
                 if getattr(layer, "impl", None) is self:
                     pack_windows(layer)
+        if self.reloaded is not None:
+            self.reloaded()
 
     def do_kv_cache_update(
         self,
@@ -390,12 +397,12 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
 
     def written_with(self, kv_cache: torch.Tensor) -> dict[str, Any]:
         """All that the bytes of this layer's pages depend on, besides K and V, by name."""
-        layout = self.layout(kv_cache.shape[2])
+        layout = self.layout(PAGE_SIZE_MULTIPLE)
         pages = torch.empty(layout.pages_shape(1), dtype=torch.uint8, device=kv_cache.device)
         cache = PagedKVCache(pages, layout, **self._written_with(kv_cache.device).constants())
         return {
             "format": str(layout.format),
-            "page size": layout.page_size,
+            "page size": kv_cache.shape[2],
             "KV heads": layout.num_kv_heads,
             "centers, gains and feedback": cache.fingerprint(),
         }

@@ -1,7 +1,7 @@
 """Which of vLLM's KV connectors carry our pages, and why the others are refused. Imports no vLLM.
 
-A connector is served if it copies pages as opaque bytes, and if what it stores ends with the engine or is bound to
-format, calibration and model (`offload`). docs/offload.md has the table.
+A connector is served if it copies pages as opaque bytes, and if what it stores or sends is bound to format, calibration
+and model (`offload`) or ends with the engine. docs/offload.md has the table.
 """
 
 from __future__ import annotations
@@ -17,8 +17,10 @@ TIERED_SPEC: Final = "TieringOffloadingSpec"
 HOST_SPEC: Final = "HostTieringSpec"
 """Our `spec_name`: vLLM's tiered offloading, which then runs on a CPU too."""
 
+SENDING: Final = ("NixlConnector", "NixlPullConnector")
+"""Two names of one connector, whose decoding engine reads pages from the prefilling one."""
+
 _TOKEN_KEYS: Final = "it keys pages by token ids alone, so it would load those of another format or calibration"
-_NO_BINDING: Final = "its two ends compare model and dtype, and not format and calibration"
 _BY_NUMBER: Final = "its two ends name pages by block number, and it has not been tried"
 _LMCACHE: Final = (
     "it allocates and copies K and V as [2, tokens, heads, head_dim] of one dtype, and our pages are bytes with scales"
@@ -32,9 +34,7 @@ _REASONS: Final = {
     "FlexKVConnectorV1": "FlexKV makes its keys outside of vLLM, and has not been tried",
     "LMCacheConnectorV1": _LMCACHE,
     "LMCacheMPConnector": "its server is told the model's name and the block size, and not format and calibration",
-    "NixlConnector": _NO_BINDING,
-    "NixlPullConnector": _NO_BINDING,
-    "NixlPushConnector": _NO_BINDING,
+    "NixlPushConnector": _BY_NUMBER,
     "MooncakeConnector": _BY_NUMBER,
     "MoRIIOConnector": _BY_NUMBER,
     "MooncakeStoreConnector": _UNBOUND,
@@ -50,7 +50,7 @@ _TIERS: Final = {
     "kvcr": _UNBOUND,
     "example": "it is vLLM's example",
 }
-WAY_OUT: Final = f"expected {NATIVE} (docs/offload.md)"
+WAY_OUT: Final = f"expected {NATIVE} or {SENDING[0]} (docs/offload.md)"
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,10 @@ def refused(
     if connector == "MultiConnector":
         children = extra.get("connectors") or [{}]
         named = [(child.get("kv_connector"), child.get("kv_connector_extra_config") or {}) for child in children]
-        return [reason for name, its_extra in named for reason in refused(name, its_extra, engine, option)]
+        together = [f"{option} with {name} in a MultiConnector (not tried)" for name, _ in named if name in SENDING]
+        return together + [reason for name, its_extra in named for reason in refused(name, its_extra, engine, option)]
+    if connector in SENDING:
+        return [f"{option} {what}" for asked, what in _faults_of_sending(extra, engine) if asked]
     if connector != NATIVE:
         why = _REASONS.get(connector or "", "it is not one that sawkv knows")
         return [f"{option} with {connector}: {why}; {WAY_OUT}"]
@@ -122,6 +125,27 @@ def _faults(extra: Mapping[str, Any], engine: Engine, tiers: bool) -> list[tuple
             " the name to other weights",
         ),
     ]
+
+
+def _faults_of_sending(extra: Mapping[str, Any], engine: Engine) -> list[tuple[bool, str]]:
+    """The same of NIXL."""
+    return [
+        (engine.hybrid, "with recurrent layers (not tried)"),
+        (
+            engine.speculates,
+            "with NIXL and speculative decoding: the handshake says nothing of a draft model's weights",
+        ),
+        (engine.lora, "with NIXL and --enable-lora: the handshake says nothing of an adapter's weights"),
+        (
+            not extra.get("enforce_handshake_compat", True),
+            "with enforce_handshake_compat false: pages of another format or calibration would be read",
+        ),
+    ]
+
+
+def leaves_the_engine(connector: str | None, extra: Mapping[str, Any]) -> bool:
+    """Whether other engines may read what this connector stores or sends."""
+    return connector in SENDING or bool(checked_tiers(connector, extra))
 
 
 def checked_tiers(connector: str | None, extra: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -1,10 +1,11 @@
-"""Binds pages that outlive the engine to what they were written with.
+"""Binds pages that leave the engine to what they were written with.
 
-vLLM names a stored block by a hash of its tokens, and neither by format nor by calibration. Host memory belongs to one
-engine and ends with it. Files do not: engines that share a folder would read each other's pages wrongly. So the file
-tier (`disk`) keeps its blocks in a folder that is named by a fingerprint of all that a block's bytes depend on, besides
-its tokens. `bind` puts that into the tier's own options, when the engine core has prepared the model and has not made
-its connector.
+vLLM names a stored block by a hash of its tokens, and a block that is sent by its number, and neither by format nor by
+calibration. Host memory belongs to one engine and ends with it. Files do not: engines that share a folder would read
+each other's pages wrongly. So the file tier (`disk`) keeps its blocks in a folder that is named by a fingerprint of all
+that a block's bytes depend on, besides its tokens. Two engines that send pages compare a string in NIXL's handshake:
+it gets the fingerprint too. `bind` does both, when the engine core has prepared the model and has not made its
+connector.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.logger import init_logger
 
 from sawkv.errors import UnsupportedError
-from sawkv.integrations.vllm.connectors import CHECKED_TIER, HOST_SPEC, checked_tiers
+from sawkv.integrations.vllm.connectors import CHECKED_TIER, HOST_SPEC, SENDING, checked_tiers, leaves_the_engine
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -40,16 +41,38 @@ def install() -> None:
 
 
 def bind(executor: Any, vllm_config: VllmConfig) -> None:
-    """Tell each file tier what this engine's pages are written with."""
+    """Tell what may carry pages to other engines what this engine's pages are written with.
+
+    Raises:
+        UnsupportedError: vLLM's handshake has changed.
+    """
     transfer = vllm_config.kv_transfer_config
-    if transfer is None:
+    extra = (transfer.kv_connector_extra_config or {}) if transfer is not None else {}
+    if transfer is None or not leaves_the_engine(transfer.kv_connector, extra):
         return
-    tiers = checked_tiers(transfer.kv_connector, transfer.kv_connector_extra_config or {})
-    if not tiers:
-        return
-    ranks = {f"rank {rank}": layers for rank, layers in executor.collective_rpc(describe)}
-    for tier in tiers:
-        tier["written_with"] = {**ranks, "model": _model(vllm_config)}
+    ranks = executor.collective_rpc(describe)
+    if not any("page size" in layer for _, layers in ranks for layer in layers.values()):
+        return  # no layer is ours
+    written_with = {**{f"rank {rank}": layers for rank, layers in ranks}, "model": _model(vllm_config)}
+    for tier in checked_tiers(transfer.kv_connector, extra):
+        tier["written_with"] = written_with
+    if transfer.kv_connector in SENDING:
+        executor.collective_rpc(_bind_handshake, args=(summary(written_with),))
+
+
+def summary(written_with: dict[str, Any]) -> str:
+    """The fingerprint and what it is of, in one line that tells a reader of both ends' lines what differs."""
+    model = written_with["model"]
+    layers = [layer for rank, its in written_with.items() if rank != "model" for layer in its.values()]
+
+    def of(name: str) -> str:
+        return "/".join(sorted({str(layer[name]) for layer in layers if name in layer}))
+
+    calibration = hashlib.sha256(of("centers, gains and feedback").encode()).hexdigest()
+    return (
+        f"sawkv {fingerprint(written_with)} ({of('format')}, page size {of('page size')}, calibration"
+        f" {calibration[:8]}, weights {model['weights'][:8]}, {len(written_with) - 1} ranks)"
+    )
 
 
 def fingerprint(written_with: dict[str, Any]) -> str:
@@ -115,6 +138,19 @@ def _model(vllm_config: VllmConfig) -> dict[str, Any]:
         "tensor parallel": parallel.tensor_parallel_size,
         "pipeline parallel": parallel.pipeline_parallel_size,
     }
+
+
+def _bind_handshake(worker: Any, what: str) -> None:
+    """Add a line to the string that NIXL's two ends compare, here and in what peers ask for."""
+    from vllm.distributed.kv_transfer.kv_transfer_state import get_kv_transfer_group
+
+    ours: Any = getattr(get_kv_transfer_group(), "connector_worker", None)
+    payload: Any = getattr(ours, "xfer_handshake_metadata", None)
+    if getattr(payload, "compatibility_hash", None) is None or payload.compatibility_hash != ours.compat_hash:
+        raise UnsupportedError(
+            "sawkv does not fit this vLLM: it needs NixlConnectorWorker.compat_hash and .xfer_handshake_metadata"
+        )
+    ours.compat_hash = payload.compatibility_hash = f"{ours.compat_hash} {what}"
 
 
 @contextmanager

@@ -78,9 +78,11 @@ def install() -> None:
         if SawConfig.from_vllm(vllm_config, vllm_config.cache_config.cache_dtype) is not None:
             from sawkv.integrations.vllm.announce import say_layers
             from sawkv.integrations.vllm.metrics import publish_when_idle
+            from sawkv.integrations.vllm.weights import watch
 
             self.model_executor.collective_rpc(say_layers)
             self.model_executor.collective_rpc(publish_when_idle)
+            self.model_executor.collective_rpc(watch)
         return kv_cache_config
 
     initialize_and_prepare.prepares = True  # type: ignore[attr-defined]
