@@ -4,19 +4,21 @@ change.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
+from benchmarks.families import make_model
 from tests.vllm.engine import MODEL, run_engine
 from tests.vllm.test_centering import write_calibration
 
 pytestmark = pytest.mark.vllm
 
-# Repetitions, so that n-grams of the prompt predict what comes.
 PROMPTS = [[[300 + (i * j) % 23 for j in range(1, 120 + 30 * i)] for i in range(1, 5)]]
 OPTIONS: dict[str, Any] = {
     "dtype": "float32",
@@ -24,7 +26,6 @@ OPTIONS: dict[str, Any] = {
     "max_tokens": 64,
     "kv_cache_dtype": "int4_per_token_head",
 }
-NGRAM = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4, "prompt_lookup_min": 2}
 
 
 def test_a_draft_has_a_cache_of_its_own(tmp_path: Path) -> None:
@@ -50,8 +51,44 @@ def test_a_draft_has_a_cache_of_its_own(tmp_path: Path) -> None:
         assert result["tokens"] == alone["tokens"]
 
 
-def test_ngram_speculation_gives_the_same_tokens() -> None:
-    plain, speculative = run_engine(**OPTIONS), run_engine(**OPTIONS, speculative_config=NGRAM)
-    assert speculative["implementation"] == ["SawAttentionImpl"]
-    assert speculative["metrics"]["spec_decode_num_accepted_tokens"] > 0
-    assert speculative["tokens"] == plain["tokens"]
+def test_a_models_own_draft_head_is_served_from_int4_too(tmp_path: Path) -> None:
+    """MTP: a further layer of the model, with pages of its own. Preparation passes it by, and holds without it."""
+    model = predictable(tmp_path / "model")
+    prompts = [[[(3 * i * j + 7) % 50 + 2 for j in range(1, 90 + 30 * i)] for i in range(1, 4)]]
+    options = OPTIONS | {
+        "model": str(model),
+        "waves": prompts,
+        "skip_tokenizer_init": True,
+        "additional_config": {"sawkv": {"prepare": True, "prepare_cache": str(tmp_path / "kept")}},
+    }
+    drafted = run_engine(**options, speculative_config={"method": "mtp", "num_speculative_tokens": 2})
+    alone = run_engine(**options)
+    for result, prepared in ((drafted, "kept in"), (alone, "prepared in")):
+        assert result.get("implementation") == ["SawAttentionImpl"], result.get("error")
+        assert any(prepared in line and str(tmp_path / "kept") in line for line in result["log"])
+    assert not any("preparing" in line for line in alone["log"])
+    assert drafted["metrics"]["spec_decode_num_accepted_tokens"] > 0
+    assert drafted["tokens"] == alone["tokens"]
+
+
+def predictable(folder: Path) -> Path:
+    """GLM-4.5 in small, with an MTP layer that is its last layer, reads embeddings alone and so guesses some tokens:
+    embeddings outweigh what layers add.
+    """
+    make_model(folder, "glm-4.5")
+    config = json.loads((folder / "config.json").read_text())
+    last, size = config["num_hidden_layers"] - 1, config["hidden_size"]
+    (folder / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
+    weights = load_file(folder / "model.safetensors")
+    for name, weight in weights.items():
+        weight *= 20 if "embed_tokens" in name else 0.15 if "o_proj" in name or "down_proj" in name else 1
+    layer = f"model.layers.{last + 1}."
+    head = {
+        f"{layer}{name.split('.', 3)[3]}": x for name, x in weights.items() if name.startswith(f"model.layers.{last}.")
+    }
+    head |= {f"{layer}{name}.weight": torch.ones(size) for name in ("enorm", "hnorm", "shared_head.norm")}
+    head[f"{layer}eh_proj.weight"] = torch.cat([torch.eye(size), torch.zeros(size, size)], 1)
+    head[f"{layer}shared_head.head.weight"] = weights["lm_head.weight"]
+    head[f"{layer}embed_tokens.weight"] = weights["model.embed_tokens.weight"]
+    save_file(weights | {name: x.clone() for name, x in head.items()}, folder / "model.safetensors", {"format": "pt"})
+    return folder
