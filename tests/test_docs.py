@@ -15,7 +15,9 @@ from typing import Any
 
 import pytest
 
-from sawkv import cli
+from sawkv import cli, doctor
+from sawkv.lab import evaluate
+from tests.test_doctor import RIGHT
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -38,9 +40,9 @@ PLACEHOLDERS = {
 """What a reader puts in, by the words that stand for it."""
 LESS = {
     "eval": shlex.split(
-        "--tokens 512 --window 256 --layer-tokens 256 --floor-tokens 0 --recall-count 0 --free-runs 0 --quiet"
+        "--tokens 256 --window 64 --layer-tokens 64 --floor-tokens 0 --recall-count 0 --free-runs 0 --quiet"
     ),
-    "analyze": shlex.split("--tokens 512 --window 256"),
+    "analyze": shlex.split("--tokens 128 --window 64"),
     "prepare": shlex.split("--tokens 1024"),
 }
 """Added to commands that measure, to measure less."""
@@ -170,6 +172,8 @@ def test_commands_run_as_typed(page: Path, tmp_path: Path, monkeypatch: pytest.M
     (tmp_path / "some.txt").write_text((ROOT / "src/sawkv/prepare/corpus/prose.txt").read_text() * 3)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(doctor, "_probe", lambda: RIGHT)  # of this vLLM, which takes seconds: tests/test_doctor.py
+    monkeypatch.setattr(evaluate, "NUM_WINDOWS", 1)  # what methods are fitted on
     for words in console(page):
         if words[0] != "sawkv" or words[1] not in RUN:
             continue

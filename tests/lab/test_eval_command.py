@@ -25,21 +25,13 @@ from sawkv.prepare.text import Text, load_text, with_bos
 MODEL = next(Path("models").glob("sawkv-*"))
 
 
-def test_eval_writes_records_and_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_eval_writes_records_and_a_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(evaluate, "NUM_WINDOWS", 2)  # to fit on
     arguments = ["--formats", "prepared,int4_plain", "--tokens", "512", "--window", "128", "--floor-tokens", "256"]
-    arguments += [
-        "--layer-tokens",
-        "128",
-        "--recall-lengths",
-        "96",
-        "--recall-count",
-        "1",
-        "--free-runs",
-        "1",
-        "--stress",
-        "16",
-        "--quiet",
-    ]
+    arguments += ["--layer-tokens", "128", "--recall-lengths", "96", "--recall-count", "1", "--free-runs", "1"]
+    arguments += ["--stress", "16", "--quiet"]
     assert cli.main(["eval", str(MODEL), *arguments, "--out", str(tmp_path / "new" / "eval.json")]) == 0
     shown = capsys.readouterr().out
     evaluation = Evaluation.from_json((tmp_path / "new" / "eval.json").read_text())

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from sawkv.errors import SawkvError
 from sawkv.lab.budget import Budget
-from sawkv.lab.divergence import Readers, Reference, compare, compare_floor, reading_only
+from sawkv.lab.divergence import Readers, Reference, compare_floor, reading_only
 from sawkv.lab.excerpts import EXCERPT, Decode, excerpt_kl, forks, pieces, worst
 from sawkv.lab.methods import Method, check_fits, fit
 from sawkv.lab.records import Evaluation, Fork, FreeRun, LayerKL, MethodResult, Recall
@@ -163,11 +163,11 @@ class _Work:
     @property
     def for_all(self) -> int:
         """Tokens that the reference and the noise floor read."""
-        return self.text.numel() + self.prompt_tokens + 2 * self.floor_text.numel()
+        return self.text.numel() + self.layer_text.numel() + self.prompt_tokens + 2 * self.floor_text.numel()
 
     def for_method(self, num_layers: int) -> int:
         """Tokens that one method reads."""
-        return self.text.numel() + self.prompt_tokens + 2 * self.layer_text.numel() * num_layers
+        return self.text.numel() + self.prompt_tokens + self.layer_text.numel() * num_layers
 
 
 class _Measurer:
@@ -175,8 +175,11 @@ class _Measurer:
 
     def __init__(self, model: EvalModel, work: _Work, budget: Budget, decode: Decode, bar: Any) -> None:
         self._model, self._work, self._budget, self._decode, self._bar = model, work, budget, decode, bar
-        self._batch = max(1, budget.batch_tokens // budget.window)
-        self.reference = Reference(model, work.text, self._batch, STATES_KEPT, step=bar.update)
+        batch = max(1, budget.batch_tokens // budget.window)
+        self.reference = Reference(model, work.text, batch, STATES_KEPT, step=bar.update)
+        self._layer_reference = None
+        if len(work.layer_text):
+            self._layer_reference = Reference(model, work.layer_text, batch, STATES_KEPT, step=bar.update)
         self._continuation = _continuation(model, work.text[: budget.free_runs], budget)
 
     def measure(self, method: Method, readers: Readers, name: str) -> MethodResult:
@@ -184,7 +187,7 @@ class _Measurer:
         self._bar.set_description(f"{name}: text")
         scores = self.reference.compare(readers, step=self._bar.update)
         self._bar.set_description(f"{name}: layers")
-        layers = _by_layer(self._model, self._work.layer_text, readers, self._batch, self._bar.update)
+        layers = () if self._layer_reference is None else self._by_layer(self._layer_reference, readers)
         self._bar.set_description(f"{name}: recall")
         recalled = self.recall(readers)
         run: FreeRun | None = None
@@ -206,6 +209,15 @@ class _Measurer:
             worst(self._model, self._work.text, scores, readers, self._decode),
             texts,
         )
+
+    def _by_layer(self, reference: Reference, readers: Readers) -> tuple[LayerKL, ...]:
+        """KL with the method in one layer at a time."""
+        found = []
+        for layer in range(len(self._model.layers)):
+            scores = reference.compare(reading_only(readers, layer), step=self._bar.update)
+            divergence = scores.divergence()
+            found.append(LayerKL(layer, divergence.mean_kl, divergence.kl_se))
+        return tuple(found)
 
     def recall(self, readers: Readers | None, known: tuple[Recall, ...] | None = None) -> tuple[Recall, ...]:
         """What a cache recalls of the prompts; `known` if it was asked before."""
@@ -271,18 +283,6 @@ def _floor(
     return MethodResult(
         FLOOR, 16.0, "", False, scores.divergence(), scores.by_position(), excerpt_kl=excerpt_kl(scores)
     )
-
-
-def _by_layer(
-    loaded: EvalModel, windows: torch.Tensor, readers: Readers, batch: int, step: Callable[[int], object]
-) -> tuple[LayerKL, ...]:
-    """KL with the method in one layer at a time."""
-    found = []
-    for layer in range(len(loaded.layers) if len(windows) else 0):
-        _, scores = compare(loaded, windows, {"": reading_only(readers, layer)}, batch=batch, step=step)
-        divergence = scores[""].divergence()
-        found.append(LayerKL(layer, divergence.mean_kl, divergence.kl_se))
-    return tuple(found)
 
 
 def _continuation(loaded: EvalModel, windows: torch.Tensor, budget: Budget) -> tuple[torch.Tensor, torch.Tensor] | None:
