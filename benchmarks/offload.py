@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+import prometheus_client
 
 from benchmarks.layers import check_engine
 from benchmarks.plots import RESULTS
@@ -184,7 +185,7 @@ def _run_engine(args: argparse.Namespace) -> None:
 
     _ask(llm, prompts.pop())  # compile what was not compiled at start-up
     _settle(llm, draw, vocabulary)
-    stored = _counter(llm, "vllm:kv_offload_store_bytes")
+    stored = _counter("kv_offload_store_bytes")
     prefixes = min(args.prefixes, int(SHARE * args.host_memory * GIB / stored) - 1)
     if prefixes < 2:
         raise SystemExit(
@@ -192,10 +193,10 @@ def _run_engine(args: argparse.Namespace) -> None:
         )
     computed = [_ask(llm, prompt) for prompt in prompts[:prefixes]]
     _settle(llm, draw, vocabulary)
-    before = {key: _counter(llm, f"vllm:{key}") for key in COUNTERS}
+    before = {key: _counter(key) for key in COUNTERS}
     restored = [_ask(llm, prompt) for prompt in prompts[:prefixes]]
     _settle(llm, draw, vocabulary)
-    moved = {key: _counter(llm, f"vllm:{key}") - before[key] for key in COUNTERS}
+    moved = {key: _counter(key) - before[key] for key in COUNTERS}
     block = config.cache_config.block_size
     cached = [output.num_cached_tokens or 0 for output in restored]
     record = {
@@ -241,8 +242,10 @@ def _first_token(outputs: list[RequestOutput]) -> float:
     return float(np.mean([output.metrics.first_token_latency for output in outputs if output.metrics is not None]))
 
 
-def _counter(llm: LLM, name: str) -> float:
-    return sum(float(metric.value) for metric in llm.get_metrics() if metric.name == name and hasattr(metric, "value"))
+def _counter(name: str) -> float:
+    """From Prometheus' registry: `LLM.get_metrics` cuts seconds to whole ones."""
+    samples = (sample for family in prometheus_client.REGISTRY.collect() for sample in family.samples)
+    return sum(sample.value for sample in samples if sample.name == f"vllm:{name}_total")
 
 
 if __name__ == "__main__":

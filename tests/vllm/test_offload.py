@@ -188,6 +188,7 @@ def test_weights_that_are_loaded_again_keep_the_calibration_and_others_stop_the_
     assert "expected the weights of the start" in reloaded["error"]
 
 
+@pytest.mark.newest
 def test_pages_of_another_format_are_not_found(folder: Path, first: dict[str, Any], second: dict[str, Any]) -> None:
     other = generate(folder, OTHER)
     assert other["cached"] == [0, 0]
@@ -195,6 +196,7 @@ def test_pages_of_another_format_are_not_found(folder: Path, first: dict[str, An
     assert len(set(other["files"]) - set(second["files"])) == 12
 
 
+@pytest.mark.newest
 def test_without_the_binding_they_would_be_read_wrongly(folder: Path, first: dict[str, Any]) -> None:
     """The control: an engine with the other format claims the fingerprint of the first."""
     wrong = generate(folder, OTHER, claims=first["fingerprint"])

@@ -51,9 +51,9 @@ def bind(executor: Any, vllm_config: VllmConfig) -> None:
     if transfer is None or not leaves_the_engine(transfer.kv_connector, extra):
         return
     ranks = executor.collective_rpc(describe)
-    if not any("page size" in layer for _, layers in ranks for layer in layers.values()):
+    if not any("page size" in layer for layers in ranks for layer in layers.values()):
         return  # no layer is ours
-    written_with = {**{f"rank {rank}": layers for rank, layers in ranks}, "model": _model(vllm_config)}
+    written_with = {f"rank {rank}": layers for rank, layers in enumerate(ranks)} | {"model": _model(vllm_config)}
     for tier in checked_tiers(transfer.kv_connector, extra):
         tier["written_with"] = written_with
     if transfer.kv_connector in SENDING:
@@ -95,8 +95,8 @@ def differences(here: Any, there: Any, name: str = "") -> list[str]:
     return [] if here == there else [f"{name}: {there}, here {here}"]
 
 
-def describe(worker: Any) -> tuple[int, dict[str, Any]]:
-    """A worker's rank, and what the pages of each layer are written with, by the layer's name."""
+def describe(worker: Any) -> dict[str, Any]:
+    """What the pages of each of a worker's layers are written with, by the layer's name."""
     from sawkv.integrations.vllm.backend import SawAttentionImpl
 
     layers: dict[str, Any] = {}
@@ -116,7 +116,7 @@ def describe(worker: Any) -> tuple[int, dict[str, Any]]:
                 else {"format": f"{type(layer).__name__} {getattr(layer, 'kv_cache_dtype', '')} {pages.dtype}"}
             ),
         }
-    return worker.rank, layers
+    return layers
 
 
 def _model(vllm_config: VllmConfig) -> dict[str, Any]:
