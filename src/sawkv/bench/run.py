@@ -6,6 +6,8 @@ prefix, and at a sweep of rates. The record is written after each load, so a sto
 
 from __future__ import annotations
 
+import collections.abc
+import contextlib
 import importlib.util
 import math
 import shlex
@@ -117,40 +119,15 @@ def measure(
         logs: a path; each server's log is written beside it.
     """
     for number, cache in enumerate(bench.caches, 1):
+        place = f"[{number}/{len(bench.caches)} {cache}]"
         known = bench.of(cache)
         if known is not None and (known.problem or all(known.result(load) for load in _loads(bench))):
-            say(f"[{number}/{len(bench.caches)} {cache}] measured before")
+            say(f"{place} measured before")
             continue
-        start = time.monotonic()
-
-        def tell(stage: str, where: str = f"[{number}/{len(bench.caches)} {cache}]", start: float = start) -> None:
-            say(f"{where} {time.monotonic() - start:5.0f} s  {stage}")
-
-        context, words = _server_options(bench.setting, on_gpu)
+        tell = _timed(say, place)
         try:
-            with serving(
-                [*_command(bench.setting.model, cache, words), *ASKABLE[0]],
-                logs.with_name(f"{logs.stem}-{cache}.log"),
-                env=environment() | ASKABLE[1],
-                say=tell,
-            ) as client:
-                predicted = predict(bench.setting.model, cache, words, context, on_gpu=on_gpu)
-                served = Served(
-                    cache,
-                    notice=client.notice(),
-                    start_s=round(time.monotonic() - start, 1),
-                    kv_tokens=client.kv_tokens(),
-                    layers=client.kv_cache_dtypes(),
-                    predicted_tokens=predicted,
-                    results=known.results if known else (),
-                )
-                if cache not in (SIXTEEN_BITS, FP8) and not served.notice:
-                    raise UnsupportedError(
-                        "vLLM's log: expected sawkv's line, got none: vLLM runs with a cache of its own"
-                    )
-                check_layers(served, bench.setting)
-                for found in _measure_cache(bench, served, client, generator, tell):
-                    bench = found
+            with contextlib.closing(_serve(bench, cache, generator, tell, on_gpu=on_gpu, logs=logs)) as records:
+                for bench in records:
                     keep(bench)
         except UnsupportedError as error:
             tell(f"not measured: {error}")
@@ -158,6 +135,40 @@ def measure(
             bench = _with(bench, replace(kept, problem=str(error)))
             keep(bench)
     return bench
+
+
+def _timed(say: Callable[[str], object], place: str) -> Callable[[str], object]:
+    """Says stages with the seconds since now."""
+    start = time.monotonic()
+    return lambda stage: say(f"{place} {time.monotonic() - start:5.0f} s  {stage}")
+
+
+def _serve(
+    bench: Bench, cache: str, generator: Generator, tell: Callable[[str], object], *, on_gpu: bool, logs: Path
+) -> collections.abc.Generator[Bench, None, None]:
+    """Serve a cache, put the missing loads on it, and yield the record after each.
+
+    Raises:
+        UnsupportedError: it cannot be served, or is not what its name says.
+    """
+    start, known = time.monotonic(), bench.of(cache)
+    context, words = _server_options(bench.setting, on_gpu)
+    command = [*_command(bench.setting.model, cache, words), *ASKABLE[0]]
+    log = logs.with_name(f"{logs.stem}-{cache}.log")
+    with serving(command, log, env=environment() | ASKABLE[1], say=tell) as client:
+        served = Served(
+            cache,
+            notice=client.notice(),
+            start_s=round(time.monotonic() - start, 1),
+            kv_tokens=client.kv_tokens(),
+            layers=client.kv_cache_dtypes(),
+            predicted_tokens=predict(bench.setting.model, cache, words, context, on_gpu=on_gpu),
+            results=known.results if known else (),
+        )
+        if cache not in (SIXTEEN_BITS, FP8) and not served.notice:
+            raise UnsupportedError("vLLM's log: expected sawkv's line, got none: vLLM runs with a cache of its own")
+        check_layers(served, bench.setting)
+        yield from _measure_cache(bench, served, client, generator, tell)
 
 
 def check_layers(served: Served, setting: Setting) -> None:

@@ -7,7 +7,7 @@ depend on how its prompt was cut (docs/decisions/0002).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -107,43 +107,55 @@ def slice_prefills(
     Raises:
         UnsupportedError: a request does not fit in the workspace. vLLM's limit on the length of requests prevents this.
     """
-    starts = common.query_start_loc_cpu.tolist()
+    query_lens = common.query_start_loc_cpu.diff().tolist()
     lengths = _bounds(common, slack)
     if window:
-        lengths = [min(lengths[i], starts[i + 1] - starts[i] + window + page_size - 2) for i in range(common.num_reqs)]
+        lengths = [min(bound, n + window + page_size - 2) for bound, n in zip(lengths, query_lens, strict=True)]
     if max(lengths[first:]) > capacity + slack:
         raise UnsupportedError(f"sawkv: expected contexts of at most {capacity} tokens, got {max(lengths[first:])}")
-    are_turns = are_turns or [False] * common.num_reqs
-    slices = []
-    while first < common.num_reqs:
-        if are_turns[first]:
-            first += 1
-            continue
-        last, total = first, 0
-        while last < common.num_reqs and not are_turns[last] and (last == first or total + lengths[last] <= capacity):
-            total += lengths[last]
-            last += 1
-        seq_lens, block_table = common.seq_lens[first:last], common.block_table_tensor[first:last]
-        if window:
-            first_keys = seq_lens - common.query_start_loc[first : last + 1].diff() - window + 1
-            skipped = first_keys.clamp_min(0) // page_size
-            pages = torch.arange(-(-max(lengths[first:last]) // page_size), device=seq_lens.device)
-            block_table = block_table.gather(1, (skipped[:, None] + pages).clamp_max(block_table.shape[1] - 1))
-            seq_lens = seq_lens - skipped * page_size
-        cu_seqlens_k = torch.zeros(last - first + 1, dtype=torch.int32, device=seq_lens.device)
-        torch.cumsum(seq_lens, 0, dtype=torch.int32, out=cu_seqlens_k[1:])
-        slices.append(
-            PrefillSlice(
-                tokens=slice(starts[first], starts[last]),
-                cu_seqlens_q=common.query_start_loc[first : last + 1] - starts[first],
-                prefixes=ops.prefixes(block_table, seq_lens, cu_seqlens_k),
-                num_keys=min(total, capacity),
-                max_query_len=max(starts[i + 1] - starts[i] for i in range(first, last)),
-                max_seq_len=max(lengths[first:last]),
-            )
-        )
-        first = last
-    return slices
+    left_out = are_turns or [False] * common.num_reqs
+    runs = _runs(lengths, first, left_out, capacity)
+    return [_slice(common, run, lengths, capacity, window, page_size) for run in runs]
+
+
+def _runs(lengths: Sequence[int], first: int, left_out: Sequence[bool], capacity: int) -> Iterator[slice]:
+    """Neighbouring requests from `first` on whose lengths add up to `capacity` at most. A longer one is alone."""
+    start, total = first, 0
+    for i in range(first, len(lengths)):
+        if left_out[i] or total + lengths[i] > capacity:
+            if i > start:
+                yield slice(start, i)
+            start, total = i + left_out[i], 0
+        if not left_out[i]:
+            total += lengths[i]
+    if start < len(lengths):
+        yield slice(start, len(lengths))
+
+
+def _slice(
+    common: CommonAttentionMetadata, run: slice, lengths: Sequence[int], capacity: int, window: int, page_size: int
+) -> PrefillSlice:
+    """The slice of a run of requests. `lengths`: upper bounds of the tokens that each request reads."""
+    starts = common.query_start_loc_cpu[run.start : run.stop + 1]
+    query_start_loc = common.query_start_loc[run.start : run.stop + 1]
+    seq_lens, block_table = common.seq_lens[run], common.block_table_tensor[run]
+    if window:
+        first_keys = seq_lens - query_start_loc.diff() - window + 1
+        skipped = first_keys.clamp_min(0) // page_size
+        pages = torch.arange(-(-max(lengths[run]) // page_size), device=seq_lens.device)
+        block_table = block_table.gather(1, (skipped[:, None] + pages).clamp_max(block_table.shape[1] - 1))
+        seq_lens = seq_lens - skipped * page_size
+    cu_seqlens_k = torch.zeros(len(seq_lens) + 1, dtype=torch.int32, device=seq_lens.device)
+    torch.cumsum(seq_lens, 0, dtype=torch.int32, out=cu_seqlens_k[1:])
+    first_token, end = int(starts[0]), int(starts[-1])
+    return PrefillSlice(
+        tokens=slice(first_token, end),
+        cu_seqlens_q=query_start_loc - first_token,
+        prefixes=ops.prefixes(block_table, seq_lens, cu_seqlens_k),
+        num_keys=min(sum(lengths[run]), capacity),
+        max_query_len=int(starts.diff().max()),
+        max_seq_len=max(lengths[run]),
+    )
 
 
 class FlashPrefill:
