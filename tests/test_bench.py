@@ -122,7 +122,7 @@ def test_caches_are_measured_one_after_the_other(
     lines = shown.splitlines()
     assert max(len(line) for line in lines if str(tmp_path) not in line) <= 80
     assert "[3/3 int4]" in shown
-    assert "load 5/5, 4/s: 256 output tok/s" in shown
+    assert "load 5/5, 4/s: 256 tok/s" in shown
     assert any(line.startswith("16-bit ") and "4,000" in line for line in lines)
     assert sum("2.00x" in line for line in lines) == 6, "tokens held, and each load"
     assert "fp8 was not measured: vLLM ended with status 1: no fp8" in shown

@@ -179,6 +179,14 @@ def test_a_lost_bos_is_put_back_and_said(
     assert not said or "perplexity 50.0 without it, " in said
 
 
+def test_a_text_that_is_too_short_for_all_windows_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    text = Text("t", torch.arange(1000), (7,), lambda text: [])
+    assert len(text.windows(101, 10)) == 10
+    assert capsys.readouterr().err == ""
+    assert len(text.windows(101, 99999)) == 10
+    assert capsys.readouterr().err == "sawkv: t has 1,000 tokens: 10 windows of 101 are read, of 99,999 asked for\n"
+
+
 def test_windows_and_calibration_are_apart() -> None:
     text = Text("t", torch.arange(1000), (7, 8), lambda text: [])
     windows, calibration = text.split(52, 100, 3)

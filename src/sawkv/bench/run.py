@@ -204,7 +204,7 @@ def _measure_cache(
                 bench, loads=_all_loads(bench.setting, [_round(share * result.request_s) for share in SHARES])
             )
         place = f"load {done}/{len(_loads(bench))}, {load.name}{', measured before' if known else ''}"
-        tell(f"{place}: {result.output_tok_s:,.0f} output tok/s, first token {result.ttft_p50_ms:,.0f} ms")
+        tell(f"{place}: {result.output_tok_s:,.0f} tok/s, first token {result.ttft_p50_ms:,.0f} ms")
         bench = _with(bench, served)
         yield bench
 

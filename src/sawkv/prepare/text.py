@@ -59,7 +59,7 @@ class Text:
         return self._windows(self.ids[: scored * size], size), self._windows(self.ids[-calibrating * size :], size)
 
     def windows(self, window: int, num_windows: int) -> torch.Tensor:
-        """Windows from the start of the text, [at most num_windows, window].
+        """Windows from the start of the text, [at most num_windows, window]. Says on stderr if there are fewer.
 
         Raises:
             SawkvError: the text is too short for one.
@@ -70,7 +70,13 @@ class Text:
                 f"text: expected at least {max(size, 2)} tokens for a window of {window}, got {len(self.ids)} in"
                 f" {self.name}"
             )
-        return self._windows(self.ids[: min(num_windows, len(self.ids) // size) * size], size)
+        if (available := len(self.ids) // size) < num_windows:
+            print(
+                f"sawkv: {self.name} has {len(self.ids):,} tokens: {available:,} windows of {window:,} are read, of"
+                f" {num_windows:,} asked for",
+                file=sys.stderr,
+            )
+        return self._windows(self.ids[: min(num_windows, available) * size], size)
 
     def _windows(self, ids: torch.Tensor, size: int) -> torch.Tensor:
         rows = ids.view(-1, size)
