@@ -129,7 +129,9 @@ def compile_cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], dict[str, s
     return prepare
 
 
-@pytest.mark.parametrize(("arch", "shape"), [*(("sm_90", shape) for shape in CUDA_SHAPES), ("sm_100", MAIN)], ids=str)
+@pytest.mark.parametrize(
+    ("arch", "shape"), [*(("sm_90", shape) for shape in CUDA_SHAPES), ("sm_100", MAIN), ("sm_103", WIDE)], ids=str
+)
 def test_cuda_sources(arch: str, shape: Shape, compile_cuda: Callable[[str], dict[str, str]]) -> None:
     logs = compile_cuda(arch)
     run_all(cuda, shape)
@@ -248,7 +250,9 @@ def compile_triton(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[
 
 
 @pytest.mark.parametrize(
-    ("capability", "shape"), [*((90, shape) for shape in TRITON_SHAPES), (80, MAIN), (100, MAIN), (100, WIDE)], ids=str
+    ("capability", "shape"),
+    [*((90, shape) for shape in TRITON_SHAPES), (80, MAIN), (100, WIDE), (120, MAIN)],
+    ids=str,
 )
 def test_triton_kernels(
     capability: int, shape: Shape, compile_triton: Callable[[int], dict[str, list[Any]]], tmp_path: Path

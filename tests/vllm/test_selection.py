@@ -327,6 +327,7 @@ def test_large_blocks_of_hybrids_are_cut_into_pages_on_a_gpu_alone(
     ours = backend.SawAttentionBackend
     assert ours.supports_block_size(block)
     assert ours.get_preferred_block_size(16) == 64
+    assert not ours.supports_device_cpu_query_lens_mismatch()
     if gpu and hasattr(Platform, "_preferred_block_size_for_backends"):  # why `server.with_block_size` names it
         sizes = {"get_supported_kernel_block_sizes": staticmethod(lambda: [MultipleOf(16)])}  # FlashAttention's
         for backends, size in (([ours], 64), ([ours, type("Theirs", (ours,), sizes)], 16)):

@@ -490,6 +490,13 @@ class SawAttentionBackend(AttentionBackend):
     def supports_sliding_window(cls) -> bool:
         return True
 
+    @classmethod
+    def supports_device_cpu_query_lens_mismatch(cls) -> bool:
+        """Prefills are cut by the lengths that the host knows, which adaptive verification changes on the device. vLLM
+        from 0.33.
+        """
+        return False
+
     @staticmethod
     def use_cascade_attention(*args: object, **kwargs: object) -> bool:
         return False
