@@ -142,6 +142,41 @@ def generate(folder: Path, entry: dict[str, Any], **options: Any) -> dict[str, A
     return run_process(stored.generate, json.dumps({"folder": str(folder), "entry": entry, **options}))
 
 
+@pytest.mark.parametrize(("flipped", "read", "kept"), [(1, 3, 1), (1, 4, 1), (2, 2, None), (3, 4, 3), (None, 4, None)])
+def test_blocks_that_vllm_keeps_of_a_load_are_checked(
+    flipped: int | None, read: int, kept: int | None, tmp_path: Path
+) -> None:
+    """Of 4 blocks vLLM reads the first `read`. It keeps those that it read before one that cannot be read."""
+    from sawkv.integrations.vllm.disk import CheckedFileTier, sum_path, write_sums
+
+    blocks = [(str(tmp_path / f"{i}.bin"), memoryview(bytearray([i] * 100))) for i in range(4)]
+    write_sums(blocks, "0" * 64)
+    for path, content in blocks:
+        Path(path).write_bytes(content)
+        content[:] = bytes([255] * 100)  # until it is read
+    if flipped is not None:
+        Path(blocks[flipped][0]).write_bytes(bytes([flipped] * 99 + [flipped ^ 8]))
+    tier = CheckedFileTier.__new__(CheckedFileTier)
+    tier._key, tier._lost, tier._kept = "0" * 64, set(), {}
+
+    def load() -> None:
+        for path, content in blocks[:read]:
+            content[:] = Path(path).read_bytes()
+        if read < 4:
+            tier._kept[7] = read
+            raise OSError("vLLM's")
+
+    noticed = flipped is not None and flipped < read
+    if noticed or read < 4:
+        with pytest.raises(OSError, match="1 of . without" if noticed else "vLLM's"):
+            tier._read(7, blocks, load)
+    else:
+        tier._read(7, blocks, load)
+    assert tier._kept.get(7) == (kept if noticed or read == 4 else read)
+    left = {i for i, (path, _) in enumerate(blocks) if Path(path).exists() and Path(sum_path(path)).exists()}
+    assert left == {0, 1, 2, 3} - ({flipped} if noticed else set())
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("store")

@@ -9,6 +9,7 @@ each load. A block that differs is removed, its job fails, and vLLM computes the
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -18,6 +19,7 @@ from typing import Any, Final
 
 from vllm.logger import init_logger
 from vllm.v1.kv_offload.base import LookupResult
+from vllm.v1.kv_offload.tiering.base import JobResult
 from vllm.v1.kv_offload.tiering.fs.manager import FileSystemTierManager
 
 from sawkv.errors import UnsupportedError
@@ -57,6 +59,10 @@ class CheckedFileTier(FileSystemTierManager):
         self._key = fingerprint(written_with)
         kwargs["root_dir"] = str(open_folder(Path(kwargs["root_dir"]), self._key, written_with))
         super().__init__(*args, **kwargs)
+        if hasattr(JobResult, "successful_keys") and not hasattr(self, "_load_progress"):
+            raise UnsupportedError("sawkv does not fit this vLLM: it needs FileSystemTierManager._load_progress")
+        # Of a load that failed, vLLM from 0.28 on keeps this many blocks from the first on; earlier ones keep none.
+        self._kept: dict[Any, int] = getattr(self, "_load_progress", {})
         self._pool = _Pool(self._pool)
         self._flat = self._primary_kv_view.cast("B")
         self._lost: set[str] = set()
@@ -70,27 +76,42 @@ class CheckedFileTier(FileSystemTierManager):
     def submit_store(self, job_metadata: Any) -> None:
         blocks = self._blocks(job_metadata)
         self._lost.difference_update(path for path, _ in blocks)
-        with self._pool.around_each(before=lambda: write_sums(missing(blocks), self._key)):
+        with self._pool.around_each(functools.partial(self._write, blocks)):
             super().submit_store(job_metadata)
 
     def submit_load(self, job_metadata: Any) -> None:
         blocks = self._blocks(job_metadata)
-        with self._pool.around_each(after=lambda: self._check(blocks)):
+        with self._pool.around_each(functools.partial(self._read, job_metadata.job_id, blocks)):
             super().submit_load(job_metadata)
 
     def shutdown(self) -> None:
         super().shutdown()
         self._flat.release()
 
-    def _check(self, blocks: Blocks) -> None:
-        for path in (bad := damaged(blocks, self._key)):
+    def _write(self, blocks: Blocks, write: Callable[[], None]) -> None:
+        write_sums(missing(blocks), self._key)
+        write()
+
+    def _read(self, job: Any, blocks: Blocks, read: Callable[[], None]) -> None:
+        try:
+            read()
+        except OSError:
+            self._check(job, blocks[: self._kept.get(job, 0)])  # the others were not read
+            raise
+        self._check(job, blocks)
+
+    def _check(self, job: Any, blocks: Blocks) -> None:
+        bad = damaged(blocks, self._key)
+        if not bad:
+            return
+        for path in bad:
             self._lost.add(path)
             for file in (path, sum_path(path)):
                 with contextlib.suppress(OSError):
                     os.remove(file)
             logger.warning("sawkv: a stored block is damaged and is removed: its tokens are computed again (%s)", path)
-        if bad:
-            raise OSError(f"expected blocks with their checksums, got {len(bad)} of {len(blocks)} without")
+        self._kept[job] = next(i for i, (path, _) in enumerate(blocks) if path in bad)
+        raise OSError(f"expected blocks with their checksums, got {len(bad)} of {len(blocks)} without")
 
     def _blocks(self, job: Any) -> Blocks:
         # vLLM before 0.28 calls chunks blocks.
@@ -174,18 +195,16 @@ def sum_path(path: str) -> str:
 
 
 class _Pool:
-    """vLLM's thread pool, with something of ours before and after each job, in the job's thread."""
+    """vLLM's thread pool, with something of ours around each job, in the job's thread."""
 
     def __init__(self, pool: Any) -> None:
         self._pool = pool
-        self._around: tuple[Callable[[], None], Callable[[], None]] | None = None
+        self._around: Callable[[Callable[[], None]], None] | None = None
 
     @contextlib.contextmanager
-    def around_each(
-        self, before: Callable[[], None] = lambda: None, after: Callable[[], None] = lambda: None
-    ) -> Iterator[None]:
-        """Around jobs that are queued within. If `before` or the job fails, the rest is left out."""
-        self._around = before, after
+    def around_each(self, around: Callable[[Callable[[], None]], None]) -> Iterator[None]:
+        """Call `around` with each job that is queued within, in place of the job."""
+        self._around = around
         try:
             yield
         finally:
@@ -201,15 +220,12 @@ class _Pool:
         """One task of all. vLLM 0.26 has one per block, and a block may be checked only when it is there."""
         if self._around is None:
             raise UnsupportedError("sawkv does not fit this vLLM: its file tier queues outside of submit_*")
-        before, after = self._around
 
         def run() -> None:
-            before()
             for task in tasks:
                 task()
-            after()
 
-        return run
+        return functools.partial(self._around, run)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._pool, name)

@@ -43,7 +43,7 @@ def watch(worker: Any) -> None:
         known = found
         logger.warning(
             "sawkv: other weights were loaded. Centers, gains and feedback stay those of the weights of the start, and"
-            " pages of those weights stay in the prefix cache until /reset_prefix_cache. Start again to prepare anew"
+            " its pages stay cached until /reset_prefix_cache?reset_external=true. Start again to prepare anew"
         )
         if leaves:
             impls[-1].stopped = UnsupportedError(
