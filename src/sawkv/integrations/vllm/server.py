@@ -110,7 +110,8 @@ def serve(
         try:
             status = server.wait()
         except KeyboardInterrupt:
-            os.killpg(server.pid, signal.SIGINT)  # as the terminal would
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(server.pid, signal.SIGINT)  # as the terminal would
             return server.wait()
     if status > 0:
         print(f"sawkv: vLLM ended with status {status}; what it says of that is above", file=sys.stderr)
