@@ -50,6 +50,12 @@ ANSWER: Final = 8
 MOST_TIME: Final = 0.35
 MOST_BYTES: Final = 0.28
 COUNTERS: Final = ("kv_offload_load_bytes", "kv_offload_load_time", "external_prefix_cache_hits")
+OLDER: Final = {
+    "kv_offload_load_bytes": ("kv_offload_total_bytes", "CPU_to_GPU"),
+    "kv_offload_load_time": ("kv_offload_total_time", "CPU_to_GPU"),
+    "kv_offload_store_bytes": ("kv_offload_total_bytes", "GPU_to_CPU"),
+}
+"""Names in older versions of vLLM, with their label `transfer_type`."""
 SHARE: Final = 0.9
 """Of host memory that is filled: what is stored last must not drive out what is asked for first."""
 
@@ -244,8 +250,17 @@ def _first_token(outputs: list[RequestOutput]) -> float:
 
 def _counter(name: str) -> float:
     """From Prometheus' registry: `LLM.get_metrics` cuts seconds to whole ones."""
-    samples = (sample for family in prometheus_client.REGISTRY.collect() for sample in family.samples)
-    return sum(sample.value for sample in samples if sample.name == f"vllm:{name}_total")
+    samples = [sample for family in prometheus_client.REGISTRY.collect() for sample in family.samples]
+    older, direction = OLDER.get(name, (name, None))
+    for wanted, labelled in ((name, None), (older, direction)):
+        found = [
+            sample.value
+            for sample in samples
+            if sample.name == f"vllm:{wanted}_total" and labelled in (None, sample.labels.get("transfer_type"))
+        ]
+        if found:
+            return sum(found)
+    raise SystemExit(f"expected the metric vllm:{name}, got {sorted({s.name for s in samples if 'offload' in s.name})}")
 
 
 if __name__ == "__main__":

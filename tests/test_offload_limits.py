@@ -7,9 +7,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import prometheus_client
 import pytest
 
-from benchmarks import disaggregation, soak
+from benchmarks import disaggregation, offload, soak
 from benchmarks.offload import check
 from sawkv import CacheFormat
 
@@ -44,6 +45,19 @@ def test_what_is_within_the_limits_passes() -> None:
 def test_what_breaks_a_limit_is_said(changes: dict[str, Any], said: str) -> None:
     (fault,) = check([BF16, INT4 | changes])
     assert said in fault
+
+
+def test_counters_are_read_under_either_name_and_not_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    registry = prometheus_client.CollectorRegistry()
+    monkeypatch.setattr(prometheus_client, "REGISTRY", registry)
+    with pytest.raises(SystemExit, match="expected the metric vllm:kv_offload_load_time"):
+        offload._counter("kv_offload_load_time")
+    older = prometheus_client.Counter("vllm:kv_offload_total_time", "", ["transfer_type"], registry=registry)
+    older.labels("GPU_to_CPU").inc(5)
+    older.labels("CPU_to_GPU").inc(0.25)
+    assert offload._counter("kv_offload_load_time") == 0.25
+    prometheus_client.Counter("vllm:kv_offload_load_time", "", registry=registry).inc(0.75)
+    assert offload._counter("kv_offload_load_time") == 0.75
 
 
 def test_the_soaks_arguments_are_its_load_and_the_servers_options() -> None:
