@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,14 @@ import torch
 from sawkv import CacheFormat, PagedKVCache, PageLayout, append
 
 LONGEST = ("vllm/", "test_device_code.py", "test_triton_backend.py")
+
+
+def pytest_configure() -> None:
+    """Programs in the background of a shell, or under nohup, ignore these signals, and so would what tests start."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -20,7 +20,7 @@ import pytest
 
 from sawkv.integrations.vllm.client import Client, serving
 from sawkv.integrations.vllm.options import Options
-from tests.test_docs import PAGES, console, flags, inline
+from tests.test_docs import PAGES, blocks, console, flags, inline
 from tests.vllm.engine import ENVIRONMENT, REPOSITORY
 
 pytestmark = pytest.mark.vllm
@@ -108,7 +108,7 @@ def test_what_it_says_when_it_answers_can_be_typed(server: Client) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what vLLM imports
-def test_every_option_of_vllm_that_is_named_exists() -> None:
+def test_every_option_of_vllm_that_is_named_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     places = ("vllm.entrypoints.openai.cli_args", "vllm.entrypoints.launchers.cli_args")
@@ -120,7 +120,11 @@ def test_every_option_of_vllm_that_is_named_exists() -> None:
         option for action in make_arg_parser(FlexibleArgumentParser())._actions for option in action.option_strings
     }
     known |= {"--format", "--calibration", "--no-prepare", "--prepare-cache"}
+    monkeypatch.chdir(tmp_path)
     for page in PAGES:
+        for text in blocks(page, "yaml"):
+            if named := re.match(r"# ([\w.]+)$", text, re.M):
+                Path(named[1]).write_text(text)
         for words in [*console(page), *inline(page)]:
             if words[:2] in (["vllm", "serve"], ["sawkv", "serve"]):
                 assert flags(words) <= known, words
