@@ -179,7 +179,11 @@ class Truth:
         return (scores.softmax(-1)[..., : q.shape[2]] @ v).transpose(1, 2), None
 
 
-@pytest.fixture(scope="module", params=list(KINDS))
+# vLLM 0.27 cannot read this config as Transformers 5.24 has it, with or without sawkv: head_dim is one per layer.
+MARKS = {"gemma4_text": pytest.mark.newest}
+
+
+@pytest.fixture(scope="module", params=[pytest.param(kind, marks=MARKS.get(kind, ())) for kind in KINDS])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_model(tmp_path_factory.mktemp(request.param), request.param)
 
