@@ -49,6 +49,7 @@ def make_rows(head_dim: int) -> torch.Tensor:
 
 
 @pytest.mark.vllm
+@pytest.mark.newest
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_port_equals_the_kernel_bit_for_bit(head_dim: int, tmp_path: os.PathLike[str]) -> None:
     pytest.importorskip("triton")

@@ -65,6 +65,7 @@ def test_packed_pages_equal_the_simulated_format_bit_for_bit(packed: dict[str, A
     assert simulated["logprobs"] == packed["logprobs"]
 
 
+@pytest.mark.newest
 def test_swapped_nibbles_are_noticed(packed: dict[str, Any]) -> None:
     assert engine(mutate="swap_nibbles", kv_cache_dtype="int4_per_token_head")["tokens"] != packed["tokens"]
 

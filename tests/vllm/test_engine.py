@@ -110,7 +110,10 @@ def test_a_head_dim_that_does_not_fit_is_refused_at_start_up(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     "options",
-    [{"kv_cache_dtype": "int8_per_token_head"}, {"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}],
+    [
+        {"kv_cache_dtype": "int8_per_token_head"},
+        pytest.param({"tensor_parallel_size": 2, "distributed_executor_backend": "mp"}, marks=pytest.mark.newest),
+    ],
 )
 def test_sliding_windows_are_served_in_int8_and_by_several_workers(options: dict[str, Any], tmp_path: Path) -> None:
     """`test_windows.py` has the rest."""

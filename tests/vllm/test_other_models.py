@@ -31,6 +31,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.newest
 def test_an_encoder_gives_the_embeddings_of_vllm_without_the_plugin(tmp_path: Path) -> None:
     import torch
     from transformers import BertConfig, BertModel

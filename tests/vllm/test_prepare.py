@@ -280,6 +280,7 @@ def test_a_damaged_entry_is_made_again_with_equal_bytes(biased: tuple[Path, Path
     assert again["scores"] == first["scores"]
 
 
+@pytest.mark.newest
 def test_two_ranks_fit_what_one_does(biased: tuple[Path, Path, dict[str, Any]], tmp_path: Path) -> None:
     """Each has one of the two KV heads. The file does not depend on ranks, so its name is the same."""
     model, kept, first = biased

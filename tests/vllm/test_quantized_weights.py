@@ -26,6 +26,7 @@ def generate(model: Path) -> dict[str, Any]:
     return result
 
 
+@pytest.mark.newest
 def test_int4_pages_under_a_checkpoint_made_for_fp8_pages(tmp_path: Path) -> None:
     plain, asking = (Path(shutil.copytree(MODEL, tmp_path / name)) for name in ("plain", "asking"))
     quantize_checkpoint(plain)
