@@ -174,9 +174,10 @@ def analyze(
             for i in range(len(methods)):
                 errors[i][layer].add(states, attention, readers[i][layer])
             progress.update()
-        keep(record(measured))
+        analysis = record(measured)
+        keep(analysis)
     progress.close()
-    return record(len(windows))
+    return analysis
 
 
 def default_methods() -> list[Method]:

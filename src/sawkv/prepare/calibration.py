@@ -229,7 +229,7 @@ class Calibration:
     @property
     def rows(self) -> PageLayout:
         """Rows in which pages store the KV heads of one layer."""
-        return PageLayout(self.format, self.num_kv_heads, self.head_dim, PAGE_SIZE_MULTIPLE).rows
+        return _rows(self.format, self.num_kv_heads, self.head_dim)
 
     def fingerprint(self) -> str:
         """Hash everything that changes the bytes of a cache, and the model.
@@ -368,7 +368,7 @@ class Calibration:
             raise CalibrationError(
                 f"layers: expected [num_kv_heads, head_dim] alike in all of them, got {[list(x) for x in found]}"
             )
-        layout = PageLayout(cache_format, shape[0], shape[1], PAGE_SIZE_MULTIPLE).rows
+        layout = _rows(cache_format, *shape)
         rows = layout.num_kv_heads, layout.head_dim
         if any(tuple(other) != rows for other in rows_found):
             raise CalibrationError(
@@ -453,7 +453,7 @@ class Calibration:
                     )
                 shape = [_whole(metadata, key) for key in ("num_layers", "num_kv_heads", "head_dim")]
                 cache_format = _with_orders(_parse(metadata["format"]), shape[-1])
-                rows = PageLayout(cache_format, shape[1], shape[2], PAGE_SIZE_MULTIPLE).rows
+                rows = _rows(cache_format, *shape[1:])
                 for name in names:
                     wanted = ("F32", shape if name in (*_CENTERS, *_GAINS) else [shape[0], rows.num_kv_heads])
                     if name in ("k_feedback", "v_feedback"):
@@ -506,6 +506,10 @@ def _config_field(config: object, name: str) -> object:
         return getattr(config, name, None)
     except RuntimeError:  # Transformers raises it if layers differ in this field
         return [getattr(layer, name, None) for layer in config.per_layer_config]  # type: ignore[attr-defined]
+
+
+def _rows(cache_format: CacheFormat | ResolvedFormat, num_kv_heads: int, head_dim: int) -> PageLayout:
+    return PageLayout(cache_format, num_kv_heads, head_dim, PAGE_SIZE_MULTIPLE).rows
 
 
 def _parse(name: str) -> CacheFormat:

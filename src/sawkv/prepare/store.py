@@ -18,9 +18,9 @@ from typing import Any, Final
 from sawkv import __version__
 from sawkv.errors import CalibrationError
 from sawkv.files import writing
-from sawkv.format.spec import ResolvedFormat
+from sawkv.format.spec import CacheFormat, ResolvedFormat
 from sawkv.kernels.disk import private_folder
-from sawkv.prepare.calibration import VERSION, Calibration
+from sawkv.prepare.calibration import VERSION, Calibration, model_id
 
 SUFFIXES: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".py")
 """Suffixes of files with weights, and of code that comes with a checkpoint. The engine adds the configuration to the
@@ -139,6 +139,26 @@ def load_shipped(
         )
         return None
     return calibration
+
+
+def expectations(cache_format: CacheFormat, config: Any, shapes: Iterable[tuple[int, int]]) -> list[dict[str, Any]]:
+    """Arguments of `Calibration.check`, one for each shape of a model's layers.
+
+    Args:
+        cache_format: with or without its rotation orders.
+        config: the decoder's, as of Transformers.
+        shapes: KV heads and head_dim.
+    """
+    return [
+        {
+            "cache_format": cache_format.resolve(head_dim),
+            "model": model_id(config),
+            "num_layers": config.num_hidden_layers,
+            "num_kv_heads": num_kv_heads,
+            "head_dim": head_dim,
+        }
+        for num_kv_heads, head_dim in shapes
+    ]
 
 
 def listed(paths: Iterable[Path]) -> str:

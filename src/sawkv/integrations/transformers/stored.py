@@ -20,8 +20,16 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from sawkv.errors import SawkvError
 from sawkv.format.spec import CacheFormat
 from sawkv.integrations.transformers.models import head_dim_of, layer_configs, layer_windows
-from sawkv.prepare.calibration import Calibration, LayerCalibration, model_id
-from sawkv.prepare.store import CalibrationStore, contents_digest, listed, load_shipped, make_key, shipped_path
+from sawkv.prepare.calibration import Calibration, LayerCalibration
+from sawkv.prepare.store import (
+    CalibrationStore,
+    contents_digest,
+    expectations,
+    listed,
+    load_shipped,
+    make_key,
+    shipped_path,
+)
 
 SAMPLED: Final = 64
 """Numbers of a large weight that are compared to notice a change since the last preparation. Small weights are compared
@@ -57,16 +65,8 @@ class Entry:
             None if window is None else (_kv_heads(layer), head_dim_of(layer))
             for layer, window in zip(layer_configs(decoder), windows_of, strict=False)
         ]
-        self._expected: list[dict[str, Any]] = [
-            {
-                "cache_format": cache_format.resolve(shape[1]),
-                "model": model_id(decoder),
-                "num_layers": decoder.num_hidden_layers,
-                "num_kv_heads": shape[0],
-                "head_dim": shape[1],
-            }
-            for shape in sorted({shape for shape in self._shapes if shape is not None})
-        ]
+        shapes = sorted({shape for shape in self._shapes if shape is not None})
+        self._expected = expectations(cache_format, decoder, shapes)
         self._text = {"windows": _digest(windows), "positions": _digest(positions)}
         try:
             self._store = CalibrationStore(log=logger)

@@ -143,9 +143,12 @@ def _faults_of_sending(extra: Mapping[str, Any], engine: Engine) -> list[tuple[b
     ]
 
 
-def leaves_the_engine(connector: str | None, extra: Mapping[str, Any]) -> bool:
-    """Whether other engines may read what this connector stores or sends."""
-    return connector in SENDING or bool(checked_tiers(connector, extra))
+def leaves_the_engine(transfer: Any) -> bool:
+    """Whether other engines may read what vLLM's `kv_transfer_config`, or None, stores or sends."""
+    if transfer is None:
+        return False
+    extra = transfer.kv_connector_extra_config or {}
+    return transfer.kv_connector in SENDING or bool(checked_tiers(transfer.kv_connector, extra))
 
 
 def checked_tiers(connector: str | None, extra: Mapping[str, Any]) -> list[dict[str, Any]]:

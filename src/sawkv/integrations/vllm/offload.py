@@ -46,15 +46,14 @@ def bind(executor: Any, vllm_config: VllmConfig) -> None:
     Raises:
         UnsupportedError: vLLM's handshake has changed.
     """
-    transfer = vllm_config.kv_transfer_config
-    extra = (transfer.kv_connector_extra_config or {}) if transfer is not None else {}
-    if transfer is None or not leaves_the_engine(transfer.kv_connector, extra):
+    transfer: Any = vllm_config.kv_transfer_config
+    if not leaves_the_engine(transfer):
         return
     ranks = executor.collective_rpc(describe)
     if not any("page size" in layer for layers in ranks for layer in layers.values()):
         return  # no layer is ours
     written_with = {f"rank {rank}": layers for rank, layers in enumerate(ranks)} | {"model": _model(vllm_config)}
-    for tier in checked_tiers(transfer.kv_connector, extra):
+    for tier in checked_tiers(transfer.kv_connector, transfer.kv_connector_extra_config or {}):
         tier["written_with"] = written_with
     if transfer.kv_connector in SENDING:
         executor.collective_rpc(_bind_handshake, args=(summary(written_with),))

@@ -26,8 +26,16 @@ from sawkv.errors import SawkvError, UnsupportedError
 from sawkv.integrations.vllm import offload
 from sawkv.integrations.vllm.config import SawConfig
 from sawkv.prepare import corpus
-from sawkv.prepare.calibration import Calibration, model_id
-from sawkv.prepare.store import CalibrationStore, contents_digest, listed, load_shipped, make_key, shipped_path
+from sawkv.prepare.calibration import Calibration
+from sawkv.prepare.store import (
+    CalibrationStore,
+    contents_digest,
+    expectations,
+    listed,
+    load_shipped,
+    make_key,
+    shipped_path,
+)
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -198,16 +206,7 @@ class _Entry:
         positions: torch.Tensor,
     ) -> None:
         model = vllm_config.model_config
-        self._expected: list[dict[str, Any]] = [
-            {
-                "cache_format": config.format.resolve(head_dim),
-                "model": model_id(model.hf_text_config),
-                "num_layers": model.hf_text_config.num_hidden_layers,
-                "num_kv_heads": num_kv_heads,
-                "head_dim": head_dim,
-            }
-            for num_kv_heads, head_dim in shapes
-        ]
+        self._expected = expectations(config.format, model.hf_text_config, shapes)
         text = {"windows": list(windows.shape), "text": _digest(windows), "positions": _digest(positions)}
         self._store: CalibrationStore | None = None
         self._checkpoint: Path | None = None

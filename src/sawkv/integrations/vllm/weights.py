@@ -32,9 +32,7 @@ def watch(worker: Any) -> None:
     impls = [impl for layer in model.modules() if isinstance(impl := getattr(layer, "impl", None), SawAttentionImpl)]
     if not impls:
         return
-    transfer = worker.vllm_config.kv_transfer_config
-    leaves = transfer is not None and leaves_the_engine(transfer.kv_connector, transfer.kv_connector_extra_config or {})
-    known = sample(model)
+    known, leaves = sample(model), leaves_the_engine(worker.vllm_config.kv_transfer_config)
 
     def compare() -> None:
         nonlocal known
