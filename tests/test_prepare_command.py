@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -14,13 +15,16 @@ from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
 from sawkv import CacheFormat, PagedKVCache, PageLayout, append, cli, gather
 from sawkv.integrations.transformers import SawCache
+from sawkv.integrations.transformers.prepare import measure
 from sawkv.prepare import calibrate
 from sawkv.prepare.calibration import Calibration, LayerCalibration
+from sawkv.prepare.corpus import preparation_positions
 from sawkv.prepare.fit import fit
 from sawkv.prepare.model import EvalModel
 from sawkv.prepare.statistics import LayerStatistics
 from sawkv.prepare.store import contents_digest
 from tests.conftest import relative_error
+from tests.transformers import models as tiny_models
 
 INT4 = CacheFormat("int4")
 
@@ -73,7 +77,7 @@ def test_the_file_holds_what_is_fitted_to_the_models_own_rows() -> None:
             statistics[-1].add(
                 *(x[0].transpose(0, 1) for x in (q, cache.layers[index].keys, cache.layers[index].values))
             )
-    made = calibrate.calibrate(EvalModel(model), INT4, ids, 64)
+    (made,) = calibrate.calibrate(EvalModel(model), INT4, ids, 64)
     assert str(made.format) == "int4-k32-v32"
     for index, wanted in enumerate(fit(statistics, INT4)):
         got = made.layer(index)
@@ -96,7 +100,7 @@ def test_what_is_fitted_lowers_the_error_of_attention_read_from_pages() -> None:
         for name in ("q_proj.weight", "o_proj.weight"):
             weight = module.get_parameter(name)
             weight.copy_(torch.randn(weight.shape[0], 4) @ torch.randn(4, weight.shape[1]) / 16)
-    made = calibrate.calibrate(model, INT4, windows(8), 64)
+    (made,) = calibrate.calibrate(model, INT4, windows(8), 64)
     for layer, (module, states) in enumerate(zip(model.layers, model.states(ids), strict=True)):
         whole = made.layer(layer)
         centers = LayerCalibration(k_center=whole.k_center, v_center=whole.v_center)
@@ -128,14 +132,14 @@ def test_what_is_fitted_lowers_the_error_of_attention_read_from_pages() -> None:
 
 
 def test_only_int4_gets_feedback() -> None:
-    made = calibrate.calibrate(EvalModel(make_model(8.0)), CacheFormat("int8"), windows(2), 64)
+    (made,) = calibrate.calibrate(EvalModel(make_model(8.0)), CacheFormat("int8"), windows(2), 64)
     assert made.k_feedback is made.v_feedback is None
 
 
 def test_windows_are_spread_over_the_context() -> None:
     """Rotary embeddings turn an offset of keys with the position, so where the windows stand decides their mean."""
     model, text = EvalModel(make_model(8.0)), windows(4)[:, :32]
-    near, far = (calibrate.calibrate(model, INT4, text, context) for context in (32, 256))
+    (near,), (far,) = (calibrate.calibrate(model, INT4, text, context) for context in (32, 256))
     assert relative_error(far.k_center, near.k_center) > 0.05
     assert relative_error(far.v_center[0], near.v_center[0]) < 0.03
 
@@ -169,6 +173,44 @@ def test_by_default_the_file_travels_with_the_model(tmp_path: Path, capsys: pyte
     cache = SawCache(model)
     model.generate(torch.tensor([[1, 2, 3]]), past_key_values=cache, max_new_tokens=1)
     assert torch.equal(cache.layers[2]._calibration.k_center, made.k_center[2])
+
+
+def test_layers_of_unlike_heads_get_a_file_for_each_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Gemma 4: two head_dims, and layers that read the K and V of others, whose queries count for these."""
+    shipped, folder = next((Path(__file__).parents[1] / "models").glob("sawkv-*")), tmp_path / "model"
+    vocabulary = json.loads((shipped / "config.json").read_text())["vocab_size"]
+    sizes = {"vocab_size": vocabulary, "vocab_size_per_layer_input": vocabulary}
+    tiny_models.make_model("gemma4_text", **sizes).save_pretrained(folder)
+    for file in shipped.glob("tokenizer*"):
+        shutil.copy(file, folder)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sawkv")
+    ids = torch.randint(0, vocabulary, (2, 64))
+    made = calibrate.calibrate(EvalModel(AutoModelForCausalLM.from_pretrained(folder)), INT4, ids, 256)
+    assert [part.k_center.shape for part in made] == [(4, 1, 512), (4, 2, 256)]
+    wanted = measure(model.model, model.config, ids, preparation_positions(*ids.shape, 256))
+    assert [layer.rows for layer in wanted if layer is not None] == [2 * 2 * 64] * 2, "each is read by two layers"
+    for index, shape in enumerate((1, 0)):
+        (expected,) = fit([wanted[index]], INT4)
+        got = made[shape].layer(index)
+        for name in ("k_center", "v_center", "k_gain", "v_gain"):
+            torch.testing.assert_close(getattr(got, name), getattr(expected, name), rtol=1e-3, atol=1e-3)
+        assert all(part is None for part in vars(made[shape].layer(index + 2)).values()), "it has no pages"
+
+    options = ["prepare", str(folder), "--tokens", "128", "--window", "64", "--device", "cpu"]
+    assert cli.main([*options, "--out", str(tmp_path / "c")]) == 2
+    assert "--out: expected a model whose layers have heads of one shape, got 2 layers, 1 KV" in capsys.readouterr().err
+    assert cli.main(options) == 0
+    shown = capsys.readouterr().out
+    names = ["int4-k128-v128-1x512.safetensors", "int4-k128-v128-2x256.safetensors"]
+    assert sorted(file.name for file in (folder / "sawkv").iterdir()) == names
+    assert all(name in shown for name in names)
+    files = [Calibration.load(folder / "sawkv" / name) for name in names]
+    cache = SawCache(model)
+    with torch.no_grad():
+        model(torch.tensor([[1, 2, 3]]), past_key_values=cache)
+    for index, part in enumerate(reversed(files)):
+        assert part.weights == contents_digest(folder)
+        assert torch.equal(cache.layers[index]._calibration.k_center, part.k_center[index])
 
 
 def test_there_is_no_folder_beside_a_model_that_is_not_there(

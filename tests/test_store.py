@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from sawkv import CacheFormat, UnsupportedError
 from sawkv.prepare import store
 from sawkv.prepare.calibration import Calibration
-from sawkv.prepare.store import CalibrationStore, contents_digest, load_shipped, make_key, shipped_path
+from sawkv.prepare.store import CalibrationStore, contents_digest, load_shipped, make_key, shipped_paths
 
 FORMAT = CacheFormat.parse("int4-k32-v32")
 EXPECTED = {"cache_format": FORMAT, "model": "m", "num_layers": 3, "num_kv_heads": 2, "head_dim": 32}
@@ -65,21 +65,35 @@ def test_what_comes_with_a_checkpoint_is_used_for_its_very_weights(
     assert digest is not None
     weights = {"other weights": "f" * 64, "no weights named": ""}.get(fault or "", digest)
     saved = replace(calibration("another" if fault == "another model" else "m"), weights=weights)
-    path = shipped_path(tmp_path, CacheFormat.parse("int4-k32-v0") if fault == "another format" else FORMAT)
+    cache_format = CacheFormat.parse("int4-k32-v0") if fault == "another format" else FORMAT
+    (path,) = shipped_paths(tmp_path, [{"cache_format": cache_format}])
     saved.save(path)
     assert contents_digest(tmp_path) == digest, "it is no part of the checkpoint's weights"
     if fault == "damaged":
         path.write_bytes(path.read_bytes()[:-7])
     content = path.read_bytes()
-    loaded = load_shipped(tmp_path, digest, **EXPECTED)
+    loaded = load_shipped(tmp_path, digest, [EXPECTED])
     assert path.read_bytes() == content, "what came with a model is not ours to remove"
     if fault is None:
-        assert loaded is not None
-        assert (loaded.fingerprint(), loaded.weights) == (saved.fingerprint(), digest)
+        assert [(part.fingerprint(), part.weights) for part in loaded] == [(saved.fingerprint(), digest)]
         assert not caplog.text
     else:
-        assert loaded is None
+        assert loaded == []
         assert fault == "another format" or (str(path) in caplog.text and "prepared anew" in caplog.text)
+
+
+def test_of_unlike_layers_all_files_are_used_or_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    expected = [EXPECTED, EXPECTED | {"num_kv_heads": 1}]
+    paths = shipped_paths(tmp_path, expected)
+    assert [path.name for path in paths] == ["int4-k32-v32-2x32.safetensors", "int4-k32-v32-1x32.safetensors"]
+    assert load_shipped(tmp_path, "w", expected) == []
+    assert not caplog.text
+    for path, heads in zip(paths, (2, 1), strict=True):
+        Calibration(FORMAT, "m", torch.randn(3, heads, 32), torch.randn(3, heads, 32), weights="w").save(path)
+    assert [part.num_kv_heads for part in load_shipped(tmp_path, "w", expected)] == [2, 1]
+    paths[1].unlink()
+    assert load_shipped(tmp_path, "w", expected) == []
+    assert f"{paths[1]}, which came with the model, cannot be used" in caplog.text
 
 
 def test_a_folder_that_others_can_write_to_is_refused_for_the_users_cache_alone(

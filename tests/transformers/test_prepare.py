@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrai
 from sawkv import CacheFormat, LayoutError, UnsupportedError
 from sawkv.integrations.transformers import SawCache, prepare, stored
 from sawkv.prepare.calibration import Calibration, LayerCalibration, model_id
-from sawkv.prepare.store import CalibrationStore, contents_digest, shipped_path
+from sawkv.prepare.store import CalibrationStore, contents_digest, shipped_paths
 from tests.transformers.models import SMALL, make_model, plain_attention, using
 from tests.transformers.test_compile import compiled_by, counting
 
@@ -204,7 +204,7 @@ def test_a_preparation_that_comes_with_the_model(
     biased().save_pretrained(folder)
     calibration = prepared_for(folder)
     shutil.rmtree(tmp_path / "store")
-    path = shipped_path(folder, calibration.format)
+    (path,) = shipped_paths(folder, [{"cache_format": calibration.format}])
     replace(calibration, weights="0" * 64 if changed == "of other weights" else contents_digest(folder) or "").save(
         path
     )

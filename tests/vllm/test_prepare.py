@@ -24,7 +24,7 @@ from sawkv.prepare import corpus
 from sawkv.prepare.calibration import Calibration, LayerCalibration
 from sawkv.prepare.fit import fit
 from sawkv.prepare.statistics import LayerStatistics
-from sawkv.prepare.store import contents_digest, shipped_path
+from sawkv.prepare.store import contents_digest, shipped_paths
 from tests.vllm.engine import run_engine
 
 pytestmark = pytest.mark.vllm
@@ -303,7 +303,7 @@ def test_a_preparation_that_comes_with_the_model_is_used(
 
 
 def publish(folder: Path, calibration: Calibration, weights: str) -> Path:
-    path = shipped_path(folder, calibration.format)
+    (path,) = shipped_paths(folder, [{"cache_format": calibration.format}])
     replace(calibration, weights=weights).save(path)
     return path
 

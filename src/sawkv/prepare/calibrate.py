@@ -6,6 +6,7 @@ Engines do the same when they start, by the same `statistics` and `fit`.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,8 +19,9 @@ from sawkv.format.spec import CacheFormat
 from sawkv.prepare.calibration import Calibration, model_id
 from sawkv.prepare.corpus import LONGEST_CONTEXT, preparation_windows
 from sawkv.prepare.fit import fit
-from sawkv.prepare.model import EvalModel, default_dtype, find_device, measure
-from sawkv.prepare.store import SHIPPED, contents_digest, shipped_path
+from sawkv.prepare.model import EvalModel, default_dtype, find_device, kv_sources, measure
+from sawkv.prepare.statistics import LayerStatistics
+from sawkv.prepare.store import SHIPPED, contents_digest, expectations, shipped_paths
 from sawkv.prepare.text import load_text, shipped_text, with_bos
 
 
@@ -39,7 +41,8 @@ def run_prepare(
     Args:
         model_folder: a checkpoint directory.
         text_file: UTF-8 text; None is the text that ships with sawkv, which engines use when they start.
-        out: the file to write; None is the place where engines look for it (`store.shipped_path`).
+        out: the file to write, which holds layers of one shape; None is the place where engines look (one file for each
+            shape of layers, `store.shipped_paths`).
         cache_format: the format that will be served.
         context: tokens of the longest request that will be served; 0 is the model's limit, at most `LONGEST_CONTEXT`.
         window: tokens per window. Each window is read from an empty cache, at positions spread over the context.
@@ -63,6 +66,13 @@ def run_prepare(
     text = shipped_text(model_folder) if text_file is None else load_text(model_folder, text_file)
     where = find_device(device)
     model = EvalModel.load(model_folder, where, default_dtype(where))
+    shapes = Counter(model.heads)
+    heads = " and ".join(f"{count} layers, {kv} KV heads of {dim}" for (kv, dim), count in sorted(shapes.items()))
+    if out is not None and len(shapes) > 1:
+        raise UnsupportedError(
+            f"--out: expected a model whose layers have heads of one shape, got {heads}. Without --out, `sawkv prepare`"
+            " writes a file for each shape into the model's folder"
+        )
     text = with_bos(text, model)
     weights = contents_digest(model_folder)
     limit = getattr(model.model.config.get_text_config(), "max_position_embeddings", None) or LONGEST_CONTEXT
@@ -72,25 +82,27 @@ def run_prepare(
         ids = preparation_windows(text.encode, window, windows, text.prefix)
     else:
         _, ids = text.split(window, 1, windows)  # taken from the end, because `sawkv eval` scores the start
-    shape = model.shape
-    heads = f"{shape.num_layers} layers, {shape.num_kv_heads} KV heads of {shape.head_dim}"
     print(f"model   {model_folder.resolve().name}: {heads}")
     print(f"text    {text.name}: {len(ids)} windows of {window:,} tokens, at positions up to {context:,}")
     started = time.monotonic()
-    calibration = replace(calibrate(model, cache_format, ids, context), weights=weights or "")
-    path = out or shipped_path(model_folder, calibration.format)
-    calibration.save(path)
-    print(f"format  {calibration.format}, fitted in {time.monotonic() - started:.1f} s")
-    print(f"wrote   {path}, {path.stat().st_size:,} bytes, fingerprint {calibration.fingerprint()}")
+    calibrations = [replace(part, weights=weights or "") for part in calibrate(model, cache_format, ids, context)]
+    formats = dict.fromkeys(str(part.format) for part in calibrations)
+    print(f"format  {' and '.join(formats)}, fitted in {time.monotonic() - started:.1f} s")
+    config, made = model.model.config.get_text_config(), [(each.num_kv_heads, each.head_dim) for each in calibrations]
+    expected = expectations(cache_format, config, made)
+    paths = shipped_paths(model_folder, expected) if out is None else [out]
+    for path, calibration in zip(paths, calibrations, strict=True):
+        calibration.save(path)
+        print(f"wrote   {path}, {path.stat().st_size:,} bytes, fingerprint {calibration.fingerprint()}")
     if ships:
         print(f"Whoever serves {model_folder} finds it there, for as long as its weights are the same.")
     else:
-        print(f"to use it: sawkv serve {model_folder} --calibration {path}")
+        print(f"to use it: sawkv serve {model_folder} --calibration {out}")
     return 0
 
 
-def calibrate(model: EvalModel, cache_format: CacheFormat, windows: torch.Tensor, context: int) -> Calibration:
-    """Fit the calibration of all layers.
+def calibrate(model: EvalModel, cache_format: CacheFormat, windows: torch.Tensor, context: int) -> list[Calibration]:
+    """Fit the calibrations of all layers that have K and V of their own, one for each shape of their heads, in order.
 
     Args:
         model: the model, with the hooks of `EvalModel`.
@@ -100,22 +112,23 @@ def calibrate(model: EvalModel, cache_format: CacheFormat, windows: torch.Tensor
 
     Raises:
         FormatError: the format does not quantize, or does not fit the model.
-        UnsupportedError: layers differ in shape, or their K or V is not finite.
+        UnsupportedError: K or V of a layer is not finite.
     """
-    num_kv_heads, head_dim = model.shape.num_kv_heads, model.shape.head_dim
-    resolved = cache_format.resolve(head_dim)
-    with tqdm(total=len(windows), desc="measuring", unit="window", leave=False, disable=None) as bar:
-        statistics = measure(model, windows, context, lambda states: bar.update())
-    for index, layer in enumerate(statistics):
-        if (layer.num_kv_heads, layer.head_dim) != (num_kv_heads, head_dim):
-            raise UnsupportedError(
-                f"prepare: expected every layer to have {num_kv_heads} KV heads of {head_dim}, "
-                f"got {layer.num_kv_heads} of {layer.head_dim} in layer {index}. Engines prepare such a model when they"
-                " start"
-            )
     config = model.model.config.get_text_config()
+    for head_dim in sorted({head_dim for _, head_dim in model.heads}):
+        cache_format.resolve(head_dim)  # before anything is measured
     # In a hybrid model some layers have no attention.
     indices = [getattr(module, "layer_idx", position) for position, module in enumerate(model.layers)]
-    return Calibration.from_layers(
-        resolved, model_id(config), config.num_hidden_layers, dict(zip(indices, fit(statistics, resolved), strict=True))
-    )
+    place, owner = {index: i for i, index in enumerate(indices)}, kv_sources(config)
+    sources = [place[owner[index]] for index in indices]
+    with tqdm(total=len(windows), desc="measuring", unit="window", leave=False, disable=None) as bar:
+        statistics = measure(model, windows, context, lambda states: bar.update(), sources)
+    by_shape: dict[tuple[int, int], dict[int, LayerStatistics]] = {}
+    for i in sorted(set(sources)):
+        by_shape.setdefault(model.heads[i], {})[indices[i]] = statistics[i]
+    calibrations = []
+    for (_, head_dim), layers in sorted(by_shape.items()):
+        resolved = cache_format.resolve(head_dim)
+        fitted = dict(zip(layers, fit(list(layers.values()), resolved), strict=True))
+        calibrations.append(Calibration.from_layers(resolved, model_id(config), config.num_hidden_layers, fitted))
+    return calibrations

@@ -21,6 +21,7 @@ from transformers import (
     AttentionMaskInterface,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
 )
 from transformers import PreTrainedTokenizerBase as Tokenizer
@@ -103,6 +104,8 @@ class EvalModel:
         self.model.set_attn_implementation(ATTENTION)
         self.layers: list[nn.Module] = []
         """The modules that attend, first to last."""
+        self.heads: list[tuple[int, int]] = []
+        """KV heads and head_dim of each."""
         self.shape = self._find_layers()
         self._head = self._plain_head()
 
@@ -199,7 +202,7 @@ class EvalModel:
         return torch.cat(tokens, 1)
 
     def _find_layers(self) -> AttentionShape:
-        """Fill `layers` by one pass over two tokens, and return their shape."""
+        """Fill `layers` and `heads` by one pass over two tokens, and return the shape."""
         found: list[tuple[nn.Module, int, int, int]] = []
 
         def note(
@@ -216,7 +219,7 @@ class EvalModel:
         finally:
             for module in self.model.modules():
                 delattr(module, _HOOK)
-        self.layers = [layer for layer, *_ in found]
+        self.layers, self.heads = [layer for layer, *_ in found], [(heads, dim) for _, _, heads, dim in found]
         if not found or len(set(map(id, self.layers))) != len(found):
             raise UnsupportedError(
                 "expected a model whose attention layers use Transformers' AttentionInterface once each, got"
@@ -276,20 +279,47 @@ def collect_samples(model: EvalModel, ids: torch.Tensor, context: int = 0) -> li
 
 
 def measure(
-    model: EvalModel, ids: torch.Tensor, context: int, step: Callable[[list[LayerStates]], object] = lambda states: None
+    model: EvalModel,
+    ids: torch.Tensor,
+    context: int,
+    step: Callable[[list[LayerStates]], object] = lambda states: None,
+    sources: Sequence[int] | None = None,
 ) -> list[LayerStatistics]:
-    """Statistics of all layers on token ids [num_windows, window], with windows spread over `context` tokens. `step` is
-    called with the states of each window.
+    """Statistics of all layers on token ids [num_windows, window], with windows spread over `context` tokens.
+
+    Args:
+        model: the model.
+        ids: the windows.
+        context: tokens.
+        step: called with the states of each window.
+        sources: for each layer, the index of the layer whose statistics it adds to; None is its own. The statistics of
+            a layer that adds to another's stay empty.
     """
     places = preparation_positions(len(ids), ids.shape[1], context)
+    sources = range(len(model.layers)) if sources is None else sources
     found: list[LayerStatistics] = []
     for row, where in zip(torch.split(ids, 1), places, strict=True):
         states = model.states(row, where)
         found = found or [layer.empty_statistics() for layer in states]
-        for total, layer in zip(found, states, strict=True):
-            total.add(layer.q, layer.k, layer.v)
+        for source, layer in zip(sources, states, strict=True):
+            found[source].add(layer.q, layer.k, layer.v)
         step(states)
     return found
+
+
+def kv_sources(decoder: PretrainedConfig) -> list[int]:
+    """The layer whose K and V each layer reads: its own, or that of an earlier layer. The last `num_kv_shared_layers`
+    read those of the last layer before them that has their type (Gemma 3n, Gemma 4).
+
+    Args:
+        decoder: the language model's config.
+    """
+    count = decoder.num_hidden_layers
+    owners = count - (getattr(decoder, "num_kv_shared_layers", None) or 0)
+    if owners == count:
+        return list(range(count))
+    types = decoder.layer_types
+    return [i if i < owners else max(j for j in range(owners) if types[j] == types[i]) for i in range(count)]
 
 
 class _Reading:

@@ -18,7 +18,7 @@ from typing import Any, Final
 from sawkv import __version__
 from sawkv.errors import CalibrationError
 from sawkv.files import writing
-from sawkv.format.spec import CacheFormat, ResolvedFormat
+from sawkv.format.spec import CacheFormat
 from sawkv.kernels.disk import private_folder
 from sawkv.prepare.calibration import VERSION, Calibration, model_id
 
@@ -101,44 +101,46 @@ class CalibrationStore:
         return path
 
 
-def shipped_path(checkpoint: Path, cache_format: ResolvedFormat) -> Path:
-    """Path of a checkpoint's own calibration for a format, where engines look for it.
+def shipped_paths(checkpoint: Path, expected: Sequence[Mapping[str, Any]]) -> list[Path]:
+    """Paths of a checkpoint's own calibrations for a format, where engines look for them: one for each shape of layers.
 
     Args:
         checkpoint: its folder.
-        cache_format: the format.
+        expected: of these shapes, as `expectations` gives it.
     """
-    return checkpoint / SHIPPED / f"{cache_format}.safetensors"
+    name = "{cache_format}" if len(expected) == 1 else "{cache_format}-{num_kv_heads}x{head_dim}"
+    return [checkpoint / SHIPPED / f"{name.format(**each)}.safetensors" for each in expected]
 
 
 def load_shipped(
-    checkpoint: Path, weights: str, cache_format: ResolvedFormat, *, log: logging.Logger = logger, **expected: Any
-) -> Calibration | None:
-    """The calibration that a checkpoint brings for a format; None where it has none for these very weights, which `log`
-    says.
+    checkpoint: Path, weights: str, expected: Sequence[Mapping[str, Any]], *, log: logging.Logger = logger
+) -> list[Calibration]:
+    """The calibrations that a checkpoint brings for a format, one for each shape of layers; none where one is missing
+    or not for these very weights, which `log` says.
 
     Args:
         checkpoint: its folder. Nothing in it is changed.
         weights: `contents_digest` of that folder.
-        cache_format: of the cache, with its rotation orders.
-        log: gets a warning of a file that is there and cannot be used.
-        expected: what `Calibration.check` asks for, but for the format.
+        expected: of the model's shapes, as `expectations` gives it.
+        log: gets a warning of files that are there and cannot be used.
     """
-    path = shipped_path(checkpoint, cache_format)
-    if not path.exists():
-        return None
-    try:
-        calibration = Calibration.load(path)
-        calibration.check(cache_format=cache_format, **expected)
-        if calibration.weights != weights:
-            got = f"{calibration.weights[:16]}..." if calibration.weights else "none named"
-            raise CalibrationError(f"weights: expected {weights[:16]}..., those of the checkpoint, got {got}")
-    except CalibrationError as error:
-        log.warning(
-            "sawkv: %s, which came with the model, cannot be used, and the model is prepared anew: %s", path, error
-        )
-        return None
-    return calibration
+    paths, found = shipped_paths(checkpoint, expected), []
+    if not any(path.exists() for path in paths):
+        return []
+    for path, each in zip(paths, expected, strict=True):
+        try:
+            calibration = Calibration.load(path)
+            calibration.check(**each)
+            if calibration.weights != weights:
+                got = f"{calibration.weights[:16]}..." if calibration.weights else "none named"
+                raise CalibrationError(f"weights: expected {weights[:16]}..., those of the checkpoint, got {got}")
+        except CalibrationError as error:
+            log.warning(
+                "sawkv: %s, which came with the model, cannot be used, and the model is prepared anew: %s", path, error
+            )
+            return []
+        found.append(calibration)
+    return found
 
 
 def expectations(cache_format: CacheFormat, config: Any, shapes: Iterable[tuple[int, int]]) -> list[dict[str, Any]]:

@@ -17,11 +17,12 @@ from transformers.cache_utils import Cache, LinearAttentionLayer
 from sawkv.errors import CalibrationError, LayoutError, UnsupportedError
 from sawkv.format.spec import CacheFormat
 from sawkv.integrations.transformers.layer import SawLayer, Settings
-from sawkv.integrations.transformers.models import find_model, head_dim_of, kv_sources, layer_configs, layer_windows
+from sawkv.integrations.transformers.models import find_model, head_dim_of, layer_configs, layer_windows
 from sawkv.integrations.transformers.passes import Passes
 from sawkv.integrations.transformers.prepare import Preparation, warn_once
 from sawkv.integrations.transformers.states import NewStates, refuse_gradients
 from sawkv.prepare.calibration import Calibration
+from sawkv.prepare.model import kv_sources
 
 UNPREPARED = (
     "sawkv: INT4 pages of a model that is not prepared (prepare=False). Keys with a large static part, as in Qwen2.5,"

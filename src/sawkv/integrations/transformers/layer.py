@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(eq=False)
 class Settings:
-    """Settings that the layers of a cache share. Arguments as in `SawCache`; `sources` as `models.kv_sources`."""
+    """Settings that the layers of a cache share. Arguments as in `SawCache`; `sources` as `kv_sources` gives them."""
 
     config: PretrainedConfig
     format: CacheFormat

@@ -6,6 +6,7 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from sawkv.errors import UnsupportedError
+from sawkv.prepare.model import kv_sources
 
 NAME = "sawkv"
 """Name of the attention implementation, for `attn_implementation=` and `model.set_attn_implementation()`."""
@@ -39,18 +40,6 @@ def layer_configs(decoder: PretrainedConfig) -> list[PretrainedConfig]:
 def head_dim_of(layer: PretrainedConfig) -> int:
     """Channels per head of K and V, from a layer's config."""
     return int(getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads)
-
-
-def kv_sources(decoder: PretrainedConfig) -> list[int]:
-    """The layer whose K and V each layer reads: its own, or that of an earlier layer. The last `num_kv_shared_layers`
-    read those of the last layer before them that has their type (Gemma 3n, Gemma 4).
-    """
-    count = decoder.num_hidden_layers
-    owners = count - (getattr(decoder, "num_kv_shared_layers", None) or 0)
-    if owners == count:
-        return list(range(count))
-    types = decoder.layer_types
-    return [i if i < owners else max(j for j in range(owners) if types[j] == types[i]) for i in range(count)]
 
 
 def layer_windows(config: PretrainedConfig) -> list[int | None]:

@@ -26,13 +26,13 @@ from transformers import AutoTokenizer, PretrainedConfig, PreTrainedModel
 
 from sawkv.errors import SawkvError, UnsupportedError
 from sawkv.format.spec import CacheFormat
-from sawkv.integrations.transformers.models import NAME, kv_sources, layer_windows
+from sawkv.integrations.transformers.models import NAME, layer_windows
 from sawkv.integrations.transformers.stored import Entry, state_of
 from sawkv.prepare import corpus
 from sawkv.prepare.calibration import LayerCalibration
 from sawkv.prepare.corpus import LONGEST_CONTEXT, NUM_WINDOWS, WINDOW
 from sawkv.prepare.fit import fit
-from sawkv.prepare.model import output_weight
+from sawkv.prepare.model import kv_sources, output_weight
 from sawkv.prepare.statistics import LayerStatistics
 
 logger = logging.getLogger(__name__)

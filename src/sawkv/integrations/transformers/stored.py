@@ -28,7 +28,7 @@ from sawkv.prepare.store import (
     listed,
     load_shipped,
     make_key,
-    shipped_path,
+    shipped_paths,
 )
 
 SAMPLED: Final = 64
@@ -100,9 +100,9 @@ class Entry:
 
     def load(self) -> tuple[list[LayerCalibration] | None, str]:
         """Stored calibrations by layer, and where they were found."""
-        shipped = self._load_shipped()
-        if shipped is not None and self._folder is not None:
-            found, source = [shipped], f"{shipped_path(self._folder, shipped.format)}, which came with the model"
+        found = self._load_shipped()
+        if found and self._folder is not None:
+            source = f"{listed(shipped_paths(self._folder, self._expected))}, which came with the model"
         else:
             found = [] if self._store is None else self._store.load_all(self._entries)
             source = "" if self._store is None else listed(map(self._store.path, self._entries))
@@ -115,18 +115,15 @@ class Entry:
         ]
         return layers, f"from {source}"
 
-    def _load_shipped(self) -> Calibration | None:
-        """The checkpoint's own calibration, if it is for the weights in its files, and these equal the weights in
+    def _load_shipped(self) -> list[Calibration]:
+        """The checkpoint's own calibrations, if they are for the weights in its files, and these equal the weights in
         memory.
         """
-        if self._folder is None or len(self._expected) > 1:  # `sawkv prepare` makes none for layers of unlike shapes
-            return None
-        (expected,) = self._expected
-        if not shipped_path(self._folder, expected["cache_format"]).exists():
-            return None
+        if self._folder is None or not any(path.exists() for path in shipped_paths(self._folder, self._expected)):
+            return []
         try:
-            found = load_shipped(self._folder, contents_digest(self._folder) or "", log=logger, **expected)
-            if found is None or _is_as_loaded(self._model, self._decoder, self._folder):
+            found = load_shipped(self._folder, contents_digest(self._folder) or "", self._expected, log=logger)
+            if not found or _is_as_loaded(self._model, self._decoder, self._folder):
                 return found
         except (OSError, RuntimeError, TypeError) as error:  # RuntimeError, TypeError: weights that are not in memory
             logger.debug("sawkv: %s", error)
@@ -134,7 +131,7 @@ class Entry:
             "sawkv: the preparation that came with the model is not used: the model in memory is not the one in its"
             " files"
         )
-        return None
+        return []
 
     def save(self, layers: list[LayerCalibration]) -> str:
         """Store the calibrations if possible, and say where, or why not."""

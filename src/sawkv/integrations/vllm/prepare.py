@@ -34,7 +34,7 @@ from sawkv.prepare.store import (
     listed,
     load_shipped,
     make_key,
-    shipped_path,
+    shipped_paths,
 )
 
 if TYPE_CHECKING:
@@ -229,24 +229,22 @@ class _Entry:
     def load(self) -> tuple[list[Calibration], str]:
         """The stored calibrations, or none, and where they were found."""
         shipped = self._load_shipped()
-        if shipped is not None and self._checkpoint is not None:
-            return [shipped], f"from {shipped_path(self._checkpoint, shipped.format)}, which came with the model"
+        if shipped and self._checkpoint is not None:
+            return shipped, f"from {listed(shipped_paths(self._checkpoint, self._expected))}, which came with the model"
         if self._store is None:
             return [], ""
         return self._store.load_all(self._entries), f"from {listed(map(self._store.path, self._entries))}"
 
-    def _load_shipped(self) -> Calibration | None:
+    def _load_shipped(self) -> list[Calibration]:
         if self._checkpoint is None or self._weights is None or not self._checkpoint.is_dir():
-            return None
-        if len(self._expected) > 1:  # `sawkv prepare` makes none for layers of unlike shapes
-            return None
-        found = load_shipped(self._checkpoint, self._weights, log=logger, **self._expected[0])
-        if found is not None and self._overridden:
+            return []
+        found = load_shipped(self._checkpoint, self._weights, self._expected, log=logger)
+        if found and self._overridden:
             logger.warning(
                 "sawkv: the preparation that came with the model is not used: --hf-overrides changes what it was"
                 " made for"
             )
-            return None
+            return []
         return found
 
     def save(self, calibrations: Sequence[Calibration]) -> str:
