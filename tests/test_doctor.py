@@ -47,7 +47,7 @@ def test_nothing_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
     status, shown = run(capsys, str(MODEL))
     assert status == 0
     assert "TROUBLE" not in shown
-    assert "vLLM 0.32.0 (tested: 0.26 to 0.32)" in shown
+    assert "vLLM 0.32.0 (tested: 0.26 to 0.33)" in shown
     assert "cpu, head_dim 128: cpu kernels for int4, int8" in shown
     assert "not cuda: expected an NVIDIA GPU" in shown
     assert "int4-k128-v128 on cpu: bytes equal the reference's" in shown
@@ -57,7 +57,7 @@ def test_nothing_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("version", "words", "status"),
     [
-        ("0.33.1", "warning vLLM 0.33.1 is newer than all that were tested", 0),
+        ("0.34.0", "warning vLLM 0.34.0 is newer than all that were tested", 0),
         ("0.25.0+cpu", "TROUBLE vLLM 0.25.0+cpu: expected 0.26", 1),
     ],
 )

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from sawkv import CacheFormat, SawkvError, cli
+from sawkv.integrations.vllm import config as settings
 from sawkv.integrations.vllm import greeting, preflight, server
 from sawkv.integrations.vllm import options as options_of_vllm
 from sawkv.integrations.vllm.options import Options
@@ -197,6 +198,23 @@ def test_what_may_work_is_started(
         changes = {"head_dim": 80}
     assert cli.main(["serve", write(tmp_path, **changes), "--port", "0", *options]) == 0
     assert len(started) == 1
+
+
+@pytest.mark.parametrize(("vllm", "accepted"), [((0, 32), False), ((0, 33), True)])
+def test_our_own_name_of_the_cache_may_be_given_where_vllm_takes_it(
+    vllm: tuple[int, ...],
+    accepted: bool,
+    started: list[Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(settings, "installed_release", lambda: vllm)
+    for name, works in (("sawkv_int4", accepted), ("int4_per_token_head", True), ("sawkv_int8", False)):
+        started.clear()
+        assert cli.main(["serve", write(tmp_path), "--port", "0", "--kv-cache-dtype", name]) == (0 if works else 2)
+        assert len(started) == works
+        assert works or f"got {name}" in capsys.readouterr().err
 
 
 def test_damaged_models_are_refused_in_one_line(

@@ -24,7 +24,7 @@ from sawkv.files import reason
 from sawkv.format.layout import PageLayout
 from sawkv.format.spec import CODEC_BITS, CacheFormat
 from sawkv.integrations.vllm import PLUGIN, preflight
-from sawkv.integrations.vllm.contract import NEWEST_VLLM, OLDEST_VLLM
+from sawkv.integrations.vllm.contract import NEWEST_VLLM, OLDEST_VLLM, release
 from sawkv.integrations.vllm.options import Options
 from sawkv.kernels import PREFERENCE, unsupported_reason
 from sawkv.kernels.disk import private_folder
@@ -148,7 +148,7 @@ def _vllm() -> Iterator[Finding]:
 
 def _tested(version: str) -> Finding:
     oldest, newest = (".".join(map(str, v)) for v in (OLDEST_VLLM, NEWEST_VLLM))
-    number = tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
+    number = release(version)
     if number < OLDEST_VLLM:
         return Finding(TROUBLE, f"vLLM {version}: expected {oldest} or newer")
     if number > NEWEST_VLLM:
@@ -198,7 +198,8 @@ def _judged(probed: dict[str, Any] | str) -> Iterator[Finding]:
         yield Finding(
             NOTE,
             "int4_per_token_head and int8_per_token_head are names of vLLM's own caches too, which are slower than 16"
-            " bits: it uses those without --attention-backend CUSTOM. `sawkv serve` adds it",
+            " bits: it uses those without --attention-backend CUSTOM. `sawkv serve` adds it. From 0.33 on, vLLM stops"
+            " without it under the names sawkv_int4 and sawkv_int8",
         )
 
 

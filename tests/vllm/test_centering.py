@@ -112,6 +112,7 @@ def test_feedback_reaches_the_bytes_that_the_engine_writes(tmp_path: Path) -> No
     assert served["logprobs"] != without["logprobs"]
 
 
+@pytest.mark.newest
 def test_a_calibration_that_does_not_fit_is_refused_at_start_up(tmp_path: Path) -> None:
     other_model = write_calibration(tmp_path, "int4-k128-v128", model="0" * 16)
     options: dict[str, Any] = {"kv_cache_dtype": "int4_per_token_head"}

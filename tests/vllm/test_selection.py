@@ -16,10 +16,12 @@ from sawkv.errors import SawkvError
 # Of torch.jit, as vLLM is imported.
 pytestmark = [
     pytest.mark.vllm,
+    pytest.mark.next,
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 
 INT4, INT8 = "int4_per_token_head", "int8_per_token_head"
+OWN4, OWN8 = "sawkv_int4", "sawkv_int8"
 
 
 class Theirs:
@@ -109,6 +111,8 @@ OURS = "SawAttentionBackend"
     [
         ({"dtype": INT4}, OURS),
         ({"dtype": INT8}, OURS),
+        ({"dtype": OWN4}, OURS),
+        ({"dtype": OWN8, "entry": {"format": "int8-k64-v0"}}, OURS),
         ({"dtype": "auto"}, "Theirs"),
         ({"dtype": "fp8"}, "Theirs"),
         ({"dtype": "auto", "entry": {"format": "bf16-k128-v128"}}, OURS),
@@ -141,10 +145,20 @@ def test_each_layer_is_judged_by_itself(options: dict[str, Any], expected: str, 
             {"dtype": INT4, "use_mla": True, "tag": "draft_model"},
             'the draft model: MLA.*"kv_cache_dtype": "auto" to --speculative-config',
         ),
-        ({"dtype": "fp8", "entry": {"format": "int4"}}, "expected --kv-cache-dtype int4_per_token_head, got fp8"),
+        (
+            {"dtype": "fp8", "entry": {"format": "int4"}},
+            rf"expected --kv-cache-dtype ({INT4}|{OWN4}), got fp8",
+        ),
         (
             {"dtype": "auto", "entry": {}},
-            "expected --kv-cache-dtype int4_per_token_head or int8_per_token_head beside it.*got auto",
+            rf"expected --kv-cache-dtype ({INT4} or {INT8}|{OWN4} or {OWN8}) beside it.*got auto",
+        ),
+        ({"dtype": OWN4, "entry": {"format": "int8"}}, rf"expected --kv-cache-dtype ({INT8}|{OWN8}), got {OWN4}"),
+        ({"dtype": OWN4, "gpu": True}, f"{OWN4} without --attention-backend CUSTOM"),
+        ({"dtype": OWN8, "gpu": True, "backend": "TRITON_ATTN"}, f"{OWN8} without --attention-backend CUSTOM"),
+        (
+            {"dtype": OWN4, "gpu": True, "tag": "draft_model", "entry": {"format": "int4"}},
+            f'{OWN4} without "attention_backend": "CUSTOM" in --speculative-config',
         ),
         ({"dtype": INT4, "entry": {"format": "int4"}, "gpu": True}, "without --attention-backend CUSTOM"),
         ({"dtype": INT4, "entry": {}, "gpu": True, "backend": "TRITON_ATTN"}, "without --attention-backend CUSTOM"),
@@ -159,6 +173,7 @@ def test_what_cannot_be_is_refused_by_name(options: dict[str, Any], message: str
     ("options", "asked", "words"),
     [
         ({"backend": "CUSTOM"}, "CUSTOM", ""),
+        ({"backend": "CUSTOM", "dtype": OWN4}, "CUSTOM", ""),
         ({"backend": None}, None, "Add --attention-backend CUSTOM for sawkv's"),
         ({"backend": "TRITON_ATTN"}, "TRITON_ATTN", "sawkv: vLLM's own int4_per_token_head is used"),
         (

@@ -35,7 +35,7 @@ from sawkv.errors import CalibrationError, SawkvError, UnsupportedError
 from sawkv.format.layout import ENGINE_PAGE_SIZE, GPU_PAGE_SIZES, PAGE_SIZE_MULTIPLE, PageLayout
 from sawkv.format.spec import HEAD_DIMS, CacheFormat, ResolvedFormat
 from sawkv.integrations.vllm import announce, refusals
-from sawkv.integrations.vllm.config import KV_CACHE_DTYPE_CODECS, SawConfig, is_draft
+from sawkv.integrations.vllm.config import KV_CACHE_DTYPE_CODECS, VLLM_DTYPE_CODECS, SawConfig, is_draft
 from sawkv.integrations.vllm.contract import check_contract
 from sawkv.integrations.vllm.measure import LayerMeasurement, Prompt, first_kv_head, layer_index, whole_prompts
 from sawkv.integrations.vllm.metrics import CountedLayer, CounterReader
@@ -518,7 +518,7 @@ class SawAttentionBackend(AttentionBackend):
     @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         """Tell vLLM our bytes per token and KV head. vLLM from 0.28."""
-        codec = KV_CACHE_DTYPE_CODECS.get(f"{spec.kv_quant_mode.name.lower()}")
+        codec = VLLM_DTYPE_CODECS.get(spec.kv_quant_mode.name.lower())
         return spec if codec is None else replace(spec, state_content_bytes=token_bytes(codec, spec.head_size))
 
     @classmethod

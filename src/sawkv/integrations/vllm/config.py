@@ -13,15 +13,20 @@ import torch
 
 from sawkv.errors import FormatError, UnsupportedError
 from sawkv.format.spec import CacheFormat
+from sawkv.integrations.vllm.contract import TAKES_NAMES, installed_release
 from sawkv.prepare.calibration import Calibration
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
-KV_CACHE_DTYPE_CODECS: Final = {"int4_per_token_head": "int4", "int8_per_token_head": "int8"}
+VLLM_DTYPE_CODECS: Final = {"int4_per_token_head": "int4", "int8_per_token_head": "int8"}
 """vLLM's names that sawkv takes over. vLLM before 0.33 accepts no new names, and sizes pages for these as our formats
 need.
 """
+OWN_DTYPE_CODECS: Final = {"sawkv_int4": "int4", "sawkv_int8": "int8"}
+"""Names that nobody but sawkv serves. `dtypes` registers them in vLLM from 0.33 on."""
+KV_CACHE_DTYPE_CODECS: Final = VLLM_DTYPE_CODECS | OWN_DTYPE_CODECS
+"""All names of `--kv-cache-dtype` under which pages are sawkv's."""
 
 WORKER_EXTENSION: Final = "sawkv.integrations.vllm.worker.Extension"
 """For vLLM's `--worker-extension-cls`, so that no worker runs without sawkv."""
@@ -74,8 +79,8 @@ class SawConfig:
                 return None
             if not {"format", "calibration"} & set(options):
                 raise UnsupportedError(
-                    "sawkv entry of --additional-config: expected --kv-cache-dtype int4_per_token_head or"
-                    " int8_per_token_head beside it, or the key format in it, got"
+                    f"sawkv entry of --additional-config: expected --kv-cache-dtype {dtype_for('int4')} or"
+                    f" {dtype_for('int8')} beside it, or the key format in it, got"
                     f" {kv_cache_dtype}{_asked_by_checkpoint(vllm_config, kv_cache_dtype)}"
                 )
         path = options.get("calibration")
@@ -95,13 +100,23 @@ class SawConfig:
             raise FormatError(f"sawkv format: expected a name such as int4-k128-v128, got {name!r}")
         cache_format = CacheFormat.parse(name)
         if cache_format.codec != (codec or _float_codec(vllm_config, kv_cache_dtype)):
-            dtypes = {c: dtype for dtype, c in (KV_CACHE_DTYPE_CODECS | _FLOAT_DTYPE_CODECS).items()}
-            wanted = dtypes.get(cache_format.codec, f"auto and a model dtype of {cache_format.codec}")
+            dtypes = {codec: dtype for dtype, codec in _FLOAT_DTYPE_CODECS.items()}
+            wanted = dtype_for(cache_format.codec) or dtypes.get(
+                cache_format.codec, f"auto and a model dtype of {cache_format.codec}"
+            )
             raise UnsupportedError(
                 f"sawkv format {cache_format} needs pages of its own size: expected --kv-cache-dtype {wanted}, "
                 f"got {kv_cache_dtype}{_asked_by_checkpoint(vllm_config, kv_cache_dtype)}"
             )
         return cls(cache_format, calibration, prepare, None if folder is None else Path(folder))
+
+
+def dtype_for(codec: str) -> str | None:
+    """The name of `--kv-cache-dtype` for pages of a codec: our own where the installed vLLM takes it. None for formats
+    that do not quantize.
+    """
+    names = OWN_DTYPE_CODECS if installed_release() >= TAKES_NAMES else VLLM_DTYPE_CODECS
+    return next((name for name, of_name in names.items() if of_name == codec), None)
 
 
 def engine_options(
@@ -113,7 +128,6 @@ def engine_options(
     """Arguments of `vllm.LLM`, or of its server with dashes, that store KV caches in `cache_format`. Others as in
     `SawConfig`.
     """
-    dtype = next((dtype for dtype, codec in KV_CACHE_DTYPE_CODECS.items() if codec == cache_format.codec), "auto")
     settings: dict[str, Any] = {"format": str(cache_format)}
     if calibration is not None:
         settings["calibration"] = str(Path(calibration).resolve())
@@ -122,7 +136,7 @@ def engine_options(
     if prepare_cache is not None:
         settings["prepare_cache"] = str(Path(prepare_cache).resolve())
     options: dict[str, Any] = {
-        "kv_cache_dtype": dtype,
+        "kv_cache_dtype": dtype_for(cache_format.codec) or "auto",
         "additional_config": {"sawkv": settings},
         "worker_extension_cls": WORKER_EXTENSION,
     }

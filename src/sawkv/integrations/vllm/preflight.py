@@ -31,7 +31,13 @@ from sawkv.files import reason
 from sawkv.format.layout import PAGE_SIZE_MULTIPLE
 from sawkv.format.spec import CacheFormat
 from sawkv.integrations.vllm import PLUGIN, connectors, refusals
-from sawkv.integrations.vllm.config import WORKER_EXTENSION, asks_for_a_cache, engine_options
+from sawkv.integrations.vllm.config import (
+    KV_CACHE_DTYPE_CODECS,
+    VLLM_DTYPE_CODECS,
+    WORKER_EXTENSION,
+    asks_for_a_cache,
+    engine_options,
+)
 from sawkv.integrations.vllm.options import Options
 from sawkv.prepare.calibration import Calibration, model_id
 
@@ -70,11 +76,12 @@ def check(
     check_installation()
     given = engine_options(cache_format)
     for name, why in _TAKEN.items():
-        wanted = given.get(name.removeprefix("--").replace("-", "_"))
-        if options.has(name) and (wanted is None or options.get(name) != wanted):
+        wanted, got = given.get(name.removeprefix("--").replace("-", "_")), options.get(name)
+        if name == "--kv-cache-dtype" and VLLM_DTYPE_CODECS.get(got or "") == cache_format.codec:
+            continue  # means the same beside our backend, in all versions
+        if options.has(name) and (wanted is None or got != wanted):
             raise UnsupportedError(
-                f"{name}: {why}; got {options.get(name) or 'nothing'}. With `vllm serve` all options are yours"
-                " (docs/vllm.md)"
+                f"{name}: {why}; got {got or 'nothing'}. With `vllm serve` all options are yours (docs/vllm.md)"
             )
     check_address(options)
     _check_share_of_memory(options)
@@ -327,11 +334,7 @@ def _sees_images_both_ways(config: Mapping[str, Any]) -> bool:
 
 def _of_draft(speculative: Mapping[str, Any], cache_format: CacheFormat) -> list[str]:
     model = speculative.get("model")
-    if not isinstance(model, str) or speculative.get("kv_cache_dtype") not in (
-        None,
-        "int4_per_token_head",
-        "int8_per_token_head",
-    ):
+    if not isinstance(model, str) or speculative.get("kv_cache_dtype") not in (None, *KV_CACHE_DTYPE_CODECS):
         return []
     checkpoint = read_checkpoint(model) if cache_format.quantized and Path(model).is_dir() else None
     if checkpoint is None:

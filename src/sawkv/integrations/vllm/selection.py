@@ -20,7 +20,7 @@ from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_b
 
 from sawkv.errors import UnsupportedError
 from sawkv.integrations.vllm import PLUGIN
-from sawkv.integrations.vllm.config import KV_CACHE_DTYPE_CODECS, SawConfig, has_entry, is_draft
+from sawkv.integrations.vllm.config import KV_CACHE_DTYPE_CODECS, OWN_DTYPE_CODECS, SawConfig, has_entry, is_draft
 from sawkv.integrations.vllm.refusals import refuse, refuse_kind
 
 BACKEND = "sawkv.integrations.vllm.backend.SawAttentionBackend"
@@ -126,7 +126,14 @@ def _leave_to_vllm(vllm_config: Any, kv_cache_dtype: str) -> None:
     Raises:
         UnsupportedError: sawkv was asked for.
     """
-    if is_draft(vllm_config):
+    if kv_cache_dtype in OWN_DTYPE_CODECS:
+        missing = (
+            'without "attention_backend": "CUSTOM" in --speculative-config'
+            if is_draft(vllm_config)
+            else "without --attention-backend CUSTOM"
+        )
+        refuse(vllm_config, [f"--kv-cache-dtype {kv_cache_dtype} {missing} (add it)"])
+    elif is_draft(vllm_config):
         logger.warning_once(
             'sawkv: the draft model gets vLLM\'s own %s. Add "attention_backend": "CUSTOM" to --speculative-config for'
             " sawkv's",
