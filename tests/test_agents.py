@@ -6,14 +6,18 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+from tokenizers import Tokenizer
 
-from benchmarks import agents
+from benchmarks import agents, shapes
 from benchmarks.agents import SETS, Turn, Work, check, summary
 from sawkv.errors import UnsupportedError
+from sawkv.prepare.corpus import preparation_windows
 
 WORK = Work(agents=3, first=50, grow_to=140, turns=4, answer=5, think=0.0)
 
@@ -172,3 +176,15 @@ def test_what_breaks_a_limit_is_said(records: list[dict[str, Any]], said: list[s
     assert len(faults) == len(said)
     for fault, words in zip(faults, said, strict=True):
         assert words in fault
+
+
+def test_a_shape_is_prepared_on_many_tokens_and_prompts_keep_their_length(tmp_path: Path) -> None:
+    """The tokenizer of a shape has a word for each token. Text without such words was one unknown token throughout, and
+    a model prepared on it was prepared on nothing.
+    """
+    tokenizer = Tokenizer.from_file(f"{shapes.write_model(tmp_path, 'mistral-7b')}/tokenizer.json")
+    text = preparation_windows(lambda words: tokenizer.encode(words).ids, 256, 4)
+    assert len(text.unique()) > 40
+    assert (text == 0).float().mean() < 0.01
+    ids = [*range(200), *np.random.default_rng().integers(0, 32000, 500).tolist(), 31999]
+    assert tokenizer.encode(tokenizer.decode(ids)).ids == ids
