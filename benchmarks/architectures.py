@@ -290,6 +290,8 @@ def _in_vllm(task: Task, model: str, on_gpu: bool) -> Record:
         if on_gpu
         else {"block_size": BLOCK, "max_num_batched_tokens": BLOCK, "num_gpu_blocks_override": family.blocks or None}
     )
+    if on_gpu and family.kind == "gated delta net":
+        common["gdn_prefill_backend"] = "triton"  # FlashInfer's kernels are compiled at start, for minutes
     common |= dict(family.options) | ({"quantization": "fp8"} if task.weights == "fp8" else {})
     record: Record = {"dtype": dtype, "outcome": SERVED, "detail": "", "checks": {}, "failed": []}
     wide = _with_engine(common, _write)

@@ -4,6 +4,7 @@
     python -m benchmarks.kernels                  # all shapes and peers, appended to docs/results/decode.jsonl
     python -m benchmarks.kernels --only 64x16384 --kernels sawkv-cuda --no-write
     python -m benchmarks.kernels --kernels sawkv-cuda,sawkv-cuda+prepared --no-write  # of a prepared model too
+    python -m benchmarks.kernels --only "head_dim 256,head_dim 512" --kernels fa3_bf16,fa4_bf16,triton_bf16,sawkv-triton
     python -m benchmarks.kernels --check          # correctness only
     PYTHONPATH=OTHER/src python -m benchmarks.kernels --kernels sawkv-cuda --no-write    # another build of the kernels
 
@@ -26,15 +27,14 @@ from typing import Any
 import torch
 import triton.testing
 
-from benchmarks.engines import git_head
 from benchmarks.plots import RESULTS
+from benchmarks.serving import git_head
 from sawkv import Attention, CacheFormat, PagedKVCache, PageLayout, Schedule, append, decode_attention, gather
 from sawkv.format.constants import ERROR_STEPS, MAX_WEIGHT
 from sawkv.format.feedback import Feedback, channel_blocks
 from sawkv.format.layout import ENGINE_PAGE_SIZE
 from sawkv.kernels import unsupported_reason
 
-PEERS = ("fa3_bf16", "fa3_fp8", "vllm_int4_per_token_head")
 BACKENDS = ("cuda", "triton")
 COLD_BYTES = 400_000_000  # caches of a graph hold more than this together, several times the L2 cache
 MAX_ERROR = 5e-3
@@ -107,6 +107,7 @@ def all_shapes() -> list[Shape]:
         *(uniform(*shape) for shape in main),
         *(uniform(32, 16384, q_heads=q, kv_heads=kv) for q, kv in heads),
         *(uniform(32, 16384, head_dim=d) for d in (64, 96, 256)),
+        *(uniform(32, 16384, head_dim=d, q_heads=16, kv_heads=2) for d in (256, 512)),  # Qwen3.5 35B-A3B, Gemma 4 26B
         uniform(32, 16384, query_len=4),
         *(uniform(32, 16384, page=page) for page in (16, 32)),
         uniform(32, 16384, head_dim=64, page=16),
@@ -240,7 +241,7 @@ def gather_and_attend(shape: Shape, batch: Batch, cache: PagedKVCache) -> Callab
     starts, out = lengths.cumsum(0).int(), torch.full_like(batch.q, torch.nan)
     k, v = torch.empty(2, sum(shape.lengths), shape.kv_heads, shape.head_dim, device="cuda", dtype=torch.bfloat16)
 
-    attend = fa3(shape, batch, batch.q, k, v, out, cu_seqlens_k=starts)
+    attend = flash_attention(shape, batch, batch.q, k, v, out, cu_seqlens_k=starts)
 
     def run() -> torch.Tensor:
         gather(cache, batch.block_table, batch.seq_lens, starts, k, v, rotated=False, backend="cuda")
@@ -249,10 +250,17 @@ def gather_and_attend(shape: Shape, batch: Batch, cache: PagedKVCache) -> Callab
     return run
 
 
-def fa3(
-    shape: Shape, batch: Batch, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, **where: Any
+def flash_attention(
+    shape: Shape,
+    batch: Batch,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    out: torch.Tensor,
+    version: int = 3,
+    **where: Any,
 ) -> Callable[[], torch.Tensor]:
-    """FlashAttention-3 of a batch's queries. `where` says where the keys of each sequence are."""
+    """FlashAttention of a batch's queries. `where` says where the keys of each sequence are."""
     from vllm.vllm_flash_attn import flash_attn_varlen_func
 
     def run() -> torch.Tensor:
@@ -266,7 +274,7 @@ def fa3(
             softmax_scale=shape.head_dim**-0.5,
             causal=True,
             out=out,
-            fa_version=3,
+            fa_version=version,
             **where,
         )
         return out
@@ -275,7 +283,9 @@ def fa3(
 
 
 def peer_decode(name: str, shape: Shape, batch: Batch) -> Callable[[], torch.Tensor]:
-    """The same attention by vLLM's kernels over their own caches, filled at random."""
+    """The same attention by vLLM's kernels over their own caches, filled at random. FlashAttention 3 ends at head_dim
+    256; beyond it vLLM takes FlashAttention 4, or Triton's.
+    """
     if name == "vllm_int4_per_token_head":
         return vllm_int4(shape, batch)
     q = batch.q
@@ -287,8 +297,55 @@ def peer_decode(name: str, shape: Shape, batch: Batch) -> Callable[[], torch.Ten
         q, k, v = (x.to(torch.float8_e4m3fn) for x in (q, k, v))
         one = torch.ones(len(shape.lengths), shape.kv_heads, device="cuda")
         scales = {"q_descale": one, "k_descale": one, "v_descale": one}
+    if name == "triton_bf16":
+        return triton_bf16(shape, batch, k, v)
     out, table = torch.empty_like(batch.q), batch.block_table.clamp(max=batch.num_pages - 1)
-    return fa3(shape, batch, q, k, v, out, seqused_k=batch.seq_lens, block_table=table, **scales)
+    where = {"seqused_k": batch.seq_lens, "block_table": table}
+    return flash_attention(shape, batch, q, k, v, out, int(name[2]), **where, **scales)
+
+
+def triton_bf16(shape: Shape, batch: Batch, k: torch.Tensor, v: torch.Tensor) -> Callable[[], torch.Tensor]:
+    from vllm.v1.attention.ops.triton_unified_attention import unified_attention
+
+    out, scratch = torch.empty_like(batch.q), triton_scratch(shape)
+    table = batch.block_table.clamp(max=batch.num_pages - 1)
+
+    def run() -> torch.Tensor:
+        unified_attention(
+            q=batch.q,
+            k=k,
+            v=v,
+            out=out,
+            cu_seqlens_q=batch.query_start_loc,
+            max_seqlen_q=shape.query_len,
+            seqused_k=batch.seq_lens,
+            max_seqlen_k=max(shape.lengths),
+            softmax_scale=shape.head_dim**-0.5,
+            causal=True,
+            window_size=(-1, -1),
+            block_table=table,
+            softcap=0,
+            q_descale=None,
+            k_descale=None,
+            v_descale=None,
+            **scratch,
+        )
+        return out
+
+    return run
+
+
+def triton_scratch(shape: Shape) -> dict[str, Any]:
+    """What vLLM's Triton backend allocates for decoding, where long sequences are cut into segments."""
+    segments, threshold = 16, max(1, 128 // shape.kv_heads)
+    partial = torch.empty(threshold, shape.q_heads, segments, triton.next_power_of_2(shape.head_dim), device="cuda")
+    return {
+        "seq_threshold_3D": threshold,
+        "num_par_softmax_segments": segments,
+        "softmax_segm_output": partial,
+        "softmax_segm_max": partial[..., 0].clone(),
+        "softmax_segm_expsum": partial[..., 0].clone(),
+    }
 
 
 def vllm_int4(shape: Shape, batch: Batch) -> Callable[[], torch.Tensor]:
@@ -301,9 +358,8 @@ def vllm_int4(shape: Shape, batch: Batch) -> Callable[[], torch.Tensor]:
     words = pages.view(torch.float32)  # a scale after the codes of K, and one after those of V
     k_scale, v_scale = words[..., shape.head_dim // 8], words[..., (row + shape.head_dim // 2) // 4]
     k_scale.fill_(0.1), v_scale.fill_(0.1)
-    table, out, segments = batch.block_table.clamp(max=batch.num_pages - 1), torch.empty_like(batch.q), 16
-    threshold = max(1, 128 // shape.kv_heads)
-    partial = torch.empty(threshold, shape.q_heads, segments, triton.next_power_of_2(shape.head_dim), device="cuda")
+    out, scratch = torch.empty_like(batch.q), triton_scratch(shape)
+    table = batch.block_table.clamp(max=batch.num_pages - 1)
 
     def run() -> torch.Tensor:
         unified_attention_int4(
@@ -327,11 +383,7 @@ def vllm_int4(shape: Shape, batch: Batch) -> Callable[[], torch.Tensor]:
             mm_prefix_range=None,
             k_scale_cache=k_scale,
             v_scale_cache=v_scale,
-            seq_threshold_3D=threshold,
-            num_par_softmax_segments=segments,
-            softmax_segm_output=partial,
-            softmax_segm_max=partial[..., 0].clone(),
-            softmax_segm_expsum=partial[..., 0].clone(),
+            **scratch,
         )
         return out
 
@@ -421,7 +473,7 @@ def run_decode(
                         * shape.page
                         * shape.kv_heads
                         * shape.head_dim
-                        * (4 if kernel == "fa3_bf16" else 2)
+                        * (4 if kernel.endswith("bf16") else 2)
                     )
                     runs = [run, *(peer_decode(kernel, shape, batch) for _ in range(min(15, COLD_BYTES // one)))]
                 record["ms"], record["graph_ms"] = median_ms(run), graph_ms(runs)
