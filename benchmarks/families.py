@@ -170,7 +170,6 @@ def _dense(models: str, architecture: str, model_type: str, **changes: Any) -> F
 
 
 _MLA_REFUSED: Final = "MLA (multi-head latent attention)"
-_BOTH: Final = "layers of type hybrid"
 _MLA_CACHE: Final = "multi-head latent attention (kv_lora_rank)"
 
 FAMILIES: Final[dict[str, Family]] = {
@@ -381,7 +380,6 @@ FAMILIES: Final[dict[str, Family]] = {
         kind="Mamba 2 and attention in each layer",
         **_MAMBA2,
         mamba_d_ssm=512,
-        cache=_BOTH,
         initializer_range=0.05,
     ),
     "zamba2": _dense(
@@ -399,7 +397,6 @@ FAMILIES: Final[dict[str, Family]] = {
         mamba_expand=2,
         chunk_size=64,
         num_mem_blocks=1,
-        cache=_BOTH,
         num_key_value_heads=4,
         initializer_range=0.05,
         tie_word_embeddings=True,

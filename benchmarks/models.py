@@ -32,6 +32,9 @@ that command, and the tests take one of each kind.
 - **not run**: no record of this device and engine. It says nothing about what would happen.
 - **not by vLLM here**: vLLM's CPU build does not serve the tiny model without sawkv either. The cell has its words.
 
+Rows are of unprepared caches. SawCache cannot prepare Zamba2, whose layers call one attention module that does not know
+whose turn it is; `prepare=False` or `"int8"` serve it.
+
 A commit with a plus sign is one from which files differed. Qwen 3.5 and Qwen3-VL on vLLM need torchvision, which `make`
 leaves out. Without it that command expects vLLM's own refusal.
 """

@@ -12,12 +12,20 @@ from typing import Any
 
 import torch
 from transformers import PretrainedConfig
-from transformers.cache_utils import Cache, LinearAttentionLayer
+from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin, LinearAttentionLayer
 
 from sawkv.errors import CalibrationError, LayoutError, UnsupportedError
 from sawkv.format.spec import CacheFormat
+from sawkv.integrations.transformers.hybrid import SawHybridLayer, reorder_states
 from sawkv.integrations.transformers.layer import SawLayer, Settings
-from sawkv.integrations.transformers.models import find_model, head_dim_of, layer_configs, layer_windows
+from sawkv.integrations.transformers.models import (
+    HYBRID,
+    find_model,
+    head_dim_of,
+    layer_configs,
+    layer_types,
+    layer_windows,
+)
 from sawkv.integrations.transformers.passes import Passes
 from sawkv.integrations.transformers.prepare import Preparation, warn_once
 from sawkv.integrations.transformers.states import NewStates, refuse_gradients
@@ -99,7 +107,8 @@ class SawCache(Cache):
         decoder = config.get_text_config(decoder=True)
         windows = layer_windows(config)
         sources = kv_sources(decoder)
-        if max_cache_len is not None and (None in windows or len(windows) < len(sources)):
+        types = layer_types(config)
+        if max_cache_len is not None and (None in windows or HYBRID in types or len(windows) < len(sources)):
             raise UnsupportedError(
                 f"SawCache: expected no max_cache_len for a {decoder.model_type}: steps with recurrent states, or with"
                 " layers that share K and V, are not compiled"
@@ -122,8 +131,10 @@ class SawCache(Cache):
         )
         self._register()
         layers: list[Any] = [
-            LinearAttentionLayer() if window is None else SawLayer(self.settings, index, window)
-            for index, window in enumerate(windows)
+            LinearAttentionLayer()
+            if window is None
+            else (SawHybridLayer if name == HYBRID else SawLayer)(self.settings, index, window)
+            for index, (window, name) in enumerate(zip(windows, types, strict=True))
         ]
         super().__init__(layers=layers)
 
@@ -214,7 +225,7 @@ class SawCache(Cache):
         pagings = self.settings.pagings.values()
         held = max((paging.length for paging in pagings), default=0)
         length = max(0, held + tokens_to_remove) if tokens_to_remove <= 0 else min(held, tokens_to_remove)
-        if len(self._saw_layers()) < len(self.layers):
+        if any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in self.layers):
             if 0 < length < held:
                 raise UnsupportedError(
                     "SawCache: expected a crop to no token, or none, got one to"
@@ -255,8 +266,8 @@ class SawCache(Cache):
             for layer in layers:
                 layer.reorder_cache(beam_idx)
             for state in self.layers:
-                if isinstance(state, LinearAttentionLayer) and state.device is not None:
-                    state.reorder_cache(beam_idx)
+                if isinstance(state, LinearAttentionLayer):
+                    reorder_states(state, beam_idx)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat each sequence."""

@@ -14,6 +14,8 @@ NAME = "sawkv"
 
 STATES = ("linear_attention", "conv", "mamba", "moe", "mlp")
 """Types of layers without K and V. Some keep a state of fixed size, which is Transformers' own affair."""
+HYBRID = "hybrid"
+"""Type of layers with K and V, and such a state beside them."""
 
 
 def find_model(module: nn.Module) -> PreTrainedModel:
@@ -42,24 +44,29 @@ def head_dim_of(layer: PretrainedConfig) -> int:
     return int(getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads)
 
 
+def layer_types(config: PretrainedConfig) -> list[str]:
+    """The type of each decoder layer, as Transformers calls it. Layers that share the K and V of others come last, and
+    are left out.
+    """
+    decoder = config.get_text_config(decoder=True)
+    types = getattr(decoder, "layer_types", None)
+    if types is None:
+        chunked, window = (getattr(decoder, name, None) for name in ("attention_chunk_size", "sliding_window"))
+        types = [
+            "chunked_attention" if chunked else "sliding_attention" if window else "full_attention"
+        ] * decoder.num_hidden_layers
+    return ["full_attention" if name == "attention" else name for name in types[: len(set(kv_sources(decoder)))]]
+
+
 def layer_windows(config: PretrainedConfig) -> list[int | None]:
-    """The sliding window of each decoder layer: 0 for full attention, None for a layer without attention. Layers that
-    share the K and V of others come last, and are left out.
+    """The sliding window of each layer of `layer_types`: 0 for full attention, None for a layer without attention.
 
     Raises:
         UnsupportedError: names everything in this model that a SawCache cannot hold.
     """
-    decoder = config.get_text_config(decoder=True)
+    decoder, types = config.get_text_config(decoder=True), layer_types(config)
     window = getattr(decoder, "sliding_window", None) or 0
-    types = getattr(decoder, "layer_types", None)
-    if types is None:
-        chunked = getattr(decoder, "attention_chunk_size", None)
-        types = [
-            "chunked_attention" if chunked else "sliding_attention" if window else "full_attention"
-        ] * decoder.num_hidden_layers
-    types = ["full_attention" if name == "attention" else name for name in types]
-    types = types[: len(set(kv_sources(decoder)))]
-    held = {"full_attention", "sliding_attention", *STATES}
+    held = {"full_attention", "sliding_attention", HYBRID, *STATES}
     reasons = [f"layers of type {name}" for name in sorted(set(types) - held)]
     if not reasons and set(types) <= set(STATES):
         reasons.append("no layer of attention")
