@@ -26,8 +26,8 @@ import time
 from pathlib import Path
 from typing import Any, Final
 
+from benchmarks.engines import MARK, git_head
 from benchmarks.plots import RESULTS
-from benchmarks.serving import MARK, git_head
 from sawkv.prepare import corpus
 
 BLOCK: Final = 32

@@ -64,7 +64,7 @@ def _without_a_gpu() -> None:
     from sawkv.kernels.cuda import runtime
 
     nothing = ctypes.CDLL("libm.so.6").fegetround  # returns 0, whatever it is given
-    properties = SimpleNamespace(multi_processor_count=132)
+    properties = SimpleNamespace(multi_processor_count=132, major=9, minor=0)
     patches: tuple[tuple[Any, str, Any], ...] = (
         (runtime, "_driver", _fake_driver),
         (runtime, "_load_module", lambda *_: None),

@@ -27,8 +27,8 @@ from typing import Any
 import torch
 import triton.testing
 
+from benchmarks.engines import git_head
 from benchmarks.plots import RESULTS
-from benchmarks.serving import git_head
 from sawkv import Attention, CacheFormat, PagedKVCache, PageLayout, Schedule, append, decode_attention, gather
 from sawkv.format.constants import ERROR_STEPS, MAX_WEIGHT
 from sawkv.format.feedback import Feedback, channel_blocks

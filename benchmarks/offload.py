@@ -5,8 +5,8 @@
         --host-memory 0.1 --spec HostTieringSpec      # on a CPU, to try this file
 
 The GPU's cache is made so small that a few prefixes fit, and host memory holds all. Each prefix is computed once, with
-a question behind it, and asked again when all others have been computed: it must come from host memory. An engine per
-format, in a process of its own. Each is written to docs/results/offload.jsonl:
+a question behind it, and asked again when all others have been computed: it must come from host memory. A third round
+counts the bytes. An engine per format, in a process of its own. Each is written to docs/results/offload.jsonl:
 
     computed_s, restored_s   mean time to first token, from vLLM's RequestOutput.metrics, requests one at a time
     load_bytes_per_token     bytes that the connector moved to the GPU, per token that came from host memory
@@ -22,23 +22,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import signal
-import subprocess
 import sys
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import prometheus_client
 
-from benchmarks.layers import check_engine
-from benchmarks.plots import RESULTS
-from benchmarks.serving import MARK, PEERS, git_head
-from benchmarks.shapes import SHAPES, write_config
-from sawkv.format.spec import CacheFormat
-from sawkv.integrations.vllm.config import WORKER_EXTENSION, engine_options
+from benchmarks import engines
+from benchmarks.engines import PEERS
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
@@ -47,6 +39,8 @@ GIB: Final = 1 << 30
 QUESTION: Final = 64
 """Tokens behind a prefix."""
 ANSWER: Final = 8
+COMPANION: Final = 64
+"""Tokens that a request beside a prefix decodes: more steps than a copy takes."""
 MOST_TIME: Final = 0.35
 MOST_BYTES: Final = 0.28
 COUNTERS: Final = ("kv_offload_load_bytes", "kv_offload_load_time", "external_prefix_cache_hits")
@@ -67,17 +61,17 @@ def main() -> None:
         return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # vLLM must not outlive this process
     records = []
-    with tempfile.TemporaryDirectory(prefix="sawkv-offload-") as folder:
-        args.model = write_config(Path(folder, args.model), args.model) if args.model in SHAPES else args.model
+    with engines.model_folder(args.model) as model:
         for name in args.formats:
-            record = _run_format(args, name)
-            records.append(record)
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            with args.output.open("a") as file:
-                file.write(json.dumps(record) + "\n")
-    faults = check(records)
-    print("\n".join(faults or ["all limits are kept"]))
-    sys.exit(bool(faults))
+            words = ["--model", model, "--commit", args.commit]
+            log = args.log / f"offload-{name}.log"
+            found = list(engines.run_apart("benchmarks.offload", name, words, log, args.budget))
+            if not found:
+                raise SystemExit(f"{name}: expected a record, got none")
+            records += found
+            engines.append_record(args.output, found[0])
+    print("\n".join(check(records) or ["all limits are kept"]))
+    sys.exit(bool(check(records)))
 
 
 def check(records: list[dict[str, Any]]) -> list[str]:
@@ -107,11 +101,7 @@ def check(records: list[dict[str, Any]]) -> list[str]:
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--formats", nargs="+", default=["bf16", "int4-k128-v128"])
-    parser.add_argument(
-        "--model", default="qwen3-8b", help=f"a model directory, or a shape: {', '.join(SHAPES)} (default: %(default)s)"
-    )
+    parser = engines.arguments(__doc__, ["bf16", "int4-k128-v128"], "offload.jsonl")
     parser.add_argument(
         "--prefixes", type=int, default=64, help="fewer where host memory does not hold them (default: %(default)s)"
     )
@@ -120,70 +110,28 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--host-memory", type=float, default=64.0, help="GiB for pages (default: %(default)s)")
     parser.add_argument("--spec", help="spec_name of vLLM's connector (on a CPU: HostTieringSpec)")
     parser.add_argument("--engine", type=json.loads, default={}, metavar="JSON", help="more arguments of vllm.LLM")
-    parser.add_argument("--commit", help="what is measured (default: git's HEAD)")
-    parser.add_argument("--output", type=Path, default=RESULTS / "offload.jsonl")
-    parser.add_argument(
-        "--log", type=Path, default=Path(tempfile.gettempdir()), help="folder for vLLM's logs (default: %(default)s)"
-    )
+    parser.add_argument("--budget", type=float, default=1800, help="seconds for one format (default: %(default)s)")
     parser.add_argument("--engine-of", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    args.commit = args.commit or git_head()
-    return args
-
-
-def _run_format(args: argparse.Namespace, name: str) -> dict[str, Any]:
-    log = args.log / f"offload-{name}.log"
-    command = [sys.executable, "-m", "benchmarks.offload", "--engine-of", name]
-    for option in ("model", "prefixes", "tokens", "gpu_cache", "host_memory", "spec", "commit"):
-        if (value := getattr(args, option)) is not None:
-            command += [f"--{option.replace('_', '-')}", str(value)]
-    command += ["--engine", json.dumps(args.engine)]
-    print(f"{name}: starting vLLM, log in {log}", flush=True)
-    # FlashInfer's sampler is compiled at start-up, which takes minutes.
-    env = os.environ | {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
-    log.write_text(done.stdout + done.stderr)
-    found = [json.loads(line.removeprefix(MARK)) for line in done.stdout.splitlines() if line.startswith(MARK)]
-    if not found:
-        raise SystemExit(f"{name}: vLLM ended with {done.returncode}; the log's end:\n{log.read_text()[-4000:]}")
-    record: dict[str, Any] = found[0]
-    print(
-        f"{name}: {record['prefixes']} prefixes of {args.tokens:,} tokens, first token {record['computed_s']:.3f} s"
-        f" computed, {record['restored_s']:.3f} s from host memory; {record['load_bytes_per_token']:,.0f} bytes per"
-        f" token at {record['load_gb_s']:.1f} GB/s; {record['equal_texts']} answers equal",
-        flush=True,
-    )
-    return record
+    return parser.parse_args()
 
 
 def _run_engine(args: argparse.Namespace) -> None:
     """In the format's own process: start vLLM, compute the prefixes, ask for them again, print one marked line."""
-    import vllm
-    from vllm.platforms import current_platform
-
     name = args.engine_of
     extra: dict[str, Any] = {"cpu_bytes_to_use": int(args.host_memory * GIB)}
     if args.spec:
         extra["spec_name"] = args.spec
     options = {
-        "model": args.model,
-        "load_format": "auto" if list(Path(args.model).glob("*.safetensors")) else "dummy",
-        "skip_tokenizer_init": True,
         "max_model_len": args.tokens + QUESTION + ANSWER,
         "kv_cache_memory_bytes": int(args.gpu_cache * GIB),
-        "disable_log_stats": False,  # or requests have no metrics
-        "kernel_config": {"enable_flashinfer_autotune": False},
-        **(PEERS[name] if name in PEERS else engine_options(CacheFormat.parse(name))),
         "kv_transfer_config": {
             "kv_connector": "OffloadingConnector",
             "kv_role": "kv_both",
             "kv_connector_extra_config": extra,
         },
         **args.engine,
-        "worker_extension_cls": WORKER_EXTENSION,
     }
-    llm = vllm.LLM(**options)
-    print(f"{name}: {check_engine(llm, options.get('kv_cache_dtype', 'auto'))}", flush=True)
+    llm = engines.start_engine(name, args.model, prepare=not args.no_prepare, **options)
     config = llm.llm_engine.vllm_config
     draw = np.random.default_rng(args.tokens)
     vocabulary = config.model_config.get_vocab_size()
@@ -199,18 +147,17 @@ def _run_engine(args: argparse.Namespace) -> None:
         )
     computed = [_ask(llm, prompt) for prompt in prompts[:prefixes]]
     _settle(llm, draw, vocabulary)
-    before = {key: _counter(key) for key in COUNTERS}
     restored = [_ask(llm, prompt) for prompt in prompts[:prefixes]]
+    _settle(llm, draw, vocabulary)
+    before = {key: _counter(key) for key in COUNTERS}
+    for prompt in prompts[:prefixes]:
+        _ask(llm, prompt, beside=draw.integers(0, vocabulary, 4).tolist())
     _settle(llm, draw, vocabulary)
     moved = {key: _counter(key) - before[key] for key in COUNTERS}
     block = config.cache_config.block_size
     cached = [output.num_cached_tokens or 0 for output in restored]
     record = {
-        "device": current_platform.get_device_name().strip() or "cpu",
-        "commit": args.commit,
-        "vllm": vllm.__version__,
-        "model": Path(args.model).name,
-        "format": name,
+        **engines.measured(args.commit, args.model, name),
         "prefixes": prefixes,
         "tokens": args.tokens,
         "whole": args.tokens // block * block,
@@ -226,15 +173,27 @@ def _run_engine(args: argparse.Namespace) -> None:
             for a, b in zip(computed, restored, strict=True)
         ),
     }
-    print(f"\n{MARK}{json.dumps(record)}", flush=True)
+    engines.say(
+        f"{name}: {prefixes} prefixes of {args.tokens:,} tokens, first token {record['computed_s']:.3f} s computed,"
+        f" {record['restored_s']:.3f} s from host memory; {record['load_bytes_per_token']:,.0f} bytes per token at"
+        f" {record['load_gb_s']:.1f} GB/s; {record['equal_texts']} answers equal",
+        **record,
+    )
 
 
-def _ask(llm: LLM, prompt: list[int]) -> RequestOutput:
+def _ask(llm: LLM, prompt: list[int], *, beside: list[int] | None = None) -> RequestOutput:
+    """The answer to a prompt, alone or beside a short one that decodes while a prefix is brought back.
+
+    `LLM` of vLLM 0.26 drops the counters of a step without outputs. On a GPU a prefix arrives in such steps, unless
+    another request decodes meanwhile.
+    """
     from vllm import SamplingParams, TokensPrompt
 
-    sampling = SamplingParams(temperature=0, max_tokens=ANSWER, ignore_eos=True, detokenize=False)
-    (output,) = llm.generate(TokensPrompt(prompt_token_ids=prompt), sampling, use_tqdm=False)
-    return output
+    prompts, lengths = [prompt], [ANSWER]
+    if beside is not None:
+        prompts, lengths = [beside, prompt], [COMPANION, ANSWER]
+    sampling = [SamplingParams(temperature=0, max_tokens=n, ignore_eos=True, detokenize=False) for n in lengths]
+    return llm.generate([TokensPrompt(prompt_token_ids=ids) for ids in prompts], sampling, use_tqdm=False)[-1]
 
 
 def _settle(llm: LLM, draw: np.random.Generator, vocabulary: int) -> None:

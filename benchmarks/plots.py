@@ -38,6 +38,16 @@ LOAD_COLUMNS: Final = {
     "p50_tpot_ms": ("ms a token, p50", ".1f"),
     "p99_tpot_ms": ("p99", ".1f"),
 }
+AGENTS_COLUMNS: Final = {
+    "output_tok_s": ("output tok/s", ",.0f"),
+    "ttft_p50_s": ("first token, p50 s", ".2f"),
+    "late_ttft_p50_s": ("in the last third of turns", ".2f"),
+    "tpot_p50_ms": ("ms a token, p50", ".1f"),
+    "hit_rate": ("of prompts found", ".1%"),
+    "computed_tok_s": ("prompt tok/s computed", ",.0f"),
+    "preemptions": ("preemptions", ","),
+    "kv_tokens": ("KV tokens", ","),
+}
 BASE: Final = "fa3_bf16"
 WIDER: Final = {BASE: 4, "fa3_fp8": 2}
 """Bytes that a kernel's cache has for each channel of K and V; the INT4 ones have one, and 8 a head for scales and zero
@@ -83,6 +93,12 @@ def load_table(records: Iterable[Record]) -> str:
     ordered = sorted(records, key=lambda r: float(r["rate"]))
     latest = {(r["device"], f"{r['model']}, {r['inp']}/{r['out']}", f"{r['rate']:g}", r["format"]): r for r in ordered}
     return _tables(latest, "requests/s", LOAD_COLUMNS, lambda device, model: f"{model} tokens a request, on {device}")
+
+
+def agents_table(records: Iterable[Record]) -> str:
+    """A table for each device and model: a row for each set of agents and format."""
+    latest = {(r["device"], r["model"], agents_name(r), r["format"]): r for r in records}
+    return _tables(latest, "agents", AGENTS_COLUMNS, lambda device, model: f"{model} on {device}")
 
 
 def decode_table(records: Iterable[Record]) -> str:
@@ -154,6 +170,20 @@ def plot_load(records: Iterable[Record]) -> str:
         x_title="requests per second",
         y_title="time to first token, s",
         title=f"Latency under load, {device}",
+    )
+
+
+def plot_agents(records: Iterable[Record]) -> str:
+    """Time to first token turn by turn, for the last-named device and its agents with the most tokens."""
+    device, found = list(_by_device(records, lambda r: (agents_name(r), r["format"])).items())[-1]
+    most = max(found.values(), key=lambda r: r["work"]["agents"] * r["work"]["grow_to"])
+    shown = {name: r for (agents, name), r in found.items() if agents == agents_name(most)}
+    return svg.line_chart(
+        [svg.Line(name, list(enumerate(r["ttft_by_turn_s"]))) for name, r in shown.items()],
+        x_labels=[str(turn + 1) for turn in range(most["work"]["turns"])],
+        x_title=f"turn of {agents_name(most)}",
+        y_title="median time to first token, s",
+        title=f"Agents, {device}",
     )
 
 
@@ -264,6 +294,12 @@ def load_name(record: Record) -> str:
     return f"{inp}/{record['out']} x {record['requests']}"
 
 
+def agents_name(record: Record) -> str:
+    """Agents, the tokens to which each grows, and its turns."""
+    work = record["work"]
+    return f"{work['agents']} x {work['grow_to']:,} in {work['turns']} turns"
+
+
 SECTIONS: Final[
     dict[str, tuple[Callable[[Iterable[Record]], str], str, Callable[[Iterable[Record]], str] | None, str]]
 ] = {
@@ -275,6 +311,7 @@ SECTIONS: Final[
     ),
     "fp8_weights.jsonl": (serving_table, "", None, ""),
     "load.jsonl": (load_table, "Time to first token over the rate of requests", plot_load, "load.svg"),
+    "agents.jsonl": (agents_table, "Median time to first token by turn", plot_agents, "agents.svg"),
     "decode.jsonl": (
         decode_table,
         "Bandwidth of decode kernels over the bytes that they must read",

@@ -23,39 +23,26 @@ prefixes only; this is checked. Each load is written to docs/results/serving.jso
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
-import os
 import re
 import signal
 import statistics
-import subprocess
 import sys
-import tempfile
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 
-from benchmarks.layers import check_engine
-from benchmarks.plots import RESULTS, read_records, serving_table
-from benchmarks.shapes import ENGINE, SHAPES, write_config
-from sawkv.format.spec import CacheFormat
-from sawkv.integrations.vllm.config import WORKER_EXTENSION, engine_options
+from benchmarks import engines
+from benchmarks.engines import say
+from benchmarks.plots import read_records, serving_table
+from benchmarks.shapes import ENGINE
+from sawkv.integrations.vllm.client import held_tokens
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
-
-PEERS: Final[dict[str, dict[str, Any]]] = {
-    "bf16": {},
-    "fp8": {"kv_cache_dtype": "fp8"},
-    "vllm_int4_per_token_head": {"kv_cache_dtype": "int4_per_token_head"},
-}
-"""vLLM's own formats. Any other name is one of sawkv's."""
 
 LOADS: Final = (
     "16384/1x16",
@@ -67,8 +54,8 @@ LOADS: Final = (
     "16384/512x48",
     "16384/1024x64",
 )
-MARK: Final = "RECORD "
-HELD: Final = re.compile(r"KV cache size: ([\d,]+) tokens")
+START_TIMEOUT: Final = 20.0
+"""Seconds beyond its budget after which an engine is stopped that does not start. Loads end themselves."""
 
 
 @dataclass(frozen=True)
@@ -120,28 +107,25 @@ def main() -> None:
         return
     deadline, start = time.monotonic() + args.budget, 0.0
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # vLLM must not outlive this process
-    with tempfile.TemporaryDirectory(prefix="sawkv-serving-") as folder:
-        model = write_config(Path(folder, args.model), args.model) if args.model in SHAPES else args.model
+    engine = json.dumps(ENGINE.get(args.model, {}) | args.engine)
+    with engines.model_folder(args.model) as model:
         for name in [] if args.table else args.formats:
-            if deadline - time.monotonic() < start:
+            left = deadline - time.monotonic()
+            if left < start:
                 print(f"{name}: skipped, the budget has no time for a start of {start:.0f} s", flush=True)
                 continue
-            for record in _run_format(args, name, model, deadline):
+            log = args.log / f"serving-{name}.log"
+            words = ["--model", model, "--engine", engine, "--commit", args.commit, "--budget", left]
+            for record in engines.run_apart("benchmarks.serving", name, words, log, left + START_TIMEOUT):
                 start = record.pop("start_s", start)
                 if "format" in record:
-                    args.output.parent.mkdir(parents=True, exist_ok=True)
-                    with args.output.open("a") as file:
-                        file.write(json.dumps(record) + "\n")
+                    engines.append_record(args.output, record | {"kv_tokens": held_tokens(log)})
     print(f"\n{serving_table(read_records(args.output))}")
 
 
 def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--formats", nargs="+", default=["bf16", "int4-k128-v128", "fp8", "vllm_int4_per_token_head"])
+    parser = engines.arguments(__doc__, ["bf16", "int4-k128-v128", "fp8", "vllm_int4_per_token_head"], "serving.jsonl")
     parser.add_argument("--loads", nargs="+", type=Load.parse, default=[Load.parse(name) for name in LOADS])
-    parser.add_argument(
-        "--model", default="qwen3-8b", help=f"a model directory, or a shape: {', '.join(SHAPES)} (default: %(default)s)"
-    )
     parser.add_argument(
         "--budget", type=float, default=3600, help="seconds for all of it; loads that would take longer are skipped"
     )
@@ -149,143 +133,44 @@ def _arguments() -> argparse.Namespace:
         "--limit", type=float, default=600, help="seconds for one load; it is stopped then (default: %(default)s)"
     )
     parser.add_argument("--engine", type=json.loads, default={}, metavar="JSON", help="more arguments of vllm.LLM")
-    parser.add_argument("--no-prepare", action="store_true", help="serve sawkv's formats unprepared")
-    parser.add_argument("--commit", help="what is measured (default: git's HEAD)")
-    parser.add_argument("--output", type=Path, default=RESULTS / "serving.jsonl")
-    parser.add_argument(
-        "--log", type=Path, default=Path(tempfile.gettempdir()), help="folder for vLLM's logs (default: %(default)s)"
-    )
     parser.add_argument("--table", action="store_true", help="print the table of what is recorded and stop")
     parser.add_argument("--engine-of", help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    for name in args.formats:
-        if name not in PEERS:
-            CacheFormat.parse(name)
-    args.commit = args.commit or git_head()
-    return args
-
-
-def git_head() -> str:
-    """The commit that is checked out, abbreviated; `unknown` outside of a repository."""
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() or "unknown"
-
-
-def _run_format(args: argparse.Namespace, name: str, model: str, deadline: float) -> Iterator[dict[str, Any]]:
-    """Run all loads with one format in a process of its own, so that the GPU's memory is free again afterwards."""
-    log = args.log / f"serving-{name}.log"
-    left = deadline - time.monotonic()
-    options = {
-        "--model": model,
-        "--budget": left,
-        "--limit": args.limit,
-        "--engine": json.dumps(ENGINE.get(args.model, {}) | args.engine),
-        "--commit": args.commit,
-    }
-    command = [sys.executable, "-m", "benchmarks.serving", "--engine-of", name, "--loads", *map(str, args.loads)]
-    command += ["--no-prepare"] if args.no_prepare else []
-    command += [str(part) for option in options.items() for part in option]
-    # FlashInfer's sampler is compiled at start-up, which takes minutes.
-    env = os.environ | {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
-    print(f"{name}: starting vLLM, log in {log}", flush=True)
-    with (
-        log.open("w") as sink,
-        subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env, start_new_session=True
-        ) as engine,
-    ):
-        assert engine.stdout is not None
-        # Of a start-up that does not end; loads end themselves.
-        timer = threading.Timer(left + 20, os.killpg, (engine.pid, signal.SIGKILL))
-        timer.start()
-        grace, held = 0, 0
-        try:
-            for line in engine.stdout:
-                if line.startswith(MARK):
-                    record = json.loads(line.removeprefix(MARK))
-                    print(record.pop("say"), flush=True)
-                    yield record | ({"kv_tokens": held} if "format" in record else {})
-                    continue
-                sink.write(line)
-                if size := HELD.search(line):
-                    held = int(size[1].replace(",", ""))
-                    print(f"{name}: {held:,} tokens of KV cache", flush=True)
-            grace = 30
-        finally:
-            timer.cancel()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                engine.wait(grace)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(engine.pid, signal.SIGKILL)  # what is left of it must not keep the GPU
-    if engine.returncode:
-        print(
-            f"{name}: vLLM ended with {engine.returncode}; the log's end:\n"
-            + "\n".join(log.read_text().splitlines()[-25:]),
-            flush=True,
-        )
+    return parser.parse_args()
 
 
 def _run_loads(args: argparse.Namespace) -> None:
     """In the format's own process: start vLLM, run each load, print marked lines of JSON."""
     start = time.monotonic()
     deadline, name = start + args.budget, args.engine_of
-    import vllm
-    from vllm.platforms import current_platform
-
-    if current_platform.is_cpu() and name == "vllm_int4_per_token_head":
-        raise SystemExit("vllm_int4_per_token_head: vLLM's CPU build has no such attention")
-    options = {
-        "model": args.model,
-        "load_format": "auto" if list(Path(args.model).glob("*.safetensors")) else "dummy",
-        "skip_tokenizer_init": True,
-        "gpu_memory_utilization": 0.90,
-        "max_model_len": max(load.inp + load.out for load in args.loads),
-        "disable_log_stats": False,  # or requests have no metrics
-        "kernel_config": {"enable_flashinfer_autotune": False},
-        **(PEERS[name] if name in PEERS else engine_options(CacheFormat.parse(name), prepare=not args.no_prepare)),
-        **args.engine,
-        "worker_extension_cls": WORKER_EXTENSION,
-    }
-    llm = vllm.LLM(**options)
-    print(f"{name}: {check_engine(llm, options.get('kv_cache_dtype', 'auto'))}", flush=True)
-    common = {
-        "device": current_platform.get_device_name().strip() or "cpu",
-        "commit": args.commit,
-        "vllm": vllm.__version__,
-        "model": Path(args.model).name,
-        "format": name,
-        "context": options["max_model_len"],
-    }
+    context = max(load.inp + load.out for load in args.loads)
+    options = {"gpu_memory_utilization": engines.MEMORY, "max_model_len": context, **args.engine}
+    llm = engines.start_engine(name, args.model, prepare=not args.no_prepare, **options)
+    context = options["max_model_len"]
+    common = {**engines.measured(args.commit, args.model, name), "context": context}
     try:  # compile what was not compiled at start-up
-        _run_load(llm, Load(0, max(1, options["max_model_len"] // 4 - 8), 8, 4), deadline)
+        _run_load(llm, Load(0, max(1, context // 4 - 8), 8, 4), deadline)
     except OutOfTimeError as error:
         raise SystemExit(f"{name}: warm-up {error}") from None
     seconds = time.monotonic() - start
-    _say(f"{name}: ready after {seconds:.0f} s on {common['device']}", start_s=seconds)
+    say(f"{name}: ready after {seconds:.0f} s on {common['device']}", start_s=seconds)
     done: list[dict[str, Any]] = []
     for load in args.loads:
         left = min(args.limit, deadline - time.monotonic())
         if (least := _least_seconds(load, done)) > left:
-            _say(f"{name} {load}: skipped, it takes at least {least:.0f} s and {left:.0f} s are left")
+            say(f"{name} {load}: skipped, it takes at least {least:.0f} s and {left:.0f} s are left")
             continue
         try:
             record = {**common, **load.record, **_run_load(llm, load, time.monotonic() + left)}
         except OutOfTimeError as error:
-            _say(f"{name} {load}: {error}")
+            say(f"{name} {load}: {error}")
             continue
         done.append(record)
         after = f", then {record['tpot_p50_ms']:.1f} ms a token" if load.out > 1 else ""
-        _say(
+        say(
             f"{name} {load}: {record['seconds']:.1f} s, {record['output_tok_s']:.0f} output tok/s, "
             f"first token {record['ttft_mean_s']:.2f} s{after}; {record['preemptions']} preemptions",
             **record,
         )
-
-
-def _say(text: str, **record: Any) -> None:
-    print(f"\n{MARK}{json.dumps({'say': text, **record})}", flush=True)
 
 
 def _least_seconds(load: Load, done: Sequence[dict[str, Any]]) -> float:

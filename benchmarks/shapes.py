@@ -266,14 +266,20 @@ def write_config(folder: Path, name: str, **changes: Any) -> str:
 def write_model(folder: Path, name: str) -> str:
     """Write a shape with a tokenizer of one word per token, so that prompts have the length that is asked for and every
     token has a text; returns the folder as vLLM's `model`.
-    """
-    from tokenizers import Tokenizer, models, pre_tokenizers
 
-    vocabulary = {f"w{i}": i for i in range(1, SHAPES[name]["vocab_size"])}
+    Printable characters are tokens too. So other texts, such as that on which sawkv prepares a model, are read letter
+    by letter, and not as one unknown token again and again.
+    """
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+
+    letters = dict(zip(map(chr, range(33, 127)), range(1, 95), strict=True))
+    words = {f"w{i}": i for i in range(95, SHAPES[name]["vocab_size"])}
     # vLLM refuses texts of more characters than the longest word would give, which has no space.
     unknown = "w" + "0" * 15
-    tokenizer = Tokenizer(models.WordLevel({unknown: 0, **vocabulary}, unk_token=unknown))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = Tokenizer(models.WordLevel({unknown: 0, **letters, **words}, unk_token=unknown))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split(Regex(r"w\d+|."), "isolated")]
+    )
     model = write_config(folder, name)
     tokenizer.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "PreTrainedTokenizerFast"}))

@@ -22,11 +22,12 @@ import pytest
 from msgspec.structs import replace
 
 from sawkv import SawkvError, cli
-from sawkv.bench import run, show
+from sawkv.bench import run, server, show
 from sawkv.bench.generator import Generator, options
 from sawkv.bench.prediction import predict
 from sawkv.bench.records import Bench, Load, Result, Served, Setting
 from sawkv.errors import UnsupportedError
+from sawkv.integrations.vllm import client
 from sawkv.integrations.vllm.server import running
 from tests.lab.test_report import check
 
@@ -53,18 +54,15 @@ TWO_CACHES = ["--formats", "16-bit,int4", "--prefix", "0"]
 SETTING = Setting(MODEL, 96, 32, 64, 4)
 
 
-class Client:
+class Client(client.Client):
     """A server that says little. Its port is its speed, for the stand-in of the generator."""
 
-    def __init__(self, port: int) -> None:
-        self.port = port
-        self._asked = 0
+    asked = 0
 
-    def get(self, path: str) -> str:
-        self._asked += 100
-        return (
-            f"vllm:prefix_cache_queries_total{{x}} {self._asked}\nvllm:prefix_cache_hits_total{{x}} {self._asked / 4}\n"
-        )
+    def get(self, path: str, *, timeout: float = 10) -> str:
+        Client.asked += 100
+        counts = {"queries": Client.asked, "hits": Client.asked / 4}
+        return "".join(f"vllm:prefix_cache_{name}_total{{x}} {count}\n" for name, count in counts.items())
 
     def notice(self) -> str:
         return "sawkv: KV cache format int4" if self.port == 8 else ""
@@ -89,11 +87,11 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         found.append(cache)
         if cache == "fp8":
             raise UnsupportedError("vLLM ended with status 1: no fp8 on this device")
-        yield Client(8 if cache == "int4" else 4)
+        yield Client(8 if cache == "int4" else 4, log)
 
-    monkeypatch.setattr(run, "serving", serving)
+    monkeypatch.setattr(server, "serving", serving)
     monkeypatch.setattr(run, "Generator", lambda: Generator(("-c", FAKE)))
-    monkeypatch.setattr(run, "_device", lambda: ("a cpu", False))
+    monkeypatch.setattr(run, "find_device", lambda: ("a cpu", False))
     monkeypatch.setattr(run, "_has_vllm", lambda: True)
     return found
 
@@ -160,9 +158,8 @@ def test_a_cache_is_what_its_name_says(
     cache: str, layers: dict[str, int], options: tuple[str, ...], words: str | None
 ) -> None:
     """A checkpoint may ask for FP8 in silence, and vLLM's TurboQuant keeps layers in 16 bits."""
-    served = Served(cache, layers=layers)
     with pytest.raises(UnsupportedError, match=words) if words else contextlib.nullcontext():
-        run.check_layers(served, replace(SETTING, options=options))
+        server.check_layers(cache, layers, options)
 
 
 def test_a_stopped_run_goes_on(

@@ -114,7 +114,7 @@ def faults(words: list[str]) -> list[str]:
         strings = {
             node.value for node in ast.walk(ast.parse(Path(spec.origin).read_text())) if isinstance(node, ast.Constant)
         }
-        shared = ROOT / "benchmarks" / "recorder.py"
+        shared = ROOT / "benchmarks" / "engines.py"
         strings |= {node.value for node in ast.walk(ast.parse(shared.read_text())) if isinstance(node, ast.Constant)}
         return [f"{rest[1]} has no {name}" for name in sorted(flags(rest[2:])) if name not in strings]
     if program == "python":

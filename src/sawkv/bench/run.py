@@ -11,7 +11,6 @@ import contextlib
 import importlib.util
 import math
 import shlex
-import sys
 import textwrap
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -24,22 +23,19 @@ from sawkv.bench import show
 from sawkv.bench.generator import TIMEOUT, Generator, arrival_seconds, options
 from sawkv.bench.prediction import predict
 from sawkv.bench.records import FP8, SIXTEEN_BITS, Bench, Load, Result, Served, Setting
+from sawkv.bench.server import serve_cache
 from sawkv.errors import SawkvError, UnsupportedError
 from sawkv.files import check_writable, writing
 from sawkv.format.spec import CacheFormat
-from sawkv.integrations.vllm import client as vllm_client
-from sawkv.integrations.vllm.client import ASKABLE, Client, serving
-from sawkv.integrations.vllm.config import engine_options
+from sawkv.integrations.vllm.client import PREFIX_COUNTERS, Client
 from sawkv.integrations.vllm.options import Options
-from sawkv.integrations.vllm.preflight import check_files, environment
-from sawkv.integrations.vllm.server import server_command
+from sawkv.integrations.vllm.preflight import check_files
 from sawkv.machine import cpu_name, versions
 
 SHARES: Final = (0.5, 0.75, 1.0)
 """Rates of the sweep, as shares of the request rate of the first cache with all requests at once."""
 CPU_CACHE_BYTES: Final = 256 << 20
 """Size of each cache on a CPU, unless the user gives one."""
-SKIP_LAYERS: Final = "--kv-cache-dtype-skip-layers"
 SPARE_TOKENS: Final = 16
 """Extra tokens of the longest sequence: a random prompt becomes text and then tokens again, sometimes a few more."""
 
@@ -71,7 +67,7 @@ def run_bench(setting: Setting, caches: Sequence[str], out: Path, *, resume: boo
     if not _has_vllm():
         raise UnsupportedError("bench: expected vLLM in this environment, got none")
     check_files(setting.model, Options(setting.options))
-    device, on_gpu = _device()
+    device, on_gpu = find_device()
     bench = Bench(
         setting,
         device,
@@ -151,36 +147,16 @@ def _serve(
     Raises:
         UnsupportedError: it cannot be served, or is not what its name says.
     """
-    start, known = time.monotonic(), bench.of(cache)
+    known = bench.of(cache)
     context, words = _server_options(bench.setting, on_gpu)
-    command = [*_command(bench.setting.model, cache, words), *ASKABLE[0]]
     log = logs.with_name(f"{logs.stem}-{cache}.log")
-    with serving(command, log, env=environment() | ASKABLE[1], say=tell) as client:
-        served = Served(
-            cache,
-            notice=client.notice(),
-            start_s=round(time.monotonic() - start, 1),
-            kv_tokens=client.kv_tokens(),
-            layers=client.kv_cache_dtypes(),
+    with serve_cache(bench.setting.model, cache, words, log, say=tell) as (client, served):
+        served = replace(
+            served,
             predicted_tokens=predict(bench.setting.model, cache, words, context, on_gpu=on_gpu),
             results=known.results if known else (),
         )
-        if cache not in (SIXTEEN_BITS, FP8) and not served.notice:
-            raise UnsupportedError("vLLM's log: expected sawkv's line, got none: vLLM runs with a cache of its own")
-        check_layers(served, bench.setting)
         yield from _measure_cache(bench, served, client, generator, tell)
-
-
-def check_layers(served: Served, setting: Setting) -> None:
-    """Refuse a cache that is not what its name says, unless the user skips layers.
-
-    Raises:
-        UnsupportedError: layers have another dtype.
-    """
-    wanted = {SIXTEEN_BITS: "auto", FP8: "fp8"}.get(served.cache)
-    if wanted is None:
-        wanted = engine_options(CacheFormat.parse(served.cache))["kv_cache_dtype"]
-    vllm_client.check_layers(served.layers, wanted, all_of_them=not Options(setting.options).has(SKIP_LAYERS))
 
 
 def _measure_cache(
@@ -210,9 +186,9 @@ def _measure_cache(
 
 
 def _measure_load(words: Sequence[str], load: Load, client: Client, generator: Generator, patience: float) -> Result:
-    before = _prefix_counts(client.get("/metrics"))
+    before = client.counters(*PREFIX_COUNTERS)
     found = generator.generate(words, client.port, patience)
-    asked, hit = (after - first for after, first in zip(_prefix_counts(client.get("/metrics")), before, strict=True))
+    asked, hit = (after - first for after, first in zip(client.counters(*PREFIX_COUNTERS), before, strict=True))
     return Result(
         load,
         seconds=round(found["duration"], 3),
@@ -222,14 +198,6 @@ def _measure_load(words: Sequence[str], load: Load, client: Client, generator: G
         **{f"{name}_{p}_ms": round(found[f"{p}_{name}_ms"], 2) for name in ("ttft", "tpot") for p in ("p50", "p99")},
         prefix_hits=round(hit / asked, 4) if asked else 0.0,
     )
-
-
-def _prefix_counts(metrics: str) -> tuple[float, float]:
-    """Prompt tokens looked up in the prefix cache, and those found, parsed from Prometheus' text."""
-    sums = [0.0, 0.0]
-    for i, name in enumerate(("vllm:prefix_cache_queries_total", "vllm:prefix_cache_hits_total")):
-        sums[i] = sum(float(line.rpartition(" ")[2]) for line in metrics.splitlines() if line.startswith(name))
-    return sums[0], sums[1]
 
 
 def _loads(bench: Bench) -> tuple[Load, ...]:
@@ -249,14 +217,6 @@ def _round(rate: float) -> float:
 def _with(bench: Bench, served: Served) -> Bench:
     known = {found.cache: found for found in bench.served} | {served.cache: served}
     return replace(bench, served=tuple(known[cache] for cache in bench.caches if cache in known))
-
-
-def _command(model: str, cache: str, words: Sequence[str]) -> list[str]:
-    if cache == SIXTEEN_BITS:
-        return server_command(model, None, words)
-    if cache == FP8:
-        return server_command(model, None, [*words, "--kv-cache-dtype", "fp8"])
-    return [sys.executable, "-m", "sawkv", "serve", model, "--format", cache, *words]
 
 
 def _server_options(setting: Setting, on_gpu: bool) -> tuple[int, list[str]]:
@@ -294,7 +254,7 @@ def _has_vllm() -> bool:
     return importlib.util.find_spec("vllm") is not None
 
 
-def _device() -> tuple[str, bool]:
+def find_device() -> tuple[str, bool]:
     """The device of vLLM, found without starting CUDA in this process, and whether it is a GPU."""
     import torch
 

@@ -29,6 +29,8 @@ NOTICE = "sawkv: KV cache format"
 """Start of sawkv's line in vLLM's log. Without this line vLLM runs with a cache of its own."""
 ASKABLE: Final = (["--worker-extension-cls", WORKER_EXTENSION], {"VLLM_SERVER_DEV_MODE": "1"})
 """Options and environment with which a server answers `Client.kv_cache_dtypes`."""
+PREFIX_COUNTERS: Final = ("vllm:prefix_cache_queries", "vllm:prefix_cache_hits")
+"""Prompt tokens looked up in the prefix cache, and those found."""
 STAGES: Mapping[str, str] = {
     "Initializing a V1 LLM engine": "starting the engine",
     "Loading weights took": "weights loaded",
@@ -100,16 +102,17 @@ class Client:
         found = self.complete(ids, max_tokens=1, prompt_logprobs=0)["prompt_logprobs"]
         return [entry[str(token)]["logprob"] for token, entry in zip(ids[1:], found[1:], strict=True)]
 
-    def kv_tokens(self) -> int:
-        """Tokens that the server's KV cache holds, according to its log.
-
-        Raises:
-            UnsupportedError: the log does not say.
+    def counters(self, *names: str) -> tuple[float, ...]:
+        """Counters of the server's `/metrics` at one moment, such as `vllm:num_preemptions`. Each is the sum over its
+        labels, or 0 if it has not counted yet.
         """
-        sizes = re.findall(r"KV cache size: ([\d,]+) tokens", self.log.read_text(errors="replace"))
-        if not sizes:
-            raise UnsupportedError("vLLM's log: expected a line 'KV cache size: ... tokens', got none")
-        return int(sizes[-1].replace(",", ""))
+        lines = self.get("/metrics").splitlines()
+        starts = [re.compile(rf"{re.escape(name)}_total[{{ ]") for name in names]
+        return tuple(sum(float(line.rpartition(" ")[2]) for line in lines if start.match(line)) for start in starts)
+
+    def kv_tokens(self) -> int:
+        """`held_tokens` of the server's log."""
+        return held_tokens(self.log)
 
     def kv_cache_dtypes(self) -> dict[str, int]:
         """How many attention layers have each `kv_cache_dtype`, over all workers. The server needs `ASKABLE`'s options
@@ -122,6 +125,18 @@ class Client:
         """sawkv's line in the server's log, or ""."""
         lines = self.log.read_text(errors="replace").splitlines()
         return next((line[line.index(NOTICE) :] for line in lines if NOTICE in line), "")
+
+
+def held_tokens(log: Path) -> int:
+    """Tokens that a KV cache holds, according to vLLM's log.
+
+    Raises:
+        UnsupportedError: the log does not say.
+    """
+    sizes = re.findall(r"KV cache size: ([\d,]+) tokens", log.read_text(errors="replace"))
+    if not sizes:
+        raise UnsupportedError("vLLM's log: expected a line 'KV cache size: ... tokens', got none")
+    return int(sizes[-1].replace(",", ""))
 
 
 def check_layers(found: Mapping[str, int], wanted: str, *, all_of_them: bool = True) -> None:
