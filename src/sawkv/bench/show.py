@@ -243,4 +243,4 @@ def _throughput(bench: Bench) -> Any:
             )
     names = [other.cache for other in served[1:]]
     title = f"Output rate over that of {served[0].cache}"
-    return both(lambda width: svg.bars(groups, names, show="{:.2f}x".format, title=title, width=width))
+    return both(lambda width: svg.bars(groups, names, show="{:.2f}x".format, title=title, colour=1, width=width))

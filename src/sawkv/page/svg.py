@@ -272,6 +272,7 @@ def bars(
     *,
     show: Callable[[float], str],
     title: str,
+    colour: int = 0,
     width: int = 900,
 ) -> str:
     """Horizontal bars from 0 in groups, with a line at 1, for ratios.
@@ -281,6 +282,7 @@ def bars(
         names: of the bars in each group.
         show: a value as text, at the bar's end.
         title: above the drawing.
+        colour: number of the first name's colour; the others' follow.
         width: in pixels.
     """
     left, right, thick = 12 + max((len(name) for name, _ in groups), default=0) * 7, 56, 13
@@ -289,7 +291,8 @@ def bars(
     parts, y = [_text(left, 10, title, "start", "title")], 30.0
     x = left
     for i, name in enumerate(names):
-        parts.append(f'<rect class="c{i % COLOURS}" x="{x:.1f}" y="{y - 6:.1f}" width="12" height="12" rx="2"/>')
+        swatch = f'x="{x:.1f}" y="{y - 6:.1f}" width="12" height="12" rx="2"'
+        parts.append(f'<rect class="c{(colour + i) % COLOURS}" {swatch}/>')
         parts.append(_text(x + 17, y, name, "start", "row"))
         x += 34 + 7 * len(name)
     y, first = y + 20, y + 14
@@ -300,7 +303,7 @@ def bars(
             if math.isfinite(value):
                 tip = escape(f"{name}, {names[i]}: {show(value)}")
                 parts.append(
-                    f'<rect class="c{i % COLOURS}" x="{left}" y="{y:.1f}" width="{value * scale:.1f}"'
+                    f'<rect class="c{(colour + i) % COLOURS}" x="{left}" y="{y:.1f}" width="{value * scale:.1f}"'
                     f' height="{thick - 2}" rx="2"><title>{tip}</title></rect>'
                 )
                 parts.append(_text(left + value * scale + 5, y + thick / 2 - 1, show(value), "start", "label"))
