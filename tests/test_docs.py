@@ -50,7 +50,7 @@ RUN = ("doctor", "plan", "prepare", "eval", "analyze", "report", "formats")
 """Of the subcommands, those that need no server."""
 OF_OTHERS = ("curl", "hf", "lm_eval", "rm", "npm", "docker", "podman", "grafana")
 """Programs that do not come with sawkv."""
-OF_VLLM = {"--load-format", "--max-num-seqs"}
+OF_VLLM = {"--kernel-config", "--load-format", "--max-num-seqs"}
 """Options that `sawkv bench` passes on."""
 
 
