@@ -33,6 +33,8 @@ Q_HEADS, KV_HEADS, HEAD_DIM, PAGE_SIZE, PAGES = 32, 8, 128, 64, 64
 NUM_SEQS, CONTEXT = 8, 400
 LAYER = ("vLLM's do_kv_cache_update", "vLLM's forward, decode", "vLLM's forward, prefill", "append", "gather")
 """What the sum is of."""
+BESIDE = ("16 bits, do_kv_cache_update", "16 bits, forward", "metadata of a decode", "metadata of a prefill")
+"""What is shown beside it: vLLM's own FlashAttention layer with kernels that do nothing, and what a step costs once."""
 
 
 class _Gpu(str):
@@ -127,14 +129,14 @@ def _calls() -> dict[str, Callable[[], object]]:
         builder = backend.SawMetadataBuilder(spec, ["layer.0"], config, gpu)
     pages = torch.zeros(layout.pages_shape(PAGES), dtype=torch.uint8)
 
-    def step(num_new: int) -> tuple[Any, ...]:
-        """Arguments of one layer, for a step of NUM_SEQS requests of `num_new` tokens each."""
+    def batch(num_new: int) -> Any:
+        """vLLM's metadata of a step of NUM_SEQS requests of `num_new` tokens each."""
         total = NUM_SEQS * num_new
         starts, lengths = (
             torch.arange(NUM_SEQS + 1, dtype=torch.int32) * num_new,
             torch.full((NUM_SEQS,), CONTEXT, dtype=torch.int32),
         )
-        common: Any = SimpleNamespace(
+        return SimpleNamespace(
             num_reqs=NUM_SEQS,
             num_actual_tokens=total,
             max_query_len=num_new,
@@ -147,6 +149,10 @@ def _calls() -> dict[str, Callable[[], object]]:
             causal=True,
             is_prefilling=torch.full((NUM_SEQS,), num_new > 1),
         )
+
+    def step(common: Any) -> tuple[Any, ...]:
+        """Arguments of one layer, for such a step."""
+        total = common.num_actual_tokens
         query, output = torch.zeros(2, total, Q_HEADS, HEAD_DIM, dtype=torch.bfloat16)
         fused = torch.zeros(total, 2 * KV_HEADS, HEAD_DIM, dtype=torch.bfloat16)
         metadata = builder.build(0, common)
@@ -156,8 +162,9 @@ def _calls() -> dict[str, Callable[[], object]]:
     workspace = torch.zeros(2, impl.prefill.capacity, KV_HEADS, HEAD_DIM, dtype=torch.bfloat16)
     mock.patch.object(prefill.FlashPrefill, "workspace", return_value=(workspace[0], workspace[1])).start()
     layer: Any = None
-    q, k, v, slots, decode, out = step(1)
-    long_q, long_k, long_v, _, prefills, long_out = step(CONTEXT // 2)
+    short, long = batch(1), batch(CONTEXT // 2)
+    q, k, v, slots, decode, out = step(short)
+    long_q, long_k, long_v, long_slots, prefills, long_out = step(long)
     impl.do_kv_cache_update(layer, k, v, pages, slots)
     cache = impl._bind(pages)
     cache = getattr(cache, "cache", cache)
@@ -174,6 +181,46 @@ def _calls() -> dict[str, Callable[[], object]]:
         "vLLM's forward, prefill": lambda: impl.forward(layer, long_q, long_k, long_v, pages, prefills, long_out),
         "append": lambda: append(k, v, cache, slots),
         "gather": lambda: gather(cache, *lengths, keys[0], keys[1], rotated=False),
+        **_calls_in_16_bits(long, long_q, long_k, long_v, long_slots, long_out),
+        "metadata of a decode": lambda: builder.build(0, short),
+        "metadata of a prefill": lambda: builder.build(0, long),
+    }
+
+
+def _calls_in_16_bits(common: Any, q: Any, k: Any, v: Any, slots: Any, out: Any) -> dict[str, Callable[[], object]]:
+    """The same calls of vLLM's own FlashAttention layer, for a step of prefills."""
+    import torch
+    from vllm.config import VllmConfig, set_current_vllm_config
+    from vllm.v1.attention.backends import flash_attn
+
+    def nothing(*_: object, **__: object) -> None:
+        pass
+
+    for name in ("flash_attn_varlen_func", "reshape_and_cache_flash"):
+        mock.patch.object(flash_attn, name, nothing, create=True).start()
+    for name, value in (("get_flash_attn_version", 3), ("flash_attn_supports_quant_query_input", False)):
+        mock.patch.object(flash_attn, name, return_value=value, create=True).start()
+    with set_current_vllm_config(VllmConfig()):
+        impl: Any = flash_attn.FlashAttentionImpl(Q_HEADS, HEAD_DIM, HEAD_DIM**-0.5, KV_HEADS, None, None, "auto")
+    pages = torch.zeros(PAGES, KV_HEADS, PAGE_SIZE, 2 * HEAD_DIM, dtype=torch.bfloat16)
+    metadata = SimpleNamespace(
+        num_actual_tokens=common.num_actual_tokens,
+        query_start_loc=common.query_start_loc,
+        seq_lens=common.seq_lens,
+        block_table=common.block_table_tensor,
+        max_query_len=common.max_query_len,
+        max_seq_len=common.max_seq_len,
+        causal=True,
+        use_cascade=False,
+        scheduler_metadata=None,
+        max_num_splits=0,
+        mm_prefix_query_range_tensor=None,
+        rswa_prefix_lens=None,
+    )
+    layer = SimpleNamespace(**{f"_{x}_scale": torch.ones(1) for x in "qkv"})
+    return {
+        "16 bits, do_kv_cache_update": lambda: impl.do_kv_cache_update(layer, k, v, pages, slots),
+        "16 bits, forward": lambda: impl.forward(layer, q, k, v, pages, metadata, out),
     }
 
 
@@ -220,7 +267,7 @@ def main() -> None:
     sources = {"here": here} | ({} if arguments.beside is None else {"beside": arguments.beside.resolve()})
     workers = {name: _start(source) for name, source in sources.items()}
     try:
-        least = {name: dict.fromkeys(LAYER, float("inf")) for name in workers}
+        least = {name: dict.fromkeys((*LAYER, *BESIDE), float("inf")) for name in workers}
         for worker in workers.values():
             assert worker.stdout is not None
             while worker.stdout.readline().strip() != "ready":
@@ -240,8 +287,8 @@ def main() -> None:
             worker.wait()
     print(f"| us a call | {' | '.join(least)} |" + (" here / beside |" if "beside" in least else ""))
     print("|-|" + "-|" * (len(least) + ("beside" in least)))
-    for row in (*LAYER, "sum"):
-        us = [sum(times.values()) if row == "sum" else times[row] for times in least.values()]
+    for row in (*LAYER, "sum", *BESIDE):
+        us = [sum(times[call] for call in LAYER) if row == "sum" else times[row] for times in least.values()]
         print(f"| {row} | {' | '.join(f'{x:.1f}' for x in us)} |" + (f" {us[0] / us[1]:.2f} |" if len(us) == 2 else ""))
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
@@ -48,6 +51,13 @@ def test_what_is_gathered(window: int, capacity: int, host_knows_lengths: bool) 
     check(window, capacity, host_knows_lengths, begins_with=window)
 
 
+@pytest.mark.parametrize("window", [0, 30])
+@pytest.mark.parametrize("short_by", [0, 3])
+@pytest.mark.parametrize("host_knows_lengths", [True, False])
+def test_prompts_without_a_cached_prefix(window: int, short_by: int, host_knows_lengths: bool) -> None:
+    check(window, 700, host_knows_lengths, begins_with=window, short_by=short_by, queries=CONTEXTS)
+
+
 @pytest.mark.parametrize(("longest", "shortest"), [(16, 1), (17, 300), (64, 64), (300, 200), (300, 501)])
 @pytest.mark.parametrize("window", [0, 300])
 def test_turns_are_left_out(window: int, longest: int, shortest: int) -> None:
@@ -56,7 +66,7 @@ def test_turns_are_left_out(window: int, longest: int, shortest: int) -> None:
 
 def test_which_requests_are_turns() -> None:
     """From the first on, of few new tokens, with much to see, as every kind of layer has it."""
-    from sawkv.integrations.vllm.prefill import find_turns
+    from sawkv.integrations.vllm.prefill import HostLengths, find_turns
 
     common: Any = SimpleNamespace(
         num_reqs=5,
@@ -65,19 +75,20 @@ def test_which_requests_are_turns() -> None:
         max_seq_len=9000,
     )
     few, more = Turns((16, 64), 8192), Turns((200,), 8990)
-    assert find_turns(common, 1, 0, [few]) == [False, False, True, False, True]
-    assert find_turns(common, 0, 0, [few]) == [True, False, True, False, True]
-    assert find_turns(common, 1, 0, [more]) == [False, True, True, False, True]
-    assert find_turns(common, 1, 8185, [few]) == [False, False, True, False, True]
-    assert find_turns(common, 1, 8000, [few]) == [False] * 5
-    assert find_turns(common, 1, 0, [few, None]) == [False] * 5
+    assert find_turns(HostLengths.of(common), 1, 0, [few]) == [False, False, True, False, True]
+    assert find_turns(HostLengths.of(common), 0, 0, [few]) == [True, False, True, False, True]
+    assert find_turns(HostLengths.of(common), 1, 0, [more]) == [False, True, True, False, True]
+    assert find_turns(HostLengths.of(common), 1, 8185, [few]) == [False, False, True, False, True]
+    assert find_turns(HostLengths.of(common), 1, 8000, [few]) == [False] * 5
+    assert find_turns(HostLengths.of(common), 1, 0, [few, None]) == [False] * 5
     common.seq_lens_cpu_upper_bound = None
-    assert find_turns(common, 1, 0, [few, more]) == [False, False, True, True, True]
+    assert find_turns(HostLengths.of(common), 1, 0, [few, more]) == [False, False, True, True, True]
 
 
 def test_turns_are_scheduled_for_as_few_query_tokens_as_do() -> None:
     """Layers without a window read the pages of the third and the fifth request, those with one of none."""
     from sawkv.integrations.vllm.backend import SawMetadataBuilder
+    from sawkv.integrations.vllm.prefill import HostLengths
 
     starts, lengths = torch.tensor([0, 1, 101, 110, 120, 130]).int(), torch.tensor([9000, 9000, 9000, 80, 9000]).int()
     common: Any = SimpleNamespace(
@@ -99,7 +110,8 @@ def test_turns_are_scheduled_for_as_few_query_tokens_as_do() -> None:
         return SimpleNamespace(update=lambda *lengths: lengths)
 
     builder._schedule = schedule
-    steps = builder._schedule_turns(common, 1, builder._find_turns(common, 1))
+    host = HostLengths.of(common)
+    steps = builder._schedule_turns(common, host, 1, builder._find_turns(host, 1))
     assert made == [(whole, 16)]
     assert list(steps) == [whole]
     table, seq_lens, query_starts = steps[whole]
@@ -107,7 +119,8 @@ def test_turns_are_scheduled_for_as_few_query_tokens_as_do() -> None:
     assert (seq_lens.tolist(), seq_lens.dtype) == ([-1, 9000, -1, 9000], torch.int32)
     assert query_starts.tolist() == [1, 101, 110, 120, 130]
     common.query_start_loc_cpu = torch.tensor([0, 1, 101, 201, 301, 401])
-    assert builder._schedule_turns(common, 1, builder._find_turns(common, 1)) == {}
+    host = HostLengths.of(common)
+    assert builder._schedule_turns(common, host, 1, builder._find_turns(host, 1)) == {}
 
 
 @pytest.mark.parametrize("window", [0, 30])
@@ -127,34 +140,42 @@ def test_pages_behind_the_window_are_noticed() -> None:
         check(30, 100_000, True, begins_with=0)
 
 
-def test_each_layer_reads_its_own_pages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Layers share a step's slices and the workspace in them."""
+@pytest.mark.parametrize("before", [0, 7])
+def test_each_layer_reads_its_own_pages(before: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layers share a step's slices and the workspace in them. Rows `before` a slice and behind it are of others."""
     from sawkv.integrations.vllm.prefill import FlashPrefill, PrefillSlice
 
     lengths, starts = torch.tensor([20, 30], dtype=torch.int32), torch.tensor([0, 20, 50], dtype=torch.int32)
     table = torch.tensor([[3, 1], [0, 2]], dtype=torch.int32)
-    piece = PrefillSlice(
-        slice(0, 50), starts, prefixes(table, lengths, starts), num_keys=50, max_query_len=30, max_seq_len=30
-    )
+    rows = slice(before, before + 50)
+    piece = PrefillSlice(rows, starts, prefixes(table, lengths, starts), num_keys=50, max_query_len=30, max_seq_len=30)
     workspaces: list[torch.Tensor] = []
 
     def workspace(_: object) -> tuple[torch.Tensor, torch.Tensor]:
         workspaces.append(torch.full((2, 64, 2, 64), torch.nan))
         return workspaces[-1][0], workspaces[-1][1]
 
+    def flash(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor, **options: Any) -> None:
+        """Rows of `cu_seqlens_q` alone, as FlashAttention."""
+        end = int(options["cu_seqlens_q"][-1])
+        out[:end] = q[:end] + k[:end] + 2 * v[:end]
+
     monkeypatch.setattr(FlashPrefill, "workspace", workspace)
     prefill: Any = object.__new__(FlashPrefill)
     prefill.shape, prefill._options, prefill._sinks = (64, 2, 64), {}, None
-    prefill._flash_attention = lambda q, k, v, out, **_: out.copy_(q + k + 2 * v)
+    prefill._flash_attention = flash
     for _ in range(3):
         cache = PagedKVCache.allocate(LAYOUT, 4)
-        q, k, v = torch.randn(3, 50, 2, 64)
+        q = torch.randn(before + 60, 2, 64)
+        k, v = torch.randn(2, 50, 2, 64)
         append(k, v, cache, torch.cat([slots(table[0], 20), slots(table[1], 30)]))
         wanted = torch.empty(2, 50, 2, 64)
         gather(cache, table, lengths, starts, *wanted, rotated=False)
-        output = torch.empty_like(q)
+        output = torch.full_like(q, 9.0)
         prefill.attend(q, Pages(cache), piece, output)
-        torch.testing.assert_close(output, q + wanted[0] + 2 * wanted[1])
+        torch.testing.assert_close(output[rows], q[rows] + wanted[0] + 2 * wanted[1])
+        assert (output[:before] == 9).all()
+        assert (output[rows.stop :] == 9).all()
     assert len(workspaces) == 1
 
 
@@ -178,11 +199,12 @@ def check(
     short_by: int = 0,
     slack: int | None = None,
     turns: Sequence[Turns | None] = (None,),
+    queries: Sequence[int] = QUERIES,
 ) -> None:
     """`begins_with`: the window that the slices are made for; `short_by`: tokens that the host's bounds lack, `slack`:
     as is said.
     """
-    from sawkv.integrations.vllm.prefill import find_turns, slice_prefills
+    from sawkv.integrations.vllm.prefill import HostLengths, find_turns, slice_prefills
 
     size = LAYOUT.page_size
     pages = [-(-n // size) for n in CONTEXTS]
@@ -207,9 +229,9 @@ def check(
         )
         whole.append(states)
         if window:  # pages behind the window are another request's by now
-            cache.pages[table[i, : max(0, n - QUERIES[i] - window + 1) // size].long()] = 0xFF
-    q = torch.randn(sum(QUERIES), 2, 64)
-    starts = torch.tensor([0, *QUERIES]).cumsum(0).int()
+            cache.pages[table[i, : max(0, n - queries[i] - window + 1) // size].long()] = 0xFF
+    q = torch.randn(sum(queries), 2, 64)
+    starts = torch.tensor([0, *queries]).cumsum(0).int()
     lengths = torch.tensor(CONTEXTS, dtype=torch.int32)
     common: Any = SimpleNamespace(
         num_reqs=len(CONTEXTS),
@@ -220,11 +242,14 @@ def check(
         max_seq_len=max(CONTEXTS),
         block_table_tensor=table,
     )
-    are_turns = find_turns(common, 1, begins_with, turns)
+    host = HostLengths.of(common)
+    are_turns = find_turns(host, 1, begins_with, turns)
     slack = short_by if slack is None else slack
-    slices = slice_prefills(common, 1, capacity, begins_with, size, slack, are_turns)
+    slices = slice_prefills(common, host, 1, capacity, begins_with, size, slack, are_turns)
     left = iter([i for i in range(1, len(CONTEXTS)) if not are_turns[i]])
     for piece in slices:
+        if queries == CONTEXTS and host_knows_lengths and not slack:
+            assert piece.prefixes.cu_seq_lens is piece.cu_seqlens_q, "the device need not add them up"
         states = torch.full((2, piece.num_keys, 2, 64), torch.nan)
         Pages(cache).gather(piece.prefixes, states[0], states[1], rotated=False)
         assert int(piece.prefixes.seq_lens.max()) <= piece.max_seq_len
@@ -258,3 +283,16 @@ def test_layers_that_measure_attend_exactly(softcap: float) -> None:
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
     other = attend_exactly(q, k, v, **options, logit_softcap=2.0)
     assert (other - want).abs().max() > 0.01
+
+
+@pytest.mark.newest
+def test_host_time_of_a_layer_is_measured_without_a_gpu() -> None:
+    """`benchmarks.host_time` runs the CUDA backend up to the launch, and so what Python does for each layer."""
+    from benchmarks.host_time import BESIDE, LAYER
+
+    command = [sys.executable, "-m", "benchmarks.host_time", "--worker"]
+    done = subprocess.run(command, input="\n", capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    turn = json.loads(done.stdout.splitlines()[-1])
+    assert {*LAYER, *BESIDE} == turn.keys()
+    assert all(0 < us < 1e5 for us in turn.values())

@@ -8,6 +8,7 @@ vLLM's words: block = page, head_size = head_dim, `[blocks, kv heads, block_size
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -39,7 +40,14 @@ from sawkv.integrations.vllm.config import KV_CACHE_DTYPE_CODECS, VLLM_DTYPE_COD
 from sawkv.integrations.vllm.contract import check_contract
 from sawkv.integrations.vllm.measure import LayerMeasurement, Prompt, first_kv_head, layer_index, whole_prompts
 from sawkv.integrations.vllm.metrics import CountedLayer, CounterReader
-from sawkv.integrations.vllm.prefill import FlashPrefill, PrefillSlice, find_turns, slice_prefills, speculated_tokens
+from sawkv.integrations.vllm.prefill import (
+    FlashPrefill,
+    HostLengths,
+    PrefillSlice,
+    find_turns,
+    slice_prefills,
+    speculated_tokens,
+)
 from sawkv.integrations.vllm.prepare import is_installed
 from sawkv.integrations.vllm.windows import VLLM_SIZES_WINDOWS, pack_windows
 from sawkv.kernels import Step, Turns, select_backend
@@ -152,14 +160,20 @@ class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
             num_decodes, _, _, _ = split_decodes_and_prefills(common, decode_threshold=max_query_len)
         lengths = common.seq_lens[:num_decodes], common.query_start_loc[: num_decodes + 1]
         block_table = common.block_table_tensor[:num_decodes]
-        turns = self._find_turns(common, num_decodes) if num_decodes < common.num_reqs else {}
+        turns: Mapping[LikeLayers, Step] = {}
+        prefills: Mapping[int, Sequence[PrefillSlice]] = {}
+        if num_decodes < common.num_reqs:
+            host = HostLengths.of(common)
+            found = self._find_turns(host, num_decodes)
+            turns = self._schedule_turns(common, host, num_decodes, found)
+            prefills = self._slice_prefills(common, host, num_decodes, found)
         return SawMetadata(
             steps={
                 alike: self._schedule(alike, max_query_len).update(block_table, *lengths)
                 for alike in (self._turns if num_decodes else ())
             },
-            turns=self._schedule_turns(common, num_decodes, turns) if turns else {},
-            prefills=self._slice_prefills(common, num_decodes, turns),
+            turns=turns,
+            prefills=prefills,
             prompts=whole_prompts(common) if self._measures() else (),
         )
 
@@ -178,22 +192,24 @@ class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
             )
         return found
 
-    def _find_turns(self, common: CommonAttentionMetadata, first: int) -> dict[int, list[bool]]:
+    def _find_turns(self, host: HostLengths, first: int) -> dict[int, list[bool]]:
         """By window, whether each request from `first` on reads its pages in all layers that have it."""
         by_window: dict[int, list[Turns | None]] = {}
         for (_, _, window), turns in self._turns.items():
             by_window.setdefault(window, []).append(turns)
-        return {window: find_turns(common, first, window, turns) for window, turns in by_window.items()}
+        return {window: find_turns(host, first, window, turns) for window, turns in by_window.items()}
 
     def _schedule_turns(
-        self, common: CommonAttentionMetadata, first: int, found: Mapping[int, Sequence[bool]]
+        self, common: CommonAttentionMetadata, host: HostLengths, first: int, found: Mapping[int, Sequence[bool]]
     ) -> dict[LikeLayers, Step]:
         """Steps of the requests from `first` on that read their pages, `found` by window. `slice_prefills` leaves these
         out.
         """
+        steps: dict[LikeLayers, Step] = {}
+        if not any(itertools.chain.from_iterable(found.values())):
+            return steps
         block_table, starts = common.block_table_tensor[first:], common.query_start_loc[first:]
-        query_lens: list[int] = common.query_start_loc_cpu[first:].diff().tolist()
-        steps = {}
+        query_lens = host.queries[first:]
         for alike, turns in self._turns.items():
             are_turns = found[alike[2]][first:]
             if turns is None or not any(are_turns):
@@ -211,13 +227,13 @@ class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
         return any(impl.measurement is not None for impl in self._unprepared)
 
     def _slice_prefills(
-        self, common: CommonAttentionMetadata, first: int, turns: Mapping[int, Sequence[bool]]
+        self, common: CommonAttentionMetadata, host: HostLengths, first: int, turns: Mapping[int, Sequence[bool]]
     ) -> dict[int, list[PrefillSlice]]:
         """Requests from `first` on, by the window of the layers that attend them."""
         page_size = self.kv_cache_spec.block_size
         capacity, slack = self._workspace_tokens, self._bound_slack
         return {
-            window: slice_prefills(common, first, capacity, window, page_size, slack, are_turns)
+            window: slice_prefills(common, host, first, capacity, window, page_size, slack, are_turns)
             for window, are_turns in turns.items()
         }
 

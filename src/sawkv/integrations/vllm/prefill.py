@@ -7,6 +7,7 @@ depend on how its prompt was cut (docs/decisions/0002).
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -66,30 +67,49 @@ def speculated_tokens(vllm_config: VllmConfig) -> int:
     return 0 if speculative is None else int(speculative.num_speculative_tokens or 0) + 1
 
 
-def _bounds(common: CommonAttentionMetadata, slack: int = 0) -> list[int]:
-    """Of the requests' lengths, as the host knows them. Those of single requests may be too small by `slack`."""
-    bounds = common.seq_lens_cpu_upper_bound
-    return [common.max_seq_len] * common.num_reqs if bounds is None else (bounds + slack).tolist()
+@dataclass(frozen=True)
+class HostLengths:
+    """What the host knows of a step's requests, read once per step.
+
+    Attributes:
+        starts: rows of the step at which each request starts, and the end of the last.
+        queries: new tokens of each.
+        bounds: upper bounds of their contexts, new tokens included. Those of single requests may be too small by
+            `speculated_tokens`.
+    """
+
+    starts: list[int]
+    queries: list[int]
+    bounds: list[int]
+
+    @classmethod
+    def of(cls, common: CommonAttentionMetadata) -> HostLengths:
+        starts, bounds = common.query_start_loc_cpu.tolist(), common.seq_lens_cpu_upper_bound
+        return cls(
+            starts,
+            [end - start for start, end in itertools.pairwise(starts)],
+            [common.max_seq_len] * common.num_reqs if bounds is None else bounds.tolist(),
+        )
 
 
-def find_turns(
-    common: CommonAttentionMetadata, first: int, window: int, turns: Sequence[kernels.Turns | None]
-) -> list[bool]:
+def find_turns(host: HostLengths, first: int, window: int, turns: Sequence[kernels.Turns | None]) -> list[bool]:
     """Whether each request reads its pages directly: those from `first` on that suit every kind of layer with this
-    sliding `window`. Does not synchronize.
+    sliding `window`.
     """
     measured = [turn for turn in turns if turn is not None]
     if len(measured) < len(turns):
-        return [False] * common.num_reqs
+        return [False] * len(host.queries)
     longest = min(turn.query_lens[-1] for turn in measured)
     shortest = max(turn.min_seq_len for turn in measured)
-    query_lens = common.query_start_loc_cpu.diff().tolist()
-    seen = [min(bound, n + window) if window else bound for bound, n in zip(_bounds(common), query_lens, strict=True)]
-    return [i >= first and n <= longest and seen[i] >= shortest for i, n in enumerate(query_lens)]
+    return [
+        i >= first and n <= longest and (min(bound, n + window) if window else bound) >= shortest
+        for i, (n, bound) in enumerate(zip(host.queries, host.bounds, strict=True))
+    ]
 
 
 def slice_prefills(
     common: CommonAttentionMetadata,
+    host: HostLengths,
     first: int,
     capacity: int,
     window: int,
@@ -97,8 +117,7 @@ def slice_prefills(
     slack: int = 0,
     are_turns: Sequence[bool] = (),
 ) -> list[PrefillSlice]:
-    """Cut the requests from `first` on into runs of at most `capacity` tokens of context. Uses bounds that the host
-    knows, so it does not synchronize.
+    """Cut the requests from `first` on into runs of at most `capacity` tokens of context. Does not synchronize.
 
     Bounds may be too small by `slack` tokens. With a sliding `window` the context starts at the page of the first key
     that a query sees, because vLLM may have reused earlier pages. Requests in `are_turns` are left out: they read
@@ -107,15 +126,14 @@ def slice_prefills(
     Raises:
         UnsupportedError: a request does not fit in the workspace. vLLM's limit on the length of requests prevents this.
     """
-    query_lens = common.query_start_loc_cpu.diff().tolist()
-    lengths = _bounds(common, slack)
+    lengths = [bound + slack for bound in host.bounds] if common.seq_lens_cpu_upper_bound is not None else host.bounds
     if window:
-        lengths = [min(bound, n + window + page_size - 2) for bound, n in zip(lengths, query_lens, strict=True)]
+        lengths = [min(bound, n + window + page_size - 2) for bound, n in zip(lengths, host.queries, strict=True)]
     if max(lengths[first:]) > capacity + slack:
         raise UnsupportedError(f"sawkv: expected contexts of at most {capacity} tokens, got {max(lengths[first:])}")
     left_out = are_turns or [False] * common.num_reqs
     runs = _runs(lengths, first, left_out, capacity)
-    return [_slice(common, run, lengths, capacity, window, page_size) for run in runs]
+    return [_slice(common, host, run, lengths, capacity, window, page_size) for run in runs]
 
 
 def _runs(lengths: Sequence[int], first: int, left_out: Sequence[bool], capacity: int) -> Iterator[slice]:
@@ -133,10 +151,15 @@ def _runs(lengths: Sequence[int], first: int, left_out: Sequence[bool], capacity
 
 
 def _slice(
-    common: CommonAttentionMetadata, run: slice, lengths: Sequence[int], capacity: int, window: int, page_size: int
+    common: CommonAttentionMetadata,
+    host: HostLengths,
+    run: slice,
+    lengths: Sequence[int],
+    capacity: int,
+    window: int,
+    page_size: int,
 ) -> PrefillSlice:
     """The slice of a run of requests. `lengths`: upper bounds of the tokens that each request reads."""
-    starts = common.query_start_loc_cpu[run.start : run.stop + 1]
     query_start_loc = common.query_start_loc[run.start : run.stop + 1]
     seq_lens, block_table = common.seq_lens[run], common.block_table_tensor[run]
     if window:
@@ -145,15 +168,19 @@ def _slice(
         pages = torch.arange(-(-max(lengths[run]) // page_size), device=seq_lens.device)
         block_table = block_table.gather(1, (skipped[:, None] + pages).clamp_max(block_table.shape[1] - 1))
         seq_lens = seq_lens - skipped * page_size
-    cu_seqlens_k = torch.zeros(len(seq_lens) + 1, dtype=torch.int32, device=seq_lens.device)
-    torch.cumsum(seq_lens, 0, dtype=torch.int32, out=cu_seqlens_k[1:])
-    first_token, end = int(starts[0]), int(starts[-1])
+    first_token, end = host.starts[run.start], host.starts[run.stop]
+    cu_seqlens_q = query_start_loc - first_token if first_token else query_start_loc
+    if lengths[run] == host.queries[run]:  # prompts without a cached prefix: the new tokens are the context
+        cu_seqlens_k = cu_seqlens_q
+    else:
+        cu_seqlens_k = torch.zeros(len(seq_lens) + 1, dtype=torch.int32, device=seq_lens.device)
+        torch.cumsum(seq_lens, 0, dtype=torch.int32, out=cu_seqlens_k[1:])
     return PrefillSlice(
         tokens=slice(first_token, end),
-        cu_seqlens_q=query_start_loc - first_token,
+        cu_seqlens_q=cu_seqlens_q,
         prefixes=ops.prefixes(block_table, seq_lens, cu_seqlens_k),
         num_keys=min(sum(lengths[run]), capacity),
-        max_query_len=int(starts.diff().max()),
+        max_query_len=max(host.queries[run]),
         max_seq_len=max(lengths[run]),
     )
 
@@ -224,11 +251,13 @@ class FlashPrefill:
             prefill.workspaces[self.shape] = k[: prefill.num_keys], v[: prefill.num_keys]
         k, v = prefill.workspaces[self.shape]
         pages.gather(prefill.prefixes, k, v, rotated=False)
+        if prefill.tokens.start:  # rows behind the slice are of no sequence; to leave them out takes time in each layer
+            query, output = query[prefill.tokens], output[prefill.tokens]
         self._flash_attention(
-            q=query[prefill.tokens],
+            q=query,
             k=k,
             v=v,
-            out=output[prefill.tokens],
+            out=output,
             cu_seqlens_q=prefill.cu_seqlens_q,
             cu_seqlens_k=prefill.prefixes.cu_seq_lens,
             max_seqlen_q=prefill.max_query_len,

@@ -78,8 +78,11 @@ class Pages:
         variant = self._appends.get(k.dtype) or self._prepare_append(k.dtype)
         params = AppendParams.from_buffer_copy(variant.params)
         params.slot_mapping, params.num_tokens = slot_mapping.data_ptr(), num_tokens
-        params.x = k.data_ptr(), v.data_ptr()
-        params.token_stride, params.head_stride, _ = zip(k.stride(), v.stride(), strict=True)
+        x, token_stride, head_stride = params.x, params.token_stride, params.head_stride
+        # One by one: a tuple takes ctypes three times as long.
+        x[0], x[1] = k.data_ptr(), v.data_ptr()
+        token_stride[0], head_stride[0], _ = k.stride()
+        token_stride[1], head_stride[1], _ = v.stride()
         grid = (_divide_up(num_tokens, variant.tokens_per_block), self._cache.layout.num_kv_heads, 2)
         variant.kernel.launch(grid, variant.threads, _stream(self._device), params, dependent=True)
 
