@@ -40,7 +40,7 @@ test: setup check package setup-oldest $(TRANSFORMERS:%=.venv/transformers-%) $(
 	$(BIN)/$(PYTEST)
 	.venv-oldest/bin/$(PYTEST) -m "vllm and not soak and not newest" --ignore tests/vllm/test_architectures.py
 	for version in $(NEXT); do \
-		PYTHONPATH=.venv/vllm-$$version VLLM_TARGET_DEVICE=cpu $(BIN)/$(PYTEST) -m next tests/vllm || exit; \
+		PYTHONPATH=.venv/vllm-$$version VLLM_TARGET_DEVICE=cpu $(BIN)/$(PYTEST) -m next tests/vllm tests/capacity || exit; \
 	done
 	for version in $(TRANSFORMERS); do \
 		PYTHONPATH=.venv/transformers-$$version $(BIN)/$(PYTEST) tests/transformers --deselect tests/transformers/test_compile.py || exit; \

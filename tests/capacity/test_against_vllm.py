@@ -19,7 +19,7 @@ from sawkv.format.spec import CacheFormat
 from tests.capacity.configs import CONFIGS, write_config
 from tests.vllm.engine import ENVIRONMENT, REPOSITORY
 
-pytestmark = pytest.mark.vllm
+pytestmark = [pytest.mark.vllm, pytest.mark.next]
 
 CONTEXT, BATCHED_TOKENS, KV_BYTES = 4096, 1024, 20 * GIB
 BLOCK_SIZES = {"bf16": 32, "int4": 64}  # vLLM's CPU build has no blocks of 16

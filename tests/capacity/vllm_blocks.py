@@ -11,6 +11,8 @@ import contextlib
 import json
 import os
 import sys
+from importlib import import_module
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,7 +43,7 @@ def blocks(
     from vllm.model_executor.models import ModelRegistry, registry
     from vllm.platforms import current_platform
     from vllm.v1.attention.backends.utils import get_supported_kv_cache_layouts, resolve_kv_cache_layout
-    from vllm.v1.core.kv_cache_utils import get_kv_cache_capacity, get_kv_cache_configs, resolve_kv_cache_block_sizes
+    from vllm.v1.core import kv_cache_utils
     from vllm.v1.kv_cache_interface import MambaSpec
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
@@ -75,7 +77,7 @@ def blocks(
         resolve_kv_cache_layout(
             config, [[layout.name for layout in get_supported_kv_cache_layouts(backends)]], specs.values()
         )
-        cache = get_kv_cache_configs(config, [specs], [kv_bytes])[0]
+        cache = plan(config, specs, kv_bytes)
         states = {}
         for ranks in (1, 2, 4) if config.model_config.is_hybrid else ():
             config.parallel_config.tensor_parallel_size = ranks
@@ -87,13 +89,24 @@ def blocks(
             states[str(ranks)] = MambaSpec(block_size=16, shapes=shapes, dtypes=dtypes).page_size_bytes
         config.parallel_config.tensor_parallel_size = 1
         return {
-            "tokens": get_kv_cache_capacity(config, cache)[0],
+            "tokens": kv_cache_utils.get_kv_cache_capacity(config, cache)[0],
             "num_blocks": cache.num_blocks,
             "block_size": config.cache_config.block_size,
-            "least_prefix_hit": resolve_kv_cache_block_sizes(cache, config)[0],
+            "least_prefix_hit": kv_cache_utils.resolve_kv_cache_block_sizes(cache, config)[0],
             "weights": sum(parameter.numel() * parameter.element_size() for parameter in made.parameters()),
             "state_bytes": states,
         }
+
+
+def plan(config: Any, specs: Any, kv_bytes: int) -> Any:
+    """vLLM's KVCacheConfig for one worker's specs."""
+    if find_spec("vllm.v1.core.kv_cache_planning") is None:  # before 0.33
+        from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
+
+        return get_kv_cache_configs(config, [specs], [kv_bytes])[0]
+    planning: Any = import_module("vllm.v1.core.kv_cache_planning")
+    groups = planning.get_global_kv_cache_groups(config, [specs])
+    return planning.get_kv_cache_configs(config, [specs], [kv_bytes], groups)[0]
 
 
 def main() -> None:
