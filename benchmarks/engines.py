@@ -168,13 +168,14 @@ def run_apart(module: str, name: str, words: Sequence[object], log: Path, patien
         timer = threading.Timer(patience, os.killpg, (engine.pid, signal.SIGKILL))
         timer.start()
         try:
-            for line in map(bytes.decode, engine.stdout):
-                if line.startswith(MARK):
-                    record = json.loads(line.removeprefix(MARK))
-                    print(record.pop("say"), flush=True)
-                    yield record
-                else:
-                    sink.write(line)
+            with engine.stdout as lines:
+                for line in map(bytes.decode, lines):
+                    if line.startswith(MARK):
+                        record = json.loads(line.removeprefix(MARK))
+                        print(record.pop("say"), flush=True)
+                        yield record
+                    else:
+                        sink.write(line)
             engine.wait(STOP_TIMEOUT)
         finally:
             timer.cancel()

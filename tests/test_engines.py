@@ -1,0 +1,80 @@
+"""`benchmarks.engines`: an engine in a process of its own; what `sawkv bench` measured as records of latency."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from benchmarks import engines, load
+from benchmarks.plots import load_table
+from sawkv.bench.records import FP8, SIXTEEN_BITS, Bench, Load, Result, Served, Setting
+
+ENGINE = """
+import argparse, subprocess, sys, time
+parser = argparse.ArgumentParser()
+for name in ("engine-of", "model", "end"):
+    parser.add_argument(f"--{name}")
+args = parser.parse_args()
+print("vLLM says much")
+print('\\nRECORD {"say": "a line", "format": "%s", "model": "%s"}' % (args.engine_of, args.model), flush=True)
+if args.end == "fail":
+    sys.exit("the engine is broken")
+if args.end == "hang":
+    child = subprocess.Popen(["sleep", "300"])
+    print(f"child {child.pid}", flush=True)
+    time.sleep(300)
+print("done")
+"""
+
+
+@pytest.fixture
+def log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "made_up_engine.py").write_text(ENGINE)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setattr(sys, "argv", ["benchmark", "--model", "shape"])
+    return tmp_path / "log"
+
+
+def test_records_come_back_and_the_rest_is_the_log(log: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = list(engines.run_apart("made_up_engine", "int4", ["--model", "folder"], log, patience=60))
+    assert found == [{"format": "int4", "model": "folder"}], "of two arguments alike the last counts"
+    assert log.read_text().split("\n") == ["vLLM says much", "", "done", ""]
+    assert "a line" in capsys.readouterr().out
+
+
+def test_what_an_engine_said_last_is_shown_when_it_fails(log: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(list(engines.run_apart("made_up_engine", "int4", ["--end", "fail"], log, patience=60))) == 1
+    assert "int4: vLLM ended with 1; the log's end:\n" in (said := capsys.readouterr().out)
+    assert said.rstrip().endswith("the engine is broken")
+
+
+def test_an_engine_that_hangs_is_stopped_with_its_children(log: Path) -> None:
+    start = time.monotonic()
+    assert len(list(engines.run_apart("made_up_engine", "int4", ["--end", "hang"], log, patience=3))) == 1
+    assert time.monotonic() - start < 30
+    child = log.read_text().split("child ")[1].split()[0]
+    state = subprocess.run(["ps", "-o", "stat=", "-p", child], capture_output=True, text=True, check=False).stdout
+    assert state.strip()[:1] in ("", "Z")
+
+
+def test_rates_of_a_bench_become_records() -> None:
+    def result(rate: float, tokens: float) -> Result:
+        return Result(Load(rate), 10.0, rate, tokens, 1.0, 20.0, 40.0, 5.0, 9.0, 0.0)
+
+    setting = Setting("folder/shape", 8192, 512, 0, 60)
+    wide = Served(SIXTEEN_BITS, results=(result(math.inf, 900.0), result(2.0, 400.0)))
+    served = (wide, Served(FP8, problem="none here"), Served("int4", results=(result(2.0, 600.0),)))
+    bench = Bench(setting, "a card", {"vllm": "0.1"}, ("16-bit", "fp8", "int4"), (), served)
+    records = list(load.rates(bench, "abc"))
+    assert [(r["format"], r["rate"], r["output_tok_s"]) for r in records] == [
+        ("bf16", 2.0, 400.0),
+        ("int4", 2.0, 600.0),
+    ]
+    table = load_table(records)
+    assert table.startswith("shape, 8192/512 tokens a request, on a card, vLLM 0.1\n")
+    assert "| 2 | int4 | 600 (1.50x) | 20 (1.00x) | 40 (1.00x) | 5.0 (1.00x) | 9.0 (1.00x) | abc |" in table
