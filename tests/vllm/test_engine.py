@@ -68,6 +68,7 @@ def test_without_our_flag_vllm_is_untouched() -> None:
     assert run_engine()["implementation"] == ["CPUAttentionBackendImpl"], "vLLM's own"
 
 
+@pytest.mark.newest
 def test_the_engine_is_ours_whatever_other_plugins_do_and_after_a_refusal() -> None:
     """`VLLM_PLUGINS` keeps ours out, another takes the name of vLLM's CPU backend; and an engine was refused in this
     process before.
