@@ -30,7 +30,7 @@ import triton.testing
 from benchmarks.engines import git_head
 from benchmarks.plots import RESULTS
 from sawkv import Attention, CacheFormat, PagedKVCache, PageLayout, Schedule, append, decode_attention, gather
-from sawkv.format.constants import ERROR_STEPS, MAX_WEIGHT
+from sawkv.format.constants import BUCKET_SIZE, ERROR_STEPS, MAX_WEIGHT
 from sawkv.format.feedback import Feedback, channel_blocks
 from sawkv.format.layout import ENGINE_PAGE_SIZE
 from sawkv.kernels import unsupported_reason
@@ -160,21 +160,23 @@ class Batch:
         )
 
 
-def constants_of(kernel: str, kv_heads: int, head_dim: int) -> dict[str, Any]:
-    """What pages of `sawkv-BACKEND+feedback` and `sawkv-BACKEND+prepared` are written with, at random; the latter's
-    with all there is.
+def constants_of(kernel: str, kv_heads: int, head_dim: int, context: int) -> dict[str, Any]:
+    """What pages of `sawkv-BACKEND+feedback`, `sawkv-BACKEND+prepared` and `sawkv-BACKEND+buckets` are written with, at
+    random; the second's with all there is but one center of K for all positions, the last's with all.
     """
     found: dict[str, Any] = {}
-    if kernel.endswith(("+feedback", "+prepared")):
+    if kernel.endswith(("+feedback", "+prepared", "+buckets")):
         earlier, later = channel_blocks(head_dim), channel_blocks(head_dim)[:, None]
         weights = torch.randint(-MAX_WEIGHT, MAX_WEIGHT + 1, (kv_heads, head_dim, head_dim)) * (earlier < later)
         feedback = Feedback(
             weights.to("cuda", torch.int8), torch.full((kv_heads,), 1 / MAX_WEIGHT / ERROR_STEPS, device="cuda")
         )
         found |= {"k_feedback": feedback, "v_feedback": feedback}
-    if kernel.endswith("+prepared"):
+    if kernel.endswith(("+prepared", "+buckets")):
         found |= {name: torch.randn(kv_heads, head_dim, device="cuda") for name in ("k_center", "v_center")}
         found |= {name: 0.5 + torch.rand(kv_heads, head_dim, device="cuda") for name in ("k_gain", "v_gain")}
+    if kernel.endswith("+buckets"):
+        found["k_center"] = torch.randn(-(-context // BUCKET_SIZE), kv_heads, head_dim, device="cuda")
     return found
 
 
@@ -187,14 +189,14 @@ def fill(batch: Batch, shape: Shape, kernel: str) -> PagedKVCache:
     """A cache of random tokens; all slots that hold none have NaN for scales."""
     layout = PageLayout(CacheFormat("int4"), shape.kv_heads, shape.head_dim, shape.page)
     cache = PagedKVCache.allocate(
-        layout, batch.num_pages, "cuda", **constants_of(kernel, shape.kv_heads, shape.head_dim)
+        layout, batch.num_pages, "cuda", **constants_of(kernel, shape.kv_heads, shape.head_dim, max(shape.lengths))
     )
     cache.pages.fill_(0xFF)
     for i, length in enumerate(shape.lengths):
         position = torch.arange(length, device="cuda")
         slots = batch.block_table[i, position // shape.page].long() * shape.page + position % shape.page
         k, v = torch.randn(2, length, shape.kv_heads, shape.head_dim, device="cuda", dtype=torch.bfloat16) + 0.3
-        append(k, v, cache, slots, backend=backend_of(kernel))
+        append(k, v, cache, slots, position, backend=backend_of(kernel))
     return cache
 
 
@@ -512,15 +514,16 @@ def run_append(kernels: list[str], common: dict[str, Any]) -> Iterator[dict[str,
         return k, v, torch.randperm(num_pages, device="cuda")[token // page] * page + token % page
 
     def sawkv_append(tokens: int, kernel: str) -> Callable[[], object]:
-        backend, constants = backend_of(kernel), constants_of(kernel, heads, head_dim)
+        backend, constants = backend_of(kernel), constants_of(kernel, heads, head_dim, 4 * BUCKET_SIZE)
         caches = [PagedKVCache.allocate(layout, num_pages, "cuda", **constants) for _ in range(2)]
         k, v, slots = inputs(tokens)
+        positions = torch.arange(tokens, device="cuda")
         for cache, name in zip(caches, (backend, "reference"), strict=True):
             cache.pages.fill_(0xA5)
-            append(k, v, cache, slots, backend=name)
+            append(k, v, cache, slots, positions, backend=name)
         if not torch.equal(caches[0].pages, caches[1].pages):
             raise ValueError("WRONG: its bytes are not the reference's")
-        return lambda: append(k, v, caches[0], slots, backend=backend)
+        return lambda: append(k, v, caches[0], slots, positions, backend=backend)
 
     def vllm_bf16(tokens: int) -> Callable[[], object]:
         from vllm import _custom_ops
@@ -538,7 +541,11 @@ def run_append(kernels: list[str], common: dict[str, Any]) -> Iterator[dict[str,
     peers = {"copy_of_as_many_bytes": copy, "vllm_bf16": vllm_bf16}
     own = sorted({f"sawkv-{backend_of(kernel)}" for kernel in kernels if backend_of(kernel) in BACKENDS})
     for tokens in (1, 64, 256, 8192):
-        for kernel in (*peers, *own, *(f"{kernel}+{extra}" for kernel in own for extra in ("feedback", "prepared"))):
+        for kernel in (
+            *peers,
+            *own,
+            *(f"{kernel}+{extra}" for kernel in own for extra in ("feedback", "prepared", "buckets")),
+        ):
             make = peers.get(kernel) or partial(sawkv_append, kernel=kernel)
             try:
                 # 8 sets of inputs together outgrow the L2 cache at 8,192 tokens.

@@ -39,6 +39,7 @@ class Case:
     head_dim: int = 128
     page_size: int = 16
     prepared: bool = True
+    buckets: int = 1
     options: dict[str, Any] = field(default_factory=dict, hash=False)
 
 
@@ -55,6 +56,8 @@ CASES = (
     Case(head_dim=256, page_size=128, query_len=2),
     Case(options={"sliding_window": 100, "logit_softcap": 5.0}),
     Case(options={"sinks": torch.zeros(8)}),
+    Case(lengths=(9000, 40, 3), buckets=3),  # a center of K for each bucket of positions
+    Case(lengths=(9000, 40, 90), query_len=40, buckets=5, options={"logit_softcap": 5.0}),
 )
 
 
@@ -78,6 +81,8 @@ def run_cases(backend: str) -> None:
             constants["v_feedback"] = Feedback(weights.to(device, torch.int8), torch.full((2,), 1e-4, device=device))
             for name in ("k_center", "v_center", "k_gain", "v_gain"):
                 constants[name] = 0.5 + torch.rand(2, case.head_dim, device=device)
+            if case.buckets > 1:
+                constants["k_center"] = torch.rand(case.buckets, 2, case.head_dim, device=device)
         cache = PagedKVCache.allocate(layout, sum(counts), device, **constants)
         table = torch.full((len(counts), max(counts)), 2**30, dtype=torch.int32)
         starts = torch.tensor([0, *counts]).cumsum(0).tolist()
@@ -87,7 +92,8 @@ def run_cases(backend: str) -> None:
             [torch.arange(length) + start * case.page_size for length, start in zip(case.lengths, starts, strict=False)]
         )
         k, v = torch.randn(2, len(slots), 2, case.head_dim).to(device, torch.bfloat16)
-        append(k, v, cache, slots.to(device), backend=backend)
+        positions = torch.cat([torch.arange(length) for length in case.lengths]).to(device)
+        append(k, v, cache, slots.to(device), positions, backend=backend)
         seq_lens = torch.tensor(case.lengths, dtype=torch.int32)
         query_start = torch.arange(len(counts) + 1, dtype=torch.int32) * case.query_len
         q = torch.randn(len(counts) * case.query_len, 2 * case.group, case.head_dim).to(device, torch.bfloat16)

@@ -29,8 +29,14 @@ def append_by_reference(**changed: Any) -> None:
 
     written = ops.Pages.append
 
-    def append(self: ops.Pages, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
-        written(ops.Pages(replace(self.cache, **changed), "reference"), k, v, slot_mapping)
+    def append(
+        self: ops.Pages,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        positions: torch.Tensor | None = None,
+    ) -> None:
+        written(ops.Pages(replace(self.cache, **changed), "reference"), k, v, slot_mapping, positions)
 
     ops.Pages.append = append  # type: ignore[method-assign]
 

@@ -28,11 +28,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def random_vectors(
-    layout: PageLayout, device: str, centered: bool = True, gained: bool = True
+    layout: PageLayout, device: str, centered: bool = True, gained: bool = True, buckets: int = 1
 ) -> dict[str, torch.Tensor]:
-    """Centers and gains of K and V, by the names of `PagedKVCache`; gains are from 1/2 to 2."""
+    """Centers and gains of K and V, by the names of `PagedKVCache`; gains are from 1/2 to 2. With several buckets of
+    positions K has a center for each, 3 times as long.
+    """
     shape = layout.num_kv_heads, layout.head_dim
     centers = {name: torch.randn(shape, device=device) for name in ("k_center", "v_center") if centered}
+    if centered and buckets > 1:
+        centers["k_center"] = 3 * torch.randn(buckets, *shape, device=device)
     return centers | {
         name: torch.exp2(2 * torch.rand(shape, device=device) - 1) for name in ("k_gain", "v_gain") if gained
     }
@@ -61,14 +65,18 @@ def make_batch(
     dtype: torch.dtype = torch.bfloat16,
     centered: bool = False,
     gained: bool = False,
+    buckets: int = 1,
     backend: str = "reference",
     device: str = "cpu",
 ) -> Batch:
-    """Fresh random inputs, appended in one call by `backend`."""
+    """Fresh random inputs, appended in one call by `backend`. With several buckets, rows of K and V lie around their
+    bucket's center.
+    """
     layout = PageLayout(CacheFormat.parse(format_name), num_kv_heads, head_dim, page_size)
     pages_of = [-(-length // page_size) for length in seq_lens]
     num_pages = sum(pages_of) + 3
-    cache = PagedKVCache.allocate(layout, num_pages, device, **random_vectors(layout, device, centered, gained))
+    vectors = random_vectors(layout, device, centered, gained, buckets)
+    cache = PagedKVCache.allocate(layout, num_pages, device, **vectors)
     cache.pages.fill_(0xFF)
     free = torch.randperm(num_pages).tolist()
     block_table = torch.full((len(seq_lens), max([*pages_of, 1]) + 2), 2**30, dtype=torch.int32)
@@ -82,7 +90,12 @@ def make_batch(
     k, v = (
         (torch.randn(total, num_kv_heads, head_dim) * spread[i] + spread[1 - i]).to(device, dtype) for i in range(2)
     )
-    append(k, v, cache, torch.cat([*slots, torch.empty(0, dtype=torch.int64)]).to(device), backend=backend)
+    positions = torch.cat([torch.arange(length) for length in [0, *seq_lens]]).to(device)
+    if buckets > 1:
+        around = cache.constants[0].center[cache.bucket_of(positions)].to(dtype)
+        k, v = k + around, v + around
+    slot_mapping = torch.cat([*slots, torch.empty(0, dtype=torch.int64)]).to(device)
+    append(k, v, cache, slot_mapping, positions, backend=backend)
     lengths = list(seq_lens)
     seq_lens_tensor = torch.tensor(lengths, dtype=torch.int32, device=device)
     return Batch(cache, list(k.split(lengths)), list(v.split(lengths)), block_table.to(device), seq_lens_tensor)

@@ -11,11 +11,12 @@ from dataclasses import replace
 import torch
 
 from sawkv import Attention, CacheFormat, PagedKVCache, PageLayout, Schedule, append, decode_attention, gather
+from sawkv.format.constants import BUCKET_SIZE
 from sawkv.format.counters import COLUMNS, new_counters
 from sawkv.format.rotation import rotate
 from sawkv.kernels import load_backend
 from tests.conftest import Batch, make_batch, relative_error
-from tests.kernel_checks import MAX_ERROR
+from tests.kernel_checks import MAX_ERROR, check_buckets, check_gather_of_tails
 
 Check = Callable[[str, str], None]
 """Called with a backend and a device."""
@@ -107,17 +108,19 @@ def padding_of_a_captured_step_is_ignored(backend: str, device: str) -> None:
     """One CUDA graph (on the CPU: one function) serves steps of 1 to 8 sequences; what pads them is NaN, slot -1 and
     length 0.
 
-    Of pages with centers and gains, and attention with sinks, which has to know what centers took from scores.
+    Of pages with centers of two buckets and gains, and attention with sinks, which has to know what centers took from
+    scores. One sequence comes to its second bucket.
     """
-    batch = make_batch(
-        "int4", [5, 33, 695, 1, 2, 18, 2001, 66], centered=True, gained=True, device=device, backend=backend
-    )
+    lengths = [5, 33, 695, BUCKET_SIZE - 2, 2, 18, 2001, 66]
+    batch = make_batch("int4", lengths, centered=True, gained=True, buckets=2, device=device, backend=backend)
+    spare = set(range(batch.cache.pages.shape[0])) - set(batch.block_table.flatten().tolist())
+    batch.block_table[3, BUCKET_SIZE // batch.cache.layout.page_size] = spare.pop()
     copied = replace(batch.cache, pages=batch.cache.pages.clone())
     mirror = Batch(copied, batch.k, batch.v, batch.block_table, batch.seq_lens.clone())
     sinks = torch.randn(8, device=device)
     k, v = torch.zeros(2, 8, 2, 128, device=device)
     q = torch.zeros(8, 8, 128, device=device)
-    slots = torch.full((8,), -1, device=device)
+    slots, positions = torch.full((2, 8), -1, device=device)
     seq_lens = torch.zeros(8, dtype=torch.int32, device=device)
     starts = torch.zeros(9, dtype=torch.int32, device=device)
     out = torch.zeros_like(q)
@@ -128,7 +131,7 @@ def padding_of_a_captured_step_is_ignored(backend: str, device: str) -> None:
     )
 
     def step() -> None:
-        attention.append(k, v, slots)
+        attention.append(k, v, slots, positions)
         attention(q, where, out)
 
     where = schedule.update(batch.block_table, seq_lens, starts)
@@ -137,12 +140,13 @@ def padding_of_a_captured_step_is_ignored(backend: str, device: str) -> None:
         for x in (k, v, q):
             x.fill_(math.nan)[:count] = torch.randn(count, *x.shape[1:], device=device)
         slots.fill_(-1)[:count] = torch.cat([slot_of(mirror, i, int(mirror.seq_lens[i])) for i in range(count)])
+        positions.fill_(2**62)[:count] = mirror.seq_lens[:count]
         mirror.seq_lens[:count] += 1
         seq_lens.zero_()[:count] = mirror.seq_lens[:count]
         starts.copy_(torch.arange(9).clamp(max=count))
         schedule.update(batch.block_table, seq_lens, starts)
         run()
-        append(k[:count], v[:count], mirror.cache, slots[:count], backend="reference")
+        append(k[:count], v[:count], mirror.cache, slots[:count], positions[:count], backend="reference")
         want = attend(mirror, q[:count], [1] * count + [0] * (8 - count), "reference", softmax_scale=0.1, sinks=sinks)
         assert torch.equal(batch.cache.pages, mirror.cache.pages)
         assert relative_error(out[:count], want) < MAX_ERROR
@@ -262,6 +266,13 @@ def splits_that_see_nothing(backend: str, device: str) -> None:
         out, want = (attend(batch, q, [1, 4, 2, 1, 2], name, sliding_window=window) for name in (backend, "reference"))
         assert not out[7].any(), "a query of an empty sequence gives zeros"
         assert relative_error(out, want) < MAX_ERROR
+
+
+@check
+def each_bucket_has_its_own_center(backend: str, device: str) -> None:
+    """Of positions: attention of sequences that end within buckets, at their borders and behind the last."""
+    check_buckets(backend, device, head_dim=64)
+    check_gather_of_tails(backend, device)
 
 
 @check

@@ -7,10 +7,12 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from sawkv import CacheFormat, PagedKVCache, PageLayout, append, decode_attention, gather
+from sawkv.format.constants import BUCKET_SIZE
 from sawkv.format.feedback import Feedback, channel_blocks, takes_from
 from sawkv.kernels.cuda.queries import MAX_DECODE_QUERY_LEN
 from tests.conftest import Batch, make_batch, random_vectors, relative_error
@@ -43,13 +45,16 @@ def check_append(
     centered: bool = False,
     gained: bool = False,
     feedback: str = "",
+    buckets: int = 1,
 ) -> None:
     """Bytes equal the reference's, from strided rows of all magnitudes, with NaN and infinities, to permuted slots.
 
     feedback: which of K and V have it: "", "k", "v" or "kv".
+    buckets: of positions, with a center of K each. Tokens stand in all of them and behind, and those without a slot
+        anywhere.
     """
     layout = PageLayout(CacheFormat.parse(format_name), 3, head_dim, page_size)
-    vectors = random_vectors(layout, device, centered, gained)
+    vectors = random_vectors(layout, device, centered, gained, buckets)
     feedbacks = {
         f"{which}_feedback": random_feedback(layout.rows.num_kv_heads, layout.rows.head_dim, device)
         for which in feedback
@@ -69,9 +74,14 @@ def check_append(
     k, v = fused.to(device, dtype)[:, 1], fused.to(device, dtype)[:, 3]  # strided views, as engines give them
     # Some are out of range on either side, and 6 tokens are padding.
     slots = (torch.randperm(5 * page_size + 20)[:64] - 10).to(device)
+    positions = torch.randint((buckets + 2) * BUCKET_SIZE, (70,))
+    positions[20:24] = torch.tensor([0, BUCKET_SIZE - 1, BUCKET_SIZE, buckets * BUCKET_SIZE])
+    positions[64:] = 2**62
+    positions = positions.to(device)
+    positions[:64][(slots < 0) | (slots >= 5 * page_size)] = -(2**62)
     for cache, name in zip(caches, (backend, "reference"), strict=True):
         cache.pages.fill_(0xAB)
-        append(k, v, cache, slots, backend=name)
+        append(k, v, cache, slots, positions, backend=name)
     assert torch.equal(caches[0].pages, caches[1].pages)
     assert not (caches[0].pages == 0xAB).all()
 
@@ -207,6 +217,7 @@ def check_gather(
     head_dim: int,
     page_size: int = 16,
     gained: bool = False,
+    buckets: int = 1,
     exact: bool = True,
 ) -> None:
     """Rows equal the reference's, rotated and not, in fp32 and bf16; nothing else is written.
@@ -214,7 +225,14 @@ def check_gather(
     exact: un-rotated rows too are equal to the last bit. Otherwise the rotation's sums may be taken in another order.
     """
     batch = make_batch(
-        format_name, seq_lens, head_dim=head_dim, centered=True, gained=gained, page_size=page_size, device=device
+        format_name,
+        seq_lens,
+        head_dim=head_dim,
+        centered=True,
+        gained=gained,
+        buckets=buckets,
+        page_size=page_size,
+        device=device,
     )
     starts = starts_of([length + 3 * (i % 2) for i, length in enumerate(seq_lens)], device)
     total = int(starts[-1])
@@ -243,3 +261,69 @@ def check_gather(
                         "rows of no sequence are left as they are"
                     )
                     assert relative_error(*results) < (1e-6 if dtype == torch.float32 else 2e-4), (max_tokens, dtype)
+
+
+def check_gather_of_tails(backend: str, device: str, head_dim: int = 64, page_size: int = 16) -> None:
+    """What is read from the middle of sequences, as with a sliding window, is that part of the whole, with centers of
+    two buckets.
+    """
+    pages = BUCKET_SIZE // page_size
+    lengths, skipped = [BUCKET_SIZE + 30, 2 * BUCKET_SIZE + 7, 3], [pages - 2, 2 * pages, 0]
+    batch = make_batch("int4", lengths, head_dim=head_dim, page_size=page_size, centered=True, buckets=2, device=device)
+    first = torch.tensor(skipped, dtype=torch.int32, device=device) * page_size
+    table = torch.stack([row.roll(-skip) for row, skip in zip(batch.block_table, skipped, strict=True)])
+    kept = batch.seq_lens - first
+    bounds, tail_bounds = starts_of(lengths, device), starts_of(kept.tolist(), device)
+    for rotated in (True, False):
+        whole = torch.empty(2, sum(lengths), 2, head_dim, device=device)
+        tails = torch.empty(2, int(kept.sum()), 2, head_dim, device=device)
+        options = {"rotated": rotated, "first_positions": first}
+        gather(batch.cache, batch.block_table, batch.seq_lens, bounds, *whole, rotated=rotated, backend="reference")
+        gather(batch.cache, table, kept, tail_bounds, *tails, **options, backend=backend)
+        want = [whole[:, end - n : end] for end, n in zip(bounds[1:].tolist(), kept.tolist(), strict=True)]
+        assert relative_error(tails, torch.cat(want, 1)) < 1e-6
+
+
+BUCKET_LENS = (1, BUCKET_SIZE - 1, BUCKET_SIZE, BUCKET_SIZE + 1, 3 * BUCKET_SIZE, 4 * BUCKET_SIZE + 70)
+"""Lengths that end inside buckets, at their borders, and behind the last of three."""
+BUCKET_OPTIONS: list[dict[str, object]] = [
+    {},
+    {"sliding_window": 1},
+    {"sliding_window": BUCKET_SIZE - 1},
+    {"sliding_window": BUCKET_SIZE + 100},
+    {"logit_softcap": 20.0},
+    {"sinks": True},
+    {"sinks": True, "logit_softcap": 20.0, "sliding_window": 2 * BUCKET_SIZE},
+]
+"""For `check_buckets`. `sinks` stands for a tensor of them."""
+
+
+def check_buckets(
+    backend: str,
+    device: str,
+    *,
+    head_dim: int = 128,
+    group: int = 4,
+    seq_lens: Sequence[int] = BUCKET_LENS,
+    query_lens: Sequence[int] = (1, 4, 1, 3, 2, 8),
+    page_size: int = 16,
+    options: Sequence[dict[str, object]] = tuple(BUCKET_OPTIONS),
+) -> None:
+    """Attention equals the reference's where K has a center for each of three buckets. With the first two exchanged,
+    the control, it does not.
+    """
+    layout = {"head_dim": head_dim, "page_size": page_size}
+    batch = make_batch("int4", seq_lens, **layout, centered=True, gained=True, buckets=3, device=device)
+    starts = starts_of(query_lens, device)
+    q = torch.randn(int(starts[-1]) + 1, 2 * group, head_dim, device=device) / 2
+    sinks = torch.randn(2 * group, device=device)
+    for given in options:
+        wanted = given | ({"sinks": sinks} if "sinks" in given else {})
+        got, want = (attend(batch, q, starts, name, **wanted) for name in (backend, "reference"))
+        compare_attention(got, want, starts, 4 * MAX_LSE_ERROR)
+        if given is options[0]:
+            assert batch.cache.k_center is not None
+            exchanged = replace(batch.cache, k_center=batch.cache.k_center[[1, 0, 2]].contiguous())
+            control, _ = attend(replace(batch, cache=exchanged), q, starts, backend, **wanted)
+            long = slice(int(starts[-2]), int(starts[-1]))
+            assert relative_error(control[long], want[0][long]) > 10 * MAX_ERROR

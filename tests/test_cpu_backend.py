@@ -16,7 +16,12 @@ from sawkv.kernels.constants import HEADER_NAME, header
 from sawkv.kernels.cpu import build
 from sawkv.kernels.structs import read
 from tests.conftest import Batch, make_batch, relative_error
-from tests.kernel_checks import check_append, check_feedback_ends_where_scales_saturate, check_wrong_feedback_is_noticed
+from tests.kernel_checks import (
+    check_append,
+    check_feedback_ends_where_scales_saturate,
+    check_gather_of_tails,
+    check_wrong_feedback_is_noticed,
+)
 
 HEAD_DIMS = [16, 64, 80, 96, 128, 192, 256, 512]
 FORMATS = ["int4", "int8", "bf16", "fp16-k16-v16", "fp32-k16-v0"]
@@ -31,9 +36,9 @@ def test_the_backend_is_there() -> None:
 @pytest.mark.parametrize("format_name", [*FORMATS, "int4-k0-v16", "int8-k16-v0"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_append_writes_the_bytes_of_the_reference(head_dim: int, format_name: str, dtype: torch.dtype) -> None:
-    check_append(
-        "cpu", "cpu", format_name, head_dim, dtype=dtype, centered=head_dim == 64, gained=head_dim in (64, 80, 256)
-    )
+    is_centered, buckets = head_dim == 64, 3 if dtype == torch.bfloat16 else 1
+    gained = head_dim in (64, 80, 256)
+    check_append("cpu", "cpu", format_name, head_dim, dtype=dtype, centered=is_centered, gained=gained, buckets=buckets)
 
 
 @pytest.mark.parametrize("feedback", ["k", "v", "kv"])
@@ -49,7 +54,12 @@ def test_append_with_feedback(head_dim: int, dtype: torch.dtype, feedback: str) 
         centered=dtype == torch.float16,
         gained=dtype != torch.float32,
         feedback=feedback,
+        buckets=3 if feedback == "kv" else 1,
     )
+
+
+def test_gather_of_wide_heads_with_a_center_per_bucket() -> None:
+    check_gather_of_tails("cpu", "cpu", 512)
 
 
 def test_wrong_feedback_is_noticed() -> None:

@@ -5,6 +5,7 @@ register spills.
 from __future__ import annotations
 
 import ctypes
+import itertools
 import re
 import subprocess
 from collections.abc import Callable
@@ -68,18 +69,22 @@ TRITON_SHAPES = [
 ]
 
 
-def run_all(backend: Backend, shape: Shape) -> None:
-    """Call what the backend has, on a few tokens, so that it compiles what it would run; nothing is launched."""
+def run_all(backend: Backend, shape: Shape, has_buckets: bool) -> None:
+    """Call what the backend has, on a few tokens, so that it compiles what it would run; nothing is launched.
+    has_buckets: whether for K with several centers too.
+    """
     layout = PageLayout(CacheFormat(shape.format_name), shape.kv_heads, shape.head_dim, shape.page_size)
     pages = torch.zeros(layout.pages_shape(4), dtype=torch.uint8)
     plain, prepared = PagedKVCache(pages, layout), PagedKVCache(pages, layout, **random_vectors(layout, "cpu"))
     if layout.format.codec == "int4":
         rows = layout.rows
         prepared = replace(prepared, k_feedback=random_feedback(rows.num_kv_heads, rows.head_dim, "cpu"))
+    by_bucket = [replace(prepared, k_center=torch.zeros(3, shape.kv_heads, shape.head_dim))] if has_buckets else []
     counters = new_counters(CPU) if shape.counted else None
     k, v = torch.zeros(2, 32, layout.rows.num_kv_heads, layout.rows.head_dim, dtype=torch.bfloat16)
-    for cache in (plain, replace(plain, counters=counters), replace(prepared, counters=counters)):
-        backend.Pages(cache.rows()).append(k, v, torch.arange(32))
+    for cache in (plain, replace(plain, counters=counters), replace(prepared, counters=counters), *by_bucket):
+        positions = torch.arange(32) if cache.num_buckets > 1 else None
+        backend.Pages(cache.rows()).append(k, v, torch.arange(32), positions)
     window = shape.options.get("sliding_window", 0)
     schedule = backend.Schedule(ScheduleShape(layout, CPU, shape.q_heads, 2, shape.query_len, window))
     seq_lens, starts = (
@@ -92,10 +97,11 @@ def run_all(backend: Backend, shape: Shape) -> None:
     q = torch.zeros(2 * shape.query_len, shape.q_heads, shape.head_dim, dtype=torch.bfloat16)
     options = {"sliding_window": 0, "logit_softcap": 0.0, "sinks": None} | shape.options
     lse = torch.empty(q.shape[:2]) if shape.counted else None  # makes attention compute what scores lack by K's center
-    for cache, wanted in ((plain, None), (prepared, None), (prepared, lse)):
+    for cache, wanted in ((plain, None), (prepared, None), (prepared, lse), *((cache, None) for cache in by_bucket)):
         backend.Attention(Layer(cache, shape.q_heads, 1.0, **options))(q, step, torch.empty_like(q), wanted)
     prefixes = Prefixes(block_table, seq_lens, torch.tensor([0, 64, 128], dtype=torch.int32))
-    for cache, rotated in ((plain, True), (plain, False), (prepared, False)):
+    gathered = [(plain, True), (plain, False), (prepared, False), *itertools.product(by_bucket, (True, False))]
+    for cache, rotated in gathered:
         backend.Pages(cache.rows()).gather(prefixes, k[:2], v[:2], rotated)
 
 
@@ -134,21 +140,23 @@ def compile_cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], dict[str, s
 )
 def test_cuda_sources(arch: str, shape: Shape, compile_cuda: Callable[[str], dict[str, str]]) -> None:
     logs = compile_cuda(arch)
-    run_all(cuda, shape)
+    run_all(cuda, shape, shape.counted and arch == "sm_90")
     assert {key.split()[0] for key in logs} == {"append.cu", "schedule.cu", "decode.cu", "gather.cu"}
     check_registers(logs)
 
 
 @pytest.mark.parametrize(
-    ("query_len", "head_dim", "options"), [(16, 128, {}), (100, 128, {"logit_softcap": 30.0}), (300, 64, {})]
+    ("query_len", "head_dim", "buckets", "options"),
+    [(16, 128, 1, {}), (16, 128, 3, {}), (100, 128, 3, {"logit_softcap": 30.0}), (300, 64, 1, {})],
 )
 def test_extend_compiles(
-    query_len: int, head_dim: int, options: dict[str, Any], compile_cuda: Callable[[str], dict[str, str]]
+    query_len: int, head_dim: int, buckets: int, options: dict[str, Any], compile_cuda: Callable[[str], dict[str, str]]
 ) -> None:
     """For one consumer group's rows and for two's, with all that costs registers."""
     logs = compile_cuda("sm_90")
     layout = PageLayout(CacheFormat("int4"), 8, head_dim, 64)
-    cache = PagedKVCache(torch.zeros(layout.pages_shape(4), dtype=torch.uint8), layout, **random_vectors(layout, "cpu"))
+    vectors = random_vectors(layout, "cpu", buckets=buckets)
+    cache = PagedKVCache(torch.zeros(layout.pages_shape(4), dtype=torch.uint8), layout, **vectors)
     schedule = cuda.Schedule(ScheduleShape(layout, CPU, 32, 1, query_len, 0))
     table, lengths, starts = (torch.tensor(x, dtype=torch.int32) for x in ([[0]], [64], [0, query_len]))
     q = torch.zeros(query_len, 32, head_dim, dtype=torch.bfloat16)
@@ -172,7 +180,7 @@ def test_the_sanitizers_build_compiles(
 ) -> None:
     monkeypatch.setitem(cuda.DEBUG_DEFINES, "EVERY_LANE_ARRIVES", 1)
     logs = compile_cuda("sm_90")
-    run_all(cuda, MAIN)
+    run_all(cuda, MAIN, has_buckets=True)
     assert any("EVERY_LANE_ARRIVES" in key for key in logs)
 
 
@@ -195,7 +203,7 @@ def test_both_sides_lay_out_launch_parameters_alike(
     for name, text in sources.items():
         (tmp_path / name).write_text(text)
     defines = {"HEAD_DIM": 64, "PAGE_SIZE": 16, "K_ORDER": 64, "V_ORDER": 64, "ELEMENT": "sawkv::Half"}
-    defines |= {"GAIN": 0, "FEEDBACK": 0, "COUNT": 0, "SOFTCAP": 0, "OFFSET": 0}
+    defines |= {"GAIN": 0, "FEEDBACK": 0, "COUNT": 0, "SOFTCAP": 0, "OFFSET": 0, "BY_BUCKET": 0}
     defines |= {"GROUP": 4, "CHUNK_ROWS": 8, "ROW_GROUPS": 1}
 
     def compile_with(shift: int) -> None:
@@ -260,7 +268,7 @@ def test_triton_kernels(
     from sawkv.kernels import triton
 
     kernels = compile_triton(capability)
-    run_all(triton, shape)
+    run_all(triton, shape, shape.counted and capability == 90)
     names = {"append_kernel", "schedule_kernel", "prepare_kernel", "decode_kernel", "merge_kernel", "gather_kernel"}
     assert kernels.keys() == names
     for name, kernel in ((name, kernel) for name, variants in kernels.items() for kernel in variants):

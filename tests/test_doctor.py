@@ -119,7 +119,7 @@ def test_an_installation_without_its_entry_point(
 
 def test_kernels_that_write_other_bytes(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def wrong(k: Any, v: Any, cache: Any, slots: torch.Tensor, *, backend: str | None) -> None:
-        reference.Pages(cache).append(k, v, slots)
+        reference.Pages(cache).append(k, v, slots, None)
         if backend is None:
             cache.pages[0, 0, 0, 0] ^= 1
 

@@ -60,9 +60,11 @@ def test_a_new_backend_is_chosen_and_called(monkeypatch: pytest.MonkeyPatch) -> 
     calls: list[str] = []
 
     class Pages(reference.Pages):
-        def append(self, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+        def append(
+            self, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor, positions: torch.Tensor | None
+        ) -> None:
             calls.append("append")
-            super().append(k, v, slot_mapping)
+            super().append(k, v, slot_mapping, positions)
 
     toy = ModuleType("sawkv.kernels.toy")
     parts = {

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from sawkv import CacheFormat, LayoutError, PagedKVCache, PageLayout, UnsupportedError, append, decode_attention, gather
+from sawkv.format.constants import BUCKET_SIZE
 from sawkv.format.feedback import Feedback, fit_feedback
 from sawkv.format.rotation import hadamard_matrix, rotate
 from sawkv.kernels import reference
@@ -113,6 +114,62 @@ def test_the_check_above_can_fail() -> None:
     want, _ = attend_fp64(batch, q, [0, 1])
     batch.cache.pages[batch.block_table[0, 1]] = batch.cache.pages[batch.block_table[0, 1]].roll(1)
     assert not relative_error(attend_fp64(batch, q, [0, 1])[0], want) < 1e-3
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_centers_of_buckets_do_not_change_what_is_read(backend: str) -> None:
+    """Of 32-bit pages: attention is that over K and V as they were given, and `gather` gives those back. Rotated rows
+    lack the same center in all buckets.
+    """
+    lengths, head_dim, query_len = [2 * BUCKET_SIZE + 40, BUCKET_SIZE], 64, 3
+    batch = make_batch(
+        "fp32-k16-v16", lengths, head_dim=head_dim, dtype=torch.float32, centered=True, gained=True, buckets=2
+    )
+    cache, starts = batch.cache, torch.tensor([0, 3, 6], dtype=torch.int32)
+    q, sinks = torch.randn(6, 4, head_dim), torch.randn(4)
+    for window, cap, sink in ((0, 0.0, None), (0, 5.0, None), (BUCKET_SIZE + 9, 0.0, sinks), (7, 5.0, sinks)):
+        lse = torch.empty(6, 4)
+        got = decode_attention(
+            q,
+            cache,
+            batch.block_table,
+            batch.seq_lens,
+            starts,
+            softmax_scale=head_dim**-0.5,
+            max_query_len=query_len,
+            sliding_window=window,
+            logit_softcap=cap,
+            sinks=sink,
+            lse=lse,
+            backend=backend,
+        )
+        for i, length in enumerate(lengths):
+            k, v = (x[i].double().repeat_interleave(2, 1) for x in (batch.k, batch.v))
+            mine = slice(3 * i, 3 * i + query_len)
+            scores = torch.einsum("qhd,khd->hqk", q[mine].double(), k) * head_dim**-0.5
+            scores = cap * torch.tanh(scores / cap) if cap else scores
+            ahead = torch.arange(length) - torch.arange(length - query_len, length)[:, None]
+            hidden = (ahead > 0) | (ahead <= -window if window else torch.tensor(False))
+            scores = scores.masked_fill(hidden, -math.inf)
+            total = scores if sink is None else torch.cat([scores, sink[:, None, None].expand(-1, 3, -1)], -1)
+            want = torch.einsum("hqk,khd->qhd", (scores - total.logsumexp(-1, keepdim=True)).exp(), v)
+            assert relative_error(got[mine], want) < 1e-5
+            torch.testing.assert_close(lse[mine].double(), total.logsumexp(-1).T, atol=1e-4, rtol=1e-5)
+    bounds, total = torch.tensor([0, lengths[0], sum(lengths)], dtype=torch.int32), sum(lengths)
+    k, v, k_rotated, v_rotated = torch.empty(4, total, 2, head_dim)
+    gather(cache, batch.block_table, batch.seq_lens, bounds, k, v, rotated=False, backend=backend)
+    gather(cache, batch.block_table, batch.seq_lens, bounds, k_rotated, v_rotated, backend=backend)
+    assert cache.k_center is not None
+    assert cache.k_gain is not None
+    unrotated = rotate(k_rotated, 16) / cache.k_gain + cache.k_center[0]
+    for restored in (k, unrotated):
+        torch.testing.assert_close(restored, torch.cat(batch.k), atol=1e-4, rtol=1e-5)
+    torch.testing.assert_close(v, torch.cat(batch.v), atol=1e-4, rtol=1e-5)
+    with pytest.raises(LayoutError, match="positions: expected those of the tokens"):
+        append(k[:1], v[:1], cache, torch.zeros(1, dtype=torch.int64), backend=backend)
+    slots = torch.arange(2)
+    with pytest.raises(LayoutError, match="positions: expected 2, one for each slot, got 1"):
+        append(k[:2], v[:2], cache, slots, slots[:1], backend=backend)
 
 
 @pytest.mark.parametrize("options", [{"cap": 3.0}, {"sinks": torch.full((2,), 1.0)}])

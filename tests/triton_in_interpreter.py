@@ -11,6 +11,7 @@ import torch
 
 import sawkv.kernels.triton as triton_backend
 from sawkv import Attention, CacheFormat, LayoutError, PagedKVCache, PageLayout, Schedule, append
+from sawkv.format.constants import BUCKET_SIZE
 from sawkv.format.counters import is_sampled, new_counters
 from sawkv.kernels import unsupported_reason
 from tests import faults
@@ -19,8 +20,10 @@ from tests.kernel_checks import (
     attend,
     check_append,
     check_attention,
+    check_buckets,
     check_feedback_ends_where_scales_saturate,
     check_gather,
+    check_gather_of_tails,
     check_wrong_feedback_is_noticed,
     compare_attention,
     random_feedback,
@@ -82,7 +85,16 @@ def test_append_with_feedback(head_dim: int, dtype: torch.dtype, feedback: str) 
         centered=head_dim == 96,
         gained=head_dim >= 112,
         feedback=feedback,
+        buckets=3,
     )
+
+
+def test_a_center_per_bucket() -> None:
+    """The window leaves out most tiles, which take long here."""
+    options = [{"sliding_window": 70, "sinks": True}]
+    lengths = [1, BUCKET_SIZE + 30]
+    check_buckets("triton", "cpu", head_dim=64, group=2, seq_lens=lengths, query_lens=[1, 3], options=options)
+    check_gather_of_tails("triton", "cpu")
 
 
 def test_wrong_feedback_is_noticed() -> None:

@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 import torch
 
 from sawkv.errors import LayoutError
+from sawkv.format.constants import BUCKET_SIZE
 from sawkv.format.counters import COLUMNS
 from sawkv.format.feedback import Feedback
 from sawkv.format.layout import PageLayout
+from sawkv.format.rotation import rotate
 from sawkv.format.spec import FORMAT_VERSION
 
 
@@ -21,7 +23,8 @@ class Constants(NamedTuple):
     it.
 
     Attributes:
-        center, gain: [num_kv_heads, head_dim] fp32.
+        center: [num_buckets, num_kv_heads, head_dim] fp32. V has one bucket.
+        gain: [num_kv_heads, head_dim] fp32.
         gain_inverse: [num_kv_heads, head_dim] fp32, 1 / gain, rounded once. Readers use it in place of the gain.
         weights: [num_kv_heads, head_dim, head_dim] int8, of the feedback.
         step: [num_kv_heads] fp32, of the feedback.
@@ -45,6 +48,8 @@ class PagedKVCache:
         k_center, v_center: [num_kv_heads, head_dim] fp32, or None. `append` subtracts them before rotation. Attention
             adds V's to the output. Without K's center all scores of one query change by the same q.k_center, which
             attention adds where the softmax notices: under a soft-cap, with sinks, and in the log-sum-exp.
+            K may have several, [num_buckets, num_kv_heads, head_dim]: bucket i holds positions from i * BUCKET_SIZE on,
+            and the last one all later positions. Attention then adds q.k_center to every score.
         k_gain, v_gain: [num_kv_heads, head_dim] fp32, positive and finite, or None. `append` multiplies by them after
             centering and before rotation. Attention divides Q by K's gain, and the output by V's. Values are checked on
             the CPU alone, where that does not synchronize.
@@ -69,6 +74,7 @@ class PagedKVCache:
     v_feedback: Feedback | None = None
     counters: torch.Tensor | None = None
     constants: tuple[Constants, Constants] = field(init=False, repr=False)
+    _k_shift: list[torch.Tensor] = field(init=False, repr=False, compare=False, default_factory=list)
     bound: dict[object, object] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -87,7 +93,8 @@ class PagedKVCache:
             if vectors is None:
                 continue
             expected = (layout.num_kv_heads, layout.head_dim)
-            if vectors.shape != expected or vectors.dtype != torch.float32 or not vectors.is_contiguous():
+            rows = vectors[0] if name == "k_center" and vectors.ndim == 3 and len(vectors) else vectors
+            if rows.shape != expected or vectors.dtype != torch.float32 or not vectors.is_contiguous():
                 raise LayoutError(
                     f"{name}: expected contiguous float32 {list(expected)}, got {vectors.dtype} {list(vectors.shape)}"
                 )
@@ -145,7 +152,7 @@ class PagedKVCache:
             return self
 
         def seen(x: torch.Tensor | None) -> torch.Tensor | None:
-            return None if x is None else x.view(layout.num_kv_heads, layout.head_dim)
+            return None if x is None else x.view(*x.shape[:-2], layout.num_kv_heads, layout.head_dim)
 
         constants = tuple(
             part._replace(center=seen(part.center), gain=seen(part.gain), gain_inverse=seen(part.gain_inverse))
@@ -153,16 +160,47 @@ class PagedKVCache:
         )
         k, v = constants
         rows = copy(self)
-        vars(rows).update(
-            layout=layout, constants=constants, k_center=k.center, v_center=v.center, k_gain=k.gain, v_gain=v.gain
-        )
+        centers = {"k_center": seen(self.k_center), "v_center": seen(self.v_center)}
+        vars(rows).update(layout=layout, constants=constants, **centers, k_gain=k.gain, v_gain=v.gain)
         return rows
 
     def refresh(self) -> None:
-        """Recompute the inverse gains in place. Call it after changing gains in place."""
+        """Recompute what follows from gains and centers, in place. Call it after changing them in place."""
         for constants in self.constants:
             if constants.gain is not None and constants.gain_inverse is not None:
                 torch.reciprocal(constants.gain, out=constants.gain_inverse)
+        for shift in self._k_shift:
+            shift.copy_(self._find_k_shift().view_as(shift))
+
+    def added_by_gather(self, rotated: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """What `gather` adds to rows of K, by bucket, and to those of V: [num_buckets, num_kv_heads, head_dim] fp32 as
+        in `constants`, None for nothing. To rows that stay rotated it adds what makes all of them lack the center of
+        the first bucket.
+        """
+        if not rotated:
+            return self.constants[0].center, self.constants[1].center
+        if self.num_buckets == 1:
+            return None, None
+        if not self._k_shift:
+            self._k_shift.append(self._find_k_shift())
+        return self._k_shift[0].view(-1, self.layout.num_kv_heads, self.layout.head_dim), None
+
+    def _find_k_shift(self) -> torch.Tensor:
+        """How centers of K differ from the first one, as rows are stored: scaled and rotated."""
+        center, gain = self.constants[0].center, self.constants[0].gain
+        assert center is not None
+        shift = center - center[0]
+        return rotate(shift if gain is None else shift * gain, self.layout.k_rotation_order)
+
+    def bucket_of(self, positions: torch.Tensor) -> torch.Tensor:
+        """The bucket of each position, int64 of the same shape."""
+        return (positions.long() // BUCKET_SIZE).clamp(0, self.num_buckets - 1)
+
+    @property
+    def num_buckets(self) -> int:
+        """Buckets of positions that have a center of K; 1 without any."""
+        center = self.constants[0].center
+        return 1 if center is None else len(center)
 
     @property
     def num_slots(self) -> int:
@@ -198,8 +236,9 @@ class PagedKVCache:
 
 
 def _constants(center: torch.Tensor | None, gain: torch.Tensor | None, feedback: Feedback | None) -> Constants:
+    buckets = None if center is None else center.view(-1, *center.shape[-2:])
     inverse = None if gain is None else gain.reciprocal()
-    return Constants(center, gain, inverse, *((None, None) if feedback is None else (feedback.weights, feedback.step)))
+    return Constants(buckets, gain, inverse, *((None, None) if feedback is None else (feedback.weights, feedback.step)))
 
 
 def _digest(x: torch.Tensor | None) -> str:

@@ -64,8 +64,11 @@ class Pages:
         self._head_shape = (layout.num_kv_heads, layout.head_dim)
         self._row_shape = (layout.rows.num_kv_heads, layout.rows.head_dim)
         self._has_parts = layout.parts > 1
+        self._has_buckets = cache.num_buckets > 1
 
-    def append(self, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+    def append(
+        self, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor, positions: torch.Tensor | None = None
+    ) -> None:
         """Center, scale, rotate, quantize and pack K and V of new tokens, and write them to their slots.
 
         With H the rotation and x one row, `y = H ((x - center) * gain)`, `code = clamp(round(y / scale + zero_point),
@@ -79,6 +82,8 @@ class Pages:
             slot_mapping: [num_slots] int64 with num_slots <= num_tokens; a slot is `page * page_size + offset`. Rows of
                 k and v from num_slots on are padding. Slots that are negative or out of range are skipped. Slots must
                 not repeat.
+            positions: [num_slots] int64 or longer, places of the tokens in their sequences. Needed, and read, only if K
+                has several centers.
 
         Raises:
             LayoutError: shape, dtype or device mismatch.
@@ -99,9 +104,11 @@ class Pages:
             and slot_mapping.shape[0] <= shape[0]
         ):
             self._check_append(k, v, slot_mapping)
+        if self._has_buckets:
+            self._check_positions(slot_mapping, positions)
         if self._has_parts:
             k, v = k.reshape(-1, *self._row_shape), v.reshape(-1, *self._row_shape)
-        self._kernels.append(k, v, slot_mapping)
+        self._kernels.append(k, v, slot_mapping, positions if self._has_buckets else None)
 
     def gather(self, prefixes: Prefixes, k_out: torch.Tensor, v_out: torch.Tensor, *, rotated: bool = True) -> None:
         """Decode pages of many sequences into contiguous K and V, for an engine's own prefill attention.
@@ -110,7 +117,7 @@ class Pages:
         K's gain and rotates it by K's order. After attention, the caller rotates the output by V's order, divides it by
         V's gain and adds V's center (`rotation.rotate` is its own inverse). Scores then lack `softmax_scale *
         q.k_center`. With a soft-cap, add that term to every score before the cap. With sinks and no soft-cap, subtract
-        it from the query's sink.
+        it from the query's sink. If K has several centers, the term is that of the first one, for all keys.
 
         Args:
             prefixes: the tokens to read and their places in the outputs; `prefixes` makes it once per step for all
@@ -152,6 +159,15 @@ class Pages:
         if slot_mapping.shape[0] > k.shape[0]:
             raise LayoutError(
                 f"slot_mapping: expected at most {k.shape[0]} slots, one for each token, got {slot_mapping.shape[0]}"
+            )
+
+    def _check_positions(self, slot_mapping: torch.Tensor, positions: torch.Tensor | None) -> None:
+        if positions is None:
+            raise LayoutError("positions: expected those of the tokens, because K has several centers, got none")
+        _check("positions", positions, (None,), (torch.int64,), self._device)
+        if positions.shape[0] < slot_mapping.shape[0]:
+            raise LayoutError(
+                f"positions: expected {slot_mapping.shape[0]}, one for each slot, got {positions.shape[0]}"
             )
 
     def _check_gather(self, prefixes: Prefixes, k_out: torch.Tensor, v_out: torch.Tensor) -> None:
@@ -223,7 +239,7 @@ class Attention(Pages):
         With y_k and y_v the stored rows, `score = softmax_scale * ((H (q / k_gain)).y_k + q.k_center)`, soft-capped as
         `cap * tanh(score / cap)`. Weights are the softmax over visible keys and the sink, and `out = (H sum(weight *
         y_v)) / v_gain + v_center`. The call does all of this, rotations included. It computes q.k_center only for a
-        soft-cap, sinks or lse, because otherwise the term does not change the result.
+        soft-cap, sinks or lse, or if K has several centers, because otherwise the term does not change the result.
 
         Args:
             q: [num_tokens, num_q_heads, head_dim] bf16, fp16 or fp32, after RoPE, not rotated, contiguous channels. The
@@ -352,7 +368,12 @@ def turns(
     return select_backend(device, layout, backend).Schedule.turns(layout, device, num_q_heads)
 
 
-def prefixes(block_table: torch.Tensor, seq_lens: torch.Tensor, cu_seq_lens: torch.Tensor) -> Prefixes:
+def prefixes(
+    block_table: torch.Tensor,
+    seq_lens: torch.Tensor,
+    cu_seq_lens: torch.Tensor,
+    first_positions: torch.Tensor | None = None,
+) -> Prefixes:
     """Check what `Pages.gather` reads and where it writes, once per step for all layers.
 
     Args:
@@ -360,21 +381,32 @@ def prefixes(block_table: torch.Tensor, seq_lens: torch.Tensor, cu_seq_lens: tor
         seq_lens: [num_seqs] int32, tokens to read of each sequence.
         cu_seq_lens: [num_seqs + 1] int32, where each sequence starts in the outputs; cu_seq_lens[i + 1] >=
             cu_seq_lens[i] + seq_lens[i].
+        first_positions: [num_seqs] int32, position of the first token of each table in its sequence, where a sliding
+            window has left out earlier pages; None is 0. Read only if K has several centers.
 
     Raises:
         LayoutError: shape, dtype or device mismatch.
     """
-    _check_lengths(block_table, seq_lens, "cu_seq_lens", cu_seq_lens, block_table.device)
-    return Prefixes(block_table, seq_lens, cu_seq_lens)
+    device = block_table.device
+    _check_lengths(block_table, seq_lens, "cu_seq_lens", cu_seq_lens, device)
+    if first_positions is not None:
+        _check("first_positions", first_positions, (seq_lens.shape[0],), (torch.int32,), device)
+    return Prefixes(block_table, seq_lens, cu_seq_lens, first_positions)
 
 
 def append(
-    k: torch.Tensor, v: torch.Tensor, cache: PagedKVCache, slot_mapping: torch.Tensor, *, backend: str | None = None
+    k: torch.Tensor,
+    v: torch.Tensor,
+    cache: PagedKVCache,
+    slot_mapping: torch.Tensor,
+    positions: torch.Tensor | None = None,
+    *,
+    backend: str | None = None,
 ) -> None:
     """Call `Pages.append` of objects kept with the cache: write K and V of new tokens to their slots. Arguments and
     errors as there.
     """
-    _pages(cache, backend).append(k, v, slot_mapping)
+    _pages(cache, backend).append(k, v, slot_mapping, positions)
 
 
 def gather(
@@ -386,12 +418,14 @@ def gather(
     v_out: torch.Tensor,
     *,
     rotated: bool = True,
+    first_positions: torch.Tensor | None = None,
     backend: str | None = None,
 ) -> None:
     """Call `Pages.gather` of objects kept with the cache: decode pages of many sequences. Arguments and errors as there
     and in `prefixes`.
     """
-    _pages(cache, backend).gather(prefixes(block_table, seq_lens, cu_seq_lens), k_out, v_out, rotated=rotated)
+    tokens = prefixes(block_table, seq_lens, cu_seq_lens, first_positions)
+    _pages(cache, backend).gather(tokens, k_out, v_out, rotated=rotated)
 
 
 def decode_attention(

@@ -1,5 +1,5 @@
 """The GPU backends against the reference: `pytest -m gpu tests/gpu`. With SAWKV_DRY_RUN=1, the CPU backend instead, on
-smaller shapes.
+smaller shapes. Over 400 lines: everything that kernels are held to on a card, by one fixture.
 """
 
 from __future__ import annotations
@@ -11,14 +11,18 @@ import pytest
 import torch
 
 from sawkv import Attention, CacheFormat, PagedKVCache, PageLayout, Schedule, append
+from sawkv.format.constants import BUCKET_SIZE
 from sawkv.kernels import unsupported_reason
 from tests.conftest import Batch, make_batch
 from tests.kernel_checks import (
+    BUCKET_OPTIONS,
     attend,
     check_append,
     check_attention,
+    check_buckets,
     check_feedback_ends_where_scales_saturate,
     check_gather,
+    check_gather_of_tails,
     check_wrong_feedback_is_noticed,
     compare_attention,
     starts_of,
@@ -365,6 +369,86 @@ def test_gather(backend: str, format_name: str, head_dim: int) -> None:
     for gained in (False, True):
         lengths = [5, 0, 33, 16, 1000, 0, 2, 700]
         check_gather(backend, DEVICE, format_name, lengths, head_dim=head_dim, gained=gained, exact=backend != "cuda")
+
+
+@pytest.mark.parametrize(("format_name", "head_dim"), [("int4", 128), ("int4", 96), ("int4", 512), ("int8", 80)])
+def test_pages_with_centers_of_buckets(backend: str, format_name: str, head_dim: int) -> None:
+    skip_unless_supported(backend, format_name, min(head_dim, 256), 32)
+    for feedback in ("", "kv") if format_name == "int4" else ("",):
+        check_append(backend, DEVICE, format_name, head_dim, centered=True, gained=True, feedback=feedback, buckets=3)
+    lengths = [BUCKET_SIZE - 1, BUCKET_SIZE, 0, 3 * BUCKET_SIZE + 1]
+    for page_size in (16, 64):
+        check_gather(
+            backend,
+            DEVICE,
+            format_name,
+            lengths,
+            head_dim=head_dim,
+            page_size=page_size,
+            gained=True,
+            buckets=2,
+            exact=backend != "cuda",
+        )
+    if format_name == "int4":
+        check_gather_of_tails(backend, DEVICE, head_dim, 64)
+
+
+@pytest.mark.parametrize(
+    ("head_dim", "page_size", "group", "query_lens"),
+    [
+        (128, 16, 4, (1, 1, 1, 1, 1, 1)),
+        (128, 64, 1, (1, 1, 1, 1, 1, 1)),
+        (128, 16, 8, (1, 2, 4, 4, 3, 4)),
+        (128, 128, 5, (1, 8, 5, 8, 8, 8)),
+        (64, 16, 4, (1, 4, 1, 3, 2, 8)),
+        (256, 16, 4, (1, 1, 2, 1, 2, 2)),
+        (128, 64, 4, (1, 16, 16, 9, 16, 16)),
+        (128, 16, 4, (1, 100, 16, 9, 64, 100)),
+        (64, 64, 4, (1, 70, 32, 20, 9, 70)),
+    ],
+)
+def test_attention_with_centers_of_buckets(
+    backend: str, head_dim: int, page_size: int, group: int, query_lens: tuple[int, ...]
+) -> None:
+    if max(query_lens) > 8:
+        skip_unless_it_extends(backend)
+    options = [*BUCKET_OPTIONS, {"softmax_scale": -0.05}]
+    check_buckets(
+        backend,
+        DEVICE,
+        head_dim=head_dim,
+        page_size=page_size,
+        group=group,
+        query_lens=query_lens,
+        options=options[::4] if DRY_RUN else options,
+    )
+
+
+@pytest.mark.parametrize("query_len", [1, 8, 16, 100])
+def test_chunks_of_many_buckets(backend: str, query_len: int) -> None:
+    """On one block, which takes chunks of more buckets than it prepares queries for at once."""
+    if query_len > 8:
+        skip_unless_it_extends(backend)
+    lengths = [9000, 5] if DRY_RUN else [90_000, 5, 3 * BUCKET_SIZE]
+    batch = make_batch("int4", lengths, centered=True, gained=True, buckets=44, device=DEVICE)
+    starts = starts_of([query_len] * len(lengths), DEVICE)
+    q = torch.randn(int(starts[-1]), 8, 128, device=DEVICE).bfloat16() / 2
+    attention = Attention(batch.cache, num_q_heads=8, softmax_scale=128**-0.5, backend=backend)
+    schedule = Schedule(
+        batch.cache.layout,
+        batch.cache.pages.device,
+        num_q_heads=8,
+        max_num_seqs=len(lengths),
+        max_query_len=query_len,
+        backend=backend,
+    )
+    if backend == "cuda":
+        schedule.kernel.num_blocks = 1  # type: ignore[attr-defined]
+    out, lse = torch.full_like(q, math.nan), torch.full(q.shape[:2], math.nan, device=DEVICE)
+    for _ in range(2):  # the count of claimed chunks is 0 again
+        attention(q, schedule.update(batch.block_table, batch.seq_lens, starts), out, lse)
+        want = attend(batch, q, starts, "reference")
+        compare_attention((out, lse), want, starts, 2e-2)
 
 
 @pytest.mark.skipif(DRY_RUN, reason="takes 5 GB")

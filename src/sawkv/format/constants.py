@@ -28,5 +28,8 @@ SAMPLE: Final = 1024
 SAMPLE_HASH: Final = 2654435761
 """Knuth's multiplicative hash. It spreads the sampled slots over pages and offsets."""
 
+BUCKET_SIZE: Final = 2048
+"""Positions per bucket. K may have a center per bucket. A kernel's tile lies in one bucket."""
+
 SEGMENT_BYTES: Final = 16
 """Bytes of a row's codes that keep their order. The segments of V are permuted."""

@@ -99,6 +99,7 @@ class Prefixes:
     block_table: torch.Tensor
     seq_lens: torch.Tensor
     cu_seq_lens: torch.Tensor
+    first_positions: torch.Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,13 +116,17 @@ class Layer:
     @property
     def adds_offsets(self) -> bool:
         """Whether scores need the term q.k_center even if the caller does not ask for the log-sum-exp."""
+        if self.cache.num_buckets > 1:
+            return True
         return self.cache.k_center is not None and (self.logit_softcap > 0 or self.sinks is not None)
 
 
 class PageKernels(Protocol):
     """`append` and `gather` for the pages of one layer."""
 
-    def append(self, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None: ...
+    def append(
+        self, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor, positions: torch.Tensor | None
+    ) -> None: ...
 
     def gather(self, prefixes: Prefixes, k_out: torch.Tensor, v_out: torch.Tensor, rotated: bool) -> None: ...
 

@@ -29,7 +29,9 @@ class Pages:
     def __init__(self, cache: PagedKVCache) -> None:
         self.cache = cache
 
-    def append(self, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+    def append(
+        self, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor, positions: torch.Tensor | None
+    ) -> None:
         """See `sawkv.ops.append`."""
         cache, layout = self.cache, self.cache.layout
         num_tokens = slot_mapping.shape[0]
@@ -37,8 +39,11 @@ class Pages:
         page, offset = slot_mapping[kept] // layout.page_size, slot_mapping[kept] % layout.page_size
         codec = CODECS[layout.format.codec]
         k_codes, k_meta, v_codes, v_meta = planes(cache)
+        k_center = cache.constants[0].center
+        if k_center is not None:
+            k_center = k_center[0 if positions is None else cache.bucket_of(positions[:num_tokens][kept])]
         for x, center, gain, order, feedback, codes, meta in (
-            (k, cache.k_center, cache.k_gain, layout.k_rotation_order, cache.k_feedback, k_codes, k_meta),
+            (k, k_center, cache.k_gain, layout.k_rotation_order, cache.k_feedback, k_codes, k_meta),
             (v, cache.v_center, cache.v_gain, layout.v_rotation_order, cache.v_feedback, v_codes, v_meta),
         ):
             rows = x[:num_tokens][kept].float()
@@ -62,6 +67,12 @@ class Pages:
             keys, values = read_sequence(self.cache, prefixes.block_table[i], length)
             if not rotated:
                 keys, values = restore(keys, values, self.cache)
+            k_added, v_added = self.cache.added_by_gather(rotated)
+            if k_added is not None:
+                first = 0 if prefixes.first_positions is None else prefixes.first_positions[i]
+                keys = keys + k_added[self.cache.bucket_of(first + torch.arange(length, device=keys.device))]
+            if v_added is not None:
+                values = values + v_added[0]
             k_out[start : start + length] = keys.to(k_out.dtype)
             v_out[start : start + length] = values.to(v_out.dtype)
 
@@ -88,9 +99,10 @@ class Attention:
                 first = max(0, last + 1 - layer.sliding_window) if layer.sliding_window else 0
                 visible = slice(first, max(last + 1, first))
                 scores = torch.einsum("hgd,khd->hgk", rotated_q[token], keys[visible]) * layer.softmax_scale
-                # Centering removed q.k_center from all scores; a cap, a sink and the log-sum-exp need it.
+                # Centering removed q.k_center from all scores; a cap, a sink, the log-sum-exp and buckets need it.
                 if of_k.center is not None:
-                    scores = scores + torch.einsum("hgd,hd->hg", q[token], of_k.center)[..., None] * layer.softmax_scale
+                    center = of_k.center[cache.bucket_of(torch.arange(visible.start, visible.stop, device=q.device))]
+                    scores = scores + torch.einsum("hgd,khd->hgk", q[token], center) * layer.softmax_scale
                 if layer.logit_softcap:
                     scores = layer.logit_softcap * torch.tanh(scores / layer.logit_softcap)
                 if layer.sinks is not None:  # takes part in the softmax, and has no value
@@ -102,7 +114,7 @@ class Attention:
                 if of_v.gain_inverse is not None:
                     attended = attended * of_v.gain_inverse[:, None]
                 if of_v.center is not None:
-                    attended = attended + of_v.center[:, None] * weights.sum(-1, keepdim=True)
+                    attended = attended + of_v.center[0, :, None] * weights.sum(-1, keepdim=True)
                 out[token] = attended.flatten(0, 1).to(out.dtype)
                 if lse is not None:
                     lse[token] = total.flatten()
@@ -126,13 +138,12 @@ def _count(
 
 
 def restore(keys: torch.Tensor, values: torch.Tensor, cache: PagedKVCache) -> tuple[torch.Tensor, torch.Tensor]:
-    """Undo rotation, gain and centering of rows [num_tokens, num_kv_heads, head_dim] fp32."""
+    """Undo rotation and gain of rows [num_tokens, num_kv_heads, head_dim] fp32."""
     restored = []
     orders = cache.layout.k_rotation_order, cache.layout.v_rotation_order
     for rows, order, constants in zip((keys, values), orders, cache.constants, strict=True):
         x = rotate(rows, order)
-        x = x if constants.gain_inverse is None else x * constants.gain_inverse
-        restored.append(x if constants.center is None else x + constants.center)
+        restored.append(x if constants.gain_inverse is None else x * constants.gain_inverse)
     return restored[0], restored[1]
 
 

@@ -52,13 +52,17 @@ class Pages:
     def __init__(self, cache: PagedKVCache) -> None:
         self._cache, self._described, self._library = cache, _describe(cache), load_library()
 
-    def append(self, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+    def append(
+        self, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor, positions: torch.Tensor | None
+    ) -> None:
         """See `sawkv.ops.append`."""
         slots = slot_mapping.contiguous()
         arguments = AppendArguments(cache=self._described, k=k.data_ptr(), v=v.data_ptr())
         arguments.k_token_stride, arguments.k_head_stride = _byte_strides(k)
         arguments.v_token_stride, arguments.v_head_stride = _byte_strides(v)
         arguments.slots, arguments.num_slots = slots.data_ptr(), slots.shape[0]
+        positions = None if positions is None else positions.contiguous()
+        arguments.positions = _address(positions)
         arguments.counters = _address(self._cache.counters)
         arguments.dtype, arguments.num_threads = _DTYPES.index(k.dtype), torch.get_num_threads()
         self._library.sawkv_append(ctypes.byref(arguments))
@@ -69,6 +73,9 @@ class Pages:
         arguments = GatherArguments(cache=self._described, k=k_out.data_ptr(), v=v_out.data_ptr(), rotated=rotated)
         arguments.block_table, arguments.block_table_stride = _table(prefixes.block_table)
         arguments.seq_lens, arguments.starts = seq_lens.data_ptr(), cu_seq_lens.data_ptr()
+        first_positions = None if prefixes.first_positions is None else prefixes.first_positions.contiguous()
+        arguments.first_positions = _address(first_positions)
+        arguments.k_added, arguments.v_added = map(_address, self._cache.added_by_gather(rotated))
         arguments.max_tokens, arguments.num_seqs = k_out.shape[0], seq_lens.shape[0]
         arguments.dtype, arguments.num_threads = _DTYPES.index(k_out.dtype), torch.get_num_threads()
         self._library.sawkv_gather(ctypes.byref(arguments))
@@ -126,7 +133,7 @@ def _describe(cache: PagedKVCache) -> Any:
     described.row_bytes, described.meta_bytes = layout.row_bytes, layout.meta_bytes
     described.k_order, described.v_order = layout.k_rotation_order, layout.v_rotation_order
     described.swizzle_multiplier, described.swizzle_period = layout.swizzle_factors
-    described.parts = layout.parts
+    described.parts, described.num_buckets = layout.parts, cache.num_buckets
     for target, constants in zip((described.k, described.v), cache.constants, strict=True):
         for field, tensor in constants._asdict().items():
             setattr(target, field, _address(tensor))

@@ -18,7 +18,8 @@ struct AppendArguments {
   const void* v;
   int64_t k_token_stride, k_head_stride, v_token_stride, v_head_stride;  // bytes
   const int64_t* slots;
-  Counts* counters;  // of K and of V, or null
+  const int64_t* positions;  // of tokens; null with one bucket
+  Counts* counters;          // of K and of V, or null
   int64_t num_slots;
   int32_t dtype, num_threads;
 };
@@ -33,6 +34,7 @@ void append_token(const AppendArguments& a, int64_t token, Counts counts[2]) {
   const int64_t row = int64_t(offset) * cache.row_bytes,
                 meta = int64_t(cache.page_size) * cache.row_bytes + offset * cache.meta_bytes;
   alignas(32) float y[MAX_HEAD_DIM];
+  const int64_t k_bucket = a.positions ? of_bucket(cache, bucket_at(cache, a.positions[token])) : 0;
   for (int head = 0; head < cache.num_kv_heads; ++head) {
     uint8_t* span = span_of(cache, slot / cache.page_size, head);
     for (int is_v = 0; is_v < 2; ++is_v) {
@@ -40,8 +42,10 @@ void append_token(const AppendArguments& a, int64_t token, Counts counts[2]) {
                            : static_cast<const char*>(a.k) + token * a.k_token_stride + head * a.k_head_stride;
       const Constants& constants = is_v ? cache.v : cache.k;
       read_floats(x, DType(a.dtype), cache.head_dim, y);
-      if (constants.center)
-        for (int d = 0; d < cache.head_dim; ++d) y[d] -= constants.center[head * cache.head_dim + d];
+      if (constants.center) {
+        const float* center = constants.center + (is_v ? 0 : k_bucket) + head * cache.head_dim;
+        for (int d = 0; d < cache.head_dim; ++d) y[d] -= center[d];
+      }
       if (constants.gain) multiply(y, cache.head_dim, constants.gain, head);
       rotate(y, cache.head_dim, is_v ? cache.v_order : cache.k_order);
       encode_row(cache, y, constants, head, span + row, span + meta, is_v ? swizzle_of(cache, offset) : 0);
@@ -93,15 +97,18 @@ const char* query_row(const AttentionArguments& a, int64_t token, int head) {
   return static_cast<const char*>(a.q) + token * a.q_token_stride + head * a.q_head_stride;
 }
 
-// q . center of a query row, which its scores over centered keys lack.
-float center_score(const AttentionArguments& a, int64_t token, int head, int kv_head) {
+// Whether q . center is added to each score. Otherwise `finish_row` adds it where it matters.
+bool completes_scores(const AttentionArguments& a) { return a.softcap > 0 || a.cache.num_buckets > 1; }
+
+// q . center of a query row, which its scores over centered keys of a bucket lack.
+float center_score(const AttentionArguments& a, int64_t token, int head, int kv_head, int bucket) {
   const int head_dim = a.cache.head_dim;
   if (!a.cache.k.center) return 0;
+  const float* center = a.cache.k.center + of_bucket(a.cache, bucket) + kv_head * head_dim;
   alignas(32) float q[MAX_HEAD_DIM];
   read_floats(query_row(a, token, head), DType(a.dtype), head_dim, q);
   vec total = splat(0.f);
-  for (int d = 0; d < head_dim; d += W)
-    total = fma(load(q + d), load(a.cache.k.center + kv_head * head_dim + d), total);
+  for (int d = 0; d < head_dim; d += W) total = fma(load(q + d), load(center + d), total);
   return sum(total) * a.softmax_scale;
 }
 
@@ -111,6 +118,7 @@ void load_rows(const AttentionArguments& a, const Item& item, int group, float* 
   const int length = a.seq_lens[item.seq], num_queries = a.query_start[item.seq + 1] - a.query_start[item.seq];
   rows.q = q;
   rows.count = item.num_queries * group;
+  rows.add_offset = completes_scores(a);
   for (int r = 0; r < rows.count; ++r) {
     const int query = item.query + r / group, head = item.head * group + r % group;
     const int64_t token = a.query_start[item.seq] + query;
@@ -119,9 +127,15 @@ void load_rows(const AttentionArguments& a, const Item& item, int group, float* 
     if (cache.k.gain_inverse) multiply(y, cache.head_dim, cache.k.gain_inverse, item.head);
     rotate(y, cache.head_dim, cache.k_order);
     for (int d = 0; d < cache.head_dim; ++d) y[d] *= a.softmax_scale;
-    rows.offset[r] = a.softcap > 0 ? center_score(a, token, head, item.head) : 0;
     rows.last[r] = std::max(length - num_queries + query + 1, 0);
     rows.first[r] = a.sliding_window ? std::max(rows.last[r] - a.sliding_window, 0) : 0;
+  }
+}
+
+void load_offsets(const AttentionArguments& a, const Item& item, int group, int bucket, Rows& rows) {
+  for (int r = 0; r < rows.count; ++r) {
+    const int64_t token = a.query_start[item.seq] + item.query + r / group;
+    rows.offset[r] = center_score(a, token, item.head * group + r % group, item.head, bucket);
   }
 }
 
@@ -142,8 +156,13 @@ void attend_item(const AttentionArguments& a, const Item& item, int group, Decod
     end = std::min(end, (item.split + 1) * kSplit);
   }
   const int32_t* pages = a.block_table + item.seq * a.block_table_stride;
+  int bucket = -1;
   for (int start = begin / kTile * kTile; start < end; start += kTile) {
     const int count = std::min(kTile, end - start);
+    if (rows.add_offset && bucket != bucket_at(cache, start)) {
+      bucket = bucket_at(cache, start);
+      load_offsets(a, item, group, bucket, rows);
+    }
     decode(cache, pages, item.head, start, count, k, v);
     std::fill_n(k + count * head_dim, 4 * head_dim, 0.f);
     attend_tile(rows, k, v, start, count, head_dim, a.softcap, out);
@@ -158,9 +177,8 @@ void finish_row(const AttentionArguments& a, const Item& item, int row, int grou
   float m = -INFINITY;
   for (int s = 0; s < item.num_splits; ++s) m = std::max(m, parts[s].max[row]);
   const float key_max = m;
-  // With a soft-cap, scores include the offset already. Without one, all scores of the row lack it, and only a sink and
-  // the log-sum-exp need it.
-  const float offset = a.softcap == 0 && (a.sinks || a.lse) ? center_score(a, token, head, item.head) : 0;
+  // Unless scores are complete, all scores of the row lack the same offset. Only a sink and the log-sum-exp need it.
+  const float offset = !completes_scores(a) && (a.sinks || a.lse) ? center_score(a, token, head, item.head, 0) : 0;
   const float sink = a.sinks ? a.sinks[head] - offset : -INFINITY;
   m = std::max(m, sink);
   alignas(32) float values[MAX_HEAD_DIM] = {};
@@ -230,8 +248,11 @@ struct GatherArguments {
   int64_t block_table_stride;  // entries
   const int32_t* seq_lens;
   const int32_t* starts;
-  void* k;  // [max_tokens, num_kv_heads, head_dim]
-  void* v;  // likewise
+  const int32_t* first_positions;  // [num_seqs], of each table's first token; null: 0
+  const float* k_added;            // [num_buckets, num_kv_heads, head_dim] or null; added to rows
+  const float* v_added;            // [num_kv_heads, head_dim] or null
+  void* k;                         // [max_tokens, num_kv_heads, head_dim]
+  void* v;                         // likewise
   int64_t max_tokens;
   int32_t num_seqs, dtype, num_threads, rotated;
 };
@@ -258,6 +279,9 @@ void sawkv_gather(const GatherArguments* args) {
           restore(k, cache.head_dim, cache.k_order, cache.k, head);
           restore(v, cache.head_dim, cache.v_order, cache.v, head);
         }
+        const int position = t + (a.first_positions ? a.first_positions[seq] : 0);
+        if (a.k_added) add(k, cache.head_dim, a.k_added + of_bucket(cache, bucket_at(cache, position)), head);
+        if (a.v_added) add(v, cache.head_dim, a.v_added, head);
         write_floats(k, dtype, cache.head_dim, static_cast<char*>(a.k) + at);
         write_floats(v, dtype, cache.head_dim, static_cast<char*>(a.v) + at);
       }

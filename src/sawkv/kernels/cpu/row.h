@@ -14,8 +14,8 @@ static_assert(CODEC_FP16 - CODEC_BF16 == kFp16 && CODEC_FP32 - CODEC_BF16 == kFp
 
 // Constants of K or of V (sawkv.cache.Constants). A pointer is null where the cache has no such constant.
 struct Constants {
-  const float* center;        // [num_kv_heads, head_dim]
-  const float* gain;          // likewise
+  const float* center;        // [num_buckets, num_kv_heads, head_dim]; V has one bucket
+  const float* gain;          // [num_kv_heads, head_dim]
   const float* gain_inverse;  // likewise
   const int8_t* weights;      // of the feedback: [num_kv_heads, head_dim, head_dim]
   const float* step;          // [num_kv_heads]
@@ -27,7 +27,8 @@ struct Cache {
   int64_t page_stride, num_pages;
   int32_t codec, num_kv_heads, head_dim, page_size, row_bytes, meta_bytes;
   int32_t k_order, v_order, swizzle_multiplier, swizzle_period;
-  int32_t parts;  // rows per head: each is stored as a head of its own
+  int32_t parts;        // rows per head: each is stored as a head of its own
+  int32_t num_buckets;  // of positions that have a center of K
   Constants k, v;
 };
 
@@ -39,6 +40,15 @@ inline uint8_t* span_of(const Cache& cache, int64_t page, int head) {
 inline int64_t v_offset(const Cache& cache) { return int64_t(cache.page_size) * (cache.row_bytes + cache.meta_bytes); }
 inline int swizzle_of(const Cache& cache, int offset) {
   return (offset * cache.swizzle_multiplier / 8) % cache.swizzle_period;
+}
+
+// The bucket of a position. The last one holds all later positions.
+inline int bucket_at(const Cache& cache, int64_t position) {
+  return int(std::max<int64_t>(std::min<int64_t>(position / BUCKET_SIZE, cache.num_buckets - 1), 0));
+}
+// Where the vectors of a bucket start.
+inline int64_t of_bucket(const Cache& cache, int bucket) {
+  return int64_t(bucket) * cache.num_kv_heads * cache.head_dim;
 }
 
 // Block-diagonal normalized Hadamard product, in the order of operations that the format fixes.
@@ -60,12 +70,14 @@ void multiply(float* x, int head_dim, const float* factors, int head) {
   for (int d = 0; d < head_dim; ++d) x[d] *= factors[head * head_dim + d];
 }
 
-// Undo rotation, gain and centering of a row.
+void add(float* x, int head_dim, const float* terms, int head) {
+  for (int d = 0; d < head_dim; ++d) x[d] += terms[head * head_dim + d];
+}
+
+// Undo rotation and gain of a row.
 void restore(float* x, int head_dim, int order, const Constants& constants, int head) {
   rotate(x, head_dim, order);
   if (constants.gain_inverse) multiply(x, head_dim, constants.gain_inverse, head);
-  if (constants.center)
-    for (int d = 0; d < head_dim; ++d) x[d] += constants.center[head * head_dim + d];
 }
 
 struct Meta {

@@ -10,6 +10,7 @@ constexpr int kMaxRows = MAX_GROUP;  // the most it can have: the largest group 
 constexpr int kSplit =
     1024;  // tokens per work item if queries are few; fixed, so that results do not depend on other sequences
 constexpr int kMaxSplitQueries = 8;  // with more query tokens, the queries alone give enough items
+static_assert(BUCKET_SIZE % kTile == 0, "all tokens of a tile share a center of K");
 
 // Result of attention over part of the keys: softmax maximum, sum, and weighted values of each row.
 struct Partial {
@@ -57,7 +58,8 @@ inline void weigh_block(const float* p, const float* v, int first, int last, int
 
 struct Rows {              // the query rows of a work item
   const float* q;          // [count, head_dim], gain undone, rotated, times the softmax scale
-  float offset[kMaxRows];  // with a soft-cap only: q . center of each row
+  float offset[kMaxRows];  // q . center of each row, with the center of the tile's bucket
+  bool add_offset;         // whether it is added to scores
   int count;
   int first[kMaxRows], last[kMaxRows];  // keys that each row sees: positions first to last - 1
 };
@@ -90,8 +92,10 @@ void attend_tile(const Rows& rows, const float* k, const float* v, int start, in
   const bool together = all_see_all || all_finite(v, count * head_dim);
   for (r = 0; r < rows.count; ++r) {
     float* row = p + r * kTile;
+    if (rows.add_offset)
+      for (int t = first[r]; t < last[r]; ++t) row[t] += rows.offset[r];
     if (softcap > 0)
-      for (int t = first[r]; t < last[r]; ++t) row[t] = softcap * std::tanh((row[t] + rows.offset[r]) / softcap);
+      for (int t = first[r]; t < last[r]; ++t) row[t] = softcap * std::tanh(row[t] / softcap);
     for (int t = 0; t < first[r]; ++t) row[t] = -INFINITY;
     for (int t = last[r]; t < kTile; ++t) row[t] = -INFINITY;
     if (first[r] == last[r]) {

@@ -69,7 +69,9 @@ class Pages:
         self._appends: dict[torch.dtype, _Variant] = {}
         self._gathers: dict[tuple[torch.dtype, bool], _Variant] = {}
 
-    def append(self, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+    def append(
+        self, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor, positions: torch.Tensor | None
+    ) -> None:
         """See `sawkv.ops.append`."""
         num_tokens = slot_mapping.shape[0]
         if not num_tokens:
@@ -78,6 +80,8 @@ class Pages:
         variant = self._appends.get(k.dtype) or self._prepare_append(k.dtype)
         params = AppendParams.from_buffer_copy(variant.params)
         params.slot_mapping, params.num_tokens = slot_mapping.data_ptr(), num_tokens
+        if positions is not None:
+            params.positions = positions.data_ptr()
         x, token_stride, head_stride = params.x, params.token_stride, params.head_stride
         # One by one: a tuple takes ctypes three times as long.
         x[0], x[1] = k.data_ptr(), v.data_ptr()
@@ -95,6 +99,7 @@ class Pages:
         params = GatherParams.from_buffer_copy(variant.params)
         params.block_table, params.table_stride = prefixes.block_table.data_ptr(), prefixes.block_table.stride(0)
         params.seq_lens, params.cu_seq_lens = prefixes.seq_lens.data_ptr(), prefixes.cu_seq_lens.data_ptr()
+        params.first_positions = _pointer(prefixes.first_positions)
         params.k_out, params.v_out = k_out.data_ptr(), v_out.data_ptr()
         params.num_seqs, params.max_tokens = num_seqs, num_tokens
         blocks = _divide_up(num_tokens, variant.tokens_per_block) * self._cache.layout.num_kv_heads
@@ -105,10 +110,12 @@ class Pages:
         cache, layout = self._cache, self._cache.layout
         centers, gains, _, weights, steps = zip(*cache.constants, strict=True)
         params = AppendParams(pages=_pointer(cache.pages), page_stride=cache.pages.stride(0), num_slots=cache.num_slots)
+        params.num_buckets = cache.num_buckets
         params.counters = _pointer(cache.counters)
         params.center, params.gain = tuple(map(_pointer, centers)), tuple(map(_pointer, gains))
         params.weights, params.step = tuple(map(_pointer, weights)), tuple(map(_pointer, steps))
         does = {"GAIN": _are_there(gains), "FEEDBACK": _are_there(weights), "COUNT": cache.counters is not None}
+        does["BY_BUCKET"] = cache.num_buckets > 1
         orders = layout.k_rotation_order, layout.v_rotation_order
         self._appends[dtype] = _Variant.load(
             "append", _page_defines(layout, dtype, *orders), does, self._device, params
@@ -118,13 +125,15 @@ class Pages:
     def _prepare_gather(self, dtype: torch.dtype, rotated: bool) -> _Variant:
         """The kernel for outputs of `dtype`, with the parameters that the cache determines."""
         cache, layout = self._cache, self._cache.layout
-        centers, inverses = ((None, None),) * 2 if rotated else (tuple(x[i] for x in cache.constants) for i in (0, 2))
+        added = cache.added_by_gather(rotated)
+        inverses = (None, None) if rotated else tuple(constants.gain_inverse for constants in cache.constants)
         params = GatherParams(
             pages=_pointer(cache.pages), page_stride=cache.pages.stride(0), num_kv_heads=layout.num_kv_heads
         )
-        params.center, params.gain_inverse = tuple(map(_pointer, centers)), tuple(map(_pointer, inverses))
+        params.num_buckets = cache.num_buckets
+        params.center, params.gain_inverse = tuple(map(_pointer, added)), tuple(map(_pointer, inverses))
         orders = (0, 0) if rotated else (layout.k_rotation_order, layout.v_rotation_order)
-        does = {"GAIN": _are_there(inverses)}
+        does = {"GAIN": _are_there(inverses), "BY_BUCKET": cache.num_buckets > 1}
         variant = _Variant.load("gather", _page_defines(layout, dtype, *orders), does, self._device, params)
         self._gathers[dtype, rotated] = variant
         return variant
@@ -261,6 +270,7 @@ class Attention:
         params = DecodeParams(
             page_stride=cache.pages.stride(0), window=layer.sliding_window, softcap_log2=softcap * LOG2_E
         )
+        params.num_buckets, params.num_kv_heads = cache.num_buckets, layout.num_kv_heads
         params.scale_log2 = (2 * layer.softmax_scale / softcap if softcap else layer.softmax_scale) * LOG2_E
         params.pages, params.header, params.chunks = map(_pointer, (cache.pages, schedule.header, schedule.chunks))
         params.splits, params.partials, params.partial_stats = map(
@@ -274,6 +284,7 @@ class Attention:
             "GAIN": int(_are_there(inverses)),
             "SOFTCAP": int(softcap > 0),
             "OFFSET": int(layer.adds_offsets or (gives_lse and centers[0] is not None)),
+            "BY_BUCKET": int(cache.num_buckets > 1),
             **DEBUG_DEFINES,
         }
         decode, merge = (

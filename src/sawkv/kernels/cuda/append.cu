@@ -6,7 +6,7 @@
 // contracted.
 //
 // Macros: HEAD_DIM, PAGE_SIZE, K_ORDER, V_ORDER, ELEMENT (of k and v); 1 or 0: GAIN and FEEDBACK (of K or V, or both),
-// COUNT (update the counters).
+// COUNT (update the counters), BY_BUCKET (K has a center per position bucket).
 #include "format_constants.h"
 #include "pages.cuh"
 
@@ -23,14 +23,15 @@ struct AppendParams {
   u8* pages;
   double* counters;                     // [2][NUM_COLUMNS], or null without COUNT
   const ELEMENT* x[2];                  // of K and of V, like all pairs below
-  const float* center[2];               // [num_kv_heads][D] or null
-  const float* gain[2];                 // likewise
+  const float* center[2];               // [num_kv_heads][D] or null; K with BY_BUCKET: [num_buckets] of them
+  const float* gain[2];                 // [num_kv_heads][D] or null
   const u8* weights[2];                 // of feedback, signed: [num_kv_heads][D][D] or null
   const float* step[2];                 // [num_kv_heads]
   i64 token_stride[2], head_stride[2];  // in elements
   i64 page_stride;                      // bytes
   i64 num_slots;
-  int num_tokens;
+  int num_tokens, num_buckets;
+  const i64* positions;  // of tokens; read with BY_BUCKET
 };
 
 constexpr float ROUNDER =
@@ -183,7 +184,12 @@ __device__ inline void append_row(const AppendParams& p, bool is_v) {
   const i64 slot = token < p.num_tokens ? p.slot_mapping[token] : -1;
   const bool is_kept = slot >= 0 && slot < p.num_slots;  // all lanes continue, since they exchange values
   if (p.center[is_v]) {
-    const auto c = Row<D, LANES>::load(p.center[is_v] + head * D);
+    const float* center = p.center[is_v] + head * D;
+    if (BY_BUCKET && !is_v) {
+      const i64 position = token < p.num_tokens ? p.positions[token] : 0;
+      center += bucket_of(position, p.num_buckets) * (i64)gridDim.y * D;
+    }
+    const auto c = Row<D, LANES>::load(center);
 #pragma unroll
     for (int i = 0; i < y.PER_LANE; i++) y.x[i] -= c.x[i];
   }

@@ -2,8 +2,9 @@
 //
 // Macros: HEAD_DIM, GROUP (query heads per KV head), CHUNK_ROWS (most query rows of a chunk), ROW_GROUPS (most groups
 // of CHUNK_ROWS query rows per sequence and KV head; each group is a unit), V_ORDER, ELEMENT (of q and the output); 1
-// or 0: GAIN (K or V, or both, have gains), SOFTCAP, OFFSET (K has centers, and a soft-cap, sinks or the log-sum-exp
-// need the q . center that scores over centered keys lack).
+// or 0: GAIN (K or V, or both, have gains), SOFTCAP, OFFSET (K has centers, and a soft-cap, sinks, the log-sum-exp or
+// BY_BUCKET need the q . center that scores over centered keys lack), BY_BUCKET (K has a center per position bucket, so
+// q . center differs between the keys of a query).
 #pragma once
 #include "pages.cuh"
 #include "chunks.cuh"
@@ -19,7 +20,7 @@ struct DecodeParams {
   const SplitUnit* splits;
   float* partials;        // [chunks of split units][CHUNK_ROWS][D], not divided by the sum of the weights
   float2* partial_stats;  // [chunks of split units][CHUNK_ROWS]
-  const float* k_center;  // this and the next three: [KV heads][D] or null
+  const float* k_center;  // this and the next three: [KV heads][D] or null; with BY_BUCKET, num_buckets of them
   const float* v_center;
   const float* k_gain_inverse;
   const float* v_gain_inverse;
@@ -31,7 +32,18 @@ struct DecodeParams {
   float scale_log2;    // softmax_scale * log2(e); with a soft-cap times 2 / logit_softcap
   float softcap_log2;  // logit_softcap * log2(e)
   int window;          // 0: none
+  int num_buckets, num_kv_heads;
 };
+
+// The most buckets that one entry of the ring of chunks covers. A chunk over more is cut into several entries. In all
+// of them but the last, `partial` is CONTINUED.
+constexpr int CHUNK_BUCKETS = BY_BUCKET ? 8 : 1, CONTINUED = -2;
+static_assert(BUCKET_SIZE % TILE == 0, "all tokens of a tile share a center of K");
+__device__ inline bool is_continued(const Chunk& chunk) { return BY_BUCKET && chunk.partial == CONTINUED; }
+// The bucket of a tile, counted from the first one of its entry
+__device__ inline int chunk_bucket(const Chunk& chunk, int first_token) {
+  return first_token / BUCKET_SIZE - chunk.first_tile * TILE / BUCKET_SIZE;
+}
 
 // Row groups per sequence and KV head
 __device__ inline int num_row_groups(int query_len) {
@@ -83,9 +95,10 @@ struct Result {
   }
 
   __device__ void write(const DecodeParams& p, int query_start, QueryRow row) {
-    float total = sum,
-          offset = 0;  // a soft-cap has added it to the scores; a sink and the log-sum-exp still need it
-    if constexpr (OFFSET && !SOFTCAP)
+    // Scores have the offset already with a soft-cap and by bucket. Else a sink and the log-sum-exp still need it.
+    constexpr bool LACKS_OFFSET = OFFSET && !SOFTCAP && !BY_BUCKET;
+    float total = sum, offset = 0;
+    if constexpr (LACKS_OFFSET)
       offset = center_score(
           p, Row<D>::load(p.q + (i64)(query_start + row.token) * p.q_token_stride + row.head * p.q_head_stride),
           Row<D>::load(p.k_center + row.head / GROUP * D));
@@ -104,7 +117,7 @@ struct Result {
     if (p.v_center) out.blend(1, Row<D>::load(p.v_center + row.head / GROUP * D), sum * inverse);
     const i64 token = query_start + row.token;
     out.store(p.out + token * p.out_token_stride + row.head * p.out_head_stride);
-    if constexpr (OFFSET && !SOFTCAP) maximum += offset;
+    if constexpr (LACKS_OFFSET) maximum += offset;
     if (p.lse && lane_index() == 0)
       p.lse[token * p.lse_token_stride + row.head * p.lse_head_stride] = (maximum + ptx::log2(total)) * LN_2;
   }

@@ -76,14 +76,22 @@ struct Consumer {
     }
   }
 
-  // `stats`: those of the lane's first query column
-  static __device__ void scale_scores(const u8* tile, int part, const QueryStats* stats, float softcap_log2,
-                                      float (&scores)[COLUMN_TILES][BLOCKS][4]) {
+  // `stats` and `offsets`: those of the lane's first query column; offsets with BY_BUCKET
+  static __device__ void scale_scores(const u8* tile, int part, const QueryStats* stats, const float* offsets,
+                                      float softcap_log2, float (&scores)[COLUMN_TILES][BLOCKS][4]) {
     QueryStats query[COLUMN_TILES][2];
+#if BY_BUCKET
+    float offset[COLUMN_TILES][2];
+#endif
 #pragma unroll
     for (int t = 0; t < COLUMN_TILES; t++)
 #pragma unroll
-      for (int e = 0; e < 2; e++) query[t][e] = stats[8 * t + e];
+      for (int e = 0; e < 2; e++) {
+        query[t][e] = stats[8 * t + e];
+#if BY_BUCKET
+        offset[t][e] = offsets[8 * t + e];
+#endif
+      }
 #pragma unroll
     for (int b = 0; b < BLOCKS; b++) {
       const int token = part + 16 * b;
@@ -97,10 +105,12 @@ struct Consumer {
           for (int e = 0; e < 2; e++) {
             float& score = scores[t][b][2 * h + e];
             score = (score - zero_point * query[t][e].sum) * (scale * query[t][e].factor);
-#if SOFTCAP
-#if OFFSET
+#if BY_BUCKET
+            score += offset[t][e];
+#elif SOFTCAP && OFFSET
             score += query[t][e].offset;
 #endif
+#if SOFTCAP
             score =
                 softcap_log2 * (1 - 2 / (1 + ptx::exp2(score)));  // cap * tanh(x / cap); the score is 2 x / cap in log2
 #endif
@@ -217,11 +227,13 @@ struct Consumer {
   }
 
   // Attend to PART tokens of `tile` from `part` on. `first_token` is the position of the tile's first token.
-  __device__ void attend(const u8* tile, int part, const Shared& s, int slot, const Chunk& chunk, const DecodeParams& p,
+  __device__ void attend(const u8* tile, int part, Shared& s, int slot, const Chunk& chunk, const DecodeParams& p,
                          int first_row, int first_token) {
     float scores[COLUMN_TILES][BLOCKS][4];
     multiply_keys(tile, part, (const uint4*)&s.queries[slot][first_row * D] + lane_index(), scores);
-    scale_scores(tile, part, &s.query_stats[slot][first_row + 2 * (lane_index() % 4)], p.softcap_log2, scores);
+    const int column = first_row + 2 * (lane_index() % 4);
+    const float* offsets = offsets_at(s, slot, chunk_bucket(chunk, first_token), column);
+    scale_scores(tile, part, &s.query_stats[slot][column], offsets, p.softcap_log2, scores);
     const int begin = first_token + part;
     const bool is_masked =
         begin + PART > chunk.length - chunk.query_len + 1 || (p.window && begin < chunk.length - p.window);
@@ -260,13 +272,14 @@ struct Consumer {
 __device__ void run_consumer(Shared& s, const DecodeParams& p, int warp) {
   const int group = warp / ROW_BLOCKS, first_row = warp % ROW_BLOCKS * BLOCK_ROWS;
   int tiles_before = 0;
+  bool continues = false;  // whether rows and sums of the last entry go on
+  Consumer consumer;
   for (int n = 0;; n++) {
     const Turn<CHUNK_SLOTS> turn{n};
     ptx::wait(&s.queries_full[turn.slot()], turn.phase());
     const Chunk chunk = s.chunks[turn.slot()];
     if (!chunk.num_tiles) return;
-    Consumer consumer;
-    consumer.start();
+    if (!continues) consumer.start();
     for (int tile = (group + GROUPS - tiles_before % GROUPS) % GROUPS; tile < chunk.num_tiles; tile += GROUPS) {
       const Turn<STAGES> stage{tiles_before + tile};
       ptx::wait(&s.tile_full[stage.slot()], stage.phase());
@@ -280,7 +293,8 @@ __device__ void run_consumer(Shared& s, const DecodeParams& p, int warp) {
     tiles_before += chunk.num_tiles;
     const Turn<RESULT_SLOTS> result{n};
     ptx::wait(&s.results_empty[result.slot()], result.phase() ^ 1);
-    consumer.store(s, result.slot(), warp);
+    continues = is_continued(chunk);
+    if (!continues) consumer.store(s, result.slot(), warp);
     __syncwarp();
     if (arrives()) ptx::arrive(&s.results_full[result.slot()]);
   }

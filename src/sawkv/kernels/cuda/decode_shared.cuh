@@ -19,8 +19,10 @@ static_assert(CONSUMERS % ROW_BLOCKS == 0 && ROWS <= BLOCK_ROWS && CHUNK_ROWS ==
 constexpr int CHUNK_SLOTS = CHUNK_ROWS <= 16 ? 4 : 2;
 constexpr int RESULT_BYTES = CONSUMERS * ROWS * (D + 2) * 4;
 constexpr int RESULT_SLOTS = RESULT_BYTES <= 36 << 10 ? 2 : 1;
+constexpr int OFFSET_SLOTS = CHUNK_SLOTS, OFFSET_BYTES = BY_BUCKET ? OFFSET_SLOTS * CHUNK_BUCKETS * CHUNK_ROWS * 4 : 0;
 constexpr int STAGES_THAT_FIT =
-    (SHARED_LIMIT - 4096 - RESULT_SLOTS * RESULT_BYTES - CHUNK_SLOTS * CHUNK_ROWS * (2 * D + 8)) / TILE_BYTES;
+    (SHARED_LIMIT - 4096 - RESULT_SLOTS * RESULT_BYTES - CHUNK_SLOTS * CHUNK_ROWS * (2 * D + 8) - OFFSET_BYTES) /
+    TILE_BYTES;
 // Each stage always belongs to the same group and producer. If a warp skipped a phase of a stage's barrier, it would
 // misread the parity of the next one.
 constexpr int STAGES = STAGES_THAT_FIT >= 24 ? 24 : STAGES_THAT_FIT / CONSUMERS * CONSUMERS;
@@ -43,9 +45,9 @@ __device__ inline int fragment_index(int r, int c) {
   return (((r / 8 * (D / 32) + word) * 8 + r % 8) * 4 + quad) * 8 + (c >> 1 & 1) * 4 + (c & 1) * 2 + (c >> 2 & 1);
 }
 
-struct alignas(sizeof(float) * (SOFTCAP && OFFSET ? 4 : 2)) QueryStats {
+struct alignas(sizeof(float) * (SOFTCAP && OFFSET && !BY_BUCKET ? 4 : 2)) QueryStats {
   float sum, factor;  // sum of the row, in units of codes; factor of its scores
-#if SOFTCAP && OFFSET
+#if SOFTCAP && OFFSET && !BY_BUCKET
   float offset;  // q . center in log2, which scores over centered keys lack
 #endif
 };
@@ -54,6 +56,9 @@ struct Shared {
   u8 tiles[STAGES][TILE_BYTES];
   u16 queries[CHUNK_SLOTS][CHUNK_ROWS * D];  // fp16, rotated and normalized, in the order of `fragment_index`
   QueryStats query_stats[CHUNK_SLOTS][CHUNK_ROWS];
+#if BY_BUCKET
+  float query_offsets[OFFSET_SLOTS][CHUNK_BUCKETS][CHUNK_ROWS];  // q . center in log2 of each row and bucket
+#endif
   float results[RESULT_SLOTS][CONSUMERS][ROWS][D];
   float2 result_stats[RESULT_SLOTS][CONSUMERS][ROWS];  // x: maximum of the scores in log2; y: sum of the weights
   Chunk chunks[CHUNK_SLOTS];
@@ -76,6 +81,15 @@ struct Shared {
   }
 };
 static_assert(sizeof(Shared) <= SHARED_LIMIT, "no room in shared memory");
+
+// q . center of a row, and of those after it, in a bucket of the ring's n-th entry; null without BY_BUCKET
+__device__ inline float* offsets_at(Shared& s, int n, int bucket, int row) {
+#if BY_BUCKET
+  return &s.query_offsets[Turn<OFFSET_SLOTS>{n}.slot()][bucket][row];
+#else
+  return nullptr;
+#endif
+}
 
 __device__ inline bool is_padding(int r) { return r % BLOCK_ROWS >= ROWS; }
 

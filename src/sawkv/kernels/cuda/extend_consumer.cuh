@@ -17,7 +17,7 @@ struct ExtendConsumer {
   // Per row of the lane. Weights are 2^(score + exponent of the tile's values - maximum).
   float maximum[2], sum[2];
   float factor[2];
-#if SOFTCAP && OFFSET
+#if SOFTCAP && OFFSET && !BY_BUCKET
   float offset[2];
 #endif
   int last[2], first[2];  // tokens that the rows see
@@ -37,7 +37,7 @@ struct ExtendConsumer {
       const QueryRow row(chunk.unit, chunk.query_len, r);
       const QueryStats& stats = s.query_stats[slot][r];
       factor[e] = fmaxf(fabsf(stats.factor), 1e-30f);  // positive, as masks and maxima need; q takes the sign
-#if SOFTCAP && OFFSET
+#if SOFTCAP && OFFSET && !BY_BUCKET
       offset[e] = stats.offset;
 #endif
       last[e] = min(chunk.length - chunk.query_len + row.token, chunk.length - 1);
@@ -65,12 +65,19 @@ struct ExtendConsumer {
   }
 
   // Turns scores into weights. Returns whether earlier sums must be multiplied by `rescale`. Most tiles need no
-  // rescaling, because a maximum is raised only if it grows by more than 4 in log2.
-  __device__ bool weigh(int first_token, bool is_masked, float key_power, float value_exponent, float value_power,
-                        float softcap_log2, float (&rescale)[2]) {
+  // rescaling, because a maximum is raised only if it grows by more than 4 in log2. `offsets`: of the lane's first row,
+  // with BY_BUCKET.
+  __device__ bool weigh(int first_token, bool is_masked, const float* offsets, float key_power, float value_exponent,
+                        float value_power, float softcap_log2, float (&rescale)[2]) {
     float scale[2];
 #pragma unroll
     for (int e = 0; e < 2; e++) scale[e] = factor[e] * key_power;
+    // A weight is 2^(score * scale + added - maximum).
+    float added[2] = {value_exponent, value_exponent};
+#if BY_BUCKET
+    const float offset[2] = {offsets[0], offsets[8]};
+    if (!SOFTCAP) added[0] += offset[0], added[1] += offset[1];
+#endif
 #if SOFTCAP
 #pragma unroll
     for (int i = 0; i < TILE / 2; i++) {
@@ -93,7 +100,7 @@ struct ExtendConsumer {
 #pragma unroll
     for (int i = 4; i < TILE / 2; i++) largest[i % 4] = fmaxf(largest[i % 4], scores[i]);
 #pragma unroll
-    for (int e = 0; e < 2; e++) largest[e] = fmaf(fmaxf(largest[2 * e], largest[2 * e + 1]), scale[e], value_exponent);
+    for (int e = 0; e < 2; e++) largest[e] = fmaf(fmaxf(largest[2 * e], largest[2 * e + 1]), scale[e], added[e]);
     const bool grows = __any_sync(ALL_LANES, largest[0] > maximum[0] + 4 || largest[1] > maximum[1] + 4);
     if (grows) {
 #pragma unroll
@@ -106,7 +113,7 @@ struct ExtendConsumer {
         sum[e] *= rescale[e];
       }
     }
-    const float shift[2] = {value_exponent - maximum[0], value_exponent - maximum[1]};
+    const float shift[2] = {added[0] - maximum[0], added[1] - maximum[1]};
     float total[4] = {};
 #pragma unroll
     for (int i = 0; i < TILE / 2; i++) {
@@ -201,6 +208,8 @@ __device__ void run_extend_consumer(Shared& s, const DecodeParams& p, int warp) 
   constexpr u32 OPERAND = TILE * D * 2 / 16;
   const u32 keys = ptx::shared_address(s.keys) / 16, values = ptx::shared_address(s.values) / 16;
   int tiles_before = 0;
+  bool continues = false;  // whether rows and sums of the last entry go on
+  ExtendConsumer consumer;
   if (group) end_products(group);  // gives the first turn to the first group
   for (int n = 0;; n++) {
     const Turn<CHUNK_SLOTS> turn{n};
@@ -209,8 +218,7 @@ __device__ void run_extend_consumer(Shared& s, const DecodeParams& p, int warp) 
     chunk.num_tiles = uniform(chunk.num_tiles), chunk.first_tile = uniform(chunk.first_tile);
     chunk.length = uniform(chunk.length), chunk.query_len = uniform(chunk.query_len), chunk.unit = uniform(chunk.unit);
     if (!chunk.num_tiles) return;
-    ExtendConsumer consumer;
-    consumer.start(s, p, turn.slot(), chunk, first_row);
+    if (!continues) consumer.start(s, p, turn.slot(), chunk, first_row);
     const int first_token = QueryRow(chunk.unit, chunk.query_len, first_row).token;
     const int unmasked_end = min(chunk.length - chunk.query_len + first_token + 1, chunk.length);
     // All work between the scores and the weights of a tile
@@ -220,7 +228,8 @@ __device__ void run_extend_consumer(Shared& s, const DecodeParams& p, int warp) 
       hand_on(&s.keys_empty[slot]);
       const int begin = (chunk.first_tile + tile) * TILE;
       const bool is_masked = begin + TILE > unmasked_end || (p.window && begin < chunk.length - p.window);
-      return consumer.weigh(begin, is_masked, powers.x, powers.y, powers.z, p.softcap_log2, rescale);
+      const float* offsets = offsets_at(s, n, chunk_bucket(chunk, begin), first_row + lane_index() / 4);
+      return consumer.weigh(begin, is_masked, offsets, powers.x, powers.y, powers.z, p.softcap_log2, rescale);
     };
 
     int tile = DEALS_TILES ? (group + CONSUMER_GROUPS - tiles_before % CONSUMER_GROUPS) % CONSUMER_GROUPS : 0;
@@ -234,7 +243,8 @@ __device__ void run_extend_consumer(Shared& s, const DecodeParams& p, int warp) 
       consumer.multiply_keys(keys + operand.slot() * OPERAND);
       ptx::wait_warpgroup<0>();
       ptx::pin(consumer.scores);
-      weigh(tile, operand, rescale);
+      const bool is_first_rescaled = weigh(tile, operand, rescale);
+      if (continues && is_first_rescaled) consumer.rescale_out(rescale);
       consumer.pack_weights();
       // Pipelined: products of a tile's keys are issued together with those of the previous tile's weights and values.
 #pragma unroll 1
@@ -270,7 +280,8 @@ __device__ void run_extend_consumer(Shared& s, const DecodeParams& p, int warp) 
       hand_on(&s.chunk_empty[turn.slot()]);
     }
     tiles_before += chunk.num_tiles;
-    write_results(s, p, chunk, consumer, warp);
+    continues = is_continued(chunk);
+    if (!continues) write_results(s, p, chunk, consumer, warp);
   }
 }
 

@@ -24,6 +24,9 @@ static_assert(DEALS_TILES || CHUNK_ROWS == CONSUMER_GROUPS * GROUP_ROWS, "one or
 static_assert(D == 64 || D == 128, "panels of 64 channels, and registers for sums");
 
 constexpr int CHUNK_SLOTS = 1;
+// Consumers hand a chunk's slot back when its queries are in their registers, and read offsets until its end. By then
+// the next chunk's may be prepared, and the one after it only when all consumers have begun that.
+constexpr int OFFSET_SLOTS = 2;
 constexpr int STAGES = DEALS_TILES ? 5 : 6, MOST_UNDER_WAY = STAGES;
 // Stages for dequantized tiles. Each belongs to one group, because a warp must not skip a phase of its barriers.
 constexpr int OPERAND_STAGES = DEALS_TILES ? 4 : 3;
@@ -44,9 +47,9 @@ __device__ inline int fragment_index(int r, int c) {
   return ((r / 16 * (D / 16) + column / 16) * WARP + lane) * 8 + part * 2 + k % 2;
 }
 
-struct alignas(sizeof(float) * (SOFTCAP && OFFSET ? 4 : 2)) QueryStats {
+struct alignas(sizeof(float) * (SOFTCAP && OFFSET && !BY_BUCKET ? 4 : 2)) QueryStats {
   float sum, factor;  // sum is unused here; factor of the row's scores
-#if SOFTCAP && OFFSET
+#if SOFTCAP && OFFSET && !BY_BUCKET
   float offset;  // q . center in log2, which scores over centered keys lack
 #endif
 };
@@ -57,6 +60,9 @@ struct Shared {
   u8 tiles[STAGES][TILE_BYTES];
   u16 queries[CHUNK_SLOTS][CHUNK_ROWS * D];
   QueryStats query_stats[CHUNK_SLOTS][CHUNK_ROWS];
+#if BY_BUCKET
+  float query_offsets[OFFSET_SLOTS][CHUNK_BUCKETS][CHUNK_ROWS];  // q . center in log2 of each row and bucket
+#endif
   float results[CONSUMERS][8][D + 4];
   float2 result_stats[CONSUMERS][8];  // x: maximum, as in Result; y: sum of the weights
   float4 powers[OPERAND_STAGES];      // x: power of two for keys; y, z: exponent and inverse of that for values
@@ -81,6 +87,15 @@ struct Shared {
   }
 };
 static_assert(sizeof(Shared) <= SHARED_LIMIT, "no room in shared memory");
+
+// q . center of a row, and of those after it, in a bucket of the ring's n-th entry; null without BY_BUCKET
+__device__ inline float* offsets_at(Shared& s, int n, int bucket, int row) {
+#if BY_BUCKET
+  return &s.query_offsets[Turn<OFFSET_SLOTS>{n}.slot()][bucket][row];
+#else
+  return nullptr;
+#endif
+}
 
 // Arrive at a barrier for the whole warp, once all its lanes are here.
 __device__ inline void hand_on(u64* barrier) {

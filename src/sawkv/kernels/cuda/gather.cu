@@ -6,7 +6,7 @@
 // are applied at the end: a constant transforms to ORDER times itself in a block's first channel, and 0 in the others.
 //
 // Macros: HEAD_DIM, PAGE_SIZE, K_ORDER and V_ORDER (0: rows stay rotated), ELEMENT (of the output), GAIN (1: gains of
-// K or V, or both, must be undone).
+// K or V, or both, must be undone), BY_BUCKET (1: K has a center per position bucket).
 #include "pages.cuh"
 
 namespace sawkv {
@@ -19,18 +19,19 @@ struct GatherParams {
   const int* block_table;
   const int* seq_lens;
   const int* cu_seq_lens;
-  const float* center[2];        // of K and of V: [num_kv_heads][D] or null; added to rows
-  const float* gain_inverse[2];  // likewise; multiplies rows before that
+  const float* center[2];        // of K (with BY_BUCKET [num_buckets] of them) and of V: as below; added to rows
+  const float* gain_inverse[2];  // [num_kv_heads][D] or null; multiplies rows before that
   ELEMENT* k_out;
   ELEMENT* v_out;
   i64 page_stride, table_stride;
-  int num_seqs, max_tokens, num_kv_heads;
+  int num_seqs, max_tokens, num_kv_heads, num_buckets;
+  const int* first_positions;  // [num_seqs], of each table's first token; null: 0
 };
 
 // The page and offset that hold an output token's row of one KV head.
 struct Source {
   bool is_there;
-  int offset;
+  int offset, bucket;
   u8* page_head;
 
   // `seq`: a sequence that starts at or before the token
@@ -40,6 +41,8 @@ struct Source {
     is_there = token < p.max_tokens && position >= 0 && position < p.seq_lens[seq];
     const i64 page = is_there ? p.block_table[seq * p.table_stride + position / PAGE_SIZE] : 0;
     offset = position % PAGE_SIZE;
+    bucket = 0;
+    if (BY_BUCKET) bucket = bucket_of(position + (p.first_positions ? p.first_positions[seq] : 0), p.num_buckets);
     page_head = p.pages + page * p.page_stride + head * HEAD_BYTES;
   }
 };
@@ -78,7 +81,7 @@ __device__ inline void store_restored(Row<D, LANES>& row, const float* gain_inve
 // word), 3 and 4 (lane). Sums within a lane compute bit 1 and bits from 5 on.
 template <int ORDER>
 __device__ inline void decode_rows(const Source (&sources)[LANE_ROWS], bool is_v, const float* gain_inverse,
-                                   const float* center, ELEMENT* const (&to)[LANE_ROWS]) {
+                                   const float* center, i64 bucket_stride, ELEMENT* const (&to)[LANE_ROWS]) {
   using R = Row<D, LANES>;
   static_assert(R::VECTOR == 8, "a lane's vector is a word of codes");
   constexpr int BLOCK = ORDER ? ORDER : 1;
@@ -128,7 +131,8 @@ __device__ inline void decode_rows(const Source (&sources)[LANE_ROWS], bool is_v
     for (int i = 0; i < R::PER_LANE; i++)
       if (R::channel(i) % BLOCK == 0) row.x[i] -= zero_point;
     row.scale(ptx::low_half_to_float(meta[r]) * (inverse_root(BLOCK) * power_of_two(24)));
-    if (sources[r].is_there) store_restored(row, gain_inverse, center, to[r]);
+    if (!sources[r].is_there) continue;
+    store_restored(row, gain_inverse, BY_BUCKET && center ? center + sources[r].bucket * bucket_stride : center, to[r]);
   }
 }
 
@@ -162,10 +166,11 @@ __global__ void __launch_bounds__(THREADS, D <= 128 ? 4 : 2) sawkv_gather(const 
   const float *center = p.center[is_v], *gain_inverse = p.gain_inverse[is_v];
   if (center) center += head * D;
   if (gain_inverse) gain_inverse += head * D;
+  const i64 bucket_stride = is_v ? 0 : (i64)p.num_kv_heads * D;
   if (K_ORDER == V_ORDER || !is_v)
-    decode_rows<K_ORDER>(sources, is_v, gain_inverse, center, to);
+    decode_rows<K_ORDER>(sources, is_v, gain_inverse, center, bucket_stride, to);
   else
-    decode_rows<V_ORDER>(sources, is_v, gain_inverse, center, to);
+    decode_rows<V_ORDER>(sources, is_v, gain_inverse, center, bucket_stride, to);
 }
 
 }  // extern "C"

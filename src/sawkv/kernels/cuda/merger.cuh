@@ -7,6 +7,7 @@ namespace sawkv {
 // Add the groups' results of rows first, first + step, ... of the n-th chunk. The caller has waited for them.
 __device__ void merge_rows(const Shared& s, const DecodeParams& p, int n, int first, int step) {
   const Chunk chunk = s.chunks[Turn<CHUNK_SLOTS>{n}.slot()];
+  if (is_continued(chunk)) return;  // consumers keep its sums
   const int slot = Turn<RESULT_SLOTS>{n}.slot();
   for (int r = first; r < CHUNK_ROWS; r += step) {
     const QueryRow row(chunk.unit, chunk.query_len, r);

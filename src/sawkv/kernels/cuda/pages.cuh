@@ -7,6 +7,7 @@
 
 namespace sawkv {
 
+using format::BUCKET_SIZE;
 using format::SEGMENT_BYTES;
 constexpr int D = HEAD_DIM;
 constexpr int ROW_BYTES = D / 2, META_BYTES = 4;
@@ -22,6 +23,12 @@ static_assert(D % 32 == 0, "rows are whole segments");
 // shifted right by 8.
 __device__ inline u32 nibbles(u32 word, u32 high, int s) {
   return (s < 2 ? word : high) & (s % 2 ? 0x00f000f0u : 0x000f000fu);
+}
+
+// The bucket of a position. The last one holds all later positions.
+__device__ inline int bucket_of(i64 position, int num_buckets) {
+  const i64 bucket = position / BUCKET_SIZE;
+  return bucket < 0 ? 0 : bucket < num_buckets ? (int)bucket : num_buckets - 1;
 }
 
 // One row's codes and meta.

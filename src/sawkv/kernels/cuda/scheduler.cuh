@@ -1,7 +1,7 @@
 // The scheduler warp: takes chunks from the schedule; loads, rotates and normalizes their queries.
 //
-// Included after the kernel defines Shared, CHUNK_SLOTS, ROWS, is_padding, fragment_index, QUERIES_AT_ONCE,
-// CODE_EXPONENT and ODD_FACTOR.
+// Included after the kernel defines Shared, CHUNK_SLOTS, ROWS, is_padding, fragment_index, offsets_at,
+// QUERIES_AT_ONCE, CODE_EXPONENT and ODD_FACTOR.
 #pragma once
 #include "attention.cuh"
 #include "tiles.cuh"
@@ -11,7 +11,7 @@ namespace sawkv {
 __device__ void store_query(Shared& s, const DecodeParams& p, int slot, int r, Row<D> q, int kv_head,
                             const Row<D>& gain_inverse) {
   QueryStats stats;
-#if SOFTCAP && OFFSET
+#if SOFTCAP && OFFSET && !BY_BUCKET
   stats.offset = center_score(p, q, Row<D>::load(p.k_center + kv_head * D));
 #endif
   if (GAIN) q.multiply(gain_inverse);
@@ -35,7 +35,44 @@ __device__ void store_query(Shared& s, const DecodeParams& p, int slot, int r, R
   if (lane_index() == 0) s.query_stats[slot][r] = stats;
 }
 
-__device__ void prepare_queries(Shared& s, const DecodeParams& p, const Chunk& chunk, int slot) {
+#if BY_BUCKET
+// Writes q . center of these queries for each bucket of the chunk. `offsets`: of the first query and bucket.
+__device__ void store_offsets(float* offsets, const DecodeParams& p, const Chunk& chunk, int kv_head,
+                              const Row<D> (&queries)[QUERIES_AT_ONCE]) {
+  const int first = chunk.first_tile * TILE / BUCKET_SIZE;
+  const int count = chunk_bucket(chunk, (chunk.first_tile + chunk.num_tiles) * TILE - 1) + 1;
+  const auto center_of = [&](int bucket) {
+    return Row<D>::load(p.k_center + ((i64)min(bucket, p.num_buckets - 1) * p.num_kv_heads + kv_head) * D);
+  };
+  Row<D> next = center_of(first);  // loaded one ahead, while sums go from lane to lane
+#pragma unroll 1
+  for (int i = 0; i < count; i++) {
+    const Row<D> center = next;
+    next = center_of(first + i + 1);
+#pragma unroll
+    for (int k = 0; k < QUERIES_AT_ONCE; k++) {
+      const float score = center_score(p, queries[k], center);
+      if (lane_index() == 0) offsets[i * CHUNK_ROWS + k] = score;
+    }
+  }
+}
+
+// Cuts the next entry of the ring off the front of a chunk: at most CHUNK_BUCKETS buckets.
+__device__ Chunk take_entry(Chunk& chunk) {
+  constexpr int BUCKET_TILES = BUCKET_SIZE / TILE;
+  const int end = (chunk.first_tile / BUCKET_TILES + CHUNK_BUCKETS) * BUCKET_TILES;
+  Chunk entry = chunk;
+  entry.num_tiles = min(chunk.num_tiles, end - chunk.first_tile);
+  chunk.first_tile += entry.num_tiles;
+  chunk.num_tiles -= entry.num_tiles;
+  if (chunk.num_tiles) entry.partial = CONTINUED;
+  return entry;
+}
+#endif
+
+// `n`: the entry's number in the ring
+__device__ void prepare_queries(Shared& s, const DecodeParams& p, const Chunk& chunk, int n) {
+  const int slot = Turn<CHUNK_SLOTS>{n}.slot();
   const int kv_head = kv_head_of(chunk);
   const auto gain_inverse = GAIN && p.k_gain_inverse ? Row<D>::load(p.k_gain_inverse + kv_head * D) : Row<D>::filled(1);
   for (int first = 0; first < CHUNK_ROWS; first += QUERIES_AT_ONCE) {
@@ -49,29 +86,45 @@ __device__ void prepare_queries(Shared& s, const DecodeParams& p, const Chunk& c
         rows[i] =
             Row<D>::load(p.q + (i64)(chunk.query_start + row.token) * p.q_token_stride + row.head * p.q_head_stride);
     }
+#if BY_BUCKET
+    store_offsets(offsets_at(s, n, 0, first), p, chunk, kv_head, rows);
+#endif
 #pragma unroll
     for (int i = 0; i < QUERIES_AT_ONCE; i++) store_query(s, p, slot, first + i, rows[i], kv_head, gain_inverse);
   }
 }
 
-// run_scheduler and run_producer return the number of chunks that the block took.
+// run_scheduler and run_producer return the number of entries of the ring that the block took: its chunks, and with
+// BY_BUCKET the entries into which long ones were cut.
 __device__ int run_scheduler(Shared& s, const DecodeParams& p) {
   const int num_chunks = p.header->num_chunks;
   int next = blockIdx.x;  // the first chunk is fixed, the others are claimed
+#if BY_BUCKET
+  Chunk rest{};  // of a chunk that is cut into entries
+#endif
   for (int n = 0;; n++) {
     const Turn<CHUNK_SLOTS> turn{n};
     const int slot = turn.slot();
+#if BY_BUCKET
+    if (!rest.num_tiles) {
+      rest = p.chunks[next];
+      if (next >= num_chunks) rest.num_tiles = 0;
+    }
+    const Chunk chunk = take_entry(rest);
+#else
     Chunk chunk = p.chunks[next];  // there is room for one claim per block beyond the last chunk
     if (next >= num_chunks) chunk.num_tiles = 0;
+#endif
     ptx::wait(&s.chunk_empty[slot], turn.phase() ^ 1);
     if (arrives()) {
       if (lane_index() == 0) s.chunks[slot] = chunk;
       ptx::arrive(&s.chunk_full[slot]);
       // Each chunk is followed by one claim. There are thus as many claims as chunks, and the counter wraps to 0 for
       // the next launch.
-      if (lane_index() == 0 && chunk.num_tiles) next = gridDim.x + atomicInc(&p.header->claimed, num_chunks - 1);
+      if (lane_index() == 0 && chunk.num_tiles && !is_continued(chunk))
+        next = gridDim.x + atomicInc(&p.header->claimed, num_chunks - 1);
     }
-    if (chunk.num_tiles) prepare_queries(s, p, chunk, slot);
+    if (chunk.num_tiles) prepare_queries(s, p, chunk, n);
     __syncwarp();
     if (arrives()) ptx::arrive(&s.queries_full[slot]);
     if (!chunk.num_tiles) return n;

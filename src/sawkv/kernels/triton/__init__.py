@@ -71,7 +71,9 @@ class Pages:
         self._cache = cache
         self._constants = _page_constants(cache.layout)
 
-    def append(self, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+    def append(
+        self, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor, positions: torch.Tensor | None
+    ) -> None:
         """See `sawkv.ops.append`."""
         cache, layout, num_tokens = self._cache, self._cache.layout, slot_mapping.shape[0]
         if not num_tokens:
@@ -85,10 +87,12 @@ class Pages:
             v,
             *(x for of in cache.constants for x in (of.center, of.gain, of.weights, of.step)),
             slot_mapping,
+            positions,
             cache.pages,
             cache.counters,
             num_tokens,
             cache.num_slots,
+            cache.num_buckets,
             cache.pages.stride(0) // 16,
             *k.stride()[:2],
             *v.stride()[:2],
@@ -111,22 +115,30 @@ class Pages:
         if not num_seqs or not max_tokens:
             return
         tokens, num_warps = (COPY_TOKENS, 4) if rotated else (ROTATE_TOKENS, 1)
+        k_added, v_added = cache.added_by_gather(rotated)
+        k_inverse, v_inverse = (None if rotated else constants.gain_inverse for constants in cache.constants)
         gather_kernel[(_divide_up(max_tokens, tokens), layout.num_kv_heads, 2)](
             cache.pages,
             prefixes.block_table,
             prefixes.seq_lens,
             prefixes.cu_seq_lens,
-            *((None,) * 4 if rotated else (x for of in cache.constants for x in (of.gain_inverse, of.center))),
+            prefixes.first_positions,
+            k_inverse,
+            k_added,
+            v_inverse,
+            v_added,
             k_out,
             v_out,
             num_seqs,
             num_seqs.bit_length(),
             max_tokens,
+            cache.num_buckets,
             cache.pages.stride(0) // 16,
             prefixes.block_table.stride(0),
             **self._constants,
             K_ORDER=0 if rotated else layout.k_rotation_order,
             V_ORDER=0 if rotated else layout.v_rotation_order,
+            BY_BUCKET=cache.num_buckets > 1,
             TOKENS=tokens,
             num_warps=num_warps,
             enable_fp_fusion=False,
@@ -218,7 +230,11 @@ class Attention:
         num_rows = min(q.shape[0], num_seqs * max_query_len) * num_q_heads
         of_k, of_v = cache.constants
         sees_offsets = layer.adds_offsets or (lse is not None and of_k.center is not None)
+        by_bucket = cache.num_buckets > 1
         offsets = schedule.query_offsets if sees_offsets else None
+        if by_bucket:
+            offsets = torch.empty(num_rows, cache.num_buckets, device=q.device)
+        completes_scores = softcap > 0 or by_bucket
         prepare_kernel[(_divide_up(num_rows, PREPARE_ROWS),)](
             q,
             of_k.gain_inverse,
@@ -228,6 +244,7 @@ class Attention:
             offsets,
             num_rows,
             num_q_heads,
+            cache.num_buckets,
             schedule.group,
             *q.stride()[:2],
             (2 * layer.softmax_scale / softcap if softcap else layer.softmax_scale) * LOG2_E,
@@ -240,7 +257,7 @@ class Attention:
         decode_kernel[(schedule.max_chunks(num_seqs) * schedule.units,)](
             schedule.queries,
             schedule.query_stats,
-            offsets if softcap > 0 else None,
+            offsets if completes_scores else None,
             cache.pages,
             step.block_table,
             step.seq_lens,
@@ -253,6 +270,7 @@ class Attention:
             step.block_table.stride(0),
             softcap * LOG2_E,
             layer.sliding_window,
+            cache.num_buckets,
             **self._constants,
             **rows,
             NUM_KV_HEADS=layout.num_kv_heads,
@@ -260,6 +278,7 @@ class Attention:
             MAX_QUERY_LEN=max_query_len,
             HAS_SOFTCAP=softcap > 0,
             HAS_WINDOW=layer.sliding_window > 0,
+            BY_BUCKET=by_bucket,
             TILE=schedule.tile,
             STAGES=DECODE_STAGES,
             num_warps=DECODE_WARPS * layout.parts,
@@ -270,7 +289,7 @@ class Attention:
             schedule.partial_stats,
             schedule.splits,
             step.query_start_loc,
-            None if softcap > 0 else offsets,
+            None if completes_scores else offsets,
             of_v.gain_inverse,
             of_v.center,
             layer.sinks,

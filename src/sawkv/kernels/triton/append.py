@@ -7,7 +7,7 @@ import triton.language as tl
 
 from sawkv.format import constants
 from sawkv.format.counters import COLUMNS
-from sawkv.kernels.triton.common import low_half, rotate, round_to, swizzled, widen
+from sawkv.kernels.triton.common import bucket_of, low_half, rotate, round_to, swizzled, widen
 
 COUNTER_COLUMNS = tl.constexpr(len(COLUMNS))
 # A kernel sees module constants only as tl.constexpr.
@@ -34,10 +34,12 @@ def append_kernel(
     v_weights,
     v_step,
     slot_mapping,
+    positions,
     pages,
     counters,
     num_tokens,
     num_slots,
+    num_buckets,
     page_stride_16,
     k_token_stride,
     k_head_stride,
@@ -55,7 +57,7 @@ def append_kernel(
     TOKENS: tl.constexpr,
 ):
     """Grid [token blocks, num_kv_heads, 2]. `page_stride_16` counts 16-byte units, other strides elements. STORED is
-    the type of 16-bit rows.
+    the type of 16-bit rows. With positions, K has a center per bucket.
     """
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     slot = tl.load(slot_mapping + token, mask=token < num_tokens, other=-1)
@@ -68,9 +70,14 @@ def append_kernel(
     token = token.to(tl.int64)
     is_counted = (slot.to(tl.uint32) * SAMPLE_HASH) < SAMPLED_BELOW  # sawkv.format.counters.is_sampled
     if tl.program_id(2) == 0:
+        if positions is not None:
+            position = tl.load(positions + token, mask=is_kept, other=0)
+            center = k_center + (bucket_of(position, num_buckets) * tl.num_programs(1) * HEAD_DIM)[:, None]
+        else:
+            center = k_center
         _append_rows(
             k + token * k_token_stride + head.to(tl.int64) * k_head_stride,
-            k_center,
+            center,
             k_gain,
             k_weights,
             k_step,

@@ -7,11 +7,20 @@ import os
 import triton
 import triton.language as tl
 
+from sawkv.format import constants
+
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 """Whether kernels run in numpy on CPU tensors, for tests."""
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+BUCKET_SIZE = tl.constexpr(constants.BUCKET_SIZE)
+
+
+@triton.jit
+def bucket_of(position, num_buckets):
+    """The bucket of each position. The last one holds all later positions."""
+    return tl.minimum(tl.maximum(position // BUCKET_SIZE, 0), num_buckets - 1)
 
 
 @triton.jit

@@ -23,6 +23,7 @@ from sawkv.kernels.triton.common import (
     INTERPRETED,
     LN_2,
     LOG2_E,
+    bucket_of,
     codes_in,
     high_half,
     low_half,
@@ -117,6 +118,7 @@ def prepare_kernel(
     query_offsets,
     num_rows,
     num_q_heads,
+    num_buckets,
     group,
     q_token_stride,
     q_head_stride,
@@ -133,7 +135,7 @@ def prepare_kernel(
 
     query_stats: [num_rows, PARTS + 1] fp32: sums of the row's parts in units of codes, and the factor of its scores,
     log2(e) included.
-    query_offsets: [num_rows] fp32 or None: the term q.k_center of the row's scores, in the same unit.
+    query_offsets: [num_rows, num_buckets] fp32 or None: the terms q.k_center of the row's scores, in the same unit.
     """
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, WIDTH)[None, :]
@@ -143,8 +145,10 @@ def prepare_kernel(
     y = tl.load(q + at[:, None] + channel, mask=is_there, other=0).to(tl.float32)
     of_head = (head // group)[:, None] * HEAD_DIM + channel
     if query_offsets is not None:
-        offset = tl.sum(y * tl.load(k_center + of_head, mask=is_there, other=0), 1) * scale_log2
-        tl.store(query_offsets + row, offset, mask=row < num_rows)
+        for bucket in range(num_buckets):
+            center = tl.load(k_center + bucket * (num_q_heads // group * HEAD_DIM) + of_head, mask=is_there, other=0)
+            offset = tl.sum(y * center, 1) * scale_log2
+            tl.store(query_offsets + row.to(tl.int64) * num_buckets + bucket, offset, mask=row < num_rows)
     if k_gain_inverse is not None:
         y = y * tl.load(k_gain_inverse + of_head, mask=is_there, other=0)
     y = rotate(y, ORDER)
@@ -308,6 +312,7 @@ def decode_kernel(
     table_stride,
     softcap_log2,
     window,
+    num_buckets,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     PARTS: tl.constexpr,
@@ -324,11 +329,13 @@ def decode_kernel(
     MAX_QUERY_LEN: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    BY_BUCKET: tl.constexpr,
     TILE: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Grid [max_chunks * NUM_KV_HEADS * ROW_GROUPS]: each program takes one chunk, KV head and row group.
 
+    query_offsets: as `prepare_kernel` writes them if each score needs one, else None. BY_BUCKET: several per row.
     partials: [max_chunks, NUM_KV_HEADS * ROW_GROUPS, ROWS, WIDTH] fp32 in the order of parts and planes, not divided by
     the sum of the weights.
     partial_stats: [max_chunks, NUM_KV_HEADS * ROW_GROUPS, ROWS, 2] fp32: maximum of the scores in log2, and sum of
@@ -372,7 +379,8 @@ def decode_kernel(
         q4, q5, q6, q7 = _load_query_planes(place + PART, is_row, COLUMNS, PLANES)
         second_query_sum = tl.load(stats + 1, mask=is_row, other=0)
     if query_offsets is not None:
-        query_offset = tl.load(query_offsets + query, mask=is_row, other=0)
+        query_offsets += query * num_buckets
+        query_offset = tl.load(query_offsets, mask=is_row, other=0)
 
     maximum = tl.full([BLOCK_ROWS], NO_SCORE, tl.float32)
     total = tl.zeros([BLOCK_ROWS], tl.float32)
@@ -420,6 +428,8 @@ def decode_kernel(
                 K_TYPE,
                 PAGE_SIZE,
             )
+        if BY_BUCKET:  # a tile lies in one bucket
+            query_offset = tl.load(query_offsets + bucket_of(tile * TILE, num_buckets), mask=is_row, other=0)
         if query_offsets is not None:
             scores += query_offset[None, :]
         if HAS_SOFTCAP:  # cap * tanh(x / cap), from scores of 2 x / cap in log2

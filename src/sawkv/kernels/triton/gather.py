@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sawkv.kernels.triton.common import high_half, low_half, rotate, round_to, swizzled
+from sawkv.kernels.triton.common import bucket_of, high_half, low_half, rotate, round_to, swizzled
 
 
 @triton.jit
@@ -16,6 +16,7 @@ def gather_kernel(
     block_table,
     seq_lens,
     cu_seq_lens,
+    first_positions,
     k_gain_inverse,
     k_center,
     v_gain_inverse,
@@ -25,6 +26,7 @@ def gather_kernel(
     num_seqs,
     search_steps,
     max_tokens,
+    num_buckets,
     page_stride_16,
     table_stride,
     HEAD_DIM: tl.constexpr,
@@ -36,10 +38,12 @@ def gather_kernel(
     V_ORDER: tl.constexpr,
     SWIZZLE_MULTIPLIER: tl.constexpr,
     SWIZZLE_PERIOD: tl.constexpr,
+    BY_BUCKET: tl.constexpr,
     TOKENS: tl.constexpr,
 ):
     """Grid [token blocks, num_kv_heads, 2]. Orders are 0 for rows that stay rotated. 2^search_steps is at least
-    num_seqs.
+    num_seqs. BY_BUCKET: `k_center` is [num_buckets, num_kv_heads, HEAD_DIM].
+    first_positions: [num_seqs] int32, or None for 0.
     """
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     if tl.program_id(0) * TOKENS < tl.load(cu_seq_lens + num_seqs):
@@ -60,12 +64,18 @@ def gather_kernel(
         offset = position % PAGE_SIZE
         to = (token.to(tl.int64) * tl.num_programs(1) + head) * HEAD_DIM
         if tl.program_id(2) == 0:
+            if BY_BUCKET:
+                if first_positions is not None:
+                    position += tl.load(first_positions + seq)
+                center = k_center + (bucket_of(position, num_buckets) * tl.num_programs(1) * HEAD_DIM)[:, None]
+            else:
+                center = k_center
             _gather_rows(
                 plane,
                 offset,
                 is_there,
                 k_gain_inverse,
-                k_center,
+                center,
                 head,
                 k_out + to,
                 HEAD_DIM,
