@@ -44,8 +44,13 @@ def make_fed(num_layers: int = 3, num_kv_heads: int = 2, head_dim: int = 128) ->
 
 def make_gained(num_layers: int = 3, num_kv_heads: int = 2, head_dim: int = 128) -> Calibration:
     made = make(num_layers, num_kv_heads, head_dim)
-    k_gain, v_gain = torch.exp2(4 * torch.rand(2, *made.k_center.shape) - 2)
+    k_gain, v_gain = torch.exp2(4 * torch.rand(2, *made.v_center.shape) - 2)
     return replace(made, k_gain=k_gain, v_gain=v_gain)
+
+
+def make_buckets() -> Calibration:
+    """With three centers of K per layer."""
+    return replace(make_fed(), k_center=torch.randn(3, 3, 2, 128))
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +91,11 @@ TENSORS = (
 
 
 @pytest.mark.parametrize(
-    "made", [make(), make_gained(), make_fed(), replace(make_fed(), k_gain=None, k_feedback=None, k_feedback_step=None)]
+    "made",
+    [
+        *(make(), make_gained(), make_fed(), make_buckets()),
+        replace(make_fed(), k_gain=None, k_feedback=None, k_feedback_step=None),
+    ],
 )
 def test_what_is_saved_is_loaded(made: Calibration, tmp_path: Path) -> None:
     made.save(tmp_path / "c.safetensors")
@@ -113,6 +122,27 @@ def test_loading_does_not_follow_the_default_device(tmp_path: Path) -> None:
 def test_a_fingerprint_stays_what_it_is() -> None:
     made = Calibration(FORMAT, "a model", *torch.ones(2, 2, 1, 128))
     assert made.fingerprint() == "1d0120c0af1650ee"
+    several = replace(made, k_center=made.k_center.repeat(1, 2, 1, 1))
+    assert several.fingerprint() == "0795751495313048"
+
+
+def test_buckets_of_layers() -> None:
+    """A rank takes its heads of the buckets that it serves. What is filled in place takes as many as it has room for;
+    the last one holds all later positions.
+    """
+    made = make_buckets()
+    layer = made.layer(0, slice(1, 2), 2)
+    assert layer.k_center is not None
+    assert torch.equal(layer.k_center, made.k_center[0, :2, 1:2])
+    again = Calibration.from_layers(FORMAT, "a model", 3, {i: made.layer(i) for i in range(3)})
+    assert again.fingerprint() == made.fingerprint()
+    with pytest.raises(CalibrationError, match=r"expected one number of buckets in all of them, got \[2, 3\]"):
+        Calibration.from_layers(FORMAT, "a model", 3, {0: made.layer(0), 1: made.layer(1, num_buckets=2)})
+    for num_buckets, taken in ((1, [0]), (3, [0, 1, 2]), (5, [0, 1, 2, 2, 2])):
+        blank = LayerCalibration.blank(PageLayout(FORMAT, 2, 128, 16), "cpu", num_buckets)
+        blank.fill(made.layer(0))
+        assert blank.k_center is not None
+        assert torch.equal(blank.k_center, made.k_center[0, taken])
 
 
 def test_what_a_rank_gets_and_none_where_there_is_nothing_to_do() -> None:
@@ -127,7 +157,7 @@ def test_what_a_rank_gets_and_none_where_there_is_nothing_to_do() -> None:
     made.k_gain[1] = 1
     layer = made.layer(1, slice(2, 4))
     assert layer.k_center is not None
-    assert torch.equal(layer.k_center, made.k_center[1, 2:4])
+    assert torch.equal(layer.k_center, made.k_center[1, :, 2:4])
     assert layer.v_center is None
     assert layer.k_gain is None
     assert layer.v_gain is not None
@@ -198,12 +228,13 @@ def test_layers_that_do_not_fit_are_refused(layers: dict[int, LayerCalibration],
 def test_the_fingerprint_covers_all_that_changes_the_bytes() -> None:
     made = make()
     moved = made.k_center.clone()
-    moved[2, 1, 127] += 1e-3
+    moved[2, 0, 1, 127] += 1e-3
     others = [
         replace(made, format=CacheFormat.parse("int4-k128-v0")),
         replace(made, model="another"),
         replace(made, k_center=moved),
-        replace(made, k_center=made.v_center, v_center=made.k_center),
+        replace(made, k_center=made.v_center, v_center=made.k_center[:, 0]),
+        replace(made, k_center=made.k_center.repeat(1, 2, 1, 1)),
         replace(made, k_center=made.k_center.view(2, 3, 128), v_center=made.v_center.view(2, 3, 128)),
     ]
     fed = make_fed()
@@ -319,7 +350,10 @@ def metadata(content: bytes, **changes: Any) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"version": "1"}, "expected a calibration of version 2, got '1'. `sawkv prepare` makes it again"),
+        ({"version": "3"}, "expected the keys"),
+        ({"version": "3", "num_buckets": "2"}, r"k_center: expected F32 \[2, 2, 1, 128\], got F32 \[2, 1, 128\]"),
+        ({"num_buckets": "1"}, "expected the keys"),
+        ({"version": "1"}, "expected a calibration of version 2 or 3, got '1'. `sawkv prepare` makes it again"),
         ({"version": None}, "got 'no version'"),
         ({"model": None}, "expected the keys"),
         ({"colour": "red"}, "colour"),
@@ -382,7 +416,7 @@ def test_what_is_no_calibration_is_named(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(CalibrationError, match="no file"):
         Calibration.load(tmp_path)
     save_file({"weight": torch.zeros(3)}, tmp_path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(CalibrationError, match="expected a calibration of version 2, got 'no version'"):
+    with pytest.raises(CalibrationError, match="expected a calibration of version 2 or 3, got 'no version'"):
         Calibration.load(tmp_path / "model.safetensors")
     make().save(tmp_path / "c.safetensors")
     monkeypatch.setattr(calibration, "MAX_FILE_BYTES", 1000)

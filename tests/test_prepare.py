@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sawkv.errors import UnsupportedError
+from sawkv.format.constants import BUCKET_SIZE
 from sawkv.format.feedback import cost_with_feedback, fit_feedback
 from sawkv.format.rotation import hadamard_matrix, rotate
 from sawkv.format.spec import CacheFormat
@@ -15,6 +16,8 @@ from sawkv.prepare.calibration import Calibration
 from sawkv.prepare.corpus import preparation_positions, preparation_text, preparation_windows, random_windows
 from sawkv.prepare.fit import fit
 from sawkv.prepare.statistics import QUERY_STEP, LayerStatistics
+from sawkv.prepare.turning import Turning
+from tests.conftest import relative_error
 
 HEADS, GROUP, HEAD_DIM, SCALE = 2, 3, 32, 0.02
 INT4 = CacheFormat("int4").resolve(HEAD_DIM)
@@ -71,7 +74,7 @@ def test_statistics_count_rows_by_what_their_errors_cost(known: bool, sliding: i
     windows = windows_of(0, torch.bfloat16)
     weight = torch.randn(11, HEADS * GROUP * HEAD_DIM) if known else None
     got = measured(windows, weight, sliding)
-    assert (got.rows, got.queries) == (90, 90 * GROUP)
+    assert (got.rows, got.queries) == ([90], 90 * GROUP)
     weights, sums, squares = (
         torch.zeros(shape, dtype=torch.float64) for shape in ((2, HEADS), (2, HEADS, HEAD_DIM), (2, HEADS, HEAD_DIM))
     )
@@ -80,7 +83,7 @@ def test_statistics_count_rows_by_what_their_errors_cost(known: bool, sliding: i
             weights[kind] += count.sum(0)
             sums[kind] += torch.einsum("th,thd->hd", count, x.double())
             squares[kind] += torch.einsum("th,thd->hd", count, x.double().square())
-    for mine, wanted in ((got.weights, weights), (got.sums, sums), (got.squares, squares)):
+    for mine, wanted in ((got.weights[0], weights), (got.sums[0], sums), (got.squares, squares)):
         torch.testing.assert_close(mine, wanted, rtol=1e-4, atol=1e-4)
     q = torch.cat([q for q, _, _ in windows]).double().view(-1, HEADS, GROUP, HEAD_DIM).transpose(0, 1).flatten(1, 2)
     torch.testing.assert_close(got.query_gram, q.mT @ q)
@@ -111,8 +114,9 @@ def test_fit_centers_scales_and_feeds_back() -> None:
     fitted = fit(layers, INT4)
     hadamard = hadamard_matrix(HEAD_DIM)
     for statistics, layer in zip(layers, fitted, strict=True):
-        means = statistics.sums / statistics.weights[..., None]
-        spreads = statistics.squares / statistics.weights[..., None] - means.square()
+        weights = statistics.weights[0, ..., None]
+        means = statistics.sums[0] / weights
+        spreads = statistics.squares / weights - means.square()
         value = (
             torch.eye(HEAD_DIM).double().expand(HEADS, -1, -1)
             if statistics.output_gram is None
@@ -125,7 +129,7 @@ def test_fit_centers_scales_and_feeds_back() -> None:
         for (hessian, center, gain, got), mean, spread in zip(parts, means, spreads, strict=True):
             assert center is not None
             assert gain is not None
-            torch.testing.assert_close(center, mean.float())
+            torch.testing.assert_close(center.view(HEADS, HEAD_DIM), mean.float())
             torch.testing.assert_close(gain.log().mean(-1), torch.zeros(HEADS), rtol=0, atol=1e-5)
 
             def cost(
@@ -158,13 +162,13 @@ def test_heads_that_are_stored_as_two_rows_are_fitted_row_by_row() -> None:
     for i, channels in enumerate((slice(256), slice(256, 512))):
         part = LayerStatistics(1, 256, "cpu", SCALE)
         part.rows, part.queries, part.weights = statistics.rows, statistics.queries, statistics.weights
-        for name in ("sums", "squares", "plain_sums", "plain_squares"):
+        for name in ("sums", "squares", "plain_sums", "plain_squares", "turned_sums"):
             setattr(part, name, getattr(statistics, name)[..., channels])
         for name in ("query_gram", "output_gram"):
             setattr(part, name, getattr(statistics, name)[:, channels, channels])
         want = fit([part], CacheFormat("int4"))[0]
         for name in ("k_center", "v_center", "k_gain", "v_gain"):
-            assert getattr(got, name)[:, channels].equal(getattr(want, name))
+            assert getattr(got, name)[..., channels].equal(getattr(want, name))
         for name in ("k_feedback", "v_feedback"):
             assert getattr(got, name).weights[i : i + 1].equal(getattr(want, name).weights)
         for name in ("k_energy", "v_energy"):
@@ -181,6 +185,29 @@ def test_energies_are_those_of_the_rows_as_they_are_stored() -> None:
         stored = rotate((rows - center) * gain, INT4.k_rotation_order or 0)
         assert energy is not None
         torch.testing.assert_close(energy, stored.square().sum(-1).mean(0), rtol=1e-4, atol=0)
+
+
+def test_centers_of_buckets_are_those_of_rows_as_they_are_stored() -> None:
+    """Energies are of rows about the centers of their buckets. Rows may stand behind the last one."""
+    statistics = LayerStatistics(HEADS, HEAD_DIM, "cpu", SCALE, context=3 * BUCKET_SIZE)
+    angles = 1e4 ** (-torch.arange(0, HEAD_DIM, 2).double() / HEAD_DIM) / 100
+    turning = Turning(torch.arange(HEAD_DIM).view(-1, 2), angles)
+    offset, text, rows, buckets = 5 * torch.randn(HEADS, HEAD_DIM), torch.randn(60, HEADS, HEAD_DIM), [], []
+    for start, is_probe in ((0, True), (1, True), (8, True), (30, False), (2 * BUCKET_SIZE - 40, False), (9999, False)):
+        places = start + torch.arange(60)
+        k = turning.turn(offset + (text if is_probe else torch.randn(60, HEADS, HEAD_DIM)), places).float()
+        v = torch.randn(60, HEADS, HEAD_DIM)
+        statistics.add(torch.randn(60, HEADS * GROUP, HEAD_DIM), k, v, places, is_probe)
+        if not is_probe:
+            rows.append(k)
+            buckets.append((places // BUCKET_SIZE).clamp_max(2))
+    layer = fit([statistics], INT4)[0]
+    assert layer.k_center is not None
+    assert layer.k_center.shape == (3, HEADS, HEAD_DIM)
+    assert relative_error(layer.k_center[2], layer.k_center[0]) > 0.5
+    stored = rotate((torch.cat(rows) - layer.k_center[torch.cat(buckets)]) * layer.k_gain, INT4.k_rotation_order or 0)
+    assert layer.k_energy is not None
+    torch.testing.assert_close(layer.k_energy, stored.square().sum(-1).mean(0), rtol=1e-4, atol=0)
 
 
 def test_fit_gives_the_same_bytes_twice_and_whatever_else_is_fitted() -> None:
@@ -216,7 +243,7 @@ def test_fit_of_int8_feeds_nothing_back() -> None:
     layer = fit([statistics], CacheFormat.parse("int8"))[0]
     assert layer.k_center is not None
     assert layer.k_feedback is None
-    mean, square = (x[0] / statistics.weights[0][:, None] for x in (statistics.sums, statistics.squares))
+    mean, square = (x[0] / statistics.weights[0, 0, :, None] for x in (statistics.sums[0], statistics.squares))
     exact = (statistics.query_gram.diagonal(dim1=-2, dim2=-1) / (square - mean.square())) ** 0.25
     assert layer.k_gain is not None
     torch.testing.assert_close(

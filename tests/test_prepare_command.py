@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb
 
 from sawkv import CacheFormat, PagedKVCache, PageLayout, append, cli, gather
+from sawkv.format.constants import BUCKET_SIZE
 from sawkv.integrations.transformers import SawCache
 from sawkv.integrations.transformers.prepare import measure
 from sawkv.prepare import calibrate
@@ -29,7 +30,7 @@ from tests.transformers import models as tiny_models
 INT4 = CacheFormat("int4")
 
 
-def make_model(key_bias: float = 0.0, value_bias: float = 0.0) -> Qwen2ForCausalLM:
+def make_model(key_bias: float = 0.0, value_bias: float = 0.0, rope_theta: float = 1e3) -> Qwen2ForCausalLM:
     """Random weights; Qwen2 has biases of K and V. Keys get theirs in the pairs that RoPE turns slowest."""
     config = Qwen2Config(
         vocab_size=200,
@@ -40,7 +41,7 @@ def make_model(key_bias: float = 0.0, value_bias: float = 0.0) -> Qwen2ForCausal
         num_key_value_heads=2,
         head_dim=32,
         max_position_embeddings=256,
-        rope_theta=1e3,
+        rope_theta=rope_theta,
     )
     model = Qwen2ForCausalLM(config).train(False)
     with torch.no_grad():
@@ -161,6 +162,19 @@ def test_arguments_are_refused_before_the_model_is_loaded(
         assert shown.count("\n") == 1
 
 
+def test_each_bucket_of_positions_gets_the_center_of_its_keys() -> None:
+    """Also buckets in which no window stands: a text that is read there has keys about that center."""
+    model = EvalModel(make_model(8.0, rope_theta=2e4))
+    (made,) = calibrate.calibrate(model, INT4, windows(4), 4 * BUCKET_SIZE)
+    assert made.num_buckets == 4
+    for bucket in range(4):
+        places = bucket * BUCKET_SIZE + BUCKET_SIZE // 2 + torch.arange(64)
+        for index, states in enumerate(model.states(windows(1), places)):
+            far = torch.stack([(states.k.mean(0) - center).norm() for center in made.k_center[index]])
+            assert int(far.argmin()) == bucket, far
+            assert float(far[bucket]) < 0.2 * float(states.k.mean(0).norm())
+
+
 def test_by_default_the_file_travels_with_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shipped = next((Path(__file__).parents[1] / "models").glob("sawkv-*"))
     folder = Path(shutil.copytree(shipped, tmp_path / "model"))
@@ -172,7 +186,7 @@ def test_by_default_the_file_travels_with_the_model(tmp_path: Path, capsys: pyte
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sawkv")
     cache = SawCache(model)
     model.generate(torch.tensor([[1, 2, 3]]), past_key_values=cache, max_new_tokens=1)
-    assert torch.equal(cache.layers[2]._calibration.k_center, made.k_center[2])
+    assert torch.equal(cache.layers[2]._calibration.k_center, made.layer(2).k_center)
 
 
 def test_layers_of_unlike_heads_get_a_file_for_each_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -186,9 +200,9 @@ def test_layers_of_unlike_heads_get_a_file_for_each_shape(tmp_path: Path, capsys
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sawkv")
     ids = torch.randint(0, vocabulary, (2, 64))
     made = calibrate.calibrate(EvalModel(AutoModelForCausalLM.from_pretrained(folder)), INT4, ids, 256)
-    assert [part.k_center.shape for part in made] == [(4, 1, 512), (4, 2, 256)]
-    wanted = measure(model.model, model.config, ids, preparation_positions(*ids.shape, 256))
-    assert [layer.rows for layer in wanted if layer is not None] == [2 * 2 * 64] * 2, "each is read by two layers"
+    assert [part.k_center.shape for part in made] == [(4, 1, 1, 512), (4, 1, 2, 256)]
+    wanted = measure(model.model, model.config, ids, preparation_positions(*ids.shape, 256), 256)
+    assert [layer.rows for layer in wanted if layer is not None] == [[2 * 2 * 64]] * 2, "each is read by two layers"
     for index, shape in enumerate((1, 0)):
         (expected,) = fit([wanted[index]], INT4)
         got = made[shape].layer(index)
@@ -235,7 +249,7 @@ def test_the_command_writes_a_file_for_this_model(
     assert made.fingerprint() in shown
     assert ("text.txt" if own_text else "the text of sawkv") in shown
     assert str(made.format) == "int4-k64-v0"
-    assert made.k_center.shape == (5, 2, 128)
+    assert made.k_center.shape == (5, 1, 2, 128)
     for part in (made.k_center, made.v_center, made.k_gain, made.v_gain, made.k_feedback, made.v_feedback):
         assert part is not None
         assert bool(part.any())

@@ -21,6 +21,7 @@ from sawkv import (
     ops,
 )
 from sawkv.errors import CalibrationError
+from sawkv.format.constants import BUCKET_SIZE
 from sawkv.format.feedback import takes_from
 from sawkv.integrations.transformers import SawCache
 from sawkv.integrations.transformers.pages import CROP_MARGIN
@@ -305,6 +306,57 @@ def test_centers_and_gains_where_attention_has_a_soft_cap_or_sinks(kind: str, mo
 
         monkeypatch.setattr(ops, "attention", lose_center)
         assert (logits() - want).abs().max() > 0.05, "the control: a cap and sinks do see the center"
+
+
+@pytest.mark.parametrize(("kind", "attention"), [("llama", "sawkv"), ("gemma3_text", "sdpa")])
+def test_centers_of_buckets_change_no_logit(kind: str, attention: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 32-bit pages: with left padding, across the border of a bucket in prompts and single tokens, after a crop back
+    over it, and after the batch is reordered.
+    """
+    model = make_model(kind, attention, max_position_embeddings=4 * BUCKET_SIZE)
+    length, pads = BUCKET_SIZE + 30, 6
+    ids, other = torch.randint(1, 99, (2, length)), torch.randint(1, 99, (2, 40))
+    mask = torch.ones_like(ids)
+    mask[1, :pads] = 0
+    places = (mask.cumsum(1) - 1).clamp_min(0)
+    shape = 4, 2, model.config.head_dim
+    k_center = 3 * torch.randn(shape[0], 3, *shape[1:])
+    made = Calibration(CacheFormat.parse(LOSSLESS), model_id(model.config), k_center, torch.randn(shape))
+
+    def logits(ids: torch.Tensor, cache: SawCache | None, parts: list[int], past: int = 0) -> torch.Tensor:
+        found = []
+        for part in parts:
+            now = slice(past, past + part)
+            inputs = {"attention_mask": mask[:, : now.stop], "position_ids": places[:, now]}
+            kept = {"use_cache": False} if cache is None else using(cache)
+            found.append(model(ids[:, now], **inputs, **kept).logits)
+            past += part
+        return torch.cat(found, 1)
+
+    def check(parts: list[int]) -> bool:
+        cache = SawCache(model.config, LOSSLESS, calibration=made)
+        got = [logits(ids, cache, parts)]
+        want = [logits(ids, None, [length])]
+        if kind == "llama":
+            cache.crop(-40)
+            changed = torch.cat([ids[:, :-40], other], 1)
+            got.append(logits(changed, cache, [9, 1, 1, 29], length - 40))
+            want.append(logits(changed, None, [length])[:, -40:])
+            cache.reorder_cache(torch.tensor([0, 0]))
+            assert torch.equal(*cache.layers[1].states()[0])
+        seen = mask.bool()
+        error = max(float((a - b)[seen[:, -b.shape[1] :]].abs().max()) for a, b in zip(got, want, strict=True))
+        return error < 1e-3
+
+    with torch.no_grad():
+        assert check([BUCKET_SIZE - 2, 1, 1, 1, 4, 1, 1, 1, 1, 1, 2, 18])
+        append = ops.append
+
+        def misplaced(k: Any, v: Any, pages: Any, slots: Any, positions: torch.Tensor, **options: Any) -> None:
+            append(k, v, pages, slots, positions + 1, **options)
+
+        monkeypatch.setattr(ops, "append", misplaced)
+        assert not check([length]), "the control: one token stands in the wrong bucket"
 
 
 @pytest.mark.parametrize("offload", [False, True])

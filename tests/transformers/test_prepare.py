@@ -23,8 +23,11 @@ from torch.nn.modules import module as torch_modules
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from sawkv import CacheFormat, LayoutError, UnsupportedError
+from sawkv.format.constants import BUCKET_SIZE
 from sawkv.integrations.transformers import SawCache, prepare, stored
+from sawkv.prepare import model as lab_model
 from sawkv.prepare.calibration import Calibration, LayerCalibration, model_id
+from sawkv.prepare.corpus import preparation_positions
 from sawkv.prepare.store import CalibrationStore, contents_digest, shipped_paths
 from tests.transformers.models import SMALL, make_model, plain_attention, using
 from tests.transformers.test_compile import compiled_by, counting
@@ -132,6 +135,21 @@ def test_the_shipped_model_and_its_text(
     assert prepared < 0.9 * distance(model, SawCache(model.config, prepare=False), reference)
     assert "random tokens" not in caplog.text
     assert "on 8 windows of 512 tokens, kept in" in caplog.text
+
+
+def test_centers_of_buckets_are_those_that_the_lab_measures() -> None:
+    """In both places a text at shifted positions shows how keys turn."""
+    context = 3 * BUCKET_SIZE
+    model, text = biased(max_position_embeddings=context), ids(3, 40)
+    trunk = prepare.trunk_of(model)
+    got = prepare.measure(trunk, model.config, text, preparation_positions(3, 40, context), context)
+    want = lab_model.measure(lab_model.EvalModel(model), text, context)
+    for mine, theirs in zip(got, want, strict=True):
+        assert mine is not None
+        assert mine.centers.shape == (3, 2, 2, 32)
+        torch.testing.assert_close(mine.centers, theirs.centers, rtol=1e-2, atol=1e-2)
+        assert float((mine.centers[2, 0] - mine.centers[0, 0]).norm()) > 1
+        assert mine.rows == theirs.rows
 
 
 def test_caches_of_one_model_share_one_preparation(runs: list[PreTrainedModel]) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from sawkv import CacheFormat, PagedKVCache, PageLayout, Pages, append, gather, prefixes
 from sawkv.errors import UnsupportedError
+from sawkv.format.constants import BUCKET_SIZE
 from sawkv.kernels import Turns
 
 # Of torch.jit, as vLLM is imported.
@@ -257,6 +258,8 @@ def check(
             rows, keys = (slice(*cu[j : j + 2].tolist()) for cu in (piece.cu_seqlens_q, piece.prefixes.cu_seq_lens))
             got = attend(q[piece.tokens][rows], *states[:, keys], window)
             i = next(left)
+            if begins_with:
+                assert int(piece.prefixes.first_positions[j] + piece.prefixes.seq_lens[j]) == CONTEXTS[i]
             want = attend(q[starts[i] : starts[i + 1]], *whole[i], window)
             torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
     assert next(left, None) is None
@@ -296,3 +299,51 @@ def test_host_time_of_a_layer_is_measured_without_a_gpu() -> None:
     turn = json.loads(done.stdout.splitlines()[-1])
     assert {*LAYER, *BESIDE} == turn.keys()
     assert all(0 < us < 1e5 for us in turn.values())
+
+
+def test_positions_of_a_steps_tokens() -> None:
+    """Decodes, chunks of prompts, requests that pad a graph's batch, and rows that pad its tokens."""
+    from sawkv.integrations.vllm.backend import token_positions
+
+    for query_lens, seq_lens, padding in (([1, 1, 4, 2], [7, 1, 4, 5000], 0), ([1, 1, 0, 0], [9, 3, 0, 0], 3)):
+        starts = torch.tensor([0, *query_lens]).cumsum(0).int()
+        used = int(starts[-1])
+        common: Any = SimpleNamespace(
+            num_reqs=4,
+            num_actual_tokens=used + padding,
+            query_start_loc=starts,
+            seq_lens=torch.tensor(seq_lens, dtype=torch.int32),
+        )
+        want = [p for n, length in zip(query_lens, seq_lens, strict=True) for p in range(length - n, length)]
+        assert token_positions(common)[:used].tolist() == want
+
+
+def test_layers_append_by_the_positions_of_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two chunks of a prompt and a decode, over the border of a bucket, with padding; bytes equal the reference's."""
+    from sawkv.integrations.vllm import backend
+
+    k_center = 5 * torch.randn(2, 2, 64)
+    layout = PageLayout(CacheFormat("int4"), 2, 64, 16)
+    pages = torch.zeros(2, *layout.pages_shape(10), dtype=torch.uint8)
+    cache, want = (PagedKVCache(each, layout, k_center=k_center) for each in pages)
+    impl: Any = object.__new__(backend.SawAttentionImpl)
+    counted = SimpleNamespace(name="a layer")
+    vars(impl).update(measurement=None, num_buckets=2, counted=counted, _bind=lambda _: Pages(cache))
+    builder: Any = object.__new__(backend.SawMetadataBuilder)
+    vars(builder).update(_impls=[impl], _positions=None, _max_num_tokens=64, device=torch.device("cpu"))
+    slot, buffers = torch.randperm(160), []
+    for query_lens, seq_lens in (([20, 1], [BUCKET_SIZE - 4, 9]), ([8, 1], [BUCKET_SIZE + 4, 10])):
+        starts = torch.tensor([0, *query_lens]).cumsum(0).int()
+        used, lengths = int(starts[-1]), torch.tensor(seq_lens, dtype=torch.int32)
+        common = SimpleNamespace(num_reqs=2, num_actual_tokens=used, query_start_loc=starts, seq_lens=lengths)
+        buffers.append(builder._place_tokens(common))
+        context = SimpleNamespace(positions=buffers[-1]), None, None, None
+        monkeypatch.setattr(backend, "get_attention_context", {"a layer": context}.__getitem__)
+        k, v = torch.randn(2, used + 3, 2, 64)  # rows of padding have no slots
+        taken, slot = slot[:used], slot[used:]
+        impl.do_kv_cache_update(None, k, v, None, torch.cat([taken, torch.full((2,), -1)]))
+        places = [p for n, length in zip(query_lens, seq_lens, strict=True) for p in range(length - n, length)]
+        append(k[:used], v[:used], want, taken, torch.tensor(places), backend="reference")
+        assert torch.equal(*pages)
+    assert buffers[0] is buffers[1], "a graph holds its address"
+    assert len({int(p) // BUCKET_SIZE for p in places}) == 2

@@ -20,6 +20,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sawkv import CacheFormat
+from sawkv.format.constants import BUCKET_SIZE
 from sawkv.prepare import corpus
 from sawkv.prepare.calibration import Calibration, LayerCalibration
 from sawkv.prepare.fit import fit
@@ -29,7 +30,7 @@ from tests.vllm.engine import run_engine
 
 pytestmark = pytest.mark.vllm
 
-VOCABULARY, CONTEXT = 512, 2048
+VOCABULARY, CONTEXT = 512, 2 * BUCKET_SIZE
 SMALL: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 256,
@@ -128,6 +129,7 @@ class Truth:
             folder, dtype=torch.float32, attn_implementation="watched"
         ).eval()
         self._statistics: dict[int, LayerStatistics] | None = None
+        self._context, self._running = 0, corpus.Pass(torch.empty(0), torch.empty(0))
 
     @torch.no_grad()
     def scores(self) -> list[list[float]]:
@@ -143,10 +145,11 @@ class Truth:
         """What the text of preparation says, here random tokens, as the models have no tokenizer; for each shape of
         layers.
         """
-        self._statistics = {}
+        self._statistics, self._context = {}, context
         windows = corpus.random_windows(VOCABULARY, window, corpus.NUM_WINDOWS)
-        for ids, places in zip(windows, corpus.preparation_positions(*windows.shape, context), strict=True):
-            self._model(ids[None], position_ids=places[None])
+        for each in corpus.passes(windows, corpus.preparation_positions(*windows.shape, context), context):
+            self._running = each
+            self._model(each.ids[None], position_ids=each.positions[None])
         found, self._statistics = self._statistics, None
         shapes: dict[tuple[int, int], dict[int, LayerCalibration]] = {}
         for index, layer in zip(found, fit(list(found.values()), cache_format), strict=True):
@@ -164,10 +167,11 @@ class Truth:
             index = max(self._statistics) if getattr(module, "is_kv_shared_layer", False) else module.layer_idx
             statistics = self._statistics.get(index)
             if statistics is None:
-                statistics = LayerStatistics(k.shape[1], k.shape[3], "cpu", scaling, window or 0)
+                statistics = LayerStatistics(k.shape[1], k.shape[3], "cpu", scaling, window or 0, self._context)
                 statistics.set_output_weight(module.o_proj.weight)
                 self._statistics[index] = statistics
-            statistics.add(*(x[0].transpose(0, 1) for x in (q, k, v)))
+            rows = (x[0].transpose(0, 1) for x in (q, k, v))
+            statistics.add(*rows, positions=self._running.positions, is_probe=self._running.is_probe)
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], 1) for x in (k, v))
         scores = q @ k.mT * scaling
         if softcap:
@@ -250,6 +254,7 @@ def test_a_prepared_model_is_near_itself_in_16_bits(folder: Path, tmp_path: Path
     (line,) = logged(prepared, "prepared in")
     kept = sorted(map(Calibration.load, tmp_path.glob("*.safetensors")), key=lambda x: (x.num_kv_heads, x.head_dim))
     assert f"fingerprint {', '.join(part.fingerprint() for part in kept)}" in line
+    assert all(part.num_buckets == 2 for part in kept)
     window = int(re.search(r"windows of (\d+) tokens", line)[1])  # with recurrent layers it depends on vLLM's version
     for got, expected in zip(kept, truth.fitted(kept[0].format, CONTEXT, window), strict=True):
         assert_near(got, expected)

@@ -44,7 +44,7 @@ def run_prepare(
         out: the file to write, which holds layers of one shape; None is the place where engines look (one file for each
             shape of layers, `store.shipped_paths`).
         cache_format: the format that will be served.
-        context: tokens of the longest request that will be served; 0 is the model's limit, at most `LONGEST_CONTEXT`.
+        context: tokens of the longest request that will be served; 0 is the model's limit.
         window: tokens per window. Each window is read from an empty cache, at positions spread over the context.
         windows: number of windows.
         device: `cpu` or `cuda`; None takes a GPU if there is one.
@@ -75,15 +75,15 @@ def run_prepare(
         )
     text = with_bos(text, model)
     weights = contents_digest(model_folder)
-    limit = getattr(model.model.config.get_text_config(), "max_position_embeddings", None) or LONGEST_CONTEXT
-    context = context or min(limit, LONGEST_CONTEXT)
+    context = context or getattr(model.model.config.get_text_config(), "max_position_embeddings", 0) or LONGEST_CONTEXT
     window = min(window, context)
     if text_file is None:
         ids = preparation_windows(text.encode, window, windows, text.prefix)
     else:
         _, ids = text.split(window, 1, windows)  # taken from the end, because `sawkv eval` scores the start
+    spread = min(context, LONGEST_CONTEXT)
     print(f"model   {model_folder.resolve().name}: {heads}")
-    print(f"text    {text.name}: {len(ids)} windows of {window:,} tokens, at positions up to {context:,}")
+    print(f"text    {text.name}: {len(ids)} windows of {window:,} tokens, at positions up to {spread:,}")
     started = time.monotonic()
     calibrations = [replace(part, weights=weights or "") for part in calibrate(model, cache_format, ids, context)]
     formats = dict.fromkeys(str(part.format) for part in calibrations)

@@ -26,7 +26,8 @@ from sawkv.format.feedback import Feedback, takes_from
 from sawkv.format.layout import PAGE_SIZE_MULTIPLE, PageLayout
 from sawkv.format.spec import FORMAT_VERSION, CacheFormat, ResolvedFormat
 
-VERSION: Final = "2"
+ONE_CENTER, VERSION = "2", "3"
+"""Versions of the file. Without buckets of positions it is of the older one, and as it was before there were any."""
 MAX_FILE_BYTES: Final = 512 << 20
 """Larger files are refused. Feedback of 80 layers with 8 KV heads of 128 channels takes 21 MB; with 64 KV heads 168 MB.
 """
@@ -45,6 +46,7 @@ _FEEDBACK: Final = ("k_feedback", "k_feedback_step", "v_feedback", "v_feedback_s
 _ENERGIES: Final = ("k_energy", "v_energy")
 _TENSORS: Final = (*_CENTERS, *_GAINS, *_FEEDBACK, *_ENERGIES)
 _KEYS: Final = ("version", "format", "model", "num_layers", "num_kv_heads", "head_dim", "fingerprint", "made_by")
+_BUCKETS: Final = "num_buckets"
 _OPTIONAL_KEYS: Final = ("weights",)
 
 
@@ -54,6 +56,7 @@ class LayerCalibration:
 
     Attributes:
         k_center, v_center, k_gain, v_gain, k_feedback, v_feedback: as in `PagedKVCache`, which takes `**constants()`.
+            `k_center` has buckets, be it one.
         k_energy, v_energy: [num_kv_heads * parts] fp32, mean squared length of centered and scaled rows on the text of
             the fit. Quantization errors are proportional to it.
     """
@@ -72,7 +75,7 @@ class LayerCalibration:
         return {name: part for name, part in vars(self).items() if name not in _ENERGIES}
 
     @classmethod
-    def blank(cls, layout: PageLayout, device: torch.device | str) -> LayerCalibration:
+    def blank(cls, layout: PageLayout, device: torch.device | str, num_buckets: int) -> LayerCalibration:
         """Allocate every constant that a layer of this layout can have, with values that change nothing. `fill` sets
         them in place later.
         """
@@ -88,11 +91,11 @@ class LayerCalibration:
             weights = torch.zeros(heads, row_dim, row_dim, dtype=torch.int8, device=device)
             return Feedback(weights, torch.zeros(heads, dtype=torch.float32, device=device))
 
-        return cls(vectors(0), vectors(0), vectors(1), vectors(1), feedback(), feedback())
+        return cls(vectors(0).repeat(num_buckets, 1, 1), vectors(0), vectors(1), vectors(1), feedback(), feedback())
 
     def fill(self, values: LayerCalibration) -> None:
         """Copy the constants of `values` into this object's tensors, in place. Parts that `values` lacks are left as
-        they are.
+        they are. Buckets that it lacks take the center of its last one.
 
         Raises:
             CalibrationError: `values` has a part that this object lacks.
@@ -105,7 +108,7 @@ class LayerCalibration:
                 mine.weights.copy_(part.weights)
                 mine.step.copy_(part.step)
             elif part is not None:
-                mine.copy_(part)
+                mine.copy_(_buckets(part, len(mine)) if name == "k_center" else part)
 
     def to(self, device: torch.device | str) -> LayerCalibration:
         """A copy on a device."""
@@ -122,9 +125,10 @@ class Calibration:
     Attributes:
         format: the format that they were fitted for.
         model: `model_id` of the model that they were fitted to.
-        k_center, v_center: [num_layers, num_kv_heads, head_dim] fp32 on the CPU, for the whole model. Zeros change
-            nothing.
-        k_gain, v_gain: same shape, fp32, from 1 / MAX_GAIN to MAX_GAIN, or None. Ones change nothing.
+        k_center: [num_layers, num_buckets, num_kv_heads, head_dim] fp32 on the CPU, for the whole model, or without
+            num_buckets for one bucket. Zeros change nothing.
+        v_center: [num_layers, num_kv_heads, head_dim] fp32, likewise.
+        k_gain, v_gain: shape of v_center, fp32, from 1 / MAX_GAIN to MAX_GAIN, or None. Ones change nothing.
         k_feedback, v_feedback: [num_layers, num_rows, row_dim, row_dim] int8, weights as in `Feedback`, or None. Only
             int4 has them. A layer of zeros passes no errors on. A head is `parts` rows (`PageLayout.rows`).
         k_feedback_step, v_feedback_step: [num_layers, num_rows] fp32, as in `Feedback`; None if the weights are.
@@ -152,17 +156,19 @@ class Calibration:
     weights: str = ""
 
     def __post_init__(self) -> None:
+        if self.k_center.ndim == 3:
+            object.__setattr__(self, "k_center", self.k_center[:, None])
         vectors = {name: x for name in (*_CENTERS, *_GAINS) if (x := getattr(self, name)) is not None}
         for name, x in vectors.items():
-            if x.dtype != torch.float32 or x.ndim != 3 or not x.numel() or x.device.type != "cpu":
+            ndim = 4 if name == "k_center" else 3
+            if x.dtype != torch.float32 or x.ndim != ndim or not x.numel() or x.device.type != "cpu":
                 raise CalibrationError(
                     f"{name}: expected float32 [num_layers, num_kv_heads, head_dim] on the CPU, got {x.dtype}"
                     f" {list(x.shape)} on {x.device}"
                 )
-            if x.shape != self.k_center.shape:
-                raise CalibrationError(
-                    f"{name}: expected the shape of k_center, {list(self.k_center.shape)}, got {list(x.shape)}"
-                )
+            expected = [len(self.k_center), *self.k_center.shape[-2:]]
+            if [len(x), *x.shape[-2:]] != expected:
+                raise CalibrationError(f"{name}: expected the shape of k_center, {expected}, got {list(x.shape)}")
             # NaN fails both
             if name in _CENTERS and not bool((x.abs() <= MAX_CENTER).all()):
                 raise CalibrationError(
@@ -216,15 +222,24 @@ class Calibration:
 
     @property
     def num_layers(self) -> int:
-        return self.k_center.shape[0]
+        return self.v_center.shape[0]
 
     @property
     def num_kv_heads(self) -> int:
-        return self.k_center.shape[1]
+        return self.v_center.shape[1]
 
     @property
     def head_dim(self) -> int:
-        return self.k_center.shape[2]
+        return self.v_center.shape[2]
+
+    @property
+    def num_buckets(self) -> int:
+        """Buckets of positions that have a center of K."""
+        return self.k_center.shape[1]
+
+    @property
+    def _version(self) -> str:
+        return ONE_CENTER if self.num_buckets == 1 else VERSION
 
     @property
     def rows(self) -> PageLayout:
@@ -240,10 +255,10 @@ class Calibration:
         text = "|".join(
             [
                 f"sawkv/{FORMAT_VERSION}",
-                f"calibration/{VERSION}",
+                f"calibration/{self._version}",
                 str(self.format),
                 f"model={self.model}",
-                f"shape={'x'.join(map(str, self.k_center.shape))}",
+                f"shape={'x'.join(map(str, self._tensors()['k_center'].shape))}",
                 *(
                     f"{name}={hashlib.sha256(x.contiguous().numpy().data).hexdigest()}"
                     for name, x in self._tensors().items()
@@ -254,7 +269,8 @@ class Calibration:
 
     def _tensors(self) -> dict[str, torch.Tensor]:
         """Tensors that are not None, by their names in the file, in a fixed order."""
-        return {name: x for name in _TENSORS if (x := getattr(self, name)) is not None}
+        found = {name: x for name in _TENSORS if (x := getattr(self, name)) is not None}
+        return found | ({"k_center": self.k_center[:, 0]} if self.num_buckets == 1 else {})
 
     def check(
         self, *, cache_format: ResolvedFormat, model: str, num_layers: int, num_kv_heads: int, head_dim: int
@@ -290,8 +306,9 @@ class Calibration:
                 f"the calibration file is made for something else; {'; '.join(wrong)}. `sawkv prepare` makes one"
             )
 
-    def layer(self, index: int, heads: slice = slice(None)) -> LayerCalibration:
-        """The static tensors of one layer's KV heads, as copies on the CPU. Parts that would change nothing are None.
+    def layer(self, index: int, heads: slice = slice(None), num_buckets: int | None = None) -> LayerCalibration:
+        """The static tensors of one layer's KV heads and first buckets (None: all), as copies on the CPU. Parts that
+        would change nothing are None.
 
         Raises:
             CalibrationError: the layer or a head does not exist.
@@ -307,10 +324,9 @@ class Calibration:
         parts = self.rows.num_kv_heads // self.num_kv_heads
         first, end, _ = heads.indices(self.num_kv_heads)
         rows = slice(first * parts, end * parts)
-        taken = {
-            name: x[index, heads if name in (*_CENTERS, *_GAINS) else rows].clone(memory_format=torch.contiguous_format)
-            for name, x in self._tensors().items()
-        }
+        taken = {name: x[index, heads if name in (*_CENTERS, *_GAINS) else rows] for name, x in self._tensors().items()}
+        taken["k_center"] = self.k_center[index, :num_buckets, heads]
+        taken = {name: x.clone(memory_format=torch.contiguous_format) for name, x in taken.items()}
 
         def center(name: str) -> torch.Tensor | None:
             return taken[name] if taken[name].any() else None
@@ -360,7 +376,7 @@ class Calibration:
                 elif part is not None:
                     parts[name][index] = part
                     if name not in _ENERGIES:
-                        found.append(part.shape)
+                        found.append(part.shape[1:] if name == "k_center" else part.shape)
         if not found and not rows_found:
             raise CalibrationError("layers: expected a center, gain or feedback in one of them, got none")
         shape = (found or rows_found)[0]
@@ -374,6 +390,10 @@ class Calibration:
             raise CalibrationError(
                 f"layers: expected feedback of {list(rows)} in all of them, got {[list(x) for x in rows_found]}"
             )
+
+        buckets = {len(part) for part in parts["k_center"].values()} or {1}
+        if len(buckets) > 1:
+            raise CalibrationError(f"layers: expected one number of buckets in all of them, got {sorted(buckets)}")
 
         def assembled(
             name: str, size: Sequence[int], fill: int = 0, dtype: torch.dtype = torch.float32
@@ -391,7 +411,8 @@ class Calibration:
                     f"{name}_step": assembled(f"{name}_step", rows[:1]),
                 }
         others |= {name: assembled(name, rows[:1]) for name in _ENERGIES if parts[name]}
-        return cls(cache_format, model, assembled("k_center", shape), assembled("v_center", shape), **others)
+        k_center = assembled("k_center", (*buckets, *shape))
+        return cls(cache_format, model, k_center, assembled("v_center", shape), **others)
 
     def save(self, path: str | Path) -> None:
         """Write the file.
@@ -400,7 +421,7 @@ class Calibration:
             SawkvError: it cannot be written. No partial file is left.
         """
         metadata = {
-            "version": VERSION,
+            "version": self._version,
             "format": str(self.format),
             "model": self.model,
             "num_layers": str(self.num_layers),
@@ -411,6 +432,8 @@ class Calibration:
         }
         if self.weights:
             metadata["weights"] = self.weights
+        if self._version == VERSION:
+            metadata[_BUCKETS] = str(self.num_buckets)
         tensors = {name: x.clone(memory_format=torch.contiguous_format) for name, x in self._tensors().items()}
         try:
             with writing(Path(path)) as part:
@@ -454,8 +477,11 @@ class Calibration:
                 shape = [_whole(metadata, key) for key in ("num_layers", "num_kv_heads", "head_dim")]
                 cache_format = _with_orders(_parse(metadata["format"]), shape[-1])
                 rows = _rows(cache_format, *shape[1:])
+                buckets = [_whole(metadata, _BUCKETS)] if metadata["version"] == VERSION else []
                 for name in names:
                     wanted = ("F32", shape if name in (*_CENTERS, *_GAINS) else [shape[0], rows.num_kv_heads])
+                    if name == "k_center":
+                        wanted = ("F32", [shape[0], *buckets, *shape[1:]])
                     if name in ("k_feedback", "v_feedback"):
                         wanted = ("I8", [shape[0], rows.num_kv_heads, rows.head_dim, rows.head_dim])
                     part = file.get_slice(name)
@@ -531,15 +557,21 @@ def _with_orders(cache_format: CacheFormat, head_dim: int) -> ResolvedFormat:
 
 
 def _check_metadata(metadata: dict[str, str]) -> None:
-    if metadata.get("version") != VERSION:
+    if metadata.get("version") not in (ONE_CENTER, VERSION):
         raise CalibrationError(
-            f"metadata: expected a calibration of version {VERSION}, got"
+            f"metadata: expected a calibration of version {ONE_CENTER} or {VERSION}, got"
             f" {_show(repr(metadata.get('version', 'no version')))}. `sawkv prepare` makes it again"
         )
-    if sorted(set(metadata) - set(_OPTIONAL_KEYS)) != sorted(_KEYS):
+    keys = _KEYS if metadata["version"] == ONE_CENTER else (*_KEYS, _BUCKETS)
+    if sorted(set(metadata) - set(_OPTIONAL_KEYS)) != sorted(keys):
         raise CalibrationError(
-            f"metadata: expected the keys {', '.join(sorted(_KEYS))}, got {_show(', '.join(sorted(metadata)))}"
+            f"metadata: expected the keys {', '.join(sorted(keys))}, got {_show(', '.join(sorted(metadata)))}"
         )
+
+
+def _buckets(center: torch.Tensor, num_buckets: int) -> torch.Tensor:
+    """The first buckets of a center. Those behind the last are as the last, which holds all later positions."""
+    return center[torch.arange(num_buckets, device=center.device).clamp_max(len(center) - 1)]
 
 
 def _whole(metadata: dict[str, str], key: str) -> int:

@@ -5,10 +5,13 @@ corpus/SOURCES.md names the sources.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from importlib.resources import files
 from typing import Final
 
 import torch
+
+from sawkv.prepare.turning import PROBE_TOKENS, SHIFTS, buckets_in
 
 TEXT_VERSION: Final = 1
 """Increased when the text changes. Stored calibrations of another version are fitted again."""
@@ -78,8 +81,36 @@ def preparation_positions(num_windows: int, window: int, context: int) -> torch.
     the context, because models attend to the first tokens from everywhere (StreamingLLM, arXiv 2309.17453). To the
     model, the text in between looks evicted.
     """
-    growth = max(1.0, context / window)
+    growth = max(1.0, min(context, LONGEST_CONTEXT) / window)
     ends = [window * growth ** (number / max(1, num_windows - 1)) for number in range(num_windows)]
     shifts = torch.tensor([round(end) - window for end in ends])
     places = torch.arange(window)
     return places + shifts[:, None] * (places >= FIRST_TOKENS)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass of the model over text, from an empty cache.
+
+    Attributes:
+        ids, positions: [num_tokens] int64 on the CPU.
+        is_probe: whether the pass only shows how keys turn (`turning`).
+    """
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    is_probe: bool = False
+
+
+def passes(windows: torch.Tensor, positions: torch.Tensor, context: int) -> list[Pass]:
+    """What a model reads to be prepared: probes, if the context has several buckets of positions, then windows.
+
+    Args:
+        windows, positions: [num_windows, window] int64, token ids and their positions.
+        context: positions that get buckets. Probes lie within.
+    """
+    start = windows[0, :PROBE_TOKENS]
+    places = torch.arange(len(start), device="cpu")
+    shifts = [shift for shift in (0, *SHIFTS) if shift + len(start) <= context] if buckets_in(context) > 1 else []
+    probes = [Pass(start, places + shift, True) for shift in shifts]
+    return probes + [Pass(*each) for each in zip(windows, positions, strict=True)]

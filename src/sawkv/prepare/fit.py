@@ -1,7 +1,7 @@
 """Fits centers, gains and feedback of K and V to statistics, for all layers of one shape at once, on their device.
 
-- The center is the weighted mean of a head's rows (`statistics` has the weights). A constant offset widens the range of
-codes and carries no information.
+- The center is the weighted mean of a head's rows, of K one per bucket of positions (`statistics` has both). A constant
+offset widens the range of codes and carries no information.
 - Gains balance channels. After a rotation all channels share one rounding error, which grows with sum_i c_i g_i^2,
 where c_i is the variance of channel i about its center and g_i its gain. Reading divides by the gain, so the error
 costs sum_i h_i / g_i^2 without feedback, with h the diagonal of the hessian. By Cauchy-Schwarz the product is smallest
@@ -53,10 +53,10 @@ def fit(statistics: Sequence[LayerStatistics], cache_format: CacheFormat) -> lis
     """
     for index, layer in enumerate(statistics):
         sums = torch.stack([layer.squares.sum(), layer.query_gram.sum(), layer.squares.new_ones(())])
-        if not layer.rows or not bool(sums.isfinite().all()):
+        if not any(layer.rows) or not bool(sums.isfinite().all()):
             raise UnsupportedError(
                 f"preparation: expected finite Q, K and V in attention layer {index}, got"
-                f" {'none' if not layer.rows else 'NaN or infinity'}"
+                f" {'NaN or infinity' if any(layer.rows) else 'none'}"
             )
     fitted: dict[int, LayerCalibration] = {}
     for shape in sorted({(layer.num_kv_heads, layer.head_dim) for layer in statistics}):
@@ -70,16 +70,17 @@ def fit(statistics: Sequence[LayerStatistics], cache_format: CacheFormat) -> lis
 def _fit_alike(statistics: list[LayerStatistics], cache_format: ResolvedFormat) -> list[LayerCalibration]:
     """Fit layers of one shape together."""
     heads = statistics[0].num_kv_heads
-    tiny = torch.finfo(torch.float64).tiny
-    weights = torch.stack([layer.weights for layer in statistics])[..., None].clamp_min(tiny)
-    mean = torch.stack([layer.sums for layer in statistics]) / weights  # [num_layers, 2, num_kv_heads, head_dim]
-    variance = torch.stack([layer.squares for layer in statistics]) / weights - mean.square()
+    weights = torch.stack([layer.weights.sum(0) for layer in statistics])[..., None]
+    weighted, plain = (
+        torch.stack(x) for x in zip(*(layer.squares_about_centers() for layer in statistics), strict=True)
+    )
+    variance = weighted / weights.clamp_min(torch.finfo(torch.float64).tiny)  # [num_layers, 2, num_kv_heads, head_dim]
     keys = torch.stack([layer.query_gram / layer.queries for layer in statistics])
     values = torch.stack([_value_hessian(layer) for layer in statistics])
     hessians = torch.stack([keys, values], 1)
-    rows = mean.new_tensor([layer.rows for layer in statistics])[:, None, None, None]
+    rows = variance.new_tensor([sum(layer.rows) for layer in statistics])[:, None, None]
     feeds_back = cache_format.codec == "int4"
-    centers, gains = mean.float(), torch.empty_like(mean)
+    gains = torch.empty_like(variance)
     feedback: list[list[Feedback | None]] = [[None, None] for _ in statistics]
     for kind, order in enumerate((cache_format.k_rotation_order, cache_format.v_rotation_order)):
         hessian = hessians[:, kind].flatten(0, 1)
@@ -90,15 +91,11 @@ def _fit_alike(statistics: list[LayerStatistics], cache_format: ResolvedFormat) 
             for layer, pair in enumerate(feedback):
                 part = slice(layer * heads, (layer + 1) * heads)
                 pair[kind] = Feedback(fed.weights[part].clone(), fed.step[part].clone())
-    plain_sums, plain_squares = (
-        torch.stack([getattr(layer, name) for layer in statistics]) for name in ("plain_sums", "plain_squares")
-    )
-    about_center = plain_squares - 2 * centers * plain_sums + rows * centers.square()  # sums over the rows, by channel
-    energies = ((about_center * gains.square()).sum(-1) / rows[..., 0]).clamp_min(0).float()
+    energies = ((plain * gains.square()).sum(-1) / rows).float()
     return [
         LayerCalibration(
-            k_center=centers[i, 0].clone(),
-            v_center=centers[i, 1].clone(),
+            k_center=layer.centers[:, 0].clone(),
+            v_center=layer.centers[0, 1].clone(),
             k_gain=gains[i, 0].float(),
             v_gain=gains[i, 1].float(),
             k_feedback=feedback[i][0],
@@ -106,14 +103,14 @@ def _fit_alike(statistics: list[LayerStatistics], cache_format: ResolvedFormat) 
             k_energy=energies[i, 0].clone(),
             v_energy=energies[i, 1].clone(),
         )
-        for i in range(len(statistics))
+        for i, layer in enumerate(statistics)
     ]
 
 
 def _joined(part: LayerCalibration, shape: tuple[int, int]) -> LayerCalibration:
     """What was fitted to rows, with the vectors of whole heads; feedback and energies stay those of rows."""
-    vectors = {name: getattr(part, name).view(shape) for name in ("k_center", "v_center", "k_gain", "v_gain")}
-    return replace(part, **vectors)
+    vectors = {name: getattr(part, name).view(shape) for name in ("v_center", "k_gain", "v_gain")}
+    return replace(part, **vectors, k_center=part.k_center.view(-1, *shape))  # type: ignore[union-attr]
 
 
 def _value_hessian(layer: LayerStatistics) -> torch.Tensor:

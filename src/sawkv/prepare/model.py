@@ -33,9 +33,10 @@ from transformers.utils import logging
 from sawkv.checkpoint import check_weights, parse_config, wrong_sizes
 from sawkv.errors import SawkvError, UnsupportedError
 from sawkv.files import reason
-from sawkv.prepare.corpus import preparation_positions
+from sawkv.prepare.corpus import passes, preparation_positions
 from sawkv.prepare.samples import LayerSample, LayerStates, Reader, Sample, joined, samples
 from sawkv.prepare.statistics import LayerStatistics
+from sawkv.prepare.turning import bucketed_context
 from sawkv.records import AttentionShape
 
 ATTENTION = "sawkv_eval"
@@ -295,15 +296,16 @@ def measure(
         sources: for each layer, the index of the layer whose statistics it adds to; None is its own. The statistics of
             a layer that adds to another's stay empty.
     """
-    places = preparation_positions(len(ids), ids.shape[1], context)
     sources = range(len(model.layers)) if sources is None else sources
     found: list[LayerStatistics] = []
-    for row, where in zip(torch.split(ids, 1), places, strict=True):
-        states = model.states(row, where)
-        found = found or [layer.empty_statistics() for layer in states]
+    buckets = bucketed_context(model.model.config.get_text_config(), context)
+    for each in passes(ids.cpu(), preparation_positions(len(ids), ids.shape[1], context), buckets):
+        states = model.states(each.ids[None], each.positions)
+        found = found or [layer.empty_statistics(buckets) for layer in states]
         for source, layer in zip(sources, states, strict=True):
-            found[source].add(layer.q, layer.k, layer.v)
-        step(states)
+            found[source].add(layer.q, layer.k, layer.v, each.positions, each.is_probe)
+        if not each.is_probe:
+            step(states)
     return found
 
 
@@ -335,8 +337,7 @@ class _Reading:
 
     @staticmethod
     def _through(read: Reader, x: torch.Tensor) -> torch.Tensor:
-        rows = _rows(x)
-        return read(rows).view(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2).to(x.dtype)
+        return torch.stack([read(rows).transpose(0, 1) for rows in x.transpose(1, 2).float()]).to(x.dtype)
 
 
 class _Recording:

@@ -10,8 +10,8 @@ import torch
 from sawkv.prepare.statistics import LayerStatistics
 
 Reader = Callable[[torch.Tensor], torch.Tensor]
-"""Maps rows [num_tokens, num_kv_heads, head_dim] fp32 to what attention would read after they were stored, same shape
-and dtype. Does not change its input.
+"""Maps rows [num_tokens, num_kv_heads, head_dim] fp32 of one sequence, from its first token on, to what attention would
+read after they were stored, same shape and dtype. Does not change its input.
 """
 
 
@@ -35,10 +35,10 @@ class LayerStates:
     softmax_scale: float
     sliding_window: int = 0
 
-    def empty_statistics(self) -> LayerStatistics:
-        """Statistics without rows, for a layer of this shape."""
+    def empty_statistics(self, context: int = 0) -> LayerStatistics:
+        """Statistics without rows, for a layer of this shape. `context`: positions that get buckets."""
         statistics = LayerStatistics(
-            self.k.shape[1], self.k.shape[2], self.k.device, self.softmax_scale, self.sliding_window
+            self.k.shape[1], self.k.shape[2], self.k.device, self.softmax_scale, self.sliding_window, context
         )
         if self.output_weight is not None:
             statistics.set_output_weight(self.output_weight)

@@ -6,16 +6,23 @@ o), so the key's row counts with the sum of a^2 |v - o|^2. Without weights the m
 matter, and the first token alone made half of the error (docs/lab/2026-11.md).
 
 Rows are not kept, so memory does not grow with the text. Q and K are taken after RoPE, as the cache stores K.
+
+K has a center per bucket of positions, because RoPE turns the mean of K. All of them follow from one mean: that of rows
+which are turned back to position 0 (`turning`).
 """
 
 from __future__ import annotations
 
+import itertools
 from copy import copy
+from functools import cached_property
 from typing import Final
 
 import torch
 
 from sawkv.errors import UnsupportedError
+from sawkv.format.constants import BUCKET_SIZE
+from sawkv.prepare.turning import Turning, buckets_in, find_turning
 
 QUERY_STEP: Final = 4
 """Every fourth query is used for the weights of rows: a quarter of the work for the same result."""
@@ -25,11 +32,12 @@ class LayerStatistics:
     """Sums over the rows of one layer's Q, K and V, in fp64.
 
     Attributes:
-        rows: tokens added.
-        weights: [2, num_kv_heads], sum of the weights of rows of K and of V.
-        sums: [2, num_kv_heads, head_dim], weighted sum of rows of K and of V.
+        rows: tokens added, by bucket.
+        weights: [num_buckets, 2, num_kv_heads], sum of the weights of rows of K and of V.
+        sums: [num_buckets, 2, num_kv_heads, head_dim], weighted sum of rows of K and of V.
         squares: [2, num_kv_heads, head_dim], weighted sum of squares.
         plain_sums, plain_squares: the same sums without weights, for comparison with traffic.
+        turned_sums: [num_kv_heads, head_dim], weighted sum of rows of K, each turned back to position 0.
         query_gram: [num_kv_heads, head_dim, head_dim], the sum of q q^T over the queries that read the head.
         queries: number of such queries per head.
         output_gram: [num_kv_heads, head_dim, head_dim], Gram matrix of the output projection's columns that read the
@@ -41,6 +49,7 @@ class LayerStatistics:
         device: of the rows; the sums stay there.
         softmax_scale: factor of q.k; None is head_dim ** -0.5.
         sliding_window: tokens that a query sees, itself included; 0 is no limit.
+        context: positions that get buckets; 0 is one bucket for all.
     """
 
     def __init__(
@@ -50,6 +59,7 @@ class LayerStatistics:
         device: torch.device | str,
         softmax_scale: float | None = None,
         sliding_window: int = 0,
+        context: int = 0,
     ) -> None:
         def zeros(*shape: int) -> torch.Tensor:
             return torch.zeros(shape, dtype=torch.float64, device=device)
@@ -57,11 +67,14 @@ class LayerStatistics:
         self.num_kv_heads, self.head_dim = num_kv_heads, head_dim
         self.softmax_scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
         self.sliding_window = sliding_window
-        self.rows = self.queries = 0
-        self.weights = zeros(2, num_kv_heads)
-        self.sums, self.squares, self.plain_sums, self.plain_squares = (
-            zeros(2, num_kv_heads, head_dim) for _ in range(4)
-        )
+        num_buckets = buckets_in(context)
+        self.rows, self.queries = [0] * num_buckets, 0
+        self.weights = zeros(num_buckets, 2, num_kv_heads)
+        self.sums, self.plain_sums = (zeros(num_buckets, 2, num_kv_heads, head_dim) for _ in range(2))
+        self.squares, self.plain_squares = (zeros(2, num_kv_heads, head_dim) for _ in range(2))
+        self.turned_sums = zeros(num_kv_heads, head_dim)
+        self._probes: dict[int, torch.Tensor] = {}
+        self._turning = Turning.none(head_dim, device)
         self.query_gram = zeros(num_kv_heads, head_dim, head_dim)
         self.output_gram: torch.Tensor | None = None
 
@@ -80,21 +93,30 @@ class LayerStatistics:
                 f"output projection: expected [hidden_size, a multiple of {self.num_kv_heads * self.head_dim}], got"
                 f" {list(weight.shape)}"
             )
-        if self.rows:
-            raise UnsupportedError(f"output projection: expected before the first rows, got it after {self.rows}")
+        if any(self.rows):
+            raise UnsupportedError(f"output projection: expected before the first rows, got it after {sum(self.rows)}")
         columns = (
             weight.double().view(len(weight), self.num_kv_heads, -1, self.head_dim).permute(1, 2, 0, 3).flatten(1, 2)
         )
         self.output_gram = columns.mT @ columns
 
     @torch.no_grad()
-    def add(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """Add one window of text. Its tokens attend causally to each other and to nothing else.
+    def add(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        positions: torch.Tensor | None = None,
+        is_probe: bool = False,
+    ) -> None:
+        """Add one pass over text. Its tokens attend causally to each other and to nothing else.
 
         Args:
             q: [num_tokens, num_q_heads, head_dim], any float dtype, after RoPE. Query head i reads KV head i *
                 num_kv_heads // num_q_heads.
             k, v: [num_tokens, num_kv_heads, head_dim], K after RoPE.
+            positions: [num_tokens] int64 on the CPU; None is 0, 1, 2, ...
+            is_probe: whether the pass only shows how K turns. Probes come first (`corpus.passes`).
 
         Raises:
             UnsupportedError: a shape does not fit.
@@ -109,20 +131,54 @@ class LayerStatistics:
                 f"preparation: expected Q of [{len(k)}, a multiple of {self.num_kv_heads}, {self.head_dim}], got"
                 f" {list(q.shape)}"
             )
+        positions = torch.arange(len(k), device="cpu") if positions is None else positions
+        if is_probe:  # once, if layers share K
+            self._probes.setdefault(int(positions[0]), k.clone())
+            return
+        if self._probes:
+            self._turning, self._probes = find_turning([*self._probes.values()]) or self._turning, {}
         grouped = q.float().view(len(q), self.num_kv_heads, -1, self.head_dim).permute(1, 2, 0, 3)
+        weights = []
         for head, queries in enumerate(grouped):  # head by head: scores take num_tokens * num_tokens of memory
-            rows = k[:, head].float(), v[:, head].float()
-            for kind, (x, weight) in enumerate(zip(rows, self._importance(queries, *rows, head), strict=True)):
-                exact, weight = x.double(), weight.double()
-                self.weights[kind, head] += weight.sum()
-                self.sums[kind, head] += weight @ exact
-                self.squares[kind, head] += weight @ exact.square()
-                self.plain_sums[kind, head] += exact.sum(0)
-                self.plain_squares[kind, head] += exact.square().sum(0)
+            weights.append(torch.stack(self._importance(queries, k[:, head].float(), v[:, head].float(), head)))
             flat = queries.flatten(0, 1).double()
             self.query_gram[head] += flat.mT @ flat
+        weight = torch.stack(weights, 1).double()  # [2, num_kv_heads, num_tokens]
+        rows = torch.stack([k, v]).transpose(1, 2).double()  # [2, num_kv_heads, num_tokens, head_dim]
+        turned = self._turning.turn(k, -positions).transpose(0, 1)
+        self.turned_sums += (weight[0, :, None] @ turned)[:, 0]
+        self.squares += (weight[:, :, None] @ rows.square())[:, :, 0]
+        self.plain_squares += rows.square().sum(2)
+        for bucket, part in _runs((positions // BUCKET_SIZE).clamp_max(len(self.rows) - 1)):
+            self.rows[bucket] += part.stop - part.start
+            self.weights[bucket] += weight[..., part].sum(-1)
+            self.sums[bucket] += (weight[:, :, None, part] @ rows[:, :, part])[:, :, 0]
+            self.plain_sums[bucket] += rows[:, :, part].sum(2)
         self.queries += grouped.shape[1] * len(q)
-        self.rows += len(k)
+
+    @cached_property
+    def centers(self) -> torch.Tensor:
+        """Centers of K and of V, [num_buckets, 2, num_kv_heads, head_dim] fp32, once all rows are added. Those of V are
+        equal in all buckets.
+        """
+        total = self.weights.sum(0)[..., None].clamp_min(torch.finfo(torch.float64).tiny)
+        of_k = self._turning.bucket_means(self.turned_sums / total[0], len(self.rows))
+        of_v = self.sums[:, 1].sum(0) / total[1]
+        return torch.stack([of_k, of_v.expand_as(of_k)], 1).float()
+
+    def squares_about_centers(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sums of the squared distances of rows from their centers, with weights and without: [2, num_kv_heads,
+        head_dim] fp64 each.
+        """
+        centers, rows = self.centers.double(), self.sums.new_tensor(self.rows)[:, None, None]
+        weighted, plain = (
+            (squares - 2 * (centers * sums).sum(0) + (centers.square() * weights[..., None]).sum(0)).clamp_min(0)
+            for squares, sums, weights in (
+                (self.squares, self.sums, self.weights),
+                (self.plain_squares, self.plain_sums, rows),
+            )
+        )
+        return weighted, plain
 
     def split(self, parts: int) -> LayerStatistics:
         """The same sums for heads cut into `parts` rows each, as pages store them: num_kv_heads * parts heads."""
@@ -136,9 +192,9 @@ class LayerStatistics:
 
         whole = copy(self)
         whole.num_kv_heads, whole.head_dim = heads, size
-        whole.weights = self.weights.repeat_interleave(parts, 1)
-        for name in ("sums", "squares", "plain_sums", "plain_squares"):
-            setattr(whole, name, getattr(self, name).view(2, heads, size))
+        whole.weights = self.weights.repeat_interleave(parts, 2)
+        for name in ("sums", "squares", "plain_sums", "plain_squares", "centers"):  # turned as whole heads
+            setattr(whole, name, getattr(self, name).view(*getattr(self, name).shape[:-2], heads, size))
         whole.query_gram = blocks(self.query_gram)
         whole.output_gram = None if self.output_gram is None else blocks(self.output_gram)
         return whole
@@ -168,3 +224,12 @@ class LayerStatistics:
         distance = (length + (weighed * out).sum(-1, keepdim=True) - 2 * weighed @ v.mT).clamp_min(0)
         squares = seen.square()
         return (squares * distance).sum((0, 1)), squares.sum((0, 1))
+
+
+def _runs(values: torch.Tensor) -> list[tuple[int, slice]]:
+    """The runs of equal values of a tensor on the CPU: each value with the places that it fills."""
+    runs, end = [], 0
+    for value, group in itertools.groupby(values.tolist()):
+        start, end = end, end + len(list(group))
+        runs.append((value, slice(start, end)))
+    return runs

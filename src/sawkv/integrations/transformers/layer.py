@@ -276,7 +276,7 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         assert self.pages is not None
         dtype = torch.promote_types(key_states.dtype, value_states.dtype)  # under autocast K is wider than V
         k, v = (_rows(states.detach().to(dtype)) for states in (key_states, value_states))
-        ops.append(k, v, self.pages, paging.slots, backend=paging.backend)
+        ops.append(k, v, self.pages, paging.slots, paging.positions, backend=paging.backend)
 
     def attend(self, query: torch.Tensor, scale: float, softcap: float, sinks: torch.Tensor | None) -> torch.Tensor:
         """Attention of new tokens over the pages, after `write`.
@@ -326,7 +326,7 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
 
     def _gather(self, num_keys: int, k_dtype: torch.dtype, v_dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
         paging, layout = self.paging, self.paging.layout
-        table, seq_lens = paging.tail_table(num_keys, self._held)
+        table, seq_lens, first_positions = paging.tail_table(num_keys, self._held)
         # Each sequence ends at the end of its rows; those before are of the page in which its first key lies, and are
         # cut off.
         rows = num_keys + (layout.page_size if self.window else 0)
@@ -335,7 +335,17 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         shape = paging.batch_size * rows, layout.num_kv_heads, layout.head_dim
         states = torch.zeros((2, *shape), dtype=torch.promote_types(k_dtype, v_dtype), device=paging.device)
         assert self.pages is not None
-        ops.gather(self.pages, table, seq_lens, starts, states[0], states[1], rotated=False, backend=paging.backend)
+        ops.gather(
+            self.pages,
+            table,
+            seq_lens,
+            starts,
+            states[0],
+            states[1],
+            rotated=False,
+            first_positions=first_positions,
+            backend=paging.backend,
+        )
         k, v = states.view(2, paging.batch_size, rows, *shape[1:])[:, :, rows - num_keys :].transpose(2, 3)
         return k.to(k_dtype), v.to(v_dtype)
 

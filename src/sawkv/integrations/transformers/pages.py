@@ -44,6 +44,7 @@ class Paging:
         first_written: first page that this pass writes to, if pages grow.
         block_table: [batch_size, first_page + num_pages] int32.
         slots: [batch_size * num_new] int64, where this pass writes; -1 for padding.
+        positions: [batch_size * num_new] int64, of the tokens of this pass; negative for padding.
         step: the step for this pass's attention, if it reads pages.
         reads_pages: whether this pass's attention reads pages. Otherwise K and V are decoded for the model's own
             attention.
@@ -79,8 +80,8 @@ class Paging:
         self.pads, self.batch_size = pads, pads.shape[0]
         self._sequence = torch.arange(self.batch_size, device=self.device)
         # CUDA graphs need a fixed address.
-        self._one_slot = torch.empty(self.batch_size, dtype=torch.int64, device=self.device)
-        self.slots = self._one_slot
+        self._one_token = torch.zeros(2, self.batch_size, dtype=torch.int64, device=self.device)
+        self.slots, self.positions = self._one_token
         self._starts: dict[int, torch.Tensor] = {}
         self._schedules: dict[tuple[int, int], ops.Schedule] = {}
         self.step: Step | None = None
@@ -180,12 +181,13 @@ class Paging:
         return mask
 
     def advance(self, num_new: int) -> None:
-        """Count `num_new` tokens, and compute their slots, without the host."""
+        """Count `num_new` tokens, and compute their positions and slots, without the host."""
         size = self.layout.page_size
         position = self.lengths[:, None].long() + torch.arange(num_new, device=self.device)
         page = (position // size - self.first_page) * self.batch_size + self._sequence[:, None]
         slots = torch.where(position >= 0, page * size + position % size, -1).flatten()
-        self.slots = self._one_slot.copy_(slots) if num_new == 1 else slots
+        placed = torch.stack([slots, position.flatten()])
+        self.slots, self.positions = self._one_token.copy_(placed) if num_new == 1 else placed
         self.lengths.add_(num_new)
 
     def agrees(self, mask: torch.Tensor, num_new: int, ahead: int = 0) -> torch.Tensor:
@@ -221,7 +223,7 @@ class Paging:
             )
         return self._schedules[key]
 
-    def tail_table(self, num_tokens: int, held: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def tail_table(self, num_tokens: int, held: tuple[int, int]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Pages of the last `num_tokens` tokens of each sequence.
 
         Args:
@@ -231,12 +233,13 @@ class Paging:
         Returns:
             block_table: [batch_size, pages] int32, from the page of the first token on.
             seq_lens: [batch_size] int32, tokens from the start of that page; at most num_tokens + page_size - 1.
+            first_positions: [batch_size] int32, of the first token of that page.
         """
         size = self.layout.page_size
         first = (self.lengths - num_tokens).clamp(min=0) // size
         pages = first[:, None] - held[0] + torch.arange(num_tokens // size + 2, device=self.device)
         table = pages.clamp(0, held[1] - 1) * self.batch_size + self._sequence[:, None]
-        return table.int(), (self.lengths - first * size).int()
+        return table.int(), (self.lengths - first * size).int(), (first * size).int()
 
     @torch.inference_mode(False)
     def take(self, index: torch.Tensor) -> None:

@@ -34,6 +34,7 @@ from sawkv.prepare.corpus import LONGEST_CONTEXT, NUM_WINDOWS, WINDOW
 from sawkv.prepare.fit import fit
 from sawkv.prepare.model import kv_sources, output_weight
 from sawkv.prepare.statistics import LayerStatistics
+from sawkv.prepare.turning import bucketed_context
 
 logger = logging.getLogger(__name__)
 
@@ -137,13 +138,13 @@ def prepared(model: PreTrainedModel, decoder: PretrainedConfig, cache_format: Ca
 
 def _prepare(model: PreTrainedModel, decoder: PretrainedConfig, cache_format: CacheFormat) -> list[LayerCalibration]:
     started = time.monotonic()
-    context = min(getattr(decoder, "max_position_embeddings", None) or LONGEST_CONTEXT, LONGEST_CONTEXT)
+    context = getattr(decoder, "max_position_embeddings", None) or LONGEST_CONTEXT
     window = min(WINDOW, context)
     windows, positions = _windows(model, decoder, window), corpus.preparation_positions(NUM_WINDOWS, window, context)
     entry = Entry(trunk_of(model), decoder, cache_format, windows, positions, _folder_of(model, decoder))
     layers, source = entry.load()
     if layers is None:
-        statistics = measure(trunk_of(model), decoder, windows, positions)
+        statistics = measure(trunk_of(model), decoder, windows, positions, context)
         layers = [LayerCalibration()] * len(statistics)
         devices = {i: layer.sums.device for i, layer in enumerate(statistics) if layer is not None}
         for device in dict.fromkeys(devices.values()):
@@ -158,7 +159,7 @@ def _prepare(model: PreTrainedModel, decoder: PretrainedConfig, cache_format: Ca
 @torch.inference_mode(False)
 @torch.no_grad()
 def measure(
-    trunk: PreTrainedModel, decoder: PretrainedConfig, windows: torch.Tensor, positions: torch.Tensor
+    trunk: PreTrainedModel, decoder: PretrainedConfig, windows: torch.Tensor, positions: torch.Tensor, context: int
 ) -> list[LayerStatistics | None]:
     """Run a language model on text, and gather statistics of its attention layers; None for layers without attention.
 
@@ -166,21 +167,24 @@ def measure(
         trunk: the model without its output embedding. It is left unchanged.
         decoder: its config.
         windows, positions: [num_windows, window] int64, token ids and positions.
+        context: positions that will be served.
 
     Raises:
         UnsupportedError: a layer did not attend through our function.
     """
     device = _embedding(trunk).device
     accepted = inspect.signature(trunk.forward).parameters
-    recorder = _Recorder(layer_windows(decoder), kv_sources(decoder))
+    context = bucketed_context(decoder, context)
+    recorder = _Recorder(layer_windows(decoder), kv_sources(decoder), context)
     with _left_as_it_was(trunk), torch.compiler.set_stance("force_eager"):
         _running.recorder = recorder
         try:
-            for ids, places in zip(windows.to(device), positions.to(device), strict=True):
+            for each in corpus.passes(windows.cpu(), positions.cpu(), context):
+                recorder.running = each
                 inputs = {
-                    "input_ids": ids[None],
-                    "position_ids": places[None],
-                    "attention_mask": torch.ones_like(ids)[None],
+                    "input_ids": each.ids.to(device)[None],
+                    "position_ids": each.positions.to(device)[None],
+                    "attention_mask": torch.ones_like(each.ids, device=device)[None],
                 }
                 trunk(**{name: x for name, x in inputs.items() if name in accepted}, use_cache=False)
         finally:
@@ -204,11 +208,12 @@ def note(module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch
 
 class _Recorder:
     """Statistics of all layers that have K and V of their own. `windows`: the sliding window of each such layer, None
-    without attention; `sources`: as of `kv_sources`.
+    without attention; `sources`: as of `kv_sources`; `context`: as of `LayerStatistics`; `running`: the pass that runs.
     """
 
-    def __init__(self, windows: Sequence[int | None], sources: Sequence[int]) -> None:
-        self._windows, self._sources = windows, sources
+    def __init__(self, windows: Sequence[int | None], sources: Sequence[int], context: int) -> None:
+        self._windows, self._sources, self._context = windows, sources, context
+        self.running: corpus.Pass | None = None
         self.layers: list[LayerStatistics | None] = [None] * len(windows)
 
     def add(self, module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float) -> None:
@@ -224,12 +229,14 @@ class _Recorder:
         if layer is None:
             _, num_kv_heads, _, head_dim = key.shape
             layer = self.layers[index] = LayerStatistics(
-                num_kv_heads, head_dim, key.device, scale, self._windows[index] or 0
+                num_kv_heads, head_dim, key.device, scale, self._windows[index] or 0, self._context
             )
             weight = output_weight(module, query.shape[1] * head_dim)
             if weight is not None:
                 layer.set_output_weight(weight.to(key.device))
-        layer.add(*(x[0].transpose(0, 1) for x in (query, key, value)))
+        assert self.running is not None
+        q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+        layer.add(q, k, v, self.running.positions, self.running.is_probe)
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
+from vllm.model_executor.layers.attention.attention import get_attention_context
 from vllm.platforms import current_platform
 from vllm.v1.attention.backend import (
     AttentionBackend,
@@ -48,10 +49,11 @@ from sawkv.integrations.vllm.prefill import (
     slice_prefills,
     speculated_tokens,
 )
-from sawkv.integrations.vllm.prepare import is_installed
+from sawkv.integrations.vllm.prepare import is_installed, served_context
 from sawkv.integrations.vllm.windows import VLLM_SIZES_WINDOWS, pack_windows
 from sawkv.kernels import Step, Turns, select_backend
 from sawkv.prepare.calibration import Calibration, LayerCalibration, model_id
+from sawkv.prepare.turning import MAX_BUCKETS, buckets_in
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -72,12 +74,24 @@ class SawMetadata(AttentionMetadata):
         turns: of those with more that read them too, alike.
         prefills: slices of all other requests, by the sliding window of the layers.
         prompts: prompts that lie in this step, while layers measure.
+        positions: [max_num_tokens] int64, as of `append`, or None if no layer needs them.
     """
 
     steps: Mapping[LikeLayers, Step]
     turns: Mapping[LikeLayers, Step]
     prefills: Mapping[int, Sequence[PrefillSlice]]
     prompts: Sequence[Prompt] = ()
+    positions: torch.Tensor | None = None
+
+
+def token_positions(common: CommonAttentionMetadata) -> torch.Tensor:
+    """Places of the step's tokens in their sequences, [num_actual_tokens] int32. Does not synchronize. The model's own
+    positions would not do: those of a multimodal model may differ from the places by which attention knows keys.
+    """
+    ends, seq_lens = common.query_start_loc[1 : common.num_reqs + 1], common.seq_lens[: common.num_reqs]
+    tokens = torch.arange(common.num_actual_tokens, dtype=torch.int32, device=ends.device)
+    request = torch.searchsorted(ends, tokens, right=True).clamp_max_(common.num_reqs - 1)  # padding
+    return tokens + (seq_lens - ends)[request]
 
 
 class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
@@ -109,6 +123,7 @@ class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
         block_size = kv_cache_spec.block_size
         self._turns = {impl.alike: ops.turns(impl.layout(block_size), device, impl.num_heads) for impl in self._impls}
         self._unprepared = self._impls
+        self._positions: torch.Tensor | None = None
         self._reader = self._make_reader(layers, vllm_config.parallel_config.rank)
         # The least: a draft model's layers have a configuration of their own.
         self._workspace_tokens = min(
@@ -119,6 +134,18 @@ class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
         self._max_query_len = vllm_config.scheduler_config.max_num_batched_tokens  # on a CPU
         # A graph's batch is padded.
         self._max_num_seqs = max([vllm_config.scheduler_config.max_num_seqs, *capture_sizes])
+        drafted = self._max_num_seqs * speculated_tokens(vllm_config)
+        self._max_num_tokens = max([self._max_query_len + drafted, *capture_sizes])
+
+    def _place_tokens(self, common: CommonAttentionMetadata) -> torch.Tensor | None:
+        """Positions of the step's tokens, if K has several centers in any layer."""
+        if all(impl.num_buckets == 1 for impl in self._impls):
+            return None
+        # CUDA graphs need a fixed address. Made at first use: what is made at start-up does not outlive a sleep.
+        if self._positions is None:
+            self._positions = torch.zeros(self._max_num_tokens, dtype=torch.int64, device=self.device)
+        self._positions[: common.num_actual_tokens] = token_positions(common)
+        return self._positions
 
     def _make_reader(self, layers: Mapping[str, Any], rank: int) -> CounterReader | None:
         """Who reads what this group's layers count; None where the kernels count nothing."""
@@ -175,6 +202,7 @@ class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
             turns=turns,
             prefills=prefills,
             prompts=whole_prompts(common) if self._measures() else (),
+            positions=self._place_tokens(common),
         )
 
     def _schedule(self, alike: LikeLayers, max_query_len: int) -> ops.Schedule:
@@ -286,6 +314,8 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
             _check_calibration(config.calibration, self, vllm_config)
             self._layer_calibration = None  # until the layer's name is known
         self._calibration = config.calibration
+        given = 1 if config.calibration is None else config.calibration.num_buckets
+        self.num_buckets = min(buckets_in(served_context(vllm_config)), MAX_BUCKETS if config.prepares else given)
         if config.prepares and not is_installed():
             raise UnsupportedError(
                 "sawkv: expected an engine that prepares its model, got one without: VLLM_PLUGINS leaves sawkv out, or"
@@ -332,7 +362,11 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
     ) -> None:
         """Append the step's new tokens. vLLM pads: `key` may be longer than `slot_mapping`, whose padding is -1."""
         if self.measurement is None:
-            self._bind(kv_cache).append(key, value, slot_mapping)
+            positions = None
+            if self.num_buckets > 1:
+                metadata, *_ = get_attention_context(self.counted.name)
+                positions = slot_mapping if metadata is None else metadata.positions  # profiling: slots are padding
+            self._bind(kv_cache).append(key, value, slot_mapping, positions)
 
     def forward(
         self,
@@ -400,7 +434,9 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
             return
         index = layer_index(self.kv_sharing_target_layer_name or layer_name)  # whose pages this layer reads
         first = first_kv_head(self._calibration.num_kv_heads)
-        self._layer_calibration = self._calibration.layer(index, slice(first, first + self.num_kv_heads))
+        self._layer_calibration = self._calibration.layer(
+            index, slice(first, first + self.num_kv_heads), self.num_buckets
+        )
         self.counted.energies = _energies(self._layer_calibration)
 
     def take_prepared(self, part: LayerCalibration, device: torch.device) -> None:
@@ -432,7 +468,8 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
         # Made here and not at start-up: vLLM's sleep mode discards what is allocated while it loads weights or makes
         # the cache.
         if self.unprepared and self._layer_calibration.k_center is None:
-            self._layer_calibration = LayerCalibration.blank(self.layout(PAGE_SIZE_MULTIPLE), device)
+            layout = self.layout(PAGE_SIZE_MULTIPLE)
+            self._layer_calibration = LayerCalibration.blank(layout, device, self.num_buckets)
         self._layer_calibration = self._layer_calibration.to(device)
         return self._layer_calibration
 

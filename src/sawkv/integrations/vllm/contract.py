@@ -57,6 +57,8 @@ def check_contract() -> None:
         attention, "unified_kv_cache_update"
     ):
         missing.append("AttentionBackend.forward_includes_kv_cache_update and unified_kv_cache_update")
+    if not hasattr(attention, "get_attention_context"):
+        missing.append("get_attention_context, which knows the step's metadata")
     fields = set(getattr(CommonAttentionMetadata, "__dataclass_fields__", ()))
     needed = {
         "query_start_loc",

@@ -21,6 +21,7 @@ from sawkv.format.feedback import Feedback
 from sawkv.format.spec import CacheFormat
 from sawkv.integrations.vllm.config import SawConfig
 from sawkv.integrations.vllm.exact import attend_exactly
+from sawkv.integrations.vllm.prepare import served_context
 from sawkv.prepare.calibration import Calibration, LayerCalibration, model_id
 from sawkv.prepare.fit import fit
 from sawkv.prepare.statistics import LayerStatistics
@@ -68,11 +69,13 @@ class LayerMeasurement:
         statistics: sums that it adds to. A layer that reads the pages of another layer adds to that layer's.
         source: measurement of the layer whose pages this layer reads, or None.
         rows: K and V of the step, for layers that read this layer's pages.
+        positions, is_probe: of the prompt, as in `corpus.Pass`.
     """
 
     def __init__(self, statistics: LayerStatistics, source: LayerMeasurement | None = None) -> None:
         self.statistics, self.source = statistics, source
         self.rows: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.positions, self.is_probe = torch.empty(0), False
 
     def attend(
         self,
@@ -105,7 +108,7 @@ class LayerMeasurement:
                     logit_softcap=impl.logits_soft_cap,
                     sinks=impl.sinks,
                 ).to(output.dtype)
-            self.statistics.add(q, k, v)
+            self.statistics.add(q, k, v, self.positions, self.is_probe)
         return output
 
 
@@ -179,12 +182,12 @@ def waiting(worker: Any) -> set[HeadShape]:
 def begin(worker: Any) -> None:
     """Make the layers measure from now on."""
     runner, layers = worker.model_runner, _waiting(worker)
-    model = runner.get_model()
+    model, context = runner.get_model(), served_context(worker.vllm_config)
     for name, layer in layers.items():
         impl = layer.impl
         if impl.kv_sharing_target_layer_name is None:
             statistics = LayerStatistics(
-                impl.num_kv_heads, impl.head_size, worker.device, impl.scale, impl.sliding_window
+                impl.num_kv_heads, impl.head_size, worker.device, impl.scale, impl.sliding_window, context
             )
             if (weight := output_weight(model, name, layer, worker.device)) is not None:
                 statistics.set_output_weight(weight)
@@ -196,10 +199,12 @@ def begin(worker: Any) -> None:
     runner.model = MeasuredModel(runner.model, worker.device)
 
 
-def place(worker: Any, positions: torch.Tensor) -> None:
-    """Set the positions of the next prompt's tokens: [window] int64 on the CPU."""
+def place(worker: Any, positions: torch.Tensor, is_probe: bool) -> None:
+    """Set the positions of the next prompt's tokens, [window] int64 on the CPU, and whether it is a probe."""
     shifts = positions - torch.arange(len(positions), device="cpu")
     worker.model_runner.model.shifts = shifts.to(worker.device)
+    for layer in _waiting(worker).values():
+        layer.impl.measurement.positions, layer.impl.measurement.is_probe = positions, is_probe
 
 
 @torch.inference_mode()
@@ -290,7 +295,7 @@ def _assemble(worker: Any, parts: Sequence[Mapping[int, tuple[int, LayerCalibrat
     for index, found in heads.items():
         layer = _joined([found[first] for first in sorted(found)])
         assert layer.k_center is not None  # every fitted layer has one
-        num_kv_heads, head_dim = layer.k_center.shape
+        num_kv_heads, head_dim = layer.k_center.shape[1:]
         by_shape.setdefault((num_kv_heads, head_dim), {})[index] = layer
     return [
         Calibration.from_layers(_format(worker).resolve(shape[1]), model_id(config), config.num_hidden_layers, layers)
@@ -308,14 +313,14 @@ def _format(worker: Any) -> CacheFormat:
 def _joined(parts: list[LayerCalibration]) -> LayerCalibration:
     """One layer's calibration, from parts with consecutive heads."""
 
-    def join(pieces: list[Any]) -> Any:
+    def join(name: str, pieces: list[Any]) -> Any:
         if any(piece is None for piece in pieces):
             return None
         if isinstance(pieces[0], Feedback):
             return Feedback(torch.cat([piece.weights for piece in pieces]), torch.cat([piece.step for piece in pieces]))
-        return torch.cat(pieces)
+        return torch.cat(pieces, 1 if name == "k_center" else 0)
 
-    return LayerCalibration(**{name: join([getattr(part, name) for part in parts]) for name in vars(parts[0])})
+    return LayerCalibration(**{name: join(name, [getattr(part, name) for part in parts]) for name in vars(parts[0])})
 
 
 def output_weight(

@@ -162,12 +162,14 @@ def _slice(
     """The slice of a run of requests. `lengths`: upper bounds of the tokens that each request reads."""
     query_start_loc = common.query_start_loc[run.start : run.stop + 1]
     seq_lens, block_table = common.seq_lens[run], common.block_table_tensor[run]
+    first_positions = None
     if window:
         first_keys = seq_lens - query_start_loc.diff() - window + 1
         skipped = first_keys.clamp_min(0) // page_size
         pages = torch.arange(-(-max(lengths[run]) // page_size), device=seq_lens.device)
         block_table = block_table.gather(1, (skipped[:, None] + pages).clamp_max(block_table.shape[1] - 1))
-        seq_lens = seq_lens - skipped * page_size
+        first_positions = (skipped * page_size).int()
+        seq_lens = seq_lens - first_positions
     first_token, end = host.starts[run.start], host.starts[run.stop]
     cu_seqlens_q = query_start_loc - first_token if first_token else query_start_loc
     if lengths[run] == host.queries[run]:  # prompts without a cached prefix: the new tokens are the context
@@ -178,7 +180,7 @@ def _slice(
     return PrefillSlice(
         tokens=slice(first_token, end),
         cu_seqlens_q=cu_seqlens_q,
-        prefixes=ops.prefixes(block_table, seq_lens, cu_seqlens_k),
+        prefixes=ops.prefixes(block_table, seq_lens, cu_seqlens_k, first_positions),
         num_keys=min(sum(lengths[run]), capacity),
         max_query_len=max(host.queries[run]),
         max_seq_len=max(lengths[run]),

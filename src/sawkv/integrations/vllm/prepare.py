@@ -36,6 +36,7 @@ from sawkv.prepare.store import (
     make_key,
     shipped_paths,
 )
+from sawkv.prepare.turning import bucketed_context, buckets_in
 
 if TYPE_CHECKING:
     from vllm.config import ModelConfig, VllmConfig
@@ -144,13 +145,19 @@ def _prepare(executor: Any, vllm_config: VllmConfig, kv_cache_config: KVCacheCon
         engine = _Engine(executor, vllm_config, kv_cache_config)
         executor.collective_rpc(measure.begin)
         with offload.disconnected(executor, vllm_config):
-            for ids, places in zip(windows, positions, strict=True):
-                executor.collective_rpc(measure.place, args=(places,))
-                engine.run(ids.tolist())
+            for each in corpus.passes(windows, positions, served_context(vllm_config)):
+                executor.collective_rpc(measure.place, args=(each.positions, each.is_probe))
+                engine.run(each.ids.tolist())
         calibrations = executor.collective_rpc(measure.finish)[0]
         source = f"on {len(windows)} windows of {windows.shape[1]} tokens, {entry.save(calibrations)}"
     fingerprints = ", ".join(calibration.fingerprint() for calibration in calibrations)
     logger.info("sawkv: prepared in %.1f s %s, fingerprint %s", time.monotonic() - started, source, fingerprints)
+
+
+def served_context(vllm_config: VllmConfig) -> int:
+    """Positions that get buckets (`prepare.turning`)."""
+    model = vllm_config.model_config
+    return bucketed_context(model.hf_text_config, model.max_model_len)
 
 
 def _windows(vllm_config: VllmConfig) -> tuple[torch.Tensor, torch.Tensor]:
@@ -166,9 +173,7 @@ def _windows(vllm_config: VllmConfig) -> tuple[torch.Tensor, torch.Tensor]:
         raise UnsupportedError(
             f"expected --max-model-len and --max-num-batched-tokens above {LEAST_WINDOW}, got room for {window} tokens"
         )
-    positions = corpus.preparation_positions(
-        corpus.NUM_WINDOWS, window, min(model.max_model_len, corpus.LONGEST_CONTEXT)
-    )
+    positions = corpus.preparation_positions(corpus.NUM_WINDOWS, window, model.max_model_len)
     encoder = _encoder(model)
     if encoder is not None:
         windows = corpus.preparation_windows(encoder[0], window, corpus.NUM_WINDOWS, encoder[1])
@@ -207,7 +212,12 @@ class _Entry:
     ) -> None:
         model = vllm_config.model_config
         self._expected = expectations(config.format, model.hf_text_config, shapes)
-        text = {"windows": list(windows.shape), "text": _digest(windows), "positions": _digest(positions)}
+        text = {
+            "windows": list(windows.shape),
+            "text": _digest(windows),
+            "positions": _digest(positions),
+            "buckets": buckets_in(served_context(vllm_config)),
+        }
         self._store: CalibrationStore | None = None
         self._checkpoint: Path | None = None
         self._weights: str | None = None

@@ -1,7 +1,7 @@
 """What sawkv serves by default: INT4 pages with the centers, gains and feedback that engines fit (`sawkv.prepare`).
 
 y = H((x - center) * gain) is coded with feedback, and read back as (H y) * (1 / gain) + center, in the arithmetic of
-the served kernels.
+the served kernels. K has a center per bucket of positions.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from sawkv.format.codecs import IntegerCodec
+from sawkv.format.constants import BUCKET_SIZE
 from sawkv.format.feedback import Feedback
 from sawkv.format.rotation import rotate
 from sawkv.format.spec import CacheFormat
@@ -35,10 +36,12 @@ class Prepared(Method):
 def _reader(center: torch.Tensor | None, gain: torch.Tensor | None, feedback: Feedback | None, order: int) -> Reader:
     if center is None or gain is None:
         raise TypeError("a fit has centers and gains")
-    codec, inverse = IntegerCodec(4), gain.reciprocal()
+    codec, inverse, centers = IntegerCodec(4), gain.reciprocal(), center.view(-1, *gain.shape)
 
     def read(rows: torch.Tensor) -> torch.Tensor:
-        stored = codec.encode(rotate((rows - center) * gain, order), feedback)
-        return rotate(codec.decode(*stored), order) * inverse + center
+        buckets = torch.arange(len(rows), device=rows.device) // BUCKET_SIZE
+        own = centers[buckets.clamp_max(len(centers) - 1)]
+        stored = codec.encode(rotate((rows - own) * gain, order), feedback)
+        return rotate(codec.decode(*stored), order) * inverse + own
 
     return read
