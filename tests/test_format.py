@@ -316,11 +316,11 @@ def test_fingerprint_changes_with_everything_that_changes_the_bytes() -> None:
         name: str = "int4-k64-v64",
         head_dim: int = 64,
         page_size: int = 16,
-        k_center: float | None = None,
+        k_center: tuple[float, ...] = (),
         **others: Any,
     ) -> str:
         layout = PageLayout(CacheFormat.parse(name), 2, head_dim, page_size)
-        center = None if k_center is None else torch.full((2, head_dim), k_center)
+        center = torch.stack([torch.full((2, head_dim), x) for x in k_center]) if k_center else None
         return PagedKVCache.allocate(layout, 1, k_center=center, **others).fingerprint()
 
     weights, step = torch.zeros(2, 64, 64, dtype=torch.int8), torch.ones(2)
@@ -334,8 +334,10 @@ def test_fingerprint_changes_with_everything_that_changes_the_bytes() -> None:
         fingerprint("int8-k64-v64"),
         fingerprint(head_dim=128),
         fingerprint(page_size=32),
-        fingerprint(k_center=0.0),
-        fingerprint(k_center=1.0),
+        fingerprint(k_center=(0.0,)),
+        fingerprint(k_center=(1.0,)),
+        fingerprint(k_center=(1.0, 1.0)),
+        fingerprint(k_center=(1.0, 2.0)),
         fingerprint(k_gain=torch.ones(2, 64)),
         fingerprint(v_gain=torch.ones(2, 64)),
         fingerprint(v_gain=torch.ones(2, 64) * 2),

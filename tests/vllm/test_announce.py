@@ -43,6 +43,28 @@ def test_lost_capacity_is_said_with_its_factor(monkeypatch: pytest.MonkeyPatch) 
     ]
 
 
+def test_a_calibration_for_less_than_the_context_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sawkv import CacheFormat
+    from sawkv.integrations.vllm import announce
+    from sawkv.prepare.calibration import Calibration
+
+    said: list[str] = []
+    monkeypatch.setattr(
+        announce.logger, "warning_once", lambda text, *arguments: said.append(text % arguments), raising=False
+    )
+
+    def say(num_buckets: int, context: int) -> int:
+        centers = torch.ones(2, num_buckets, 1, 64), torch.ones(2, 1, 64)
+        announce.warn_short(Calibration(CacheFormat("int4").resolve(64), "a model", *centers), context)
+        return len(said)
+
+    assert say(3, 6144) == say(3, 100) == 0
+    assert say(128, 1 << 20) == 0, "there are never more"
+    assert say(1, 6144) == 0, "one center may be for all positions"
+    assert say(2, 6144) == 1
+    assert "centers of K for 4096 positions, and --max-model-len is 6144" in said[0]
+
+
 def test_the_log_names_the_kernels_that_read_the_real_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     from sawkv import CacheFormat, PageLayout
     from sawkv.integrations.vllm import announce

@@ -6,6 +6,7 @@ import inspect
 import json
 import shutil
 import stat
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,7 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from sawkv import CacheFormat
 from sawkv.errors import UnsupportedError
+from sawkv.prepare.calibration import Calibration
 from tests.vllm import stored
 from tests.vllm.engine import MODEL, run_process
 
@@ -28,6 +31,7 @@ OTHER = {"prepare": False, "format": "int4-k64-v64"}
 """Pages of the same bytes per token, which mean something else."""
 
 
+FORMAT = CacheFormat("int4").resolve(64)
 RANK = {"layers.0": {"format": "int4-k128-v128", "page size": 32, "shape": [2, 32, 136], "strides": [1, 2, 3]}}
 WRITTEN_WITH = {"rank 0": RANK, "model": {"config": {"hidden_size": 8}, "dtype": "bf16", "weights": "f00"}}
 
@@ -110,6 +114,27 @@ def test_what_both_ends_of_nixl_compare_depends_on_the_fingerprint(monkeypatch: 
     end.compat_hash = "something new"
     with pytest.raises(UnsupportedError, match=r"does not fit this vLLM: it needs NixlConnectorWorker\.compat_hash"):
         offload._bind_handshake(None, "")
+
+
+def test_the_fingerprint_is_of_the_centers_that_are_served() -> None:
+    """Of all their buckets. What serves fewer positions knows nothing of later ones."""
+    from sawkv.integrations.vllm import offload
+    from sawkv.integrations.vllm.backend import SawAttentionImpl
+
+    def fingerprint(calibration: Calibration, num_buckets: int) -> str:
+        impl: Any = object.__new__(SawAttentionImpl)
+        part = calibration.layer(0, num_buckets=num_buckets)
+        vars(impl).update(_format=FORMAT, num_kv_heads=2, head_size=64, unprepared=False, _layer_calibration=part)
+        return offload.fingerprint({"rank 0": {"a layer": impl.written_with(torch.empty(1, 2, 32, 68))}})
+
+    k_center = torch.randn(1, 3, 2, 64)
+    made = Calibration(FORMAT, "a model", k_center, torch.randn(1, 2, 64))
+    k_center = k_center.clone()
+    k_center[0, 2, 1, 63] += 1
+    other = replace(made, k_center=k_center)
+    found = [fingerprint(each, num_buckets) for each in (made, other) for num_buckets in (1, 2, 3)]
+    assert found[:2] == found[3:5]
+    assert len(set(found)) == 4
 
 
 def test_checksums_notice_any_damage(tmp_path: Path) -> None:

@@ -12,11 +12,14 @@ import torch
 from vllm.logger import init_logger
 
 from sawkv.errors import UnsupportedError
+from sawkv.format.constants import BUCKET_SIZE
 from sawkv.format.layout import PAGE_SIZE_MULTIPLE, PageLayout
 from sawkv.format.spec import CacheFormat
 from sawkv.integrations.vllm import PLUGIN
 from sawkv.integrations.vllm.config import KV_CACHE_DTYPE_CODECS
 from sawkv.kernels import select_backend
+from sawkv.prepare.calibration import Calibration
+from sawkv.prepare.turning import buckets_in
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import AttentionSpec
@@ -62,6 +65,17 @@ def warn_unprepared() -> None:
         " it can be everything (perplexity 12.8 in 16 bits, 22,219 unprepared, 12.8 prepared). It is prepared unless"
         ' --no-prepare is given, or "prepare": false in the sawkv entry of --additional-config.'
     )
+
+
+def warn_short(calibration: Calibration, context: int) -> None:
+    """Warn if a calibration from a file has centers of K for less than `context` positions."""
+    if 1 < calibration.num_buckets < buckets_in(context):
+        logger.warning_once(
+            "sawkv: the calibration has centers of K for %d positions, and --max-model-len is %d. Later positions take"
+            " the last center, and lose accuracy. `sawkv prepare` makes one for the whole context.",
+            calibration.num_buckets * BUCKET_SIZE,
+            context,
+        )
 
 
 def say_pages(spec: AttentionSpec, layout: PageLayout, reused_block: int) -> None:

@@ -314,8 +314,11 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
             _check_calibration(config.calibration, self, vllm_config)
             self._layer_calibration = None  # until the layer's name is known
         self._calibration = config.calibration
-        given = 1 if config.calibration is None else config.calibration.num_buckets
-        self.num_buckets = min(buckets_in(served_context(vllm_config)), MAX_BUCKETS if config.prepares else given)
+        context, given = served_context(vllm_config), 1
+        if config.calibration is not None:
+            given = config.calibration.num_buckets
+            announce.warn_short(config.calibration, context)
+        self.num_buckets = min(buckets_in(context), MAX_BUCKETS if config.prepares else given)
         if config.prepares and not is_installed():
             raise UnsupportedError(
                 "sawkv: expected an engine that prepares its model, got one without: VLLM_PLUGINS leaves sawkv out, or"

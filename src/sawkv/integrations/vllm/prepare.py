@@ -23,7 +23,7 @@ import torch
 from vllm.logger import init_logger
 
 from sawkv.errors import SawkvError, UnsupportedError
-from sawkv.integrations.vllm import offload
+from sawkv.integrations.vllm import announce, offload
 from sawkv.integrations.vllm.config import SawConfig
 from sawkv.prepare import corpus
 from sawkv.prepare.calibration import Calibration
@@ -85,11 +85,10 @@ def install() -> None:
         prepare(self.model_executor, vllm_config, kv_cache_config)
         offload.bind(self.model_executor, vllm_config)
         if SawConfig.from_vllm(vllm_config, vllm_config.cache_config.cache_dtype) is not None:
-            from sawkv.integrations.vllm.announce import say_layers
             from sawkv.integrations.vllm.metrics import publish_when_idle
             from sawkv.integrations.vllm.weights import watch
 
-            self.model_executor.collective_rpc(say_layers)
+            self.model_executor.collective_rpc(announce.say_layers)
             self.model_executor.collective_rpc(publish_when_idle)
             self.model_executor.collective_rpc(watch)
         return kv_cache_config
@@ -210,13 +209,13 @@ class _Entry:
         windows: torch.Tensor,
         positions: torch.Tensor,
     ) -> None:
-        model = vllm_config.model_config
+        model, self._context = vllm_config.model_config, served_context(vllm_config)
         self._expected = expectations(config.format, model.hf_text_config, shapes)
         text = {
             "windows": list(windows.shape),
             "text": _digest(windows),
             "positions": _digest(positions),
-            "buckets": buckets_in(served_context(vllm_config)),
+            "buckets": buckets_in(self._context),
         }
         self._store: CalibrationStore | None = None
         self._checkpoint: Path | None = None
@@ -255,6 +254,8 @@ class _Entry:
                 " made for"
             )
             return []
+        for part in found:
+            announce.warn_short(part, self._context)
         return found
 
     def save(self, calibrations: Sequence[Calibration]) -> str:
