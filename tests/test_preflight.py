@@ -22,6 +22,7 @@ from sawkv.integrations.vllm import greeting, preflight, server
 from sawkv.integrations.vllm import options as options_of_vllm
 from sawkv.integrations.vllm.options import Options
 from sawkv.prepare.calibration import Calibration
+from tests.vllm.engine import vllms_parser
 
 MODEL = next((Path(__file__).parents[1] / "models").glob("sawkv-*"))
 LLAMA = {
@@ -394,11 +395,7 @@ def test_words_of_options() -> None:
 def test_options_mean_what_they_mean_to_vllm() -> None:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    try:
-        from vllm.entrypoints.launchers.cli_args import make_arg_parser
-    except ImportError:  # vLLM before 0.32
-        from vllm.entrypoints.openai.cli_args import make_arg_parser
-    parser = make_arg_parser(FlexibleArgumentParser())
+    parser = vllms_parser(FlexibleArgumentParser())
     known = parser._option_string_actions
     source = "".join(Path(module.__file__).read_text() for module in (options_of_vllm, preflight, greeting, server))
     asked = {name for name in re.findall(r'"(--[a-z-]+)"', source) if name in known}

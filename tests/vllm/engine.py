@@ -11,6 +11,8 @@ import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,13 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",  # models this small run several times as fast without threads that wait for each other
     "PYTHONHASHSEED": "0",
 }
+
+
+def vllms_parser(parser: Any) -> Any:
+    """`parser`, which is vLLM's, with the options of vLLM's server, wherever this version has them."""
+    places = [f"vllm.entrypoints.{package}.cli_args" for package in ("common", "launchers", "openai")]
+    place = next(place for place in places if find_spec(place.rpartition(".")[0]) and find_spec(place))
+    return import_module(place).make_arg_parser(parser)
 
 
 def run_engine(

@@ -11,8 +11,6 @@ import shlex
 import sys
 import time
 from collections.abc import Iterator
-from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ import pytest
 from sawkv.integrations.vllm.client import Client, serving
 from sawkv.integrations.vllm.options import Options
 from tests.test_docs import PAGES, blocks, console, flags, inline
-from tests.vllm.engine import ENVIRONMENT, REPOSITORY
+from tests.vllm.engine import ENVIRONMENT, REPOSITORY, vllms_parser
 
 pytestmark = pytest.mark.vllm
 MODEL = "models/sawkv-6m"
@@ -111,14 +109,8 @@ def test_what_it_says_when_it_answers_can_be_typed(server: Client) -> None:
 def test_every_option_of_vllm_that_is_named_exists(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    places = ("vllm.entrypoints.openai.cli_args", "vllm.entrypoints.launchers.cli_args")
-    make_arg_parser = import_module(
-        next(place for place in places if find_spec(place.rpartition(".")[0]) and find_spec(place))
-    ).make_arg_parser
-
-    known = {
-        option for action in make_arg_parser(FlexibleArgumentParser())._actions for option in action.option_strings
-    }
+    parser = vllms_parser(FlexibleArgumentParser())
+    known = {option for action in parser._actions for option in action.option_strings}
     known |= {"--format", "--calibration", "--no-prepare", "--prepare-cache"}
     monkeypatch.chdir(tmp_path)
     for page in PAGES:
