@@ -139,7 +139,7 @@ def check_feedback_ends_where_scales_saturate(backend: str, device: str) -> None
         cache = PagedKVCache(pages[i], layout, k_feedback=used, v_feedback=used)
         append(k, v, cache, torch.arange(5, device=device), backend=name)
     assert torch.equal(pages[0], pages[1])
-    k_plane = slice(0, 16 * layout.row_bytes)
+    k_plane = slice(0, 16 * layout.k_row_bytes)
     differ = (pages[0] != pages[2])[0].flatten(1)[:, k_plane].view(2, 16, -1)[:, :5].any(-1)
     assert differ.tolist() == [[True, True, False, False, False]] * 2
 

@@ -324,7 +324,10 @@ UPPER = torch.ones(128, 128, dtype=torch.int8).triu(1)
         ({"v_feedback_step": STEP + 1.5}, "from 0 to 1"),
         ({"v_feedback": UPPER.expand(3, 2, -1, -1)}, "v_feedback: expected weights of 0"),
         ({"v_feedback": torch.eye(128, dtype=torch.int8).expand(3, 2, -1, -1)}, "v_feedback: expected weights of 0"),
-        ({"format": CacheFormat.parse("int8-k128-v128")}, "k_feedback: expected an int4 format, got int8-k128-v128"),
+        (
+            {"format": CacheFormat.parse("int8-k128-v128")},
+            "k_feedback: expected a format below 8 bits, got int8-k128-v128",
+        ),
     ],
 )
 def test_bad_feedback_is_refused(change: dict[str, Any], message: str) -> None:

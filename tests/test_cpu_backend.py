@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import math
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -24,7 +25,17 @@ from tests.kernel_checks import (
 )
 
 HEAD_DIMS = [16, 64, 80, 96, 128, 192, 256, 512]
-FORMATS = ["int4", "int8", "bf16", "fp16-k16-v16", "fp32-k16-v0"]
+FORMATS = ["int4", "int8", "int3", "int4v2", "bf16", "fp16-k16-v16", "fp32-k16-v0"]
+
+
+def shapes(names: Sequence[str], float_dims: Sequence[int] = HEAD_DIMS) -> list[tuple[str, int]]:
+    """Formats and the head_dims that they take; the float formats with some of them."""
+    return [
+        (name, head_dim)
+        for name in names
+        for head_dim in HEAD_DIMS
+        if (head_dim % 32 == 0 or name != "int3") and (head_dim in float_dims or name.startswith("int"))
+    ]
 
 
 def test_the_backend_is_there() -> None:
@@ -32,8 +43,7 @@ def test_the_backend_is_there() -> None:
     assert unsupported_reason("cpu", torch.device("cpu"), PageLayout(CacheFormat("int4"), 1, 128, 16)) is None
 
 
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
-@pytest.mark.parametrize("format_name", [*FORMATS, "int4-k0-v16", "int8-k16-v0"])
+@pytest.mark.parametrize(("format_name", "head_dim"), shapes([*FORMATS, "int4-k0-v16", "int8-k16-v0"]))
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_append_writes_the_bytes_of_the_reference(head_dim: int, format_name: str, dtype: torch.dtype) -> None:
     is_centered, buckets = head_dim == 64, 3 if dtype == torch.bfloat16 else 1
@@ -41,14 +51,19 @@ def test_append_writes_the_bytes_of_the_reference(head_dim: int, format_name: st
     check_append("cpu", "cpu", format_name, head_dim, dtype=dtype, centered=is_centered, gained=gained, buckets=buckets)
 
 
-@pytest.mark.parametrize("feedback", ["k", "v", "kv"])
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize(
+    ("format_name", "head_dim", "feedback"),
+    [
+        *((*shape, feedback) for shape in shapes(["int4"]) for feedback in ("k", "v", "kv")),
+        *((*shape, "kv") for shape in shapes(["int3", "int4v2"])),
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_append_with_feedback(head_dim: int, dtype: torch.dtype, feedback: str) -> None:
+def test_append_with_feedback(format_name: str, head_dim: int, dtype: torch.dtype, feedback: str) -> None:
     check_append(
         "cpu",
         "cpu",
-        "int4",
+        format_name,
         head_dim,
         dtype=dtype,
         centered=dtype == torch.float16,
@@ -85,8 +100,7 @@ def attend(
     return out, lse
 
 
-@pytest.mark.parametrize("head_dim", HEAD_DIMS)
-@pytest.mark.parametrize("format_name", FORMATS)
+@pytest.mark.parametrize(("format_name", "head_dim"), shapes(FORMATS, float_dims=(16, 128, 512)))
 @pytest.mark.parametrize(
     ("query_lens", "group"),
     [([1] * 9, 1), ([1, 1, 3, 8, 2, 17, 60, 1, 1], 4), ([1, 1, 15, 4, 2, 1, 65, 200, 9], 3), ([1] * 9, 16)],
@@ -183,17 +197,18 @@ def test_nan_stays_in_its_own_token_and_head(which: str) -> None:
 @pytest.mark.parametrize("format_name", FORMATS)
 @pytest.mark.parametrize("rotated", [True, False])
 def test_gather_equals_the_reference(format_name: str, rotated: bool, dtype: torch.dtype) -> None:
+    head_dim = 96 if format_name == "int3" else 80
     batch = make_batch(
-        format_name, [5, 0, 33, 16], head_dim=80, centered=True, gained=rotated or dtype != torch.float16
+        format_name, [5, 0, 33, 16], head_dim=head_dim, centered=True, gained=rotated or dtype != torch.float16
     )
     starts = torch.tensor([0, 5, 9, 42, 60], dtype=torch.int32)
     results = []
     for backend in ("cpu", "reference"):
-        k, v = torch.full((2, 60, 2, 80), -7.0, dtype=dtype)
+        k, v = torch.full((2, 60, 2, head_dim), -7.0, dtype=dtype)
         gather(batch.cache, batch.block_table, batch.seq_lens, starts, k, v, rotated=rotated, backend=backend)
         results.append(torch.stack([k, v]))
     assert torch.equal(*results)
-    k, v = torch.full((2, 50, 2, 80), -7.0, dtype=dtype)  # the last tokens do not fit and are dropped
+    k, v = torch.full((2, 50, 2, head_dim), -7.0, dtype=dtype)  # the last tokens do not fit and are dropped
     gather(batch.cache, batch.block_table, batch.seq_lens, starts, k, v, rotated=rotated, backend="cpu")
     assert torch.equal(k, results[0][0, :50])
 

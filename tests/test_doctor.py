@@ -48,7 +48,7 @@ def test_nothing_is_wrong(capsys: pytest.CaptureFixture[str]) -> None:
     assert status == 0
     assert "TROUBLE" not in shown
     assert "vLLM 0.32.0 (tested: 0.26 to 0.33)" in shown
-    assert "cpu, head_dim 128: cpu kernels for int4, int8" in shown
+    assert "cpu, head_dim 128: cpu kernels for int2, int3, int4, int8" in shown
     assert "not cuda: expected an NVIDIA GPU" in shown
     assert "int4-k128-v128 on cpu: bytes equal the reference's" in shown
     assert "No trouble found" in shown
@@ -142,7 +142,7 @@ def test_no_fast_kernels(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
 
     monkeypatch.setattr(doctor, "unsupported_reason", why)
     status, shown = run(capsys)
-    assert "TROUBLE cpu, head_dim 128: reference kernels for int4" in shown
+    assert "TROUBLE cpu, head_dim 128: reference kernels for int2, int3, int4" in shown
     assert "not cpu: no cpu here" in shown
     assert status == 1
 

@@ -20,10 +20,12 @@ from sawkv import CacheFormat, FormatError, PagedKVCache, PageLayout, cli, decod
 from sawkv.errors import SawkvError
 from sawkv.format.spec import HEAD_DIMS
 from sawkv.integrations.vllm import server
-from sawkv.integrations.vllm.config import KV_CACHE_DTYPE_CODECS, SawConfig
+from sawkv.integrations.vllm.config import KV_CACHE_DTYPE_CODECS, SawConfig, dtype_codec
 
 names = st.one_of(
-    st.from_regex(r"(int4|int8|bf16|fp16|fp32|int5|[a-z0-9]{1,6})(-k[0-9]{1,4})?(-v[0-9]{1,4})?", fullmatch=True),
+    st.from_regex(
+        r"(int4|int3|int4v2|int8|bf16|fp16|fp32|int5|[a-z0-9]{1,6})(-k[0-9]{1,4})?(-v[0-9]{1,4})?", fullmatch=True
+    ),
     st.text(max_size=200),
 )
 
@@ -46,11 +48,11 @@ def test_a_layout_is_whole_or_refused(name: str, head_dim: int, page_size: int, 
         return
     assert layout.span_bytes == page_size * layout.token_bytes
     assert layout.span_bytes % 16 == layout.v_codes_offset % 16 == 0
-    assert layout.token_bytes == 2 * (layout.row_bytes + layout.meta_bytes)
+    assert layout.token_bytes == layout.k_row_bytes + layout.v_row_bytes + 2 * layout.meta_bytes
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.binary(min_size=1, max_size=64), st.sampled_from(["int4", "int8", "bf16", "fp32-k16-v16"]))
+@given(st.binary(min_size=1, max_size=64), st.sampled_from(["int4", "int3", "int4v2", "int8", "bf16", "fp32-k16-v16"]))
 def test_any_bytes_in_pages_are_read_alike_by_all_backends(seed: bytes, name: str) -> None:
     layout = PageLayout(CacheFormat.parse(name), 2, 64, 16)
     size = 4 * layout.num_kv_heads * layout.span_bytes
@@ -97,7 +99,7 @@ def test_options_of_vllm_are_used_or_refused(additional_config: Any, kv_cache_dt
     )
     with contextlib.suppress(SawkvError):
         config = SawConfig.from_vllm(vllm_config, kv_cache_dtype)
-        assert config is None or config.format.codec in (
+        assert config is None or dtype_codec(config.format) in (
             "bf16",
             "fp16",
             "fp32",

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import re
@@ -18,7 +19,7 @@ import torch
 
 from sawkv import CacheFormat, SawkvError, cli
 from sawkv.integrations.vllm import config as settings
-from sawkv.integrations.vllm import greeting, preflight, server
+from sawkv.integrations.vllm import greeting, preflight, refusals, server
 from sawkv.integrations.vllm import options as options_of_vllm
 from sawkv.integrations.vllm.options import Options
 from sawkv.prepare.calibration import Calibration
@@ -92,6 +93,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--additional-config.sawkv.format", "int8"], "--additional-config: sawkv serve makes it"),
         (["--attention-backend", "FLASH_ATTN"], "--attention-backend: sawkv serve chooses it"),
         (["--model", "other"], "--model: it is the first argument"),
+        (["--format", "int3v4"], "unknown codec: expected one of int2, int3, int4, int8,"),
         (["--format", "int4-k256-v0"], "K rotation order: expected a divisor of head_dim 128, got 256"),
         (
             ["--kv-offloading-size", "1"],
@@ -141,6 +143,22 @@ def test_options_are_refused_in_one_line(
 ) -> None:
     assert words in refusal(capsys, str(MODEL), *options, *([] if "--port" in options else ["--port", "0"]))
     assert not started
+
+
+def test_formats_below_4_bits_need_a_cpu_and_a_vllm_that_asks_for_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    cache_format = CacheFormat("int3")
+    for release, on_gpu, words in (
+        ((0, 29), False, []),
+        ((0, 29), True, ["format int3: expected a CPU, got a GPU, for which its kernels are not written yet"]),
+        ((0, 28), False, ["format int3: expected vLLM 0.29 or newer, which asks for the size of its pages, got 0.28"]),
+    ):
+        monkeypatch.setattr(refusals, "installed_release", lambda release=release: release)
+        assert refusals.of_format(cache_format, on_gpu) == words
+        assert refusals.of_format(CacheFormat("int4"), on_gpu) == []
+        with contextlib.ExitStack() as refused:
+            if words:
+                refused.enter_context(pytest.raises(SawkvError, match=re.escape(words[0])))
+            preflight.check_model(str(MODEL), cache_format, Options([]), on_gpu=on_gpu)
 
 
 @pytest.mark.parametrize(

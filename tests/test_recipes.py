@@ -51,7 +51,7 @@ def test_a_new_codec_is_served_by_the_reference_and_refused_by_name_elsewhere(la
     for name in ("cpu", "triton", "cuda"):
         with pytest.raises(UnsupportedError, match=r"toy8|NVIDIA GPU"):
             read_back(PagedKVCache.allocate(layout, 2), name)
-    with pytest.raises(UnsupportedError, match="cpu: expected int4, int8, bf16, fp16, fp32, got toy8"):
+    with pytest.raises(UnsupportedError, match=r"cpu: expected int4, int3, int2, .*, fp32, got toy8"):
         read_back(PagedKVCache.allocate(layout, 2), "cpu")
 
 

@@ -66,7 +66,7 @@ def attend_fp64(
 
 
 @pytest.mark.parametrize(
-    "format_name", ["int4", "int4-k16-v64", "int8-k0-v0", "bf16", "fp16-k128-v128", "fp32-k64-v64"]
+    "format_name", ["int4", "int4-k16-v64", "int3v2", "int8-k0-v0", "bf16", "fp16-k128-v128", "fp32-k64-v64"]
 )
 @pytest.mark.parametrize(
     "options", [{}, {"window": 7}, {"cap": 3.0}, {"sinks": True}, {"cap": 3.0, "sinks": True, "window": 7}]
@@ -471,8 +471,8 @@ def test_feedback_that_does_not_fit_is_refused() -> None:
     with pytest.raises(LayoutError, match="on one device, got cpu and meta"):
         Feedback(weights, step.to("meta"))
     for name, (codec, head_dim), message in (
-        ("k_feedback", ("int8", 128), "k_feedback: expected an int4 format, got int8-k128-v128"),
-        ("v_feedback", ("bf16", 128), "v_feedback: expected an int4 format, got bf16"),
+        ("k_feedback", ("int8", 128), "k_feedback: expected a format below 8 bits, got int8-k128-v128"),
+        ("v_feedback", ("bf16", 128), "v_feedback: expected a format below 8 bits, got bf16"),
         ("v_feedback", ("int4", 64), "v_feedback: expected weights \\[2, 64, 64\\] on cpu, got \\[2, 128, 128\\]"),
     ):
         cache = PagedKVCache.allocate(PageLayout(CacheFormat(codec), 2, head_dim, 16), 1)

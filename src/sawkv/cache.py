@@ -54,7 +54,7 @@ class PagedKVCache:
             centering and before rotation. Attention divides Q by K's gain, and the output by V's. Values are checked on
             the CPU alone, where that does not synchronize.
         k_feedback, v_feedback: how `append` passes rounding errors on to later channels, or None. Its heads are those
-            of `layout.rows`. Only int4 has feedback. It does not change how pages are read.
+            of `layout.rows`. Only formats below 8 bits have feedback. It does not change how pages are read.
         counters: [2, 6] fp64 from `counters.new_counters`, or None. `append` updates it.
         constants: the static tensors of K and those of V, computed once from the fields above.
         bound: kernels that `sawkv.ops` has bound to these pages. Copies of the cache start without any.
@@ -109,8 +109,8 @@ class PagedKVCache:
         for name, feedback in (("k_feedback", self.k_feedback), ("v_feedback", self.v_feedback)):
             if feedback is None:
                 continue
-            if layout.format.codec != "int4":
-                raise LayoutError(f"{name}: expected an int4 format, got {layout.format}")
+            if not layout.format.feeds_back:
+                raise LayoutError(f"{name}: expected a format below 8 bits, got {layout.format}")
             square = (layout.rows.num_kv_heads, layout.rows.head_dim, layout.rows.head_dim)
             if feedback.weights.shape != square or feedback.weights.device != pages.device:
                 raise LayoutError(

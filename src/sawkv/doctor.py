@@ -221,11 +221,12 @@ def _devices() -> list[torch.device]:
 def _kernels(dims: Sequence[int]) -> Iterator[Finding]:
     for device in _devices():
         for head_dim in dims:
-            try:
-                layouts = [PageLayout(CacheFormat(codec), 1, head_dim, 64) for codec in CODEC_BITS]
-            except SawkvError as error:
-                yield Finding(TROUBLE, str(error))
-                continue
+            layouts = []
+            for codec in CODEC_BITS:
+                try:
+                    layouts.append(PageLayout(CacheFormat(codec), 1, head_dim, 64))
+                except SawkvError as error:
+                    yield Finding(NOTE if layouts else TROUBLE, str(error))
             chosen: dict[str, list[str]] = {}
             reasons: dict[str, str] = {}
             for layout in layouts:
@@ -238,7 +239,8 @@ def _kernels(dims: Sequence[int]) -> Iterator[Finding]:
             for name, codecs in chosen.items():
                 text = f"{device.type}, head_dim {head_dim}: {name} kernels for {', '.join(codecs)}"
                 if name == "reference":
-                    yield Finding(TROUBLE, f"{text}: right, and very slow")
+                    are_new = all(CODEC_BITS[codec] < CODEC_BITS["int4"] for codec in codecs)
+                    yield Finding(NOTE if are_new else TROUBLE, f"{text}: right, and very slow")
                 else:
                     yield Finding(OK, text)
             for name, why in reasons.items():

@@ -116,6 +116,13 @@ def test_states_without_prefix_caching(tmp_path: Path, capsys: pytest.CaptureFix
     assert found["least_prefix_hit"] is None
 
 
+def test_a_format_below_4_bits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """8 KV heads of 128 in 36 layers; K takes 68 bytes, V 52. What vLLM does not serve yet is said."""
+    printed = plan(capsys, write_config(tmp_path, "qwen3-8b"), "--format", "int4v3")
+    assert printed["formats"]["int4v3"]["bytes_per_token"] == 36 * 8 * (68 + 52)
+    assert "format int4v3: expected a CPU, got a GPU" in printed["notes"][0]
+
+
 def test_the_table_fits_80_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = str(write_config(tmp_path, "nemotron-nano-9b-v2"))
     options = ["--context", "999999", "--format", "bf16-k128-v128", "--no-enable-prefix-caching"]

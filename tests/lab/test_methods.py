@@ -25,6 +25,10 @@ from tests.conftest import relative_error
 NAMES = [*METHODS, "bf16", "int8", "int4-k16-v0", "int4-k64-v64"]
 BITS = {
     "prepared": 4.25,
+    "prepared_int4v3": 3.75,
+    "prepared_int3": 3.25,
+    "prepared_int4v2": 3.25,
+    "prepared_int2": 2.25,
     "fp8": 8,
     "vllm_int4_per_token_head": 4.25,
     "int8_plain": 8.25,
@@ -75,7 +79,7 @@ def test_reads_are_token_wise_and_pure(name: str) -> None:
         order = torch.randperm(50)
         torch.testing.assert_close(read(rows[order]), whole[order], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(read(rows[7:8]), whole[7:8], rtol=1e-4, atol=1e-4)
-        limit = 0.9 if name.startswith("svd") else 0.25
+        limit = 0.9 if name.startswith(("svd", "prepared_")) else 0.25
         assert relative_error(whole, rows) < limit, "stored rows bear no likeness to what was stored"
 
 
@@ -187,10 +191,11 @@ def test_error_feedback_lowers_the_cost_it_is_given() -> None:
     assert cost["served"] < 0.75 * cost["plain"], "blocks of four channels and 8-bit integers lose little"
 
 
-def test_what_is_prepared_reads_what_pages_give_back() -> None:
+@pytest.mark.parametrize("codec", ["int4", "int3", "int4v2"])
+def test_what_is_prepared_reads_what_pages_give_back(codec: str) -> None:
     """The fit, `append`, then `gather`, to the last bit."""
     sample = make_sample(num_tokens=40, offset=20.0)
-    cache_format = CacheFormat("int4").resolve(128)
+    cache_format = CacheFormat(codec).resolve(128)
     cache = PagedKVCache.allocate(
         PageLayout(cache_format, 2, 128, 16), 3, **fit([sample.statistics], cache_format)[0].constants()
     )
@@ -201,7 +206,9 @@ def test_what_is_prepared_reads_what_pages_give_back() -> None:
     gather(
         cache, pages, one, torch.tensor([0, 40], dtype=torch.int32), out[0], out[1], rotated=False, backend="reference"
     )
-    for read, part, want in zip(fitted("prepared", sample), (sample.k, sample.v), out, strict=True):
+    for read, part, want in zip(
+        fitted("prepared" if codec == "int4" else f"prepared_{codec}", sample), (sample.k, sample.v), out, strict=True
+    ):
         assert torch.equal(read(part.rows), want)
 
 
@@ -234,7 +241,7 @@ def test_kmeans_finds_clusters() -> None:
 
 def test_names() -> None:
     assert all(find_method(name).name == name for name in NAMES)
-    with pytest.raises(FormatError, match="one of prepared, fp8"):
+    with pytest.raises(FormatError, match=r"one of prepared, prepared_int4v3, .*, fp8"):
         find_method("int5")
     with pytest.raises(FormatError, match="divisor of head_dim 64"):
         find_method("int4-k128-v128").fit(make_sample(head_dim=64))

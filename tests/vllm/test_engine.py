@@ -55,13 +55,14 @@ def test_tensor_parallel_2_gives_the_same_tokens() -> None:
 
 @pytest.mark.newest
 def test_int8_and_named_formats_are_served() -> None:
-    for options in (
-        {"kv_cache_dtype": "int8_per_token_head"},
-        INT4 | {"additional_config": {"sawkv": {"format": "int4-k64-v0"}}},
+    for options, token_bytes in (
+        ({"kv_cache_dtype": "int8_per_token_head"}, 2 * 132),
+        (INT4 | {"additional_config": {"sawkv": {"format": "int4v3-k64-v64"}}}, 68 + 52),
     ):
         result = run_engine(waves=PROMPT, **options)
         assert result["implementation"] == ["SawAttentionImpl"]
         assert len(result["tokens"][0][0]) == 32
+        assert result["kv_tokens"] == pytest.approx((64 << 20) / (5 * 2 * token_bytes), rel=0.01)
 
 
 def test_without_our_flag_vllm_is_untouched() -> None:

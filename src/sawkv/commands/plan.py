@@ -76,6 +76,7 @@ def run(args: argparse.Namespace) -> int:
     from sawkv.checkpoint import read_checkpoint
     from sawkv.errors import SawkvError
     from sawkv.format.spec import CacheFormat
+    from sawkv.integrations.vllm import refusals
 
     cache_format = CacheFormat.parse(args.format)
     gpu_memory, gpu_name = memory.card(args.gpu_memory)
@@ -101,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
         weights = weights_of(checkpoint, shape, args.language_model_only)
     else:
         weights = Weights(weight_bytes, "as given")
-    notes = []
+    notes = refusals.of_format(cache_format, on_gpu=True)
     if shape.max_context is not None and setting.context > shape.max_context:
         if args.context is not None:
             notes.append(

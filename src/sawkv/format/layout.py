@@ -7,7 +7,7 @@ from functools import cached_property
 
 from sawkv.errors import FormatError
 from sawkv.format.constants import SEGMENT_BYTES
-from sawkv.format.spec import MAX_ROW_DIM, CacheFormat, ResolvedFormat
+from sawkv.format.spec import CODEC_BITS, MAX_ROW_DIM, CacheFormat, ResolvedFormat
 
 PAGE_SIZE_MULTIPLE = 16
 ENGINE_PAGE_SIZE = 64
@@ -64,9 +64,14 @@ class PageLayout:
         return PageLayout(self.format, self.num_kv_heads * self.parts, self.head_dim // self.parts, self.page_size)
 
     @cached_property
-    def row_bytes(self) -> int:
-        """Bytes of one row's codes."""
-        return self.head_dim // self.parts * self.format.bits // 8
+    def k_row_bytes(self) -> int:
+        """Bytes of the codes of one row of K."""
+        return self.head_dim // self.parts * CODEC_BITS[self.format.k_codec] // 8
+
+    @cached_property
+    def v_row_bytes(self) -> int:
+        """Bytes of the codes of one row of V."""
+        return self.head_dim // self.parts * CODEC_BITS[self.format.v_codec] // 8
 
     @cached_property
     def meta_bytes(self) -> int:
@@ -76,7 +81,7 @@ class PageLayout:
     @cached_property
     def token_bytes(self) -> int:
         """Bytes of one row of K and one of V."""
-        return 2 * (self.row_bytes + self.meta_bytes)
+        return self.k_row_bytes + self.v_row_bytes + 2 * self.meta_bytes
 
     @cached_property
     def head_bytes(self) -> int:
@@ -85,15 +90,15 @@ class PageLayout:
 
     @cached_property
     def k_meta_offset(self) -> int:
-        return self.page_size * self.row_bytes
+        return self.page_size * self.k_row_bytes
 
     @cached_property
     def v_codes_offset(self) -> int:
-        return self.page_size * (self.row_bytes + self.meta_bytes)
+        return self.page_size * (self.k_row_bytes + self.meta_bytes)
 
     @cached_property
     def v_meta_offset(self) -> int:
-        return self.v_codes_offset + self.page_size * self.row_bytes
+        return self.v_codes_offset + self.page_size * self.v_row_bytes
 
     @cached_property
     def span_bytes(self) -> int:
@@ -105,7 +110,7 @@ class PageLayout:
         """`(multiplier, period)` of the order of V's segments: `swizzle(t) = (t * multiplier // 8) % period`. Period 1
         keeps their order.
         """
-        segments, rest = divmod(self.row_bytes, SEGMENT_BYTES)
+        segments, rest = divmod(self.v_row_bytes, SEGMENT_BYTES)
         if rest:
             return 0, 1
         period = min(segments & -segments, 8)

@@ -13,15 +13,21 @@ from typing import Final
 from sawkv.errors import FormatError
 
 FORMAT_VERSION: Final = 1
-CODEC_BITS: Final = {"int4": 4, "int8": 8, "bf16": 16, "fp16": 16, "fp32": 32}
-QUANTIZED_CODECS: Final = frozenset({"int4", "int8"})
+CODEC_BITS: Final = {"int2": 2, "int3": 3, "int4": 4, "int8": 8, "bf16": 16, "fp16": 16, "fp32": 32}
+"""Bits of one element's code, by the codec of a row."""
+QUANTIZED_CODECS: Final = frozenset({"int2", "int3", "int4", "int8"})
+"""Codecs whose rows carry a scale and a zero point."""
+FEEDBACK_CODECS: Final = frozenset({"int2", "int3", "int4"})
+"""Codecs that take error feedback, and so need a model to be prepared."""
+NARROWER_V: Final = {"int4v3": ("int4", "int3"), "int4v2": ("int4", "int2"), "int3v2": ("int3", "int2")}
+"""Formats that store V in fewer bits than K, with the codecs of K and of V. All others have one codec for both."""
 MIN_ROTATION_ORDER: Final = 16
 MAX_DEFAULT_ROTATION_ORDER: Final = 128
 MAX_ROW_DIM: Final = 256
 """Channels of a row, which has one scale and one zero point. Wider heads are stored as several rows."""
 HEAD_DIMS: Final = (*range(16, MAX_ROW_DIM + 1, 16), 2 * MAX_ROW_DIM)
 
-_NAME = re.compile(r"(?P<codec>[a-z]+[0-9]{1,2})(?:-k(?P<k>[0-9]{1,3})-v(?P<v>[0-9]{1,3}))?", re.ASCII)
+_NAME = re.compile(r"(?P<codec>[a-z]+[0-9]{1,2}(?:v[0-9])?)(?:-k(?P<k>[0-9]{1,3})-v(?P<v>[0-9]{1,3}))?", re.ASCII)
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,7 +35,7 @@ class CacheFormat:
     """How rows of K and V become bytes, as a user names it. The head_dim is not known yet.
 
     Attributes:
-        codec: one of `CODEC_BITS`.
+        codec: one of `CODEC_BITS` for K and V alike, or one of `NARROWER_V`.
         k_rotation_order, v_rotation_order: channels per Hadamard block; 0 turns rotation off; None takes the default
             for the head_dim.
 
@@ -42,8 +48,9 @@ class CacheFormat:
     v_rotation_order: int | None = None
 
     def __post_init__(self) -> None:
-        if self.codec not in CODEC_BITS:
-            raise FormatError(f"unknown codec: expected one of {', '.join(CODEC_BITS)}, got {self.codec!r}")
+        if self.codec not in (*CODEC_BITS, *NARROWER_V):
+            known = ", ".join((*CODEC_BITS, *NARROWER_V))
+            raise FormatError(f"unknown codec: expected one of {known}, got {self.codec!r}")
         if (self.k_rotation_order is None) != (self.v_rotation_order is None):
             raise FormatError("expected rotation orders for both K and V, or for neither")
         for order in (self.k_rotation_order, self.v_rotation_order):
@@ -84,14 +91,24 @@ class CacheFormat:
         return f"{self.codec}-k{self.k_rotation_order}-v{self.v_rotation_order}"
 
     @property
-    def bits(self) -> int:
-        """Bits that one element's code takes, without scale and zero point."""
-        return CODEC_BITS[self.codec]
+    def k_codec(self) -> str:
+        """The codec of rows of K, one of `CODEC_BITS`."""
+        return NARROWER_V.get(self.codec, (self.codec, self.codec))[0]
+
+    @property
+    def v_codec(self) -> str:
+        """The codec of rows of V, one of `CODEC_BITS`. It has at most the bits of K's."""
+        return NARROWER_V.get(self.codec, (self.codec, self.codec))[1]
 
     @property
     def quantized(self) -> bool:
         """Whether rows carry a scale and a zero point."""
-        return self.codec in QUANTIZED_CODECS
+        return self.k_codec in QUANTIZED_CODECS
+
+    @property
+    def feeds_back(self) -> bool:
+        """Whether rows may be written with error feedback."""
+        return self.k_codec in FEEDBACK_CODECS
 
     def resolve(self, head_dim: int) -> ResolvedFormat:
         """Fill in default rotation orders, and check the format against `head_dim`.
@@ -108,6 +125,9 @@ class CacheFormat:
             if order and row_dim % order:
                 of = f"head_dim {head_dim}" if row_dim == head_dim else f"{row_dim}, half of head_dim {head_dim}"
                 raise FormatError(f"{kind} rotation order: expected a divisor of {of}, got {order}")
+        for kind, codec in (("K", self.k_codec), ("V", self.v_codec)):
+            if row_dim * CODEC_BITS[codec] % 32:
+                raise FormatError(f"{kind} in {codec}: expected a head_dim that is a multiple of 32, got {head_dim}")
         return ResolvedFormat(self.codec, k, v)
 
 

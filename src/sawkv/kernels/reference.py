@@ -37,7 +37,6 @@ class Pages:
         num_tokens = slot_mapping.shape[0]
         kept = (slot_mapping >= 0) & (slot_mapping < cache.num_slots)
         page, offset = slot_mapping[kept] // layout.page_size, slot_mapping[kept] % layout.page_size
-        codec = CODECS[layout.format.codec]
         k_codes, k_meta, v_codes, v_meta = planes(cache)
         k_center = cache.constants[0].center
         if k_center is not None:
@@ -49,6 +48,7 @@ class Pages:
             rows = x[:num_tokens][kept].float()
             rows = rows if center is None else rows - center
             rows = rotate(rows if gain is None else rows * gain, order)
+            codec = CODECS[layout.format.v_codec if codes is v_codes else layout.format.k_codec]
             new_codes, new_meta = codec.encode(rows, feedback)
             if cache.counters is not None:
                 decoded = codec.decode(new_codes, new_meta)
@@ -156,13 +156,12 @@ def read_sequence(cache: PagedKVCache, block_table_row: torch.Tensor, length: in
     layout = cache.layout
     position = torch.arange(length, device=cache.pages.device)
     page, offset = block_table_row[position // layout.page_size].long(), position % layout.page_size
-    codec = CODECS[layout.format.codec]
     k_codes, k_meta, v_codes, v_meta = planes(cache)
     k = k_codes[page, :, offset]
     v = swizzle_segments(v_codes[page, :, offset], offset[:, None], layout)
     decoded = []
-    for codes, meta in ((k, k_meta), (v, v_meta)):
-        row = codec.decode(codes, meta[page, :, offset].view(torch.float16) if layout.meta_bytes else None)
+    for name, codes, meta in ((layout.format.k_codec, k, k_meta), (layout.format.v_codec, v, v_meta)):
+        row = CODECS[name].decode(codes, meta[page, :, offset].view(torch.float16) if layout.meta_bytes else None)
         decoded.append(row.view(length, layout.num_kv_heads, layout.head_dim))
     return decoded[0], decoded[1]
 
@@ -178,9 +177,9 @@ def planes(cache: PagedKVCache) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
         )
 
     return (
-        plane(0, layout.row_bytes),
+        plane(0, layout.k_row_bytes),
         plane(layout.k_meta_offset, layout.meta_bytes),
-        plane(layout.v_codes_offset, layout.row_bytes),
+        plane(layout.v_codes_offset, layout.v_row_bytes),
         plane(layout.v_meta_offset, layout.meta_bytes),
     )
 
@@ -190,13 +189,13 @@ def swizzle_segments(rows: torch.Tensor, offset: torch.Tensor, layout: PageLayou
     inverse.
 
     Args:
-        rows: [..., row_bytes] uint8.
+        rows: [..., v_row_bytes] uint8.
         offset: position of each row in its page, broadcastable to rows.shape[:-1].
     """
     multiplier, period = layout.swizzle_factors
     if period == 1:
         return rows
-    segments = rows.view(*rows.shape[:-1], layout.row_bytes // SEGMENT_BYTES, SEGMENT_BYTES)
+    segments = rows.view(*rows.shape[:-1], layout.v_row_bytes // SEGMENT_BYTES, SEGMENT_BYTES)
     index: torch.Tensor = (
         torch.arange(segments.shape[-2], device=rows.device) ^ ((offset * multiplier // 8) % period)[..., None]
     )

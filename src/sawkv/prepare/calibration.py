@@ -85,7 +85,7 @@ class LayerCalibration:
             return torch.full(shape, value, dtype=torch.float32, device=device)
 
         def feedback() -> Feedback | None:
-            if layout.format.codec != "int4":
+            if not layout.format.feeds_back:
                 return None
             heads, row_dim = rows.num_kv_heads, rows.head_dim
             weights = torch.zeros(heads, row_dim, row_dim, dtype=torch.int8, device=device)
@@ -130,7 +130,8 @@ class Calibration:
         v_center: [num_layers, num_kv_heads, head_dim] fp32, likewise.
         k_gain, v_gain: shape of v_center, fp32, from 1 / MAX_GAIN to MAX_GAIN, or None. Ones change nothing.
         k_feedback, v_feedback: [num_layers, num_rows, row_dim, row_dim] int8, weights as in `Feedback`, or None. Only
-            int4 has them. A layer of zeros passes no errors on. A head is `parts` rows (`PageLayout.rows`).
+            formats below 8 bits have them. A layer of zeros passes no errors on. A head is `parts` rows
+            (`PageLayout.rows`).
         k_feedback_step, v_feedback_step: [num_layers, num_rows] fp32, as in `Feedback`; None if the weights are.
         k_energy, v_energy: [num_layers, num_rows] fp32, as in `LayerCalibration`, or None. Zero means unknown.
         weights: `store.contents_digest` of the measured checkpoint, or "" if unknown. The fingerprint does not cover
@@ -199,8 +200,8 @@ class Calibration:
             raise CalibrationError(
                 f"{name}: expected weights and steps, got {'steps' if weights is None else 'weights'} alone"
             )
-        if self.format.codec != "int4":
-            raise CalibrationError(f"{name}: expected an int4 format, got {self.format}")
+        if not self.format.feeds_back:
+            raise CalibrationError(f"{name}: expected a format below 8 bits, got {self.format}")
         rows = self.rows
         shape = [self.num_layers, rows.num_kv_heads]
         for part, x, dtype, wanted in (

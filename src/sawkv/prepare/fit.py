@@ -46,7 +46,7 @@ def fit(statistics: Sequence[LayerStatistics], cache_format: CacheFormat) -> lis
 
     Args:
         statistics: of the layers, in order. Shapes may differ.
-        cache_format: a quantized format. Only int4 gets feedback.
+        cache_format: a quantized format. Those below 8 bits get feedback.
 
     Raises:
         UnsupportedError: the statistics of a layer have no rows, or rows that are not finite.
@@ -79,7 +79,7 @@ def _fit_alike(statistics: list[LayerStatistics], cache_format: ResolvedFormat) 
     values = torch.stack([_value_hessian(layer) for layer in statistics])
     hessians = torch.stack([keys, values], 1)
     rows = variance.new_tensor([sum(layer.rows) for layer in statistics])[:, None, None]
-    feeds_back = cache_format.codec == "int4"
+    feeds_back = cache_format.feeds_back
     gains = torch.empty_like(variance)
     feedback: list[list[Feedback | None]] = [[None, None] for _ in statistics]
     for kind, order in enumerate((cache_format.k_rotation_order, cache_format.v_rotation_order)):

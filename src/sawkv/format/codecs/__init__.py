@@ -31,6 +31,8 @@ class Codec(Protocol):
 
 
 CODECS: dict[str, Codec] = {
+    "int2": IntegerCodec(2),
+    "int3": IntegerCodec(3),
     "int4": IntegerCodec(4),
     "int8": IntegerCodec(8),
     "bf16": PassthroughCodec(torch.bfloat16),

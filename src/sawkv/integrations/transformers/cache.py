@@ -64,7 +64,7 @@ class SawCache(Cache):
         exact_prefill: attend to exact K and V in the first pass of a prompt. Its output then depends on how the prompt
             is cut into passes.
         calibration: a calibration of this model, or the file that `sawkv prepare` wrote. None prepares the model.
-        prepare: False leaves the model unprepared, which may cost much accuracy. It matters for int4 alone.
+        prepare: False leaves the model unprepared, which may cost much accuracy. It matters below 8 bits alone.
         offload: keep pages in host memory, and copy those of one layer at a time to the device.
         backend: a name from `sawkv doctor`; None chooses the fastest.
 
@@ -121,7 +121,7 @@ class SawCache(Cache):
         if calibration is not None and not isinstance(calibration, Calibration):
             raise CalibrationError(f"SawCache: expected a Calibration or the path of its file, got {calibration!r}")
         written_with: Calibration | Preparation | None = calibration
-        if calibration is None and cache_format.codec == "int4":
+        if calibration is None and cache_format.feeds_back:
             if prepare:
                 written_with = Preparation(decoder, cache_format, model)
             else:

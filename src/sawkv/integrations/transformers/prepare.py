@@ -51,7 +51,7 @@ class Preparation:
 
     Args:
         decoder: the language model's config, the same object as in the model.
-        cache_format: of codec int4.
+        cache_format: one that feeds errors back.
         model: the model, if the caller has it; None finds it.
     """
 
@@ -122,7 +122,7 @@ def prepared(model: PreTrainedModel, decoder: PretrainedConfig, cache_format: Ca
     Args:
         model: on its devices. It is left unchanged.
         decoder: its language model's config.
-        cache_format: of codec int4.
+        cache_format: one that feeds errors back.
 
     Raises:
         UnsupportedError: the model does not attend through Transformers' AttentionInterface, or its Q, K or V is not

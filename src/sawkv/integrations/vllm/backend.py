@@ -11,6 +11,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -37,7 +38,7 @@ from sawkv.errors import CalibrationError, SawkvError, UnsupportedError
 from sawkv.format.layout import ENGINE_PAGE_SIZE, GPU_PAGE_SIZES, PAGE_SIZE_MULTIPLE, PageLayout
 from sawkv.format.spec import HEAD_DIMS, CacheFormat, ResolvedFormat
 from sawkv.integrations.vllm import announce, refusals
-from sawkv.integrations.vllm.config import KV_CACHE_DTYPE_CODECS, VLLM_DTYPE_CODECS, SawConfig, is_draft
+from sawkv.integrations.vllm.config import KV_CACHE_DTYPE_CODECS, VLLM_DTYPE_CODECS, SawConfig, dtype_codec, is_draft
 from sawkv.integrations.vllm.contract import check_contract
 from sawkv.integrations.vllm.measure import LayerMeasurement, Prompt, first_kv_head, layer_index, whole_prompts
 from sawkv.integrations.vllm.metrics import CountedLayer, CounterReader
@@ -332,7 +333,7 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
             fingerprint = "" if config.calibration is None else config.calibration.fingerprint()
             announce.say_format(self._format, head_size, self.num_kv_heads, device, fingerprint)
             if (
-                self._format.codec == "int4"
+                self._format.feeds_back
                 and config.calibration is None
                 and not config.prepare
                 and not is_draft(vllm_config)
@@ -501,8 +502,13 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
 
 
 class SawAttentionBackend(AttentionBackend):
-    """The backend that `selection` gives our layers; on CUDA it is registered as CUSTOM."""
+    """The backend that `selection` gives our layers; on CUDA it is registered as CUSTOM.
 
+    Attributes:
+        codec: of the layers, in the subclasses that `backend_of` makes. Else vLLM's dtype names it.
+    """
+
+    codec: ClassVar[str | None] = None
     forward_includes_kv_cache_update = False
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float16, torch.float32]
     # "auto" and the 16-bit names are for the float formats of `--additional-config`.
@@ -575,7 +581,9 @@ class SawAttentionBackend(AttentionBackend):
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         """Tell vLLM our bytes per token and KV head. vLLM from 0.28."""
         codec = VLLM_DTYPE_CODECS.get(spec.kv_quant_mode.name.lower())
-        return spec if codec is None else replace(spec, state_content_bytes=token_bytes(codec, spec.head_size))
+        if codec is None:
+            return spec
+        return replace(spec, state_content_bytes=token_bytes(cls.codec or codec, spec.head_size))
 
     @classmethod
     def supported_kv_cache_layouts(cls) -> tuple[Any, ...]:
@@ -583,6 +591,14 @@ class SawAttentionBackend(AttentionBackend):
         from vllm.v1.kv_cache_interface import KVCacheLayout  # type: ignore[attr-defined]  # not in the oldest vLLM
 
         return KVCacheLayout.LBHNC, KVCacheLayout.BLHNC
+
+
+@cache  # vLLM groups layers by their backend's class
+def backend_of(cache_format: CacheFormat) -> type[SawAttentionBackend]:
+    """The backend of layers in a format. vLLM asks it for the size of pages, and names no more than a dtype."""
+    if dtype_codec(cache_format) == cache_format.codec:
+        return SawAttentionBackend
+    return type(SawAttentionBackend.__name__, (SawAttentionBackend,), {"codec": cache_format.codec})
 
 
 def _energies(part: LayerCalibration) -> tuple[float, float] | None:
@@ -610,7 +626,8 @@ def _check_supported(
     Raises:
         UnsupportedError: the model or the configuration needs what sawkv lacks. The message names all of it.
     """
-    reasons = refusals.of_configuration(vllm_config)
+    on_gpu = vllm_config.device_config.device_type != "cpu"
+    reasons = refusals.of_format(config.format, on_gpu) + refusals.of_configuration(vllm_config)
     resolved = None
     try:
         resolved = config.format.resolve(head_size)

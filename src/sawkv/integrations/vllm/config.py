@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 VLLM_DTYPE_CODECS: Final = {"int4_per_token_head": "int4", "int8_per_token_head": "int8"}
 """vLLM's names that sawkv takes over. vLLM before 0.33 accepts no new names, and sizes pages for these as our formats
-need.
+need. Formats below 4 bits have the name of INT4, and tell vLLM the size of their pages (`refusals.of_format`).
 """
 OWN_DTYPE_CODECS: Final = {"sawkv_int4": "int4", "sawkv_int8": "int8"}
 """Names that nobody but sawkv serves. `dtypes` registers them in vLLM from 0.33 on."""
@@ -56,7 +56,7 @@ class SawConfig:
         """Whether the engine prepares the model. Not with a calibration file, and not in formats of
         8 bits and more.
         """
-        return self.prepare and self.calibration is None and self.format.codec == "int4"
+        return self.prepare and self.calibration is None and self.format.feeds_back
 
     @classmethod
     def from_vllm(cls, vllm_config: VllmConfig, kv_cache_dtype: str) -> SawConfig | None:
@@ -99,9 +99,9 @@ class SawConfig:
         if not isinstance(name, str):
             raise FormatError(f"sawkv format: expected a name such as int4-k128-v128, got {name!r}")
         cache_format = CacheFormat.parse(name)
-        if cache_format.codec != (codec or _float_codec(vllm_config, kv_cache_dtype)):
+        if dtype_codec(cache_format) != (codec or _float_codec(vllm_config, kv_cache_dtype)):
             dtypes = {codec: dtype for dtype, codec in _FLOAT_DTYPE_CODECS.items()}
-            wanted = dtype_for(cache_format.codec) or dtypes.get(
+            wanted = dtype_for(dtype_codec(cache_format)) or dtypes.get(
                 cache_format.codec, f"auto and a model dtype of {cache_format.codec}"
             )
             raise UnsupportedError(
@@ -109,6 +109,11 @@ class SawConfig:
                 f"got {kv_cache_dtype}{_asked_by_checkpoint(vllm_config, kv_cache_dtype)}"
             )
         return cls(cache_format, calibration, prepare, None if folder is None else Path(folder))
+
+
+def dtype_codec(cache_format: CacheFormat) -> str:
+    """The codec whose name of `--kv-cache-dtype` a format has: INT4's for all that need preparation."""
+    return "int4" if cache_format.feeds_back else cache_format.codec
 
 
 def dtype_for(codec: str) -> str | None:
@@ -136,7 +141,7 @@ def engine_options(
     if prepare_cache is not None:
         settings["prepare_cache"] = str(Path(prepare_cache).resolve())
     options: dict[str, Any] = {
-        "kv_cache_dtype": dtype_for(cache_format.codec) or "auto",
+        "kv_cache_dtype": dtype_for(dtype_codec(cache_format)) or "auto",
         "additional_config": {"sawkv": settings},
         "worker_extension_cls": WORKER_EXTENSION,
     }

@@ -17,6 +17,8 @@ NEWEST_VLLM = (0, 33)
 """The newest version that the tests run with. Newer ones start with a warning."""
 TAKES_NAMES: Final = (0, 33)
 """The first version that takes names of `--kv-cache-dtype` from plugins."""
+SIZES_PAGES: Final = (0, 29)
+"""The first version that takes the size of pages from attention backends alone."""
 
 
 def release(version: str) -> tuple[int, ...]:

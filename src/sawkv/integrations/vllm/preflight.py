@@ -36,6 +36,7 @@ from sawkv.integrations.vllm.config import (
     VLLM_DTYPE_CODECS,
     WORKER_EXTENSION,
     asks_for_a_cache,
+    dtype_codec,
     engine_options,
 )
 from sawkv.integrations.vllm.options import Options
@@ -77,7 +78,7 @@ def check(
     given = engine_options(cache_format)
     for name, why in _TAKEN.items():
         wanted, got = given.get(name.removeprefix("--").replace("-", "_")), options.get(name)
-        if name == "--kv-cache-dtype" and VLLM_DTYPE_CODECS.get(got or "") == cache_format.codec:
+        if name == "--kv-cache-dtype" and VLLM_DTYPE_CODECS.get(got or "") == dtype_codec(cache_format):
             continue  # means the same beside our backend, in all versions
         if options.has(name) and (wanted is None or got != wanted):
             raise UnsupportedError(
@@ -95,7 +96,7 @@ def check(
 def check_model(model: str, cache_format: CacheFormat, options: Options, *, on_gpu: bool) -> Checkpoint | None:
     """Refuse a model that cannot be served with these options. Arguments, result and errors as in `check`."""
     checkpoint = check_files(model, options)
-    reasons = _of_options(options, on_gpu)
+    reasons = refusals.of_format(cache_format, on_gpu) + _of_options(options, on_gpu)
     if checkpoint is not None:
         reasons += _of_model(checkpoint.config, cache_format, options)
     speculative = options.speculative()
@@ -342,7 +343,7 @@ def _of_draft(speculative: Mapping[str, Any], cache_format: CacheFormat) -> list
     way_out = 'add "kv_cache_dtype": "auto" to --speculative-config'
     return [
         f"the draft model, {found} ({way_out})"
-        for found in _of_model(checkpoint.config, CacheFormat(cache_format.codec), Options(()))
+        for found in _of_model(checkpoint.config, CacheFormat(dtype_codec(cache_format)), Options(()))
     ]
 
 

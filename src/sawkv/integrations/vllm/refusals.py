@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from sawkv.errors import UnsupportedError
+from sawkv.format.spec import CacheFormat
 from sawkv.integrations.vllm import connectors
-from sawkv.integrations.vllm.config import is_draft
+from sawkv.integrations.vllm.config import dtype_codec, is_draft
+from sawkv.integrations.vllm.contract import SIZES_PAGES, installed_release
 
 MLA: Final = "MLA (multi-head latent attention)"
 CHUNKS: Final = "attention in chunks (attention_chunk_size)"
@@ -56,6 +58,22 @@ def refuse_kind(vllm_config: Any, layer: Any) -> None:
     """
     found = [reason for asked, reason in ((layer.use_mla, MLA), (layer.use_mm_prefix, BIDIRECTIONAL)) if asked]
     refuse(vllm_config, [*found, *of_configuration(vllm_config)] if found else [])
+
+
+def of_format(cache_format: CacheFormat, on_gpu: bool) -> list[str]:
+    """Why a format cannot be served here, whatever the model is."""
+    if dtype_codec(cache_format) == cache_format.codec:
+        return []
+    found = []
+    if on_gpu:
+        found.append(f"format {cache_format}: expected a CPU, got a GPU, for which its kernels are not written yet")
+    if (release := installed_release()) < SIZES_PAGES:
+        wanted, got = (".".join(map(str, numbers)) for numbers in (SIZES_PAGES, release))
+        found.append(
+            f"format {cache_format}: expected vLLM {wanted} or newer, which asks for the size of its pages, got"
+            f" {got or 'none'}"
+        )
+    return found
 
 
 def of_configuration(vllm_config: Any) -> list[str]:

@@ -70,9 +70,9 @@ class Selection:
             return self._ask_vllm(backend=backend, attn_selector_config=layer, **others)
         refuse_kind(vllm_config, layer)
         if current_platform.is_cpu():
-            from sawkv.integrations.vllm.backend import SawAttentionBackend
+            from sawkv.integrations.vllm.backend import backend_of
 
-            return SawAttentionBackend
+            return backend_of(config.format)
         if (path := AttentionBackendEnum.CUSTOM.get_path()) != BACKEND:
             raise UnsupportedError(
                 f"sawkv: expected its own backend under --attention-backend CUSTOM, got {path}, which another plugin of"

@@ -11,7 +11,7 @@ from sawkv.cache import PagedKVCache
 from sawkv.errors import UnsupportedError
 from sawkv.format.codecs import CODECS, PassthroughCodec
 from sawkv.format.layout import PageLayout
-from sawkv.format.spec import CODEC_BITS
+from sawkv.format.spec import CODEC_BITS, NARROWER_V
 from sawkv.kernels import Layer, Prefixes, Schedule, Step, structs
 from sawkv.kernels.cpu.build import MAX_GROUP, load_library, read_sources
 
@@ -20,8 +20,8 @@ __all__ = ["Attention", "Pages", "Schedule", "counts", "name", "unsupported_reas
 name = "cpu"
 counts = True
 
-_CODECS = ("int4", "int8", "bf16", "fp16", "fp32")
-"""Codecs that the kernels support."""
+_CODECS = ("int4", "int3", "int2", *NARROWER_V, "int8", "bf16", "fp16", "fp32")
+"""Formats that the kernels support, by the first part of their names."""
 _CODEC_NUMBERS = {codec: number for number, codec in enumerate(CODEC_BITS)}
 """Values of the kernels' `enum Codec`."""
 _DTYPES = tuple(codec.dtype for codec in CODECS.values() if isinstance(codec, PassthroughCodec))
@@ -124,19 +124,21 @@ def _describe(cache: PagedKVCache) -> Any:
     """The `Cache` of the kernels. It holds addresses of the cache's tensors, so these must outlive it."""
     layout = cache.layout
     described = Cache(pages=cache.pages.data_ptr(), page_stride=cache.pages.stride(0), num_pages=cache.pages.shape[0])
-    described.codec = _CODEC_NUMBERS[layout.format.codec]
     described.num_kv_heads, described.head_dim, described.page_size = (
         layout.num_kv_heads,
         layout.head_dim,
         layout.page_size,
     )
-    described.row_bytes, described.meta_bytes = layout.row_bytes, layout.meta_bytes
-    described.k_order, described.v_order = layout.k_rotation_order, layout.v_rotation_order
+    described.meta_bytes = layout.meta_bytes
     described.swizzle_multiplier, described.swizzle_period = layout.swizzle_factors
     described.parts, described.num_buckets = layout.parts, cache.num_buckets
     for target, constants in zip((described.k, described.v), cache.constants, strict=True):
         for field, tensor in constants._asdict().items():
             setattr(target, field, _address(tensor))
+    resolved = layout.format
+    described.k.codec, described.v.codec = _CODEC_NUMBERS[resolved.k_codec], _CODEC_NUMBERS[resolved.v_codec]
+    described.k.row_bytes, described.v.row_bytes = layout.k_row_bytes, layout.v_row_bytes
+    described.k.order, described.v.order = layout.k_rotation_order, layout.v_rotation_order
     return described
 
 

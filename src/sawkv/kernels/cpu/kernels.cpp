@@ -31,8 +31,6 @@ void append_token(const AppendArguments& a, int64_t token, Counts counts[2]) {
   const int64_t slot = a.slots[token];
   if (slot < 0 || slot >= cache.num_pages * cache.page_size) return;
   const int offset = int(slot % cache.page_size);
-  const int64_t row = int64_t(offset) * cache.row_bytes,
-                meta = int64_t(cache.page_size) * cache.row_bytes + offset * cache.meta_bytes;
   alignas(32) float y[MAX_HEAD_DIM];
   const int64_t k_bucket = a.positions ? of_bucket(cache, bucket_at(cache, a.positions[token])) : 0;
   for (int head = 0; head < cache.num_kv_heads; ++head) {
@@ -40,16 +38,17 @@ void append_token(const AppendArguments& a, int64_t token, Counts counts[2]) {
     for (int is_v = 0; is_v < 2; ++is_v) {
       const char* x = is_v ? static_cast<const char*>(a.v) + token * a.v_token_stride + head * a.v_head_stride
                            : static_cast<const char*>(a.k) + token * a.k_token_stride + head * a.k_head_stride;
-      const Constants& constants = is_v ? cache.v : cache.k;
+      const Side& side = is_v ? cache.v : cache.k;
+      uint8_t* meta = span + meta_offset(cache, side, offset);
       read_floats(x, DType(a.dtype), cache.head_dim, y);
-      if (constants.center) {
-        const float* center = constants.center + (is_v ? 0 : k_bucket) + head * cache.head_dim;
+      if (side.center) {
+        const float* center = side.center + (is_v ? 0 : k_bucket) + head * cache.head_dim;
         for (int d = 0; d < cache.head_dim; ++d) y[d] -= center[d];
       }
-      if (constants.gain) multiply(y, cache.head_dim, constants.gain, head);
-      rotate(y, cache.head_dim, is_v ? cache.v_order : cache.k_order);
-      encode_row(cache, y, constants, head, span + row, span + meta, is_v ? swizzle_of(cache, offset) : 0);
-      if (a.counters) count_row(cache, y, span + meta, slot, head, is_v, counts[is_v]);
+      if (side.gain) multiply(y, cache.head_dim, side.gain, head);
+      rotate(y, cache.head_dim, side.order);
+      encode_row(cache, y, side, head, span + row_offset(side, offset), meta, is_v ? swizzle_of(cache, offset) : 0);
+      if (a.counters) count_row(cache, y, meta, slot, head, is_v, counts[is_v]);
       span += v_offset(cache);
     }
   }
@@ -125,7 +124,7 @@ void load_rows(const AttentionArguments& a, const Item& item, int group, float* 
     float* y = q + r * cache.head_dim;
     read_floats(query_row(a, token, head), DType(a.dtype), cache.head_dim, y);
     if (cache.k.gain_inverse) multiply(y, cache.head_dim, cache.k.gain_inverse, item.head);
-    rotate(y, cache.head_dim, cache.k_order);
+    rotate(y, cache.head_dim, cache.k.order);
     for (int d = 0; d < cache.head_dim; ++d) y[d] *= a.softmax_scale;
     rows.last[r] = std::max(length - num_queries + query + 1, 0);
     rows.first[r] = a.sliding_window ? std::max(rows.last[r] - a.sliding_window, 0) : 0;
@@ -192,7 +191,7 @@ void finish_row(const AttentionArguments& a, const Item& item, int row, int grou
   const float with_sink = total + (a.sinks ? std::exp(sink - m) : 0.f);
   const bool sees_nothing = key_max == -INFINITY;
   for (int d = 0; d < head_dim; ++d) values[d] = sees_nothing ? 0.f : values[d] / with_sink;
-  rotate(values, head_dim, cache.v_order);
+  rotate(values, head_dim, cache.v.order);
   if (cache.v.gain_inverse) multiply(values, head_dim, cache.v.gain_inverse, item.head);
   if (cache.v.center && !sees_nothing)
     for (int d = 0; d < head_dim; ++d) values[d] += cache.v.center[item.head * head_dim + d] * (total / with_sink);
@@ -222,7 +221,7 @@ void sawkv_attention(const AttentionArguments* args) {
   }
   std::vector<float> stats(2 * num_rows);
   std::vector<float> values(num_rows * cache.head_dim + W);
-  const DecodeTokens decode = decode_tokens_of(cache.codec);
+  const DecodeTokens decode = decode_tokens_of(cache);
   auto partial = [&](const Item& item) {
     return Partial{stats.data() + 2 * item.partial, stats.data() + 2 * item.partial + item.num_queries * group,
                    values.data() + item.partial * cache.head_dim};
@@ -260,7 +259,7 @@ struct GatherArguments {
 void sawkv_gather(const GatherArguments* args) {
   const GatherArguments& a = *args;
   const Cache& cache = a.cache;
-  const DecodeTokens decode = decode_tokens_of(cache.codec);
+  const DecodeTokens decode = decode_tokens_of(cache);
   const DType dtype = DType(a.dtype);
   std::vector<std::pair<int, int>> pages;  // (sequence, index of page)
   for (int seq = 0; seq < a.num_seqs; ++seq)
@@ -276,8 +275,8 @@ void sawkv_gather(const GatherArguments* args) {
         decode(cache, a.block_table + seq * a.block_table_stride, head, t, 1, k, v);
         const int64_t at = ((int64_t(a.starts[seq]) + t) * cache.num_kv_heads + head) * cache.head_dim * size_of(dtype);
         if (!a.rotated) {
-          restore(k, cache.head_dim, cache.k_order, cache.k, head);
-          restore(v, cache.head_dim, cache.v_order, cache.v, head);
+          restore(k, cache.head_dim, cache.k, head);
+          restore(v, cache.head_dim, cache.v, head);
         }
         const int position = t + (a.first_positions ? a.first_positions[seq] : 0);
         if (a.k_added) add(k, cache.head_dim, a.k_added + of_bucket(cache, bucket_at(cache, position)), head);

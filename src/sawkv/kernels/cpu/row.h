@@ -12,32 +12,40 @@ using namespace sawkv::format;
 static_assert(CODEC_FP16 - CODEC_BF16 == kFp16 && CODEC_FP32 - CODEC_BF16 == kFp32,
               "float codecs are in DType's order");
 
-// Constants of K or of V (sawkv.cache.Constants). A pointer is null where the cache has no such constant.
-struct Constants {
+// How rows of K or of V are stored, with their constants (sawkv.cache.Constants). A pointer is null where the cache has
+// no such constant.
+struct Side {
   const float* center;        // [num_buckets, num_kv_heads, head_dim]; V has one bucket
   const float* gain;          // [num_kv_heads, head_dim]
   const float* gain_inverse;  // likewise
   const int8_t* weights;      // of the feedback: [num_kv_heads, head_dim, head_dim]
   const float* step;          // [num_kv_heads]
+  int32_t codec, row_bytes, order;
 };
 
 // Pages and their layout (sawkv.format.layout.PageLayout). docs/format.md explains the fields.
 struct Cache {
   uint8_t* pages;
   int64_t page_stride, num_pages;
-  int32_t codec, num_kv_heads, head_dim, page_size, row_bytes, meta_bytes;
-  int32_t k_order, v_order, swizzle_multiplier, swizzle_period;
+  int32_t num_kv_heads, head_dim, page_size, meta_bytes, swizzle_multiplier, swizzle_period;
   int32_t parts;        // rows per head: each is stored as a head of its own
   int32_t num_buckets;  // of positions that have a center of K
-  Constants k, v;
+  Side k, v;
 };
 
 // `head` counts parts.
 inline uint8_t* span_of(const Cache& cache, int64_t page, int head) {
   return cache.pages + page * cache.page_stride +
-         int64_t(head) * cache.page_size * 2 * (cache.row_bytes + cache.meta_bytes);
+         int64_t(head) * cache.page_size * (cache.k.row_bytes + cache.v.row_bytes + 2 * cache.meta_bytes);
 }
-inline int64_t v_offset(const Cache& cache) { return int64_t(cache.page_size) * (cache.row_bytes + cache.meta_bytes); }
+inline int64_t v_offset(const Cache& cache) {
+  return int64_t(cache.page_size) * (cache.k.row_bytes + cache.meta_bytes);
+}
+// Of the row and the meta of the token at `offset` of a page, from the plane of K's codes or of V's.
+inline int64_t row_offset(const Side& side, int offset) { return int64_t(offset) * side.row_bytes; }
+inline int64_t meta_offset(const Cache& cache, const Side& side, int offset) {
+  return int64_t(cache.page_size) * side.row_bytes + offset * cache.meta_bytes;
+}
 inline int swizzle_of(const Cache& cache, int offset) {
   return (offset * cache.swizzle_multiplier / 8) % cache.swizzle_period;
 }
@@ -75,9 +83,9 @@ void add(float* x, int head_dim, const float* terms, int head) {
 }
 
 // Undo rotation and gain of a row.
-void restore(float* x, int head_dim, int order, const Constants& constants, int head) {
-  rotate(x, head_dim, order);
-  if (constants.gain_inverse) multiply(x, head_dim, constants.gain_inverse, head);
+void restore(float* x, int head_dim, const Side& side, int head) {
+  rotate(x, head_dim, side.order);
+  if (side.gain_inverse) multiply(x, head_dim, side.gain_inverse, head);
 }
 
 struct Meta {
@@ -113,7 +121,7 @@ void code_with_feedback(float* t, int head_dim, float max_code, const int8_t* we
   }
 }
 
-// 4- or 8-bit codes of a row, one per byte, with scale and zero point. weights: the head's feedback weights, or null.
+// 2- to 8-bit codes of a row, one per byte, with scale and zero point. weights: the head's feedback weights, or null.
 Meta quantize(const float* y, int head_dim, int max_code, const int8_t* weights, float step, uint8_t* codes) {
   if (!all_finite(y, head_dim)) {
     std::memset(codes, 0, head_dim);
@@ -126,14 +134,15 @@ Meta quantize(const float* y, int head_dim, int max_code, const int8_t* weights,
   }
   float lo = low[0], hi = high[0];
   for (int j = 1; j < W; ++j) lo = std::min(lo, low[j]), hi = std::max(hi, high[j]);
-  // With feedback the range is covered by the cells of the codes, without it by the codes themselves.
-  const float by_range = (hi - lo) * float(1.0 / (weights ? max_code + 1 : max_code));
+  // With feedback, and below 4 bits, the range is covered by the cells of the codes, else by the codes themselves.
+  const bool cells = weights || max_code < 15;
+  const float by_range = (hi - lo) * float(1.0 / (cells ? max_code + 1 : max_code));
   const float by_offset = std::max(std::fabs(lo), std::fabs(hi)) * (1 / MAX_ZERO_POINT);
   const float wanted = std::max(std::max(by_range, by_offset), MIN_SCALE);
   const uint16_t scale = fp16_up(std::min(wanted, MAX_SCALE));
   const float inv = 1.f / from_fp16(scale);
   const uint16_t zero_point =
-      to_fp16(std::min(std::max((weights ? -0.5f : 0.f) - lo * inv, -MAX_ZERO_POINT), MAX_ZERO_POINT));
+      to_fp16(std::min(std::max((cells ? -0.5f : 0.f) - lo * inv, -MAX_ZERO_POINT), MAX_ZERO_POINT));
   const vec inv_v = splat(inv), zero_v = splat(from_fp16(zero_point)), top = splat(float(max_code));
   if (weights && wanted <= MAX_SCALE) {
     alignas(32) float t[MAX_HEAD_DIM];
@@ -154,35 +163,77 @@ Meta quantize(const float* y, int head_dim, int max_code, const int8_t* weights,
 // in order.
 inline int place(int b, int swizzle) { return b ^ (swizzle * SEGMENT_BYTES); }
 
-void encode_row(const Cache& cache, float* y, const Constants& constants, int head, uint8_t* row, uint8_t* meta_out,
+// 16 codes of 3 bits in the low halves of three words: five in each, and the bits of the last one on top.
+inline void pack_3(const uint8_t* codes, uint32_t words[3]) {
+  for (int i = 0; i < 3; ++i) {
+    words[i] = uint32_t(codes[15] >> i & 1) << 15;
+    for (int j = 0; j < 5; ++j) words[i] |= uint32_t(codes[5 * i + j]) << 3 * j;
+  }
+}
+
+// Codes of a row, one per byte, as they are stored.
+void pack(const uint8_t* codes, int head_dim, int codec, uint8_t* bytes) {
+  if (codec == CODEC_INT8) {
+    std::memcpy(bytes, codes, head_dim);
+  } else if (codec == CODEC_INT4) {
+    for (int i = 0; i < head_dim / 2; ++i) bytes[i] = uint8_t(codes[2 * i] | codes[2 * i + 1] << 4);
+  } else if (codec == CODEC_INT2) {
+    for (int i = 0; i < head_dim / 4; ++i)
+      bytes[i] = uint8_t(codes[4 * i] | codes[4 * i + 1] << 2 | codes[4 * i + 2] << 4 | codes[4 * i + 3] << 6);
+  } else {
+    for (int first = 0; first < head_dim; first += 32) {
+      uint32_t low[3], high[3];
+      pack_3(codes + first, low);
+      pack_3(codes + first + 16, high);
+      for (int i = 0; i < 3; ++i) low[i] |= high[i] << 16;
+      std::memcpy(bytes + first / 32 * 12, low, 12);
+    }
+  }
+}
+
+void encode_row(const Cache& cache, float* y, const Side& side, int head, uint8_t* row, uint8_t* meta_out,
                 int swizzle) {
   const int n = cache.head_dim;
   alignas(32) uint8_t bytes[4 * MAX_HEAD_DIM], codes[MAX_HEAD_DIM];
-  if (cache.codec <= CODEC_INT8) {
-    const int8_t* weights = constants.weights ? constants.weights + int64_t(head) * n * n : nullptr;
-    const Meta meta =
-        quantize(y, n, cache.codec == CODEC_INT4 ? 15 : 255, weights, weights ? constants.step[head] : 0, codes);
+  if (side.codec <= CODEC_INT8) {
+    const int8_t* weights = side.weights ? side.weights + int64_t(head) * n * n : nullptr;
+    const int bits = side.row_bytes * 8 / n;
+    const Meta meta = quantize(y, n, (1 << bits) - 1, weights, weights ? side.step[head] : 0, codes);
     std::memcpy(meta_out, &meta, 4);
-    if (cache.codec == CODEC_INT4)
-      for (int i = 0; i < n / 2; ++i) bytes[i] = uint8_t(codes[2 * i] | codes[2 * i + 1] << 4);
-    else
-      std::memcpy(bytes, codes, n);
+    pack(codes, n, side.codec, bytes);
   } else {
-    write_floats(y, DType(cache.codec - CODEC_BF16), n, bytes);
+    write_floats(y, DType(side.codec - CODEC_BF16), n, bytes);
   }
-  for (int b = 0; b < cache.row_bytes; b += SEGMENT_BYTES)
-    std::memcpy(row + place(b, swizzle), bytes + b, std::min(SEGMENT_BYTES, cache.row_bytes - b));
+  for (int b = 0; b < side.row_bytes; b += SEGMENT_BYTES)
+    std::memcpy(row + place(b, swizzle), bytes + b, std::min(SEGMENT_BYTES, side.row_bytes - b));
+}
+
+// A word of a row, at its byte `b`.
+inline uint32_t word_at(const uint8_t* row, int b, int swizzle) {
+  uint32_t word;
+  std::memcpy(&word, row + place(b, swizzle), 4);
+  return word;
 }
 
 template <int CODEC>
-inline void decode_row(const Cache& cache, const uint8_t* row, const uint8_t* meta, int swizzle, float* out) {
+inline void decode_row(const Side& side, const uint8_t* row, const uint8_t* meta, int swizzle, float* out) {
   if (CODEC <= CODEC_INT8) {
     Meta m;
     std::memcpy(&m, meta, 4);
     const vec scale = splat(from_fp16(m.scale)), zero = splat(from_fp16(m.zero_point));
-    for (int b = 0; b < cache.row_bytes; b += 8) {
+    constexpr int step = CODEC == CODEC_INT2 ? 4 : CODEC == CODEC_INT3 ? 12 : 8;  // bytes
+    for (int b = 0; b < side.row_bytes; b += step) {
       const uint8_t* codes = row + place(b, swizzle);
-      if (CODEC == CODEC_INT4) {
+      if (CODEC == CODEC_INT2) {
+        vec first, second;
+        twos_to_float(word_at(row, b, swizzle), first, second);
+        store(out + 4 * b, (first - zero) * scale);
+        store(out + 4 * b + W, (second - zero) * scale);
+      } else if (CODEC == CODEC_INT3) {
+        vec values[4];
+        threes_to_float(word_at(row, b, swizzle), word_at(row, b + 4, swizzle), word_at(row, b + 8, swizzle), values);
+        for (int i = 0; i < 4; ++i) store(out + b / 12 * 32 + i * W, (values[i] - zero) * scale);
+      } else if (CODEC == CODEC_INT4) {
         vec first, second;
         nibbles_to_float(codes, first, second);
         store(out + 2 * b, (first - zero) * scale);
@@ -194,43 +245,55 @@ inline void decode_row(const Cache& cache, const uint8_t* row, const uint8_t* me
   } else {
     constexpr DType dtype = DType(CODEC - CODEC_BF16);
     constexpr int size = dtype == kFp32 ? 4 : 2;
-    for (int b = 0; b < cache.row_bytes; b += SEGMENT_BYTES)
+    for (int b = 0; b < side.row_bytes; b += SEGMENT_BYTES)
       read_floats(row + place(b, swizzle), dtype, SEGMENT_BYTES / size, out + b / size);
   }
 }
 
 // Decodes K and V of `count` tokens of one sequence, from position `first`, to fp32 rows of `head_dim`.
-template <int CODEC>
+template <int K_CODEC, int V_CODEC>
 void decode_tokens(const Cache& cache, const int32_t* pages, int head, int first, int count, float* k, float* v) {
   const int part_dim = cache.head_dim / cache.parts;
   for (int t = 0; t < count; ++t) {
     const int offset = (first + t) % cache.page_size;
-    const int64_t row = int64_t(offset) * cache.row_bytes,
-                  meta = int64_t(cache.page_size) * cache.row_bytes + offset * cache.meta_bytes;
     for (int part = 0; part < cache.parts; ++part) {
       const uint8_t* span = span_of(cache, pages[(first + t) / cache.page_size], head * cache.parts + part);
       const int at = t * cache.head_dim + part * part_dim;
-      if (k) decode_row<CODEC>(cache, span + row, span + meta, 0, k + at);
+      if (k)
+        decode_row<K_CODEC>(cache.k, span + row_offset(cache.k, offset), span + meta_offset(cache, cache.k, offset), 0,
+                            k + at);
       span += v_offset(cache);
-      if (v) decode_row<CODEC>(cache, span + row, span + meta, swizzle_of(cache, offset), v + at);
+      if (v)
+        decode_row<V_CODEC>(cache.v, span + row_offset(cache.v, offset), span + meta_offset(cache, cache.v, offset),
+                            swizzle_of(cache, offset), v + at);
     }
   }
 }
 
 using DecodeTokens = void (*)(const Cache&, const int32_t*, int, int, int, float*, float*);
-DecodeTokens decode_tokens_of(int codec) {
-  switch (codec) {
-    case CODEC_INT4:
-      return decode_tokens<CODEC_INT4>;
-    case CODEC_INT8:
-      return decode_tokens<CODEC_INT8>;
-    case CODEC_BF16:
-      return decode_tokens<CODEC_BF16>;
-    case CODEC_FP16:
-      return decode_tokens<CODEC_FP16>;
-    default:
-      return decode_tokens<CODEC_FP32>;
-  }
+struct Decoder {
+  int k_codec, v_codec;
+  DecodeTokens decode;
+};
+template <int K_CODEC, int V_CODEC = K_CODEC>
+constexpr Decoder kDecoder = {K_CODEC, V_CODEC, decode_tokens<K_CODEC, V_CODEC>};
+
+// Of formats with one codec, and of those of sawkv.format.spec.NARROWER_V.
+constexpr Decoder kDecoders[] = {kDecoder<CODEC_INT4>,
+                                 kDecoder<CODEC_INT3>,
+                                 kDecoder<CODEC_INT2>,
+                                 kDecoder<CODEC_INT4, CODEC_INT3>,
+                                 kDecoder<CODEC_INT4, CODEC_INT2>,
+                                 kDecoder<CODEC_INT3, CODEC_INT2>,
+                                 kDecoder<CODEC_INT8>,
+                                 kDecoder<CODEC_BF16>,
+                                 kDecoder<CODEC_FP16>,
+                                 kDecoder<CODEC_FP32>};
+
+DecodeTokens decode_tokens_of(const Cache& cache) {
+  for (const Decoder& known : kDecoders)
+    if (known.k_codec == cache.k.codec && known.v_codec == cache.v.codec) return known.decode;
+  return nullptr;  // Python refuses other formats
 }
 
 inline void add(Counts& to, const Counts& from) {
@@ -245,14 +308,14 @@ inline void add(Counts& to, const Counts& from) {
 // Counts the row `y` after it was written to `slot`. Mirrors sawkv.format.counters.is_sampled and kernels.reference.
 void count_row(const Cache& cache, const float* y, const uint8_t* meta, int64_t slot, int head, bool is_v,
                Counts& counts) {
-  const bool quantized = cache.codec <= CODEC_INT8, sampled = uint32_t(slot) * SAMPLE_HASH < (1ull << 32) / SAMPLE;
+  const bool quantized = cache.k.codec <= CODEC_INT8, sampled = uint32_t(slot) * SAMPLE_HASH < (1ull << 32) / SAMPLE;
   uint16_t scale = 0;
   if (quantized) std::memcpy(&scale, meta, 2);
   alignas(32) float stored[MAX_HEAD_DIM];
   if (sampled || !quantized) {
     const int32_t page = int32_t(slot / cache.page_size);
-    decode_tokens_of(cache.codec)(cache, &page, head, int(slot % cache.page_size), 1, is_v ? nullptr : stored,
-                                  is_v ? stored : nullptr);
+    decode_tokens_of(cache)(cache, &page, head, int(slot % cache.page_size), 1, is_v ? nullptr : stored,
+                            is_v ? stored : nullptr);
   }
   const bool finite = quantized ? scale != NAN_SCALE_BITS : all_finite(stored, cache.head_dim),
              saturated = scale == MAX_SCALE_BITS;

@@ -12,6 +12,7 @@ namespace {
 constexpr int W = 8;  // fp32 lanes per vector; the compiler joins or splits vectors for other widths
 typedef float vec __attribute__((vector_size(4 * W)));
 typedef int32_t ivec __attribute__((vector_size(4 * W)));
+typedef uint32_t uvec __attribute__((vector_size(4 * W)));
 
 inline vec load(const float* p) {
   vec v;
@@ -50,6 +51,26 @@ inline void nibbles_to_float(const uint8_t* p, vec& first, vec& second) {  // 8 
     second[i] = (p[4 + i / 2] >> (4 * (i % 2))) & 15;
   }
 #endif
+}
+// Codes of eight words: `mask` of each, above its lowest `shift` bits.
+inline vec codes_to_float(uvec words, uvec shifts, uint32_t mask) {
+  return __builtin_convertvector(ivec((words >> shifts) & mask), vec);
+}
+inline void twos_to_float(uint32_t word, vec& first, vec& second) {
+  const uvec words = {word, word, word, word, word, word, word, word}, shifts = {0, 2, 4, 6, 8, 10, 12, 14};
+  first = codes_to_float(words, shifts, 3);
+  second = codes_to_float(words, shifts + 16, 3);
+}
+// 32 codes of 3 bits: 16 in the low halves of three words, five in each and the bits of the last one on top, and 16 in
+// the high halves.
+inline void threes_to_float(uint32_t a, uint32_t b, uint32_t c, vec values[4]) {
+  const uint32_t tops = (a >> 15 & 0x10001) | (b >> 14 & 0x20002) | (c >> 13 & 0x40004);
+  const uvec first_shifts = {0, 3, 6, 9, 12, 0, 3, 6}, second_shifts = {9, 12, 0, 3, 6, 9, 12, 0};
+  const uvec first = {a, a, a, a, a, b, b, b}, second = {b, b, c, c, c, c, c, tops};
+  for (int half = 0; half < 2; ++half) {
+    values[2 * half] = codes_to_float(first >> 16 * half, first_shifts, 7);
+    values[2 * half + 1] = codes_to_float(second >> 16 * half, second_shifts, 7);
+  }
 }
 inline vec max(vec a, vec b) { return a > b ? a : b; }
 inline vec min(vec a, vec b) { return a < b ? a : b; }

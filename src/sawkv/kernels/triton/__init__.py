@@ -16,6 +16,7 @@ import triton.language as tl
 from sawkv import kernels
 from sawkv.cache import PagedKVCache
 from sawkv.format.layout import PageLayout
+from sawkv.format.spec import CODEC_BITS
 from sawkv.format.spec import HEAD_DIMS as ANY_HEAD_DIM
 from sawkv.kernels import Layer, Prefixes, ScheduleShape, Step
 from sawkv.kernels.triton.append import append_kernel
@@ -311,7 +312,7 @@ def _page_constants(layout: PageLayout) -> dict[str, Any]:
     return {
         "HEAD_DIM": layout.head_dim,
         "WIDTH": triton.next_power_of_2(layout.head_dim),
-        "BITS": layout.format.bits,
+        "BITS": CODEC_BITS[layout.format.codec],
         "STORED": STORED[layout.format.codec],
         "PAGE_SIZE": layout.page_size,
         "SWIZZLE_MULTIPLIER": multiplier,

@@ -29,13 +29,22 @@ from sawkv.prepare.samples import LayerSample, Reader
 
 def served_format(cache_format: CacheFormat, name: str | None = None) -> Method:
     """A cache format of sawkv as a method, under the format's own name or another."""
-    code = Coded(cache_format.codec)
     rotates = cache_format.quantized or cache_format.k_rotation_order is not None
     k, v = (
         Rotated(code, order) if rotates and order != 0 else code
-        for order in (cache_format.k_rotation_order, cache_format.v_rotation_order)
+        for code, order in (
+            (Coded(cache_format.k_codec), cache_format.k_rotation_order),
+            (Coded(cache_format.v_codec), cache_format.v_rotation_order),
+        )
     )
     return Method(name or str(cache_format), k, v, served="sawkv", format=cache_format)
+
+
+def _prepared(name: str, codec: str) -> Method:
+    """A cache format as engines serve it, after they have prepared the model."""
+    own = CacheFormat(codec)
+    k, v = (Rotated(FedBack(codec)) for codec in (own.k_codec, own.v_codec))
+    return Prepared(name, k, v, calibrated=True, served="sawkv", format=own)
 
 
 def _both(name: str, quantizer: Quantizer, *, calibrated: bool = False, served: str = "") -> Method:
@@ -46,11 +55,13 @@ _INT4 = Coded("int4")
 _ROTATED = Rotated(_INT4)
 _FED_BACK = Rotated(FedBack())
 
-# `prepared` is served by default. `int4` is the same format unprepared, as under `--no-prepare`.
+# `prepared` is served by default. `int4` is the same format unprepared, as under `--no-prepare`. Formats of fewer bits
+# are named with theirs.
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
-        Prepared("prepared", _FED_BACK, _FED_BACK, calibrated=True, served="sawkv"),
+        _prepared("prepared", "int4"),
+        *(_prepared(f"prepared_{codec}", codec) for codec in ("int4v3", "int3", "int4v2", "int3v2", "int2")),
         _both("fp8", Float8(), calibrated=True, served="vllm"),
         _both("vllm_int4_per_token_head", VllmInt4(), served="vllm"),
         served_format(CacheFormat("int8", 0, 0), "int8_plain"),
@@ -106,9 +117,10 @@ def check_fits(method: Method, head_dim: int) -> None:
     try:
         method.format.resolve(head_dim)
     except FormatError as error:
-        raise FormatError(
-            f"{method.name} does not fit this model: {error}; {method.format.codec} takes the rotation that fits"
-        ) from error
+        way_out = (
+            "" if method.format.k_rotation_order is None else f"; {method.format.codec} takes the rotation that fits"
+        )
+        raise FormatError(f"{method.name} does not fit this model: {error}{way_out}") from error
 
 
 __all__ = [

@@ -12,21 +12,24 @@ from dataclasses import dataclass
 
 import torch
 
-from sawkv.format.codecs import IntegerCodec
+from sawkv.format.codecs import CODECS
 from sawkv.format.feedback import fit_feedback
+from sawkv.format.spec import CODEC_BITS
 from sawkv.lab.methods.integer import META_BITS
 from sawkv.prepare.samples import Reader, Sample
 
 
 @dataclass(frozen=True)
 class FedBack:
-    """The product's INT4 codec, given the feedback that `sawkv prepare` would fit."""
+    """One of the product's integer codecs, given the feedback that `sawkv prepare` would fit."""
+
+    codec: str = "int4"
 
     def bits(self, head_dim: int) -> float:
-        return 4 + META_BITS / head_dim
+        return CODEC_BITS[self.codec] + META_BITS / head_dim
 
     def fit(self, sample: Sample) -> Reader:
-        codec, feedback = IntegerCodec(4), fit_feedback(sample.hessian)
+        codec, feedback = CODECS[self.codec], fit_feedback(sample.hessian)
 
         def read(rows: torch.Tensor) -> torch.Tensor:
             return codec.decode(*codec.encode(rows, feedback))
