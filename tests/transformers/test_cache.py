@@ -248,7 +248,7 @@ def test_the_attention_without_a_saw_cache() -> None:
         ("mamba", {}, "layers of type|causal self-attention"),
         ("t5", {}, "encoder"),
         ("llama", {"head_dim": 24}, "head_dim: expected a multiple of 16"),
-        ("falcon_h1", {}, "layers of type hybrid"),
+        ("llama4_text", {}, "layers of type chunked_attention"),
     ],
 )
 def test_models_that_cannot_be_served_are_refused_at_once(kind: str, changes: dict[str, Any], message: str) -> None:
