@@ -100,6 +100,10 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
             "--kv-offloading-size on a CPU: vLLM copies pages between a GPU",
         ),
         (["--kv-transfer-config", '{"kv_connector": "X"}'], "--kv-transfer-config with X: it is not one that sawkv"),
+        (
+            ["--kv-transfer-config", '{"kv_connector": "NixlConnector", "kv_connector_module_path": "their"}'],
+            "--kv-transfer-config with kv_connector_module_path their: it is not one that vLLM ships",
+        ),
         (["--decode-context-parallel-size", "2"], "--decode-context-parallel-size 2"),
         (["--block-size", "24"], "--block-size: expected a multiple of 16, got 24"),
         (

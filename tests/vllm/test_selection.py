@@ -281,12 +281,17 @@ def test_a_subclass_is_refused_in_the_words_of_the_option() -> None:
 
 
 TRANSFER = SimpleNamespace(kv_connector="MooncakeConnector", kv_connector_extra_config=None)
+NIXL = SimpleNamespace(kv_connector="NixlConnector", kv_connector_extra_config=None)
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"kv_transfer_config": TRANSFER}, "--kv-transfer-config with MooncakeConnector"),
+        (
+            {"kv_transfer_config": SimpleNamespace(**vars(NIXL), kv_connector_module_path="their")},
+            "--kv-transfer-config with kv_connector_module_path their",
+        ),
         (
             {"kv_transfer_config": TRANSFER, "cache_config": SimpleNamespace(kv_offloading_size=1.0)},
             "--kv-offloading-size with MooncakeConnector",

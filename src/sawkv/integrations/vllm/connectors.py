@@ -16,6 +16,8 @@ CHECKED_TIER: Final = "sawkv_fs"
 TIERED_SPEC: Final = "TieringOffloadingSpec"
 HOST_SPEC: Final = "HostTieringSpec"
 """Our `spec_name`: vLLM's tiered offloading, which then runs on a CPU too."""
+SPECS: Final = ("CPUOffloadingSpec", TIERED_SPEC, HOST_SPEC)
+"""Each `spec_name` that is served; the first is vLLM's default. vLLM loads others from `spec_module_path`."""
 
 SENDING: Final = ("NixlConnector", "NixlPullConnector")
 """Two names of one connector, whose decoding engine reads pages from the prefilling one."""
@@ -27,6 +29,7 @@ _LMCACHE: Final = (
     " beside them"
 )
 _UNBOUND: Final = "other engines may read it, and nothing binds its pages to format and calibration"
+_OUTSIDE: Final = "it is not one that vLLM ships, and nothing binds the pages that it carries to format and calibration"
 _UNTRIED: Final = "sawkv's pages have not been tried with it"
 _REASONS: Final = {
     "ExampleConnector": _TOKEN_KEYS,
@@ -71,7 +74,11 @@ class Engine:
 
 
 def refused(
-    connector: str | None, extra: Mapping[str, Any], engine: Engine, option: str = "--kv-transfer-config"
+    connector: str | None,
+    extra: Mapping[str, Any],
+    engine: Engine,
+    option: str = "--kv-transfer-config",
+    module: str | None = None,
 ) -> list[str]:
     """Reasons not to serve with a connector.
 
@@ -80,15 +87,28 @@ def refused(
         extra: its `kv_connector_extra_config`.
         engine: that uses it.
         option: what the user gave.
+        module: its `kv_connector_module_path`, from which vLLM loads a connector of any name.
 
     Returns:
         One reason per fault, in the words of the options; empty if it is served.
     """
+    if module:
+        return [f"{option} with kv_connector_module_path {module}: {_OUTSIDE}; {WAY_OUT}"]
     if connector == "MultiConnector":
         children = extra.get("connectors") or [{}]
-        named = [(child.get("kv_connector"), child.get("kv_connector_extra_config") or {}) for child in children]
-        together = [f"{option} with {name} in a MultiConnector (not tried)" for name, _ in named if name in SENDING]
-        return together + [reason for name, its_extra in named for reason in refused(name, its_extra, engine, option)]
+        names = [child.get("kv_connector") for child in children]
+        together = [f"{option} with {name} in a MultiConnector (not tried)" for name in names if name in SENDING]
+        return together + [
+            reason
+            for name, child in zip(names, children, strict=True)
+            for reason in refused(
+                name,
+                child.get("kv_connector_extra_config") or {},
+                engine,
+                option,
+                child.get("kv_connector_module_path"),
+            )
+        ]
     if connector in SENDING:
         return [f"{option} {what}" for asked, what in _faults_of_sending(extra, engine) if asked]
     if connector != NATIVE:
@@ -105,7 +125,9 @@ def refused(
 
 def _faults(extra: Mapping[str, Any], engine: Engine, tiers: bool) -> list[tuple[bool, str]]:
     """What of vLLM's native offloading is not served: whether it is asked for, and its name and reason."""
+    spec = extra.get("spec_name", SPECS[0])
     return [
+        (spec not in SPECS, f"with spec_name {spec}: {_OUTSIDE}"),
         (
             not engine.on_gpu and extra.get("spec_name") != HOST_SPEC,
             f'on a CPU: vLLM copies pages between a GPU and host memory (write "spec_name": "{HOST_SPEC}" for a CPU)',

@@ -266,7 +266,7 @@ def _of_transfer(options: Options, on_gpu: bool) -> list[str]:
     elif not options.has(option):
         return []
     engine = connectors.Engine(on_gpu, lora=options.has("--enable-lora"), speculates=bool(options.speculative()))
-    return connectors.refused(connector, extra, engine, option)
+    return connectors.refused(connector, extra, engine, option, transfer.get("kv_connector_module_path"))
 
 
 def _of_model(config: Mapping[str, Any], cache_format: CacheFormat, options: Options) -> list[str]:

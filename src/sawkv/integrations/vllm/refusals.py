@@ -93,7 +93,9 @@ def of_configuration(vllm_config: Any) -> list[str]:
             speculates=vllm_config.speculative_config is not None,
         )
         option = "--kv-offloading-size" if offloads else "--kv-transfer-config"
-        found += connectors.refused(transfer.kv_connector, transfer.kv_connector_extra_config or {}, engine, option)
+        module = getattr(transfer, "kv_connector_module_path", None)
+        extra = transfer.kv_connector_extra_config or {}
+        found += connectors.refused(transfer.kv_connector, extra, engine, option, module)
     return found
 
 
