@@ -188,6 +188,12 @@ def test_a_stopped_run_goes_on(
     capsys.readouterr()
     assert cli.main([*command, "--resume", "--output", "9"]) == 2
     assert "expected a record with the same setting" in capsys.readouterr().err
+    whole = out.read_text()
+    assert cli.main([*command, "--resume", "--formats", "int4"]) == 2
+    assert "--formats: expected 16-bit too, whose measurements are in the record" in capsys.readouterr().err
+    assert out.read_text() == whole
+    assert cli.main([*command, "--resume", "--formats", "int4,16-bit,fp8"]) == 1, "fp8 is not to be had"
+    assert [len(served.results) for served in Bench.from_json(out.read_text()).served] == [3, 3, 0]
 
 
 def test_what_was_measured_before_a_failure_is_kept(started: list[str], tmp_path: Path) -> None:
@@ -210,8 +216,12 @@ def test_outputs_are_asked_for_first(started: list[str], tmp_path: Path, capsys:
     assert cli.main(["bench", MODEL, "--formats", "int5", "--out", str(tmp_path / "y")]) == 2
     assert cli.main(["bench", MODEL, "--prefix", "512", "--out", str(tmp_path / "y")]) == 2
     assert "--prefix: expected fewer tokens than --input, 512, got 512" in capsys.readouterr().err
-    assert cli.main(["bench", MODEL, "--rates", "1,0", "--out", str(tmp_path / "y")]) == 2
-    assert "--rates: expected a number above 0, got 0" in capsys.readouterr().err
+    for rate in ("0", "-1", "nan", "inf"):
+        assert cli.main(["bench", MODEL, "--rates", f"1,{rate}", "--out", str(tmp_path / "y")]) == 2
+        assert f"--rates: expected finite numbers above 0, got {float(rate)}" in capsys.readouterr().err
+    for name in (".", "/"):
+        assert cli.main(["bench", MODEL, "--out", name]) == 2
+        assert "--out: expected a name for the JSON record" in capsys.readouterr().err
     assert started == []
 
 

@@ -43,10 +43,13 @@ class Setting(Record, frozen=True):
             raise SawkvError(
                 f"--prefix: expected fewer tokens than --input, {self.input_tokens}, got {self.prefix_tokens}"
             )
-        for name in ("ttft_ms", "tpot_ms", *("rates" for _ in self.rates)):
-            value = min(self.rates) if name == "rates" else getattr(self, name)
-            if not value > 0 or math.isnan(value):
-                raise SawkvError(f"--{name.removesuffix('_ms')}: expected a number above 0, got {value}")
+        for rate in self.rates:
+            if not 0 < rate < math.inf:  # NaN fails both
+                raise SawkvError(f"--rates: expected finite numbers above 0, got {rate}")
+        for name in ("ttft", "tpot"):
+            value = getattr(self, f"{name}_ms")
+            if not value > 0:
+                raise SawkvError(f"--{name}: expected a number above 0, got {value}")
 
 
 class Load(Record, frozen=True):

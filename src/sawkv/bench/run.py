@@ -56,9 +56,9 @@ def run_bench(setting: Setting, caches: Sequence[str], out: Path, *, resume: boo
     Raises:
         SawkvError: bad input. The message names it.
     """
-    files = (out, out.with_suffix(".csv"), out.with_suffix(".html"))
-    if out.suffix in (".csv", ".html"):
+    if not out.name or out.suffix in (".csv", ".html"):
         raise SawkvError(f"--out: expected a name for the JSON record; .csv and .html are written beside it, got {out}")
+    files = (out, out.with_suffix(".csv"), out.with_suffix(".html"))
     for file in files:
         check_writable(file)
     for cache in caches:
@@ -236,7 +236,7 @@ def _resumed(before: Bench, now: Bench) -> Bench:
     """The earlier record, with this run's caches.
 
     Raises:
-        SawkvError: it has other settings.
+        SawkvError: it has other settings, or measurements of a cache that this run leaves out.
     """
     for field in ("setting", "device", "versions"):
         if getattr(before, field) != getattr(now, field):
@@ -244,9 +244,12 @@ def _resumed(before: Bench, now: Bench) -> Bench:
                 f"--resume: expected a record with the same {field}, {getattr(now, field)}, got"
                 f" {getattr(before, field)}"
             )
-    kept = tuple(
-        replace(served, problem="") for served in before.served if served.cache in now.caches and served.results
-    )
+    measured = [served.cache for served in before.served if served.results]
+    if lost := [cache for cache in measured if cache not in now.caches]:
+        raise SawkvError(
+            f"--formats: expected {', '.join(lost)} too, whose measurements are in the record that --resume continues"
+        )
+    kept = tuple(replace(served, problem="") for served in before.served if served.results)
     return replace(before, caches=now.caches, served=kept, command=now.command)
 
 
