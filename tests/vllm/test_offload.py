@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from sawkv import CacheFormat
-from sawkv.errors import UnsupportedError
+from sawkv.errors import SawkvError, UnsupportedError
 from sawkv.prepare.calibration import Calibration
 from tests.vllm import stored
 from tests.vllm.engine import MODEL, run_process
@@ -73,6 +73,12 @@ def test_what_was_written_otherwise_is_in_another_folder_and_said(
     assert said in warned[0]
     assert len(differences(other, WRITTEN_WITH)) == len(warned) == 1
     assert stat.S_IMODE(folders[0].stat().st_mode) == 0o700
+    folders[0].chmod(0o755)  # as a copy has
+    disk.open_folder(tmp_path / "root", fingerprint(WRITTEN_WITH), WRITTEN_WITH)
+    assert stat.S_IMODE(folders[0].stat().st_mode) == 0o700
+    (tmp_path / "file").touch()
+    with pytest.raises(SawkvError, match=r"expected a root_dir that can be written to, got .*/file/root: Not a dir"):
+        disk.open_folder(tmp_path / "file/root", fingerprint(WRITTEN_WITH), WRITTEN_WITH)
     folders[0].chmod(0o770)
     with pytest.raises(UnsupportedError, match="expected one that this user owns and no other can write to"):
         disk.open_folder(tmp_path / "root", fingerprint(WRITTEN_WITH), WRITTEN_WITH)

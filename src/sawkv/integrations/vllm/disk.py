@@ -22,8 +22,8 @@ from vllm.v1.kv_offload.base import LookupResult
 from vllm.v1.kv_offload.tiering.base import JobResult
 from vllm.v1.kv_offload.tiering.fs.manager import FileSystemTierManager
 
-from sawkv.errors import UnsupportedError
-from sawkv.files import writing
+from sawkv.errors import SawkvError, UnsupportedError
+from sawkv.files import reason, writing
 from sawkv.integrations.vllm.offload import differences, fingerprint
 from sawkv.kernels.disk import check_private
 
@@ -137,9 +137,16 @@ def open_folder(root: Path, key: str, written_with: dict[str, Any]) -> Path:
         SawkvError: it is not writable.
     """
     folder = root / key[:NAME_LENGTH]
-    root.mkdir(parents=True, exist_ok=True)
-    folder.mkdir(mode=0o700, exist_ok=True)
-    check_private(folder)
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
+        check_private(folder)
+        if folder.stat().st_mode & 0o077:  # a copy is often readable by others
+            folder.chmod(0o700)
+    except OSError as error:
+        raise SawkvError(
+            f"secondary tier of type sawkv_fs: expected a root_dir that can be written to, got {root}: {reason(error)}"
+        ) from error
     if (folder / MANIFEST).exists():
         logger.info("sawkv: pages are read from and written to %s", folder)
         return folder
