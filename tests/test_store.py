@@ -168,9 +168,10 @@ def test_what_else_is_in_a_checkpoints_folder(tmp_path: Path) -> None:
     assert contents_digest(file) not in {None, *seen}
 
 
-def test_files_of_the_hubs_cache_are_not_read_but_noticed_when_they_change(
+def test_files_of_the_hubs_cache_are_not_read_whole_but_noticed_when_they_change(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Another machine's copy, which was downloaded at another time, is the same."""
     blobs, snapshot = tmp_path / "blobs", tmp_path / "snapshots" / "c0ffee"
     blobs.mkdir()
     snapshot.mkdir(parents=True)
@@ -180,7 +181,9 @@ def test_files_of_the_hubs_cache_are_not_read_but_noticed_when_they_change(
     link = snapshot / "model.safetensors"
     link.symlink_to(blobs / ("0" * 64))
     seen = {contents_digest(snapshot)}
-    os.utime(blobs / ("0" * 64), ns=(0, 1))  # written to in place
+    os.utime(blobs / ("0" * 64), ns=(0, 1))
+    assert contents_digest(snapshot) in seen
+    (blobs / ("0" * 64)).write_bytes(b"weightZ")  # in place
     seen.add(contents_digest(snapshot))
     link.unlink()
     link.symlink_to(blobs / ("1" * 64))

@@ -32,6 +32,11 @@ SHIPPED: Final = "sawkv"
 PIECE: Final = 64 << 20
 """Bytes of a file that one thread hashes at a time."""
 
+SAMPLES: Final = 64
+"""Places of a file of the hub's cache that are read."""
+SAMPLE: Final = 4096
+"""Bytes of a place."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -186,8 +191,9 @@ def contents_digest(folder_or_file: Path) -> str | None:
     """A digest over names and contents of a checkpoint's weights, and of the code that it brings; None if there are no
     weights.
 
-    Files of the Hugging Face hub's cache are named by the SHA-256 of their contents and are not read again; their size
-    and time of change count too.
+    Files of the Hugging Face hub's cache are named by the SHA-256 of their contents and are not read whole. Samples of
+    them count too, because something may have written to them. Times do not count, so that machines agree. A checkpoint
+    in the hub's cache and its copy in a folder have different digests.
 
     Raises:
         OSError: a file cannot be read.
@@ -207,10 +213,10 @@ def contents_digest(folder_or_file: Path) -> str | None:
 
 def _file_digest(file: Path, each: Callable[..., Any]) -> str:
     target, status = file.resolve(), file.stat()
-    if file.is_symlink() and target.parent.name == "blobs" and len(target.name) == 64:
-        return f"hub:{target.name}:{status.st_size}:{status.st_mtime_ns}"
     if not status.st_size:
         return "empty"
+    if file.is_symlink() and target.parent.name == "blobs" and len(target.name) == 64:
+        return f"hub:{target.name}:{status.st_size}:{_sampled(file, status.st_size)}"
     with open(file, "rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as content:
         view = memoryview(content)
         pieces: Sequence[memoryview] = [view[i : i + PIECE] for i in range(0, len(view), PIECE)]
@@ -218,6 +224,16 @@ def _file_digest(file: Path, each: Callable[..., Any]) -> str:
         for piece in (*pieces, view):
             piece.release()
     return hashlib.sha256(digests).hexdigest()
+
+
+def _sampled(file: Path, size: int) -> str:
+    """A digest of places evenly spaced over a file, its start and its end among them."""
+    digest, last = hashlib.sha256(), max(0, size - SAMPLE)
+    with open(file, "rb") as opened:
+        for place in range(SAMPLES):
+            opened.seek(last * place // (SAMPLES - 1))
+            digest.update(opened.read(SAMPLE))
+    return digest.hexdigest()
 
 
 def _sha256(content: memoryview) -> bytes:
