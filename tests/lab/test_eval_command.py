@@ -88,8 +88,8 @@ def test_another_model_needs_a_text(tmp_path: Path, capsys: pytest.CaptureFixtur
     (tmp_path / "latin.txt").write_bytes(b"\xe9\xe8")
     assert cli.main(["eval", str(tmp_path), "--text", str(tmp_path / "latin.txt"), "--quiet"]) == 2
     assert "expected a UTF-8 file" in capsys.readouterr().err
-    assert cli.main(["eval", str(tmp_path), "--formats", "int3"]) == 2
-    assert "got 'int3'" in capsys.readouterr().err
+    assert cli.main(["eval", str(tmp_path), "--formats", "int5"]) == 2
+    assert "got 'int5'" in capsys.readouterr().err
     assert cli.main(["eval", str(tmp_path), "--window", "8"]) == 2
     assert "expected at least 32 tokens" in capsys.readouterr().err
 
@@ -103,9 +103,10 @@ def test_a_stopped_run_keeps_its_methods_and_is_resumed(
 ) -> None:
     out = tmp_path / "eval.json"
     command = ["eval", str(MODEL), *SMALL, "--out", str(out), "--formats"]
+    stopped = "int4_plain"
 
     def stop(method: Any, samples: Any) -> Any:
-        if method.name == "int4_plain":
+        if method.name == stopped:
             raise KeyboardInterrupt
         return fit(method, samples)
 
@@ -123,6 +124,11 @@ def test_a_stopped_run_keeps_its_methods_and_is_resumed(
     assert cli.main([*command, "int8,int4_plain", "--resume"]) == 0
     first, second = Evaluation.from_json(out.read_text()).results
     assert (first.divergence, second.method) == (marked, "int4_plain")
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "fit", stop)
+        stopped = "fp8"
+        assert cli.main([*command, "int4_plain,fp8", "--resume"]) == 130
+    assert Evaluation.from_json(out.read_text()).results == (second, first), "also what is not asked for again"
     capsys.readouterr()
     assert cli.main([*command, "int8", "--resume", "--window", "128"]) == 2
     assert "expected a record with the same budget" in capsys.readouterr().err

@@ -107,10 +107,14 @@ def evaluate(
         recalled = measurer.recall(None, known=before.reference.recall if before is not None else None)
         found = replace(found, reference=replace(found.reference, recall=recalled))
 
+        done: dict[str, MethodResult] = {}
+
         def add(result: MethodResult) -> None:
             nonlocal found
             seconds = round(time.monotonic() - started + (before.seconds if before else 0.0), 1)
-            found = replace(found, results=(*found.results, result), seconds=seconds)
+            done[result.method] = result
+            later = [kept for name, kept in known.items() if name not in done]  # else a stop would lose them
+            found = replace(found, results=(*done.values(), *later), seconds=seconds)
             keep(found)
 
         if len(work.floor_text):
