@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from sawkv.errors import SawkvError
 from sawkv.integrations.vllm import connectors
 from sawkv.integrations.vllm.connectors import Engine, refused
 
@@ -71,6 +72,21 @@ def test_others_are_refused_by_name(
     assert len(found) == len(reasons)
     for text, reason in zip(found, reasons, strict=True):
         assert re.search(reason, text)
+
+
+@pytest.mark.parametrize(
+    ("connector", "extra", "words"),
+    [
+        ("MultiConnector", {"connectors": ["NixlConnector"]}, "a list of objects in connectors"),
+        ("MultiConnector", {"connectors": 5}, "a list of objects in connectors"),
+        ("OffloadingConnector", {"secondary_tiers": {"type": "sawkv_fs"}}, "a list of objects in secondary_tiers"),
+        ("OffloadingConnector", {"secondary_tiers": ["sawkv_fs"]}, "a list of objects in secondary_tiers"),
+        ("MultiConnector", {"connectors": [{"kv_connector_extra_config": [1]}]}, "kv_connector_extra_config, got [1]"),
+    ],
+)
+def test_parts_of_another_type_are_named(connector: str, extra: dict[str, Any], words: str) -> None:
+    with pytest.raises(SawkvError, match=re.escape(words)):
+        refused(connector, extra, ON_A_GPU)
 
 
 def test_every_connector_that_vllm_ships_has_a_reason_or_is_served() -> None:

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from sawkv.errors import SawkvError
+
 NATIVE: Final = "OffloadingConnector"
 CHECKED_TIER: Final = "sawkv_fs"
 """Our `type` of a secondary tier: vLLM's file tier with a checksum beside each block."""
@@ -91,11 +93,16 @@ def refused(
 
     Returns:
         One reason per fault, in the words of the options; empty if it is served.
+
+    Raises:
+        SawkvError: a part of `extra` has another type.
     """
+    if not isinstance(extra, Mapping):
+        raise SawkvError(f"{option}: expected an object in kv_connector_extra_config, got {extra!r}")
     if module:
         return [f"{option} with kv_connector_module_path {module}: {_OUTSIDE}; {WAY_OUT}"]
     if connector == "MultiConnector":
-        children = extra.get("connectors") or [{}]
+        children = _objects(extra, "connectors", option) or [{}]
         names = [child.get("kv_connector") for child in children]
         together = [f"{option} with {name} in a MultiConnector (not tried)" for name in names if name in SENDING]
         return together + [
@@ -112,14 +119,22 @@ def refused(
     if connector in SENDING:
         return [f"{option} {what}" for asked, what in _faults_of_sending(extra, engine) if asked]
     if connector != NATIVE:
-        why = _REASONS.get(connector or "", "it is not one that sawkv knows")
+        why = _REASONS.get(str(connector), "it is not one that sawkv knows")
         return [f"{option} with {connector}: {why}; {WAY_OUT}"]
-    tiers = extra.get("secondary_tiers") or []
+    tiers = _objects(extra, "secondary_tiers", option)
     found = [f"{option} {what}" for asked, what in _faults(extra, engine, bool(tiers)) if asked]
     for tier in tiers:
         if (kind := tier.get("type")) != CHECKED_TIER:
             why = _TIERS.get(str(kind), "sawkv does not know it")
             found.append(f"{option} with a secondary tier of type {kind}: {why}")
+    return found
+
+
+def _objects(extra: Mapping[str, Any], name: str, option: str) -> list[dict[str, Any]]:
+    """A part of `extra` that is a list of objects, empty if it is not there."""
+    found = extra.get(name) or []
+    if not isinstance(found, list) or not all(isinstance(each, dict) for each in found):
+        raise SawkvError(f"{option}: expected a list of objects in {name}, got {found!r}")
     return found
 
 

@@ -258,8 +258,6 @@ def _of_transfer(options: Options, on_gpu: bool) -> list[str]:
         transfer.get("kv_connector"),
         transfer.get("kv_connector_extra_config") or {},
     )
-    if not isinstance(extra, dict):
-        raise SawkvError(f"--kv-transfer-config: expected an object in kv_connector_extra_config, got {extra!r}")
     if options.has("--kv-offloading-size"):
         option, lmcache = "--kv-offloading-size", options.get("--kv-offloading-backend") == "lmcache"
         connector = "LMCacheMPConnector" if lmcache else connectors.NATIVE
