@@ -105,14 +105,14 @@ def main() -> None:
     clean = generate(prompts, 40)
     appended, append = 0, ops.Pages.append
 
-    def poisoned(self: ops.Pages, k: torch.Tensor, v: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+    def poisoned(self: ops.Pages, k: torch.Tensor, *more: torch.Tensor | None) -> None:
         nonlocal appended
         appended += 1
         # The first layer in a step in which all three decode; the first row is the first request's.
         if appended == 10 * len(impls) + 1:
             k = k.clone()
             k[0, 0, 0] = float("nan")
-        append(self, k, v, slot_mapping)
+        append(self, k, *more)
 
     non_finite = counter("sawkv_non_finite_rows_total")
     llm.reset_prefix_cache()
