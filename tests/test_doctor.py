@@ -174,6 +174,7 @@ def test_a_cache_folder_that_others_can_write_to(
 
 
 @pytest.mark.vllm
+@pytest.mark.newest
 def test_the_probe_of_this_environment() -> None:
     found = PROBE()
     assert isinstance(found, dict), found

@@ -78,6 +78,7 @@ def agreed_tokens(a: dict[str, Any], b: dict[str, Any]) -> int:
     return agreed
 
 
+@pytest.mark.newest
 def test_centers_and_gains_are_taken_by_layer_and_rank_and_change_nothing_without_quantization(tmp_path: Path) -> None:
     """Two ranks, each with its heads' centers and gains, against one without any. A wrong layer, head or sign would
     move values much.
