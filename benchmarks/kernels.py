@@ -309,39 +309,33 @@ def peer_decode(name: str, shape: Shape, batch: Batch) -> Callable[[], torch.Ten
 def triton_bf16(shape: Shape, batch: Batch, k: torch.Tensor, v: torch.Tensor) -> Callable[[], torch.Tensor]:
     from vllm.v1.attention.ops.triton_unified_attention import unified_attention
 
-    out, scratch = torch.empty_like(batch.q), triton_scratch(shape)
-    table = batch.block_table.clamp(max=batch.num_pages - 1)
+    common = triton_arguments(shape, batch)
+    out: torch.Tensor = common["out"]
 
     def run() -> torch.Tensor:
-        unified_attention(
-            q=batch.q,
-            k=k,
-            v=v,
-            out=out,
-            cu_seqlens_q=batch.query_start_loc,
-            max_seqlen_q=shape.query_len,
-            seqused_k=batch.seq_lens,
-            max_seqlen_k=max(shape.lengths),
-            softmax_scale=shape.head_dim**-0.5,
-            causal=True,
-            window_size=(-1, -1),
-            block_table=table,
-            softcap=0,
-            q_descale=None,
-            k_descale=None,
-            v_descale=None,
-            **scratch,
-        )
+        unified_attention(k=k, v=v, causal=True, q_descale=None, k_descale=None, v_descale=None, **common)
         return out
 
     return run
 
 
-def triton_scratch(shape: Shape) -> dict[str, Any]:
-    """What vLLM's Triton backend allocates for decoding, where long sequences are cut into segments."""
+def triton_arguments(shape: Shape, batch: Batch) -> dict[str, Any]:
+    """What vLLM's Triton backends pass to attention in 16 bits and over INT4: tensors of the step, and what they
+    allocate for decoding, where long sequences are cut into segments.
+    """
     segments, threshold = 16, max(1, 128 // shape.kv_heads)
     partial = torch.empty(threshold, shape.q_heads, segments, triton.next_power_of_2(shape.head_dim), device="cuda")
     return {
+        "q": batch.q,
+        "out": torch.empty_like(batch.q),
+        "cu_seqlens_q": batch.query_start_loc,
+        "max_seqlen_q": shape.query_len,
+        "seqused_k": batch.seq_lens,
+        "max_seqlen_k": max(shape.lengths),
+        "softmax_scale": shape.head_dim**-0.5,
+        "window_size": (-1, -1),
+        "block_table": batch.block_table.clamp(max=batch.num_pages - 1),
+        "softcap": 0,
         "seq_threshold_3D": threshold,
         "num_par_softmax_segments": segments,
         "softmax_segm_output": partial,
@@ -360,23 +354,13 @@ def vllm_int4(shape: Shape, batch: Batch) -> Callable[[], torch.Tensor]:
     words = pages.view(torch.float32)  # a scale after the codes of K, and one after those of V
     k_scale, v_scale = words[..., shape.head_dim // 8], words[..., (row + shape.head_dim // 2) // 4]
     k_scale.fill_(0.1), v_scale.fill_(0.1)
-    out, scratch = torch.empty_like(batch.q), triton_scratch(shape)
-    table = batch.block_table.clamp(max=batch.num_pages - 1)
+    common = triton_arguments(shape, batch)
+    out: torch.Tensor = common["out"]
 
     def run() -> torch.Tensor:
         unified_attention_int4(
-            q=batch.q,
             k_cache=pages[..., :row],
             v_cache=pages[..., row:],
-            out=out,
-            cu_seqlens_q=batch.query_start_loc,
-            max_seqlen_q=shape.query_len,
-            seqused_k=batch.seq_lens,
-            max_seqlen_k=max(shape.lengths),
-            softmax_scale=shape.head_dim**-0.5,
-            window_size=(-1, -1),
-            block_table=table,
-            softcap=0,
             sinks=None,
             alibi_slopes=None,
             use_alibi_sqrt=False,
@@ -385,7 +369,7 @@ def vllm_int4(shape: Shape, batch: Batch) -> Callable[[], torch.Tensor]:
             mm_prefix_range=None,
             k_scale_cache=k_scale,
             v_scale_cache=v_scale,
-            **scratch,
+            **common,
         )
         return out
 

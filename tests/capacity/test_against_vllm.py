@@ -16,6 +16,7 @@ from sawkv.capacity.model import read_shape
 from sawkv.capacity.weights import weights_of
 from sawkv.checkpoint import Checkpoint
 from sawkv.format.spec import CacheFormat
+from sawkv.integrations.vllm.contract import release
 from tests.capacity.configs import CONFIGS, write_config
 from tests.vllm.engine import ENVIRONMENT, REPOSITORY
 
@@ -50,7 +51,7 @@ KINDS: dict[str, dict[str, Any]] = {
 def reported(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], dict[str, Any]]:
     """By kind and format, from one process."""
     version = pytest.importorskip("vllm").__version__
-    if tuple(map(int, version.split("+")[0].split(".")[:2])) < (0, 32):
+    if release(version) < (0, 32):
         pytest.skip(f"plan follows vLLM 0.32, here is {version}")
     folder = tmp_path_factory.mktemp("configs")
     keys = [(kind, name) for kind in KINDS for name in DTYPES]
