@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from sawkv import FormatError, LayoutError, UnsupportedError
@@ -682,6 +683,37 @@ def test_batch_changes_in_one_mode_and_another(cache: str) -> None:
         held.reorder_cache(torch.tensor(index))
     picked = x.repeat_interleave(2, 0)[[1, 3, 5]]
     assert_close(logits(model, picked, held), logits(model, picked.repeat(1, 2), None)[:, 12:])
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning", "ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("attention", ["sawkv", "sdpa"])
+def test_what_records_a_model_is_refused(attention: str) -> None:
+    """A record of kernels' results would give them for any input."""
+    model, x = make_model("llama", attention).requires_grad_(False), ids()
+    held = saw(model)
+    logits(model, x, held)
+
+    def run(tokens: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = model(tokens, **using(held)).logits
+        return out
+
+    for record in (lambda: torch.jit.trace(run, (x,), check_trace=False), lambda: make_fx(run)(x)):
+        with torch.no_grad(), pytest.raises(UnsupportedError, match=r"torch.jit.trace or torch.fx records"):
+            record()
+    assert_close(logits(model, x, held), logits(make_model("llama", "sdpa"), torch.cat([x, x], 1), None)[:, 12:])
+
+
+def test_layers_that_are_not_there_and_moves_that_are_not_ours() -> None:
+    model, x = make_model("llama", "sdpa"), ids()
+    held = SawCache(make_model("llama", "sdpa", num_hidden_layers=2).config, LOSSLESS)
+    with pytest.raises(UnsupportedError, match=r"expected layers 0 to 1, as the config says, got layer 2"):
+        logits(model, x, held)
+    held = saw(model)
+    logits(model, x, held)
+    for call in (held.layers[0].offload, held.layers[0].prefetch, lambda: held.offload(0)):
+        with pytest.raises(UnsupportedError, match=r"SawCache\(model, offload=True\) moves its pages by itself"):
+            call()
+    assert_close(logits(model, x, held), logits(model, torch.cat([x, x], 1), None)[:, 12:])
 
 
 def test_indices_of_other_types() -> None:

@@ -221,10 +221,16 @@ def test_offloaded_pages_are_the_same_pages(kind: str, mode: str) -> None:
     assert torch.equal(*texts)
 
 
-def test_exact_prefill_is_a_choice() -> None:
-    ids, model = prompt(), make_model("qwen3")
+@pytest.mark.parametrize("attention", ["sawkv", "sdpa"])
+def test_exact_prefill_is_a_choice(attention: str) -> None:
+    ids, model, plain = prompt(), make_model("qwen3", attention), make_model("qwen3", "sdpa")
+    for tokens, options in ((1, {}), (1, {"max_cache_len": 40}), (5, {}), (9, {"offload": True})):
+        cache = SawCache(model.config, exact_prefill=True, prepare=False, **options)
+        with torch.no_grad():
+            got, want = (each(ids[:, :tokens], **using(held)).logits for each, held in ((model, cache), (plain, None)))
+        torch.testing.assert_close(got, want, msg=f"{tokens} tokens, {options}")
     got = generate(model, SawCache(model.config, exact_prefill=True), ids)
-    want = generate(make_model("qwen3", "sdpa"), None, ids)
+    want = generate(plain, None, ids)
     torch.testing.assert_close(got.logits[0], want.logits[0])
     assert not torch.allclose(got.logits[1], want.logits[1], atol=1e-2), "decoding reads quantized K and V"
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
-from sawkv import UnsupportedError
+from sawkv import LayoutError, UnsupportedError
 from sawkv.integrations.transformers import SawCache
 from tests.transformers.models import CACHE_NAME, SMALL, UNLIKE, SimulatedCache
 
@@ -117,6 +117,25 @@ def test_a_crop_of_recurrent_states_is_refused_and_a_reset_is_not(model: PreTrai
     assert written(model, cache, alone) == want[:1], "of another batch size, from no states"
     cache.crop(-cache.get_seq_length())
     assert written(model, cache, inputs) == want
+
+
+def test_a_pass_that_dies_before_its_first_layer_of_attention_is_noticed(model: PreTrainedModel) -> None:
+    inputs, cache = batch(), SawCache(model, "fp32-k16-v16")
+    want = written(model, cache, inputs)
+    mixer = next(part for part in model.modules() if hasattr(part, "in_proj") or hasattr(part, "in_proj_qkvz"))
+    for fresh in (False, True):
+        hook = mixer.register_forward_hook(lambda *args: 1 / 0)
+        if fresh:
+            cache.reset()
+        with pytest.raises(ZeroDivisionError):
+            written(model, cache, inputs)
+        hook.remove()
+        uses = [lambda: written(model, cache, inputs), lambda: cache.batch_repeat_interleave(2)]
+        for use in uses if fresh is False else uses[:1]:
+            with pytest.raises(LayoutError, match=r"before its first layer of attention, stopped half way.*reset"):
+                use()
+        cache.reset()
+        assert written(model, cache, inputs) == want
 
 
 def test_a_copy_and_a_selection_have_their_own_states(model: PreTrainedModel) -> None:

@@ -392,12 +392,19 @@ def test_a_pass_without_the_cache_may_prepare_it_but_never_fails_for_it(monkeypa
     def fail(*args: Any) -> None:
         raise RuntimeError("out of luck")
 
-    monkeypatch.setattr(prepare, "prepared", fail)
-    cache = SawCache(model.config)
-    model(x, use_cache=False).logits.sum().backward()
-    with torch.no_grad(), pytest.raises(UnsupportedError, match=r'RuntimeError: out of luck.*"int8".*prepare=False'):
-        model(x, **using(cache))
-    assert cache.get_seq_length() == 0
+    caches = SawCache(model.config), SawCache(model)
+    with monkeypatch.context() as patched:
+        patched.setattr(prepare, "prepared", fail)
+        model(x, use_cache=False).logits.sum().backward()
+        for cache in caches:
+            with (
+                torch.no_grad(),
+                pytest.raises(UnsupportedError, match=r'RuntimeError: out of luck.*"int8".*prepare=False'),
+            ):
+                model(x, **using(cache))
+            assert cache.get_seq_length() == 0
+    want = distance(model, SawCache(model))
+    assert [distance(model, cache) for cache in caches] == [want] * 2, "the next pass prepares it"
 
 
 UNPREPARABLE: dict[str, tuple[Callable[[], PreTrainedModel], str]] = {

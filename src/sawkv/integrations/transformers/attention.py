@@ -13,7 +13,7 @@ from transformers.masking_utils import sdpa_mask
 
 from sawkv.errors import UnsupportedError
 from sawkv.integrations.transformers.cache import CACHES
-from sawkv.integrations.transformers.layer import SawLayer
+from sawkv.integrations.transformers.layer import UNCOMPILED, SawLayer
 from sawkv.integrations.transformers.models import NAME
 from sawkv.integrations.transformers.prepare import note
 from sawkv.integrations.transformers.states import NewStates, refuse_gradients
@@ -99,7 +99,7 @@ def attend(
             layer.enter(new.key, new.value, None if dropout else query.shape[1], mask)
             layer.write(new.key, new.value)
         # Layers that share K and V may be asked for the last of the new tokens alone (Transformers from 5.24 on).
-        if paging.reads_pages and query.shape[2] == new.key.shape[2]:
+        if paging.reads_pages and not layer.exact and query.shape[2] == new.key.shape[2]:
             out = layer.attend(query, scale, softcap or 0.0, sinks)
         else:
             keys, values = (new.key, new.value) if layer.exact else layer.decode(new.key.dtype, new.value.dtype)
@@ -110,7 +110,7 @@ def attend(
     return out
 
 
-attend_uncompiled = torch.compiler.disable(attend)  # type: ignore[no-untyped-call]
+attend_uncompiled = torch.compiler.disable(attend, reason=UNCOMPILED)  # type: ignore[no-untyped-call]
 
 
 @torch.library.custom_op("sawkv::attend", mutates_args=())

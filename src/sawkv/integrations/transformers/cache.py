@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch._dynamo import mark_dynamic
 from transformers import PretrainedConfig
 from transformers.cache_utils import Cache, LinearAttentionCacheLayerMixin, LinearAttentionLayer
 
@@ -40,7 +41,7 @@ UNPREPARED = (
 CACHES: weakref.WeakValueDictionary[int, SawCache] = weakref.WeakValueDictionary()
 """Caches by `SawCache.handle`. A compiled graph can hold a number, and not a cache."""
 
-_handles = itertools.count(2)  # compilers make constants of 0 and 1
+_handles = itertools.count(2)  # compilers make constants of 0 and 1, also of sizes
 
 
 class SawCache(Cache):
@@ -139,8 +140,16 @@ class SawCache(Cache):
         super().__init__(layers=layers)
 
     def _register(self) -> None:
-        self.handle = next(_handles)
+        # A compiler makes a constant of the first number that it sees, and compiles again at the second. A size that is
+        # marked so is an argument from the first on.
+        self._numbered = torch.empty(next(_handles), 0)
+        mark_dynamic(self._numbered, 0)
         CACHES[self.handle] = self
+
+    @property
+    def handle(self) -> int:
+        """Number of this cache in `CACHES`."""
+        return self._numbered.shape[0]
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Unpickle. The new cache has a handle of its own."""
@@ -181,6 +190,11 @@ class SawCache(Cache):
                 different tokens.
             UnsupportedError: K and V differ in shape, have no kernels, or need gradients.
         """
+        if not -len(self.layers) <= operator.index(layer_idx) < len(self.layers):
+            raise UnsupportedError(
+                f"SawCache: expected layers 0 to {len(self.layers) - 1}, as the config says, got layer {layer_idx}. Use"
+                " SawCache(model.config) of the model that runs"
+            )
         layer = self.layers[layer_idx]
         if not isinstance(layer, SawLayer):
             raise UnsupportedError(
@@ -194,6 +208,24 @@ class SawCache(Cache):
             return states, states
         keys, values = layer.update(key_states, value_states)
         return keys, values
+
+    def update_conv_state(self, conv_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """Write a layer's convolution state. Called by layers with recurrent states.
+
+        Raises:
+            LayoutError: the last forward pass ended before its first layer of attention.
+        """
+        self.settings.passes.write_state("conv", layer_idx, *args, kwargs.get("state_idx"))
+        states: torch.Tensor = super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
+        return states
+
+    def update_recurrent_state(
+        self, recurrent_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        """Write a layer's recurrent state. As `update_conv_state`."""
+        self.settings.passes.write_state("recurrent", layer_idx, *args, kwargs.get("state_idx"))
+        states: torch.Tensor = super().update_recurrent_state(recurrent_states, layer_idx, *args, **kwargs)
+        return states
 
     @property
     def nbytes(self) -> int:

@@ -29,6 +29,11 @@ from sawkv.prepare.calibration import Calibration, LayerCalibration, model_id
 
 PAGE_SIZE = 16
 
+UNCOMPILED = (
+    f'only decoding steps of a SawCache with max_cache_len, after its first pass, with attention "{NAME}", are compiled'
+)
+"""Why PyTorch's compiler does not see into a layer."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -150,7 +155,7 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     @values.setter
     def values(self, value: torch.Tensor | None) -> None: ...
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable(reason=UNCOMPILED)  # type: ignore[untyped-decorator, no-untyped-call]
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Take heads, head_dim, batch and device from the first K and V: [batch_size, num_kv_heads,
         num_new, head_dim].
@@ -176,7 +181,7 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self._store(0)
         self.is_initialized = True
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    @torch.compiler.disable(reason=UNCOMPILED)  # type: ignore[untyped-decorator, no-untyped-call]
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -190,7 +195,8 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         with self.paging.on_device():
             self.enter(key_states, value_states)
             self.write(key_states, value_states)
-            states = self.decode(key_states.dtype, value_states.dtype)
+            exact = key_states, value_states
+            states = exact if self.exact else self.decode(key_states.dtype, value_states.dtype)
             self.settle()
         return states
 
@@ -388,6 +394,18 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             self._home, first_row = torch.empty_like(pages, device="cpu", pin_memory=pages.is_cuda), 0
         self._home[first_row:].copy_(pages[first_row:], non_blocking=True)
         self.pages, self._home_held = None, self._held
+
+    def offload(self) -> None:
+        """Transformers' own caches move a layer to the host by this.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        raise UnsupportedError(
+            "SawCache: expected no call of offload or prefetch: SawCache(model, offload=True) moves its pages by itself"
+        )
+
+    prefetch = offload
 
     def get_seq_length(self) -> Any:
         """Tokens held, padding included: an int, or a tensor if pages never move, as compiled steps need it."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from sawkv.errors import LayoutError, SawkvError
 
@@ -22,12 +23,14 @@ class Passes:
         number: passes begun.
         num_new: tokens per sequence in the last pass.
         done: the last finished pass of each layer, by layer index.
+        written: recurrent states that were written since a layer of attention last began.
         broken: the change that was interrupted and cannot be undone; empty if there is none.
     """
 
     number: int = 0
     num_new: int = 0
     done: dict[int, int] = field(default_factory=dict)
+    written: set[tuple[Any, ...]] = field(default_factory=set)
     broken: str = ""
     _first: int | None = None
 
@@ -55,7 +58,19 @@ class Passes:
         if self._begins(index):
             self._first, self.num_new = index, num_new
             self.number += 1
+        self.written.clear()
         self.done.setdefault(index, self.number - 1)
+
+    def write_state(self, *state: Any) -> None:
+        """Record that a layer is about to write a recurrent state. `state` names it.
+
+        Raises:
+            LayoutError: it was written before, with no layer of attention since: that pass ended in between.
+        """
+        if state in self.written:
+            self.broken = "a forward pass, before its first layer of attention,"
+        self.check_usable()
+        self.written.add(state)
 
     def finish(self, index: int) -> None:
         """Record that layer `index` has written its tokens, and attended."""

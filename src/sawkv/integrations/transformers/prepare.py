@@ -113,6 +113,8 @@ class Preparation:
         except Exception as error:  # the pass that runs need not be for the cache; `layer` says it to those that are
             logger.debug("sawkv: preparation failed", exc_info=True)
             self._error = f"{error}" if isinstance(error, SawkvError) else f"{type(error).__name__}: {error}"
+            if not isinstance(error, SawkvError):  # out of memory, or a pass without data: the next one may succeed
+                return
         self._stop_waiting()
 
 

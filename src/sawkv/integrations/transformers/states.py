@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from sawkv import ops
 from sawkv.errors import LayoutError, UnsupportedError
@@ -114,6 +115,11 @@ def check_states(key_states: torch.Tensor, value_states: torch.Tensor) -> None:
     if key_states.device != value_states.device or key_states.device.type == "meta":
         raise UnsupportedError(
             f"SawCache: expected K and V with data, on one device, got {key_states.device} and {value_states.device}"
+        )
+    if torch._C._get_tracing_state() is not None or get_proxy_mode() is not None:
+        raise UnsupportedError(
+            "SawCache: expected a model that runs, got one that torch.jit.trace or torch.fx records: a record holds"
+            " the pages' content as constants. Use torch.compile, or use_cache=False"
         )
     if not (_has_data(key_states) and _has_data(value_states)):
         raise UnsupportedError(
