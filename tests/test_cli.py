@@ -167,7 +167,11 @@ BROKEN: dict[str, tuple[str, str | None, str]] = {
     "no weights": ("model.safetensors", None, "no file named model.safetensors|expected safetensors or another file"),
     "no JSON": ("config.json", '{"a":', "expected JSON in .*config.json, got: Expecting value"),
     "no object": ("config.json", "null", "expected a JSON object in .*config.json, got NoneType"),
-    "no number": ("config.json", '"num_hidden_layers": "five"', "num_hidden_layers: expected a positive .* got 'five'"),
+    "no number": (
+        "config.json",
+        '"num_hidden_layers": "five", "head_dim": "x"',
+        "num_hidden_layers: expected a positive .* got 'five'; head_dim: expected a positive .* got 'x'",
+    ),
     "no heads": ("config.json", '"num_attention_heads": 0', "num_attention_heads: expected a positive .* got 0"),
 }
 """The file that is changed, what into, and what is said."""

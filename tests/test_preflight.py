@@ -125,7 +125,14 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["-dcp", "2"], "--decode-context-parallel-size 2"),
         (["--prefill-context=4"], "--prefill-context-parallel-size 4"),
         (["-tp", "3"], "--tensor-parallel-size: expected a divisor of the model's 4 attention heads, got 3"),
-        (["-ac.backend", "FLASH_ATTN"], "--attention-config: sawkv serve chooses the attention backend"),
+        (
+            ["-ac.backend", "FLASH_ATTN"],
+            'serve chooses the attention backend: expected none; got {"backend": "FLASH_ATTN"}',
+        ),
+        (
+            ["-sc.model", "/no/such", "-sc.kv_cache_dtype", "auto"],
+            "the draft model: expected a checkpoint directory, got /no/such: no such directory",
+        ),
         (["--kv-transfer", "{}"], "--kv-transfer-config with None"),
         (
             ["--kv_offloading_s", "1", "--kv-offloading-backend=lmcache"],
@@ -332,6 +339,7 @@ def test_a_draft_gets_our_backend_however_it_is_given(words: list[str], last: li
         (["--kv-cache-dtype-skip-layers", "0", "1"], True),
         (["--kv-cache-dtype-skip=sliding_window"], True),
         (["-sc.model", "D", "-sc.kv_cache_dtype", "auto"], True),
+        (["-sc.model", "D", "-sc.kv_cache_dtype", "null"], False),
         (["-sc", '{"method": "mtp", "attention_backend": "FLASH_ATTN"}'], True),
         (["-sc", '{"method": "mtp"}'], False),
         (["--spec-method", "ngram"], False),
@@ -403,7 +411,7 @@ def test_words_of_options() -> None:
     assert options.get("--z") == "2=3"
     assert options.has("--flag")
     assert not options.has("--x")
-    assert options.json("--speculative-config") == {"k_l": "5"}
+    assert options.json("--speculative-config") == {"k_l": 5}
     assert (options.whole("--z", 7), options.whole("--tensor-parallel-size", 7)) == (7, 2)
     with pytest.raises(SawkvError, match="--z: expected a JSON object"):
         options.json("--z")
@@ -434,6 +442,8 @@ def test_options_mean_what_they_mean_to_vllm() -> None:
         ["--speculative-config.model", "a", "-sc", '{"method": "x"}'],
         ["-sc.model", "a", "-sc.method=b", "--kv-offloading-s", "1", "--dec", "2", "--dty=half"],
         ["-sc.model", "a", "--speculative-c.method", "b"],
+        ["-sc.model", "a", "-sc.num_speculative_tokens", "2", "-sc.kv_cache_dtype", "null", "-sc.x.y.z=[1]"],
+        ["-sc.x", "1", "-sc.x.y", "a b", "-sc.x.z=true", "-sc.w", '{"v": 1}'],
         ["--kv-cache-memory-bytes", "1.5g", "--max-model-len", "8K", "--language", "-tp", "2", "-pcp", "3"],
     ):
         theirs, ours = parser.parse_args(words), Options(words)

@@ -22,6 +22,14 @@ HUB_TIMEOUT: Final = 5.0
 
 _HUB_NAME: Final = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", re.ASCII)
 WEIGHT_SUFFIXES: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".tensors")
+_SIZES: Final = (
+    "num_hidden_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "vocab_size",
+)
 _OTHER_HEAD_DIMS: Final = (
     "kv_channels",
     "attention_head_dim",
@@ -175,7 +183,7 @@ def wrong_sizes(config: Mapping[str, Any]) -> list[str]:
     text = text_config(config)
     return [
         f"{name}: expected a positive whole number in config.json, got {text[name]!r}"
-        for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "num_key_value_heads", "vocab_size")
+        for name in _SIZES
         if isinstance(text.get(name), (str, float)) or (isinstance(text.get(name), int) and text[name] < 1)
     ]
 

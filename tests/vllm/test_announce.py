@@ -90,9 +90,11 @@ def test_layers_that_are_not_ours_are_counted(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(announce.logger, "log", lambda level, text, *rest: said.append(f"{level} {text % rest}"))
     monkeypatch.setattr(announce.logger, "warning", lambda text, *rest: said.append(text % rest))
 
-    def say(ours: set[int], skipped: list[str], dtype: str = "auto", device: str = "cpu") -> list[str]:
+    def say(
+        ours: set[int], skipped: list[str], dtype: str = "auto", device: str = "cpu", attending: int = 6
+    ) -> list[str]:
         said.clear()
-        impls = {i: object.__new__(SawAttentionImpl) if i in ours else object() for i in range(6)}
+        impls = {i: object.__new__(SawAttentionImpl) if i in ours else object() for i in range(attending)}
         layers: dict[str, Any] = {
             f"layers.{i}": SimpleNamespace(impl=impl, kv_cache_dtype=INT4 if i in ours else dtype)
             for i, impl in impls.items()
@@ -106,6 +108,7 @@ def test_layers_that_are_not_ours_are_counted(monkeypatch: pytest.MonkeyPatch) -
         return said
 
     assert say(set(range(6)), []) == []
+    assert say(set(), [], attending=0) == ["sawkv: serves nothing: this model has no layer of attention"]
     assert say(set(range(1, 6)), ["0", "sliding_window", "17", "foo"]) == [
         "20 sawkv: serves 5 of 6 attention layers; vLLM's own cache is kept for layers.0 (auto)",
         "sawkv: vLLM ignores what it does not know in --kv-cache-dtype-skip-layers: 17, foo",

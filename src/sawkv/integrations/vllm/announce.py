@@ -147,6 +147,8 @@ def say_layers(worker: Any) -> None:
             f"sawkv: expected its own attention in all layers of its dtypes, got {len(taken)} without: {taken[0]}. Set"
             f" VLLM_PLUGINS={PLUGIN} to load no other plugin"
         )
+    if not attending:
+        logger.warning("sawkv: serves nothing: this model has no layer of attention")
     if others:
         ours = len(attending) - len(others)
         logger.log(

@@ -67,7 +67,7 @@ class Options:
             SawkvError: it is no JSON object.
         """
         if (start := self.start_of_keys(name)) is not None:
-            return {key.replace("-", "_"): value for option, key, value in self._given if key and option == start}
+            return _nested([(key, value) for option, key, value in self._given if key and option == start])
         text = self.get(name)
         try:
             value = {} if text is None else json.loads(text)
@@ -99,6 +99,23 @@ def _pairs(arguments: Sequence[str]) -> Iterator[tuple[str, str, str | None]]:
         option, _, key = name.partition(".")
         following = arguments[i + 1] if i + 1 < len(arguments) else None
         yield option.replace("_", "-"), key, value if equals else following
+
+
+def _nested(given: Sequence[tuple[str, str | None]]) -> dict[str, Any]:
+    """The object that `--name.key value` and `--name.outer.key value` make. Values are JSON, or else text."""
+    found: dict[str, Any] = {}
+    for path, text in given:
+        *outer, key = path.replace("-", "_").split(".")
+        place = found
+        for part in outer:
+            if not isinstance(place.get(part), dict):
+                place[part] = {}
+            place = place[part]
+        try:
+            place[key] = None if text is None else json.loads(text)
+        except ValueError:
+            place[key] = text
+    return found
 
 
 def _names(option: str, name: str) -> bool:

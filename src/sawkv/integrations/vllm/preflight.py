@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.util
+import json
 import os
 import socket
 import sys
@@ -81,6 +82,8 @@ def check(
         if name == "--kv-cache-dtype" and VLLM_DTYPE_CODECS.get(got or "") == dtype_codec(cache_format):
             continue  # means the same beside our backend, in all versions
         if options.has(name) and (wanted is None or got != wanted):
+            if options.start_of_keys(name) is not None:
+                got = json.dumps(options.json(name))
             raise UnsupportedError(
                 f"{name}: {why}; got {got or 'nothing'}. With `vllm serve` all options are yours (docs/vllm.md)"
             )
@@ -333,9 +336,14 @@ def _sees_images_both_ways(config: Mapping[str, Any]) -> bool:
 
 def _of_draft(speculative: Mapping[str, Any], cache_format: CacheFormat) -> list[str]:
     model = speculative.get("model")
-    if not isinstance(model, str) or speculative.get("kv_cache_dtype") not in (None, *KV_CACHE_DTYPE_CODECS):
+    if not isinstance(model, str):
         return []
-    checkpoint = read_checkpoint(model) if cache_format.quantized and Path(model).is_dir() else None
+    folder = Path(model)
+    if folder.is_absolute() and not folder.exists():
+        raise SawkvError(f"the draft model: expected a checkpoint directory, got {model}: no such directory")
+    if speculative.get("kv_cache_dtype") not in (None, *KV_CACHE_DTYPE_CODECS):
+        return []
+    checkpoint = read_checkpoint(model) if cache_format.quantized and folder.is_dir() else None
     if checkpoint is None:
         return []
     way_out = 'add "kv_cache_dtype": "auto" to --speculative-config'
