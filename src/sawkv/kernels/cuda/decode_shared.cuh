@@ -34,6 +34,7 @@ constexpr int MOST_UNDER_WAY = 8;
 
 // Queries that the scheduler loads at once. Registers limit them.
 constexpr int QUERIES_AT_ONCE = ROWS <= 4 || (SOFTCAP && OFFSET && D > 128) ? 4 : 8;
+constexpr int SCHEDULERS = 1;
 constexpr int CODE_EXPONENT = 24;  // codes are read as fp16 n * 2^-24, odd ones 16 times as large
 constexpr float ODD_FACTOR = 1.0f / 16;
 

@@ -35,6 +35,8 @@ __global__ void __launch_bounds__(THREADS, 1) sawkv_extend(const __grid_constant
       run_producer(s, p, warp);
     else if (warp == SCHEDULER)
       run_scheduler(s, p);
+    else
+      share_scheduling(s, p, warp - SCHEDULER);
   } else if (warp < FIRST_CONSUMER) {
     ptx::give_registers<HELPER_REGISTERS>();
     run_dequantizer(s, p, threadIdx.x - FIRST_DEQUANTIZER * WARP);

@@ -9,8 +9,9 @@
 namespace sawkv {
 
 constexpr int WARPGROUP = 4 * WARP;
-// Four warpgroups: helpers (two of these warps are idle), dequantizers, and two groups of consumers.
+// Four warpgroups: helpers, of which all but the producer prepare queries; dequantizers; and two groups of consumers.
 constexpr int PRODUCERS = 1, SCHEDULER = PRODUCERS, FIRST_DEQUANTIZER = 4, FIRST_CONSUMER = 8;
+constexpr int SCHEDULERS = FIRST_DEQUANTIZER - SCHEDULER;
 constexpr int DEQUANTIZERS = FIRST_CONSUMER - FIRST_DEQUANTIZER, CONSUMER_GROUPS = 2, CONSUMERS = 4 * CONSUMER_GROUPS;
 constexpr int THREADS = (FIRST_CONSUMER + CONSUMERS) * WARP;
 constexpr int HELPER_REGISTERS = 64, CONSUMER_REGISTERS = 192;
@@ -81,7 +82,7 @@ struct Shared {
       ptx::init_barrier(&values_empty[i], OPERAND_READERS * WARP_ARRIVALS);
     }
     for (int i = 0; i < CHUNK_SLOTS; i++)
-      ptx::init_barrier(&chunk_full[i], WARP_ARRIVALS), ptx::init_barrier(&queries_full[i], WARP_ARRIVALS),
+      ptx::init_barrier(&chunk_full[i], WARP_ARRIVALS), ptx::init_barrier(&queries_full[i], SCHEDULERS * WARP_ARRIVALS),
           ptx::init_barrier(&chunk_empty[i], (CONSUMERS + DEQUANTIZERS) * WARP_ARRIVALS);
     ptx::publish_to_copies();
   }

@@ -1,6 +1,6 @@
 // The scheduler warp: takes chunks from the schedule; loads, rotates and normalizes their queries.
 //
-// Included after the kernel defines Shared, CHUNK_SLOTS, ROWS, is_padding, fragment_index, offsets_at,
+// Included after the kernel defines Shared, CHUNK_SLOTS, SCHEDULERS, ROWS, is_padding, fragment_index, offsets_at,
 // QUERIES_AT_ONCE, CODE_EXPONENT and ODD_FACTOR.
 #pragma once
 #include "attention.cuh"
@@ -70,12 +70,12 @@ __device__ Chunk take_entry(Chunk& chunk) {
 }
 #endif
 
-// `n`: the entry's number in the ring
-__device__ void prepare_queries(Shared& s, const DecodeParams& p, const Chunk& chunk, int n) {
+// SCHEDULERS warps share the rows. `n`: the entry's number in the ring.
+__device__ void prepare_queries(Shared& s, const DecodeParams& p, const Chunk& chunk, int n, int share) {
   const int slot = Turn<CHUNK_SLOTS>{n}.slot();
   const int kv_head = kv_head_of(chunk);
   const auto gain_inverse = GAIN && p.k_gain_inverse ? Row<D>::load(p.k_gain_inverse + kv_head * D) : Row<D>::filled(1);
-  for (int first = 0; first < CHUNK_ROWS; first += QUERIES_AT_ONCE) {
+  for (int first = share * QUERIES_AT_ONCE; first < CHUNK_ROWS; first += SCHEDULERS * QUERIES_AT_ONCE) {
     if (is_padding(first)) continue;
     Row<D> rows[QUERIES_AT_ONCE];
 #pragma unroll
@@ -124,11 +124,25 @@ __device__ int run_scheduler(Shared& s, const DecodeParams& p) {
       if (lane_index() == 0 && chunk.num_tiles && !is_continued(chunk))
         next = gridDim.x + atomicInc(&p.header->claimed, num_chunks - 1);
     }
-    if (chunk.num_tiles) prepare_queries(s, p, chunk, n);
+    if (chunk.num_tiles) prepare_queries(s, p, chunk, n, 0);
     __syncwarp();
     if (arrives()) ptx::arrive(&s.queries_full[slot]);
     if (!chunk.num_tiles) return n;
     next = __shfl_sync(ALL_LANES, next, 0);
+  }
+}
+
+// A warp that only prepares queries. Consumers free a chunk's slot when they have its queries, so it has read it by
+// then.
+__device__ inline void share_scheduling(Shared& s, const DecodeParams& p, int share) {
+  for (int n = 0;; n++) {
+    const Turn<CHUNK_SLOTS> turn{n};
+    ptx::wait(&s.chunk_full[turn.slot()], turn.phase());
+    const Chunk chunk = s.chunks[turn.slot()];
+    if (chunk.num_tiles) prepare_queries(s, p, chunk, n, share);
+    __syncwarp();
+    if (arrives()) ptx::arrive(&s.queries_full[turn.slot()]);
+    if (!chunk.num_tiles) return;
   }
 }
 
