@@ -99,13 +99,14 @@ def load_format(model: str) -> str:
     return "auto" if list(Path(model).glob("*.safetensors")) else "dummy"
 
 
-def measured(commit: str, model: str, name: str) -> dict[str, str]:
+def measured(commit: str, model: str, name: str, gpus: int = 1) -> dict[str, str]:
     """The fields of a record that say what was measured, and where. Imports vLLM, and does not start CUDA."""
     import vllm
     from vllm.platforms import current_platform
 
+    device = current_platform.get_device_name().strip() or "cpu"
     return {
-        "device": current_platform.get_device_name().strip() or "cpu",
+        "device": device if gpus == 1 else f"{gpus} x {device}",
         "commit": commit,
         "vllm": vllm.__version__,
         "model": Path(model).name,

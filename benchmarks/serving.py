@@ -146,7 +146,8 @@ def _run_loads(args: argparse.Namespace) -> None:
     options = {"gpu_memory_utilization": engines.MEMORY, "max_model_len": context, **args.engine}
     llm = engines.start_engine(name, args.model, prepare=not args.no_prepare, **options)
     context = options["max_model_len"]
-    common = {**engines.measured(args.commit, args.model, name), "context": context}
+    gpus = llm.llm_engine.vllm_config.parallel_config.world_size
+    common = {**engines.measured(args.commit, args.model, name, gpus), "context": context}
     try:  # compile what was not compiled at start-up
         _run_load(llm, Load(0, max(1, context // 4 - 8), 8, 4), deadline)
     except OutOfTimeError as error:
