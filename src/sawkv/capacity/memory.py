@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import lcm
 from typing import Final
@@ -34,6 +36,9 @@ BATCH_DEFAULTS: Final = ((160 * GIB, 16384, 1024), (70 * GIB, 8192, 1024), (0, 2
 
 SMALL_BATCH_CARDS: Final = ("a100", "gb10")
 """Names of cards that get the last of these defaults although they have more than 70 GiB."""
+
+LADDER: Final = ("int8", "int4", "int4v3", "int3", "int3v2", "int2")
+"""Formats of `own_caches`: at equal bytes the one with the lower KL (docs/decisions/0027)."""
 
 CONCURRENT_STEPS: Final = 2
 """Steps in flight with asynchronous scheduling. A sliding window keeps pages for each."""
@@ -99,6 +104,15 @@ class KVCache:
         if self.cache_format is None:
             return heads * 2 * layer.head_dim * self.element_bytes
         return heads * PageLayout(self.cache_format, 1, layer.head_dim, PAGE_SIZE_MULTIPLE).head_bytes
+
+
+def own_caches(shape: ModelShape) -> list[KVCache]:
+    """Caches in sawkv's pages, most bits first, of the formats that fit all layers."""
+    found = []
+    for name in LADDER:
+        with suppress(UnsupportedError):
+            found.append(KVCache.of_format(CacheFormat(name), shape))
+    return found
 
 
 def engine_caches(shape: ModelShape) -> list[KVCache]:
@@ -255,6 +269,25 @@ def make_plan(shape: ModelShape, setting: Setting, cache: KVCache, weight_bytes:
         tokens=int(requests * setting.context),
         requests=requests,
         fits=num_blocks - 1 >= blocks.of_request,  # vLLM keeps one block back
+    )
+
+
+def widest(plans: Sequence[tuple[KVCache, Plan]], tokens: int) -> KVCache:
+    """The first cache that holds so many tokens.
+
+    Args:
+        plans: caches with what fits in each, most bits first, at least one.
+
+    Raises:
+        SawkvError: none does.
+    """
+    for cache, plan in plans:
+        if plan.tokens >= tokens:
+            return cache
+    most = plans[-1][1]
+    raise SawkvError(
+        f"--tokens: expected at most {most.tokens:,}, which {most.format} holds in {most.kv_cache / GIB:.2f} GiB of"
+        f" each card, got {tokens:,}"
     )
 
 

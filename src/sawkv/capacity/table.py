@@ -51,8 +51,29 @@ def table(plans: Sequence[Plan], setting: Setting, hosts: Sequence[HostPlan] = (
         ]
         if hosts[0].computed is not None:
             rows.append((f"{prefix:,} tokens computed", [f"{host.computed or 0:,.2f} s" for host in hosts]))
-    lines = [f"{'':<31}" + "".join(f"{plan.format:>16}" for plan in plans)]
-    return "\n".join([*lines, *(f"{name:<31}" + "".join(f"{cell:>16}" for cell in cells) for name, cells in rows)])
+    rows.insert(0, ("", [plan.format for plan in plans]))
+    # Format names have up to 16 characters.
+    return "\n".join(
+        f"{name:<30}" + "".join(f"{cell:>16}" for cell in cells[:-1]) + f"{cells[-1]:>17}" for name, cells in rows
+    )
+
+
+def curve(ladder: Sequence[Plan], wide: Plan) -> str:
+    """What each format holds: bits of a value with its share of scales, and tokens.
+
+    Args:
+        ladder: plans of sawkv's formats, most bits first.
+        wide: that of 16 bits.
+    """
+    lines = [f"{'--format':<23}{'bits':>8}{'KV cache, tokens':>24}{'ratio':>8}"]
+    for plan in ladder:
+        ratio = f"{plan.tokens / wide.tokens:.2f}x" if wide.tokens else ""
+        lines.append(f"{plan.format:<23}{_bits(plan, wide):>8.2f}{plan.tokens:>24,}{ratio:>8}")
+    return "\n".join(lines)
+
+
+def _bits(plan: Plan, wide: Plan) -> float:
+    return 16 * plan.bytes_per_token / wide.bytes_per_token
 
 
 def assumptions(setting: Setting, shape: ModelShape, weights: Weights) -> list[str]:
@@ -116,10 +137,12 @@ def text(
     assumed: Sequence[str],
     notes: Sequence[str],
     hosts: Sequence[HostPlan] = (),
+    ladder: Sequence[Plan] = (),
 ) -> str:
-    """The table, the assumptions, then notes for the user."""
+    """The table, all formats, the assumptions, then notes for the user."""
     listed = "\n".join(["Assumed:", *(_fill(line, bullet="- ") for line in assumed)])
-    return "\n\n".join([table(plans, setting, hosts), listed, *map(_fill, notes)])
+    more = [curve(ladder, plans[0])] if ladder else []
+    return "\n\n".join([table(plans, setting, hosts), *more, listed, *map(_fill, notes)])
 
 
 def as_json(
@@ -129,6 +152,7 @@ def as_json(
     assumed: Sequence[str],
     notes: Sequence[str],
     hosts: Sequence[HostPlan] = (),
+    ladder: Sequence[Plan] = (),
 ) -> str:
     """The same as JSON. Bytes are of one card."""
     values = {
@@ -139,6 +163,9 @@ def as_json(
         "max_num_batched_tokens": setting.batched_tokens,
         "max_num_seqs": setting.seqs,
         "formats": [asdict(plan) for plan in plans],
+        "curve": [
+            {"format": plan.format, "bits": round(_bits(plan, plans[0]), 4), "tokens": plan.tokens} for plan in ladder
+        ],
         **({"host": [asdict(host) for host in hosts]} if hosts else {}),
         "assumed": list(assumed),
         "notes": list(notes),

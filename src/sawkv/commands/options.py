@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 
@@ -40,7 +41,7 @@ def add_tokens(parser: argparse.ArgumentParser, tokens: int, window: int) -> Non
     )
 
 
-def add_format(parser: argparse.ArgumentParser, what: str) -> None:
+def add_format(parser: argparse._ActionsContainer, what: str) -> None:
     parser.add_argument("--format", default="int4", metavar="NAME", help=f"{what} (default: %(default)s)")
 
 
@@ -90,6 +91,15 @@ def positive(text: str) -> int:
 def count(text: str) -> int:
     """A whole number of at least 0."""
     return _whole(text, 0, "0 or a positive integer")
+
+
+def tokens(text: str) -> int:
+    """A whole number of at least 1, or one such as 500k or 2.5M."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmM]?)", text, re.ASCII)
+    value = 0 if match is None else round(float(match[1]) * {"": 1, "k": 10**3, "m": 10**6}[match[2].lower()])
+    if value < 1 or (match is not None and not match[2] and "." in match[1]):
+        raise argparse.ArgumentTypeError(f"expected a number of tokens such as 500000, 500k or 2M, got {text!r}")
+    return value
 
 
 def _whole(text: str, least: int, expected: str) -> int:

@@ -14,7 +14,14 @@ COMMON_CONTEXT = 16384
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_served_model(parser, ". A directory needs only config.json")
-    options.add_format(parser, "cache format to compare with 16 bits and fp8")
+    either = parser.add_mutually_exclusive_group()
+    options.add_format(either, "cache format to compare with 16 bits and fp8")
+    either.add_argument(
+        "--tokens",
+        type=options.tokens,
+        metavar="COUNT",
+        help="in its place: the format with the most bits that holds so many tokens, such as 2M",
+    )
     parser.add_argument(
         "--gpu-memory", metavar="SIZE", help="memory of one card, for example 80GiB (default: that of the GPU here)"
     )
@@ -78,7 +85,7 @@ def run(args: argparse.Namespace) -> int:
     from sawkv.format.spec import CacheFormat
     from sawkv.integrations.vllm import refusals
 
-    cache_format = CacheFormat.parse(args.format)
+    asked = CacheFormat.parse(args.format)
     gpu_memory, gpu_name = memory.card(args.gpu_memory)
     setting = memory.Setting(
         gpu_memory,
@@ -97,12 +104,12 @@ def run(args: argparse.Namespace) -> int:
             f"plan: expected a checkpoint directory with a config.json, or a model of the hub, got {args.model}"
         )
     shape = read_shape(checkpoint.config, args.language_model_only)
-    caches = [*memory.engine_caches(shape), memory.KVCache.of_format(cache_format, shape)]
+    chosen = memory.KVCache.of_format(asked, shape)
     if weight_bytes is None:
         weights = weights_of(checkpoint, shape, args.language_model_only)
     else:
         weights = Weights(weight_bytes, "as given")
-    notes = refusals.of_format(cache_format, on_gpu=True)
+    notes = []
     if shape.max_context is not None and setting.context > shape.max_context:
         if args.context is not None:
             notes.append(
@@ -110,7 +117,25 @@ def run(args: argparse.Namespace) -> int:
                 " planned with these."
             )
         setting = replace(setting, context=shape.max_context)
-    plans = [memory.make_plan(shape, setting, cache, weights.nbytes) for cache in caches]
+
+    def planned(cache: memory.KVCache) -> memory.Plan:
+        return memory.make_plan(shape, setting, cache, weights.nbytes)
+
+    own = [(cache, planned(cache)) for cache in memory.own_caches(shape)]
+    if args.tokens is not None:
+        chosen = memory.widest(own, args.tokens)
+        notes.append(
+            f"{chosen.name} has the most bits of the formats that hold {args.tokens:,} tokens: sawkv serve {args.model}"
+            f" --format {chosen.cache_format}"
+        )
+        if chosen.cache_format is not None and chosen.cache_format.codec not in ("int8", "int4"):
+            notes.append(
+                f"What it costs: sawkv eval {args.model} --text FILE --formats"
+                f" prepared,prepared_{chosen.cache_format.codec}"
+            )
+    caches = [*memory.engine_caches(shape), chosen]
+    notes += refusals.of_format(chosen.cache_format or asked, on_gpu=True)
+    plans = [planned(cache) for cache in caches]
     for cache, plan in zip(caches, plans, strict=True):
         if not plan.fits:
             notes.append(table.shortage(plan, setting, memory.longest_context(shape, setting, cache, weights.nbytes)))
@@ -124,9 +149,10 @@ def run(args: argparse.Namespace) -> int:
         assumed.append(table.link_assumption())
     elif args.prefill_speed is not None:
         raise SawkvError("--prefill-speed: expected --host-memory beside it")
+    ladder = [plan for _, plan in own]
     print(
-        table.as_json(args.model, plans, setting, assumed, notes, hosts)
+        table.as_json(args.model, plans, setting, assumed, notes, hosts, ladder)
         if args.json
-        else table.text(plans, setting, assumed, notes, hosts)
+        else table.text(plans, setting, assumed, notes, hosts, ladder)
     )
     return 0 if any(plan.fits for plan in plans) else 1
