@@ -19,26 +19,27 @@ from tools import fetch_model
 NOTICE = "sawkv: KV cache format int4-k64-v64, 72 bytes per token, KV head and layer (16 bits: 256), cpu kernels"
 
 
-def outcome(name: str, kv_tokens: int, loss: float, tokens: list[int], notice: str = "") -> Outcome:
+def outcome(name: str, kv_tokens: int, losses: list[float], tokens: list[int], notice: str = "") -> Outcome:
     text = "It is known for its tower.\x1b[2J\n" + "a very long line " * 20
     answers = [Answer([1, 2], tokens, text) for _ in demo.QUESTIONS]
-    return Outcome(name, notice, kv_tokens, answers, [loss] * 100, [True] * 7 + [False], 2.5)
+    return Outcome(name, notice, kv_tokens, answers, losses, [True] * 7 + [False], 2.5)
 
 
 def test_the_report_fits_a_terminal_and_explains_the_texts() -> None:
-    wide, narrow = outcome("16 bits", 5760, 2.0, [3, 4, 5, 6]), outcome("INT4", 20480, 2.02, [3, 4, 9], NOTICE)
+    wide = outcome("16 bits", 5760, [1.0, 3.0] * 50, [3, 4, 5, 6])
+    narrow = outcome("INT4", 20480, [0.92, 3.12] * 50, [3, 4, 9], NOTICE)
     lines = demo.report(wide, narrow, [1, 4, 0], 128 << 20, "DIRECTORY", on_gpu=False)
     text = "\n".join(lines)
     assert max(map(len, lines)) <= 80
     assert "\x1b" not in text
     flat = " ".join(text.split())
     assert "tokens that the KV cache holds 5,760 20,480 3.56x" in flat
-    assert "perplexity of a page of text 7.39 7.54 +2.0%" in flat
+    assert "perplexity of a page of text 7.39 7.54 +2.0% ± 2.0%" in flat
     assert "7 of 8 7 of 8" in flat
     assert "INT4 parts from 16 bits after this many tokens: 2, 2, 2." in flat
     assert "parts from vLLM's 16 bits after 1, not at all, 0." in flat
     assert lines[-1] == "Next: sawkv serve DIRECTORY"
-    assert "perplexity +2.0%. On a CPU, 4 bits save memory and no time" in flat
+    assert "perplexity +2.0% ± 2.0%. On a CPU, 4 bits save memory and no time" in flat
     on_gpu = " ".join(demo.report(wide, narrow, None, 128 << 20, "DIRECTORY", on_gpu=True))
     assert "Transformers" not in on_gpu
     assert "On a CPU" not in on_gpu

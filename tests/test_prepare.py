@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from sawkv.errors import UnsupportedError
 from sawkv.format.constants import BUCKET_SIZE
 from sawkv.format.feedback import cost_with_feedback, fit_feedback
 from sawkv.format.rotation import hadamard_matrix, rotate
 from sawkv.format.spec import CacheFormat
+from sawkv.prepare import linear
 from sawkv.prepare.calibration import Calibration
 from sawkv.prepare.corpus import preparation_positions, preparation_text, preparation_windows, random_windows
 from sawkv.prepare.fit import fit
@@ -313,3 +316,33 @@ def test_positions_are_spread_over_the_context_but_for_the_first_tokens() -> Non
     for short in (512, 100):
         assert preparation_positions(3, 512, short).tolist() == [list(range(512))] * 3
     assert preparation_positions(1, 512, 4096).tolist() == [list(range(512))]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_linear_layers_multiply_in_fp32_where_a_cpu_has_no_16_bit_products(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = torch.nn.Linear(200, 30).to(dtype).requires_grad_(False)
+    x = torch.randn(3, linear.LEAST_ROWS, 200).to(dtype)
+    exact = torch.nn.functional.linear(x.double(), layer.weight.double(), layer.bias.double())
+    seen: list[torch.dtype] = []
+    multiply = torch.nn.functional.linear
+
+    class Spy(TorchFunctionMode):
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is multiply:
+                seen.append(args[0].dtype)
+            return func(*args, **(kwargs or {}))
+
+    for products in (False, True):
+        monkeypatch.setattr(linear, "_multiplies", lambda dtype, products=products: products)
+        with torch.no_grad(), Spy(), linear.LinearInFp32():
+            found, of_named = layer(x), torch.nn.functional.linear(x, weight=layer.weight, bias=None)
+            few, none = layer(x[0, 1:]), torch.nn.functional.linear(x, layer.weight)
+        assert {found.dtype, of_named.dtype, few.dtype, none.dtype} == {dtype}
+        assert torch.equal(of_named, none)
+        if not products:
+            assert torch.equal(found, multiply(x.float(), layer.weight.float(), layer.bias.float()).to(dtype))
+        assert relative_error(found, exact) < 0.01
+    wide = torch.float32
+    assert seen == [wide, wide, dtype, wide, *[dtype] * 4], "few rows, and CPUs with products, are left alone"

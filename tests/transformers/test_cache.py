@@ -25,6 +25,7 @@ from sawkv.format.constants import BUCKET_SIZE
 from sawkv.format.feedback import takes_from
 from sawkv.integrations.transformers import SawCache
 from sawkv.integrations.transformers.pages import CROP_MARGIN
+from sawkv.integrations.transformers.prepare import warn_once
 from sawkv.prepare.calibration import Calibration, LayerCalibration, model_id
 from tests.transformers.models import SMALL, make_model, plain_attention, using
 
@@ -357,6 +358,28 @@ def test_centers_of_buckets_change_no_logit(kind: str, attention: str, monkeypat
 
         monkeypatch.setattr(ops, "append", misplaced)
         assert not check([length]), "the control: one token stands in the wrong bucket"
+
+
+def test_tokens_behind_the_last_center_are_said_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = make_model("llama", "sawkv", max_position_embeddings=4 * BUCKET_SIZE)
+    ids, shape = torch.randint(1, 99, (1, 2 * BUCKET_SIZE)), (4, 2, model.config.head_dim)
+    made = Calibration(
+        CacheFormat.parse(LOSSLESS), model_id(model.config), torch.randn(4, 2, *shape[1:]), torch.randn(shape)
+    )
+
+    def said() -> int:
+        return sum(f"centers for {2 * BUCKET_SIZE} positions, and" in message for message in caplog.messages)
+
+    warn_once.cache_clear()
+    cache = SawCache(model.config, LOSSLESS, calibration=made)
+    with torch.no_grad():
+        for new, times in ((ids, 0), (ids[:, :1], 1), (ids[:, :1], 1)):
+            model(new, **using(cache))
+            assert said() == times
+        for max_cache_len, times in ((2 * BUCKET_SIZE, 1), (2 * BUCKET_SIZE + 1, 2)):  # steps may be compiled
+            warn_once.cache_clear()
+            model(ids[:, :4], **using(SawCache(model.config, LOSSLESS, calibration=made, max_cache_len=max_cache_len)))
+            assert said() == times
 
 
 @pytest.mark.parametrize("offload", [False, True])

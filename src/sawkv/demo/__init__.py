@@ -12,6 +12,7 @@ The page (`page.txt`) is from Isaac Newton's Opticks, 1704, in the public domain
 from __future__ import annotations
 
 import math
+import os
 import random
 import shutil
 import statistics
@@ -19,7 +20,7 @@ import sys
 import tempfile
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.resources import files
@@ -48,7 +49,11 @@ KEY_TOKENS: Final = 8
 WINDOW: Final = 512
 """Tokens of the page per window. Each window is read from an empty cache."""
 REQUESTS: Final = 8
+REQUEST_CHARACTERS: Final = 100
+"""Of the page, in the prompt of a request."""
 REQUEST_TOKENS: Final = 32
+BOTH_CORES: Final = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_WAIT_POLICY": "passive"}
+"""Environment of both servers on a CPU. vLLM itself leaves one core to its front end, which is half of two."""
 LEAST_SHARE: Final = 0.95
 """Smallest share of the tokens promised by the format that vLLM's cache must hold."""
 
@@ -129,7 +134,7 @@ def run_demo(
     outcomes = []
     for number, (name, command) in enumerate(commands.items(), 1):
         print(f"[{number}/{len(commands)}] vLLM with its KV cache in {name}", flush=True)
-        outcomes.append(_measure(name, command, max_tokens))
+        outcomes.append(_measure(name, command, max_tokens, None if on_gpu else BOTH_CORES | os.environ))
     wide, narrow = outcomes
     if not narrow.notice:  # vLLM continues without a plugin that it cannot load
         raise UnsupportedError(
@@ -149,7 +154,7 @@ def bytes_per_token(notice: str) -> tuple[int, int]:
     return narrow, wide
 
 
-def _measure(name: str, command: Sequence[str], max_tokens: int) -> Outcome:
+def _measure(name: str, command: Sequence[str], max_tokens: int, env: Mapping[str, str] | None) -> Outcome:
     start = time.monotonic()
 
     def say(stage: str) -> None:
@@ -158,7 +163,7 @@ def _measure(name: str, command: Sequence[str], max_tokens: int) -> Outcome:
     page = (files("sawkv") / "demo" / "page.txt").read_text(encoding="utf-8")
     with (
         tempfile.TemporaryDirectory(prefix="sawkv-demo-") as folder,
-        serving(command, Path(folder, "log"), say=say) as client,
+        serving(command, Path(folder, "log"), env=env, say=say) as client,
     ):
         say("it answers; asking questions")
         answers = [_ask(client, question, max_tokens) for question in QUESTIONS]
@@ -172,7 +177,9 @@ def _measure(name: str, command: Sequence[str], max_tokens: int) -> Outcome:
         with ThreadPoolExecutor(REQUESTS) as pool:
             list(
                 pool.map(
-                    lambda i: client.complete(page[200 * i :][:400], max_tokens=REQUEST_TOKENS, ignore_eos=True),
+                    lambda i: client.complete(
+                        page[200 * i :][:REQUEST_CHARACTERS], max_tokens=REQUEST_TOKENS, ignore_eos=True
+                    ),
                     range(REQUESTS),
                 )
             )
@@ -216,6 +223,8 @@ def forks(model: str, answers: Sequence[Answer]) -> list[int] | None:
     from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
+    from sawkv.prepare.linear import LinearInFp32
+
     disable_progress_bar()  # type: ignore[no-untyped-call]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -223,7 +232,7 @@ def forks(model: str, answers: Sequence[Answer]) -> list[int] | None:
     except (OSError, ValueError, ImportError, RuntimeError):  # RuntimeError: out of memory
         return None
     found = []
-    with torch.inference_mode():
+    with torch.inference_mode(), LinearInFp32():
         for answer in answers:
             logits = loaded(torch.tensor([answer.prompt + answer.tokens], device=device)).logits[
                 0, len(answer.prompt) - 1 : -1
@@ -248,6 +257,7 @@ def report(
             lines += _beside(outcome.name, answer.text)
     memory = [kv_cache_memory / outcome.kv_tokens for outcome in (wide, narrow)]
     ppl = [math.exp(statistics.fmean(outcome.losses)) for outcome in (wide, narrow)]
+    change = _change(wide.losses, narrow.losses)
     keys = [f"{sum(outcome.recalled)} of {len(outcome.recalled)}" for outcome in (wide, narrow)]
     rates = [outcome.requests_per_second for outcome in (wide, narrow)]
     rows = [
@@ -259,7 +269,7 @@ def report(
             f"{narrow.kv_tokens / wide.kv_tokens:.2f}x",
         ),
         ("memory per token, bytes", f"{memory[0]:,.0f}", f"{memory[1]:,.0f}", f"1/{memory[0] / memory[1]:.2f}"),
-        ("perplexity of a page of text", f"{ppl[0]:.2f}", f"{ppl[1]:.2f}", f"{ppl[1] / ppl[0] - 1:+.1%}"),
+        ("perplexity of a page of text", f"{ppl[0]:.2f}", f"{ppl[1]:.2f}", change),
         ("pass-keys recalled from the page", *keys, ""),
         (
             f"requests per second, {REQUESTS} at once",
@@ -268,15 +278,22 @@ def report(
             f"{rates[1] / rates[0]:.2f}x",
         ),
     ]
-    lines += ["", *(f"{name:<36}{left:>14}{right:>14}{ratio:>12}" for name, left, right, ratio in rows), ""]
+    lines += ["", *(f"{name:<36}{left:>14}{right:>14}{ratio:>16}" for name, left, right, ratio in rows), ""]
     lines += _paragraph(about_texts(wide, narrow, control))
     lines += ["", *_paragraph(f"In sawkv's words: {narrow.notice.removeprefix('sawkv: ')}.")]
-    ratio, change = narrow.kv_tokens / wide.kv_tokens, ppl[1] / ppl[0] - 1
-    short = f"In short: {ratio:.2f} times the tokens in the same memory, perplexity {change:+.1%}."
+    ratio = narrow.kv_tokens / wide.kv_tokens
+    short = f"In short: {ratio:.2f} times the tokens in the same memory, perplexity {change}."
     if not on_gpu:
         short += " On a CPU, 4 bits save memory and no time; docs/performance.md has the speed of GPUs."
     lines += ["", *_paragraph(short)]
     return [*lines, f"Next: sawkv serve {model}"]
+
+
+def _change(wide: Sequence[float], narrow: Sequence[float]) -> str:
+    """The change of perplexity, with half of its 95 % interval over tokens."""
+    changes = [after - before for before, after in zip(wide, narrow, strict=True)]
+    error = 1.96 * statistics.stdev(changes) / math.sqrt(len(changes))
+    return f"{math.expm1(statistics.fmean(changes)):+.1%} ± {error:.1%}"
 
 
 def about_texts(wide: Outcome, narrow: Outcome, control: list[int] | None) -> str:

@@ -17,6 +17,7 @@ from transformers.cache_utils import CacheLayerMixin
 from sawkv import ops
 from sawkv.cache import PagedKVCache
 from sawkv.errors import LayoutError, UnsupportedError
+from sawkv.format.constants import BUCKET_SIZE
 from sawkv.format.layout import PageLayout
 from sawkv.format.spec import CacheFormat
 from sawkv.integrations.transformers.models import NAME
@@ -26,6 +27,7 @@ from sawkv.integrations.transformers.prepare import Preparation, warn_once
 from sawkv.integrations.transformers.states import check_states
 from sawkv.kernels import select_backend
 from sawkv.prepare.calibration import Calibration, LayerCalibration, model_id
+from sawkv.prepare.turning import buckets_in
 
 PAGE_SIZE = 16
 
@@ -227,6 +229,7 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
             if self.is_first:
                 self.paging.begin(num_new, num_q_heads, mask)
             passes.begin(self.index, num_new)
+        self._check_centers(self.paging.length)
         self._dtypes = key_states.dtype, value_states.dtype
 
     @torch.inference_mode(False)
@@ -246,6 +249,16 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         if self.pages is not None:
             self.pages = PagedKVCache(self.pages.pages, layout, **self._calibration.constants())
         self._is_calibrated = True
+        self._check_centers(self._settings.max_len or 0)  # compiled steps do not know their length
+
+    def _check_centers(self, length: int) -> None:
+        """Warn if a sequence of `length` tokens has later positions than K has centers."""
+        center = self._calibration.k_center
+        if center is not None and 1 < len(center) < buckets_in(length):
+            warn_once(
+                f"sawkv: K has centers for {len(center) * BUCKET_SIZE} positions, and a sequence has more. Later tokens"
+                " take the last center, and lose accuracy. `sawkv prepare --context` makes centers for more."
+            )
 
     def enter_compiled(
         self, key_states: torch.Tensor, value_states: torch.Tensor, num_q_heads: int, mask: torch.Tensor | None

@@ -32,6 +32,7 @@ from sawkv.prepare import corpus
 from sawkv.prepare.calibration import LayerCalibration
 from sawkv.prepare.corpus import LONGEST_CONTEXT, NUM_WINDOWS, WINDOW
 from sawkv.prepare.fit import fit
+from sawkv.prepare.linear import LinearInFp32
 from sawkv.prepare.model import kv_sources, output_weight
 from sawkv.prepare.statistics import LayerStatistics
 from sawkv.prepare.turning import bucketed_context
@@ -178,7 +179,7 @@ def measure(
     accepted = inspect.signature(trunk.forward).parameters
     context = bucketed_context(decoder, context)
     recorder = _Recorder(layer_windows(decoder), kv_sources(decoder), context)
-    with _left_as_it_was(trunk), torch.compiler.set_stance("force_eager"):
+    with _left_as_it_was(trunk), torch.compiler.set_stance("force_eager"), LinearInFp32():
         _running.recorder = recorder
         try:
             for each in corpus.passes(windows.cpu(), positions.cpu(), context):

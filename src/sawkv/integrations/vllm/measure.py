@@ -8,6 +8,7 @@ prefix.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ from sawkv.integrations.vllm.exact import attend_exactly
 from sawkv.integrations.vllm.prepare import served_context
 from sawkv.prepare.calibration import Calibration, LayerCalibration, model_id
 from sawkv.prepare.fit import fit
+from sawkv.prepare.linear import LinearInFp32
 from sawkv.prepare.statistics import LayerStatistics
 
 if TYPE_CHECKING:
@@ -122,10 +124,14 @@ class MeasuredModel:
     Attributes:
         shifts: [window] int64 on the device, added to the position of each token of a prompt.
         calls: number of calls of the model.
+
+    Args:
+        is_eager: whether the model runs without `torch.compile`.
     """
 
-    def __init__(self, model: Any, device: torch.device) -> None:
+    def __init__(self, model: Any, device: torch.device, *, is_eager: bool = False) -> None:
         self.model, self.calls = model, 0
+        self._linear = LinearInFp32 if is_eager else contextlib.nullcontext
         self.shifts = torch.zeros(1, dtype=torch.int64, device=device)
 
     def __call__(self, *args: Any, positions: torch.Tensor, **kwargs: Any) -> Any:
@@ -133,7 +139,8 @@ class MeasuredModel:
         shifts = self.shifts[positions.clamp(0, len(self.shifts) - 1)]
         positions += shifts
         try:
-            return self.model(*args, positions=positions, **kwargs)
+            with self._linear():
+                return self.model(*args, positions=positions, **kwargs)
         finally:
             positions -= shifts
 
@@ -196,7 +203,8 @@ def begin(worker: Any) -> None:
         if (target := layer.impl.kv_sharing_target_layer_name) is not None:
             source = layers[target].impl.measurement
             layer.impl.measurement = LayerMeasurement(source.statistics, source)
-    runner.model = MeasuredModel(runner.model, worker.device)
+    is_eager = bool(worker.vllm_config.model_config.enforce_eager)
+    runner.model = MeasuredModel(runner.model, worker.device, is_eager=is_eager)
 
 
 def place(worker: Any, positions: torch.Tensor, is_probe: bool) -> None:
