@@ -1,7 +1,7 @@
-"""The tables of real checkpoints in docs/accuracy.md, from the records of `benchmarks.fidelity`, and limits on these
-figures.
+"""The tables of real checkpoints in docs/accuracy.md and its picture, from the records of `benchmarks.fidelity`, and
+limits on these figures.
 
-    python -m benchmarks.fidelity_tables --write docs/accuracy.md     # the tables
+    python -m benchmarks.fidelity_tables --write docs/accuracy.md     # the tables, and docs/kl.svg
     python -m benchmarks.fidelity_tables --check                      # one line per limit; exit status: failures
 """
 
@@ -16,7 +16,9 @@ from typing import Any, Final
 import torch
 
 from benchmarks.fidelity import RESULTS, interval
+from sawkv.page import svg
 
+PICTURE: Final = "kl.svg"
 BEGIN, END = "<!-- real checkpoints -->", "<!-- end of real checkpoints -->"
 SERVED, PEER, FP8, LAB = "served", "vllm_int4_per_token_head", "fp8", "prepared"
 NAMES: Final = {
@@ -35,6 +37,8 @@ DECAY: Final = 1.5
 """KL over that of fp8 at any position of a long window, over the same quotient at its first positions."""
 MISSED: Final = 0.05
 """Share of answers that 16 bits give and what is served may not."""
+LEAST_BITS, MOST_BITS = 2, 9
+"""Ends of the picture's axis."""
 Record = dict[str, Any]
 
 
@@ -63,6 +67,7 @@ def main() -> int:
     if not mark or not end_mark:
         raise SystemExit(f"{args.write}: expected the marks {BEGIN} and {END}")
     args.write.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
+    args.write.with_name(PICTURE).write_text(svg.standalone(curves(records)))
     return 0
 
 
@@ -70,9 +75,60 @@ def read(file: Path) -> list[Record]:
     return [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
 
 
+def curves(records: Sequence[Record]) -> str:
+    """KL over bits: for each model a line through sawkv's formats, and a dotted one through vLLM's own."""
+    lines = []
+    for number, (model, found) in enumerate(comparable(records).items()):
+        for name, own in (("sawkv", True), ("vLLM", False)):
+            points = sorted((r["bits"] - LEAST_BITS, r["mean_kl"]) for r in found if ours(r["method"]) == own)
+            label = f"{model.removesuffix('-Instruct')}, {name}"
+            lines.append(svg.Line(label, points, dotted=not own, colour=number))
+    return svg.line_chart(
+        lines,
+        x_labels=[str(bits) for bits in range(LEAST_BITS, MOST_BITS + 1)],
+        x_title="bits of a value of K or V, with its share of scales",
+        y_title="mean KL from 16 bits",
+        title="What fewer bits cost",
+    )
+
+
+def caption(records: Sequence[Record]) -> str:
+    """The picture, and where its points were measured."""
+    places = [
+        f"{model} {'through a server' if found[0]['through'] == 'server' else 'in the lab'}, {found[0]['tokens']:,}"
+        f" predictions, {found[0]['device']}"
+        for model, found in comparable(records).items()
+    ]
+    return (
+        f"![KL from 16 bits over bits, by model]({PICTURE})\n\n"
+        f"Formats of sawkv as they are served, and vLLM's own INT4 and fp8; prose. {'; '.join(places)}."
+    )
+
+
+def comparable(records: Sequence[Record]) -> dict[str, list[Record]]:
+    """For each model, formats of sawkv and vLLM's own caches that were measured in one place, on the same
+    windows of prose: of its places the one with the most caches, through a server before others.
+    """
+    places: dict[str, dict[tuple[Any, ...], list[Record]]] = {}
+    for r in records:
+        if r["text"] == "prose" and r["bits"] is not None and (ours(r["method"]) or r["method"] in (FP8, PEER)):
+            place = r["through"], r["device"], r.get("window"), r["tokens"]
+            places.setdefault(r["model"], {}).setdefault(place, []).append(r)
+
+    def fullness(found: Sequence[Record]) -> tuple[int, bool]:
+        return len({r["method"] for r in found}), found[0]["through"] == "server"
+
+    return {model: max(of_model.values(), key=fullness) for model, of_model in places.items()}
+
+
+def ours(method: str) -> bool:
+    """Whether a method is a format of sawkv as it is served: prepared, below 8 bits."""
+    return method in (SERVED, LAB, "int8") or method.startswith(f"{LAB}_")
+
+
 def tables(records: Sequence[Record], recall: Sequence[Record]) -> str:
-    """One for each model and text, of what was asked through a server; then recall."""
-    parts = []
+    """The picture; a table for each model and text, of what was asked through a server; then recall."""
+    parts = [caption(records)]
     records = [record for record in records if record["through"] == "server"]
     for key in dict.fromkeys((r["model"], r["text"], r["window"], r["device"]) for r in records):
         rows = [r for r in records if (r["model"], r["text"], r["window"], r["device"]) == key]
@@ -153,7 +209,7 @@ def checks(records: Sequence[Record]) -> Iterator[tuple[bool, str]]:
     for r in records:
         if (r["method"], r["through"]) != (SERVED, "server"):
             continue
-        alike = [o for o in records if all(o.get(key) == r[key] for key in ("model", "text", "window"))]
+        alike = [o for o in records if all(o.get(key) == r[key] for key in ("model", "text", "window", "tokens"))]
         fp8 = NEAR_FP8 if "qwen2.5" in r["model"].lower() else NEAR_FP8_OTHERS
         for method, through, limit in ((LAB, "lab", NEAR_LAB), (PEER, "server", NEAR_PEER), (FP8, "server", fp8)):
             for other in alike:

@@ -11,6 +11,7 @@ import pytest
 
 from benchmarks import accuracy_tables, docs_tables, fidelity_tables
 from benchmarks.plots import RESULTS, read_records
+from sawkv.page import svg
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", "docs/lab/methods.md", *(f"docs/{page.name}" for page in sorted((ROOT / "docs").glob("*.md")))]
@@ -52,7 +53,9 @@ def test_accuracy_tables_are_those_of_the_records() -> None:
     page = (ROOT / "docs/accuracy.md").read_text()
     methods = (ROOT / "docs/lab/methods.md").read_text()
     recall = fidelity_tables.read(RESULTS / "real_recall.jsonl")
-    assert fidelity_tables.tables(fidelity_tables.read(RESULTS / "real_models.jsonl"), recall) in page
+    real = fidelity_tables.read(RESULTS / "real_models.jsonl")
+    assert fidelity_tables.tables(real, recall) in page
+    assert (ROOT / "docs" / fidelity_tables.PICTURE).read_text() == svg.standalone(fidelity_tables.curves(real))
     records = read_records(RESULTS / "accuracy.jsonl")
     cells = sorted(
         {(r["model"], r["stress"]) for r in records}, key=lambda c: (accuracy_tables.MODELS.index(c[0]), c[1])
@@ -93,3 +96,22 @@ def test_claims_of_the_accuracy_page_follow_from_the_records() -> None:
     ours = [r for (_, _, method), r in served.items() if method == "served"]
     assert len(ours) == 6
     assert all(r["ppl"] <= 1.03 * r["ppl_16bit"] for r in ours)
+
+
+def test_accuracy_is_compared_within_one_place_and_sample_only() -> None:
+    """The picture takes the place with the most caches. Limits leave out records of other windows."""
+    shared = {"model": "M-Instruct", "text": "prose", "window": 512, "bits": 4.5, "mean_kl": 0.5, "ppl": 1.0}
+    served = {
+        **shared,
+        **{"method": "served", "through": "server", "device": "G", "tokens": 1022, "kl_by_window": [0.4, 0.6]},
+        **{"ppl_16bit": 1.0, "ppl_ratio_ci95": [1.0, 1.0]},
+    }
+    small = {**shared, "through": "lab", "device": "C", "tokens": 511, "kl_by_window": [0.1]}
+    records = [served, *({**small, "method": name} for name in ("prepared", "fp8"))]
+    assert fidelity_tables.comparable(records) == {"M-Instruct": records[1:]}
+    drawing = fidelity_tables.curves([*records, {**small, "method": "unprepared", "bits": 4.0, "mean_kl": 0.123}])
+    assert all(f">M, {name}<" in drawing for name in ("sawkv", "vLLM")), "a line of each"
+    assert "0.123" not in drawing
+    assert [what for _, what in fidelity_tables.checks(records) if "KL" in what] == []
+    alike = {**small, "method": "prepared", "tokens": 1022, "kl_by_window": [0.4, 0.6]}
+    assert [passed for passed, what in fidelity_tables.checks([served, alike]) if "KL" in what] == [True]
