@@ -24,6 +24,7 @@ from sawkv.errors import SawkvError
 from sawkv.format.spec import CacheFormat
 from sawkv.integrations.vllm.client import check_layers
 from sawkv.integrations.vllm.config import WORKER_EXTENSION, engine_options
+from sawkv.integrations.vllm.preflight import environment
 from sawkv.integrations.vllm.server import STOP_TIMEOUT, running
 
 if TYPE_CHECKING:
@@ -163,7 +164,7 @@ def run_apart(module: str, name: str, words: Sequence[object], log: Path, patien
     print(f"{name}: starting vLLM, log in {log}", flush=True)
     with (
         log.open("w", buffering=1) as sink,
-        running(command, STOP_TIMEOUT, env=os.environ | QUICK_START, **pipes) as engine,
+        running(command, STOP_TIMEOUT, env=environment() | QUICK_START, **pipes) as engine,
     ):
         assert engine.stdout is not None
         timer = threading.Timer(patience, os.killpg, (engine.pid, signal.SIGKILL))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,13 @@ def test_the_shipped_model_is_whole() -> None:
 )
 def test_head_dims(config: dict[str, Any], expected: list[int]) -> None:
     assert head_dims(config) == expected
+
+
+def test_numbers_that_json_lacks(tmp_path: Path) -> None:
+    """As Transformers writes them, in the config.json of Mamba 2."""
+    file = tmp_path / "config.json"
+    file.write_text('{"a": [0.0, {"__float__": "Infinity"}], "b": {"c": {"__float__": -Infinity}}}')
+    assert parse_config(file) == {"a": [0.0, math.inf], "b": {"c": -math.inf}}
 
 
 def test_the_language_model_of_a_vision_model() -> None:

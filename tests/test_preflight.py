@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from sawkv import CacheFormat, SawkvError, cli
+from sawkv.integrations.vllm import client, greeting, preflight, refusals, server
 from sawkv.integrations.vllm import config as settings
-from sawkv.integrations.vllm import greeting, preflight, refusals, server
 from sawkv.integrations.vllm import options as options_of_vllm
 from sawkv.integrations.vllm.options import Options
 from sawkv.prepare.calibration import Calibration
@@ -42,7 +42,8 @@ def started(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
 
     def start(command: list[str], **options: Any) -> Any:
         found.append((command, options["env"]))
-        return SimpleNamespace(poll=lambda: 0, wait=lambda *_: 0, terminate=lambda: None, pid=1 << 30)  # no process
+        process = {"poll": lambda: 0, "wait": lambda *_: 0, "terminate": lambda: None, "returncode": 0}
+        return SimpleNamespace(pid=1 << 30, **process)  # no such process
 
     monkeypatch.setattr(server, "subprocess", SimpleNamespace(Popen=start))
     find = importlib.util.find_spec
@@ -181,6 +182,7 @@ def test_formats_below_4_bits_need_a_cpu_and_a_vllm_that_asks_for_sizes(monkeypa
         ({"kv_lora_rank": 512, "head_dim": 64}, "MLA (multi-head latent attention)"),
         ({"text_config": {"attention_chunk_size": 8192, "head_dim": 128}}, "attention in chunks"),
         ({"is_encoder_decoder": True}, "cross attention (is_encoder_decoder)"),
+        ({"model_type": "bert", "architectures": ["BertModel"]}, "the attention of an encoder"),
         ({"alibi": True}, "ALiBi"),
         ({"model_type": "bloom"}, "ALiBi"),
         ({"attn_config": {"alibi": True}}, "ALiBi"),
@@ -215,6 +217,8 @@ def test_a_cache_that_the_checkpoint_asks_for(
         ({}, []),
         ({"model_type": "gemma3", "vision_config": {}}, ["--language-model-only"]),
         ({"model_type": "gemma3_text"}, []),
+        ({"model_type": "gpt_neox", "is_decoder": False}, []),
+        ({"model_type": "bert", "is_decoder": True}, []),
         ({"head_dim": 72}, ["--format", "bf16-k0-v0"]),
         ({"kv_lora_rank": 256, "model_type": "minicpm3"}, []),
         ({}, ["--kv-cache-dtype", "int4_per_token_head"]),
@@ -365,8 +369,9 @@ def test_layers_with_vllms_own_cache_do_not_make_our_pages_small(words: list[str
     ],
 )
 def test_vllm_may_load_the_plugin(
-    allowed: str | None, expected: str | None, started: list[Any], monkeypatch: pytest.MonkeyPatch
+    allowed: str | None, expected: str | None, started: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In `sawkv serve`, and in what `sawkv demo` serves."""
     monkeypatch.delenv("VLLM_PLUGINS", raising=False)
     if allowed is not None:
         monkeypatch.setenv("VLLM_PLUGINS", allowed)
@@ -374,6 +379,9 @@ def test_vllm_may_load_the_plugin(
     command, environment = started[0]
     assert environment.get("VLLM_PLUGINS") == expected
     assert command[command.index("--worker-extension-cls") + 1] == "sawkv.integrations.vllm.worker.Extension"
+    with pytest.raises(SawkvError, match="vLLM ended"), client.serving(["vllm"], tmp_path / "log"):
+        pass
+    assert started[1][1].get("VLLM_PLUGINS") == expected
 
 
 def test_an_environment_without_vllm_or_without_the_plugin_is_named(

@@ -117,12 +117,17 @@ def parse_config(file: Path) -> dict[str, Any]:
 
 def _parse(content: bytes, name: str) -> dict[str, Any]:
     try:
-        config = json.loads(content)
-    except (ValueError, RecursionError) as error:  # not JSON, or not UTF-8
+        config = json.loads(content, object_hook=_number)
+    except (ValueError, TypeError, RecursionError) as error:  # not JSON, or not UTF-8
         raise SawkvError(f"expected JSON in {name}, got: {reason(error)}") from error
     if not isinstance(config, dict):
         raise SawkvError(f"expected a JSON object in {name}, got {type(config).__name__}")
     return config
+
+
+def _number(found: dict[str, Any]) -> Any:
+    """JSON has no infinity: Transformers writes {"__float__": "Infinity"} (Mamba 2)."""
+    return float(found["__float__"]) if found.keys() == {"__float__"} else found
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -131,6 +136,17 @@ def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
         if isinstance(config.get(name), dict):
             return text_config(config[name])
     return config
+
+
+def is_encoder(text: Mapping[str, Any]) -> bool:
+    """Whether a language model attends in both directions: Transformers has its `model_type` for masked words, and its
+    configuration does not make it a decoder. The key `is_decoder` alone says nothing: GPT-NeoX has it false.
+    """
+    try:
+        from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    except ImportError:
+        return False
+    return text.get("model_type") in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not text.get("is_decoder")
 
 
 def head_dims(config: Mapping[str, Any]) -> list[int]:

@@ -75,6 +75,7 @@ def test_bytes_of_a_state() -> None:
     [
         (CONFIGS["phi-3-mini-4k"], 4096),
         (CONFIGS["gpt2"], 1024),
+        ({"model_type": "gpt_neox", "is_decoder": False, "hidden_size": 512, "num_attention_heads": 8}, 2048),
         (CONFIGS["gemma-3-27b"], 131072),  # by its class, and not times the factor of 8 that its RoPE has
         (
             CONFIGS["llama-3.1-8b"]
@@ -114,6 +115,7 @@ MLA = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_
             "layers of indexed_attention",
         ),
         ({"architectures": ["BertForMaskedLM"], "model_type": "bert"}, "encoder_only"),
+        ({"model_type": "roberta", "is_decoder": False}, "encoder_only"),
         ({"model_type": "modernbert"}, "encoder_only"),
         ({"model_type": "vit"}, "encoder_only"),
         ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "encoder_only"),

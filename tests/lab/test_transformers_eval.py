@@ -258,6 +258,9 @@ def test_only_powers_of_two_are_exact() -> None:
 
 
 def test_unfit_models_are_refused(tmp_path: Path) -> None:
+    config = AutoConfig.for_model("bert", vocab_size=99, hidden_size=32, intermediate_size=32, num_attention_heads=2)
+    with pytest.raises(UnsupportedError, match="expected a model with causal attention, got BertLMHeadModel, whose"):
+        EvalModel(AutoModelForCausalLM.from_config(config))
     with pytest.raises(SawkvError, match="checkpoint directory"):
         EvalModel.load(tmp_path, "cpu", torch.float32)
     (tmp_path / "config.json").write_text('{"model_type": "no such model"}')

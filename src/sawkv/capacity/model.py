@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from sawkv.checkpoint import is_encoder
 from sawkv.errors import UnsupportedError
 
 OLDEST_TRANSFORMERS: Final = "5.19"
@@ -194,7 +195,7 @@ def _check_decoder(whole: Any, decoder: Any, language_model_only: bool) -> None:
     if whole.is_encoder_decoder or getattr(decoder, "cross_attention_layers", None):
         raise _refusal("attention type encoder_decoder (only decoder self-attention)")
     both_ways = getattr(decoder, "use_bidirectional_attention", None)
-    if getattr(decoder, "is_decoder", None) is False or both_ways in (True, "all"):
+    if is_encoder(decoder.to_dict()) or both_ways in (True, "all"):
         raise _refusal(_ENCODER)
     sees_both_ways = whole.model_type in _SEES_IMAGES_BOTH_WAYS or both_ways == "vision"
     if sees_both_ways and decoder is not whole and not language_model_only:

@@ -226,6 +226,10 @@ class EvalModel:
                 "expected a model whose attention layers use Transformers' AttentionInterface once each, got"
                 f" {type(self.model).__name__}"
             )
+        if not all(getattr(layer, "is_causal", True) for layer in self.layers):
+            raise UnsupportedError(
+                f"expected a model with causal attention, got {type(self.model).__name__}, whose tokens see later ones"
+            )
         return AttentionShape(len(found), *found[0][1:])
 
     def _plain_head(self) -> nn.Module | None:

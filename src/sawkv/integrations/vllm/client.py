@@ -171,7 +171,7 @@ def serving(
     Args:
         command: starts vLLM's server, without host and port.
         log: file for the server's output.
-        env: its environment; None is this process's.
+        env: its environment; None as for `running`.
         say: called with a description of each stage of the start.
 
     Raises:

@@ -23,6 +23,7 @@ from sawkv.checkpoint import (
     has_tokenizer,
     has_weights,
     head_dims,
+    is_encoder,
     read_checkpoint,
     text_config,
     wrong_sizes,
@@ -284,6 +285,8 @@ def _of_model(config: Mapping[str, Any], cache_format: CacheFormat, options: Opt
         found.append(refusals.CHUNKS)
     if config.get("is_encoder_decoder"):
         found.append("cross attention (is_encoder_decoder)")
+    elif is_encoder(text):
+        found.append(refusals.ENCODER)
     if (
         text.get("alibi") is True
         or text.get("model_type") == "bloom"

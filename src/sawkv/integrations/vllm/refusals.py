@@ -12,6 +12,7 @@ from sawkv.integrations.vllm.config import dtype_codec, is_draft
 from sawkv.integrations.vllm.contract import SIZES_PAGES, installed_release
 
 MLA: Final = "MLA (multi-head latent attention)"
+ENCODER: Final = "the attention of an encoder"
 CHUNKS: Final = "attention in chunks (attention_chunk_size)"
 BIDIRECTIONAL: Final = (
     "attention in both directions among the tokens of an image (add --language-model-only to serve text alone)"
@@ -21,7 +22,7 @@ WAY_OUT: Final = "To serve it in 16 bits, start `vllm serve` without --kv-cache-
 _SUBCLASSES: Final = {
     "FastPrefill": "--kv-sharing-fast-prefill",
     "ChunkedLocal": CHUNKS,
-    "EncoderOnly": "the attention of an encoder",
+    "EncoderOnly": ENCODER,
     "CrossAttention": "cross attention",
     "StaticSink": "attention sinks in the cache",
 }

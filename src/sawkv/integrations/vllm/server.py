@@ -166,10 +166,10 @@ def running(command: Sequence[str], patience: float, **options: Any) -> Iterator
     engine outlives a killed server, with its GPU memory.
 
     Args:
-        command: as for `subprocess.Popen`, like `options`. By default the environment is one in which vLLM loads sawkv.
+        command: as for `subprocess.Popen`, like `options`. Without `env`, or with None, vLLM loads sawkv there.
         patience: seconds.
     """
-    options.setdefault("env", preflight.environment())
+    options["env"] = options.get("env") or preflight.environment()
     server = subprocess.Popen(command, start_new_session=True, **options)
     try:
         yield server
