@@ -42,6 +42,7 @@ def evaluate(
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
     quiet: bool = False,
+    with_worst: bool = True,
     before: Evaluation | None = None,
     keep: Callable[[Evaluation], object] = lambda evaluation: None,
     command: str = "",
@@ -55,6 +56,7 @@ def evaluate(
         budget: how much to measure; None is the default.
         device, dtype: device and dtype of the model; None is a GPU in bf16 if there is one, else the CPU in fp32.
         quiet: show no progress bars.
+        with_worst: look at the predictions of the worst tokens, for the report. Each takes two passes.
         before: the record of an earlier run with the same arguments; its methods are not measured again.
         keep: called with the record so far after each method.
         command: the command line, for the record.
@@ -83,7 +85,7 @@ def evaluate(
     total = work.for_all + len(methods) * work.for_method(len(loaded.layers))
     with tqdm(total=total, unit=" tokens", unit_scale=True, disable=quiet, dynamic_ncols=True) as bar:
         bar.set_description("16 bits")
-        measurer = _Measurer(loaded, work, budget, decode, bar)
+        measurer = _Measurer(loaded, work, budget, decode, bar, with_worst)
         scores = measurer.reference.scores()
         found = Evaluation(
             model=checkpoint.resolve().name,
@@ -177,8 +179,11 @@ class _Work:
 class _Measurer:
     """Measures one method after the other against the unquantized model, which reads the text first."""
 
-    def __init__(self, model: EvalModel, work: _Work, budget: Budget, decode: Decode, bar: Any) -> None:
+    def __init__(
+        self, model: EvalModel, work: _Work, budget: Budget, decode: Decode, bar: Any, with_worst: bool
+    ) -> None:
         self._model, self._work, self._budget, self._decode, self._bar = model, work, budget, decode, bar
+        self._with_worst = with_worst
         batch = max(1, budget.batch_tokens // budget.window)
         self.reference = Reference(model, work.text, batch, STATES_KEPT, step=bar.update)
         self._layer_reference = None
@@ -210,7 +215,7 @@ class _Measurer:
             recalled,
             run,
             excerpt_kl(scores),
-            worst(self._model, self._work.text, scores, readers, self._decode),
+            worst(self._model, self._work.text, scores, readers, self._decode) if self._with_worst else (),
             texts,
         )
 
