@@ -692,9 +692,10 @@ def test_what_records_a_model_is_refused(attention: str) -> None:
     model, x = make_model("llama", attention).requires_grad_(False), ids()
     held = saw(model)
     logits(model, x, held)
+    mask = torch.ones(12, 24, dtype=torch.bool).tril(12).expand(2, 1, 12, 24)
 
     def run(tokens: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = model(tokens, **using(held)).logits
+        out: torch.Tensor = model(tokens, attention_mask=mask, **using(held)).logits
         return out
 
     for record in (lambda: torch.jit.trace(run, (x,), check_trace=False), lambda: make_fx(run)(x)):

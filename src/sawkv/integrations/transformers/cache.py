@@ -213,7 +213,8 @@ class SawCache(Cache):
         """Write a layer's convolution state. Called by layers with recurrent states.
 
         Raises:
-            LayoutError: the last forward pass ended before its first layer of attention.
+            LayoutError: the last forward pass ended before its first layer of attention. Steps of one token are not
+                seen: models change states in place there.
         """
         self.settings.passes.write_state("conv", layer_idx, *args, kwargs.get("state_idx"))
         states: torch.Tensor = super().update_conv_state(conv_states, layer_idx, *args, **kwargs)
