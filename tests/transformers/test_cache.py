@@ -1,3 +1,4 @@
+# Over 400 lines: one cache's operations, memory, calibrations and refusals.
 """The cache itself: its operations, its memory, what it refuses."""
 
 from __future__ import annotations
