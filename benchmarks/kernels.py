@@ -4,6 +4,7 @@
     python -m benchmarks.kernels                  # all shapes and peers, appended to docs/results/decode.jsonl
     python -m benchmarks.kernels --only 64x16384 --kernels sawkv-cuda --no-write
     python -m benchmarks.kernels --kernels sawkv-cuda,sawkv-cuda+prepared --no-write  # of a prepared model too
+    python -m benchmarks.kernels --kernels fa3_bf16,sawkv-cuda,sawkv-cuda:int3,sawkv-cuda:int2+prepared --no-write
     python -m benchmarks.kernels --only "head_dim 256,head_dim 512" --kernels fa3_bf16,fa4_bf16,triton_bf16,sawkv-triton
     python -m benchmarks.kernels --check          # correctness only
     PYTHONPATH=OTHER/src python -m benchmarks.kernels --kernels sawkv-cuda --no-write    # another build of the kernels
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -57,11 +59,14 @@ class Shape:
     in_order: bool = False  # pages follow each other, as a new engine hands them out; else they are permuted
     options: dict[str, Any] = field(default_factory=dict, hash=False)
 
-    @property
-    def useful_bytes(self) -> int:
-        """INT4 codes and meta that a decode step must read, shared pages once."""
+    def layout(self, kernel: str) -> PageLayout:
+        """Of the pages that a kernel of ours reads; INT4's for a peer's."""
+        return PageLayout(CacheFormat(format_of(kernel)), self.kv_heads, self.head_dim, self.page)
+
+    def useful_bytes(self, kernel: str) -> int:
+        """Codes and meta that a decode step must read, shared pages once."""
         tokens = sum(self.lengths) - (len(self.lengths) - 1) * self.shared_prefix
-        return tokens * self.kv_heads * 2 * (self.head_dim // 2 + 4)
+        return tokens * self.kv_heads * self.layout(kernel).head_bytes
 
     @property
     def record(self) -> dict[str, Any]:
@@ -181,15 +186,22 @@ def constants_of(kernel: str, kv_heads: int, head_dim: int, context: int) -> dic
 
 
 def backend_of(kernel: str) -> str:
-    """That of a kernel of ours; of a peer, its name."""
-    return "cuda" if kernel == GATHER else kernel.removeprefix("sawkv-").partition("+")[0]
+    """That of a kernel of ours, `sawkv-BACKEND[:FORMAT][+CONSTANTS]`; of a peer, its name."""
+    return "cuda" if kernel == GATHER else re.split("[:+]", kernel.removeprefix("sawkv-"))[0]
+
+
+def format_of(kernel: str) -> str:
+    """The codec of the pages."""
+    return kernel.partition(":")[2].partition("+")[0] or "int4"
 
 
 def fill(batch: Batch, shape: Shape, kernel: str) -> PagedKVCache:
     """A cache of random tokens; all slots that hold none have NaN for scales."""
-    layout = PageLayout(CacheFormat("int4"), shape.kv_heads, shape.head_dim, shape.page)
     cache = PagedKVCache.allocate(
-        layout, batch.num_pages, "cuda", **constants_of(kernel, shape.kv_heads, shape.head_dim, max(shape.lengths))
+        shape.layout(kernel),
+        batch.num_pages,
+        "cuda",
+        **constants_of(kernel, shape.kv_heads, shape.head_dim, max(shape.lengths)),
     )
     cache.pages.fill_(0xFF)
     for i, length in enumerate(shape.lengths):
@@ -426,8 +438,7 @@ def run_decode(
             record = {**common, **shape.record, "kernel": kernel, "read_gb_s": round(bandwidth)}
             try:
                 if backend in BACKENDS:
-                    layout = PageLayout(CacheFormat("int4"), shape.kv_heads, shape.head_dim, shape.page)
-                    if reason := unsupported_reason(backend, torch.device("cuda", 0), layout):
+                    if reason := unsupported_reason(backend, torch.device("cuda", 0), shape.layout(kernel)):
                         print(f"{shape.name:34s} {kernel:26s} {reason}")
                         continue
                     cache = fill(batch, shape, kernel)
@@ -471,7 +482,7 @@ def run_decode(
                 torch.cuda.empty_cache()
             if kernel == "fa3_bf16":
                 base = record
-            record["useful_gb_s"] = shape.useful_bytes / 1e6 / record["ms"]
+            record["useful_gb_s"] = shape.useful_bytes(kernel) / 1e6 / record["ms"]
             if base:
                 record["speedup_vs_fa3_bf16"] = base["ms"] / record["ms"]
                 record["graph_speedup_vs_fa3_bf16"] = base["graph_ms"] / record["graph_ms"]
@@ -485,12 +496,11 @@ def run_decode(
             yield {key: round(value, 5) if isinstance(value, float) else value for key, value in record.items()}
 
 
-def run_append(kernels: list[str], common: dict[str, Any]) -> Iterator[dict[str, Any]]:
+def run_append(kernels: list[str], lengths: list[int], common: dict[str, Any]) -> Iterator[dict[str, Any]]:
     """append beside vLLM's BF16 write and a copy of as many bytes, on slots as a prefill writes them; bytes are checked
     first.
     """
     heads, head_dim, page, num_pages = 8, 128, ENGINE_PAGE_SIZE, 1024
-    layout = PageLayout(CacheFormat("int4"), heads, head_dim, page)
 
     def inputs(tokens: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         k, v = torch.randn(2, tokens, heads, head_dim, device="cuda", dtype=torch.bfloat16)
@@ -499,6 +509,7 @@ def run_append(kernels: list[str], common: dict[str, Any]) -> Iterator[dict[str,
 
     def sawkv_append(tokens: int, kernel: str) -> Callable[[], object]:
         backend, constants = backend_of(kernel), constants_of(kernel, heads, head_dim, 4 * BUCKET_SIZE)
+        layout = PageLayout(CacheFormat(format_of(kernel)), heads, head_dim, page)
         caches = [PagedKVCache.allocate(layout, num_pages, "cuda", **constants) for _ in range(2)]
         k, v, slots = inputs(tokens)
         positions = torch.arange(tokens, device="cuda")
@@ -523,8 +534,8 @@ def run_append(kernels: list[str], common: dict[str, Any]) -> Iterator[dict[str,
         return lambda: y.copy_(x)
 
     peers = {"copy_of_as_many_bytes": copy, "vllm_bf16": vllm_bf16}
-    own = sorted({f"sawkv-{backend_of(kernel)}" for kernel in kernels if backend_of(kernel) in BACKENDS})
-    for tokens in (1, 64, 256, 8192):
+    own = sorted({kernel.partition("+")[0] for kernel in kernels if backend_of(kernel) in BACKENDS})
+    for tokens in lengths:
         for kernel in (
             *peers,
             *own,
@@ -555,7 +566,6 @@ def run_gather(kernels: list[str], common: dict[str, Any]) -> Iterator[dict[str,
     batch = Batch.make(shape)
     starts = torch.arange(0, total + 1, 16384, dtype=torch.int32, device="cuda")
     k_out, v_out = torch.empty(2, total, shape.kv_heads, shape.head_dim, device="cuda", dtype=torch.bfloat16)
-    moved = shape.useful_bytes + 2 * k_out.numel() * k_out.element_size()
     for kernel in kernels:
         if (backend := backend_of(kernel)) not in BACKENDS:
             continue
@@ -567,6 +577,7 @@ def run_gather(kernels: list[str], common: dict[str, Any]) -> Iterator[dict[str,
             except Exception as error:
                 print(f"gather 8x16384 {kernel:22s} {type(error).__name__}: {str(error)[:200]}")
                 continue
+            moved = shape.useful_bytes(kernel) + 2 * k_out.numel() * k_out.element_size()
             share = moved / 1e6 / ms / copy_gb_s
             yield {
                 **common,
@@ -585,11 +596,13 @@ def run_gather(kernels: list[str], common: dict[str, Any]) -> Iterator[dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="shapes whose names contain one of these, comma-separated")
+    parser.add_argument("--shapes", default="", help="shapes with exactly these names, comma-separated")
     parser.add_argument(
         "--kernels", default="fa3_bf16,sawkv-cuda,sawkv-cuda+prepared,sawkv-triton,fa3_fp8,vllm_int4_per_token_head"
     )
     parser.add_argument("--check", action="store_true", help="correctness only")
     parser.add_argument("--skip", default="", help="some of decode, turns and append, comma-separated")
+    parser.add_argument("--append-tokens", default="1,64,256,8192", help="of append, comma-separated")
     parser.add_argument("--no-write", action="store_true", help="do not append to docs/results")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--commit", help="of these sources, where they are not in a git repository")
@@ -599,10 +612,12 @@ def main() -> None:
         "commit": arguments.commit or git_head(),
         "torch": torch.__version__,
     }
-    wanted = [part for part in arguments.only.split(",") if part]
+    wanted, names = ([part for part in given.split(",") if part] for given in (arguments.only, arguments.shapes))
     shapes = [shape for shape in all_shapes() if not wanted or any(part in shape.name for part in wanted)]
+    shapes = [shape for shape in shapes if not names or shape.name in names]
     kernels = arguments.kernels.split(",")
     skipped = arguments.skip.split(",")
+    lengths = [int(part) for part in arguments.append_tokens.split(",")]
     of_turns = [kernel for kernel in kernels if kernel in ("fa3_bf16", "sawkv-cuda")]
     chosen = [shape for shape in turns() if not wanted or any(part in shape.name for part in wanted)]
     sections: dict[str, list[Iterator[dict[str, Any]]]] = {}
@@ -611,7 +626,7 @@ def main() -> None:
     if "turns" not in skipped:
         sections["turns.jsonl"] = [run_decode(chosen, [*of_turns, GATHER], arguments.check, common)]
     if "append" not in skipped and not arguments.check:
-        sections["append_gather.jsonl"] = [run_append(kernels, common), run_gather(kernels, common)]
+        sections["append_gather.jsonl"] = [run_append(kernels, lengths, common), run_gather(kernels, common)]
     arguments.output.mkdir(parents=True, exist_ok=True)
     for name, parts in sections.items():
         for record in chain(*parts):  # written one by one: a run that is stopped keeps what it has measured

@@ -40,6 +40,7 @@ class Case:
     page_size: int = 16
     prepared: bool = True
     buckets: int = 1
+    format_name: str = "int4"
     options: dict[str, Any] = field(default_factory=dict, hash=False)
 
 
@@ -58,17 +59,23 @@ CASES = (
     Case(options={"sinks": torch.zeros(8)}),
     Case(lengths=(9000, 40, 3), buckets=3),  # a center of K for each bucket of positions
     Case(lengths=(9000, 40, 90), query_len=40, buckets=5, options={"logit_softcap": 5.0}),
+    Case(format_name="int3"),
+    Case(format_name="int2", lengths=(9000, 40, 3), page_size=64),
+    Case(format_name="int4v3", query_len=4, group=8),
+    Case(format_name="int3v2", head_dim=256, page_size=128, query_len=2),
+    Case(format_name="int3", lengths=(900, 40, 90), query_len=40, page_size=64),
+    Case(format_name="int4v2", lengths=(900, 40, 90), query_len=16, head_dim=64),
 )
 
 
-def run_cases(backend: str) -> None:
+def run_cases(backend: str, formats: list[str]) -> None:
     """What runs under the tool."""
     cuda.DEBUG_DEFINES["EVERY_LANE_ARRIVES"] = (
         1  # or racecheck knows nothing of what other lanes did before one arrived for them
     )
     device = torch.device("cuda", 0)
-    for case in CASES:
-        layout = PageLayout(CacheFormat("int4"), 2, case.head_dim, case.page_size)
+    for case in (case for case in CASES if case.format_name in formats):
+        layout = PageLayout(CacheFormat(case.format_name), 2, case.head_dim, case.page_size)
         if reason := unsupported_reason(backend, device, layout):
             print(f"{backend}: {case}: {reason}")
             continue
@@ -125,10 +132,12 @@ def main() -> int:
         "--tools", nargs="+", default=["memcheck", "racecheck"], help="of compute-sanitizer (default: %(default)s)"
     )
     parser.add_argument("--backends", nargs="+", default=["cuda", "triton"])
+    formats = sorted({case.format_name for case in CASES})
+    parser.add_argument("--formats", nargs="+", default=formats, choices=formats, help="of pages (default: all)")
     parser.add_argument("--inside", metavar="BACKEND", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.inside:
-        run_cases(args.inside)
+        run_cases(args.inside, args.formats)
         return 0
     sanitizer = shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH', '')}:{USUAL_PLACE}")
     if sanitizer is None:
@@ -137,7 +146,7 @@ def main() -> int:
     failed = []
     for backend in args.backends:
         for tool in args.tools:
-            inside = [sys.executable, "-m", "benchmarks.sanitize", "--inside", backend]
+            inside = [sys.executable, "-m", "benchmarks.sanitize", "--inside", backend, "--formats", *args.formats]
             print(f"--- {tool}, {backend}", flush=True)
             environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
             if subprocess.run(

@@ -302,6 +302,7 @@ def check_buckets(
     backend: str,
     device: str,
     *,
+    format_name: str = "int4",
     head_dim: int = 128,
     group: int = 4,
     seq_lens: Sequence[int] = BUCKET_LENS,
@@ -313,7 +314,7 @@ def check_buckets(
     the control, it does not.
     """
     layout = {"head_dim": head_dim, "page_size": page_size}
-    batch = make_batch("int4", seq_lens, **layout, centered=True, gained=True, buckets=3, device=device)
+    batch = make_batch(format_name, seq_lens, **layout, centered=True, gained=True, buckets=3, device=device)
     starts = starts_of(query_lens, device)
     q = torch.randn(int(starts[-1]) + 1, 2 * group, head_dim, device=device) / 2
     sinks = torch.randn(2 * group, device=device)

@@ -52,17 +52,19 @@ WIDE = Shape(
     counted=True,
     options={"logit_softcap": 30.0, "sliding_window": 1024, "sinks": torch.zeros(32)},
 )
+MIXED = Shape("int3v2", query_len=4)
 CUDA_SHAPES = [
     MAIN,
     Shape(q_heads=64, page_size=64),
     Shape(query_len=4),
     Shape(q_heads=64, head_dim=64),
     WIDE,
+    MIXED,
 ]
 TRITON_SHAPES = [
     MAIN,
     WIDE,
-    Shape(query_len=4),
+    MIXED,
     Shape("int8"),
     Shape(q_heads=16, kv_heads=2, head_dim=512, page_size=64),
     Shape(q_heads=40, head_dim=80, page_size=32, query_len=3, options={"sinks": torch.zeros(40)}),
@@ -76,7 +78,7 @@ def run_all(backend: Backend, shape: Shape, has_buckets: bool) -> None:
     layout = PageLayout(CacheFormat(shape.format_name), shape.kv_heads, shape.head_dim, shape.page_size)
     pages = torch.zeros(layout.pages_shape(4), dtype=torch.uint8)
     plain, prepared = PagedKVCache(pages, layout), PagedKVCache(pages, layout, **random_vectors(layout, "cpu"))
-    if layout.format.codec == "int4":
+    if layout.format.feeds_back:
         rows = layout.rows
         prepared = replace(prepared, k_feedback=random_feedback(rows.num_kv_heads, rows.head_dim, "cpu"))
     by_bucket = [replace(prepared, k_center=torch.zeros(3, shape.kv_heads, shape.head_dim))] if has_buckets else []
@@ -136,7 +138,9 @@ def compile_cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], dict[str, s
 
 
 @pytest.mark.parametrize(
-    ("arch", "shape"), [*(("sm_90", shape) for shape in CUDA_SHAPES), ("sm_100", MAIN), ("sm_103", WIDE)], ids=str
+    ("arch", "shape"),
+    [*(("sm_90", shape) for shape in CUDA_SHAPES), ("sm_100", MIXED), ("sm_103", WIDE)],
+    ids=str,
 )
 def test_cuda_sources(arch: str, shape: Shape, compile_cuda: Callable[[str], dict[str, str]]) -> None:
     logs = compile_cuda(arch)
@@ -146,15 +150,25 @@ def test_cuda_sources(arch: str, shape: Shape, compile_cuda: Callable[[str], dic
 
 
 @pytest.mark.parametrize(
-    ("query_len", "head_dim", "buckets", "options"),
-    [(16, 128, 1, {}), (16, 128, 3, {}), (100, 128, 3, {"logit_softcap": 30.0}), (300, 64, 1, {})],
+    ("format_name", "query_len", "head_dim", "buckets", "options"),
+    [
+        ("int4", 16, 128, 1, {}),
+        ("int3v2", 16, 128, 3, {}),
+        ("int4", 100, 128, 3, {"logit_softcap": 30.0}),
+        ("int4", 300, 64, 1, {}),
+    ],
 )
 def test_extend_compiles(
-    query_len: int, head_dim: int, buckets: int, options: dict[str, Any], compile_cuda: Callable[[str], dict[str, str]]
+    format_name: str,
+    query_len: int,
+    head_dim: int,
+    buckets: int,
+    options: dict[str, Any],
+    compile_cuda: Callable[[str], dict[str, str]],
 ) -> None:
     """For one consumer group's rows and for two's, with all that costs registers."""
     logs = compile_cuda("sm_90")
-    layout = PageLayout(CacheFormat("int4"), 8, head_dim, 64)
+    layout = PageLayout(CacheFormat(format_name), 8, head_dim, 64)
     vectors = random_vectors(layout, "cpu", buckets=buckets)
     cache = PagedKVCache(torch.zeros(layout.pages_shape(4), dtype=torch.uint8), layout, **vectors)
     schedule = cuda.Schedule(ScheduleShape(layout, CPU, 32, 1, query_len, 0))
@@ -203,6 +217,7 @@ def test_both_sides_lay_out_launch_parameters_alike(
     for name, text in sources.items():
         (tmp_path / name).write_text(text)
     defines = {"HEAD_DIM": 64, "PAGE_SIZE": 16, "K_ORDER": 64, "V_ORDER": 64, "ELEMENT": "sawkv::Half"}
+    defines |= {"K_BITS": 4, "V_BITS": 4}
     defines |= {"GAIN": 0, "FEEDBACK": 0, "COUNT": 0, "SOFTCAP": 0, "OFFSET": 0, "BY_BUCKET": 0}
     defines |= {"GROUP": 4, "CHUNK_ROWS": 8, "ROW_GROUPS": 1}
 

@@ -157,20 +157,19 @@ def test_options_are_refused_in_one_line(
     assert not started
 
 
-def test_formats_below_4_bits_need_a_cpu_and_a_vllm_that_asks_for_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_formats_below_4_bits_need_a_vllm_that_asks_for_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     cache_format = CacheFormat("int3")
-    for release, on_gpu, words in (
-        ((0, 29), False, []),
-        ((0, 29), True, ["format int3: expected a CPU, got a GPU, for which its kernels are not written yet"]),
-        ((0, 28), False, ["format int3: expected vLLM 0.29 or newer, which asks for the size of its pages, got 0.28"]),
+    for release, words in (
+        ((0, 29), []),
+        ((0, 28), ["format int3: expected vLLM 0.29 or newer, which asks for the size of its pages, got 0.28"]),
     ):
         monkeypatch.setattr(refusals, "installed_release", lambda release=release: release)
-        assert refusals.of_format(cache_format, on_gpu) == words
-        assert refusals.of_format(CacheFormat("int4"), on_gpu) == []
+        assert refusals.of_format(cache_format) == words
+        assert refusals.of_format(CacheFormat("int4")) == []
         with contextlib.ExitStack() as refused:
             if words:
                 refused.enter_context(pytest.raises(SawkvError, match=re.escape(words[0])))
-            preflight.check_model(str(MODEL), cache_format, Options([]), on_gpu=on_gpu)
+            preflight.check_model(str(MODEL), cache_format, Options([]), on_gpu=True)
 
 
 @pytest.mark.parametrize(

@@ -32,4 +32,4 @@ def test_reasons_not_to_be_chosen() -> None:
 
     assert reason("int4", 128) == "expected an NVIDIA GPU, got cpu"
     assert reason("int4", 48) == "expected head_dim from 64, got 48"
-    assert reason("fp32", 128) == "expected int4, int8, bf16, fp16, got fp32"
+    assert reason("fp32", 128) == "expected int4, int3, int2, int4v3, int4v2, int3v2, int8, bf16, fp16, got fp32"

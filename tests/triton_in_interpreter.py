@@ -4,6 +4,7 @@ TRITON_INTERPRET=1.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -33,7 +34,6 @@ from tests.kernel_checks import (
 # numpy warns of what GPUs do silently
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
 
-FORMATS = ["int4", "int8", "bf16", "fp16-k16-v16"]
 SEQ_LENS = [1, 0, 16, 17, 130]
 QUERY_LENS = [1, 1, 8, 2, 5]
 
@@ -51,8 +51,20 @@ def test_the_kernels_are_interpreted() -> None:
     assert unsupported_reason("triton", torch.device("cpu"), PageLayout(CacheFormat("int4"), 1, 128, 16)) is None
 
 
-@pytest.mark.parametrize("format_name", [*FORMATS, "int4-k0-v16"])
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 128, 192])
+@pytest.mark.parametrize(
+    ("format_name", "head_dim"),
+    [
+        *itertools.product(("int4", "int8", "bf16"), (64, 80, 96, 128, 192)),
+        ("fp16-k16-v16", 128),
+        ("int4-k0-v16", 64),
+        ("int4-k0-v16", 192),
+        ("int3", 64),
+        ("int3v2", 96),
+        ("int2", 80),
+        ("int2", 128),
+        ("int4v3-k64-v0", 192),
+    ],
+)
 def test_append(format_name: str, head_dim: int) -> None:
     check_append("triton", "cpu", format_name, head_dim, centered=head_dim == 96, gained=head_dim in (80, 96))
 
@@ -63,23 +75,23 @@ def test_append_of_other_dtypes(dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "dtype", "feedback"),
+    ("format_name", "head_dim", "dtype", "feedback"),
     [
-        (64, torch.float32, "k"),
-        (80, torch.bfloat16, "v"),
-        (96, torch.float32, "kv"),
-        (112, torch.bfloat16, "kv"),
-        (128, torch.bfloat16, "kv"),
-        (128, torch.float16, "v"),
-        (192, torch.float32, "k"),
-        (256, torch.bfloat16, "kv"),
+        ("int4", 64, torch.float32, "k"),
+        ("int4", 80, torch.bfloat16, "v"),
+        ("int3v2", 96, torch.float32, "kv"),
+        ("int4", 112, torch.bfloat16, "kv"),
+        ("int4", 128, torch.bfloat16, "kv"),
+        ("int2", 128, torch.float16, "v"),
+        ("int4", 192, torch.float32, "k"),
+        ("int4", 256, torch.bfloat16, "kv"),
     ],
 )
-def test_append_with_feedback(head_dim: int, dtype: torch.dtype, feedback: str) -> None:
+def test_append_with_feedback(format_name: str, head_dim: int, dtype: torch.dtype, feedback: str) -> None:
     check_append(
         "triton",
         "cpu",
-        "int4",
+        format_name,
         head_dim,
         dtype=dtype,
         centered=head_dim == 96,
@@ -123,8 +135,19 @@ def test_the_error_that_is_counted_is_that_of_moved_codes(head_dim: int) -> None
     assert (want[:, 3] > 2 * without[:, 3]).all(), "the control"
 
 
-@pytest.mark.parametrize("format_name", FORMATS)
-@pytest.mark.parametrize("head_dim", [64, 112])
+@pytest.mark.parametrize(
+    ("format_name", "head_dim"),
+    [
+        ("int4", 64),
+        ("int4", 112),
+        ("int8", 112),
+        ("bf16", 64),
+        ("fp16-k16-v16", 112),
+        ("int4v3", 64),
+        ("int3", 96),
+        ("int2", 64),
+    ],
+)
 def test_attention(format_name: str, head_dim: int) -> None:
     check_attention(
         "triton",
@@ -138,11 +161,20 @@ def test_attention(format_name: str, head_dim: int) -> None:
     )
 
 
-@pytest.mark.parametrize(("head_dim", "page_size"), [(80, 32), (96, 128), (128, 64), (192, 16), (256, 48), (512, 32)])
-def test_attention_of_other_shapes(head_dim: int, page_size: int) -> None:
-    check_attention(
-        "triton", "cpu", "int4", [5, 150], [1, 2], head_dim=head_dim, page_size=page_size, centered=True, gained=True
-    )
+@pytest.mark.parametrize(
+    ("format_name", "head_dim", "page_size"),
+    [
+        ("int4", 80, 32),
+        ("int3v2", 96, 128),
+        ("int4", 128, 64),
+        ("int2", 192, 16),
+        ("int4", 256, 48),
+        ("int4", 512, 32),
+    ],
+)
+def test_attention_of_other_shapes(format_name: str, head_dim: int, page_size: int) -> None:
+    options = {"head_dim": head_dim, "page_size": page_size}
+    check_attention("triton", "cpu", format_name, [5, 150], [1, 2], **options, centered=True, gained=True)
 
 
 @pytest.mark.parametrize(("group", "query_len"), [(1, 1), (5, 1), (7, 2), (12, 1), (16, 5)])
@@ -229,7 +261,18 @@ def test_faults_are_counted() -> None:
     faults.faults_are_counted("triton", "cpu")
 
 
-@pytest.mark.parametrize("format_name", FORMATS)
-@pytest.mark.parametrize("head_dim", [80, 128])
+@pytest.mark.parametrize(
+    ("format_name", "head_dim"),
+    [
+        ("int4", 80),
+        ("int4", 128),
+        ("int8", 80),
+        ("bf16", 128),
+        ("fp16-k16-v16", 128),
+        ("int3", 128),
+        ("int3v2", 96),
+        ("int2", 80),
+    ],
+)
 def test_gather(format_name: str, head_dim: int) -> None:
     check_gather("triton", "cpu", format_name, [5, 0, 70, 16, 0], head_dim=head_dim, gained=head_dim == 80)

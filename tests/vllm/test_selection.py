@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from sawkv import CacheFormat
 from sawkv.errors import SawkvError
 
 # Of torch.jit, as vLLM is imported.
@@ -317,6 +318,20 @@ def test_options_are_named_as_the_user_gave_them(changes: dict[str, Any], messag
     vars(config).update(changes)
     (found,) = of_configuration(config)
     assert found.startswith(message)
+
+
+def test_on_a_gpu_layers_of_fewer_bits_have_a_backend_that_knows_their_format(
+    select: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sawkv.integrations.vllm import backend
+
+    known = {cache_format: backend.backend_of(CacheFormat(cache_format)) for cache_format in ("int4", "int3")}
+    asked: list[str] = []
+    monkeypatch.setattr(backend, "backend_of", lambda cache_format: asked.append(str(cache_format)) or known["int3"])
+    monkeypatch.setattr(Choice, "__call__", lambda self, **_: known["int4"])
+    select(INT4, gpu=True, backend="CUSTOM", entry={"format": "int3"})
+    assert asked == ["int3"]
+    assert known["int3"].codec == "int3"
 
 
 @pytest.mark.parametrize(

@@ -134,7 +134,7 @@ def run(args: argparse.Namespace) -> int:
                 f" prepared,prepared_{chosen.cache_format.codec}"
             )
     caches = [*memory.engine_caches(shape), chosen]
-    notes += refusals.of_format(chosen.cache_format or asked, on_gpu=True)
+    notes += refusals.of_format(chosen.cache_format or asked)
     plans = [planned(cache) for cache in caches]
     for cache, plan in zip(caches, plans, strict=True):
         if not plan.fits:

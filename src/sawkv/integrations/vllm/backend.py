@@ -626,8 +626,7 @@ def _check_supported(
     Raises:
         UnsupportedError: the model or the configuration needs what sawkv lacks. The message names all of it.
     """
-    on_gpu = vllm_config.device_config.device_type != "cpu"
-    reasons = refusals.of_format(config.format, on_gpu) + refusals.of_configuration(vllm_config)
+    reasons = refusals.of_format(config.format) + refusals.of_configuration(vllm_config)
     resolved = None
     try:
         resolved = config.format.resolve(head_size)

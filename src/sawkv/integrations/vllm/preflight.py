@@ -100,7 +100,7 @@ def check(
 def check_model(model: str, cache_format: CacheFormat, options: Options, *, on_gpu: bool) -> Checkpoint | None:
     """Refuse a model that cannot be served with these options. Arguments, result and errors as in `check`."""
     checkpoint = check_files(model, options)
-    reasons = refusals.of_format(cache_format, on_gpu) + _of_options(options, on_gpu)
+    reasons = refusals.of_format(cache_format) + _of_options(options, on_gpu)
     if checkpoint is not None:
         reasons += _of_model(checkpoint.config, cache_format, options)
     speculative = options.speculative()

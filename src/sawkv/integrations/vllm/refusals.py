@@ -61,20 +61,15 @@ def refuse_kind(vllm_config: Any, layer: Any) -> None:
     refuse(vllm_config, [*found, *of_configuration(vllm_config)] if found else [])
 
 
-def of_format(cache_format: CacheFormat, on_gpu: bool) -> list[str]:
+def of_format(cache_format: CacheFormat) -> list[str]:
     """Why a format cannot be served here, whatever the model is."""
-    if dtype_codec(cache_format) == cache_format.codec:
+    if dtype_codec(cache_format) == cache_format.codec or (release := installed_release()) >= SIZES_PAGES:
         return []
-    found = []
-    if on_gpu:
-        found.append(f"format {cache_format}: expected a CPU, got a GPU, for which its kernels are not written yet")
-    if (release := installed_release()) < SIZES_PAGES:
-        wanted, got = (".".join(map(str, numbers)) for numbers in (SIZES_PAGES, release))
-        found.append(
-            f"format {cache_format}: expected vLLM {wanted} or newer, which asks for the size of its pages, got"
-            f" {got or 'none'}"
-        )
-    return found
+    wanted, got = (".".join(map(str, numbers)) for numbers in (SIZES_PAGES, release))
+    return [
+        f"format {cache_format}: expected vLLM {wanted} or newer, which asks for the size of its pages, got"
+        f" {got or 'none'}"
+    ]
 
 
 def of_configuration(vllm_config: Any) -> list[str]:

@@ -69,16 +69,17 @@ class Selection:
             _leave_to_vllm(vllm_config, layer.kv_cache_dtype)
             return self._ask_vllm(backend=backend, attn_selector_config=layer, **others)
         refuse_kind(vllm_config, layer)
-        if current_platform.is_cpu():
-            from sawkv.integrations.vllm.backend import backend_of
+        from sawkv.integrations.vllm.backend import SawAttentionBackend, backend_of
 
+        if current_platform.is_cpu():
             return backend_of(config.format)
         if (path := AttentionBackendEnum.CUSTOM.get_path()) != BACKEND:
             raise UnsupportedError(
                 f"sawkv: expected its own backend under --attention-backend CUSTOM, got {path}, which another plugin of"
                 f" vLLM registered. Set VLLM_PLUGINS={PLUGIN} to load no other plugin"
             )
-        return self._ask_vllm(backend=backend, attn_selector_config=layer, **others)
+        found = self._ask_vllm(backend=backend, attn_selector_config=layer, **others)
+        return backend_of(config.format) if found is SawAttentionBackend else found
 
 
 def install() -> None:

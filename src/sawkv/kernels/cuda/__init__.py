@@ -1,7 +1,8 @@
-"""CUDA backend for Hopper and newer: INT4 pages, limited by memory bandwidth. docs/kernels.md describes the kernels.
+"""CUDA backend for Hopper and newer: pages of 4, 3 and 2 bits, limited by memory bandwidth. docs/kernels.md describes
+the kernels.
 
 NVRTC compiles the sources at run time, and keeps the result on disk (`runtime`), so installing needs no compiler.
-The Triton backend serves all other layouts: INT8 and 16-bit formats, head_dim that is not a multiple of 32, older GPUs.
+The Triton backend serves all other layouts: INT8 and 16-bit formats, other head_dims, older GPUs.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from sawkv import kernels
 from sawkv.cache import PagedKVCache
 from sawkv.errors import LayoutError
 from sawkv.format.layout import GPU_PAGE_SIZES, PageLayout
+from sawkv.format.spec import CODEC_BITS
 from sawkv.kernels import Layer, Prefixes, ScheduleShape, Step, Turns, structs
 from sawkv.kernels.cuda import runtime
 from sawkv.kernels.cuda.queries import MIN_TURN_SEQ_LEN, TURN_ROWS, QueryShape, can_extend
@@ -25,6 +27,8 @@ counts = True
 
 MIN_CAPABILITY = (9, 0)
 MIN_SHARED_BYTES = 227 << 10
+HEAD_DIM_MULTIPLES = {"int4": 32, "int3": 128, "int2": 64}
+"""By the codec of K or V. A quarter of a row of K is whole words (of 3 bits: threes of words), a row of V segments."""
 ELEMENTS = {torch.bfloat16: "sawkv::Bfloat", torch.float16: "sawkv::Half", torch.float32: "float"}
 """The device code's names of dtypes."""
 MERGE_THREADS = 256
@@ -43,13 +47,18 @@ DEBUG_DEFINES: dict[str, int | str] = {}
 
 
 def unsupported_reason(device: torch.device, layout: PageLayout) -> str | None:
-    """None for INT4 with head_dim a multiple of 32, if the GPU has Hopper's bulk copies and shared memory."""
+    """None for 4, 3 and 2 bits and a head_dim that fits them, if the GPU has Hopper's bulk copies and shared memory."""
     if device.type != "cuda" or torch.version.hip:
         return f"expected an NVIDIA GPU, got {device.type}"
-    if layout.format.codec != "int4":
-        return f"expected int4, got {layout.format.codec}"
-    if layout.head_dim % 32 or not 64 <= layout.head_dim <= 256:
-        return f"expected head_dim a multiple of 32 from 64 to 256, got {layout.head_dim}"
+    codecs = {layout.format.k_codec, layout.format.v_codec}
+    if not codecs <= HEAD_DIM_MULTIPLES.keys():
+        return f"expected {', '.join(HEAD_DIM_MULTIPLES)}, got {layout.format.codec}"
+    multiple = max(HEAD_DIM_MULTIPLES[codec] for codec in codecs)
+    if layout.head_dim % multiple or not 64 <= layout.head_dim <= 256:
+        return (
+            f"expected head_dim a multiple of {multiple} from 64 to 256 for {layout.format.codec}, got"
+            f" {layout.head_dim}"
+        )
     if layout.page_size not in GPU_PAGE_SIZES:
         return f"expected page_size {', '.join(map(str, GPU_PAGE_SIZES))}, got {layout.page_size}"
     properties = torch.cuda.get_device_properties(device)
@@ -322,6 +331,8 @@ def _page_defines(layout: PageLayout, dtype: torch.dtype, k_order: int, v_order:
     return {
         "HEAD_DIM": layout.head_dim,
         "PAGE_SIZE": layout.page_size,
+        "K_BITS": CODEC_BITS[layout.format.k_codec],
+        "V_BITS": CODEC_BITS[layout.format.v_codec],
         "K_ORDER": k_order,
         "V_ORDER": v_order,
         "ELEMENT": ELEMENTS[dtype],

@@ -5,7 +5,7 @@
 // to an fma, except the one that is written as fma. Products with gains and norms use __fmul_rn, which is never
 // contracted.
 //
-// Macros: HEAD_DIM, PAGE_SIZE, K_ORDER, V_ORDER, ELEMENT (of k and v); 1 or 0: GAIN and FEEDBACK (of K or V, or both),
+// Macros: those of pages.cuh, K_ORDER, V_ORDER, ELEMENT (of k and v); 1 or 0: GAIN and FEEDBACK (of K or V, or both),
 // COUNT (update the counters), BY_BUCKET (K has a center per position bucket).
 #include "format_constants.h"
 #include "pages.cuh"
@@ -16,7 +16,6 @@ using namespace format;
 
 constexpr int THREADS = 128, LANES = 4,
               TOKENS = THREADS / LANES;  // LANES per row: few, because lanes spend most time on exchanging values
-constexpr float MAX_CODE = 15;
 
 struct AppendParams {
   const i64* slot_mapping;
@@ -42,9 +41,11 @@ struct Sums {
   float error, norm;
 };
 
-// Turns a row into codes. With feedback the row's range is covered by the cells of the codes, without it by the codes
-// themselves. The constructor may change the row.
+// Turns a row into codes. With feedback and below 4 bits, the row's range is covered by the cells of the codes, else by
+// the codes themselves. The constructor may change the row.
+template <int BITS>
 struct Quantizer {
+  static constexpr float MAX_CODE = (1 << BITS) - 1;
   float inverse, zero_point;
   u32 meta;
   bool is_bounded;  // finite, and the scale does not saturate
@@ -58,15 +59,15 @@ struct Quantizer {
       low = ptx::min_or_nan(low, __shfl_xor_sync(ALL_LANES, low, d));
       high = ptx::max_or_nan(high, __shfl_xor_sync(ALL_LANES, high, d));
     }
-    const bool is_finite = fabsf(low) < infinity() && fabsf(high) < infinity();
-    const float by_range = (high - low) * (has_feedback ? 1 / (MAX_CODE + 1) : 1 / MAX_CODE),
+    const bool is_finite = fabsf(low) < infinity() && fabsf(high) < infinity(), has_cells = has_feedback || BITS < 4;
+    const float by_range = (high - low) * (has_cells ? 1 / (MAX_CODE + 1) : 1 / MAX_CODE),
                 by_offset = fmaxf(fabsf(low), fabsf(high)) * (1 / MAX_ZERO_POINT);
     const float wanted = fmaxf(fmaxf(by_range, by_offset), MIN_SCALE), bound = fminf(wanted, MAX_SCALE);
     u16 scale = ptx::float_to_half(bound);
     if (ptx::half_to_float(scale) < bound) scale++;  // the next fp16 up
     inverse = __frcp_rn(ptx::half_to_float(scale));
     const u16 zero_bits = ptx::float_to_half(
-        fminf(fmaxf(__fsub_rn(has_feedback ? -0.5f : 0, __fmul_rn(low, inverse)), -MAX_ZERO_POINT), MAX_ZERO_POINT));
+        fminf(fmaxf(__fsub_rn(has_cells ? -0.5f : 0, __fmul_rn(low, inverse)), -MAX_ZERO_POINT), MAX_ZERO_POINT));
     zero_point = ptx::half_to_float(zero_bits);
     meta = is_finite ? scale | (u32)zero_bits << 16 : (u32)NAN_SCALE_BITS;
     is_bounded = is_finite && wanted <= MAX_SCALE;
@@ -78,16 +79,21 @@ struct Quantizer {
       zero_point = 0;
     }
   }
-  // Two codes in the low byte. No clamp is needed, because fma(y, inverse, zero_point) lies between -0.26 and 15.26
-  // without feedback. ROUNDER's other low bits are 0. Conversion instructions would run at a quarter of the speed.
-  __device__ u32 codes(float even, float odd) const { return shifted(odd) * 16 + shifted(even); }
+  // N codes, and nothing else. Conversion instructions would run at a quarter of the speed.
+  template <int N>
+  __device__ u32 codes(const float* y) const {
+    u32 packed = 0;
+#pragma unroll
+    for (int i = N - 1; i >= 0; i--) packed = (packed << BITS) + shifted(y[i]) - __float_as_uint(ROUNDER);
+    return packed;
+  }
 
   __device__ Sums sums(const Row<D, LANES>& y) const {
     Sums sums{};
 #pragma unroll
     for (int i = 0; i < y.PER_LANE; i++) {
       const float wanted = fmaf(y.x[i], inverse, zero_point);
-      const float error = wanted + ROUNDER - ROUNDER - wanted;
+      const float error = clamped(wanted) + ROUNDER - ROUNDER - wanted;
       sums.error += error * error;
       sums.norm += y.x[i] * y.x[i];
     }
@@ -148,7 +154,9 @@ struct Quantizer {
   }
 
  private:
-  __device__ u32 shifted(float y) const { return __float_as_uint(fmaf(y, inverse, zero_point) + ROUNDER); }
+  // With codes at both ends of the range no clamp is needed, because an unrounded one lies between -0.26 and 15.26.
+  static __device__ float clamped(float x) { return BITS < 4 ? fminf(fmaxf(x, 0), MAX_CODE) : x; }
+  __device__ u32 shifted(float y) const { return __float_as_uint(clamped(fmaf(y, inverse, zero_point)) + ROUNDER); }
 };
 
 __device__ inline bool is_sampled(i64 slot) { return (u32)slot * SAMPLE_HASH < (1ull << 32) / SAMPLE; }
@@ -174,8 +182,40 @@ __device__ inline void count_row(const AppendParams& p, bool is_v, u32 meta, Sum
   if (is_first_lane) atomicAdd(&counters[COLUMN_SAMPLED_ROWS], 1.0);
 }
 
-// K and V share one instance if their orders are equal: the code is long, and fetching instructions takes time too.
-template <int ORDER>
+// Writes the codes of a row. The lane has eight channels of each 32. All four lanes of a row must call it.
+template <int BITS>
+__device__ inline void store_codes(const StoredRow<BITS>& stored, const Quantizer<BITS>& quantizer,
+                                   const Row<D, LANES>& y, bool is_kept) {
+  using R = Row<D, LANES>;
+  static_assert(LANES == 4 && R::VECTOR == 8, "a lane has a quarter of every 32 channels");
+#pragma unroll
+  for (int i = 0; i < R::PER_LANE; i += R::VECTOR) {
+    if constexpr (BITS == 3) {
+      // 16 channels are the lanes' low halves of three words, five codes in each and the sixteenth's bits on top.
+      const u32 own = quantizer.template codes<8>(&y.x[i]), other = __shfl_xor_sync(ALL_LANES, own, 1);
+      const bool is_odd = R::lane() % 2;
+      const u64 half = is_odd ? (u64)own << 24 | other : (u64)other << 24 | own;
+      const u64 other_half = __shfl_xor_sync(ALL_LANES, half, 2);
+      const u64 low = R::lane() < 2 ? half : other_half, high = R::lane() < 2 ? other_half : half;
+      const int word = R::lane();  // of each 32 channels; the fourth lane stores nothing
+      const auto sixteen = [&](u64 codes) {
+        return (u32)(codes >> 15 * word) & 0x7fff | (u32)(codes >> (45 + word) & 1) << 15;
+      };
+      if (is_kept && word < 3) *(u32*)stored.at((i / R::VECTOR * BITS + word) * 4) = sixteen(low) | sixteen(high) << 16;
+    } else {
+      constexpr int PER_BYTE = 8 / BITS;
+      Vector<u8, R::VECTOR / PER_BYTE> packed;
+#pragma unroll
+      for (int e = 0; e < R::VECTOR; e += PER_BYTE)
+        packed.x[e / PER_BYTE] = quantizer.template codes<PER_BYTE>(&y.x[i + e]);
+      *(Vector<u8, R::VECTOR / PER_BYTE>*)stored.at(y.channel(i) / PER_BYTE) = packed;
+    }
+  }
+}
+
+// K and V share one instance if their orders and bits are equal: the code is long, and fetching instructions takes time
+// too.
+template <int ORDER, int BITS>
 __device__ inline void append_row(const AppendParams& p, bool is_v) {
   const int token = blockIdx.x * TOKENS + threadIdx.x / LANES, head = blockIdx.y;
   // Load the row before it is known to be kept, so that the loads of row and slot overlap.
@@ -196,7 +236,7 @@ __device__ inline void append_row(const AppendParams& p, bool is_v) {
   if (GAIN && p.gain[is_v]) y.multiply(Row<D, LANES>::load(p.gain[is_v] + head * D));
   rotate<ORDER>(y);
   const bool has_feedback = FEEDBACK && p.weights[is_v];
-  Quantizer quantizer(y, has_feedback);
+  Quantizer<BITS> quantizer(y, has_feedback);
   Sums sums{};
   if (has_feedback) {
     sums = quantizer.feed_back(y, p.weights[is_v] + head * D * D, p.step[is_v][head]);
@@ -204,17 +244,10 @@ __device__ inline void append_row(const AppendParams& p, bool is_v) {
     sums = quantizer.sums(y);
   }
   if (COUNT) count_row(p, is_v, quantizer.meta, sums, slot, is_kept, y.lane() == 0);
-  if (!is_kept) return;
-  const StoredRow stored(p.pages + slot / PAGE_SIZE * p.page_stride + head * HEAD_BYTES, slot % PAGE_SIZE, is_v);
-  constexpr int VECTOR = y.VECTOR;
-#pragma unroll
-  for (int i = 0; i < y.PER_LANE; i += VECTOR) {
-    Vector<u8, VECTOR / 2> packed;
-#pragma unroll
-    for (int e = 0; e < VECTOR; e += 2) packed.x[e / 2] = quantizer.codes(y.x[i + e], y.x[i + e + 1]);
-    *(Vector<u8, VECTOR / 2>*)stored.at(y.channel(i)) = packed;
-  }
-  if (y.lane() == 0) *stored.meta = quantizer.meta;
+  if (BITS != 3 && !is_kept) return;
+  const StoredRow<BITS> stored(p.pages + slot / PAGE_SIZE * p.page_stride + head * HEAD_BYTES, slot % PAGE_SIZE, is_v);
+  store_codes(stored, quantizer, y, is_kept);
+  if ((BITS != 3 || is_kept) && y.lane() == 0) *stored.meta = quantizer.meta;
 }
 
 }  // namespace sawkv
@@ -231,10 +264,10 @@ __global__ void __launch_bounds__(THREADS, (D <= 128 ? 8 : 4) >> FEEDBACK)
   ptx::wait_for_prerequisites();
   ptx::let_dependents_launch();  // the decode kernel starts up meanwhile
   const bool is_v = blockIdx.z;
-  if (K_ORDER == V_ORDER || !is_v)
-    append_row<K_ORDER>(p, is_v);
+  if (!is_v || (K_ORDER == V_ORDER && K_BITS == V_BITS))
+    append_row<K_ORDER, K_BITS>(p, is_v);
   else
-    append_row<V_ORDER>(p, is_v);
+    append_row<V_ORDER, V_BITS>(p, is_v);
 }
 
 }  // extern "C"

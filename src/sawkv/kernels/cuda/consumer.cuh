@@ -10,13 +10,15 @@ namespace sawkv {
 constexpr int V_SHIFT = 60;  // weights are stored in bf16 times 2^60, which keeps them in range for every fp16 scale
 
 struct Consumer {
-  static constexpr int WORDS = D / 32;              // of K codes per lane and token
+  static constexpr int WORDS = K_ROW_BYTES / 16;                                       // of K codes per lane and token
+  static constexpr int GROUPS_OF_KEYS = WORDS / Keys::WORDS, FOURS = Keys::CODES / 8;  // four pairs each, of a group
+  static constexpr int PLANES = Unit<V_BITS>::PLANES, ROW_TILES = SEGMENTS * PLANES / 2;  // 16 planes of V each
   static constexpr int PART = TILE / COLUMN_TILES;  // tokens attended at once; registers limit the scores
   static constexpr int BLOCKS = PART / 16;
 
   float maximum[COLUMN_TILES][2], sum[COLUMN_TILES][2];
   float zero[COLUMN_TILES][2];  // sum of weight * v_scale * v_zero
-  float out[COLUMN_TILES][D / 16][4];
+  float out[COLUMN_TILES][ROW_TILES][4];
 
   __device__ void start() {
 #pragma unroll
@@ -27,7 +29,7 @@ struct Consumer {
         sum[t][e] = zero[t][e] = 0;
       }
 #pragma unroll
-      for (int i = 0; i < D / 16; i++) out[t][i][0] = out[t][i][1] = out[t][i][2] = out[t][i][3] = 0;
+      for (int i = 0; i < ROW_TILES; i++) out[t][i][0] = out[t][i][1] = out[t][i][2] = out[t][i][3] = 0;
     }
   }
 
@@ -43,11 +45,11 @@ struct Consumer {
     for (int b = 0; b < BLOCKS; b++) {
       const int token = part + 16 * b;
       const u8* row =
-          span_of(tile, token) + (token % SPAN + lane_index() / 4) * ROW_BYTES + lane_index() % 4 * (ROW_BYTES / 4);
+          span_of(tile, token) + (token % SPAN + lane_index() / 4) * K_ROW_BYTES + lane_index() % 4 * (K_ROW_BYTES / 4);
 #pragma unroll
       for (int w = 0; w < WORDS; w += LOAD) {
         const auto u = *(const Vector<u32, LOAD>*)(row + 4 * w),
-                   l = *(const Vector<u32, LOAD>*)(row + 8 * ROW_BYTES + 4 * w);
+                   l = *(const Vector<u32, LOAD>*)(row + 8 * K_ROW_BYTES + 4 * w);
 #pragma unroll
         for (int e = 0; e < LOAD; e++) upper[b][w + e] = u.x[e], lower[b][w + e] = l.x[e];
       }
@@ -55,20 +57,21 @@ struct Consumer {
       for (int t = 0; t < COLUMN_TILES; t++) scores[t][b][0] = scores[t][b][1] = scores[t][b][2] = scores[t][b][3] = 0;
     }
 #pragma unroll
-    for (int w = 0; w < WORDS; w++) {
+    for (int i = 0; i < GROUPS_OF_KEYS * FOURS; i++) {
+      const int first_word = i / FOURS * Keys::WORDS, first_pair = i % FOURS * 4;
       u32 query[COLUMN_TILES][2][2];
 #pragma unroll
       for (int t = 0; t < COLUMN_TILES; t++) {
-        const uint4 q = queries[(t * WORDS + w) * WARP];
+        const uint4 q = queries[(t * (D / 32) + i) * WARP];
         query[t][0][0] = q.x, query[t][0][1] = q.y, query[t][1][0] = q.z, query[t][1][1] = q.w;
       }
 #pragma unroll
       for (int b = 0; b < BLOCKS; b++) {
-        const u32 u = upper[b][w], l = lower[b][w], u_high = u >> 8, l_high = l >> 8;
+        const Keys u(&upper[b][first_word]), l(&lower[b][first_word]);
 #pragma unroll
         for (int k = 0; k < 2; k++) {
-          const u32 a0 = nibbles(u, u_high, 2 * k), a1 = nibbles(l, l_high, 2 * k);
-          const u32 a2 = nibbles(u, u_high, 2 * k + 1), a3 = nibbles(l, l_high, 2 * k + 1);
+          const int pair = first_pair + 2 * k;
+          const u32 a0 = u.pair(pair), a1 = l.pair(pair), a2 = u.pair(pair + 1), a3 = l.pair(pair + 1);
 #pragma unroll
           for (int t = 0; t < COLUMN_TILES; t++) ptx::mma_half(scores[t][b], a0, a1, a2, a3, query[t][k]);
         }
@@ -166,7 +169,7 @@ struct Consumer {
         sum[t][e] *= factor;
         zero[t][e] *= factor;
 #pragma unroll
-        for (int i = 0; i < D / 16; i++) out[t][i][e] *= factor, out[t][i][2 + e] *= factor;
+        for (int i = 0; i < ROW_TILES; i++) out[t][i][e] *= factor, out[t][i][2 + e] *= factor;
       }
   }
 
@@ -201,7 +204,7 @@ struct Consumer {
           weights[t][h] = ptx::transpose_matrix(rounded);
         }
       }
-      const u32 rows = ptx::shared_address(span + V_CODES + (token % SPAN + lane % 16) * ROW_BYTES);
+      const u32 rows = ptx::shared_address(span + V_CODES + (token % SPAN + lane % 16) * V_ROW_BYTES);
 #pragma unroll
       for (int segment = 0; segment < SEGMENTS; segment += 2) {
         u32 r[4];  // tokens 0-7 and 8-15 of segment, then of segment + 1
@@ -212,14 +215,13 @@ struct Consumer {
         }
 #pragma unroll
         for (int i = 0; i < 2 && segment + i < SEGMENTS; i++) {
-          const u32 x = r[2 * i], y = r[2 * i + 1], x_high = x >> 8, y_high = y >> 8;
+          const Unit<V_BITS> x(r[2 * i]), y(r[2 * i + 1]);
 #pragma unroll
-          for (int k = 0; k < 2; k++) {
-            const u32 a0 = nibbles(x, x_high, 2 * k), a1 = nibbles(x, x_high, 2 * k + 1);
-            const u32 a2 = nibbles(y, y_high, 2 * k), a3 = nibbles(y, y_high, 2 * k + 1);
+          for (int k = 0; k < PLANES / 2; k++) {
+            const u32 a0 = x.plane(2 * k), a1 = x.plane(2 * k + 1), a2 = y.plane(2 * k), a3 = y.plane(2 * k + 1);
 #pragma unroll
             for (int t = 0; t < COLUMN_TILES; t++)
-              ptx::mma_bfloat(out[t][2 * (segment + i) + k], a0, a1, a2, a3, weights[t]);
+              ptx::mma_bfloat(out[t][PLANES / 2 * (segment + i) + k], a0, a1, a2, a3, weights[t]);
           }
         }
       }
@@ -242,10 +244,15 @@ struct Consumer {
     multiply_values(tile, part, is_masked, scores);
   }
 
+  // Plane i of the lane's unit in a segment, for column e of tile t, in the unit of values
+  __device__ float value(int t, int segment, int i, int e) const {
+    constexpr int V_EXPONENT = 133 - V_SHIFT;  // bf16 codes are n * 2^-133
+    return out[t][(segment * PLANES + i) / 2][i % 2 * 2 + e] * power_of_two(V_EXPONENT - Unit<V_BITS>::exponent(i));
+  }
+
   // Pass the result of a chunk to the merge warps.
   __device__ void store(Shared& s, int slot, int warp) {
     const int lane = lane_index();
-    constexpr int V_EXPONENT = 133 - V_SHIFT;  // bf16 codes are n * 2^-133
 #pragma unroll
     for (int t = 0; t < COLUMN_TILES; t++)
 #pragma unroll
@@ -257,15 +264,48 @@ struct Consumer {
         }
         const int row = 8 * t + 2 * (lane % 4) + e;
         if (row >= ROWS) continue;
-        const float even = power_of_two(V_EXPONENT), odd = power_of_two(V_EXPONENT - 4),
-                    offset = zero[t][e] * power_of_two(-V_SHIFT);
-        auto* channels = (Vector<float, 4>*)s.results[slot][warp][row];
+        const float offset = zero[t][e] * power_of_two(-V_SHIFT);
+        float* channels = s.results[slot][warp][row];
 #pragma unroll
-        for (int i = 0; i < SEGMENTS; i++)  // 32 channels, four of them in this lane
-          channels[8 * i + lane / 4] = {out[t][2 * i][e] * even - offset, out[t][2 * i][2 + e] * odd - offset,
-                                        out[t][2 * i + 1][e] * even - offset, out[t][2 * i + 1][2 + e] * odd - offset};
+        for (int i = 0; i < SEGMENTS; i++) {
+          if constexpr (V_BITS == 3) {
+#pragma unroll
+            for (int k = 0; k < 5; k++) channels[first_channel(8 * i + lane / 4) + k] = value(t, i, k, e) - offset;
+          } else {
+#pragma unroll
+            for (int k = 0; k < PLANES; k += 4)
+              ((Vector<float, 4>*)channels)[(8 * i + lane / 4) * (PLANES / 4) + k / 4] = {
+                  value(t, i, k, e) - offset, value(t, i, k + 1, e) - offset, value(t, i, k + 2, e) - offset,
+                  value(t, i, k + 3, e) - offset};
+          }
+        }
         if (lane / 4 == 0) s.result_stats[slot][warp][row] = {maximum[t][e], sum[t][e]};
       }
+    if constexpr (V_BITS == 3) store_top_bits(s, slot, warp);
+  }
+
+  // At 3 bits: every 32 channels are six units, low and high half of three words. A half's five codes per word belong
+  // to neighbouring channels.
+  static __device__ int first_channel(int unit) { return unit / 6 * 32 + unit % 2 * 16 + unit % 6 / 2 * 5; }
+
+  // The top bits of three words are the code of one more channel: their sums are added one word after the other.
+  __device__ void store_top_bits(Shared& s, int slot, int warp) {
+#pragma unroll 1
+    for (int word = 0; word < 3; word++) {
+#pragma unroll
+      for (int t = 0; t < COLUMN_TILES; t++)
+#pragma unroll
+        for (int e = 0; e < 2; e++)
+#pragma unroll
+          for (int i = 0; i < SEGMENTS; i++) {
+            const int row = 8 * t + 2 * (lane_index() % 4) + e, unit = 8 * i + lane_index() / 4;
+            if (row >= ROWS || unit % 6 / 2 != word) continue;
+            float& sum = s.results[slot][warp][row][unit / 6 * 32 + unit % 2 * 16 + 15];
+            const float before = word ? sum : -zero[t][e] * power_of_two(-V_SHIFT);
+            sum = before + value(t, i, 5, e) * power_of_two(word);
+          }
+      __syncwarp();
+    }
   }
 };
 

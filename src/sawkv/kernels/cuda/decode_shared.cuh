@@ -28,22 +28,27 @@ constexpr int STAGES_THAT_FIT =
 constexpr int STAGES = STAGES_THAT_FIT >= 24 ? 24 : STAGES_THAT_FIT / CONSUMERS * CONSUMERS;
 static_assert(STAGES > 0, "no room for the ring");
 
-// Most tiles (about 9 KB each) being copied at once. Memory serves more of them in a less favourable order: without
-// this bound, decode is 1 to 4% slower.
-constexpr int MOST_UNDER_WAY = 8;
+// Most tiles being copied at once: eight of INT4 (about 9 KB each), or as many bytes. Memory serves more of them in a
+// less favourable order: without this bound, decode is 1 to 4% slower.
+constexpr int MOST_UNDER_WAY = 4 * (D + 2 * META_BYTES) / TOKEN_BYTES * 2;
 
 // Queries that the scheduler loads at once. Registers limit them.
 constexpr int QUERIES_AT_ONCE = ROWS <= 4 || (SOFTCAP && OFFSET && D > 128) ? 4 : 8;
 constexpr int SCHEDULERS = 1;
-constexpr int CODE_EXPONENT = 24;  // codes are read as fp16 n * 2^-24, odd ones 16 times as large
-constexpr float ODD_FACTOR = 1.0f / 16;
+constexpr int CODE_EXPONENT = 24;  // codes are read as fp16 n * 2^-24, some of them 2^exponent times as large
+
+using Keys = Group<K_BITS>;
+constexpr int PAIRS = Keys::CODES / 2;
+
+// What divides the exponent of channel c's codes out of its query.
+__device__ inline float query_factor(int c) { return power_of_two(-Keys::exponent(c & PAIRS - 1)); }
 
 // Index of channel c of row r in a chunk's queries. A consumer lane reads its B fragments of 8 rows and 32 channels as
-// 16 bytes, next to its neighbour's. Their channels have the order of A's fragments, where the two nibbles of a word
-// are four channels apart, and even and odd nibbles alternate.
+// 16 bytes, next to its neighbour's. Their channels have the order of A's fragments, where the two codes of a pair are
+// half a group apart.
 __device__ inline int fragment_index(int r, int c) {
-  const int quad = c / (D / 4), word = c % (D / 4) / 8;
-  return (((r / 8 * (D / 32) + word) * 8 + r % 8) * 4 + quad) * 8 + (c >> 1 & 1) * 4 + (c & 1) * 2 + (c >> 2 & 1);
+  const int quad = c / (D / 4), four = c % (D / 4) / Keys::CODES * (PAIRS / 4) + (c & PAIRS - 1) / 4;
+  return (((r / 8 * (D / 32) + four) * 8 + r % 8) * 4 + quad) * 8 + (c >> 1 & 1) * 4 + (c & 1) * 2 + (c / PAIRS & 1);
 }
 
 struct alignas(sizeof(float) * (SOFTCAP && OFFSET && !BY_BUCKET ? 4 : 2)) QueryStats {

@@ -1,7 +1,7 @@
 // The extend kernel's dequantizer warps: convert tiles of codes to operands of the tensor cores, once for all query
 // rows.
 //
-// A nibble n, masked in place, is the fp16 number n * 2^-24 (odd ones 16 times as large). One fma computes
+// A code n, masked in place, is the fp16 number n * 2^-24 (odd ones 2^bits times as large). One fma computes
 // (n - zero_point) * scale for two of them. The row's scale is first divided by a power of two near the tile's largest
 // scale, so that products stay in fp16's range for all scales. Consumers multiply scores and weights by that power.
 #pragma once
@@ -32,20 +32,22 @@ __device__ inline int exponent_of(u32 largest_scale) {
   return max((int)(__reduce_max_sync(ALL_LANES, largest_scale) >> 10), 1) - 15;
 }
 
-// A thread's part of K or V of a tile: a token's row, or every other segment of it. Eight neighbouring lanes always
-// write to eight different 16-byte banks, and mostly read from eight. Of K they hold either eight tokens, or four
-// tokens with two segments each (two of the tokens take other segments than the other two). Of V they hold one segment
-// of eight tokens.
+// A thread's part of K or V of a tile: a token's row, or every other block of 32 channels of it. Eight neighbouring
+// lanes always write to eight different 16-byte banks, and at 4 bits mostly read from eight. Of K they hold either
+// eight tokens, or four tokens with two blocks each (two of the tokens take other blocks than the other two). Of V they
+// hold one block of eight tokens.
 template <bool IS_V>
 struct PartOfRow {
-  static constexpr int CODES = IS_V ? V_CODES : 0, META = IS_V ? V_META : K_META;
-  static constexpr int SHARE = DEQUANTIZERS * WARP / TILE, COUNT = SEGMENTS / SHARE;  // threads per token; segments
+  static constexpr int CODES = IS_V ? V_CODES : 0, META = IS_V ? V_META : K_META, BITS = IS_V ? V_BITS : K_BITS;
+  static constexpr int ROW_BYTES = D * BITS / 8, BLOCKS = D / 32;                   // of BITS words each
+  static constexpr int SHARE = DEQUANTIZERS * WARP / TILE, COUNT = BLOCKS / SHARE;  // threads per token; blocks
   static_assert(SHARE * TILE == DEQUANTIZERS * WARP && SHARE <= 2 && COUNT == 2, "head_dim 64 or 128");
-  uint4 codes[COUNT];
+  static constexpr int LOAD = largest_power_of_two_in(BITS);
+  alignas(16) u32 codes[COUNT][BITS];
   u32 meta;
   int token, first;
 
-  static __device__ int segment(int first, int i) { return (first + SHARE * i) % SEGMENTS; }
+  static __device__ int block(int first, int i) { return (first + SHARE * i) % BLOCKS; }
   __device__ PartOfRow(const u8* tile, int thread) {
     token = IS_V ? thread % TILE : thread / SHARE;
     first = IS_V ? thread / TILE : SHARE == 2 ? thread % 2 + thread / 4 % 2 * 2 : 0;
@@ -53,7 +55,13 @@ struct PartOfRow {
     const u8* span = tile + token / SPAN * SPAN_BYTES;
 #pragma unroll
     for (int i = 0; i < COUNT; i++)
-      codes[i] = *(const uint4*)(span + CODES + token % SPAN * ROW_BYTES + (segment(first, i) ^ swizzle) * 16);
+#pragma unroll
+      for (int w = 0; w < BITS; w += LOAD) {
+        const int n = block(first, i) * BITS + w;
+        const u8* row = span + CODES + token % SPAN * ROW_BYTES;
+        *(Vector<u32, LOAD>*)&codes[i][w] =
+            *(const Vector<u32, LOAD>*)(row + (n / 4 ^ swizzle) * SEGMENT_BYTES + n % 4 * 4);
+      }
     meta = *(const u32*)(span + META + token % SPAN * 4);
   }
 
@@ -62,21 +70,19 @@ struct PartOfRow {
     const float multiplier = is_there ? ptx::low_half_to_float(meta) * power_of_two(15 - exponent) : 0;
     const float offset = is_there ? -ptx::high_half_to_float(meta) * (multiplier * power_of_two(-24)) : 0;
     const u32 even = ptx::pack_halfs(multiplier, multiplier),
-              odd = ptx::pack_halfs(multiplier * power_of_two(-4), multiplier * power_of_two(-4)),
+              odd = ptx::pack_halfs(multiplier * power_of_two(-BITS), multiplier * power_of_two(-BITS)),
               add = ptx::pack_halfs(offset, offset);
     const u32 row = ptx::shared_address(operand) + token * 128;
 #pragma unroll
     for (int i = 0; i < COUNT; i++) {
-      const int s = segment(first, i);
-      const u32 to = row + s / 2 * (TILE * 128) + (s % 2 * 4 ^ token % 8) * 16;
-      const u32 words[4] = {codes[i].x, codes[i].y, codes[i].z, codes[i].w};
+      const int b = block(first, i);
+      const u32 to = row + b / 2 * (TILE * 128) + (b % 2 * 4 ^ token % 8) * 16;
 #pragma unroll
       for (int w = 0; w < 4; w++) {
-        const u32 high = words[w] >> 8;
-        ptx::store_shared(to ^ w << 4, ptx::fma_halfs(nibbles(words[w], high, 0), even, add),
-                          ptx::fma_halfs(nibbles(words[w], high, 1), odd, add),
-                          ptx::fma_halfs(nibbles(words[w], high, 2), even, add),
-                          ptx::fma_halfs(nibbles(words[w], high, 3), odd, add));
+        const auto eight = Eight<BITS>::of(&codes[i][Eight<BITS>::source(w)], w);
+        ptx::store_shared(to ^ w << 4, ptx::fma_halfs(eight.pair(0), even, add),
+                          ptx::fma_halfs(eight.pair(1), odd, add), ptx::fma_halfs(eight.pair(2), even, add),
+                          ptx::fma_halfs(eight.pair(3), odd, add));
       }
     }
   }

@@ -36,9 +36,9 @@ constexpr int OPERAND_READERS = DEALS_TILES ? 4 : CONSUMERS;  // warps
 
 // Operands are the tile's values times 2^-9, divided by a power of two that all rows of the tile share.
 constexpr int CODE_EXPONENT = 9, QUERIES_AT_ONCE = 2;
-constexpr float ODD_FACTOR = 1;
+__device__ inline float query_factor(int) { return 1; }
 
-// Column of a channel in an operand. A word of 8 codes becomes 16 bytes, where nibbles n and n + 4 are pairs.
+// Column of a channel in an operand. Eight codes become 16 bytes, where codes i and i + 4 are pairs.
 __host__ __device__ constexpr int operand_column(int c) { return c / 8 * 8 + c % 4 * 2 + c / 4 % 2; }
 
 // Index of channel c of row r in a chunk's queries, which have the order of A's fragments.

@@ -2,11 +2,11 @@
 // output tokens, and each of its warps K or V of TILE of them.
 //
 // Codes are small integers, so their Hadamard transform is exact in fp32, in any order of summation. Tensor cores
-// compute four of its stages from masked nibbles, as in decode. The others are sums within a lane. Scale and zero point
+// compute four of its stages from masked codes, as in decode. The others are sums within a lane. Scale and zero point
 // are applied at the end: a constant transforms to ORDER times itself in a block's first channel, and 0 in the others.
 //
-// Macros: HEAD_DIM, PAGE_SIZE, K_ORDER and V_ORDER (0: rows stay rotated), ELEMENT (of the output), GAIN (1: gains of
-// K or V, or both, must be undone), BY_BUCKET (1: K has a center per position bucket).
+// Macros: those of pages.cuh, K_ORDER and V_ORDER (0: rows stay rotated), ELEMENT (of the output), GAIN (1: gains of K
+// or V, or both, must be undone), BY_BUCKET (1: K has a center per position bucket).
 #include "pages.cuh"
 
 namespace sawkv {
@@ -47,11 +47,12 @@ struct Source {
   }
 };
 
-// An element of the Hadamard matrix as fp16, over 16 for odd nibbles, which read as 16 n. `in` and `out` are channels.
-template <int BLOCK>
+// An element of the Hadamard matrix as fp16, over 2^BITS for odd codes, which read as 2^BITS n. `in` and `out` are
+// channels.
+template <int BLOCK, int BITS>
 __device__ inline u32 hadamard(int in, int out) {
   if ((in ^ out) & ~(BLOCK - 1)) return 0;  // different blocks
-  const u32 one = in % 2 ? 0x2c00 : 0x3c00;
+  const u32 one = 0x3c00 - (in % 2 ? BITS << 10 : 0);
   return one | (__popc(in & out & (BLOCK - 1)) & 1) << 15;
 }
 
@@ -77,21 +78,26 @@ __device__ inline void store_restored(Row<D, LANES>& row, const float* gain_inve
   }
 }
 
-// Each bit of the channel index is one stage of the transform. Tensor cores compute bits 0 (odd nibbles), 2 (half of a
+// Each bit of the channel index is one stage of the transform. Tensor cores compute bits 0 (odd codes), 2 (half of a
 // word), 3 and 4 (lane). Sums within a lane compute bit 1 and bits from 5 on.
-template <int ORDER>
+template <int ORDER, int BITS>
 __device__ inline void decode_rows(const Source (&sources)[LANE_ROWS], bool is_v, const float* gain_inverse,
                                    const float* center, i64 bucket_stride, ELEMENT* const (&to)[LANE_ROWS]) {
   using R = Row<D, LANES>;
   static_assert(R::VECTOR == 8, "a lane's vector is a word of codes");
   constexpr int BLOCK = ORDER ? ORDER : 1;
-  u32 words[LANE_ROWS][D / 32], meta[LANE_ROWS];
+  using Codes = Eight<BITS>;
+  u32 words[LANE_ROWS][D / 32][Codes::SOURCES], meta[LANE_ROWS];
 #pragma unroll
   for (int r = 0; r < LANE_ROWS; r++) {
-    const StoredRow stored(sources[r].page_head, sources[r].offset, is_v);
+    const StoredRow<BITS> stored(sources[r].page_head, sources[r].offset, is_v);
     meta[r] = sources[r].is_there ? *stored.meta : 0;
 #pragma unroll
-    for (int w = 0; w < D / 32; w++) words[r][w] = sources[r].is_there ? *(const u32*)stored.at(R::channel(8 * w)) : 0;
+    for (int w = 0; w < D / 32; w++)
+#pragma unroll
+      for (int i = 0; i < Codes::SOURCES; i++)
+        words[r][w][i] =
+            sources[r].is_there ? *(const u32*)stored.at((w * BITS + Codes::source(R::lane()) + i) * 4) : 0;
   }
 
   const int column = lane_index() / LANES;
@@ -101,16 +107,15 @@ __device__ inline void decode_rows(const Source (&sources)[LANE_ROWS], bool is_v
 #pragma unroll
     for (int odd = 0; odd < 2; odd++) {
       const int in = R::lane() << 3 | odd, out = column >> 1 << 3 | half << 2 | column % 2;
-      matrix[half][odd] = hadamard<BLOCK>(in, out) | hadamard<BLOCK>(in | 1 << 2, out) << 16;
+      matrix[half][odd] = hadamard<BLOCK, BITS>(in, out) | hadamard<BLOCK, BITS>(in | 1 << 2, out) << 16;
     }
   R rows[LANE_ROWS];
 #pragma unroll
   for (int w = 0; w < D / 32; w++) {
-    const u32 x = words[0][w], y = words[1][w], x_high = x >> 8, y_high = y >> 8;
+    const auto x = Codes::of(words[0][w], R::lane()), y = Codes::of(words[1][w], R::lane());
 #pragma unroll
     for (int k = 0; k < 2; k++) {
-      const u32 a0 = nibbles(x, x_high, 2 * k), a1 = nibbles(y, y_high, 2 * k);
-      const u32 a2 = nibbles(x, x_high, 2 * k + 1), a3 = nibbles(y, y_high, 2 * k + 1);
+      const u32 a0 = x.pair(2 * k), a1 = y.pair(2 * k), a2 = x.pair(2 * k + 1), a3 = y.pair(2 * k + 1);
 #pragma unroll
       for (int half = 0; half < 2; half++) {
         float sums[4] = {};
@@ -167,10 +172,10 @@ __global__ void __launch_bounds__(THREADS, D <= 128 ? 4 : 2) sawkv_gather(const 
   if (center) center += head * D;
   if (gain_inverse) gain_inverse += head * D;
   const i64 bucket_stride = is_v ? 0 : (i64)p.num_kv_heads * D;
-  if (K_ORDER == V_ORDER || !is_v)
-    decode_rows<K_ORDER>(sources, is_v, gain_inverse, center, bucket_stride, to);
+  if (!is_v || (K_ORDER == V_ORDER && K_BITS == V_BITS))
+    decode_rows<K_ORDER, K_BITS>(sources, is_v, gain_inverse, center, bucket_stride, to);
   else
-    decode_rows<V_ORDER>(sources, is_v, gain_inverse, center, bucket_stride, to);
+    decode_rows<V_ORDER, V_BITS>(sources, is_v, gain_inverse, center, bucket_stride, to);
 }
 
 }  // extern "C"

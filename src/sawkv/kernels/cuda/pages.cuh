@@ -1,8 +1,8 @@
-// Addresses of rows of INT4 codes in a page, as docs/format.md specifies.
+// Addresses of rows of codes in a page, as docs/format.md specifies.
 //
-// Macros: HEAD_DIM, PAGE_SIZE.
+// Macros: HEAD_DIM, PAGE_SIZE, K_BITS and V_BITS (of a code: 4, 3 or 2; V has at most the bits of K).
 #pragma once
-#include "common.cuh"
+#include "codes.cuh"
 #include "format_constants.h"
 
 namespace sawkv {
@@ -10,20 +10,15 @@ namespace sawkv {
 using format::BUCKET_SIZE;
 using format::SEGMENT_BYTES;
 constexpr int D = HEAD_DIM;
-constexpr int ROW_BYTES = D / 2, META_BYTES = 4;
-constexpr int TOKEN_BYTES = 2 * (ROW_BYTES + META_BYTES),
+constexpr int K_ROW_BYTES = D * K_BITS / 8, V_ROW_BYTES = D * V_BITS / 8, META_BYTES = 4;
+constexpr int TOKEN_BYTES = K_ROW_BYTES + V_ROW_BYTES + 2 * META_BYTES,
               HEAD_BYTES = PAGE_SIZE * TOKEN_BYTES;  // per page and KV head
-constexpr int V_PLANE = HEAD_BYTES / 2;
-constexpr int SEGMENTS = ROW_BYTES / SEGMENT_BYTES;  // of V rows; see PageLayout.swizzle_factors
+constexpr int V_PLANE = PAGE_SIZE * (K_ROW_BYTES + META_BYTES);
+constexpr int SEGMENTS = V_ROW_BYTES / SEGMENT_BYTES;  // of V rows; see PageLayout.swizzle_factors
 constexpr int ODD_SEGMENTS = SEGMENTS / largest_power_of_two_in(SEGMENTS);
 constexpr int SWIZZLE_PERIOD = largest_power_of_two_in(SEGMENTS) < 8 ? largest_power_of_two_in(SEGMENTS) : 8;
-static_assert(D % 32 == 0, "rows are whole segments");
-
-// Nibbles s and s + 4 of a word of codes as two 16-bit floats, odd nibbles 16 times as large. `high` is the word
-// shifted right by 8.
-__device__ inline u32 nibbles(u32 word, u32 high, int s) {
-  return (s < 2 ? word : high) & (s % 2 ? 0x00f000f0u : 0x000f000fu);
-}
+static_assert(D % (4 * Group<K_BITS>::CODES) == 0, "a quarter of a row of K is whole groups");
+static_assert(V_ROW_BYTES % SEGMENT_BYTES == 0, "rows of V are whole segments");
 
 // The bucket of a position. The last one holds all later positions.
 __device__ inline int bucket_of(i64 position, int num_buckets) {
@@ -31,8 +26,10 @@ __device__ inline int bucket_of(i64 position, int num_buckets) {
   return bucket < 0 ? 0 : bucket < num_buckets ? (int)bucket : num_buckets - 1;
 }
 
-// One row's codes and meta.
+// One row's codes and meta. BITS: those of K or of V, as `is_v` says.
+template <int BITS>
 struct StoredRow {
+  static constexpr int ROW_BYTES = D * BITS / 8;
   u8* codes;
   u32* meta;  // scale in the low half, zero point in the high half
   int swizzle;
@@ -44,8 +41,8 @@ struct StoredRow {
     meta = (u32*)(plane + PAGE_SIZE * ROW_BYTES) + offset;
     swizzle = is_v ? offset * ODD_SEGMENTS * SWIZZLE_PERIOD / 8 % SWIZZLE_PERIOD : 0;
   }
-  // The codes from channel c on. c is even. The caller accesses no more than c's segment.
-  __device__ u8* at(int c) const { return codes + ((c / 2) ^ (swizzle * SEGMENT_BYTES)); }
+  // The row's byte `b`. The caller accesses no more than b's segment.
+  __device__ u8* at(int b) const { return codes + (b ^ (swizzle * SEGMENT_BYTES)); }
 };
 
 }  // namespace sawkv

@@ -81,8 +81,10 @@ __device__ int run_producer(Shared& s, const DecodeParams& p, int producer) {
           } else if (spans) {  // part of a page: one copy per plane
 #pragma unroll
             for (int i = 0; i < 4; i++) {
-              const int plane = i / 2 * (ROW_BYTES + META_BYTES) + i % 2 * ROW_BYTES,
-                        bytes = i % 2 ? META_BYTES : ROW_BYTES;
+              const int plane = i / 2 * (K_ROW_BYTES + META_BYTES) + i % 2 * (i < 2 ? K_ROW_BYTES : V_ROW_BYTES),
+                        bytes = i % 2   ? META_BYTES
+                                : i < 2 ? K_ROW_BYTES
+                                        : V_ROW_BYTES;
               ptx::copy_to_shared(to + SPAN * plane, from[0] + PAGE_SIZE * plane + token % PAGE_SIZE * bytes,
                                   SPAN * bytes, full, policy);
             }

@@ -1,7 +1,7 @@
 // The scheduler warp: takes chunks from the schedule; loads, rotates and normalizes their queries.
 //
 // Included after the kernel defines Shared, CHUNK_SLOTS, SCHEDULERS, ROWS, is_padding, fragment_index, offsets_at,
-// QUERIES_AT_ONCE, CODE_EXPONENT and ODD_FACTOR.
+// QUERIES_AT_ONCE, CODE_EXPONENT and query_factor.
 #pragma once
 #include "attention.cuh"
 #include "tiles.cuh"
@@ -27,7 +27,7 @@ __device__ void store_query(Shared& s, const DecodeParams& p, int slot, int r, R
   for (int i = 0; i < Row<D>::PER_LANE; i++) {
     const int c = Row<D>::channel(i);
     sum += ptx::half_to_float(ptx::float_to_half(q.x[i]));
-    s.queries[slot][fragment_index(r, c)] = ptx::float_to_half(c % 2 ? q.x[i] * ODD_FACTOR : q.x[i]);
+    s.queries[slot][fragment_index(r, c)] = ptx::float_to_half(q.x[i] * query_factor(c));
   }
   sum = sum_over_lanes(sum);
   stats.sum = sum * power_of_two(-CODE_EXPONENT);

@@ -1,6 +1,6 @@
 // Layout of tiles in shared memory, and the rings and barriers with which warps pass them on.
 //
-// Macros: HEAD_DIM, PAGE_SIZE.
+// Macros: those of pages.cuh.
 #pragma once
 #include "pages.cuh"
 #include "chunks.cuh"
@@ -13,8 +13,7 @@ static_assert(PAGE_SIZE % TILE == 0 || TILE % PAGE_SIZE == 0, "tiles are whole p
 // A tile is one or more spans of tokens, each laid out like a page: K codes, K meta, V codes, V meta.
 constexpr int SPAN = PAGE_SIZE < TILE ? PAGE_SIZE : TILE;
 constexpr int SPAN_BYTES = SPAN * TOKEN_BYTES, SPANS = TILE / SPAN;
-constexpr int K_META = SPAN * ROW_BYTES, V_CODES = SPAN * (ROW_BYTES + META_BYTES),
-              V_META = SPAN * (2 * ROW_BYTES + META_BYTES);
+constexpr int K_META = SPAN * K_ROW_BYTES, V_CODES = K_META + SPAN * META_BYTES, V_META = V_CODES + SPAN * V_ROW_BYTES;
 
 constexpr int SHARED_LIMIT = 227 << 10;
 

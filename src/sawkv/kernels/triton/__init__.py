@@ -1,4 +1,4 @@
-"""Triton backend for NVIDIA GPUs from Ampere on: INT4, INT8 and 16-bit pages with any head_dim from 64.
+"""Triton backend for NVIDIA GPUs from Ampere on: pages of 2 to 16 bits with any head_dim from 64.
 
 The CUDA backend is faster for the layouts that it supports; this backend serves all others. CI runs it in Triton's
 interpreter (TRITON_INTERPRET=1).
@@ -16,11 +16,11 @@ import triton.language as tl
 from sawkv import kernels
 from sawkv.cache import PagedKVCache
 from sawkv.format.layout import PageLayout
-from sawkv.format.spec import CODEC_BITS
+from sawkv.format.spec import CODEC_BITS, NARROWER_V
 from sawkv.format.spec import HEAD_DIMS as ANY_HEAD_DIM
 from sawkv.kernels import Layer, Prefixes, ScheduleShape, Step
 from sawkv.kernels.triton.append import append_kernel
-from sawkv.kernels.triton.common import INTERPRETED
+from sawkv.kernels.triton.common import INTERPRETED, columns_of, planes_of
 from sawkv.kernels.triton.decode import decode_kernel, merge_kernel, prepare_kernel, schedule_kernel
 from sawkv.kernels.triton.gather import gather_kernel
 
@@ -29,8 +29,12 @@ counts = True
 
 MIN_CAPABILITY = (8, 0)
 HEAD_DIMS = tuple(head_dim for head_dim in ANY_HEAD_DIM if head_dim >= 64)
-STORED = {"int4": tl.uint8, "int8": tl.uint8, "bf16": tl.bfloat16, "fp16": tl.float16}
-"""Codecs that the kernels support, and the type in which they load codes."""
+STORED = {
+    **dict.fromkeys(("int4", "int3", "int2", *NARROWER_V, "int8"), tl.uint8),
+    "bf16": tl.bfloat16,
+    "fp16": tl.float16,
+}
+"""Formats that the kernels support, by the first part of their names, and the type in which they load rows."""
 ROTATE_TOKENS = 8
 """Tokens per program that rotates. It has one warp, so butterflies use shuffles instead of shared memory."""
 COPY_TOKENS = 16
@@ -164,7 +168,8 @@ class Schedule(kernels.Schedule):
         self.rows = min(total_rows, self.block_rows)
         self.row_groups = _divide_up(total_rows, self.block_rows)
         self.units = layout.num_kv_heads * self.row_groups
-        self.tile = 64 if layout.format.codec == "int4" and self.width <= 128 else 32  # tokens, limited by registers
+        k_bits, v_bits = (CODEC_BITS[codec] for codec in (layout.format.k_codec, layout.format.v_codec))
+        self.tile = 64 if k_bits <= 4 and self.width <= 128 else 32  # tokens, limited by registers
         num_sms = 1 if INTERPRETED.value else torch.cuda.get_device_properties(device).multi_processor_count
         self.target_chunks = _divide_up(CHUNKS_PER_SM * num_sms, self.units)
         max_chunks = self.max_chunks(max_num_seqs)
@@ -175,12 +180,15 @@ class Schedule(kernels.Schedule):
         self.num_chunks, self.chunks, self.splits = words(1), words(max_chunks, 4), words(max_num_seqs, 2)
         max_query_rows = max_num_seqs * max_query_len * shape.num_q_heads
         query_dtype = torch.bfloat16 if layout.format.codec == "bf16" else torch.float16
-        self.queries = torch.empty(max_query_rows, self.width, dtype=query_dtype, device=device)
+        query_width, result_width = (
+            layout.parts * planes_of(bits) * columns_of(self.width // layout.parts, bits) for bits in (k_bits, v_bits)
+        )
+        self.queries = torch.empty(max_query_rows, query_width, dtype=query_dtype, device=device)
         self.query_stats, self.query_offsets = (
             torch.empty(max_query_rows, layout.parts + 1, device=device),
             torch.empty(max_query_rows, device=device),
         )
-        self.partials = torch.empty(max_chunks, self.units, self.rows, self.width, device=device)
+        self.partials = torch.empty(max_chunks, self.units, self.rows, result_width, device=device)
         self.partial_stats = torch.empty(max_chunks, self.units, self.rows, 2, device=device)
 
     def max_chunks(self, num_seqs: int) -> int:
@@ -217,7 +225,7 @@ class Attention:
         self._layer = layer
         self._constants = _page_constants(layer.cache.layout)
         self._constants["PARTS"] = layer.cache.layout.parts
-        self._shape = {key: self._constants[key] for key in ("HEAD_DIM", "WIDTH", "PARTS", "BITS")}
+        self._shape = {key: self._constants[key] for key in ("HEAD_DIM", "WIDTH", "PARTS", "K_BITS", "V_BITS")}
 
     def __call__(self, q: torch.Tensor, step: Step, out: torch.Tensor, lse: torch.Tensor | None) -> None:
         """See `sawkv.ops.Attention.__call__`."""
@@ -312,7 +320,8 @@ def _page_constants(layout: PageLayout) -> dict[str, Any]:
     return {
         "HEAD_DIM": layout.head_dim,
         "WIDTH": triton.next_power_of_2(layout.head_dim),
-        "BITS": CODEC_BITS[layout.format.codec],
+        "K_BITS": CODEC_BITS[layout.format.k_codec],
+        "V_BITS": CODEC_BITS[layout.format.v_codec],
         "STORED": STORED[layout.format.codec],
         "PAGE_SIZE": layout.page_size,
         "SWIZZLE_MULTIPLIER": multiplier,

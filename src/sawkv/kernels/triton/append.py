@@ -47,7 +47,8 @@ def append_kernel(
     v_head_stride,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
-    BITS: tl.constexpr,
+    K_BITS: tl.constexpr,
+    V_BITS: tl.constexpr,
     STORED: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     K_ORDER: tl.constexpr,
@@ -63,9 +64,10 @@ def append_kernel(
     slot = tl.load(slot_mapping + token, mask=token < num_tokens, other=-1)
     is_kept = (slot >= 0) & (slot < num_slots)
     slot = tl.where(is_kept, slot, 0)
-    half_span: tl.constexpr = PAGE_SIZE * (HEAD_DIM * BITS // 8 + (4 if BITS < 16 else 0))
+    K_SPAN: tl.constexpr = PAGE_SIZE * (HEAD_DIM * K_BITS // 8 + (4 if K_BITS < 16 else 0))
+    V_SPAN: tl.constexpr = PAGE_SIZE * (HEAD_DIM * V_BITS // 8 + (4 if V_BITS < 16 else 0))
     head = tl.program_id(1)
-    page = pages + (slot // PAGE_SIZE) * page_stride_16 * 16 + head * (2 * half_span)
+    page = pages + (slot // PAGE_SIZE) * page_stride_16 * 16 + head * (K_SPAN + V_SPAN)
     offset = (slot % PAGE_SIZE).to(tl.int32)
     token = token.to(tl.int64)
     is_counted = (slot.to(tl.uint32) * SAMPLE_HASH) < SAMPLED_BELOW  # sawkv.format.counters.is_sampled
@@ -89,7 +91,7 @@ def append_kernel(
             is_counted,
             HEAD_DIM,
             WIDTH,
-            BITS,
+            K_BITS,
             STORED,
             PAGE_SIZE,
             K_ORDER,
@@ -104,14 +106,14 @@ def append_kernel(
             v_weights,
             v_step,
             head,
-            page + half_span,
+            page + K_SPAN,
             offset,
             is_kept,
             counters + COUNTER_COLUMNS if counters is not None else None,
             is_counted,
             HEAD_DIM,
             WIDTH,
-            BITS,
+            V_BITS,
             STORED,
             PAGE_SIZE,
             V_ORDER,
@@ -167,7 +169,7 @@ def _append_rows(
             )
     else:
         MAX_CODE: tl.constexpr = (1 << BITS) - 1
-        if weights is None:
+        if weights is None and BITS >= 4:
             inverse, zero_point, meta, is_finite, is_saturated = _quantizer(y, is_channel, MAX_CODE, 0.0)
         else:  # the cells of the codes cover the range
             inverse, zero_point, meta, is_finite, is_saturated = _quantizer(y, is_channel, MAX_CODE + 1, -0.5)
@@ -187,13 +189,43 @@ def _append_rows(
             squared_error = tl.sum(error * error, 1) * (scale * scale)
             _count(counters, squared_error, squared_norm, is_kept, is_counted, is_finite, (meta & 0xFFFF) == 0x7BFF)
         ROW_BYTES: tl.constexpr = HEAD_DIM * BITS // 8
-        if BITS == 4:
-            even, odd = tl.split(tl.reshape(codes, (codes.shape[0], WIDTH // 2, 2)))
-            codes = even | (odd << 4)
-        byte = tl.arange(0, WIDTH * BITS // 8)[None, :]
-        place = swizzled(byte, offset[:, None], 16, SWIZZLE_MULTIPLIER, SWIZZLE_PERIOD) + offset[:, None] * ROW_BYTES
-        tl.store(plane[:, None] + place, codes.to(tl.uint8), mask=is_kept[:, None] & (byte < ROW_BYTES))
+        if BITS == 3:
+            for i in tl.static_range(3):
+                word = tl.arange(0, WIDTH // 32)[None, :] * 3 + i
+                place = swizzled(word, offset[:, None], 4, SWIZZLE_MULTIPLIER, SWIZZLE_PERIOD) * 4
+                to = (plane + offset * ROW_BYTES)[:, None] + place
+                is_stored = is_kept[:, None] & (word * 4 < ROW_BYTES)
+                tl.store(to.to(tl.pointer_type(tl.int32)), _pack_3(codes, i), mask=is_stored)
+        else:
+            if BITS == 4:
+                codes = _pack_pairs(codes, 4)
+            if BITS == 2:
+                codes = _pack_pairs(_pack_pairs(codes, 2), 4)
+            byte = tl.arange(0, WIDTH * BITS // 8)[None, :]
+            place = (
+                swizzled(byte, offset[:, None], 16, SWIZZLE_MULTIPLIER, SWIZZLE_PERIOD) + offset[:, None] * ROW_BYTES
+            )
+            tl.store(plane[:, None] + place, codes.to(tl.uint8), mask=is_kept[:, None] & (byte < ROW_BYTES))
         tl.store((plane + PAGE_SIZE * ROW_BYTES + offset * 4).to(tl.pointer_type(tl.int32)), meta, mask=is_kept)
+
+
+@triton.jit
+def _pack_pairs(codes, BITS: tl.constexpr):
+    """Two neighbouring codes in one number, the first in its low BITS bits."""
+    even, odd = tl.split(tl.reshape(codes, (codes.shape[0], codes.shape[1] // 2, 2)))
+    return even | (odd << BITS)
+
+
+@triton.jit
+def _pack_3(codes, WORD: tl.constexpr):
+    """Word `WORD` of the three that hold 32 codes of 3 bits, [R, WIDTH / 32] int32: docs/format.md, Three bits."""
+    GROUPS: tl.constexpr = codes.shape[1] // 32
+    channel = tl.arange(0, 32)[None, None, :]
+    codes = tl.reshape(codes, (codes.shape[0], GROUPS, 32))
+    i = channel % 16
+    top = ((codes >> WORD) & 1) << 15
+    bits = tl.where(i == 15, top, tl.where(i // 5 == WORD, codes << (i % 5 * 3), 0))
+    return tl.sum(bits << (channel // 16 * 16), 2)
 
 
 @triton.jit

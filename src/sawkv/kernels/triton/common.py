@@ -97,6 +97,49 @@ def round_to(x, DTYPE: tl.constexpr):
 
 
 @triton.constexpr_function
+def planes_of(bits):
+    """Planes of a row of codes: the places that a code may have in a 16-bit word. At 3 bits the last one is the top
+    bit, which belongs to the code of another channel.
+    """
+    return 6 if bits == 3 else 16 // bits
+
+
+@triton.constexpr_function
+def columns_of(part, bits):
+    """Words of 16 bits in a row of `part` channels, and padding up to a power of two that products take."""
+    return max(16, part // 4 if bits == 3 else part * bits // 16)
+
+
+@triton.constexpr_function
+def _shift_of(plane, bits):
+    """Bits by which a word is shifted to the right, so that its code lies below bit 8."""
+    return 6 if (bits, plane) == (3, 2) else plane * bits // 8 * 8
+
+
+@triton.constexpr_function
+def exponent_of(plane, bits):
+    """The bit at which a plane's codes lie after that: they read as 2^exponent n."""
+    return 0 if bits == 16 else plane * bits - _shift_of(plane, bits)
+
+
+@triton.jit
+def place_of(channel, PART: tl.constexpr, BITS: tl.constexpr):
+    """A channel's place in a row in the order of parts and planes.
+
+    At 3 bits the last of every 16 channels has three, in the last plane: this one, and those 2 and 4 further. They hold
+    the bits of its code, the lowest first.
+    """
+    PLANES: tl.constexpr = planes_of(BITS)
+    COLUMNS: tl.constexpr = columns_of(PART, BITS)
+    if BITS == 3:
+        i = channel % 16
+        unit = channel % PART // 32 * 6 + channel // 16 % 2 + tl.where(i < 15, i // 5 * 2, 0)
+        return channel // PART * (PLANES * COLUMNS) + tl.where(i < 15, i % 5, 5) * COLUMNS + unit
+    else:
+        return channel // PART * (PLANES * COLUMNS) + channel % PLANES * COLUMNS + channel % PART // PLANES
+
+
+@triton.constexpr_function
 def _shift_and_mask(shift, mask):
     """PTX that handles two 16-bit words in a register."""
     return f"{{ .reg .b32 moved; shr.b32 moved, $1, {shift}; and.b32 $0, moved, {mask << 16 | mask}; }}"
@@ -104,14 +147,14 @@ def _shift_and_mask(shift, mask):
 
 @triton.jit
 def codes_in(words, PLANE: tl.constexpr, BITS: tl.constexpr, DTYPE: tl.constexpr):
-    """Code `PLANE` of each 16-bit word, masked in place, and read as a float: n * 2^-24 in fp16, n * 2^-133 in bf16.
-
-    Odd nibbles of a byte are not shifted, and read as 16 n (see `ODD_NIBBLE`). No conversion is needed: two words share
-    a register, and take one or two instructions.
+    """Code `PLANE` of each 16-bit word, masked in place, and read as a float: n * 2^-24 in fp16, n * 2^-133 in bf16,
+    times 2^exponent (`exponent_of`). No conversion is needed: two words share a register, and take one or two
+    instructions.
     """
     if BITS < 16:
-        SHIFT: tl.constexpr = 8 if PLANE * BITS >= 8 else 0
-        MASK: tl.constexpr = 0x00FF if BITS == 8 else (0x00F0 if PLANE % 2 else 0x000F)
+        SHIFT: tl.constexpr = _shift_of(PLANE, BITS)
+        WIDTH: tl.constexpr = 1 if BITS == 3 and PLANE == 5 else BITS
+        MASK: tl.constexpr = ((1 << WIDTH) - 1) << exponent_of(PLANE, BITS)
         if INTERPRETED:
             words = (words >> SHIFT) & MASK
         else:

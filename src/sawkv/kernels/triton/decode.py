@@ -6,14 +6,15 @@ rows of one KV head, and `merge_kernel` adds the chunks of a sequence. Codes are
 
     score = k_scale * (q . n - k_zero * sum(q));    out = sum(p * v_scale * n) - sum(p * v_scale * v_zero).
 
-A row of codes is read as 16-bit words of PLANES codes each. Plane i, the i-th code of every word, holds channels c with
-c % PLANES == i. Queries and partial results have the order of planes. Tokens are the rows of products, because there
-may be only 8 query rows. Over 400 lines: four kernels that share these conventions.
+A row of codes is read as 16-bit words. A plane is a place in these words (`common.planes_of`): plane i holds the i-th
+code of every word. Queries have the order of K's planes, partial results that of V's (`common.place_of`). Tokens are
+the rows of products, because there may be only 8 query rows. Over 400 lines: four kernels that share these conventions.
 
 A head of 512 channels is stored as PARTS = 2 rows, each with its own scale and zero point. Scores are summed over the
 parts, and each part has results of its own.
 """
 
+# ruff: noqa: RUF005  (Triton does not unpack tuples)
 from __future__ import annotations
 
 import triton
@@ -25,17 +26,19 @@ from sawkv.kernels.triton.common import (
     LOG2_E,
     bucket_of,
     codes_in,
+    columns_of,
+    exponent_of,
     high_half,
     low_half,
     multiply,
+    place_of,
+    planes_of,
     rotate,
     round_to,
     swizzled,
     widen,
 )
 
-ODD_NIBBLE = tl.constexpr(16.0)
-"""Factor of odd nibbles, which are not shifted."""
 V_SHIFT = tl.constexpr(60)
 """Weights are stored in bf16 times 2^V_SHIFT, which keeps them in range for every fp16 scale."""
 NO_SCORE = tl.constexpr(-1e30)
@@ -109,6 +112,14 @@ def schedule_kernel(
 
 
 @triton.jit
+def _plane_of(channel, BITS: tl.constexpr):
+    if BITS == 3:
+        return tl.where(channel % 16 < 15, channel % 16 % 5, 5)
+    else:
+        return channel % planes_of(BITS)
+
+
+@triton.jit
 def prepare_kernel(
     q,
     k_gain_inverse,
@@ -126,12 +137,13 @@ def prepare_kernel(
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     PARTS: tl.constexpr,
-    BITS: tl.constexpr,
+    K_BITS: tl.constexpr,
+    V_BITS: tl.constexpr,
     ORDER: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """Divide query rows by K's gains, rotate them, and round them to 16 bits in the order of parts and planes: queries
-    [num_rows, WIDTH], by (token, query head).
+    [num_rows, PARTS * planes * columns], by (token, query head). Padding of columns is left as it is.
 
     query_stats: [num_rows, PARTS + 1] fp32: sums of the row's parts in units of codes, and the factor of its scores,
     log2(e) included.
@@ -159,12 +171,20 @@ def prepare_kernel(
     element = queries.dtype.element_ty
     PART: tl.constexpr = WIDTH // PARTS
     totals = tl.sum(tl.reshape(round_to(y, element).to(tl.float32), (ROWS, PARTS, PART)), 2)
-    PLANES: tl.constexpr = 16 // BITS
-    if BITS == 4:
-        y = tl.where(channel % 2 == 1, y / ODD_NIBBLE, y)
-    place = channel // PART * PART + channel % PLANES * (PART // PLANES) + channel % PART // PLANES
-    tl.store(queries + row[:, None].to(tl.int64) * WIDTH + place, round_to(y, element), mask=(row < num_rows)[:, None])
-    CODE_EXPONENT: tl.constexpr = 24 if BITS < 16 else 0  # codes are n * 2^-24
+    ROW: tl.constexpr = PARTS * planes_of(K_BITS) * columns_of(PART, K_BITS)
+    if K_BITS == 4:
+        y = tl.where(channel % 2 == 1, y / 16.0, y)
+    elif K_BITS < 4:
+        for plane in tl.static_range(planes_of(K_BITS)):
+            y = tl.where(_plane_of(channel, K_BITS) == plane, y * 2.0 ** -exponent_of(plane, K_BITS), y)
+    place = place_of(channel, PART, K_BITS)
+    to = queries + row[:, None].to(tl.int64) * ROW + place
+    tl.store(to, round_to(y, element), mask=(row < num_rows)[:, None])
+    if K_BITS == 3:
+        has_more = (row < num_rows)[:, None] & (channel % 16 == 15)
+        tl.store(to + 2, round_to(y * 2, element), mask=has_more)
+        tl.store(to + 4, round_to(y * 4, element), mask=has_more)
+    CODE_EXPONENT: tl.constexpr = 24 if K_BITS < 16 else 0  # codes are n * 2^-24
     factor = scale_log2 * ((exponent - 13 + CODE_EXPONENT + 127) << 23).to(tl.float32, bitcast=True)
     stats = query_stats + (PARTS + 1) * row
     part = tl.arange(0, PARTS)[None, :]
@@ -173,29 +193,11 @@ def prepare_kernel(
 
 
 @triton.jit
-def _load_query_planes(place, is_row, COLUMNS: tl.constexpr, PLANES: tl.constexpr):
-    """Planes of a part of the query rows, each [COLUMNS, BLOCK_ROWS]. Planes that do not exist repeat the first."""
-    q0 = tl.load(place, mask=is_row[None, :], other=0)
-    q1 = q0
-    q2 = q0
-    q3 = q0
-    if PLANES > 1:
-        q1 = tl.load(place + COLUMNS, mask=is_row[None, :], other=0)
-    if PLANES > 2:
-        q2 = tl.load(place + 2 * COLUMNS, mask=is_row[None, :], other=0)
-        q3 = tl.load(place + 3 * COLUMNS, mask=is_row[None, :], other=0)
-    return q0, q1, q2, q3
-
-
-@triton.jit
 def _score_part(
     k_plane,
     offset,
     is_there,
-    q0,
-    q1,
-    q2,
-    q3,
+    queries,
     query_sum,
     query_factor,
     WORDS: tl.constexpr,
@@ -204,18 +206,13 @@ def _score_part(
     K_TYPE: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
 ):
-    """Scores of a tile's tokens by one part of their rows, [TILE, BLOCK_ROWS]."""
-    PLANES: tl.constexpr = 16 // BITS
+    """Scores of a tile's tokens by one part of their rows, [TILE, BLOCK_ROWS]. `queries`: the part's planes."""
     column = tl.arange(0, COLUMNS)
     k_place = offset[:, None] * WORDS + column[None, :]
     words = tl.load(k_plane[:, None] + k_place, mask=is_there[:, None] & (column < WORDS)[None, :], other=0)
-    scores = tl.zeros([offset.shape[0], q0.shape[1]], tl.float32)
-    scores = multiply(codes_in(words, 0, BITS, K_TYPE), q0, scores)
-    if PLANES > 1:
-        scores = multiply(codes_in(words, 1, BITS, K_TYPE), q1, scores)
-    if PLANES > 2:
-        scores = multiply(codes_in(words, 2, BITS, K_TYPE), q2, scores)
-        scores = multiply(codes_in(words, 3, BITS, K_TYPE), q3, scores)
+    scores = tl.zeros([offset.shape[0], queries[0].shape[1]], tl.float32)
+    for plane in tl.static_range(planes_of(BITS)):
+        scores = multiply(codes_in(words, plane, BITS, K_TYPE), queries[plane], scores)
     if BITS < 16:
         k_meta = tl.load(
             (k_plane + PAGE_SIZE * WORDS + offset * 2).to(tl.pointer_type(tl.int32)), mask=is_there, other=0
@@ -237,10 +234,7 @@ def _add_values(
     weights,
     shrink,
     zero,
-    out0,
-    out1,
-    out2,
-    out3,
+    outs,
     WORDS: tl.constexpr,
     COLUMNS: tl.constexpr,
     BITS: tl.constexpr,
@@ -249,10 +243,9 @@ def _add_values(
     SWIZZLE_MULTIPLIER: tl.constexpr,
     SWIZZLE_PERIOD: tl.constexpr,
 ):
-    """Planes of one part of the output, each [COLUMNS, BLOCK_ROWS], with a tile's tokens added, and the sum of zero
-    points to subtract.
+    """The sum of zero points to subtract, and planes of one part of the output, each [COLUMNS, BLOCK_ROWS], with a
+    tile's tokens added.
     """
-    PLANES: tl.constexpr = 16 // BITS
     if BITS < 16:
         v_meta = tl.load(
             (v_plane + PAGE_SIZE * WORDS + offset * 2).to(tl.pointer_type(tl.int32)), mask=is_there, other=0
@@ -270,29 +263,24 @@ def _add_values(
     if not INTERPRETED and SWIZZLE_PERIOD > 1:  # rows consist of whole segments
         v_place = tl.max_contiguous(tl.multiple_of(v_place, (8, 1)), (8, 1))
     words = tl.load(v_plane[None, :] + v_place, mask=is_there[None, :] & (column < WORDS)[:, None], other=0)
-    out0 = multiply(codes_in(words, 0, BITS, V_TYPE), rounded, out0 * shrink[None, :])
-    if PLANES > 1:
-        out1 = multiply(codes_in(words, 1, BITS, V_TYPE), rounded, out1 * shrink[None, :])
-    if PLANES > 2:
-        out2 = multiply(codes_in(words, 2, BITS, V_TYPE), rounded, out2 * shrink[None, :])
-        out3 = multiply(codes_in(words, 3, BITS, V_TYPE), rounded, out3 * shrink[None, :])
-    return zero, out0, out1, out2, out3
+    added = ()
+    for plane in tl.static_range(planes_of(BITS)):
+        out = multiply(codes_in(words, plane, BITS, V_TYPE), rounded, outs[plane] * shrink[None, :])
+        added = added + (out,)
+    return zero, added
 
 
 @triton.jit
-def _store_part(to, is_row, zero, out0, out1, out2, out3, COLUMNS: tl.constexpr, BITS: tl.constexpr):
+def _store_part(to, is_row, zero, outs, COLUMNS: tl.constexpr, BITS: tl.constexpr):
     """One part of a chunk's output, converted to the unit of values."""
-    if BITS < 16:
-        offset = (zero * 2.0**-V_SHIFT)[None, :]
-        EVEN: tl.constexpr = 2.0 ** (133 - V_SHIFT)  # codes are n * 2^-133
-        ODD: tl.constexpr = EVEN / ODD_NIBBLE if BITS == 4 else EVEN
-        tl.store(to, out0 * EVEN - offset, mask=is_row[None, :])
-        tl.store(to + COLUMNS, out1 * ODD - offset, mask=is_row[None, :])
-        if BITS == 4:
-            tl.store(to + 2 * COLUMNS, out2 * EVEN - offset, mask=is_row[None, :])
-            tl.store(to + 3 * COLUMNS, out3 * ODD - offset, mask=is_row[None, :])
-    else:
-        tl.store(to, out0, mask=is_row[None, :])
+    for plane in tl.static_range(planes_of(BITS)):
+        out = outs[plane]
+        if BITS < 16:
+            offset = (zero * 2.0**-V_SHIFT)[None, :]
+            if BITS == 3 and plane == 5:  # three words hold a code, which has one offset
+                offset = tl.where((tl.arange(0, COLUMNS) % 6 < 2)[:, None], offset, 0.0)
+            out = out * 2.0 ** (133 - V_SHIFT - exponent_of(plane, BITS)) - offset  # codes are n * 2^-133
+        tl.store(to + plane * COLUMNS, out, mask=is_row[None, :])
 
 
 @triton.jit
@@ -316,7 +304,8 @@ def decode_kernel(
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     PARTS: tl.constexpr,
-    BITS: tl.constexpr,
+    K_BITS: tl.constexpr,
+    V_BITS: tl.constexpr,
     STORED: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     SWIZZLE_MULTIPLIER: tl.constexpr,
@@ -336,18 +325,22 @@ def decode_kernel(
     """Grid [max_chunks * NUM_KV_HEADS * ROW_GROUPS]: each program takes one chunk, KV head and row group.
 
     query_offsets: as `prepare_kernel` writes them if each score needs one, else None. BY_BUCKET: several per row.
-    partials: [max_chunks, NUM_KV_HEADS * ROW_GROUPS, ROWS, WIDTH] fp32 in the order of parts and planes, not divided by
-    the sum of the weights.
+    partials: [max_chunks, NUM_KV_HEADS * ROW_GROUPS, ROWS, PARTS * planes * columns] fp32 in the order of parts and
+    planes, not divided by the sum of the weights.
     partial_stats: [max_chunks, NUM_KV_HEADS * ROW_GROUPS, ROWS, 2] fp32: maximum of the scores in log2, and sum of
     weights.
     """
     UNITS: tl.constexpr = NUM_KV_HEADS * ROW_GROUPS
-    PLANES: tl.constexpr = 16 // BITS
     PART: tl.constexpr = WIDTH // PARTS
-    COLUMNS: tl.constexpr = PART // PLANES
-    WORDS: tl.constexpr = HEAD_DIM // PARTS // PLANES  # words per row; the rest is padding
-    IS_CODED: tl.constexpr = BITS < 16
-    HALF_SPAN: tl.constexpr = PAGE_SIZE * (WORDS + (2 if IS_CODED else 0))  # in 16-bit words
+    K_PLANES: tl.constexpr = planes_of(K_BITS)
+    V_PLANES: tl.constexpr = planes_of(V_BITS)
+    K_COLUMNS: tl.constexpr = columns_of(PART, K_BITS)
+    V_COLUMNS: tl.constexpr = columns_of(PART, V_BITS)
+    K_WORDS: tl.constexpr = HEAD_DIM // PARTS * K_BITS // 16  # words per row; the rest is padding
+    V_WORDS: tl.constexpr = HEAD_DIM // PARTS * V_BITS // 16
+    IS_CODED: tl.constexpr = K_BITS < 16
+    K_SPAN: tl.constexpr = PAGE_SIZE * (K_WORDS + (2 if IS_CODED else 0))  # in 16-bit words
+    V_SPAN: tl.constexpr = PAGE_SIZE * (V_WORDS + (2 if IS_CODED else 0))
     K_TYPE: tl.constexpr = tl.float16 if IS_CODED else STORED
     V_TYPE: tl.constexpr = tl.bfloat16 if IS_CODED else STORED
 
@@ -369,35 +362,34 @@ def decode_kernel(
     is_row = (block_row < ROWS) & (query_token < query_len)
     last = tl.minimum(length - query_len + query_token, length - 1)  # last token that the row sees
     query = (query_start + query_token).to(tl.int64) * (NUM_KV_HEADS * GROUP) + kv_head * GROUP + row % GROUP
-    column = tl.arange(0, COLUMNS)
-    place = queries + query[None, :] * WIDTH + column[:, None]
-    q0, q1, q2, q3 = _load_query_planes(place, is_row, COLUMNS, PLANES)
+    column = tl.arange(0, K_COLUMNS)
+    place = queries + query[None, :] * (PARTS * K_PLANES * K_COLUMNS) + column[:, None]
+    is_query = is_row[None, :]
+    if K_PLANES * K_COLUMNS > PART:
+        is_query = is_query & (column < K_WORDS)[:, None]
     stats = query_stats + (PARTS + 1) * query
-    query_sum = tl.load(stats, mask=is_row, other=0)
+    query_planes = ()
+    query_sums = ()
+    for i in tl.static_range(PARTS * K_PLANES):
+        query_planes = query_planes + (tl.load(place + i * K_COLUMNS, mask=is_query, other=0),)
+    for part in tl.static_range(PARTS):
+        query_sums = query_sums + (tl.load(stats + part, mask=is_row, other=0),)
     query_factor = tl.load(stats + PARTS, mask=is_row, other=0)
-    if PARTS > 1:
-        q4, q5, q6, q7 = _load_query_planes(place + PART, is_row, COLUMNS, PLANES)
-        second_query_sum = tl.load(stats + 1, mask=is_row, other=0)
     if query_offsets is not None:
         query_offsets += query * num_buckets
         query_offset = tl.load(query_offsets, mask=is_row, other=0)
 
     maximum = tl.full([BLOCK_ROWS], NO_SCORE, tl.float32)
     total = tl.zeros([BLOCK_ROWS], tl.float32)
-    zero = tl.zeros([BLOCK_ROWS], tl.float32)  # sum of weight * v_scale * v_zero
-    out0 = tl.zeros([COLUMNS, BLOCK_ROWS], tl.float32)
-    out1 = out0
-    out2 = out0
-    out3 = out0
-    if PARTS > 1:
-        second_zero = zero
-        out4 = out0
-        out5 = out0
-        out6 = out0
-        out7 = out0
+    zeros = ()  # of each part: sum of weight * v_scale * v_zero
+    outs = ()
+    for _ in tl.static_range(PARTS):
+        zeros = zeros + (tl.zeros([BLOCK_ROWS], tl.float32),)
+    for _ in tl.static_range(PARTS * V_PLANES):
+        outs = outs + (tl.zeros([V_COLUMNS, BLOCK_ROWS], tl.float32),)
 
     table = block_table + seq.to(tl.int64) * table_stride
-    head = pages.to(tl.pointer_type(tl.uint16)) + kv_head * (PARTS * 2 * HALF_SPAN)
+    head = pages.to(tl.pointer_type(tl.uint16)) + kv_head * (PARTS * (K_SPAN + V_SPAN))
     for tile in tl.range(first_tile, first_tile + num_tiles, num_stages=STAGES):
         token = tile * TILE + tl.arange(0, TILE)
         is_there = token < length
@@ -409,22 +401,29 @@ def decode_kernel(
 
         # Scores, [TILE, BLOCK_ROWS]
         scores = _score_part(
-            k_plane, offset, is_there, q0, q1, q2, q3, query_sum, query_factor, WORDS, COLUMNS, BITS, K_TYPE, PAGE_SIZE
+            k_plane,
+            offset,
+            is_there,
+            query_planes,
+            query_sums[0],
+            query_factor,
+            K_WORDS,
+            K_COLUMNS,
+            K_BITS,
+            K_TYPE,
+            PAGE_SIZE,
         )
         if PARTS > 1:
             scores += _score_part(
-                k_plane + 2 * HALF_SPAN,
+                k_plane + (K_SPAN + V_SPAN),
                 offset,
                 is_there,
-                q4,
-                q5,
-                q6,
-                q7,
-                second_query_sum,
+                query_planes[K_PLANES:],
+                query_sums[1],
                 query_factor,
-                WORDS,
-                COLUMNS,
-                BITS,
+                K_WORDS,
+                K_COLUMNS,
+                K_BITS,
                 K_TYPE,
                 PAGE_SIZE,
             )
@@ -448,57 +447,39 @@ def decode_kernel(
         weights = tl.exp2(scores - maximum[None, :])
         total = total * shrink + tl.sum(weights, 0)
 
-        # Output, [COLUMNS, BLOCK_ROWS]
-        v_plane = k_plane + HALF_SPAN
-        zero, out0, out1, out2, out3 = _add_values(
-            v_plane,
-            offset,
-            is_there,
-            is_visible,
-            weights,
-            shrink,
-            zero,
-            out0,
-            out1,
-            out2,
-            out3,
-            WORDS,
-            COLUMNS,
-            BITS,
-            V_TYPE,
-            PAGE_SIZE,
-            SWIZZLE_MULTIPLIER,
-            SWIZZLE_PERIOD,
-        )
-        if PARTS > 1:
-            second_zero, out4, out5, out6, out7 = _add_values(
-                v_plane + 2 * HALF_SPAN,
+        # Output, [V_COLUMNS, BLOCK_ROWS]
+        new_zeros = ()
+        new_outs = ()
+        for part in tl.static_range(PARTS):
+            zero, added = _add_values(
+                k_plane + (part * (K_SPAN + V_SPAN) + K_SPAN),
                 offset,
                 is_there,
                 is_visible,
                 weights,
                 shrink,
-                second_zero,
-                out4,
-                out5,
-                out6,
-                out7,
-                WORDS,
-                COLUMNS,
-                BITS,
+                zeros[part],
+                outs[part * V_PLANES : (part + 1) * V_PLANES],
+                V_WORDS,
+                V_COLUMNS,
+                V_BITS,
                 V_TYPE,
                 PAGE_SIZE,
                 SWIZZLE_MULTIPLIER,
                 SWIZZLE_PERIOD,
             )
+            new_zeros = new_zeros + (zero,)
+            new_outs = new_outs + added
+        zeros = new_zeros
+        outs = new_outs
 
     partial = tl.program_id(0).to(tl.int64) * ROWS + block_row
     tl.store(partial_stats + 2 * partial, maximum, mask=is_row)
     tl.store(partial_stats + 2 * partial + 1, total, mask=is_row)
-    to = partials + partial[None, :] * WIDTH + column[:, None]
-    _store_part(to, is_row, zero, out0, out1, out2, out3, COLUMNS, BITS)
-    if PARTS > 1:
-        _store_part(to + PART, is_row, second_zero, out4, out5, out6, out7, COLUMNS, BITS)
+    row_of_planes = partials + partial[None, :] * (PARTS * V_PLANES * V_COLUMNS)
+    for part in tl.static_range(PARTS):
+        to = row_of_planes + part * (V_PLANES * V_COLUMNS) + tl.arange(0, V_COLUMNS)[:, None]
+        _store_part(to, is_row, zeros[part], outs[part * V_PLANES : (part + 1) * V_PLANES], V_COLUMNS, V_BITS)
 
 
 @triton.jit
@@ -520,7 +501,8 @@ def merge_kernel(
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
     PARTS: tl.constexpr,
-    BITS: tl.constexpr,
+    K_BITS: tl.constexpr,
+    V_BITS: tl.constexpr,
     ORDER: tl.constexpr,
     GROUP: tl.constexpr,
     ROWS: tl.constexpr,
@@ -537,8 +519,15 @@ def merge_kernel(
     if query_token >= tl.load(query_start_loc + seq + 1) - query_start:
         return
     first, count = tl.load(splits + 2 * seq), tl.load(splits + 2 * seq + 1)
-    PLANES: tl.constexpr = 16 // BITS
+    PART: tl.constexpr = WIDTH // PARTS
+    PLANES: tl.constexpr = planes_of(V_BITS)
+    COLUMNS: tl.constexpr = columns_of(PART, V_BITS)
+    ROW: tl.constexpr = PARTS * PLANES * COLUMNS
+    IS_PERMUTED: tl.constexpr = ROW > WIDTH  # when it is loaded; else below
     channel = tl.arange(0, WIDTH)
+    place = channel
+    if IS_PERMUTED:
+        place = place_of(channel, PART, V_BITS)
     maximum = NO_SCORE
     total = 0.0
     y = tl.zeros([WIDTH], tl.float32)
@@ -548,7 +537,12 @@ def merge_kernel(
         partial = ((first + piece).to(tl.int64) * tl.num_programs(1) + unit) * ROWS + tl.program_id(2)
         maxima = tl.load(partial_stats + 2 * partial, mask=is_there, other=NO_SCORE)
         sums = tl.load(partial_stats + 2 * partial + 1, mask=is_there, other=0)
-        outs = tl.load(partials + partial[:, None] * WIDTH + channel[None, :], mask=is_there[:, None], other=0)
+        from_ = partials + partial[:, None] * ROW + place[None, :]
+        outs = tl.load(from_, mask=is_there[:, None], other=0)
+        if V_BITS == 3:
+            has_more = is_there[:, None] & (channel % 16 == 15)[None, :]
+            for i in tl.static_range(1, 3):
+                outs += tl.load(from_ + 2 * i, mask=has_more, other=0) * 2**i
         new_maximum = tl.maximum(maximum, tl.max(maxima, 0))
         shrink, factor = tl.exp2(maximum - new_maximum), tl.exp2(maxima - new_maximum)
         maximum = new_maximum
@@ -570,8 +564,9 @@ def merge_kernel(
         maximum = new_maximum
     is_seen = with_sink != 0
     inverse = 1 / tl.where(is_seen, with_sink, 1.0)
-    y = tl.reshape(y * inverse, (PARTS, PLANES, WIDTH // PARTS // PLANES))
-    y = tl.permute(y, (0, 2, 1))  # to the order of channels
+    y *= inverse
+    if not IS_PERMUTED:  # to the order of channels
+        y = tl.permute(tl.reshape(y, (PARTS, PLANES, COLUMNS)), (0, 2, 1))
     y = tl.reshape(rotate(tl.reshape(y, (1, WIDTH)), ORDER), (WIDTH,))
     if v_gain_inverse is not None:
         y *= tl.load(v_gain_inverse + kv_head * HEAD_DIM + channel, mask=channel < HEAD_DIM, other=0)

@@ -31,7 +31,8 @@ def gather_kernel(
     table_stride,
     HEAD_DIM: tl.constexpr,
     WIDTH: tl.constexpr,
-    BITS: tl.constexpr,
+    K_BITS: tl.constexpr,
+    V_BITS: tl.constexpr,
     STORED: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     K_ORDER: tl.constexpr,
@@ -58,9 +59,10 @@ def gather_kernel(
         page = tl.load(
             block_table + seq.to(tl.int64) * table_stride + position // PAGE_SIZE, mask=is_there, other=0
         ).to(tl.int64)
-        half_span: tl.constexpr = PAGE_SIZE * (HEAD_DIM * BITS // 8 + (4 if BITS < 16 else 0))
+        K_SPAN: tl.constexpr = PAGE_SIZE * (HEAD_DIM * K_BITS // 8 + (4 if K_BITS < 16 else 0))
+        V_SPAN: tl.constexpr = PAGE_SIZE * (HEAD_DIM * V_BITS // 8 + (4 if V_BITS < 16 else 0))
         head = tl.program_id(1)
-        plane = pages + page * page_stride_16 * 16 + head * (2 * half_span)
+        plane = pages + page * page_stride_16 * 16 + head * (K_SPAN + V_SPAN)
         offset = position % PAGE_SIZE
         to = (token.to(tl.int64) * tl.num_programs(1) + head) * HEAD_DIM
         if tl.program_id(2) == 0:
@@ -80,7 +82,7 @@ def gather_kernel(
                 k_out + to,
                 HEAD_DIM,
                 WIDTH,
-                BITS,
+                K_BITS,
                 STORED,
                 PAGE_SIZE,
                 K_ORDER,
@@ -89,7 +91,7 @@ def gather_kernel(
             )
         else:
             _gather_rows(
-                plane + half_span,
+                plane + K_SPAN,
                 offset,
                 is_there,
                 v_gain_inverse,
@@ -98,7 +100,7 @@ def gather_kernel(
                 v_out + to,
                 HEAD_DIM,
                 WIDTH,
-                BITS,
+                V_BITS,
                 STORED,
                 PAGE_SIZE,
                 V_ORDER,
@@ -136,11 +138,19 @@ def _gather_rows(
         )
         y = tl.load(from_.to(tl.pointer_type(STORED)), mask=is_there[:, None] & is_channel, other=0).to(tl.float32)
     else:
-        byte = tl.arange(0, WIDTH * BITS // 8)[None, :]
-        place = swizzled(byte, offset[:, None], 16, SWIZZLE_MULTIPLIER, SWIZZLE_PERIOD) + offset[:, None] * ROW_BYTES
-        codes = tl.load(plane[:, None] + place, mask=is_there[:, None] & (byte < ROW_BYTES), other=0)
-        if BITS == 4:
-            codes = tl.reshape(tl.join(codes & 15, codes >> 4), (codes.shape[0], WIDTH))
+        if BITS == 3:
+            row = (plane + offset * ROW_BYTES)[:, None]
+            codes = _load_3(row, offset, is_there, ROW_BYTES, WIDTH, SWIZZLE_MULTIPLIER, SWIZZLE_PERIOD)
+        else:
+            byte = tl.arange(0, WIDTH * BITS // 8)[None, :]
+            place = (
+                swizzled(byte, offset[:, None], 16, SWIZZLE_MULTIPLIER, SWIZZLE_PERIOD) + offset[:, None] * ROW_BYTES
+            )
+            codes = tl.load(plane[:, None] + place, mask=is_there[:, None] & (byte < ROW_BYTES), other=0)
+            if BITS <= 4:
+                codes = tl.reshape(tl.join(codes & 15, codes >> 4), (codes.shape[0], WIDTH * BITS // 4))
+            if BITS == 2:
+                codes = tl.reshape(tl.join(codes & 3, codes >> 2), (codes.shape[0], WIDTH))
         meta = tl.load(
             (plane + PAGE_SIZE * ROW_BYTES + offset * 4).to(tl.pointer_type(tl.int32)), mask=is_there, other=0
         )
@@ -153,3 +163,29 @@ def _gather_rows(
     if center is not None:
         y = y + tl.load(center + here, mask=is_channel, other=0)
     tl.store(to[:, None] + channel, round_to(y, to.dtype.element_ty), mask=is_there[:, None] & is_channel)
+
+
+@triton.jit
+def _load_3(
+    row,
+    offset,
+    is_there,
+    ROW_BYTES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SWIZZLE_MULTIPLIER: tl.constexpr,
+    SWIZZLE_PERIOD: tl.constexpr,
+):
+    """Codes of 3 bits, [R, WIDTH] int32, from the rows at `row`: docs/format.md, Three bits."""
+    R: tl.constexpr = offset.shape[0]
+    channel = tl.arange(0, 32)[None, None, :]
+    i = channel % 16
+    codes = tl.zeros([R, WIDTH // 32, 32], tl.int32)
+    for w in tl.static_range(3):
+        word = tl.arange(0, WIDTH // 32)[None, :] * 3 + w
+        place = swizzled(word, offset[:, None], 4, SWIZZLE_MULTIPLIER, SWIZZLE_PERIOD) * 4
+        from_ = (row + place).to(tl.pointer_type(tl.int32))
+        words = tl.load(from_, mask=is_there[:, None] & (word * 4 < ROW_BYTES), other=0)
+        half = words[:, :, None] >> (channel // 16 * 16)
+        of_five = tl.where(i // 5 == w, (half >> (i % 5 * 3)) & 7, 0)
+        codes |= tl.where(i == 15, (half >> 15 & 1) << w, of_five)
+    return tl.reshape(codes, (R, WIDTH))
