@@ -47,8 +47,8 @@ from sawkv.format.spec import CacheFormat
 from sawkv.integrations.vllm.client import Client, check_layers, serving
 from sawkv.integrations.vllm.options import Options
 from sawkv.integrations.vllm.server import server_command
-from sawkv.lab.divergence import TokenScores, compare
-from sawkv.lab.evaluate import device_name, shipped_samples
+from sawkv.lab.divergence import Reference, TokenScores
+from sawkv.lab.evaluate import STATES_KEPT, device_name, shipped_samples
 from sawkv.lab.methods import find_method, fit
 from sawkv.lab.tasks import Prompt, make_prompts
 from sawkv.prepare.model import EvalModel, default_dtype, find_device
@@ -104,7 +104,8 @@ def main() -> None:
     setting = {"device": device_name(find_device(args.device)), "commit": args.commit or _commit()}
     if args.through == "lab":
         for job in jobs:
-            write(args.out, [setting | record for record in _lab(job, args)])
+            for found in _lab(job, args):
+                write(args.out, [setting | record for record in found])
         return
     failed = 0
     with ThreadPoolExecutor(args.jobs) as pool:
@@ -365,21 +366,23 @@ def _recall(client: Client, prompts: Sequence[Prompt]) -> Iterator[dict[str, Any
         yield {"task": task, "length": length, "depth": depth, "correct": sum(answers), "asked": len(answers)}
 
 
-def _lab(job: Job, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """The same windows, in one teacher-forced pass of a Transformers model."""
+def _lab(job: Job, args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
+    """The same windows, in one teacher-forced pass of a Transformers model per method: the records of each method as it
+    comes.
+    """
     assert job.ids is not None
     device = find_device(args.device)
     model = EvalModel.load(job.folder, device, getattr(torch, args.dtype) if args.dtype else default_dtype(device))
-    samples = shipped_samples(model, job.text)
     methods = [find_method(name) for name in args.methods]
-    reference, scores = compare(model, job.ids, {method.name: fit(method, samples) for method in methods}, batch=1)
-    records = []
+    samples = shipped_samples(model, job.text)
+    reference = Reference(model, job.ids, 1, STATES_KEPT, lambda tokens: None)
     for method in methods:
+        scores = reference.compare(fit(method, samples), lambda tokens: None)
         common = {"model": job.name, "method": method.name, "through": "lab", "bits": method.bits(model.shape.head_dim)}
-        records += [common | record for record in _records(scores[method.name], reference.loss, job)]
-    for record in records:
-        print(line(record), flush=True)
-    return records
+        records = [common | record for record in _records(scores, reference.scores().loss, job)]
+        for record in records:
+            print(line(record), flush=True)
+        yield records
 
 
 def line(record: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +15,8 @@ from safetensors.torch import load_file, save_file
 from benchmarks import fidelity, fidelity_tables
 from sawkv.integrations.vllm.client import Client, _cause
 from sawkv.lab.divergence import TokenScores
+from sawkv.lab.methods import Method
+from sawkv.prepare.samples import LayerSample, Reader
 
 WINDOW, SIZE, VOCABULARY = 12, 8, 50
 
@@ -167,3 +170,24 @@ def test_kl_by_position_may_not_decay_beyond_that_of_fp8() -> None:
     assert "| mean KL at positions | 0 to 1,024 | 1,024 to 2,048 | 2,048 to 4,096 |" in fidelity_tables.tables(
         [served], []
     )
+
+
+def test_the_lab_keeps_each_method_as_it_comes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text, out = tmp_path / "text.txt", tmp_path / "records.jsonl"
+    text.write_text("The quick brown fox jumps over the lazy dog. " * 40)
+    arguments = f"fidelity models/sawkv-6m --through lab --texts {text} --tokens 31 --window 32 --device cpu"
+    arguments += f" --work {tmp_path} --out {out} --commit c --methods int8 int4"
+    monkeypatch.setattr(sys, "argv", arguments.split())
+    monkeypatch.setattr(fidelity, "shipped_samples", lambda model, text: [])
+
+    def halve_v(method: Method, samples: list[LayerSample]) -> list[tuple[Reader, Reader]]:
+        if method.name == "int4":
+            raise KeyboardInterrupt
+        return [(lambda rows: rows, lambda rows: rows / 2)] * 5
+
+    monkeypatch.setattr(fidelity, "fit", halve_v)
+    with pytest.raises(KeyboardInterrupt):
+        fidelity.main()
+    (record,) = fidelity_tables.read(out)
+    assert (record["method"], record["tokens"]) == ("int8", 31)
+    assert record["mean_kl"] > 0
