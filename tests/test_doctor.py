@@ -155,7 +155,7 @@ def test_models_that_cannot_be_served(capsys: pytest.CaptureFixture[str], tmp_pa
     status, shown = run(capsys, "models/none/such")
     assert "no such directory" in shown
     assert status == 1
-    status, shown = run(capsys, "--head-dim", "72")
+    status, shown = run(capsys, str(MODEL), "--head-dim", "72")  # not the model's
     assert "TROUBLE head_dim: expected a multiple of 16 from 16 to 256, or 512, got 72" in shown
     assert status == 1
 

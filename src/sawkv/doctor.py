@@ -34,6 +34,8 @@ from sawkv.terminal import coloured
 WIDTH: Final = 80
 OK, NOTE, WARNING, TROUBLE = "ok", "note", "warning", "TROUBLE"
 COLOURS: Final = {OK: "green", WARNING: "yellow", TROUBLE: "red"}
+HEAD_DIM: Final = 128
+"""Of the kernels to check, if nothing says another."""
 MAX_ERROR: Final = 5e-3
 """Largest relative error of attention with 16-bit queries, as in the kernels' tests."""
 PROBE_TIMEOUT: Final = 600.0
@@ -53,18 +55,18 @@ class Finding:
     text: str
 
 
-def run_doctor(model: str | None, head_dim: int) -> int:
+def run_doctor(model: str | None, head_dim: int | None) -> int:
     """Check, and print each finding at once.
 
     Args:
         model: a checkpoint to check as well, or None.
-        head_dim: of the kernels to check; the model's, if its config gives one.
+        head_dim: of the kernels to check; None takes the model's, or 128.
 
     Returns:
         1 if there is trouble, else 0.
     """
     troubles = 0
-    dims = [head_dim]
+    dims = [] if head_dim is None else [head_dim]
     for title, findings in (
         ("Versions", _versions()),
         ("vLLM", _vllm()),
@@ -206,7 +208,8 @@ def _judged(probed: dict[str, Any] | str) -> Iterator[Finding]:
 def _model(model: str, dims: list[int]) -> Iterator[Finding]:
     try:
         checkpoint = read_checkpoint(model)
-        dims[:] = (head_dims(checkpoint.config) if checkpoint is not None else []) or dims
+        if checkpoint is not None and not dims:
+            dims += head_dims(checkpoint.config)
         preflight.check_model(model, CacheFormat("int4"), Options([]), on_gpu=torch.cuda.is_available())
     except SawkvError as error:
         yield Finding(TROUBLE, str(error))
@@ -220,7 +223,7 @@ def _devices() -> list[torch.device]:
 
 def _kernels(dims: Sequence[int]) -> Iterator[Finding]:
     for device in _devices():
-        for head_dim in dims:
+        for head_dim in dims or [HEAD_DIM]:
             layouts = []
             for codec in CODEC_BITS:
                 try:
@@ -251,7 +254,7 @@ def _kernels(dims: Sequence[int]) -> Iterator[Finding]:
 def _bytes(dims: Sequence[int]) -> Iterator[Finding]:
     """Compare the chosen kernels with the reference, on random rows."""
     for device in _devices():
-        for head_dim in dims:
+        for head_dim in dims or [HEAD_DIM]:
             for codec in ("int4", "int8"):
                 try:
                     yield _compared(PageLayout(CacheFormat(codec), 2, head_dim, 64), device)

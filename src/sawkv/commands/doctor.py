@@ -12,9 +12,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--head-dim",
         type=int,
-        default=128,
         metavar="COUNT",
-        help="head_dim of the kernels to check (default: the model's, or %(default)s)",
+        help="head_dim of the kernels to check (default: the model's, or 128)",
     )
 
 
