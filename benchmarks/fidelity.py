@@ -95,9 +95,9 @@ class Job:
         return self.work / f"{self.name}.states"
 
 
+@torch.no_grad()
 def main() -> None:
     args = _arguments()
-    torch.set_grad_enabled(False)
     args.work.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     jobs = [_job(*_named(model), args) for model in args.models]

@@ -53,6 +53,7 @@ WIDE = Shape(
     options={"logit_softcap": 30.0, "sliding_window": 1024, "sinks": torch.zeros(32)},
 )
 MIXED = Shape("int3v2", query_len=4)
+MANY_ROWS = Shape("int3", q_heads=64, head_dim=256, query_len=8)  # with few stages, and more tiles that could be copied
 CUDA_SHAPES = [
     MAIN,
     Shape(q_heads=64, page_size=64),
@@ -60,6 +61,7 @@ CUDA_SHAPES = [
     Shape(q_heads=64, head_dim=64),
     WIDE,
     MIXED,
+    Shape("int4v2", q_heads=128, query_len=8),
 ]
 TRITON_SHAPES = [
     MAIN,
@@ -139,7 +141,7 @@ def compile_cuda(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], dict[str, s
 
 @pytest.mark.parametrize(
     ("arch", "shape"),
-    [*(("sm_90", shape) for shape in CUDA_SHAPES), ("sm_100", MIXED), ("sm_103", WIDE)],
+    [*(("sm_90", shape) for shape in CUDA_SHAPES), ("sm_100", MANY_ROWS), ("sm_103", WIDE)],
     ids=str,
 )
 def test_cuda_sources(arch: str, shape: Shape, compile_cuda: Callable[[str], dict[str, str]]) -> None:

@@ -30,10 +30,11 @@ static_assert(STAGES > 0, "no room for the ring");
 
 // Most tiles being copied at once: eight of INT4 (about 9 KB each), or as many bytes. Memory serves more of them in a
 // less favourable order: without this bound, decode is 1 to 4% slower.
-constexpr int MOST_UNDER_WAY = 4 * (D + 2 * META_BYTES) / TOKEN_BYTES * 2;
+constexpr int WANTED_UNDER_WAY = 4 * (D + 2 * META_BYTES) / TOKEN_BYTES * 2,
+              MOST_UNDER_WAY = WANTED_UNDER_WAY < STAGES ? WANTED_UNDER_WAY : STAGES;
 
 // Queries that the scheduler loads at once. Registers limit them.
-constexpr int QUERIES_AT_ONCE = ROWS <= 4 || (SOFTCAP && OFFSET && D > 128) ? 4 : 8;
+constexpr int QUERIES_AT_ONCE = ROWS <= 4 || (D > 128 && ((SOFTCAP && OFFSET) || K_BITS == 3)) ? 4 : 8;
 constexpr int SCHEDULERS = 1;
 constexpr int CODE_EXPONENT = 24;  // codes are read as fp16 n * 2^-24, some of them 2^exponent times as large
 
