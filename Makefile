@@ -66,7 +66,7 @@ check: setup
 	$(BIN)/hadolint Containerfile
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror src/sawkv/kernels/*/*.[ch]*
+	$(BIN)/clang-format --dry-run --Werror $(wildcard $(addprefix src/sawkv/kernels/*/*.,cpp h cu cuh))
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/mkdocs build --quiet
