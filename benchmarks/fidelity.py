@@ -375,11 +375,12 @@ def _lab(job: Job, args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     model = EvalModel.load(job.folder, device, getattr(torch, args.dtype) if args.dtype else default_dtype(device))
     methods = [find_method(name) for name in args.methods]
     samples = shipped_samples(model, job.text)
-    reference = Reference(model, job.ids, 1, STATES_KEPT, lambda tokens: None)
+    reference = Reference(model, job.ids, 1, STATES_KEPT)
+    loss = reference.scores().loss
     for method in methods:
-        scores = reference.compare(fit(method, samples), lambda tokens: None)
+        scores = reference.compare(fit(method, samples))
         common = {"model": job.name, "method": method.name, "through": "lab", "bits": method.bits(model.shape.head_dim)}
-        records = [common | record for record in _records(scores, reference.scores().loss, job)]
+        records = [common | record for record in _records(scores, loss, job)]
         for record in records:
             print(line(record), flush=True)
         yield records

@@ -28,6 +28,22 @@ SHAPES = [
 ]
 
 
+def check_pages(backend: str, format_name: str, head_dim: int, page_size: int, query_lens: list[int]) -> None:
+    """Attention over pages, which are prepared if they have 64 tokens."""
+    prepared = page_size == 64
+    check_attention(
+        backend,
+        DEVICE,
+        format_name,
+        SEQ_LENS,
+        query_lens,
+        head_dim=head_dim,
+        page_size=page_size,
+        centered=prepared,
+        gained=prepared,
+    )
+
+
 @pytest.mark.parametrize(("format_name", "head_dim"), SHAPES)
 @pytest.mark.parametrize("feedback", ["", "kv"])
 def test_append(backend: str, format_name: str, head_dim: int, feedback: str) -> None:
@@ -40,18 +56,7 @@ def test_append(backend: str, format_name: str, head_dim: int, feedback: str) ->
 def test_attention(backend: str, format_name: str, head_dim: int) -> None:
     skip_unless_supported(backend, format_name, head_dim, 64)
     for page_size, query_lens in ((16, [1] * 7), (64, [1] * 7), (128, [1, 1, 8, 3, 2, 5, 7])):
-        prepared = page_size == 64
-        check_attention(
-            backend,
-            DEVICE,
-            format_name,
-            SEQ_LENS,
-            query_lens,
-            head_dim=head_dim,
-            page_size=page_size,
-            centered=prepared,
-            gained=prepared,
-        )
+        check_pages(backend, format_name, head_dim, page_size, query_lens)
 
 
 @pytest.mark.parametrize(("format_name", "group", "query_len"), [("int3", 8, 1), ("int2", 5, 4), ("int4v3", 16, 8)])
@@ -74,18 +79,8 @@ def test_gather(backend: str, format_name: str, head_dim: int) -> None:
 )
 def test_turns(backend: str, format_name: str, head_dim: int, query_lens: list[int]) -> None:
     skip_unless_it_extends(backend)
-    for page_size, prepared in ((16, False), (64, True)):
-        check_attention(
-            backend,
-            DEVICE,
-            format_name,
-            SEQ_LENS,
-            query_lens,
-            head_dim=head_dim,
-            page_size=page_size,
-            centered=prepared,
-            gained=prepared,
-        )
+    for page_size in (16, 64):
+        check_pages(backend, format_name, head_dim, page_size, query_lens)
 
 
 @pytest.mark.parametrize("format_name", ["int3", "int2", "int4v3"])

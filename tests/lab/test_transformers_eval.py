@@ -9,7 +9,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from sawkv import CacheFormat, PagedKVCache, PageLayout, SawkvError, UnsupportedError, append, decode_attention
-from sawkv.lab.divergence import compare, compare_floor, reading_only, score
+from sawkv.lab.divergence import Reference, compare_floor, reading_only, score
+from sawkv.lab.evaluate import STATES_KEPT
 from sawkv.lab.methods import find_method, fit
 from sawkv.lab.stress import apply_stress, stressed_pairs
 from sawkv.prepare.corpus import preparation_positions
@@ -182,9 +183,10 @@ def test_controls_on_the_shipped_model() -> None:
     windows, calibration = load_text(MODEL, None).split(256, 2, 4)
     samples = collect_samples(model, calibration)
     names = ("bf16", "fp8", "int4_plain", "int4-k128-v128")
-    reference, scores = compare(model, windows, {name: fit(find_method(name), samples) for name in names}, batch=2)
+    reference = Reference(model, windows, 2, STATES_KEPT)
+    scores = {name: reference.compare(fit(find_method(name), samples)) for name in names}
     kl = {name: scores[name].divergence().mean_kl for name in names}
-    assert reference.divergence().mean_kl == 0
+    assert reference.scores().divergence().mean_kl == 0
     assert kl["bf16"] < 1e-3
     assert kl["fp8"] < 0.03
     assert kl["int4_plain"] > 0.3
@@ -236,9 +238,9 @@ def test_gains_undo_stress() -> None:
         model = EvalModel.load(MODEL, "cpu", torch.float32)
         apply_stress(model.layers, 128, s)
         samples = collect_samples(model, calibration)
-        readers = {name: fit(find_method(name), samples) for name in ("prepared", "int4_center_feedback")}
-        for name, scores in compare(model, windows, readers, batch=2)[1].items():
-            kl[name, s] = scores.divergence().mean_kl
+        reference = Reference(model, windows, 2, STATES_KEPT)
+        for name in ("prepared", "int4_center_feedback"):
+            kl[name, s] = reference.compare(fit(find_method(name), samples)).divergence().mean_kl
     assert kl["prepared", 64] < 1.2 * kl["prepared", 1]
     assert kl["int4_center_feedback", 64] > 5 * kl["prepared", 64]
 

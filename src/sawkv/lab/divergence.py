@@ -63,6 +63,10 @@ def mean_and_error(window_means: torch.Tensor) -> tuple[float, float]:
     return float(window_means.mean()), float(window_means.std() / count**0.5) if count > 1 else 0.0
 
 
+def _ignore(tokens: int) -> None:
+    """No progress is shown."""
+
+
 class Reference:
     """The unquantized model on windows of text, with which caches are compared.
 
@@ -75,7 +79,12 @@ class Reference:
     """
 
     def __init__(
-        self, model: EvalModel, windows: torch.Tensor, batch: int, room: int, step: Callable[[int], object]
+        self,
+        model: EvalModel,
+        windows: torch.Tensor,
+        batch: int,
+        room: int,
+        step: Callable[[int], object] = _ignore,
     ) -> None:
         self._model, self._batches = model, torch.split(windows, batch)
         self._states: list[torch.Tensor | None] = []
@@ -91,7 +100,7 @@ class Reference:
         """The reference's own scores: losses, with KL 0."""
         return _joined(self._scores)
 
-    def compare(self, readers: Readers, step: Callable[[int], object]) -> TokenScores:
+    def compare(self, readers: Readers, step: Callable[[int], object] = _ignore) -> TokenScores:
         """The scores of one cache, given the readers of every layer."""
         rows = []
         for ids, states in zip(self._batches, self._states, strict=True):
@@ -105,24 +114,6 @@ class Reference:
 
 def _joined(rows: Sequence[tuple[torch.Tensor, ...]]) -> TokenScores:
     return TokenScores(*(torch.cat(column) for column in zip(*rows, strict=True)))
-
-
-def compare(
-    model: EvalModel,
-    windows: torch.Tensor,
-    caches: Mapping[str, Readers],
-    *,
-    batch: int,
-    step: Callable[[int], object] = lambda tokens: None,
-) -> tuple[TokenScores, dict[str, TokenScores]]:
-    """Scores of the reference and of each cache.
-
-    Args:
-        model, windows, batch, step: as in `Reference`.
-        caches: readers of every layer, by name.
-    """
-    reference = Reference(model, windows, batch, 1 << 60, step)
-    return reference.scores(), {name: reference.compare(readers, step) for name, readers in caches.items()}
 
 
 def compare_floor(
