@@ -38,12 +38,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-import numpy as np
-
 from benchmarks.agreement import Follower, Nearness, Output, as_output, follow, generate, logprobs_of, sampling
 from sawkv.format.layout import ENGINE_PAGE_SIZE
 from sawkv.format.spec import CacheFormat
 from sawkv.integrations.vllm.config import engine_options
+from sawkv.prepare.text import load_text
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -273,7 +272,7 @@ def _use_reference_kernels() -> None:
 
 def _prompts(model: Path, count: int, longest: int) -> tuple[list[list[int]], list[list[int]]]:
     """Real text of mixed lengths, some sharing prefixes; and a second turn of some, which hits the prefix cache."""
-    text, draw = np.load(model / "held_out.npy").tolist(), random.Random(0)
+    text, draw = load_text(model, None).ids.tolist(), random.Random(0)
     main = []
     for i in range(count):
         start, length = draw.randrange(len(text) - 4096), int(2 ** draw.uniform(0, 11))

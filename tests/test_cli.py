@@ -223,7 +223,7 @@ def test_a_model_without_a_tokenizer_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Transformers makes an empty one of nothing."""
-    for name in ("config.json", "model.safetensors", "held_out.npy"):
+    for name in ("config.json", "model.safetensors", "held_out.npz"):
         (tmp_path / name).symlink_to(MODEL / name)
     for module in (server, client):
         monkeypatch.setattr(module, "running", lambda *_, **__: pytest.fail("vllm was started"))

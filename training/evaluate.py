@@ -39,7 +39,7 @@ def main() -> None:
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16)
     model.to(device)  # type: ignore[arg-type]
     model.train(False)
-    held_out = np.load(args.model / "held_out.npy")
+    held_out = np.load(args.model / "held_out.npz")["tokens"]
     figures: dict[str, object] = {"perplexity": perplexity(model, held_out)}
     print(figures, flush=True)
     tokenizer = Tokenizer.from_file(str(args.model / "tokenizer.json"))

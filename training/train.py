@@ -102,10 +102,10 @@ def main() -> None:
         f"{len(train_ids):,} training tokens, {len(held_out_ids):,} held out, {time.monotonic() - clock:.0f} s",
         flush=True,
     )
-    tokenizer.save(str(args.out / "tokenizer.json"))
+    tokenizer.save(str(args.out / "tokenizer.json"), pretty=False)
     (args.out / "sources.txt").write_text("\n".join(corpus.packages) + "\n")
-    held_out = np.load(args.start / "held_out.npy") if args.start else held_out_ids[: args.keep_held_out]
-    np.save(args.out / "held_out.npy", held_out)
+    held_out = np.load(args.start / "held_out.npz")["tokens"] if args.start else held_out_ids[: args.keep_held_out]
+    np.savez_compressed(args.out / "held_out.npz", tokens=held_out)
 
     if args.key_bias:
         some_text = torch.from_numpy(train_ids[: 8 * 1024].astype(np.int64)).view(8, -1).to(device)

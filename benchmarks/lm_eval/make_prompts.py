@@ -2,8 +2,7 @@
 
     python -m benchmarks.lm_eval.make_prompts models/sawkv-6m
 
-writes passkey.jsonl, where a number is to be continued, and table.jsonl, where one of the four values of a table is to
-be chosen.
+writes them here.
 """
 
 from __future__ import annotations
@@ -18,22 +17,25 @@ from sawkv.prepare.model import load_tokenizer
 from sawkv.prepare.text import load_text
 
 FOLDER = Path(__file__).parent
+LENGTHS = (512, 1024, 1920)
+COUNT = 4
+"""Prompts for each task, length and depth."""
 TABLE = re.compile(r"\ntable = \{\n((?:    \"[a-z]{4}\": \"[a-z]{4}\",\n){4})\}\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
-    parser.add_argument(
-        "--lengths", type=int, nargs="+", default=[512, 1024, 1920], metavar="TOKENS", help="default: %(default)s"
-    )
-    parser.add_argument(
-        "--count", type=int, default=4, help="prompts for each task, length and depth (default: %(default)s)"
-    )
-    args = parser.parse_args()
-    tokenizer, text = load_tokenizer(args.model), load_text(args.model, None)
+    for name, text in make_files(parser.parse_args().model).items():
+        (FOLDER / name).write_text(text, encoding="utf-8")
+
+
+def make_files(model: Path) -> dict[str, str]:
+    """Texts by file name: passkey.jsonl, where a number is to be continued, and table.jsonl, where one of the four
+    values of a table is to be chosen."""
+    tokenizer, text = load_tokenizer(model), load_text(model, None)
     lines: dict[str, list[str]] = {"passkey": [], "needle": []}
-    for prompt in make_prompts(text.encode, text.ids, (), lengths=args.lengths, count=args.count, seed=5):
+    for prompt in make_prompts(text.encode, text.ids, (), lengths=LENGTHS, count=COUNT, seed=5):
         end = -prompt.answer_length
         question, answer = (str(tokenizer.decode(list(ids))) for ids in (prompt.ids[:end], prompt.ids[end:]))
         fields: dict[str, object] = {
@@ -45,8 +47,7 @@ def main() -> None:
         if prompt.task == "needle":
             fields["choices"] = _values(question)
         lines[prompt.task].append(json.dumps(fields) + "\n")
-    (FOLDER / "passkey.jsonl").write_text("".join(lines["passkey"]))
-    (FOLDER / "table.jsonl").write_text("".join(lines["needle"]))
+    return {"passkey.jsonl": "".join(lines["passkey"]), "table.jsonl": "".join(lines["needle"])}
 
 
 def _values(question: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,6 +12,7 @@ import pytest
 import torch
 from msgspec.structs import replace
 
+from benchmarks.lm_eval.make_prompts import make_files
 from sawkv import SawkvError, cli
 from sawkv.lab import evaluate
 from sawkv.lab.budget import Budget
@@ -211,6 +213,13 @@ def test_prompts_hide_one_answer_where_they_say() -> None:
         answer = prompt.ids[-prompt.answer_length :]
         places = [i for i in range(300 - len(answer)) if prompt.ids[i : i + len(answer)] == answer]
         assert any(abs(place / 300 - prompt.depth) < 0.25 for place in places)
+
+
+def test_the_prompts_for_the_harness_are_those_of_the_table_in_the_documentation() -> None:
+    assert {name: hashlib.sha256(text.encode()).hexdigest()[:16] for name, text in make_files(MODEL).items()} == {
+        "passkey.jsonl": "7e120632493a9b6d",
+        "table.jsonl": "bf0eaa34c4c80a29",
+    }
 
 
 def test_recall_counts_whole_answers() -> None:

@@ -20,7 +20,7 @@ from sawkv.prepare.model import EvalModel, load_tokenizer
 Encode = Callable[[str], list[int]]
 """Maps text to token ids, without special tokens."""
 
-HELD_OUT = "held_out.npy"
+HELD_OUT = "held_out.npz"
 """Token ids that a model of this project keeps beside its weights, of text that it was not trained on."""
 
 
@@ -148,7 +148,7 @@ def load_text(model: Path, file: Path | None) -> Text:
         held_out = model / HELD_OUT
         if not held_out.is_file():
             raise SawkvError(f"text: expected --text FILE, since {model} holds no {HELD_OUT}; got none")
-        return Text("held-out", torch.from_numpy(np.load(held_out).astype(np.int64)), prefix, encode)
+        return Text("held-out", torch.from_numpy(np.load(held_out)["tokens"].astype(np.int64)), prefix, encode)
     try:
         content = file.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
