@@ -379,7 +379,8 @@ def _lab(job: Job, args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
     loss = reference.scores().loss
     for method in methods:
         scores = reference.compare(fit(method, samples))
-        common = {"model": job.name, "method": method.name, "through": "lab", "bits": method.bits(model.shape.head_dim)}
+        bits = method.bits(model.shape.head_dim, job.ids.shape[1])
+        common = {"model": job.name, "method": method.name, "through": "lab", "bits": round(bits, 4)}
         records = [common | record for record in _records(scores, loss, job)]
         for record in records:
             print(line(record), flush=True)

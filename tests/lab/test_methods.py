@@ -23,6 +23,8 @@ from sawkv.prepare.statistics import LayerStatistics
 from tests.conftest import relative_error
 
 NAMES = [*METHODS, "bf16", "int8", "int4-k16-v0", "int4-k64-v64"]
+BY_TILE = ("kvarn", "channel_keys")
+"""Starts of the names of methods that store several tokens together (test_rivals.py)."""
 BITS = {
     "prepared": 4.25,
     "prepared_int4v3": 3.75,
@@ -38,6 +40,10 @@ BITS = {
     "svd_bf16": 4.25,
     "svd_int8": 4.25,
     "lloyd_max": 4.125,
+    "q4_0_rotated": 4.5,
+    "channel_keys_g64": 4.5,
+    "kvarn_codes": (4 + 32 / 128 + 16 / 128 + 2 + 32 / 128 + 16 / 128) / 2,
+    "oscar_codes": 2.25,
 }
 
 
@@ -62,7 +68,7 @@ def fitted(name: str, sample: LayerSample) -> tuple[Reader, Reader]:
     return find_method(name).fit(sample)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith(BY_TILE)])
 def test_reads_are_token_wise_and_pure(name: str) -> None:
     """A row read alone, or among others, or in another order, is the same: so one pass reads what
     decoding would read.
@@ -79,7 +85,7 @@ def test_reads_are_token_wise_and_pure(name: str) -> None:
         order = torch.randperm(50)
         torch.testing.assert_close(read(rows[order]), whole[order], rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(read(rows[7:8]), whole[7:8], rtol=1e-4, atol=1e-4)
-        limit = 0.9 if name.startswith(("svd", "prepared_")) else 0.25
+        limit = 0.9 if name.startswith(("svd", "prepared_", "oscar")) else 0.25
         assert relative_error(whole, rows) < limit, "stored rows bear no likeness to what was stored"
 
 

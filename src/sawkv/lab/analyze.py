@@ -16,6 +16,7 @@ import torch
 from msgspec.structs import replace
 from tqdm import tqdm
 
+from sawkv.errors import SawkvError
 from sawkv.files import check_writable, writing
 from sawkv.lab.analysis import (
     PREPARED,
@@ -30,7 +31,7 @@ from sawkv.lab.analysis import (
 )
 from sawkv.lab.description import describe, percent
 from sawkv.lab.evaluate import shipped_samples
-from sawkv.lab.methods import Method, check_fits, find_method, fit
+from sawkv.lab.methods import Method, check_fits, find_method
 from sawkv.lab.stress import apply_stress
 from sawkv.prepare.model import EvalModel, default_dtype, find_device
 from sawkv.prepare.samples import LayerSample, LayerStates, Reader
@@ -128,12 +129,20 @@ def analyze(
         methods: None is `default_methods`.
         name, text, stress: of the model and the text, for the record.
         keep: called after each window with the record of the windows so far.
+
+    Raises:
+        SawkvError: a method keeps tokens in 16 bits, which errors of stored rows would not show.
     """
     started = time.monotonic()
     methods = default_methods() if methods is None else methods
+    if kept := [method.name for method in methods if method.kept]:
+        raise SawkvError(
+            f"--formats: expected methods that quantize every token, got {', '.join(kept)}; sawkv eval measures these"
+        )
     num_layers = model.shape.num_layers
     readers = [
-        fit(method, samples) for method in tqdm(methods, desc="fitting", unit="method", leave=False, disable=None)
+        [method.fit(sample) for sample in samples]
+        for method in tqdm(methods, desc="fitting", unit="method", leave=False, disable=None)
     ]
     stats = [_StatsSum() for _ in range(num_layers)]
     errors = [[_ErrorSum() for _ in range(num_layers)] for _ in methods]

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 
 from sawkv.lab.records import Divergence, PositionKL
 from sawkv.prepare.model import EvalModel
-from sawkv.prepare.samples import Reader
+from sawkv.prepare.samples import LayerReaders
 
 LOGITS_AT_ONCE = 1 << 24
 """Elements of one piece of logits, so that those of a large vocabulary fit in memory."""
 
-Readers = Sequence[tuple[Reader, Reader] | None]
+Readers = Sequence[LayerReaders | None]
 
 
 @dataclass(frozen=True)

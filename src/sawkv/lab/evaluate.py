@@ -206,7 +206,7 @@ class _Measurer:
             texts = forks(self._model, *self._continuation, run, readers, self._decode)
         return MethodResult(
             method.name,
-            method.bits(self._model.shape.head_dim),
+            method.bits(self._model.shape.head_dim, self._budget.window),
             method.served,
             method.calibrated,
             scores.divergence(),

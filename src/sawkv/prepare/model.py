@@ -34,7 +34,7 @@ from sawkv.checkpoint import check_weights, parse_config, wrong_sizes
 from sawkv.errors import SawkvError, UnsupportedError
 from sawkv.files import reason
 from sawkv.prepare.corpus import passes, preparation_positions
-from sawkv.prepare.samples import LayerSample, LayerStates, Reader, Sample, joined, samples
+from sawkv.prepare.samples import Kept, LayerReaders, LayerSample, LayerStates, Reader, Sample, joined, samples
 from sawkv.prepare.statistics import LayerStatistics
 from sawkv.prepare.turning import bucketed_context
 from sawkv.records import AttentionShape
@@ -155,7 +155,7 @@ class EvalModel:
         return logits.float()
 
     @contextlib.contextmanager
-    def reading(self, readers: Sequence[tuple[Reader, Reader] | None]) -> Iterator[None]:
+    def reading(self, readers: Sequence[LayerReaders | None]) -> Iterator[None]:
         """Within the block, layer i reads K and V through `readers[i]`. None leaves a layer unchanged."""
         if len(readers) != len(self.layers):
             raise ValueError(f"expected readers for {len(self.layers)} layers, got {len(readers)}")
@@ -207,10 +207,10 @@ class EvalModel:
         found: list[tuple[nn.Module, int, int, int]] = []
 
         def note(
-            layer: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-        ) -> tuple[torch.Tensor, torch.Tensor]:
+            layer: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+        ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
             found.append((layer, q.shape[1], k.shape[1], k.shape[3]))
-            return k, v
+            return k, v, mask
 
         for module in self.model.modules():
             setattr(module, _HOOK, note)
@@ -329,15 +329,30 @@ def kv_sources(decoder: PretrainedConfig) -> list[int]:
 
 
 class _Reading:
-    """A hook that replaces K and V by what a cache would return."""
+    """A hook that replaces K and V by what a cache would return.
 
-    def __init__(self, read_k: Reader, read_v: Reader) -> None:
-        self._read_k, self._read_v = read_k, read_v
+    If some tokens are kept unquantized, attention gets every token twice, first as stored and then as it is, and a mask
+    that shows each query one of the two.
+    """
+
+    def __init__(self, read_k: Reader, read_v: Reader, kept: Kept | None = None) -> None:
+        self._read_k, self._read_v, self._kept = read_k, read_v, kept
 
     def __call__(
-        self, layer: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._through(self._read_k, k), self._through(self._read_v, v)
+        self, layer: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        stored_k, stored_v = self._through(self._read_k, k), self._through(self._read_v, v)
+        if self._kept is None:
+            return stored_k, stored_v, mask
+        length = k.shape[2]
+        kept = self._kept.mask(length).to(k.device)
+        if mask is None:
+            mask = torch.ones(1, 1, length, length, dtype=torch.bool, device=k.device).tril()
+        return (
+            torch.cat([stored_k, k], 2),
+            torch.cat([stored_v, v], 2),
+            torch.cat([mask & ~kept, mask & kept], -1),
+        )
 
     @staticmethod
     def _through(read: Reader, x: torch.Tensor) -> torch.Tensor:
@@ -351,10 +366,10 @@ class _Recording:
         self._rows: list[tuple[torch.Tensor, ...]] = []
 
     def __call__(
-        self, layer: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, layer: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         self._rows.append((_rows(q), _rows(k), _rows(v)))
-        return k, v
+        return k, v, mask
 
     def states(self, layer: nn.Module) -> LayerStates:
         q, k, v = (torch.cat(parts) for parts in zip(*self._rows, strict=True))
@@ -377,10 +392,10 @@ def _attention(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The registered attention function: `sdpa`, on the K and V that the hook returns."""
+    """The registered attention function: `sdpa`, on the K, V and mask that the hook returns."""
     hook = getattr(module, _HOOK, None)
     if hook is not None:
-        key, value = hook(module, query, key, value)
+        key, value, attention_mask = hook(module, query, key, value, attention_mask)
     softcap, sinks = kwargs.pop("softcap", None), kwargs.pop("s_aux", None)
     if softcap is None and sinks is None:
         attended, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
@@ -406,16 +421,18 @@ def _capped_attention(
     """Causal attention with a soft-cap on scores (Gemma 2) or with sinks (gpt-oss), which `sdpa` lacks.
 
     Args:
-        query, key, value: [num_rows, heads, length, head_dim].
-        mask: [num_rows, 1, length, length] bool, true where a query sees a key; None is causal.
+        query: [num_rows, num_q_heads, num_queries, head_dim].
+        key, value: [num_rows, num_kv_heads, length, head_dim].
+        mask: [num_rows, 1, num_queries, length] bool, true where a query sees a key; None is causal, for as many keys
+            as queries.
         scaling: factor of q.k.
         softcap: scores become softcap * tanh(scores / softcap).
         sinks: [num_q_heads] logits of a key that every query sees, and that has no value.
 
     Returns:
-        [num_rows, length, num_q_heads, head_dim] in the query's dtype.
+        [num_rows, num_queries, num_q_heads, head_dim] in the query's dtype.
     """
-    group, length = query.shape[1] // key.shape[1], query.shape[2]
+    group, length = query.shape[1] // key.shape[1], key.shape[2]
     key, value = (x.float().repeat_interleave(group, 1) for x in (key, value))
     if mask is None:
         mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()

@@ -16,6 +16,36 @@ read after they were stored, same shape and dtype. Does not change its input.
 
 
 @dataclass(frozen=True)
+class Kept:
+    """Tokens that a query reads as they are, without quantization.
+
+    Attributes:
+        first: tokens at the start of the sequence.
+        last: tokens up to the query, itself included.
+        tile: those of the query's own tile of so many tokens, which may not be complete yet.
+    """
+
+    first: int = 0
+    last: int = 0
+    tile: int = 1
+
+    def mask(self, length: int) -> torch.Tensor:
+        """[length, length] bool, true where the query of the row reads the key of the column as it is."""
+        key = torch.arange(length)
+        query = key[:, None]
+        kept = (key < self.first) | (key > query - self.last) | (key // self.tile == query // self.tile)
+        return kept & (key <= query)
+
+    def share(self, length: int) -> float:
+        """The share of a sequence's tokens that is kept, at `length` tokens; a mean over its last tile."""
+        return float(self.mask(length)[-self.tile :].sum(-1).double().mean()) / length
+
+
+LayerReaders = tuple[Reader, Reader] | tuple[Reader, Reader, Kept]
+"""How attention reads K, how it reads V, and what it reads unquantized."""
+
+
+@dataclass(frozen=True)
 class LayerStates:
     """Q, K and V of one attention layer on some text.
 

@@ -7,24 +7,31 @@ Each cache format of sawkv is a method too, by its own name, such as `int4-k64-v
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from sawkv.errors import FormatError
 from sawkv.format.spec import CacheFormat
 from sawkv.lab.methods.base import Method, Quantizer
 from sawkv.lab.methods.centered import Centered
+from sawkv.lab.methods.channel_keys import Grouped
 from sawkv.lab.methods.feedback import FedBack
 from sawkv.lab.methods.float8 import Float8
 from sawkv.lab.methods.hessian import HessianAware
 from sawkv.lab.methods.integer import Coded
 from sawkv.lab.methods.kmeans import KMeans
+from sawkv.lab.methods.kvarn import KEPT as KVARN_KEPT
+from sawkv.lab.methods.kvarn import KVarN
 from sawkv.lab.methods.lloyd_max import LloydMax
 from sawkv.lab.methods.low_rank import LowRank
+from sawkv.lab.methods.oscar import K_QUANTILE, V_QUANTILE, Clipped, Oscar
+from sawkv.lab.methods.oscar import KEPT as OSCAR_KEPT
 from sawkv.lab.methods.outliers import Outliers
 from sawkv.lab.methods.prepared import Prepared
+from sawkv.lab.methods.q4_0 import Q40
 from sawkv.lab.methods.range_search import RangeSearched
 from sawkv.lab.methods.rotated import Rotated
 from sawkv.lab.methods.vllm_int4 import VllmInt4
-from sawkv.prepare.samples import LayerSample, Reader
+from sawkv.prepare.samples import Kept, LayerReaders, LayerSample, Reader
 
 
 def served_format(cache_format: CacheFormat, name: str | None = None) -> Method:
@@ -40,11 +47,11 @@ def served_format(cache_format: CacheFormat, name: str | None = None) -> Method:
     return Method(name or str(cache_format), k, v, served="sawkv", format=cache_format)
 
 
-def _prepared(name: str, codec: str) -> Method:
-    """A cache format as engines serve it, after they have prepared the model."""
+def _prepared(name: str, codec: str, kept: Kept | None = None) -> Method:
+    """A cache format as engines serve it, after they have prepared the model. They keep no tokens in 16 bits."""
     own = CacheFormat(codec)
     k, v = (Rotated(FedBack(codec)) for codec in (own.k_codec, own.v_codec))
-    return Prepared(name, k, v, calibrated=True, served="sawkv", format=own)
+    return Prepared(name, k, v, calibrated=True, served="" if kept else "sawkv", format=own, kept=kept)
 
 
 def _both(name: str, quantizer: Quantizer, *, calibrated: bool = False, served: str = "") -> Method:
@@ -54,9 +61,12 @@ def _both(name: str, quantizer: Quantizer, *, calibrated: bool = False, served: 
 _INT4 = Coded("int4")
 _ROTATED = Rotated(_INT4)
 _FED_BACK = Rotated(FedBack())
+_KVARN = Method("kvarn_codes", KVarN(4, by_channel=True), KVarN(2, by_channel=False))
+_OSCAR = Oscar("oscar_codes", Clipped(K_QUANTILE), Clipped(V_QUANTILE), calibrated=True)
 
 # `prepared` is served by default. `int4` is the same format unprepared, as under `--no-prepare`. Formats of fewer bits
-# are named with theirs.
+# are named with theirs. Rivals' codes are there with and without the tokens that they keep in 16 bits, and so are the
+# formats of about as many bits.
 METHODS: dict[str, Method] = {
     method.name: method
     for method in (
@@ -86,6 +96,15 @@ METHODS: dict[str, Method] = {
         _both("svd_int8", LowRank(Coded("int8"), 1 / 2), calibrated=True),
         _both("lloyd_max", Rotated(LloydMax(), signs=True)),
         _both("lloyd_max_center", Centered(Rotated(LloydMax(), signs=True)), calibrated=True),
+        _both("q4_0_rotated", Rotated(Q40())),
+        Method("channel_keys_g64", Grouped(by_channel=True), Grouped(by_channel=False)),
+        _KVARN,
+        replace(_KVARN, name="kvarn", kept=KVARN_KEPT),
+        _prepared("prepared_int3_kept_as_kvarn", "int3", KVARN_KEPT),
+        _prepared("prepared_int4v2_kept_as_kvarn", "int4v2", KVARN_KEPT),
+        _OSCAR,
+        replace(_OSCAR, name="oscar", kept=OSCAR_KEPT),
+        _prepared("prepared_int2_kept_as_oscar", "int2", OSCAR_KEPT),
     )
 }
 
@@ -136,6 +155,8 @@ __all__ = [
 ]
 
 
-def fit(method: Method, samples: Sequence[LayerSample]) -> list[tuple[Reader, Reader]]:
-    """Readers of K and V for each layer."""
-    return [method.fit(sample) for sample in samples]
+def fit(method: Method, samples: Sequence[LayerSample]) -> list[LayerReaders]:
+    """What `EvalModel.reading` takes for each layer."""
+    if method.kept is None:
+        return [method.fit(sample) for sample in samples]
+    return [(*method.fit(sample), method.kept) for sample in samples]

@@ -1,8 +1,9 @@
 """The interface of methods: fit to a sample, then map rows to what attention would read from the cache.
 
 A `Method` has a `Quantizer` for K and one for V. `Quantizer.fit` takes a `Sample` of one layer's rows on calibration
-text and returns a `Reader`, which maps rows to what attention reads after they were stored. Quantizers are token-wise:
-the result for one row does not depend on other rows, so a prompt in one pass reads the same as decoding token by token.
+text and returns a `Reader`, which maps rows to what attention reads after they were stored. Most quantizers are
+token-wise: the result for one row does not depend on other rows, so a prompt in one pass reads the same as decoding
+token by token. Files of others say so, and what it changes.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from sawkv.format.spec import CacheFormat
-from sawkv.prepare.samples import LayerSample, Reader, Sample
+from sawkv.prepare.samples import Kept, LayerSample, Reader, Sample
 
 
 class Quantizer(Protocol):
@@ -38,6 +39,7 @@ class Method:
         calibrated: whether `fit` uses the sample's rows.
         served: the engine that serves it fast: "sawkv", "vllm", or "" for a comparison only (its file says why).
         format: the cache format, if the method is one.
+        kept: the tokens that stay in 16 bits; None is none.
     """
 
     name: str
@@ -46,10 +48,14 @@ class Method:
     calibrated: bool = False
     served: str = ""
     format: CacheFormat | None = None
+    kept: Kept | None = None
 
-    def bits(self, head_dim: int) -> float:
-        """Mean bits per element of K and V, with everything that is stored per row."""
-        return (self.k.bits(head_dim) + self.v.bits(head_dim)) / 2
+    def bits(self, head_dim: int, length: int = 0) -> float:
+        """Mean bits per element of K and V, with everything that is stored per row, in a sequence of `length` tokens.
+        Only methods that keep tokens in 16 bits need the length.
+        """
+        stored = (self.k.bits(head_dim) + self.v.bits(head_dim)) / 2
+        return stored if self.kept is None else stored + (16 - stored) * self.kept.share(length)
 
     def fit(self, sample: LayerSample) -> tuple[Reader, Reader]:
         """Readers of K and of V for one layer."""

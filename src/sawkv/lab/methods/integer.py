@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from sawkv.format.codecs import CODECS
+from sawkv.format.constants import MAX_SCALE, MIN_SCALE
 from sawkv.prepare.samples import Reader, Sample
 
 META_BITS = 32
@@ -29,3 +30,13 @@ class Coded:
     def fit(self, sample: Sample) -> Reader:
         codec = CODECS[self.codec]
         return lambda rows: codec.decode(*codec.encode(rows))
+
+
+def nearest(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Round the last axis to integers of `bits` bits between its smallest and largest value. Scale and smallest value
+    are in fp16, as several rivals store them; sawkv stores a zero point instead.
+    """
+    top = (1 << bits) - 1
+    low = x.amin(-1, keepdim=True).clamp(-MAX_SCALE, MAX_SCALE).half().float()
+    scale = ((x.amax(-1, keepdim=True) - low) / top).clamp(MIN_SCALE, MAX_SCALE).half().float()
+    return ((x - low) / scale).round().clamp(0, top) * scale + low
