@@ -2,10 +2,10 @@
 """Decode attention, append and gather on a GPU, beside the kernels they replace: checked first, then timed.
 
     python -m benchmarks.kernels                  # all shapes and peers, appended to docs/results/decode.jsonl
-    python -m benchmarks.kernels --only 64x16384 --kernels sawkv-cuda --no-write
+    python -m benchmarks.kernels --shapes 64x16384 --kernels sawkv-cuda --no-write
     python -m benchmarks.kernels --kernels sawkv-cuda,sawkv-cuda+prepared --no-write  # of a prepared model too
     python -m benchmarks.kernels --kernels fa3_bf16,sawkv-cuda,sawkv-cuda:int3,sawkv-cuda:int2+prepared --no-write
-    python -m benchmarks.kernels --only "head_dim 256,head_dim 512" --kernels fa3_bf16,fa4_bf16,triton_bf16,sawkv-triton
+    python -m benchmarks.kernels --shapes "*_dim 256*,*_dim 512*" --kernels fa3_bf16,fa4_bf16,triton_bf16,sawkv-triton
     python -m benchmarks.kernels --check          # correctness only
     PYTHONPATH=OTHER/src python -m benchmarks.kernels --kernels sawkv-cuda --no-write    # another build of the kernels
 
@@ -21,6 +21,7 @@ import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -130,6 +131,18 @@ def turns() -> list[Shape]:
     new = [uniform(8, 65536, query_len=n) for n in (9, 16, 32, 64, 128, 256)]
     shorter = [uniform(32, context, query_len=n) for context in (1024, 8192) for n in (16, 64, 128, 256)]
     return [*new, *shorter, uniform(8, 65536, query_len=64, q_heads=64), uniform(8, 65536, query_len=64, head_dim=64)]
+
+
+def choose(patterns: Sequence[str], *lists: Sequence[Shape]) -> list[list[Shape]]:
+    """Of each list, the shapes whose names match one of the patterns.
+
+    Raises:
+        ValueError: a pattern matches no shape.
+    """
+    for pattern in patterns:
+        if not any(fnmatchcase(shape.name, pattern) for shape in chain(*lists)):
+            raise ValueError(f"--shapes: expected names of shapes, such as {lists[0][0].name}; got {pattern!r}")
+    return [[shape for shape in shapes if any(fnmatchcase(shape.name, p) for p in patterns)] for shapes in lists]
 
 
 @dataclass
@@ -595,8 +608,7 @@ def run_gather(kernels: list[str], common: dict[str, Any]) -> Iterator[dict[str,
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="", help="shapes whose names contain one of these, comma-separated")
-    parser.add_argument("--shapes", default="", help="shapes with exactly these names, comma-separated")
+    parser.add_argument("--shapes", default="*", help="names of shapes, comma-separated; * stands for any characters")
     parser.add_argument(
         "--kernels", default="fa3_bf16,sawkv-cuda,sawkv-cuda+prepared,sawkv-triton,fa3_fp8,vllm_int4_per_token_head"
     )
@@ -612,19 +624,19 @@ def main() -> None:
         "commit": arguments.commit or git_head(),
         "torch": torch.__version__,
     }
-    wanted, names = ([part for part in given.split(",") if part] for given in (arguments.only, arguments.shapes))
-    shapes = [shape for shape in all_shapes() if not wanted or any(part in shape.name for part in wanted)]
-    shapes = [shape for shape in shapes if not names or shape.name in names]
+    try:
+        shapes, chosen_turns = choose(arguments.shapes.split(","), all_shapes(), turns())
+    except ValueError as error:
+        parser.error(str(error))
     kernels = arguments.kernels.split(",")
     skipped = arguments.skip.split(",")
     lengths = [int(part) for part in arguments.append_tokens.split(",")]
     of_turns = [kernel for kernel in kernels if kernel in ("fa3_bf16", "sawkv-cuda")]
-    chosen = [shape for shape in turns() if not wanted or any(part in shape.name for part in wanted)]
     sections: dict[str, list[Iterator[dict[str, Any]]]] = {}
     if "decode" not in skipped:
         sections["decode.jsonl"] = [run_decode(shapes, kernels, arguments.check, common)]
     if "turns" not in skipped:
-        sections["turns.jsonl"] = [run_decode(chosen, [*of_turns, GATHER], arguments.check, common)]
+        sections["turns.jsonl"] = [run_decode(chosen_turns, [*of_turns, GATHER], arguments.check, common)]
     if "append" not in skipped and not arguments.check:
         sections["append_gather.jsonl"] = [run_append(kernels, lengths, common), run_gather(kernels, common)]
     arguments.output.mkdir(parents=True, exist_ok=True)

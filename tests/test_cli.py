@@ -94,9 +94,10 @@ def test_the_servers_command(vllm: tuple[int, ...], name: str, dtype: str, monke
     assert "--kv-cache-dtype" not in server.server_command("m", None)
 
 
-def test_bad_input_is_named_and_gives_2(capsys: pytest.CaptureFixture[str]) -> None:
-    assert cli.main(["serve", "m", "--format", "int5"]) == 2
-    assert "got 'int5'" in capsys.readouterr().err
+def test_bad_input_is_named_and_gives_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in (["serve", "m", "--format"], ["bench", "m", "--out", str(tmp_path / "bench.json"), "--formats"]):
+        assert cli.main([*command, "int5"]) == 2
+        assert re.match(rf"sawkv: {command[-1]}: .* got 'int5'", capsys.readouterr().err)
     for arguments in (
         ["prepare", "m", "--out", "x", "--device", "foo"],
         ["doctor", "--colour"],
@@ -105,6 +106,7 @@ def test_bad_input_is_named_and_gives_2(capsys: pytest.CaptureFixture[str]) -> N
     ):
         with pytest.raises(SystemExit, match="2"):
             cli.main(arguments)
+        assert f"sawkv {arguments[0]}: error: " in capsys.readouterr().err
 
 
 def run(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]:

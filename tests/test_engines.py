@@ -1,4 +1,6 @@
-"""`benchmarks.engines`: an engine in a process of its own; what `sawkv bench` measured as records of latency."""
+"""`benchmarks.engines`: an engine in a process of its own; what `sawkv bench` measured as records of latency; what
+`benchmarks.kernels` is asked for.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import engines, load
+from benchmarks import engines, kernels, load
 from benchmarks.plots import load_table
 from sawkv.bench.records import FP8, SIXTEEN_BITS, Bench, Load, Result, Served, Setting
 
@@ -78,3 +80,15 @@ def test_rates_of_a_bench_become_records() -> None:
     table = load_table(records)
     assert table.startswith("shape, 8192/512 tokens a request, on a card, vLLM 0.1\n")
     assert "| 2 | int4 | 600 (1.50x) | 20 (1.00x) | 40 (1.00x) | 5.0 (1.00x) | 9.0 (1.00x) | abc |" in table
+
+
+def test_shapes_are_chosen_by_whole_names_or_wildcards() -> None:
+    lists = kernels.all_shapes(), kernels.turns()
+    assert kernels.choose(["*"], *lists) == [*map(list, lists)]
+    for patterns, names in (
+        (["32x16384", "8x65536 query_len 9"], [["32x16384"], ["8x65536 query_len 9"]]),
+        (["*x16384 page *"], [["32x16384 page 16", "32x16384 page 32"], []]),
+    ):
+        assert [[shape.name for shape in shapes] for shapes in kernels.choose(patterns, *lists)] == names
+    with pytest.raises(ValueError, match="got '16384'"):
+        kernels.choose(["64x16384", "16384"], *lists)

@@ -94,7 +94,7 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
         (["--additional-config.sawkv.format", "int8"], "--additional-config: sawkv serve makes it"),
         (["--attention-backend", "FLASH_ATTN"], "--attention-backend: sawkv serve chooses it"),
         (["--model", "other"], "--model: it is the first argument"),
-        (["--format", "int3v4"], "unknown codec: expected one of int2, int3, int4, int8,"),
+        (["--format", "int3v4"], "--format: unknown codec: expected one of int2, int3, int4, int8,"),
         (["--format", "int4-k256-v0"], "K rotation order: expected a divisor of head_dim 128, got 256"),
         (
             ["--kv-offloading-size", "1"],

@@ -72,10 +72,10 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser, _ = make_parser()
+    parser, commands = make_parser()
     args, others = parser.parse_known_args(argv)
     if others and "engine_options" not in args:
-        parser.error(f"unknown arguments: {' '.join(others)}")
+        commands[argv[0]].error(f"unknown arguments: {' '.join(others)}")
     # Only vLLM knows whether an option takes the next word.
     if others and argv.index(others[0]) < argv.index(args.model):
         parser.error(f"{argv[0]}: expected MODEL before vLLM's options, got {others[0]} before it")

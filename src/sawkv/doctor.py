@@ -19,10 +19,10 @@ import torch
 from sawkv import __version__
 from sawkv.cache import PagedKVCache
 from sawkv.checkpoint import head_dims, read_checkpoint
-from sawkv.errors import SawkvError
+from sawkv.errors import FormatError, SawkvError
 from sawkv.files import reason
 from sawkv.format.layout import PageLayout
-from sawkv.format.spec import CODEC_BITS, CacheFormat
+from sawkv.format.spec import CODEC_BITS, COMMON_HEAD_DIM, HEAD_DIMS, CacheFormat
 from sawkv.integrations.vllm import PLUGIN, preflight
 from sawkv.integrations.vllm.contract import NEWEST_VLLM, OLDEST_VLLM, release
 from sawkv.integrations.vllm.options import Options
@@ -34,8 +34,6 @@ from sawkv.terminal import coloured
 WIDTH: Final = 80
 OK, NOTE, WARNING, TROUBLE = "ok", "note", "warning", "TROUBLE"
 COLOURS: Final = {OK: "green", WARNING: "yellow", TROUBLE: "red"}
-HEAD_DIM: Final = 128
-"""Of the kernels to check, if nothing says another."""
 MAX_ERROR: Final = 5e-3
 """Largest relative error of attention with 16-bit queries, as in the kernels' tests."""
 PROBE_TIMEOUT: Final = 600.0
@@ -60,13 +58,21 @@ def run_doctor(model: str | None, head_dim: int | None) -> int:
 
     Args:
         model: a checkpoint to check as well, or None.
-        head_dim: of the kernels to check; None takes the model's, or 128.
+        head_dim: of the kernels to check; None takes the model's, or `COMMON_HEAD_DIM`.
 
     Returns:
         1 if there is trouble, else 0.
+
+    Raises:
+        FormatError: no format takes this head_dim.
     """
     troubles = 0
     dims = [] if head_dim is None else [head_dim]
+    if head_dim is not None:
+        try:
+            CacheFormat("int4").resolve(head_dim)
+        except FormatError as error:
+            raise FormatError(f"--head-dim: {error}") from error
     for title, findings in (
         ("Versions", _versions()),
         ("vLLM", _vllm()),
@@ -209,7 +215,7 @@ def _model(model: str, dims: list[int]) -> Iterator[Finding]:
     try:
         checkpoint = read_checkpoint(model)
         if checkpoint is not None and not dims:
-            dims += head_dims(checkpoint.config)
+            dims += [dim for dim in head_dims(checkpoint.config) if dim in HEAD_DIMS]  # others are refused below
         preflight.check_model(model, CacheFormat("int4"), Options([]), on_gpu=torch.cuda.is_available())
     except SawkvError as error:
         yield Finding(TROUBLE, str(error))
@@ -223,13 +229,13 @@ def _devices() -> list[torch.device]:
 
 def _kernels(dims: Sequence[int]) -> Iterator[Finding]:
     for device in _devices():
-        for head_dim in dims or [HEAD_DIM]:
+        for head_dim in dims or [COMMON_HEAD_DIM]:
             layouts = []
             for codec in CODEC_BITS:
                 try:
                     layouts.append(PageLayout(CacheFormat(codec), 1, head_dim, 64))
                 except SawkvError as error:
-                    yield Finding(NOTE if layouts else TROUBLE, str(error))
+                    yield Finding(NOTE, str(error))
             chosen: dict[str, list[str]] = {}
             reasons: dict[str, str] = {}
             for layout in layouts:
@@ -254,7 +260,7 @@ def _kernels(dims: Sequence[int]) -> Iterator[Finding]:
 def _bytes(dims: Sequence[int]) -> Iterator[Finding]:
     """Compare the chosen kernels with the reference, on random rows."""
     for device in _devices():
-        for head_dim in dims or [HEAD_DIM]:
+        for head_dim in dims or [COMMON_HEAD_DIM]:
             for codec in ("int4", "int8"):
                 try:
                     yield _compared(PageLayout(CacheFormat(codec), 2, head_dim, 64), device)

@@ -196,7 +196,7 @@ def test_what_does_not_fit_is_blamed(
         (["--gpu-memory", "80GiB", "--context", "0"], "--context: expected at least 1"),
         (["--gpu-memory", "80GiB", "--gpu-memory-utilization", "90"], "at most 1, got 90"),
         (["--gpu-memory", "80GiB", "--format", "int4-k256-v0"], "divisor of head_dim"),
-        (["--gpu-memory", "80GiB", "--format", "fp5"], "unknown codec"),
+        (["--gpu-memory", "80GiB", "--format", "fp5"], "--format: unknown codec"),
     ],
 )
 def test_bad_options_are_one_line(

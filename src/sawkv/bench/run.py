@@ -24,7 +24,7 @@ from sawkv.bench.generator import TIMEOUT, Generator, arrival_seconds, options
 from sawkv.bench.prediction import predict
 from sawkv.bench.records import FP8, SIXTEEN_BITS, Bench, Load, Result, Served, Setting
 from sawkv.bench.server import serve_cache
-from sawkv.errors import SawkvError, UnsupportedError
+from sawkv.errors import FormatError, SawkvError, UnsupportedError
 from sawkv.files import check_writable, writing
 from sawkv.format.spec import CacheFormat
 from sawkv.integrations.vllm.client import PREFIX_COUNTERS, Client
@@ -63,7 +63,10 @@ def run_bench(setting: Setting, caches: Sequence[str], out: Path, *, resume: boo
         check_writable(file)
     for cache in caches:
         if cache not in (SIXTEEN_BITS, FP8):
-            CacheFormat.parse(cache)
+            try:
+                CacheFormat.parse(cache)
+            except FormatError as error:
+                raise FormatError(f"--formats: {error}; {SIXTEEN_BITS} and {FP8} are vLLM's own caches") from error
     if not _has_vllm():
         raise UnsupportedError("bench: expected vLLM in this environment, got none")
     check_files(setting.model, Options(setting.options))

@@ -23,11 +23,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from sawkv.demo import run_demo
-    from sawkv.format.spec import CacheFormat
 
     return run_demo(
         args.model,
-        cache_format=CacheFormat.parse(args.format),
+        cache_format=options.cache_format(args.format),
         max_tokens=args.max_tokens,
         kv_cache_memory=args.kv_cache_memory << 20,
         max_model_len=args.max_model_len,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 
+from sawkv.format.spec import COMMON_HEAD_DIM
+
 SUMMARY = "check versions, plugins, kernels and caches, and explain what is missing or slow"
 
 
@@ -13,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--head-dim",
         type=int,
         metavar="COUNT",
-        help="head_dim of the kernels to check (default: the model's, or 128)",
+        help=f"head_dim of the kernels to check (default: the model's, or {COMMON_HEAD_DIM})",
     )
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import textwrap
 
+from sawkv.format.spec import COMMON_HEAD_DIM, CacheFormat
+
 SUMMARY = "list the cache formats and other methods, and when to use each"
 WIDTH = 80
-_HEAD_DIM = 128
 _WHEN = {
     "int4": "The default. With preparation it is near 16 bits. See what it costs on your model: sawkv eval.",
     "int4v3": "Where int4 holds too few tokens. Errors of V cost less than those of K. On GPUs it is not tried yet.",
@@ -28,13 +29,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     from sawkv.format.layout import PageLayout
-    from sawkv.format.spec import CacheFormat
     from sawkv.lab.methods import METHODS
 
-    print(f"{'--format':<10}{'bits':>6}{'tokens':>8}  when to take it (figures of head_dim {_HEAD_DIM})")
+    print(f"{'--format':<10}{'bits':>6}{'tokens':>8}  when to take it (figures of head_dim {COMMON_HEAD_DIM})")
     for name, when in _WHEN.items():
-        nbytes = PageLayout(CacheFormat(name).resolve(_HEAD_DIM), 1, _HEAD_DIM, 16).token_bytes
-        start = f"{name:<10}{4 * nbytes / _HEAD_DIM:>6.2f}{4 * _HEAD_DIM / nbytes:>7.2f}x  "
+        nbytes = PageLayout(CacheFormat(name).resolve(COMMON_HEAD_DIM), 1, COMMON_HEAD_DIM, 16).token_bytes
+        start = f"{name:<10}{4 * nbytes / COMMON_HEAD_DIM:>6.2f}{4 * COMMON_HEAD_DIM / nbytes:>7.2f}x  "
         print(textwrap.fill(when, WIDTH, initial_indent=start, subsequent_indent=" " * len(start)))
     print()
     print(
@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     print(
         _filled(
             "`prepared` is what engines do with int4, and `int4` is that without preparation. `fp8` and `vllm_...` are"
-            " vLLM's own."
+            " vLLM's own. sawkv.lab.methods has a file for each of the others, with its paper."
         )
     )
     return 0

@@ -6,6 +6,9 @@ import argparse
 import re
 from pathlib import Path
 
+from sawkv.errors import FormatError
+from sawkv.format.spec import CacheFormat
+
 
 def add_model(parser: argparse.ArgumentParser) -> None:
     """MODEL as a directory."""
@@ -43,6 +46,18 @@ def add_tokens(parser: argparse.ArgumentParser, tokens: int, window: int) -> Non
 
 def add_format(parser: argparse._ActionsContainer, what: str) -> None:
     parser.add_argument("--format", default="int4", metavar="NAME", help=f"{what} (default: %(default)s)")
+
+
+def cache_format(name: str) -> CacheFormat:
+    """The value of --format.
+
+    Raises:
+        FormatError: the name is not one.
+    """
+    try:
+        return CacheFormat.parse(name)
+    except FormatError as error:
+        raise FormatError(f"--format: {error}") from error
 
 
 def add_formats(parser: argparse.ArgumentParser, default: str | None, shown: str) -> None:

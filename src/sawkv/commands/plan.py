@@ -82,10 +82,9 @@ def run(args: argparse.Namespace) -> int:
     from sawkv.capacity.weights import Weights, weights_of
     from sawkv.checkpoint import read_checkpoint
     from sawkv.errors import SawkvError
-    from sawkv.format.spec import CacheFormat
     from sawkv.integrations.vllm import refusals
 
-    asked = CacheFormat.parse(args.format)
+    asked = options.cache_format(args.format)
     gpu_memory, gpu_name = memory.card(args.gpu_memory)
     setting = memory.Setting(
         gpu_memory,

@@ -20,14 +20,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from sawkv.format.spec import CacheFormat
     from sawkv.prepare.calibrate import run_prepare
 
     return run_prepare(
         args.model,
         args.text,
         args.out,
-        cache_format=CacheFormat.parse(args.format),
+        cache_format=options.cache_format(args.format),
         context=args.context,
         window=args.window,
         windows=max(1, args.tokens // args.window),

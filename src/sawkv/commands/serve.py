@@ -27,12 +27,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from sawkv.format.spec import CacheFormat
     from sawkv.integrations.vllm.server import serve
 
     return serve(
         args.model,
-        None if args.format is None else CacheFormat.parse(args.format),
+        None if args.format is None else options.cache_format(args.format),
         args.engine_options,
         calibration=args.calibration,
         prepare=not args.no_prepare,

@@ -26,6 +26,8 @@ MAX_DEFAULT_ROTATION_ORDER: Final = 128
 MAX_ROW_DIM: Final = 256
 """Channels of a row, which has one scale and one zero point. Wider heads are stored as several rows."""
 HEAD_DIMS: Final = (*range(16, MAX_ROW_DIM + 1, 16), 2 * MAX_ROW_DIM)
+COMMON_HEAD_DIM: Final = 128
+"""That of most models, for figures and checks without one."""
 
 _NAME = re.compile(r"(?P<codec>[a-z]+[0-9]{1,2}(?:v[0-9])?)(?:-k(?P<k>[0-9]{1,3})-v(?P<v>[0-9]{1,3}))?", re.ASCII)
 
@@ -68,9 +70,7 @@ class CacheFormat:
         """
         match = _NAME.fullmatch(name) if isinstance(name, str) else None
         if match is None:
-            raise FormatError(
-                f"format name: expected <codec>-k<order>-v<order> such as int4-k128-v128, got {name!r:.80}"
-            )
+            raise FormatError(f"format name: expected one such as int4 or int4-k128-v128, got {name!r:.80}")
         k, v = match["k"], match["v"]
         return cls(match["codec"], None if k is None else int(k), None if v is None else int(v))
 

@@ -121,7 +121,8 @@ def find_method(name: str) -> Method:
         return served_format(CacheFormat.parse(name))
     except FormatError as error:
         raise FormatError(
-            f"method: expected a cache format such as int4-k128-v128, or one of {', '.join(METHODS)}; got {name!r}"
+            "--formats: expected cache formats such as int4-k128-v128, and methods that `sawkv formats` lists; got"
+            f" {name!r}"
         ) from error
 
 
