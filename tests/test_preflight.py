@@ -186,7 +186,15 @@ def test_formats_below_4_bits_need_a_vllm_that_asks_for_sizes(monkeypatch: pytes
         ({"model_type": "bloom"}, "ALiBi"),
         ({"attn_config": {"alibi": True}}, "ALiBi"),
         ({"model_type": "gemma3", "vision_config": {}}, "add --language-model-only"),
-        ({"head_dim": 72, "alibi": True}, "got 72; ALiBi"),
+        ({"text_config": {"use_bidirectional_attention": "vision"}}, "add --language-model-only"),
+        (
+            {"head_dim": 192, "v_head_dim": 128, "model_type": "mimo_v2_flash", "attention_chunk_size": 128},
+            "of V apart",
+        ),
+        ({"model_type": "qwen2", "is_causal": False}, "the attention of an encoder"),
+        ({"model_type": "diffusion_gemma", "canvas_length": 256}, "tokens of a block (diffusion)"),
+        ({"model_type": "falcon"}, "so that they keep 16 bits"),
+        ({"head_dim": 72, "alibi": True}, "ALiBi; head_dim: expected a multiple of 16"),
     ],
 )
 def test_models_are_refused_in_one_line(
@@ -215,6 +223,7 @@ def test_a_cache_that_the_checkpoint_asks_for(
     [
         ({}, []),
         ({"model_type": "gemma3", "vision_config": {}}, ["--language-model-only"]),
+        ({"model_type": "gemma3", "vision_config": {}}, ["--limit-mm-per-prompt", '{"image": 0}']),
         ({"model_type": "gemma3_text"}, []),
         ({"model_type": "gpt_neox", "is_decoder": False}, []),
         ({"model_type": "bert", "is_decoder": True}, []),

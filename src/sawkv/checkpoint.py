@@ -146,7 +146,7 @@ def is_encoder(text: Mapping[str, Any]) -> bool:
         from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
     except ImportError:
         return False
-    return text.get("model_type") in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not text.get("is_decoder")
+    return str(text.get("model_type")) in MODEL_FOR_MASKED_LM_MAPPING_NAMES and not text.get("is_decoder")
 
 
 def head_dims(config: Mapping[str, Any]) -> list[int]:

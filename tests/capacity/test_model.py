@@ -11,7 +11,7 @@ import pytest
 
 from benchmarks.shapes import SHAPES
 from sawkv.capacity.memory import KVCache
-from sawkv.capacity.model import State, read_shape
+from sawkv.capacity.model import Attention, State, read_shape
 from sawkv.errors import UnsupportedError
 from sawkv.format.spec import CacheFormat
 from tests.capacity.configs import CONFIGS
@@ -108,26 +108,30 @@ MLA = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_
         ({"model_type": "deepseek_v3"}, "MLA"),  # by the defaults of its class
         (
             {"model_type": "llama4", "text_config": {"model_type": "llama4_text", "num_hidden_layers": 48}},
-            "chunked_attention",
+            r"attention in chunks \(attention_chunk_size\)",
         ),
         (
             {"model_type": "llama", "layer_types": ["full_attention", "indexed_attention"], "num_hidden_layers": 2},
             "layers of indexed_attention",
         ),
-        ({"architectures": ["BertForMaskedLM"], "model_type": "bert"}, "encoder_only"),
-        ({"model_type": "roberta", "is_decoder": False}, "encoder_only"),
-        ({"model_type": "modernbert"}, "encoder_only"),
-        ({"model_type": "vit"}, "encoder_only"),
-        ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "encoder_only"),
-        ({"model_type": "t5"}, "encoder_decoder"),
-        ({"model_type": "whisper"}, "encoder_decoder"),
+        ({"architectures": ["BertForMaskedLM"], "model_type": "bert"}, "the attention of an encoder"),
+        ({"model_type": "roberta", "is_decoder": False}, "the attention of an encoder"),
+        ({"model_type": "modernbert"}, "the attention of an encoder"),
+        ({"model_type": "vit"}, "the attention of an encoder"),
+        ({"model_type": "gemma3_text", "use_bidirectional_attention": True}, "the attention of an encoder"),
+        ({"model_type": "t5"}, "cross attention"),
+        ({"model_type": "whisper"}, "cross attention"),
         ({"model_type": "mamba"}, "no layer with attention"),
         ({"model_type": "mamba2"}, "no layer with attention"),
         ({"model_type": "minimax"}, "layers of linear_attention of minimax"),
+        ({"model_type": "qwen2", "is_causal": False}, "the attention of an encoder"),
+        ({"model_type": "diffusion_gemma"}, "tokens of a block"),
+        ({"model_type": "gemma4_unified"}, "add --language-model-only"),
+        ({"model_type": "bamba", "attn_layer_indices": [9]}, "layers of linear_attention of bamba"),
         ({"model_type": "bloom"}, "ALiBi"),
         ({"model_type": "falcon", "alibi": True}, "ALiBi"),
         ({"model_type": "gemma4_text", "global_head_dim": 1024}, "head_dim: expected .* or 512, got 1024"),
-        (CONFIGS["gemma-3-27b"], "to serve text alone, add --language-model-only"),
+        (CONFIGS["gemma-3-27b"], "add --language-model-only to serve text alone"),
         ({"model_type": "rwkv"}, "expected the sizes of a decoder"),
         ({"model_type": "my_new_model"}, "got 'my_new_model' .no code of a checkpoint is run"),
         ({}, "expected a model_type that Transformers .* knows, got None"),
@@ -148,8 +152,23 @@ def test_head_dims_of_keys_and_values_must_agree() -> None:
     transformers = pytest.importorskip("transformers")
     if "mimo_v2_flash" not in transformers.CONFIG_MAPPING:
         pytest.skip("this Transformers does not know the model")
-    with pytest.raises(UnsupportedError, match="head_dim 128 of V apart from 192 of K"):
-        read_shape({"model_type": "mimo_v2_flash"})
+    for config in ({}, {"head_dim": 192, "v_head_dim": 128, "attention_chunk_size": 128}):  # as on the hub
+        with pytest.raises(UnsupportedError, match=r"model: head_dim 128 of V apart from 192 of K$"):
+            read_shape({"model_type": "mimo_v2_flash"} | config)
+
+
+@pytest.mark.parametrize(("model_type", "disabled"), [("minicpm3", ""), ("deepseek_v3", "1")])
+def test_k_and_v_of_each_head_from_a_latent(model_type: str, disabled: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM stores them as other models' K and V, and pads V to K."""
+    monkeypatch.setenv("VLLM_MLA_DISABLE", disabled or "0")
+    config = {
+        "model_type": model_type,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 8,
+        **MLA,
+    }
+    assert read_shape(config).attention == (Attention(8, 8, 192),) * 2
 
 
 def test_nothing_of_the_checkpoint_is_imported(monkeypatch: pytest.MonkeyPatch) -> None:

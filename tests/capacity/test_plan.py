@@ -226,7 +226,7 @@ def test_bad_options_are_one_line(
         ),
         (b'{"model_type": "qwen3", "num_attention_heads": 0}', "expected"),
         (b'{"model_type": "qwen3", "layer_types": [1, 2]}', "expected"),
-        (b'{"model_type": "bert"}', "sawkv cannot serve this model: attention type encoder_only"),
+        (b'{"model_type": "bert"}', "sawkv cannot serve this model: the attention of an encoder"),
     ],
 )
 def test_a_broken_config_is_one_line(

@@ -80,10 +80,15 @@ def select(choice: Choice, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         **others: Any,
     ) -> Any:
         tag = others.pop("tag", "backbone")
-        layer = {name: others.pop(name) for name in ("use_mla", "use_mm_prefix", "head_size") if name in others}
+        layer = {name: others.pop(name) for name in sorted(others) if name in AttentionSelectorConfig._fields}
         config = SimpleNamespace(
             additional_config={} if entry is None else {"sawkv": entry},
-            model_config=SimpleNamespace(dtype=torch.bfloat16, hf_config=SimpleNamespace(), attention_chunk_size=None),
+            model_config=SimpleNamespace(
+                dtype=torch.bfloat16,
+                hf_config=None,
+                attention_chunk_size=None,
+                multimodal_config=others.pop("sees", None),
+            ),
             cache_config=SimpleNamespace(cache_dtype=run or dtype, kv_offloading_size=None),
             parallel_config=SimpleNamespace(),
             speculative_config=None if tag == "backbone" else object(),
@@ -114,6 +119,7 @@ OURS = "SawAttentionBackend"
         ({"dtype": INT8}, OURS),
         ({"dtype": OWN4}, OURS),
         ({"dtype": OWN8, "entry": {"format": "int8-k64-v0"}}, OURS),
+        ({"dtype": INT4, "use_mm_prefix": True}, OURS),  # Gemma 4 without its tower
         ({"dtype": "auto"}, "Theirs"),
         ({"dtype": "fp8"}, "Theirs"),
         ({"dtype": "auto", "entry": {"format": "bf16-k128-v128"}}, OURS),
@@ -140,8 +146,9 @@ def test_each_layer_is_judged_by_itself(options: dict[str, Any], expected: str, 
     ("options", "message"),
     [
         ({"dtype": INT4, "use_mla": True}, "this configuration: MLA"),
-        ({"dtype": INT4, "use_mm_prefix": True}, r"tokens of an image \(add --language-model-only"),
-        ({"dtype": INT4, "use_mm_prefix": True, "gpu": True, "backend": "CUSTOM"}, "add --language-model-only"),
+        ({"dtype": INT4, "use_mm_prefix": True, "sees": object()}, r"tokens of an image \(add --language-model-only"),
+        ({"dtype": INT4, "use_mm_prefix": True, "sees": {}, "gpu": True, "backend": "CUSTOM"}, "language-model-only"),
+        ({"dtype": INT4, "use_non_causal": True}, "attention that is not causal"),
         (
             {"dtype": INT4, "use_mla": True, "tag": "draft_model"},
             'the draft model: MLA.*"kv_cache_dtype": "auto" to --speculative-config',
@@ -300,6 +307,7 @@ NIXL = SimpleNamespace(kv_connector="NixlConnector", kv_connector_extra_config=N
         ({"parallel_config": SimpleNamespace(decode_context_parallel_size=2)}, "--decode-context-parallel-size 2"),
         ({"parallel_config": SimpleNamespace(prefill_context_parallel_size=4)}, "--prefill-context-parallel-size 4"),
         ({"model_config": SimpleNamespace(attention_chunk_size=8192)}, "attention in chunks"),
+        ({"diffusion_config": object()}, "attention in both directions among the tokens of a block"),
     ],
 )
 def test_options_are_named_as_the_user_gave_them(changes: dict[str, Any], message: str) -> None:

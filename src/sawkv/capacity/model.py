@@ -4,12 +4,13 @@ refuse.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
-from sawkv.checkpoint import is_encoder
+from sawkv.checkpoint import text_config
 from sawkv.errors import UnsupportedError
+from sawkv.unserved import ENCODER, unlike_head_dims, unserved
 
 OLDEST_TRANSFORMERS: Final = "5.19"
 """Oldest version that `sawkv plan` was tested with."""
@@ -34,10 +35,18 @@ _CONTEXTS: Final = ("max_position_embeddings", "n_positions", "max_seq_len", "se
 _GENERATING: Final = ("CAUSAL_LM", "IMAGE_TEXT_TO_TEXT", "MULTIMODAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "SPEECH_SEQ_2_SEQ")
 """Transformers' lists of model types that generate text."""
 
-_ENCODER: Final = "attention type encoder_only (only decoder self-attention)"
-
-_SEES_IMAGES_BOTH_WAYS: Final = {"bagel", "gemma3", "molmo2", "moondream3", "paligemma"}
-"""Model types whose image tokens attend to later ones of their image (vLLM 0.32: `is_mm_prefix_lm`)."""
+_HYBRIDS: Final = (
+    "falcon_h1",
+    "granitemoehybrid",
+    "jamba",
+    "lfm2",
+    "nemotron_h",
+    "olmo_hybrid",
+    "qwen3_5",
+    "qwen3_next",
+    "zamba2",
+)
+"""Starts of the model types with recurrent states that vLLM (0.32, 0.33) has a file of. It serves no others."""
 
 _STATE_DTYPE_KEYS: Final = {"qwen3_5": "mamba_ssm_dtype", "nemotron_h": "mamba_ssm_cache_dtype"}
 """Where vLLM finds the dtype of recurrent states. In other models it is the model's."""
@@ -118,10 +127,11 @@ def read_shape(config: Mapping[str, Any], language_model_only: bool = False) -> 
     Raises:
         UnsupportedError: sawkv does not serve such a model, or Transformers does not know its type.
     """
+    _refuse(unserved(config, text_config(config), without_images=language_model_only))
     whole = _make_config(config)
     try:
         decoder = whole.get_text_config(decoder=True)
-        _check_decoder(whole, decoder, language_model_only)
+        _refuse(unserved(whole.to_dict(), decoder.to_dict(), without_images=language_model_only))  # with defaults
         return _shape(whole, decoder, language_model_only)
     except (AttributeError, TypeError, ArithmeticError) as error:  # a field is missing, or makes no sense
         wanted = f"expected the sizes of a decoder in config.json of a {whole.model_type}"
@@ -158,9 +168,6 @@ def _shape(whole: Any, decoder: Any, language_model_only: bool) -> ModelShape:
 
 def _make_config(config: Mapping[str, Any]) -> Any:
     """The config as an object of Transformers' class for its model type."""
-    text = config.get("text_config")
-    if (text if isinstance(text, dict) else config).get("kv_lora_rank"):  # many of their types are known to vLLM alone
-        raise _refusal("MLA (multi-head latent attention)")
     try:
         import transformers
         from transformers import CONFIG_MAPPING
@@ -177,7 +184,7 @@ def _make_config(config: Mapping[str, Any]) -> Any:
         raise UnsupportedError(f"plan: {wanted}, got {kind!r} (no code of a checkpoint is run)")
     # Before the config is made: that of a model that only sees may ask the hub for its parts.
     if not any(kind in getattr(modeling_auto, f"MODEL_FOR_{name}_MAPPING_NAMES", ()) for name in _GENERATING):
-        raise _refusal(_ENCODER)
+        raise _refusal(ENCODER)
     weights_and_code = ("quantization_config", "compression_config", "auto_map")
     try:
         return CONFIG_MAPPING[kind].from_dict(
@@ -186,23 +193,6 @@ def _make_config(config: Mapping[str, Any]) -> Any:
     except Exception as error:  # each class checks its fields in its own way
         wanted = f"expected a config.json that Transformers' {kind} class reads"
         raise UnsupportedError(f"plan: {wanted}, got: {_one_line(error)}") from error
-
-
-def _check_decoder(whole: Any, decoder: Any, language_model_only: bool) -> None:
-    """Refuse models without causal self-attention, or with additions to it."""
-    if getattr(decoder, "kv_lora_rank", None):
-        raise _refusal("MLA (multi-head latent attention)")
-    if whole.is_encoder_decoder or getattr(decoder, "cross_attention_layers", None):
-        raise _refusal("attention type encoder_decoder (only decoder self-attention)")
-    both_ways = getattr(decoder, "use_bidirectional_attention", None)
-    if is_encoder(decoder.to_dict()) or both_ways in (True, "all"):
-        raise _refusal(_ENCODER)
-    sees_both_ways = whole.model_type in _SEES_IMAGES_BOTH_WAYS or both_ways == "vision"
-    if sees_both_ways and decoder is not whole and not language_model_only:
-        raise _refusal("images whose tokens attend to later ones; to serve text alone, add --language-model-only")
-    alibi = getattr(decoder, "alibi", False) or getattr(getattr(decoder, "attn_config", None), "alibi", False)
-    if alibi or decoder.model_type == "bloom":
-        raise _refusal("ALiBi")
 
 
 def _layer_kinds(config: Any) -> list[str]:
@@ -223,10 +213,12 @@ def _layer_kinds(config: Any) -> list[str]:
 
 def _attention(config: Any, kind: str) -> Attention:
     q_heads = config.num_attention_heads
+    if getattr(config, "kv_lora_rank", None):  # K and V of each head are computed from a latent, V padded to K
+        return Attention(q_heads, q_heads, config.qk_nope_head_dim + config.qk_rope_head_dim)
     head_dim = _size(config, "head_dim", "attention_head_dim") or config.hidden_size // q_heads
     v_head_dim = getattr(config, "v_head_dim", None) or head_dim
     if v_head_dim != head_dim:
-        raise _refusal(f"head_dim {v_head_dim} of V apart from {head_dim} of K")
+        raise _refusal(unlike_head_dims(head_dim, v_head_dim))
     kv_heads = _size(config, *_KV_HEADS) or q_heads
     if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
         kv_heads = 1
@@ -238,6 +230,8 @@ def _attention(config: Any, kind: str) -> Attention:
 
 def _state(config: Any, kind: str) -> State:
     """The state of one layer, in the shapes that vLLM gives it (model_executor/layers/mamba/mamba_utils.py)."""
+    if not config.model_type.startswith(_HYBRIDS):
+        raise _refusal(f"layers of {kind} of {config.model_type}")
     if kind == "conv":
         return State(config.conv_L_cache - 1, _size(config, "conv_dim") or config.hidden_size)
     dtype_key = next((key for model, key in _STATE_DTYPE_KEYS.items() if config.model_type.startswith(model)), "")
@@ -255,8 +249,6 @@ def _state(config: Any, kind: str) -> State:
         head_dim = _size(config, "mamba_head_dim", "mamba_d_head", "mamba_headdim")
         groups = _size(config, "n_groups", "mamba_n_groups", "mamba_ngroups")
         return State(conv_tokens, heads * head_dim, groups, 2 * size, heads, head_dim * size, value_bytes, held=3)
-    if not size:
-        raise _refusal(f"layers of {kind} of {config.model_type}")
     channels = config.mamba_expand * config.hidden_size  # Mamba 1
     return State(conv_tokens, channels, heads=channels, head_values=size, value_bytes=value_bytes)
 
@@ -281,6 +273,11 @@ def _size(config: Any, *names: str) -> int:
     size = next((value for value in found if value), 0)
     largest: int = max(size) if isinstance(size, (list, tuple)) else size
     return largest
+
+
+def _refuse(reasons: Sequence[str]) -> None:
+    if reasons:
+        raise _refusal("; ".join(reasons))
 
 
 def _refusal(reason: str) -> UnsupportedError:

@@ -55,6 +55,7 @@ from sawkv.integrations.vllm.windows import VLLM_SIZES_WINDOWS, pack_windows
 from sawkv.kernels import Step, Turns, select_backend
 from sawkv.prepare.calibration import Calibration, LayerCalibration, model_id
 from sawkv.prepare.turning import MAX_BUCKETS, buckets_in
+from sawkv.unserved import ALIBI, unlike_head_dims
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -635,10 +636,10 @@ def _check_supported(
     if attn_type != AttentionType.DECODER:
         reasons.append(f"attention type {attn_type} (only decoder self-attention)")
     if has_alibi:
-        reasons.append("ALiBi")
+        reasons.append(ALIBI)
     head_size_v = other_arguments.pop("head_size_v", head_size)
     if head_size_v != head_size:
-        reasons.append(f"head_dim {head_size_v} of V apart from {head_size} of K")
+        reasons.append(unlike_head_dims(head_size, head_size_v))
     reasons += [f"attention argument {name}={value!r}" for name, value in other_arguments.items() if value is not None]
     refusals.refuse(vllm_config, reasons)
     assert resolved is not None  # else there was a reason

@@ -23,7 +23,6 @@ from sawkv.checkpoint import (
     has_tokenizer,
     has_weights,
     head_dims,
-    is_encoder,
     read_checkpoint,
     text_config,
     wrong_sizes,
@@ -43,6 +42,7 @@ from sawkv.integrations.vllm.config import (
 )
 from sawkv.integrations.vllm.options import Options
 from sawkv.prepare.calibration import Calibration, model_id
+from sawkv.unserved import unserved
 
 PORT: Final = 8000
 """vLLM's default port."""
@@ -55,7 +55,6 @@ _TAKEN: Final = {
 }
 """Options of vLLM that `sawkv serve` gives itself, and why the user need not."""
 _FLOAT_DTYPES: Final = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}
-_IMAGES_IN_BOTH_DIRECTIONS: Final = ("bagel", "gemma3", "molmo2", "moondream3", "paligemma")
 
 
 def check(
@@ -272,29 +271,12 @@ def _of_transfer(options: Options, on_gpu: bool) -> list[str]:
 
 
 def _of_model(config: Mapping[str, Any], cache_format: CacheFormat, options: Options) -> list[str]:
-    text, found = text_config(config), []
-    if (
-        text.get("kv_lora_rank") is not None
-        and text.get("model_type") != "minicpm3"
-        and not os.environ.get("VLLM_MLA_DISABLE")
-    ):
-        found.append(refusals.MLA)
-    else:
+    text = text_config(config)
+    # With --limit-mm-per-prompt vLLM says to each layer whether images may come.
+    texts_alone = options.has("--language-model-only") or options.has("--limit-mm-per-prompt")
+    found = unserved(config, text, without_images=texts_alone)
+    if not text.get("kv_lora_rank"):
         found += _of_head_dims(config, cache_format)
-    if text.get("attention_chunk_size"):
-        found.append(refusals.CHUNKS)
-    if config.get("is_encoder_decoder"):
-        found.append("cross attention (is_encoder_decoder)")
-    elif is_encoder(text):
-        found.append(refusals.ENCODER)
-    if (
-        text.get("alibi") is True
-        or text.get("model_type") == "bloom"
-        or (text.get("attn_config") or {}).get("alibi") is True
-    ):
-        found.append("ALiBi")
-    if _sees_images_both_ways(config) and not options.has("--language-model-only"):
-        found.append(refusals.BIDIRECTIONAL)
     heads, ranks = text.get("num_attention_heads"), options.whole("--tensor-parallel-size", 1)
     if isinstance(heads, int) and ranks > 1 and heads % ranks:
         found.append(f"--tensor-parallel-size: expected a divisor of the model's {heads} attention heads, got {ranks}")
@@ -328,13 +310,6 @@ def _of_head_dims(config: Mapping[str, Any], cache_format: CacheFormat) -> list[
     except FormatError as error:
         return [str(error)]
     return []
-
-
-def _sees_images_both_ways(config: Mapping[str, Any]) -> bool:
-    both_ways = (
-        config.get("model_type") in _IMAGES_IN_BOTH_DIRECTIONS or config.get("use_bidirectional_attention") == "vision"
-    )
-    return both_ways and "vision_config" in config
 
 
 def _of_draft(speculative: Mapping[str, Any], cache_format: CacheFormat) -> list[str]:

@@ -1,4 +1,4 @@
-"""What sawkv does not serve, named by the options and the config.json fields that ask for it. Imports no vLLM."""
+"""What sawkv does not serve, named by the options that ask for it, or by vLLM's own description. Imports no vLLM."""
 
 from __future__ import annotations
 
@@ -10,13 +10,8 @@ from sawkv.format.spec import CacheFormat
 from sawkv.integrations.vllm import connectors
 from sawkv.integrations.vllm.config import dtype_codec, is_draft
 from sawkv.integrations.vllm.contract import SIZES_PAGES, installed_release
+from sawkv.unserved import BIDIRECTIONAL, CHUNKS, DIFFUSION, ENCODER, MLA
 
-MLA: Final = "MLA (multi-head latent attention)"
-ENCODER: Final = "the attention of an encoder"
-CHUNKS: Final = "attention in chunks (attention_chunk_size)"
-BIDIRECTIONAL: Final = (
-    "attention in both directions among the tokens of an image (add --language-model-only to serve text alone)"
-)
 WAY_OUT: Final = "To serve it in 16 bits, start `vllm serve` without --kv-cache-dtype and --attention-backend."
 
 _SUBCLASSES: Final = {
@@ -57,7 +52,13 @@ def refuse_kind(vllm_config: Any, layer: Any) -> None:
     Raises:
         UnsupportedError: sawkv has no backend for this kind of layer.
     """
-    found = [reason for asked, reason in ((layer.use_mla, MLA), (layer.use_mm_prefix, BIDIRECTIONAL)) if asked]
+    kinds = (
+        (layer.use_mla, MLA),
+        (layer.use_mm_prefix, BIDIRECTIONAL),
+        (getattr(layer, "use_non_causal", False), "attention that is not causal"),
+        (getattr(layer, "use_rswa", False), "windows over the answer alone (rswa_window)"),
+    )
+    found = [reason for asked, reason in kinds if asked]
     refuse(vllm_config, [*found, *of_configuration(vllm_config)] if found else [])
 
 
@@ -77,6 +78,8 @@ def of_configuration(vllm_config: Any) -> list[str]:
     parallel, found = vllm_config.parallel_config, []
     if getattr(vllm_config.model_config, "attention_chunk_size", None) is not None:
         found.append(CHUNKS)
+    if getattr(vllm_config, "diffusion_config", None) is not None:
+        found.append(DIFFUSION)
     for name in ("decode_context_parallel_size", "prefill_context_parallel_size"):
         if getattr(parallel, name, 1) > 1:
             found.append(f"--{name.replace('_', '-')} {getattr(parallel, name)}")

@@ -68,6 +68,8 @@ class Selection:
         if not current_platform.is_cpu() and backend != AttentionBackendEnum.CUSTOM:
             _leave_to_vllm(vllm_config, layer.kv_cache_dtype)
             return self._ask_vllm(backend=backend, attn_selector_config=layer, **others)
+        if vllm_config.model_config.multimodal_config is None:  # vLLM takes Gemma 4 without its tower for one that sees
+            layer = layer._replace(use_mm_prefix=False)
         refuse_kind(vllm_config, layer)
         from sawkv.integrations.vllm.backend import SawAttentionBackend, backend_of
 
