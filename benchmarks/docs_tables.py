@@ -22,10 +22,10 @@ CARD: Final = "NVIDIA H100 80GB HBM3"
 OURS: Final = "int4-k128-v128"
 PEERS: Final = ("fp8", "vllm_int4_per_token_head", OURS)
 LOADS: Final = {
-    "16384/1024 x 64": "64 requests of 16k tokens, 1k answered",
-    "256/1024 x 256": "256 requests of 256 tokens, 1k answered",
-    "12288+4096/512 x 64": "64 requests that share 12k of 16k tokens, 512 answered",
-    "256/1024 x 1": "1 request of 256 tokens, 1k answered",
+    "16384/1024 x 64": "64 requests, 16k tokens in, 1k out",
+    "256/1024 x 256": "256 requests, 256 tokens in, 1k out",
+    "12288+4096/512 x 64": "64 requests, 16k tokens in (12k of them shared), 512 out",
+    "256/1024 x 1": "1 request, 256 tokens in, 1k out",
 }
 """Loads of `benchmarks.serving`, and how README names them."""
 

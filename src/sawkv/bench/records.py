@@ -53,9 +53,7 @@ class Setting(Record, frozen=True):
 
 
 class Load(Record, frozen=True):
-    """Requests that arrive at random, `rate` per second, or all at once if it is infinite. They
-    share `prefix_tokens`.
-    """
+    """Requests that share `prefix_tokens`. `rate` arrive per second, at random; all at once if it is infinite."""
 
     rate: float
     prefix_tokens: int = 0

@@ -108,8 +108,7 @@ def fit_feedback(hessian: torch.Tensor) -> Feedback:
         LayoutError: the hessian has another shape, or is not finite.
     """
     upper, own, order = _factor(hessian)
-    # Let R follow block B. Then A_RB = U_RR U_BR^T, so A_RR^-1 A_RB = (U_BR U_RR^-1)^T. The part BR of U^-1
-    # is
+    # Let R follow block B. Then A_RB = U_RR U_BR^T, so A_RR^-1 A_RB = (U_BR U_RR^-1)^T. The part BR of U^-1 is
     # -U_BB^-1 U_BR U_RR^-1, so one product with the blocks on U's diagonal gives all of them.
     exact = torch.empty_like(upper, memory_format=torch.contiguous_format)
     exact[:, order[:, None], order] = -torch.linalg.solve_triangular(upper, own, upper=True, left=False).mT
