@@ -48,6 +48,8 @@ AGENTS_COLUMNS: Final = {
     "preemptions": ("preemptions", ","),
     "kv_tokens": ("KV tokens", ","),
 }
+SHOWN: Final = {"bf16": "BF16", "int4-k128-v128": "sawkv", "vllm_int4_per_token_head": "vLLM's INT4"}
+"""Names in pictures, where they differ from those of records."""
 BASE: Final = "fa3_bf16"
 WIDER: Final = {BASE: 4, "fa3_fp8": 2}
 """Bytes that a kernel's cache has for each channel of K and V; the INT4 ones have one, and 8 a head for scales and zero
@@ -150,7 +152,8 @@ def plot_serving(records: Iterable[Record]) -> str:
         (load, [found[load, name]["output_tok_s"] / base if (load, name) in found else math.nan for name in formats])
         for load, base in bases.items()
     ]
-    return svg.bars(groups, formats, show="{:.2f}x".format, title=f"Output tokens per second over bf16's, {device}")
+    title = f"Output tok/s over BF16's, by load (INPUT/OUTPUT x REQUESTS), {device}"
+    return svg.bars(groups, [SHOWN.get(name, name) for name in formats], show="{:.2f}x".format, title=title)
 
 
 def plot_load(records: Iterable[Record]) -> str:
@@ -163,7 +166,8 @@ def plot_load(records: Iterable[Record]) -> str:
             points = [
                 (rates.index(key[2]), r[f"{percentile}_ttft_ms"] / 1e3) for key, r in found.items() if key[3] == name
             ]
-            lines.append(svg.Line(f"{name}, {percentile}", sorted(points), dotted=percentile == "p50", colour=i))
+            shown = f"{SHOWN.get(name, name)}, {percentile}"
+            lines.append(svg.Line(shown, sorted(points), dotted=percentile == "p50", colour=i))
     return svg.line_chart(
         lines,
         x_labels=[f"{rate:g}" for rate in rates],
@@ -179,7 +183,7 @@ def plot_agents(records: Iterable[Record]) -> str:
     most = max(found.values(), key=lambda r: r["work"]["agents"] * r["work"]["grow_to"])
     shown = {name: r for (agents, name), r in found.items() if agents == agents_name(most)}
     return svg.line_chart(
-        [svg.Line(name, list(enumerate(r["ttft_by_turn_s"]))) for name, r in shown.items()],
+        [svg.Line(SHOWN.get(name, name), list(enumerate(r["ttft_by_turn_s"]))) for name, r in shown.items()],
         x_labels=[str(turn + 1) for turn in range(most["work"]["turns"])],
         x_title=f"turn of {agents_name(most)}",
         y_title="median time to first token, s",
@@ -305,7 +309,7 @@ SECTIONS: Final[
 ] = {
     "serving.jsonl": (
         serving_table,
-        "Output tokens per second of each cache format over those of bf16",
+        "Output tokens per second of each cache over those of BF16",
         plot_serving,
         "serving.svg",
     ),

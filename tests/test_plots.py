@@ -75,7 +75,7 @@ def test_agents_have_a_row_for_each_set_and_a_picture_of_the_largest(tmp_path: P
     assert "(agents.svg)" in page
     drawing = plots.plot_agents(records)
     assert "turn of 4 x 512 in 3 turns" in drawing
-    assert all(f">{name}<" in drawing for name in ("bf16", "int4"))
+    assert all(f">{name}<" in drawing for name in ("BF16", "int4"))
 
 
 def test_the_page_is_that_of_the_records() -> None:
