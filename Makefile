@@ -15,6 +15,7 @@ ifeq ($(shell command -v nvidia-smi),)
 NEXT := 0.33.0  # a vLLM without a CPU build: its Python over the libraries of NEWEST
 endif
 TRITON := 3.6.0  # the oldest, that of torch 2.11; the environments have the newest
+NVRTC  := 13.0.88  # that of torch 2.11, which serializes products that newer ones keep apart
 MODEL  := $(firstword $(wildcard models/sawkv-*))
 REAL   := .models/smollm2-135m-instruct
 BIN    := .venv/bin
@@ -40,7 +41,7 @@ export NO_MKDOCS_2_WARNING := 1
 
 # Threads that spin while they wait would keep the cores from the other process of tests.
 test: export OMP_WAIT_POLICY := passive
-test: setup check package setup-oldest $(TRANSFORMERS:%=.venv/transformers-%) $(TRITON:%=.venv/triton-%) $(NEXT:%=.venv/vllm-%)
+test: setup check package setup-oldest $(TRANSFORMERS:%=.venv/transformers-%) $(TRITON:%=.venv/triton-%) $(NVRTC:%=.venv/nvrtc-%) $(NEXT:%=.venv/vllm-%)
 	$(BIN)/$(PYTEST)
 	.venv-oldest/bin/$(PYTEST) -m "vllm and not soak and not newest" --ignore tests/vllm/test_architectures.py
 	for version in $(NEXT); do \
@@ -51,6 +52,11 @@ test: setup check package setup-oldest $(TRANSFORMERS:%=.venv/transformers-%) $(
 	done
 	for version in $(TRITON); do \
 		PYTHONPATH=.venv/triton-$$version $(BIN)/$(PYTEST) --dist load tests/test_device_code.py -k triton || exit; \
+	done
+	for version in $(NVRTC); do \
+		export LD_LIBRARY_PATH=$(CURDIR)/.venv/nvrtc-$$version/nvidia/cu13/lib LD_PRELOAD=libnvrtc.so.13; \
+		$(BIN)/python -c "from cuda.bindings import nvrtc; assert '$$version'.startswith('%d.%d.' % nvrtc.nvrtcVersion()[1:])" && \
+		$(BIN)/$(PYTEST) --dist load tests/test_device_code.py -k "cuda_sources or extend or sanitizers" || exit; \
 	done
 
 soak: setup
@@ -91,8 +97,10 @@ setup-oldest:
 	$(BIN)/python tools/next_vllm.py $* $@.part
 	mv $@.part $@
 
-.venv/triton-%: | setup
-	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --target $@.part triton==$*
+.venv/triton-%: PACKAGE = triton
+.venv/nvrtc-%: PACKAGE = nvidia-cuda-nvrtc
+.venv/triton-% .venv/nvrtc-%: | setup
+	$(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --target $@.part $(PACKAGE)==$*
 	mv $@.part $@
 
 clean:

@@ -121,22 +121,30 @@ def decode_table(records: Iterable[Record]) -> str:
     return "\n\n".join(parts)
 
 
+def by_kernel_table(records: Iterable[Record]) -> str:
+    """A table for each device: kernels down; decode's shapes, `append` and `gather` across, in us, replayed in CUDA
+    graphs where they can be.
+    """
+    parts = []
+    for device, found in _by_device(records, lambda r: (r["kernel"], _operation_of(r))).items():
+        operations = dict.fromkeys(operation for _, operation in found)
+        rows = [
+            [kernel, *(_time_cell(found.get((kernel, operation))) for operation in operations)]
+            for kernel in dict.fromkeys(kernel for kernel, _ in found)
+        ]
+        parts.append(f"{device}, {_commits(found.values())}\n\n{markdown(['kernel', *operations], rows)}")
+    return "\n\n".join(parts)
+
+
 def append_gather_table(records: Iterable[Record]) -> str:
     """A table for each device."""
     parts = []
-    for device, found in _by_device(
-        records, lambda r: (r["operation"], r["kernel"], r.get("tokens"), r.get("rotated"))
-    ).items():
+    for device, found in _by_device(records, lambda r: (_operation_of(r), r["kernel"])).items():
         rows = []
-        for (operation, kernel, tokens, rotated), r in found.items():
-            what = (
-                f"{operation}, {tokens:,} tokens"
-                if tokens
-                else f"{operation}, {'rotated' if rotated else 'rotated back'}"
-            )
+        for r in found.values():
             graph = f"{r['graph_ms'] * 1e3:.1f}" if "graph_ms" in r else ""
             share = f"{r['of_copy_bandwidth']:.0%}" if "of_copy_bandwidth" in r else ""
-            rows.append([what, kernel, f"{r['ms'] * 1e3:.1f}", graph, share])
+            rows.append([_operation_of(r), r["kernel"], f"{r['ms'] * 1e3:.1f}", graph, share])
         header = ["operation", "kernel", "us", "in a graph, us", "of the card's copy bandwidth"]
         parts.append(f"{device}, {_commits(found.values())}\n\n{markdown(header, rows)}")
     return "\n\n".join(parts)
@@ -258,6 +266,25 @@ def _decode_cell(record: Record | None) -> str:
     return ", ".join(shown)
 
 
+def _operation_of(record: Record) -> str:
+    if "shape" in record:
+        return _shape_name(_shape_of(record))
+    if "tokens" in record:
+        return f"{record['operation']}, {record['tokens']:,} tokens"
+    return f"{record['operation']}, {'rotated' if record['rotated'] else 'rotated back'}"
+
+
+def _time_cell(record: Record | None) -> str:
+    """Microseconds, and the speed-up over the base or the share of the card's bandwidth, where there is one."""
+    if record is None:
+        return ""
+    ms = record["graph_ms"] if "graph_ms" in record else record["ms"]
+    us = f"{ms * 1e3:.1f}"
+    if record.get("kernel") != BASE and (ratio := record.get(f"graph_speedup_vs_{BASE}")):
+        return f"{us} ({ratio:.2f}x)"
+    return f"{us} ({record['of_copy_bandwidth']:.0%})" if "of_copy_bandwidth" in record else us
+
+
 def _own_bytes_and_speed(record: Record) -> tuple[float, float]:
     """Megabytes of the kernel's own cache, and GB/s in a CUDA graph."""
     head_dim = record["head_dim"]
@@ -324,6 +351,8 @@ SECTIONS: Final[
     ),
     "turns.jsonl": (decode_table, "", None, ""),
     "append_gather.jsonl": (append_gather_table, "", None, ""),
+    "fewer_bits/decode.jsonl": (by_kernel_table, "", None, ""),
+    "fewer_bits/append_gather.jsonl": (by_kernel_table, "", None, ""),
 }
 """For each file of records: table, and where there is one, the picture's caption, plot and file."""
 

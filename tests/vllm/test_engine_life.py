@@ -138,26 +138,30 @@ def test_tokens_and_rows_are_counted_exactly(life: dict[str, Any]) -> None:
 
 
 def test_the_thread_reads_what_no_step_has_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The thread is not in the inference mode of the steps."""
     from sawkv.integrations.vllm import metrics
 
-    reader = metrics.CounterReader(
-        PageLayout(CacheFormat("int4"), 2, 128, 16), [metrics.CountedLayer("a")], torch.device("cpu"), 7
-    )
+    with torch.inference_mode():
+        reader = metrics.CounterReader(
+            PageLayout(CacheFormat("int4"), 2, 128, 16), [metrics.CountedLayer("a")], torch.device("cpu"), 7
+        )
     sample = metrics._metrics()["tokens"].labels("7")._value.get
     reader.flush()  # before the first step
-    reader.poll()
-    assert reader.counters is not None
+    with torch.inference_mode():
+        reader.poll()
+        assert reader.counters is not None
+        reader.counters[..., 0] += 20
     start = reader._stepped
-    reader.counters[..., 0] += 20
     reader.flush_if_idle(start + metrics.IDLE / 2)
     assert sample() == 0, "a step began just now"
     for _ in range(2):
         reader.flush_if_idle(start + metrics.IDLE)
         assert sample() == 10, "20 rows of 2 heads in 1 layer, once"
-    reader.poll()
-    reader.counters[..., 0] += 2
-    with reader._lock:  # while the thread reads, a step goes on
+    with torch.inference_mode():
         reader.poll()
+        reader.counters[..., 0] += 2
+        with reader._lock:  # while the thread reads, a step goes on
+            reader.poll()
     reader.flush()
     assert sample() == 11
     monkeypatch.setattr(reader, "flush", lambda: pytest.fail("it is long idle"))

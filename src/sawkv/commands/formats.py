@@ -11,7 +11,7 @@ SUMMARY = "list the cache formats and other methods, and when to use each"
 WIDTH = 80
 _WHEN = {
     "int4": "The default. With preparation it is near 16 bits. See what it costs on your model: sawkv eval.",
-    "int4v3": "Where int4 holds too few tokens. Errors of V cost less than those of K. On GPUs it is not tried yet.",
+    "int4v3": "Where int4 holds too few tokens. Errors of V cost less than those of K.",
     "int3": "Likewise. Compare what your model loses: sawkv eval --formats prepared,prepared_int4v3,prepared_int3.",
     "int3v2": "For models that lose little at int3. There are int4v2 and int2 too.",
     "int8": "Where INT4 costs too much. It needs no preparation.",

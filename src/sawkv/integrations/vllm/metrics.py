@@ -65,6 +65,7 @@ class CounterReader:
             them.
     """
 
+    @torch.inference_mode(False)  # vLLM 0.33 makes it within inference mode, which the thread is not in
     def __init__(
         self, layout: PageLayout, layers: Sequence[CountedLayer], device: torch.device, rank: int | None
     ) -> None:
