@@ -20,7 +20,7 @@ def describe(analysis: Analysis) -> str:
         ),
         (
             f"{analysis.text} text, {analysis.windows} x {analysis.window:,} tokens, {analysis.dtype} on"
-            f" {analysis.device}, {analysis.seconds:.0f} s"
+            f" {analysis.device}, in {analysis.seconds:.0f} s"
         ),
         "",
         f"{'':5}{'K':^47}{'V':^14}{'first token':>14}",

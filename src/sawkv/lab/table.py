@@ -17,7 +17,7 @@ def table(evaluation: Evaluation) -> str:
     lines = [
         f"{evaluation.model}{f', stress {evaluation.stress}' if evaluation.stress > 1 else ''}: {heads}",
         f"{evaluation.text}: {reference.divergence.tokens:,} predictions in windows of {evaluation.window:,}",
-        f"{evaluation.dtype} on {evaluation.device}, {evaluation.seconds:,.0f} s",
+        f"{evaluation.dtype} on {evaluation.device}, in {evaluation.seconds:,.0f} s",
         "KL in nats a token, from the model with an unquantized cache; +-: one SE",
         "",
         HEAD,

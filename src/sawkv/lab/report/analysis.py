@@ -65,7 +65,7 @@ def view(analysis: Analysis) -> dict[str, Any]:
         "title": analysis.name,
         "setting": (
             f"{shape_line(analysis.shape)} {analysis.windows} windows of {analysis.window:,} tokens of {analysis.text}"
-            f" text; {analysis.dtype} on {analysis.device}; {analysis.seconds:,.0f} s."
+            f" text; {analysis.dtype} on {analysis.device}, in {analysis.seconds:,.0f} s."
         ),
         "advice": advice,
         "table": _table(analysis),

@@ -28,7 +28,7 @@ def view(evaluation: Evaluation) -> dict[str, Any]:
         "title": title(evaluation),
         "setting": (
             f"{shape_line(evaluation.shape)} {tokens:,} predictions on {evaluation.text} text in windows of "
-            f"{evaluation.window:,} tokens; {evaluation.dtype} on {evaluation.device}; {evaluation.seconds:,.0f} s."
+            f"{evaluation.window:,} tokens; {evaluation.dtype} on {evaluation.device}, in {evaluation.seconds:,.0f} s."
         ),
         "subject": label(subject.method) if subject else "",
         "verdict": verdict(evaluation, subject, floor(evaluation)) if subject else None,
@@ -256,7 +256,7 @@ def _forks_note(evaluation: Evaluation, subject: MethodResult | None) -> str:
         return ""
     whole = sum(tokens >= run.limit for tokens in run.tokens)
     return (
-        f"Of {len(run.tokens)} prompts {whole} go on alike for all {run.limit} tokens with {label(subject.method)}; the"
+        f"Alike for all {run.limit} tokens with {label(subject.method)}: {whole} of {len(run.tokens)} prompts. The"
         " first that part are shown. Greedy texts part where two words are about as likely, and then go their own"
         " ways: see how far fp8 follows."
     )
