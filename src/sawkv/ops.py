@@ -356,16 +356,14 @@ class Schedule:
         return Step(block_table, seq_lens, query_start_loc, self.kernel)
 
 
-def turns(
-    layout: PageLayout, device: torch.device, num_q_heads: int, backend: str | None = None
-) -> kernels.Turns | None:
+def turns(layout: PageLayout, device: torch.device, num_q_heads: int) -> kernels.Turns | None:
     """The requests with more than a few query tokens that should read the pages, and not use `Pages.gather` and the
     engine's own attention. None if nobody measured it.
 
     Raises:
-        UnsupportedError: the named backend, or every backend, cannot serve such layers.
+        UnsupportedError: no backend can serve such layers.
     """
-    return select_backend(device, layout, backend).Schedule.turns(layout, device, num_q_heads)
+    return select_backend(device, layout).Schedule.turns(layout, device, num_q_heads)
 
 
 def prefixes(

@@ -42,7 +42,6 @@ def make_host_plan(
     cache: KVCache,
     host_memory: int,
     *,
-    link: float = LINK,
     prefill_speed: float | None = None,
 ) -> HostPlan:
     """Plan for `host_memory` bytes for all cards together, as vLLM's --kv-offloading-size.
@@ -52,22 +51,20 @@ def make_host_plan(
         setting: options of vLLM.
         cache: how K and V are stored.
         host_memory: in bytes.
-        link: bytes per second of each card.
         prefill_speed: tokens of a prompt that the server computes per second, if known.
 
     Raises:
-        SawkvError: a rate is not above 0, or the model has recurrent states.
+        SawkvError: prefill_speed is not above 0, or the model has recurrent states.
     """
-    for name, rate in (("--link", link), ("--prefill-speed", prefill_speed)):
-        if rate is not None and not rate > 0:
-            raise SawkvError(f"{name}: expected a rate above 0, got {rate}")
+    if prefill_speed is not None and not prefill_speed > 0:
+        raise SawkvError(f"--prefill-speed: expected a rate above 0, got {prefill_speed}")
     if shape.states:
         raise SawkvError("--host-memory: expected a model of attention alone, got one with recurrent states")
     blocks, ranks = cut_blocks(shape, setting, cache), setting.tensor_parallel
     aligned = -(-blocks.nbytes * ranks // ALIGNMENT) * ALIGNMENT
     requests = host_memory // aligned / blocks.of_request
     prefix = min(PREFIX, setting.context)
-    seconds = blocks.nbytes * blocks.of_request * prefix / setting.context / link
+    seconds = blocks.nbytes * blocks.of_request * prefix / setting.context / LINK
     return HostPlan(
         tokens=int(requests * setting.context),
         prefix=prefix,

@@ -41,7 +41,6 @@ QUESTIONS: Final = (
     "Write a Python function that reverses a string.",
 )
 DEPTHS: Final = (0.0, 1 / 3, 2 / 3, 1.0)
-KEYS_EACH: Final = 1
 KEY_LINES: Final = 24
 """Lines of the page in which a pass-key is hidden."""
 KEY_TOKENS: Final = 8
@@ -171,7 +170,7 @@ def _measure(name: str, command: Sequence[str], max_tokens: int, env: Mapping[st
         ids = client.post("/tokenize", {"prompt": page})["tokens"]
         losses = [-value for part in _windows(ids) for value in client.prompt_logprobs(part)]
         say("looking for pass-keys in it")
-        recalled = [_recalls(client, page, depth, key) for key in range(KEYS_EACH) for depth in DEPTHS]
+        recalled = [_recalls(client, page, depth) for depth in DEPTHS]
         say(f"{REQUESTS} requests at once")
         begun = time.monotonic()
         with ThreadPoolExecutor(REQUESTS) as pool:
@@ -203,9 +202,9 @@ def _windows(ids: list[int]) -> list[list[int]]:
     return [part for first in range(0, len(ids), WINDOW) if len(part := ids[first : first + WINDOW]) > 1]
 
 
-def _recalls(client: Client, page: str, depth: float, number: int) -> bool:
+def _recalls(client: Client, page: str, depth: float) -> bool:
     """Whether a pass-key stated at `depth` of the start of the page is recalled."""
-    key = str(random.Random(f"{depth} {number}").randrange(10_000, 100_000))
+    key = str(random.Random(depth).randrange(10_000, 100_000))
     lines = page.splitlines()[:KEY_LINES]
     lines.insert(round(depth * len(lines)), f"The pass key is {key}.")
     prompt = "\n".join([*lines, "What is the pass key? The pass key is"])

@@ -68,10 +68,10 @@ def percent(share: float) -> str:
     return f"{share:.2%}" if share < 1 else f"{min(share, 9999):.0%}"
 
 
-def _pairs(stats: ChannelStats, width: int = PAIR_CELLS) -> str:
+def _pairs(stats: ChannelStats) -> str:
     """Energy by RoPE pair as a line of blocks, on a log scale of three decades."""
     energy = pair_energy(stats)
-    width = min(width, len(energy))
+    width = min(PAIR_CELLS, len(energy))
     cells = [max(energy[len(energy) * i // width : len(energy) * (i + 1) // width]) for i in range(width)]
     top = max(cells) or 1.0
     levels = [max(0.0, 1 + math.log10(max(cell / top, 1e-9)) / 3) for cell in cells]

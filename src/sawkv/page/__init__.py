@@ -37,7 +37,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Column:
-    """One column. Narrow screens leave out `minor` columns; CSV and Markdown leave out `plain` ones (drawings)."""
+    """One column. Narrow screens leave out `minor` columns; CSV and Markdown leave out `drawn` ones."""
 
     title: str
     minor: bool = False

@@ -127,13 +127,12 @@ def line_chart(
     y_title: str,
     title: str,
     width: int = 900,
-    height: int = 320,
 ) -> str:
     """Lines over places 0, 1, ... with a logarithmic y-axis, each labelled at its end."""
     lines = [replace(line, points=[(x, y) for x, y in line.points if 0 < y < math.inf]) for line in lines]
     drawn = [line for line in lines if line.points]
     below = width < LEGEND_BELOW
-    left, right, top, bottom = 62, 14 if below else 200, 12, 46
+    height, left, right, top, bottom = 320, 62, 14 if below else 200, 12, 46
     lowest, highest = _decades([y for line in drawn for _, y in line.points])
     step = (width - left - right) / max(1, len(x_labels) - 1)
 
@@ -200,10 +199,9 @@ def scatter(
     title: str,
     level: tuple[str, float] | None = None,
     width: int = 900,
-    height: int = 420,
 ) -> str:
     """Named points over a logarithmic y-axis, with a line through the Pareto frontier, and a line at `level`."""
-    left, right, top, bottom = 62, 24, 12, 46
+    height, left, right, top, bottom = 420, 62, 24, 12, 46
     shown = [point for point in points if 0 < point.y < math.inf]
     lowest, highest = _decades([point.y for point in shown] + ([level[1]] if level and level[1] > 0 else []))
     fewest, greatest = min((point.x for point in shown), default=4.0), max((point.x for point in shown), default=8.0)
@@ -323,13 +321,11 @@ def cloud(
     x_title: str,
     y_title: str,
     title: str,
-    width: int = 900,
-    height: int = 420,
 ) -> str:
     """Points of named series over a logarithmic x-axis. The y-axis runs from 0 to a little above `level`, a named
     dashed line.
     """
-    left, right, top, bottom = 76, 20, 52, 46
+    width, height, left, right, top, bottom = 900, 420, 76, 20, 52, 46
     xs = [x for _, points in series for x, _ in points]
     low, high = _decades(xs)
     most = 1.15 * max([level[1], *(y for _, points in series for _, y in points)])

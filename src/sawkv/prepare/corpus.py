@@ -13,8 +13,6 @@ import torch
 
 from sawkv.prepare.turning import PROBE_TOKENS, SHIFTS, buckets_in
 
-TEXT_VERSION: Final = 1
-"""Increased when the text changes. Stored calibrations of another version are fitted again."""
 SEPARATOR: Final = "\n\n"
 WINDOW: Final = 512
 """Tokens per window."""

@@ -22,6 +22,8 @@ from sawkv.integrations.vllm.server import STOP_TIMEOUT, free_port, running
 
 START_TIMEOUT = 900.0
 """Seconds that vLLM may take to start. The first start on a CPU compiles the model."""
+ANSWER_TIMEOUT = 600.0
+"""Seconds that one answer may take."""
 POLL = 0.5
 LOG_LINES = 25
 """Last lines of the log that are shown if the server ends without an error."""
@@ -63,7 +65,7 @@ class Client:
             body: str = answer.read().decode()
         return body
 
-    def post(self, path: str, body: Mapping[str, Any], *, timeout: float = 600) -> dict[str, Any]:
+    def post(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
         """The JSON answer to a JSON request.
 
         Raises:
@@ -74,7 +76,7 @@ class Client:
             f"http://127.0.0.1:{self.port}{path}", json.dumps(body).encode(), {"Content-Type": "application/json"}
         )
         try:
-            with urllib.request.urlopen(request, timeout=timeout) as answer:
+            with urllib.request.urlopen(request, timeout=ANSWER_TIMEOUT) as answer:
                 found: dict[str, Any] = json.load(answer)
         except urllib.error.HTTPError as error:
             raise UnsupportedError(

@@ -53,9 +53,7 @@ class SawConfig:
 
     @property
     def prepares(self) -> bool:
-        """Whether the engine prepares the model. Not with a calibration file, and not in formats of
-        8 bits and more.
-        """
+        """Whether the engine prepares the model. Not with a calibration file, nor in formats of 8 bits and more."""
         return self.prepare and self.calibration is None and self.format.feeds_back
 
     @classmethod
@@ -153,9 +151,7 @@ def engine_options(
 
 
 def is_draft(vllm_config: Any) -> bool:
-    """Whether vLLM is making layers of a draft model. vLLM tags them; the current configuration may
-    be the target's.
-    """
+    """Whether vLLM is making layers of a draft model. vLLM tags them; the current configuration may be the target's."""
     tag = getattr(sys.modules.get("vllm.compilation.backends"), "model_tag", "")
     return vllm_config.speculative_config is not None and (tag == "draft_model" or tag.endswith("_head"))
 
