@@ -61,9 +61,9 @@ def say_format(
 def warn_unprepared() -> None:
     """Warn of the cost of serving a model unprepared, as the user asked."""
     logger.warning(
-        "sawkv: the model is served unprepared. What that costs is not known: where keys have an offset, as in Qwen2.5,"
-        " it can be everything (perplexity 12.8 in 16 bits, 22,219 unprepared, 12.8 prepared). It is prepared unless"
-        ' --no-prepare is given, or "prepare": false in the sawkv entry of --additional-config.'
+        "sawkv: the model is served unprepared. Where keys have a large static part, as in Qwen2.5, perplexity can rise"
+        " manyfold; `sawkv eval` measures it. The model is prepared unless --no-prepare is given, or"
+        ' "prepare": false in the sawkv entry of --additional-config.'
     )
 
 

@@ -201,9 +201,7 @@ def _start_thread() -> None:
 
 @cache
 def _metrics() -> dict[str, prometheus_client.Counter]:
-    """Prometheus counters by column, and two derived ones. Made once per process, as the client's
-    registry requires.
-    """
+    """Prometheus counters by column, and two derived ones. Made once per process, as the client's registry requires."""
     helps = {
         "rows": "Rows appended to the cache. A row is K or V of one token, KV head and layer.",
         "non_finite_rows": "Appended rows that contain NaN or infinity. They are read as NaN.",
