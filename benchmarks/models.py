@@ -18,6 +18,8 @@ from benchmarks.families import FAMILIES, SERVED
 
 RECORDS: Final = Path(__file__).parents[1] / "docs" / "results" / "models.jsonl"
 NOT_RUN: Final = "not run"
+COLUMNS: Final = {("vllm", "CPU"): "vLLM, CPU", ("vllm", "GPU"): "vLLM, GPU", ("transformers", "CPU"): "SawCache, CPU"}
+"""Titles by engine and device. One without records has no column."""
 HEAD: Final = """# Which models run
 
 Made by `python -m benchmarks.models` from the records in [results/models.jsonl](results/models.jsonl): to change a row,
@@ -29,7 +31,8 @@ that command, and the tests take one of each kind.
 - **INT4 x**: mean difference from 16 bits along the 16-bit text, in nats per token, unprepared. Random weights make
   4 bits look worse than they are. A wrong cache gives more than 1.
 - **= simulated**: INT4's texts and log-probabilities are those of 32-bit pages that hold quantized rows, bit for bit.
-- **not run**: no record of this device and engine. It says nothing about what would happen.
+- **not run**: no record. It says nothing about what would happen. [vllm.md](vllm.md#model-families) has families that
+  a GPU served, in shapes nearer to their own.
 - **not by vLLM here**: vLLM's CPU build does not serve the tiny model without sawkv either. The cell has its words.
 
 Rows are of unprepared caches. SawCache cannot prepare Zamba2, whose layers call one attention module that does not know
@@ -58,8 +61,10 @@ def page(records: Sequence[Mapping[str, Any]]) -> str:
         (record["family"], record["engine"], "CPU" if record["device"] == "cpu" else "GPU"): record
         for record in records
     }
-    columns = [("vllm", "CPU"), ("vllm", "GPU"), ("transformers", "CPU")]
-    lines = ["| stands for | kind | head_dim/KV heads | vLLM, CPU | vLLM, GPU | SawCache, CPU |", "|-|-|-|-|-|-|"]
+    tried = {(engine, device) for _, engine, device in found}
+    columns = [column for column in COLUMNS if column in tried]
+    header = ["stands for", "kind", "head_dim/KV heads", *(COLUMNS[column] for column in columns)]
+    lines = [f"| {' | '.join(header)} |", f"|{'-|' * len(header)}"]
     for name, family in FAMILIES.items():
         cells = [_cell(found.get((name, engine, device))) for engine, device in columns]
         lines.append(

@@ -26,6 +26,10 @@ logger = logging.getLogger(__name__)
 
 PREFERENCE: Final = ("cuda", "triton", "cpu", "reference")
 """Modules of this package, fastest first."""
+NO_FAST_KERNELS: Final = (
+    "sawkv: there are no fast kernels here (`sawkv doctor` says why): attention is correct but very slow"
+)
+"""What engines log where the reference is chosen."""
 
 
 class ScheduleShape(NamedTuple):

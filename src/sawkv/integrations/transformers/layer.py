@@ -25,7 +25,7 @@ from sawkv.integrations.transformers.pages import Paging
 from sawkv.integrations.transformers.passes import Passes
 from sawkv.integrations.transformers.prepare import Preparation, warn_once
 from sawkv.integrations.transformers.states import check_states
-from sawkv.kernels import select_backend
+from sawkv.kernels import NO_FAST_KERNELS, select_backend
 from sawkv.prepare.calibration import Calibration, LayerCalibration, model_id
 from sawkv.prepare.turning import buckets_in
 
@@ -169,9 +169,7 @@ class SawLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
         key = device, layout, self.window
         if key not in settings.pagings:
             if select_backend(device, layout, settings.backend).name == "reference" and settings.backend is None:
-                logger.warning(
-                    "sawkv: there are no fast kernels here (`sawkv doctor` says why): attention is right but very slow"
-                )
+                logger.warning(NO_FAST_KERNELS)
             paging = Paging(
                 layout, device, self.window, batch_size, settings.max_len, settings.backend, first_layer=self.index
             )

@@ -17,7 +17,7 @@ from sawkv.format.layout import PAGE_SIZE_MULTIPLE, PageLayout
 from sawkv.format.spec import CacheFormat
 from sawkv.integrations.vllm import PLUGIN
 from sawkv.integrations.vllm.config import KV_CACHE_DTYPE_CODECS
-from sawkv.kernels import select_backend
+from sawkv.kernels import NO_FAST_KERNELS, select_backend
 from sawkv.prepare.calibration import Calibration
 from sawkv.prepare.turning import buckets_in
 
@@ -53,9 +53,7 @@ def say_format(
         f", calibrated by {calibration}" if calibration else "",
     )
     if backend.name == "reference":
-        logger.warning(
-            "sawkv: there are no fast kernels here (`sawkv doctor` says why): attention is correct but very slow"
-        )
+        logger.warning(NO_FAST_KERNELS)
 
 
 def warn_unprepared() -> None:
