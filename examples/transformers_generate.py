@@ -3,9 +3,8 @@
     python examples/transformers_generate.py
 
 Hides a number in a long text, lets the model find it again with 16-bit K and V and with INT4 pages, and prints what
-each cache holds and
-how fast it decodes. The first SawCache prepares the model, which takes seconds, once. Then: a padded batch, beams,
-prompt lookup, and a conversation that goes on.
+each cache holds and how fast it decodes. The first SawCache prepares the model, which takes seconds, once. Then: a
+padded batch, beams, prompt lookup, and a conversation that goes on.
 """
 
 from __future__ import annotations

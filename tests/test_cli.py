@@ -94,6 +94,21 @@ def test_the_servers_command(vllm: tuple[int, ...], name: str, dtype: str, monke
     assert "--kv-cache-dtype" not in server.server_command("m", None)
 
 
+@pytest.mark.parametrize(
+    ("options", "gpus", "hinted"), [([], 0, True), (["--kv-cache-memory-bytes", "9"], 0, False), ([], 1, False)]
+)
+def test_a_server_that_fails_on_a_cpu_says_what_memory_vllm_takes(
+    options: list[str], gpus: int, hinted: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(server.torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(server.preflight, "check", lambda *_, **__: None)
+    monkeypatch.setattr(server, "server_command", lambda *_, **__: [sys.executable, "-c", "raise SystemExit(3)"])
+    assert cli.main(["serve", "m", *options]) == 3
+    shown = capsys.readouterr().err
+    assert "sawkv: vLLM ended with status 3" in shown
+    assert ("--kv-cache-memory-bytes 1073741824" in shown) == hinted
+
+
 def test_bad_input_is_named_and_gives_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for command in (["serve", "m", "--format"], ["bench", "m", "--out", str(tmp_path / "bench.json"), "--formats"]):
         assert cli.main([*command, "int5"]) == 2

@@ -27,6 +27,11 @@ from sawkv.prepare.calibration import Calibration
 
 STOP_TIMEOUT: Final = 30.0
 """Seconds that vLLM may take to end."""
+CPU_MEMORY: Final = (
+    "sawkv: if it is memory that is missing: on a CPU, vLLM takes 92 % of the machine's. --kv-cache-memory-bytes"
+    " 1073741824 gives the cache 1 GiB instead"
+)
+"""Printed after vLLM has failed on a CPU without a size of the cache. Its own message is far above, in a traceback."""
 
 
 def server_command(
@@ -115,6 +120,8 @@ def serve(
             return server.wait()
     if status > 0:
         print(f"sawkv: vLLM ended with status {status}; what it says of that is above", file=sys.stderr)
+        if not on_gpu and not known.has("--kv-cache-memory-bytes"):
+            print(CPU_MEMORY, file=sys.stderr)
     return status
 
 
