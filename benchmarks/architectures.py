@@ -417,12 +417,11 @@ def _in_transformers(task: Task, model: str) -> Record:
                 mask = torch.cat([mask, torch.ones_like(step)], 1)
         return torch.stack(chosen, 1), torch.stack(kept, 1)
 
-    loaded.set_attn_implementation("eager" if family.kind in ("ALiBi", "sink") else "sdpa")
+    has_sinks = family.kind.startswith("sink")
+    loaded.set_attn_implementation("eager" if family.kind == "ALiBi" or has_sinks else "sdpa")
     tokens, wide = write(DynamicCache(config=loaded.config))
     order = min((min(head_dim & -head_dim, 128) for head_dim in family.head_dims), default=128)
-    implementations = (
-        ("eager",) if family.kind == "ALiBi" else ("sawkv", "sdpa") if family.kind != "sink" else ("sawkv", "eager")
-    )
+    implementations = ("eager",) if family.kind == "ALiBi" else ("sawkv", "eager" if has_sinks else "sdpa")
     try:
         for kind in [kind for kind in task.formats if kind in ("plain", "int4")]:
             for implementation in implementations:
