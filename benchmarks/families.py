@@ -307,6 +307,7 @@ FAMILIES: Final[dict[str, Family]] = {
         boi_token_index=1021,
         eoi_token_index=1022,
         tie_word_embeddings=True,
+        needs="torchvision",
         options={"language_model_only": True},
     ),
     "gemma-2": _dense(

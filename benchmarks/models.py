@@ -38,7 +38,7 @@ that command, and the tests take one of each kind.
 Rows are of unprepared caches. SawCache cannot prepare Zamba2, whose layers call one attention module that does not know
 whose turn it is; `prepare=False` or `"int8"` serve it.
 
-A commit with a plus sign is one from which files differed. Qwen 3.5 and Qwen3-VL on vLLM need torchvision, which `make`
+A commit with a plus sign is one from which files differed. Qwen 3.5, Qwen3-VL and Gemma 3 with images on vLLM need torchvision, which `make`
 leaves out. Without it that command expects vLLM's own refusal.
 """
 

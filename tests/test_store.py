@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import threading
@@ -37,13 +38,22 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
     assert kept.load(make_key({"weights": "x"}), **EXPECTED) is None
 
 
-@pytest.mark.parametrize("damage", ["flipped", "cut", "emptied", "of another model"])
-def test_a_damaged_entry_is_refused_and_removed(damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def refuse_to_remove(self: Path, missing_ok: bool = False) -> None:
+    raise PermissionError(errno.EROFS, "Read-only file system")
+
+
+@pytest.mark.parametrize("damage", ["flipped", "cut", "emptied", "of another model", "where nothing can be removed"])
+def test_a_damaged_entry_is_refused_and_removed(
+    damage: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     kept = CalibrationStore(tmp_path)
     path = kept.save(KEY, calibration("another" if damage == "of another model" else "m"))
     content = bytearray(path.read_bytes())
     content[-7] ^= 1
-    if damage == "flipped":
+    fixed = damage == "where nothing can be removed"
+    if fixed:
+        monkeypatch.setattr(Path, "unlink", refuse_to_remove)
+    if fixed or damage == "flipped":
         path.write_bytes(content)
     elif damage != "of another model":
         path.write_bytes(content[: len(content) // 2 if damage == "cut" else 0])
@@ -51,7 +61,7 @@ def test_a_damaged_entry_is_refused_and_removed(damage: str, tmp_path: Path, cap
         assert kept.load(KEY, **EXPECTED) is None
     assert str(path) in caplog.text or damage == "of another model"
     assert "made again" in caplog.text
-    assert not path.exists()
+    assert path.exists() == fixed
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ never share an entry. The file's fingerprint shows damage: a damaged entry is re
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -68,19 +69,20 @@ class CalibrationStore:
         Args:
             key: from `make_key`.
             expected: arguments of `Calibration.check`. An entry that is damaged, or was made for something else, is
-                removed with a warning.
+                removed with a warning, if the folder can be written to.
         """
         path = self.path(key)
-        if not path.exists():
-            return None
         try:
+            if not path.exists():
+                return None
             calibration = Calibration.load(path)
             calibration.check(**expected)
-        except CalibrationError as error:
+        except (CalibrationError, OSError) as error:
             self._log.warning(
                 "sawkv: what is on disk of an earlier preparation cannot be used and is made again: %s", error
             )
-            path.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
             return None
         return calibration
 
