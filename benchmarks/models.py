@@ -25,7 +25,7 @@ HEAD: Final = """# Which models run
 Made by `python -m benchmarks.models` from the records in [results/models.jsonl](results/models.jsonl): to change a row,
 run `python -m benchmarks.architectures` again. Each row is a tiny model with random weights and heads of its family.
 `benchmarks/families.py` says what each is and what is expected of it. One that is served or refused otherwise fails
-that command, and the tests take one of each kind.
+that command, and the tests take one of most kinds.
 
 - **plain**: pages that are rotated and not quantized write the texts of the engine's own cache, up to near-ties.
 - **INT4 x**: mean difference from 16 bits along the 16-bit text, in nats per token, unprepared. Random weights make
@@ -38,8 +38,8 @@ that command, and the tests take one of each kind.
 Rows are of unprepared caches. SawCache cannot prepare Zamba2, whose layers call one attention module that does not know
 whose turn it is; `prepare=False` or `"int8"` serve it.
 
-A commit with a plus sign is one from which files differed. Qwen 3.5, Qwen3-VL and Gemma 3 with images on vLLM need torchvision, which `make`
-leaves out. Without it that command expects vLLM's own refusal.
+A commit with a plus sign is one from which files differed. Qwen 3.5, Qwen3-VL and Gemma 3 4B to 27B on vLLM need
+torchvision, which `make` leaves out. Without it that command expects vLLM's own refusal.
 """
 
 

@@ -193,6 +193,7 @@ def test_formats_below_4_bits_need_a_vllm_that_asks_for_sizes(monkeypatch: pytes
         ),
         ({"model_type": "qwen2", "is_causal": False}, "the attention of an encoder"),
         ({"model_type": "diffusion_gemma", "canvas_length": 256}, "tokens of a block (diffusion)"),
+        ({"model_type": "minimax_m3_vl", "text_config": {}}, "a cache of their own (sparse attention)"),
         ({"model_type": "falcon"}, "so that they keep 16 bits"),
         ({"head_dim": 72, "alibi": True}, "ALiBi; head_dim: expected a multiple of 16"),
     ],

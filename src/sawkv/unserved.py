@@ -20,6 +20,10 @@ BIDIRECTIONAL: Final = (
 )
 ALIBI: Final = "ALiBi"
 KEEPS_16_BITS: Final = "layers to which vLLM gives no --kv-cache-dtype, so that they keep 16 bits"
+SPARSE: Final = "layers with a cache of their own (sparse attention)"
+
+_KEEPS_ITS_OWN_CACHE: Final = ("deepseek_v4", "inkling", "minimax_m3", "qwen4_exp")
+"""Starts of model types whose layers ask no backend of vLLM (0.33), and write and read pages themselves."""
 
 _SEES_IMAGES_BOTH_WAYS: Final = ("bagel", "gemma3", "molmo2", "moondream3", "paligemma")
 """Model types whose image tokens attend to later ones of their image (vLLM 0.33: `is_mm_prefix_lm`)."""
@@ -40,6 +44,8 @@ def unserved(whole: Mapping[str, Any], text: Mapping[str, Any], *, without_image
     k_dim, v_dim = text.get("head_dim"), text.get("v_head_dim")
     if k_dim and v_dim and k_dim != v_dim and not latent:
         found.append(unlike_head_dims(k_dim, v_dim))
+    if model_type.startswith(_KEEPS_ITS_OWN_CACHE) or str(whole.get("model_type")).startswith(_KEEPS_ITS_OWN_CACHE):
+        found.append(SPARSE)
     # MiMo-V2 has the field, and no chunks.
     if text.get("attention_chunk_size") and not model_type.startswith("mimo_v2"):
         found.append(CHUNKS)

@@ -126,6 +126,7 @@ MLA = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_
         ({"model_type": "minimax"}, "layers of linear_attention of minimax"),
         ({"model_type": "qwen2", "is_causal": False}, "the attention of an encoder"),
         ({"model_type": "diffusion_gemma"}, "tokens of a block"),
+        ({"model_type": "minimax_m3_vl"}, r"a cache of their own \(sparse attention\)"),
         ({"model_type": "gemma4_unified"}, "add --language-model-only"),
         ({"model_type": "bamba", "attn_layer_indices": [9]}, "layers of linear_attention of bamba"),
         ({"model_type": "bloom"}, "ALiBi"),

@@ -83,15 +83,19 @@ def test_the_log_names_the_kernels_that_read_the_real_pages(monkeypatch: pytest.
 
 
 def test_layers_that_are_not_ours_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.model_executor.layers import attention
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
     from sawkv.integrations.vllm import announce
     from sawkv.integrations.vllm.backend import SawAttentionImpl
 
     said: list[str] = []
+    monkeypatch.setattr(attention, "Attention", SimpleNamespace)
     monkeypatch.setattr(announce.logger, "log", lambda level, text, *rest: said.append(f"{level} {text % rest}"))
     monkeypatch.setattr(announce.logger, "warning", lambda text, *rest: said.append(text % rest))
 
     def say(
-        ours: set[int], skipped: list[str], dtype: str = "auto", device: str = "cpu", attending: int = 6
+        ours: set[int], skipped: list[str], dtype: str = "auto", device: str = "cpu", attending: int = 6, **others: Any
     ) -> list[str]:
         said.clear()
         impls = {i: object.__new__(SawAttentionImpl) if i in ours else object() for i in range(attending)}
@@ -99,8 +103,9 @@ def test_layers_that_are_not_ours_are_counted(monkeypatch: pytest.MonkeyPatch) -
             f"layers.{i}": SimpleNamespace(impl=impl, kv_cache_dtype=INT4 if i in ours else dtype)
             for i, impl in impls.items()
         }
-        layers["layers.6.mamba"] = SimpleNamespace()
+        layers |= {"layers.6.mamba": SimpleNamespace()} | others
         config = SimpleNamespace(
+            attention_config=SimpleNamespace(backend=AttentionBackendEnum.CUSTOM),
             compilation_config=SimpleNamespace(static_forward_context=layers),
             cache_config=SimpleNamespace(kv_cache_dtype_skip_layers=skipped),
         )
@@ -121,3 +126,12 @@ def test_layers_that_are_not_ours_are_counted(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(SawkvError, match=r"got 2 without: layers\.0 has object\. Set VLLM_PLUGINS=sawkv"):
         say({1, 2, 3, 4}, [], INT8)  # another plugin's choice: on a CPU nonsense
     assert len(say({1, 2, 3, 4}, [], INT8, "cuda")) == 1, "a draft's, or without CUSTOM: vLLM's own, and right"
+
+    class Sparse:
+        """Asks vLLM for no backend, and need not have an implementation."""
+
+        kv_cache_dtype = INT4
+
+    for device in ("cpu", "cuda"):
+        with pytest.raises(SawkvError, match=r"got 1 without: sparse has Sparse\. To serve it in 16 bits"):
+            say({0, 1, 2, 3, 4, 5}, [], device=device, sparse=Sparse())

@@ -20,7 +20,7 @@ ALL = ("plain", "int4", "simulated")
 TESTED = {
     "gpt-oss": ("plain",),
     "gemma-2": ("plain",),
-    "glm-4.5": ("plain",),
+    "minicpm-3": ("plain",),
     "qwen3-next": ("plain",),
     "granite-4-h": ("plain", "int4"),
     "lfm-2": ("plain",),
@@ -31,8 +31,8 @@ TESTED = {
     "llama-4": ("int4",),
     "bloom": ("int4",),
 }
-"""What is checked of each. Dense models are in `test_controls`, windows in `test_windows`, encoders in
-`test_other_models`. M-RoPE is missing, as vLLM's files of such models need torchvision.
+"""What is checked of each. gpt-oss and Qwen3-Next are MoE. Dense models are in `test_controls`, windows in
+`test_windows`, encoders in `test_other_models`. M-RoPE is missing, as vLLM's files of such models need torchvision.
 """
 RECURRENT = ("qwen3-next", "granite-4-h")
 UNTOUCHED = (*RECURRENT, "gemma-3n")

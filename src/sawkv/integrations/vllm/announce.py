@@ -17,6 +17,7 @@ from sawkv.format.layout import PAGE_SIZE_MULTIPLE, PageLayout
 from sawkv.format.spec import CacheFormat
 from sawkv.integrations.vllm import PLUGIN
 from sawkv.integrations.vllm.config import KV_CACHE_DTYPE_CODECS
+from sawkv.integrations.vllm.refusals import WAY_OUT
 from sawkv.kernels import NO_FAST_KERNELS, select_backend
 from sawkv.prepare.calibration import Calibration
 from sawkv.prepare.turning import buckets_in
@@ -120,9 +121,12 @@ def say_layers(worker: Any) -> None:
     """Log how many layers of a worker are ours, if not all are. Called in each worker when an engine has started.
 
     Raises:
-        UnsupportedError: another plugin has given vLLM's own attention to a layer of our dtype. On a CPU it misreads
-            the pages.
+        UnsupportedError: a layer of our dtype is not ours, though it should be: it asks no backend and keeps its pages
+            itself, or, on a CPU, another plugin has given it vLLM's own attention, which misreads them.
     """
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
     from sawkv.integrations.vllm.backend import SawAttentionImpl
 
     config = worker.vllm_config
@@ -135,16 +139,21 @@ def say_layers(worker: Any) -> None:
         for name, layer in attending.items()
         if not isinstance(layer.impl, SawAttentionImpl)
     ]
-    taken = [
-        f"{name} has {type(layer.impl).__name__}"
-        for name, layer in attending.items()
-        if layer.kv_cache_dtype in KV_CACHE_DTYPE_CODECS and not isinstance(layer.impl, SawAttentionImpl)
-    ]
-    if taken and worker.device.type == "cpu":
-        raise UnsupportedError(
-            f"sawkv: expected its own attention in all layers of its dtypes, got {len(taken)} without: {taken[0]}. Set"
-            f" VLLM_PLUGINS={PLUGIN} to load no other plugin"
-        )
+    on_cpu = worker.device.type == "cpu"
+    if on_cpu or config.attention_config.backend == AttentionBackendEnum.CUSTOM:
+        taken = [
+            (isinstance(layer, Attention), f"{name} has {type(getattr(layer, 'impl', layer)).__name__}")
+            for name, layer in layers.items()
+            if getattr(layer, "kv_cache_dtype", None) in KV_CACHE_DTYPE_CODECS
+            and not isinstance(getattr(layer, "impl", None), SawAttentionImpl)
+        ]
+        for asks, way_out in ((False, WAY_OUT), (True, f"Set VLLM_PLUGINS={PLUGIN} to load no other plugin")):
+            found = [what for asked, what in taken if asked == asks]
+            if found and (on_cpu or not asks):  # on a GPU a draft may have vLLM's own INT4
+                raise UnsupportedError(
+                    f"sawkv: expected its own attention in all layers of its dtypes, got {len(found)} without:"
+                    f" {found[0]}. {way_out}"
+                )
     if not attending:
         logger.warning("sawkv: serves nothing: this model has no layer of attention")
     if others:
