@@ -297,6 +297,7 @@ def test_grids_that_are_equal_everywhere_are_a_sentence() -> None:
     assert "100% in each of 6 cells, 10 prompts each (60 of 60): unquantized." in text
     assert "90% in each of 6 cells, 10 prompts each (54 of 60): prepared, fp8" in text
     assert "Recall by depth and length" not in page
+    assert "Recall: an entry of a table hidden in text" in page
     uneven = make_evaluation()
     cells = (replace(uneven.results[1].recall[0], correct=1), *uneven.results[1].recall[1:])
     uneven = replace(uneven, results=(uneven.results[0], replace(uneven.results[1], recall=cells), *uneven.results[2:]))

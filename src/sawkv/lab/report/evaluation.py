@@ -339,7 +339,7 @@ def _recall(evaluation: Evaluation, subject: MethodResult | None) -> list[dict[s
         depths = len({cell.depth for result in results for cell in result.recall if cell.task == task})
         found.append(
             {
-                "what": {"passkey": "a pass-key", "needle": "a sentence"}.get(task, task),
+                "what": {"passkey": "a pass-key", "needle": "an entry of a table"}.get(task, task),
                 "note": (
                     "Share recalled with every token right, in prompts of"
                     f" {' and '.join(f'{length:,}' for length in lengths)} tokens, at {depths}"
