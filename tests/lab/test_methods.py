@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -103,36 +105,28 @@ def test_bits() -> None:
     assert find_method("int4").bits(64) == 4.5
 
 
+def through_pages(sample: LayerSample, name: str, **constants: Any) -> torch.Tensor:
+    """K and V of a sample of 40 tokens, written to pages of a format and read back: [2, 40, 2, 128] fp32."""
+    cache = PagedKVCache.allocate(PageLayout(CacheFormat.parse(name), 2, 128, 16), 3, **constants)
+    append(sample.k.rows, sample.v.rows, cache, torch.arange(40), backend="reference")
+    out = torch.empty(2, 40, 2, 128)
+    pages, lengths, starts = (torch.tensor(x, dtype=torch.int32) for x in ([[0, 1, 2]], [40], [0, 40]))
+    gather(cache, pages, lengths, starts, out[0], out[1], rotated=False, backend="reference")
+    return out
+
+
 @pytest.mark.parametrize("name", ["int4-k128-v128", "int4-k16-v0", "int8", "int4-k0-v64", "bf16-k32-v32"])
 def test_served_formats_read_what_pages_give_back(name: str) -> None:
     """The method is the product's own arithmetic: `append`, then `gather`, to the last bit."""
     sample = make_sample(num_tokens=40)
-    layout = PageLayout(CacheFormat.parse(name), 2, 128, 16)
-    cache = PagedKVCache.allocate(layout, 3)
-    append(sample.k.rows, sample.v.rows, cache, torch.arange(40), backend="reference")
-    out = torch.empty(2, 40, 2, 128)
-    one = torch.tensor([40], dtype=torch.int32)
-    pages = torch.arange(3, dtype=torch.int32)[None]
-    gather(
-        cache, pages, one, torch.tensor([0, 40], dtype=torch.int32), out[0], out[1], rotated=False, backend="reference"
-    )
-    for read, part, want in zip(fitted(name, sample), (sample.k, sample.v), out, strict=True):
+    for read, part, want in zip(fitted(name, sample), (sample.k, sample.v), through_pages(sample, name), strict=True):
         assert torch.equal(read(part.rows), want)
 
 
 def test_centered_formats_read_what_pages_with_centers_give_back() -> None:
     sample = make_sample(num_tokens=40, offset=20.0)
-    centers = [part.rows.mean(0) for part in (sample.k, sample.v)]
-    cache = PagedKVCache.allocate(
-        PageLayout(CacheFormat.parse("int4"), 2, 128, 16), 3, k_center=centers[0], v_center=centers[1]
-    )
-    append(sample.k.rows, sample.v.rows, cache, torch.arange(40), backend="reference")
-    out = torch.empty(2, 40, 2, 128)
-    one = torch.tensor([40], dtype=torch.int32)
-    pages = torch.arange(3, dtype=torch.int32)[None]
-    gather(
-        cache, pages, one, torch.tensor([0, 40], dtype=torch.int32), out[0], out[1], rotated=False, backend="reference"
-    )
+    k_center, v_center = (part.rows.mean(0) for part in (sample.k, sample.v))
+    out = through_pages(sample, "int4", k_center=k_center, v_center=v_center)
     for read, part, want in zip(fitted("int4_center", sample), (sample.k, sample.v), out, strict=True):
         assert torch.equal(read(part.rows), want)
 
@@ -143,14 +137,7 @@ def test_feedback_reads_what_pages_written_with_it_give_back() -> None:
     feedback = [fit_feedback(rotate(rotate(part.hessian, 128).mT, 128)) for part in parts]
     centers = [part.rows.mean(0) for part in parts]
     constants = dict(zip(("k_center", "v_center", "k_feedback", "v_feedback"), (*centers, *feedback), strict=True))
-    cache = PagedKVCache.allocate(PageLayout(CacheFormat.parse("int4"), 2, 128, 16), 3, **constants)
-    append(sample.k.rows, sample.v.rows, cache, torch.arange(40), backend="reference")
-    out = torch.empty(2, 40, 2, 128)
-    one = torch.tensor([40], dtype=torch.int32)
-    pages = torch.arange(3, dtype=torch.int32)[None]
-    gather(
-        cache, pages, one, torch.tensor([0, 40], dtype=torch.int32), out[0], out[1], rotated=False, backend="reference"
-    )
+    out = through_pages(sample, "int4", **constants)
     plain = fitted("int4_center", sample)
     for read, without, part, want in zip(fitted("int4_center_feedback", sample), plain, parts, out, strict=True):
         assert torch.equal(read(part.rows), want)
@@ -201,17 +188,8 @@ def test_error_feedback_lowers_the_cost_it_is_given() -> None:
 def test_what_is_prepared_reads_what_pages_give_back(codec: str) -> None:
     """The fit, `append`, then `gather`, to the last bit."""
     sample = make_sample(num_tokens=40, offset=20.0)
-    cache_format = CacheFormat(codec).resolve(128)
-    cache = PagedKVCache.allocate(
-        PageLayout(cache_format, 2, 128, 16), 3, **fit([sample.statistics], cache_format)[0].constants()
-    )
-    append(sample.k.rows, sample.v.rows, cache, torch.arange(40), backend="reference")
-    out = torch.empty(2, 40, 2, 128)
-    one = torch.tensor([40], dtype=torch.int32)
-    pages = torch.arange(3, dtype=torch.int32)[None]
-    gather(
-        cache, pages, one, torch.tensor([0, 40], dtype=torch.int32), out[0], out[1], rotated=False, backend="reference"
-    )
+    fitted_to_it = fit([sample.statistics], CacheFormat(codec).resolve(128))[0]
+    out = through_pages(sample, codec, **fitted_to_it.constants())
     for read, part, want in zip(
         fitted("prepared" if codec == "int4" else f"prepared_{codec}", sample), (sample.k, sample.v), out, strict=True
     ):
