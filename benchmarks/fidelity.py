@@ -34,7 +34,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -381,6 +381,8 @@ def _lab(job: Job, args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
         scores = reference.compare(fit(method, samples))
         bits = method.bits(model.shape.head_dim, job.ids.shape[1])
         common = {"model": job.name, "method": method.name, "through": "lab", "bits": round(bits, 4)}
+        if method.kept:
+            common["bits_of_codes"] = round(replace(method, kept=None).bits(model.shape.head_dim), 4)
         records = [common | record for record in _records(scores, loss, job)]
         for record in records:
             print(line(record), flush=True)

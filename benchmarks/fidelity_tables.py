@@ -29,6 +29,29 @@ NAMES: Final = {
     "fp8": "vLLM, `fp8`",
     "vllm_int4_per_token_head": "vLLM, `int4_per_token_head`",
 }
+CODES: Final = {
+    "prepared": "int4",
+    **{f"prepared_{codec}": codec for codec in ("int4v3", "int3", "int4v2", "int3v2", "int2")},
+    "fp8": "vLLM's fp8",
+    "vllm_int4_per_token_head": "vLLM's INT4",
+    "lloyd_max": "TurboQuant, 4 bits",
+    "channel_keys_g64": "keys by channel",
+    "q4_0_rotated": "q4_0, rotated",
+    "kvarn_codes": "KVarN, K4V2",
+    "oscar_codes": "OSCAR",
+}
+"""Formats of sawkv and rivals in the picture, and in the lab's table."""
+KEPT: Final = {
+    "oscar": "OSCAR",
+    "prepared_int2_kept_as_oscar": "**sawkv `int2`**, the same tokens kept",
+    "kvarn": "KVarN, K4V2",
+    "prepared_int4v2_kept_as_kvarn": "**sawkv `int4v2`**, the same tokens kept",
+    "prepared_int3_kept_as_kvarn": "**sawkv `int3`**, the same tokens kept",
+    "prepared": "**sawkv `int4`**, nothing kept",
+}
+"""Methods that keep tokens in 16 bits, and what they are compared with."""
+LONG_WINDOW: Final = 2048
+"""Tokens of the windows in which they are compared."""
 NEAR_LAB, NEAR_PEER, NEAR_FP8, NEAR_FP8_OTHERS, PERPLEXITY = 1.1, 0.35, 1.0, 2.0, 1.03
 """Of KL: what is served over the lab's figure, over vLLM's INT4, over fp8 on Qwen2.5 and on others; of perplexity: over
 16 bits.
@@ -37,8 +60,6 @@ DECAY: Final = 1.5
 """KL over that of fp8 at any position of a long window, over the same quotient at its first positions."""
 MISSED: Final = 0.05
 """Share of answers that 16 bits give and what is served may not."""
-LEAST_BITS, MOST_BITS = 2, 9
-"""Ends of the picture's axis."""
 Record = dict[str, Any]
 
 
@@ -76,59 +97,115 @@ def read(file: Path) -> list[Record]:
 
 
 def curves(records: Sequence[Record]) -> str:
-    """KL over bits: for each model a line through sawkv's formats, and a dotted one through vLLM's own."""
-    lines = []
-    for number, (model, found) in enumerate(comparable(records).items()):
-        for name, own in (("sawkv", True), ("vLLM", False)):
-            points = sorted((r["bits"] - LEAST_BITS, r["mean_kl"]) for r in found if ours(r["method"]) == own)
-            label = f"{model.removesuffix('-Instruct')}, {name}"
-            lines.append(svg.Line(label, points, dotted=not own, colour=number))
-    return svg.line_chart(
-        lines,
-        x_labels=[str(bits) for bits in range(LEAST_BITS, MOST_BITS + 1)],
-        x_title="bits of a value of K or V, with its share of scales",
-        y_title="mean KL from 16 bits",
-        title="What fewer bits cost",
+    """KL over bits, a drawing for each model: formats of sawkv, rivals, and a line through the best."""
+    return svg.column(
+        [
+            svg.scatter(
+                [svg.Point(CODES[r["method"]], r["bits"], r["mean_kl"], strong=ours(r["method"])) for r in found],
+                x_title="bits of a value of K or V, with its share of scales",
+                y_title="mean KL from 16 bits",
+                title=f"What fewer bits cost {model}",
+            )
+            for model, found in comparable(records).items()
+        ],
+        list(comparable(records)),
     )
 
 
 def caption(records: Sequence[Record]) -> str:
-    """The picture, and where its points were measured."""
-    places = [
-        f"{model} {'through a server' if found[0]['through'] == 'server' else 'in the lab'}, {found[0]['tokens']:,}"
-        f" predictions, {found[0]['device']}"
-        for model, found in comparable(records).items()
-    ]
+    """The picture, and what it shows."""
+    if not comparable(records):
+        return ""
     return (
         f"![KL from 16 bits over bits, by model]({PICTURE})\n\n"
-        f"Formats of sawkv as they are served, and vLLM's own INT4 and fp8; prose. {'; '.join(places)}."
+        "Formats of sawkv (blue) and rivals, prose, every read quantized, through the lab. The line joins what no other"
+        " method beats in both bits and KL."
     )
 
 
 def comparable(records: Sequence[Record]) -> dict[str, list[Record]]:
-    """For each model, formats of sawkv and vLLM's own caches that were measured in one place, on the same
-    windows of prose: of its places the one with the most caches, through a server before others.
+    """For each model, the records of `CODES` that the lab measured in one place, on the same windows of prose: of its
+    places the one with the most methods, then the most predictions.
     """
-    places: dict[str, dict[tuple[Any, ...], list[Record]]] = {}
+    places: dict[str, dict[tuple[Any, ...], list[Record]]] = {r["model"]: {} for r in records}
     for r in records:
-        if r["text"] == "prose" and r["bits"] is not None and (ours(r["method"]) or r["method"] in (FP8, PEER)):
-            place = r["through"], r["device"], r.get("window"), r["tokens"]
-            places.setdefault(r["model"], {}).setdefault(place, []).append(r)
-
-    def fullness(found: Sequence[Record]) -> tuple[int, bool]:
-        return len({r["method"] for r in found}), found[0]["through"] == "server"
-
-    return {model: max(of_model.values(), key=fullness) for model, of_model in places.items()}
+        if r["text"] == "prose" and r["through"] == "lab" and r["method"] in CODES and r.get("window"):
+            place = r["device"], r["window"], r["tokens"]
+            places[r["model"]].setdefault(place, []).append(r)
+    return {
+        model: max(of_model.values(), key=lambda found: (len(found), found[0]["tokens"]))
+        for model, of_model in places.items()
+        if of_model
+    }
 
 
 def ours(method: str) -> bool:
-    """Whether a method is a format of sawkv as it is served: prepared, below 8 bits."""
-    return method in (SERVED, LAB, "int8") or method.startswith(f"{LAB}_")
+    """Whether a method of `CODES` is a format of sawkv."""
+    return method.startswith(LAB)
+
+
+def rivals(records: Sequence[Record]) -> str:
+    """The lab's table of codes, by bits, and that of recipes that keep tokens in 16 bits."""
+    found = comparable(records)
+    if not found:
+        return ""
+    models = list(found)
+    by_method = {(r["method"], r["model"]): r for of_model in found.values() for r in of_model}
+    rows = []
+    for method, name in CODES.items():
+        of_models = [by_method.get((method, model)) for model in models]
+        bits = [r["bits"] for r in of_models if r]
+        if bits:
+            name = f"**sawkv `{name}`**" if ours(method) else name
+            shown = ", ".join(dict.fromkeys(f"{value:g}" for value in bits))
+            rows.append((max(bits), f"| {name} | {shown} | {' | '.join(_with_interval(r) for r in of_models)} |"))
+    where = "; ".join(
+        f"{model}: {of_model[0]['tokens']:,} predictions in windows of {of_model[0]['window']}, {of_model[0]['device']}"
+        for model, of_model in found.items()
+    )
+    codes = [f"| codes alone | bits | {' | '.join(models)} |", f"|-|-|{'-|' * len(models)}"]
+    codes += [row for _, row in sorted(rows, key=lambda row: -row[0])]
+    return "\n".join([f"Mean KL (95 %), prose. {where}.", "", *codes])
+
+
+def kept(records: Sequence[Record]) -> str:
+    """The lab's table of recipes that keep tokens in 16 bits, and of formats of sawkv that keep the same."""
+    found: dict[str, dict[str, Record]] = {}
+    for r in records:
+        if r["through"] == "lab" and r["text"] == "prose" and r["method"] in KEPT and r.get("window") == LONG_WINDOW:
+            found.setdefault(r["model"], {})[r["method"]] = r
+    if not found:
+        return ""
+    where = "; ".join(
+        f"{model}: {r['tokens']:,} predictions, {r['device']}"
+        for model, r in ((model, next(iter(of_model.values()))) for model, of_model in found.items())
+    )
+    rows = [
+        f"Mean KL (95 %) and perplexity, prose, windows of {LONG_WINDOW:,}. {where}.",
+        "",
+        f"| tokens kept in 16 bits | bits of codes, of all | {' | '.join(found)} |",
+        f"|-|-|{'-|' * len(found)}",
+    ]
+    for method, name in KEPT.items():
+        of_models = [of_model.get(method) for of_model in found.values()]
+        if any(of_models):
+            bits = ", ".join(
+                dict.fromkeys(f"{r.get('bits_of_codes', r['bits']):.3g}, {r['bits']:.3g}" for r in of_models if r)
+            )
+            cells = (f"{_with_interval(r)}, {r['ppl'] / r['ppl_16bit'] - 1:+.1%}" if r else "" for r in of_models)
+            rows.append(f"| {name} | {bits} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def _with_interval(r: Record | None) -> str:
+    return "" if r is None else f"{_kl(r['mean_kl'])} ({_kl(r['kl_ci95'][0])} to {_kl(r['kl_ci95'][1])})"
 
 
 def tables(records: Sequence[Record], recall: Sequence[Record]) -> str:
-    """The picture; a table for each model and text, of what was asked through a server; then recall."""
-    parts = [caption(records)]
+    """The picture and the lab's tables; a table for each model and text, of what was asked through a server; then
+    recall.
+    """
+    parts = [part for part in (caption(records), rivals(records), kept(records)) if part]
     records = [record for record in records if record["through"] == "server"]
     for key in dict.fromkeys((r["model"], r["text"], r["window"], r["device"]) for r in records):
         rows = [r for r in records if (r["model"], r["text"], r["window"], r["device"]) == key]

@@ -78,10 +78,9 @@ def test_an_invented_ratio_is_noticed() -> None:
 
 
 def test_claims_of_the_accuracy_page_follow_from_the_records() -> None:
+    records = read_records(RESULTS / "real_models.jsonl")
     served = {
-        (r["model"].split("-")[0].split(" ")[0], r["text"], r["method"]): r
-        for r in read_records(RESULTS / "real_models.jsonl")
-        if r["through"] == "server"
+        (r["model"].split("-")[0].split(" ")[0], r["text"], r["method"]): r for r in records if r["through"] == "server"
     }
 
     def ratio(model: str, text: str, peer: str) -> float:
@@ -93,6 +92,11 @@ def test_claims_of_the_accuracy_page_follow_from_the_records() -> None:
         assert 1 < ratio("Gemma", text, "fp8") <= 1.75
         assert ratio("SmolLM2", text, "vllm_int4_per_token_head") == pytest.approx(1 / 3, abs=0.02)
         assert ratio("Qwen2.5", text, "vllm_int4_per_token_head") < 0.015
+    for found in fidelity_tables.comparable(records).values():
+        formats, rivals = ([r for r in found if fidelity_tables.ours(r["method"]) == own] for own in (True, False))
+        for rival in rivals:  # each is beaten by a format of at most as many bits
+            if rival["method"] != "fp8":
+                assert any(r["bits"] <= rival["bits"] and r["mean_kl"] < rival["mean_kl"] for r in formats), rival
     ours = [r for (_, _, method), r in served.items() if method == "served"]
     assert len(ours) == 6
     assert all(r["ppl"] <= 1.03 * r["ppl_16bit"] for r in ours)
@@ -110,7 +114,7 @@ def test_accuracy_is_compared_within_one_place_and_sample_only() -> None:
     records = [served, *({**small, "method": name} for name in ("prepared", "fp8"))]
     assert fidelity_tables.comparable(records) == {"M-Instruct": records[1:]}
     drawing = fidelity_tables.curves([*records, {**small, "method": "unprepared", "bits": 4.0, "mean_kl": 0.123}])
-    assert all(f">M, {name}<" in drawing for name in ("sawkv", "vLLM")), "a line of each"
+    assert all(f">{name}<" in drawing for name in ("M-Instruct", "int4", "vLLM&#x27;s fp8")), "a point of each"
     assert "0.123" not in drawing
     assert [what for _, what in fidelity_tables.checks(records) if "KL" in what] == []
     alike = {**small, "method": "prepared", "tokens": 1022, "kl_by_window": [0.4, 0.6]}

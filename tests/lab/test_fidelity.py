@@ -140,6 +140,29 @@ def test_what_was_wanted_passes_and_fails() -> None:
     )
 
 
+def test_rivals_stand_beside_formats_of_sawkv() -> None:
+    place = {"window": 512, "tokens": 2044}
+    records = [
+        made_record("prepared", "lab", 9.0, window=512, tokens=511),
+        made_record("oscar_codes", "lab", 1.0, bits=2.5, **place),
+        made_record("kvarn_codes", "lab", 0.2, bits=3.5625, **place),
+        made_record("prepared_int3", "lab", 0.1, bits=3.5, **place),
+        made_record("prepared_int3", "server", 5.0, **place),
+    ]
+    rows = [row for row in fidelity_tables.tables(records, []).splitlines() if row.startswith("| ")]
+    assert rows[:4] == [
+        "| codes alone | bits | m |",
+        "| KVarN, K4V2 | 3.5625 | 0.2050 (0.1800 to 0.2200) |",
+        "| **sawkv `int3`** | 3.5 | 0.1025 (0.0900 to 0.1100) |",
+        "| OSCAR | 2.5 | 1.02 (0.9000 to 1.10) |",
+    ]
+    drawing = fidelity_tables.curves(records)
+    assert all(drawing.count(f">{name}</text>") == 1 for name in ("OSCAR", "KVarN, K4V2", "int3"))
+    whole = made_record("oscar", "lab", 1.0, bits=4.6, bits_of_codes=2.5, window=2048)
+    assert "| OSCAR | 2.5, 4.6 | 1.02 (0.9000 to 1.10), +1.0% |" in fidelity_tables.tables([whole], [])
+    assert "kl.svg" not in fidelity_tables.tables([whole], []), "no picture without points"
+
+
 def test_lost_answers_are_counted_at_every_depth() -> None:
     def cell(method: str, depth: float, correct: int) -> dict[str, Any]:
         return {

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from html import escape
@@ -359,6 +360,19 @@ def cloud(
                 f'<circle class="c{i % COLOURS}" cx="{px:.1f}" cy="{py:.1f}" r="4"><title>{tip}</title></circle>'
             )
     return _svg("chart", width, height, parts, title)
+
+
+def column(drawings: Sequence[str], titles: Sequence[str]) -> str:
+    """Drawings of equal width below each other, each below its title."""
+    parts, y, width = [], 0.0, 0.0
+    for drawing, title in zip(drawings, titles, strict=True):
+        size = re.search(r' width="(\d+)" height="(\d+)"', drawing)
+        if size is None:
+            raise ValueError(f"expected a drawing with a size, got {drawing[:60]}")
+        parts.append(_text(0, y + 12, title, "start", "title"))
+        parts.append(drawing.replace("<svg ", f'<svg y="{y + 24:.0f}" ', 1))
+        y, width = y + 34 + float(size[2]), max(width, float(size[1]))
+    return _svg("column", width, y, parts, "; ".join(titles))
 
 
 def standalone(drawing: str) -> str:
