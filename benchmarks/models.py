@@ -71,7 +71,8 @@ def page(records: Sequence[Mapping[str, Any]]) -> str:
             f"| {family.models} (`{name}`) | {family.kind} | {family.heads or 'latent'} | {' | '.join(cells)} |"
         )
     versions = sorted({_version(record) for record in records})
-    return f"{HEAD}\n" + "\n".join(lines) + "\n\nRecords: " + "; ".join(versions) + ".\n"
+    table = "\n".join(["<!-- models.jsonl -->", "", *lines, "", "<!-- end of models.jsonl -->"])
+    return f"{HEAD}\n{table}\n\nRecords: {'; '.join(versions)}.\n"
 
 
 def _version(record: Mapping[str, Any]) -> str:
