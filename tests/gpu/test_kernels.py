@@ -246,6 +246,28 @@ def test_options_of_turns(backend: str, most: int, options: dict[str, object]) -
 
 
 @pytest.mark.parametrize("most", [16, 40])
+def test_scores_that_jump(backend: str, most: int) -> None:
+    """From tile to tile by more than fp16 and fp32 hold as powers of two; weights are relative to an old maximum. Keys in
+    fp16 give scores of 200 to about 0.01.
+    """
+    skip_unless_it_extends(backend)
+    factors = torch.tensor(
+        [[0, 1, 3, 30, 29, 180, 0, 181, -200, 200], [200, 0, -200, 100, 120, 140, 199, 201, 205, 90]]
+    )
+    length = 64 * factors.shape[1]
+    batch = make_batch("int4", [length, length], device=DEVICE)
+    heads = torch.nn.functional.normalize(torch.randn(2, 128, device=DEVICE), dim=-1)
+    for factor, pages in zip(factors.to(DEVICE), batch.block_table, strict=True):
+        at = torch.arange(length, device=DEVICE)
+        k = factor.repeat_interleave(64)[:, None, None] * heads + 0.3 * torch.randn(length, 2, 128, device=DEVICE)
+        append(k.bfloat16(), torch.randn_like(k).bfloat16(), batch.cache, pages[at // 16].long() * 16 + at % 16)
+    starts = starts_of([most, most], DEVICE)
+    q = (heads.repeat_interleave(4, 0) + 0.03 * torch.randn(2 * most, 8, 128, device=DEVICE)).bfloat16()
+    got, want = (attend(batch, q, starts, name, softmax_scale=1.0) for name in (backend, "reference"))
+    compare_attention(got, want, starts, 5e-2, 3e-2)
+
+
+@pytest.mark.parametrize("most", [16, 40])
 def test_what_turns_leave_alone(backend: str, most: int) -> None:
     """Pages behind a window, which hold another request's tokens or NaN, and sequences of negative length."""
     skip_unless_it_extends(backend)

@@ -1,5 +1,5 @@
-// The extend kernel's dequantizer warps: convert tiles of codes to operands of the tensor cores, once for all query
-// rows.
+// The extend kernel's scaler and dequantizer warps: convert tiles of codes to operands of the tensor cores, once for
+// all query rows.
 //
 // A code n, masked in place, is the fp16 number n * 2^-24 (odd ones 2^bits times as large). One fma computes
 // (n - zero_point) * scale for two of them. The row's scale is first divided by a power of two near the tile's largest
@@ -9,27 +9,61 @@
 
 namespace sawkv {
 
-// The tokens of a tile that some query sees. The others become 0: their memory may hold NaN, and their weights of 0
-// would not hide it.
-struct TokenRange {
-  int first, end;
-  __device__ bool has(int token) const { return token >= first && token < end; }
-};
-
-// Bits of the largest scale among a lane's tokens, NaN ignored.
-__device__ inline u32 largest_scale(const u8* tile, int meta_offset, TokenRange range) {
-  u32 largest = 0;
-#pragma unroll
-  for (int i = 0; i < TILE; i += WARP) {
-    const int token = i + lane_index();
-    const u32 scale = *(const u32*)(tile + token / SPAN * SPAN_BYTES + meta_offset + token % SPAN * 4) & 0xffff;
-    if (range.has(token) && scale < 0x7c00) largest = max(largest, scale);
-  }
-  return largest;
+// Signals that something is written. Bulk copies and tensor cores access shared memory through another proxy, so a
+// fence comes first.
+__device__ inline void publish(u64* full) {
+  ptx::publish_to_copies();
+  hand_on(full);
 }
-// Exponent of the power of two at or below the largest scale of all lanes.
-__device__ inline int exponent_of(u32 largest_scale) {
-  return max((int)(__reduce_max_sync(ALL_LANES, largest_scale) >> 10), 1) - 15;
+
+// Of K or V of a tile: replaces each row's scale and zero point, in place, by the factor and the summand of the
+// dequantizers' fma, as fp16. Returns the exponent of the tile's power of two. Rows outside of `first` and `end` become
+// 0, because no query sees them: their memory may hold NaN, and their weights of 0 would not hide it.
+__device__ inline int prepare_scales(u8* tile, int meta_offset, int first, int end) {
+  constexpr int COUNT = TILE / WARP;
+  u32* meta[COUNT];
+  u32 largest = 0, bits[COUNT];
+#pragma unroll
+  for (int i = 0; i < COUNT; i++) {
+    const int token = i * WARP + lane_index();
+    meta[i] = (u32*)(tile + token / SPAN * SPAN_BYTES + meta_offset + token % SPAN * 4);
+    bits[i] = token >= first && token < end ? *meta[i] : 0;
+    const u32 scale = bits[i] & 0xffff;
+    if (scale < 0x7c00) largest = max(largest, scale);  // neither NaN nor infinite
+  }
+  // The power of two is at or below the largest scale.
+  const int exponent = max((int)(__reduce_max_sync(ALL_LANES, largest) >> 10), 1) - 15;
+#pragma unroll
+  for (int i = 0; i < COUNT; i++) {
+    const float factor = ptx::low_half_to_float(bits[i]) * power_of_two(15 - exponent);
+    *meta[i] = ptx::pack_halfs(factor, -ptx::high_half_to_float(bits[i]) * (factor * power_of_two(-24)));
+  }
+  return exponent;
+}
+
+// One warp does for each tile what would be the same in all dequantizers, and long for each of them.
+__device__ void run_scaler(Shared& s, const DecodeParams& p) {
+  int stage = 0, phase = 0, tiles_before = 0;
+  for (int n = 0;; n++) {
+    const Turn<CHUNK_SLOTS> turn{n};
+    ptx::wait(&s.chunk_full[turn.slot()], turn.phase());
+    const Chunk chunk = s.chunks[turn.slot()];
+    if (!chunk.num_tiles) return;
+    // Tokens from the first one that the first query sees, relative to the tile's first token
+    int end = chunk.length - chunk.first_tile * TILE, first = p.window ? end - chunk.query_len - p.window + 1 : 0;
+#pragma unroll 1
+    for (int tile = 0; tile < chunk.num_tiles; tile++, first -= TILE, end -= TILE) {
+      ptx::wait(&s.tile_full[stage], phase);
+      const int key_exponent = prepare_scales(s.tiles[stage], K_META, first, end),
+                value_exponent = prepare_scales(s.tiles[stage], V_META, first, end);
+      if (lane_index() == 0)
+        s.powers[(tiles_before + tile) % POWERS] = {power_of_two(key_exponent), (float)value_exponent,
+                                                    power_of_two(-value_exponent), 0};
+      publish(&s.scales_full[stage]);
+      if (++stage == STAGES) stage = 0, phase ^= 1;
+    }
+    tiles_before += chunk.num_tiles;
+  }
 }
 
 // A thread's part of K or V of a tile: a token's row, or every other block of 32 channels of it. Eight neighbouring
@@ -44,7 +78,7 @@ struct PartOfRow {
   static_assert(SHARE * TILE == DEQUANTIZERS * WARP && SHARE <= 2 && COUNT == 2, "head_dim 64 or 128");
   static constexpr int LOAD = largest_power_of_two_in(BITS);
   alignas(16) u32 codes[COUNT][BITS];
-  u32 meta;
+  u32 scales;  // the scaler's factor and summand
   int token, first;
 
   static __device__ int block(int first, int i) { return (first + SHARE * i) % BLOCKS; }
@@ -62,16 +96,13 @@ struct PartOfRow {
         *(Vector<u32, LOAD>*)&codes[i][w] =
             *(const Vector<u32, LOAD>*)(row + (n / 4 ^ swizzle) * SEGMENT_BYTES + n % 4 * 4);
       }
-    meta = *(const u32*)(span + META + token % SPAN * 4);
+    scales = *(const u32*)(span + META + token % SPAN * 4);
   }
 
-  __device__ void dequantize(TokenRange range, int exponent, u16* operand) const {
-    const bool is_there = range.has(token);
-    const float multiplier = is_there ? ptx::low_half_to_float(meta) * power_of_two(15 - exponent) : 0;
-    const float offset = is_there ? -ptx::high_half_to_float(meta) * (multiplier * power_of_two(-24)) : 0;
-    const u32 even = ptx::pack_halfs(multiplier, multiplier),
-              odd = ptx::pack_halfs(multiplier * power_of_two(-BITS), multiplier * power_of_two(-BITS)),
-              add = ptx::pack_halfs(offset, offset);
+  __device__ void dequantize(u16* operand) const {
+    constexpr u32 LESS = (15 - BITS) << 10;  // 2^-BITS in fp16
+    const u32 even = __byte_perm(scales, 0, 0x1010), add = __byte_perm(scales, 0, 0x3232),
+              odd = ptx::fma_halfs(even, LESS << 16 | LESS, 0);
     const u32 row = ptx::shared_address(operand) + token * 128;
 #pragma unroll
     for (int i = 0; i < COUNT; i++) {
@@ -88,42 +119,32 @@ struct PartOfRow {
   }
 };
 
-// Signals that an operand is written. Tensor cores read shared memory through another proxy, so a fence comes first.
-__device__ inline void publish(u64* full) {
-  ptx::publish_to_copies();
-  hand_on(full);
-}
-
-__device__ void run_dequantizer(Shared& s, const DecodeParams& p, int thread) {
+__device__ void run_dequantizer(Shared& s, int thread) {
   int stage = 0, stage_phase = 0, slot = 0, slot_phase = 0;  // positions in the two rings
   for (int n = 0;; n++) {
     const Turn<CHUNK_SLOTS> turn{n};
     ptx::wait(&s.chunk_full[turn.slot()], turn.phase());
-    const Chunk& chunk = s.chunks[turn.slot()];
-    const int num_tiles = uniform(chunk.num_tiles);
-    // Tokens from the first one that the first query sees, relative to the tile's first token
-    const int length = uniform(chunk.length - chunk.first_tile * TILE), query_len = uniform(chunk.query_len);
-    TokenRange range{p.window ? length - query_len - p.window + 1 : 0, length};
+    const int num_tiles = uniform(s.chunks[turn.slot()].num_tiles);
     if (!num_tiles) return;
     hand_on(&s.chunk_empty[turn.slot()]);
-#pragma unroll 1
-    for (int tile = 0; tile < num_tiles; tile++, range.first -= TILE, range.end -= TILE) {
-      const u8* from = s.tiles[stage];
+    const auto read_keys = [&] {
       ptx::wait(&s.tile_full[stage], stage_phase);
-      const u32 key_scale = largest_scale(from, K_META, range), value_scale = largest_scale(from, V_META, range);
-      const PartOfRow<false> keys(from, thread);
-      const PartOfRow<true> values(from, thread);
-      const int key_exponent = exponent_of(key_scale), value_exponent = exponent_of(value_scale);
+      ptx::wait(&s.scales_full[stage], stage_phase);
+      return PartOfRow<false>(s.tiles[stage], thread);
+    };
+    PartOfRow<false> keys = read_keys();
+#pragma unroll 1
+    for (int tile = 1; tile <= num_tiles; tile++) {
+      const PartOfRow<true> values(s.tiles[stage], thread);
       hand_on(&s.tile_empty[stage]);
-      ptx::wait(&s.keys_empty[slot], slot_phase ^ 1);
-      if (thread == 0)  // published with the keys, before values are complete, since weights need them
-        s.powers[slot] = {power_of_two(key_exponent), (float)value_exponent, power_of_two(-value_exponent), 0};
-      keys.dequantize(range, key_exponent, s.keys[slot]);
-      publish(&s.keys_full[slot]);
-      ptx::wait(&s.values_empty[slot], slot_phase ^ 1);
-      values.dequantize(range, value_exponent, s.values[slot]);
-      publish(&s.values_full[slot]);
       if (++stage == STAGES) stage = 0, stage_phase ^= 1;
+      ptx::wait(&s.keys_empty[slot], slot_phase ^ 1);
+      keys.dequantize(s.keys[slot]);
+      publish(&s.keys_full[slot]);
+      if (tile < num_tiles) keys = read_keys();  // they arrive while values are dequantized
+      ptx::wait(&s.values_empty[slot], slot_phase ^ 1);
+      values.dequantize(s.values[slot]);
+      publish(&s.values_full[slot]);
       if (++slot == OPERAND_STAGES) slot = 0, slot_phase ^= 1;
     }
   }

@@ -3,6 +3,7 @@
 //
 //   scheduler warp      scheduler.cuh: takes chunks from the schedule, prepares their queries
 //   producer warp       producer.cuh: copies tiles of pages into a ring in shared memory
+//   scaler warp         dequantizer.cuh: prepares the scales of tiles
 //   dequantizer warps   dequantizer.cuh: four; convert tiles to operands, once for all rows
 //   consumer warps      extend_consumer.cuh: two warpgroups; one computes weights while the other uses the tensor cores
 //
@@ -35,11 +36,13 @@ __global__ void __launch_bounds__(THREADS, 1) sawkv_extend(const __grid_constant
       run_producer(s, p, warp);
     else if (warp == SCHEDULER)
       run_scheduler(s, p);
+    else if (warp == SCALER)
+      run_scaler(s, p);
     else
       share_scheduling(s, p, warp - SCHEDULER);
   } else if (warp < FIRST_CONSUMER) {
     ptx::give_registers<HELPER_REGISTERS>();
-    run_dequantizer(s, p, threadIdx.x - FIRST_DEQUANTIZER * WARP);
+    run_dequantizer(s, threadIdx.x - FIRST_DEQUANTIZER * WARP);
   } else {
     ptx::take_registers<CONSUMER_REGISTERS>();
     run_extend_consumer(s, p, warp - FIRST_CONSUMER);

@@ -7,8 +7,17 @@
 
 namespace sawkv {
 
+// A tile whose scores are ready.
+struct Scored {
+  int begin;  // first token
+  bool is_masked;
+  const float* offsets;  // of the lane's first row, with BY_BUCKET
+  float key_power, value_exponent, value_power;
+};
+
 struct ExtendConsumer {
   static constexpr int PANEL_BYTES = TILE * 128;
+  static constexpr float MOST_WEIGHT = 1 << 10;  // of a lane's sum of a tile's weights; fp16 ends at 2^16
 
   u32 query[D / 16][4];
   u32 weights[TILE / 16][4];
@@ -20,7 +29,7 @@ struct ExtendConsumer {
 #if SOFTCAP && OFFSET && !BY_BUCKET
   float offset[2];
 #endif
-  int last[2], first[2];  // tokens that the rows see
+  int last[2];  // tokens that the rows see
 
   __device__ void start(const Shared& s, const DecodeParams& p, int slot, const Chunk& chunk, int first_row) {
     const int lane = lane_index();
@@ -41,7 +50,6 @@ struct ExtendConsumer {
       offset[e] = stats.offset;
 #endif
       last[e] = min(chunk.length - chunk.query_len + row.token, chunk.length - 1);
-      first[e] = p.window ? last[e] - p.window + 1 : 0;
       maximum[e] = -1e30f;
       sum[e] = 0;
     }
@@ -64,18 +72,20 @@ struct ExtendConsumer {
     ptx::commit_warpgroup();
   }
 
-  // Turns scores into weights. Returns whether earlier sums must be multiplied by `rescale`. Most tiles need no
-  // rescaling, because a maximum is raised only if it grows by more than 4 in log2. `offsets`: of the lane's first row,
-  // with BY_BUCKET.
-  __device__ bool weigh(int first_token, bool is_masked, const float* offsets, float key_power, float value_exponent,
-                        float value_power, float softcap_log2, float (&rescale)[2]) {
+  // Turns scores into weights, as pairs of halfs. Returns whether earlier sums must be multiplied by `rescale`. Nothing
+  // looks for the largest score in most tiles: weights relative to an old maximum are as exact, until they approach the
+  // end of fp16's range. A lane's sum of them shows that they may.
+  // FOLLOWS: a product of the last weights is not awaited yet, whose values have the barrier `values_empty`. Half of
+  // the new weights are ready by then.
+  template <bool FOLLOWS>
+  __device__ bool weigh(const Scored& tile, const DecodeParams& p, float (&rescale)[2], u64* values_empty) {
     float scale[2];
 #pragma unroll
-    for (int e = 0; e < 2; e++) scale[e] = factor[e] * key_power;
+    for (int e = 0; e < 2; e++) scale[e] = factor[e] * tile.key_power;
     // A weight is 2^(score * scale + added - maximum).
-    float added[2] = {value_exponent, value_exponent};
+    float added[2] = {tile.value_exponent, tile.value_exponent};
 #if BY_BUCKET
-    const float offset[2] = {offsets[0], offsets[8]};
+    const float offset[2] = {tile.offsets[0], tile.offsets[8]};
     if (!SOFTCAP) added[0] += offset[0], added[1] += offset[1];
 #endif
 #if SOFTCAP
@@ -85,44 +95,65 @@ struct ExtendConsumer {
 #if OFFSET
       x += offset[i / 2 % 2];
 #endif
-      scores[i] = softcap_log2 * (1 - 2 / (1 + ptx::exp2(x)));  // as in consumer.cuh
+      scores[i] = p.softcap_log2 * (1 - 2 / (1 + ptx::exp2(x)));  // as in consumer.cuh
     }
     scale[0] = scale[1] = 1;
 #endif
-    if (is_masked) {
+    if (tile.is_masked) {
 #pragma unroll
       for (int i = 0; i < TILE / 2; i++) {
-        const int token = first_token + i / 4 * 8 + lane_index() % 4 * 2 + i % 2;
-        if (token > last[i / 2 % 2] || token < first[i / 2 % 2]) scores[i] = -infinity();
+        const int token = tile.begin + i / 4 * 8 + lane_index() % 4 * 2 + i % 2;
+        const int last_seen = last[i / 2 % 2];
+        if (token > last_seen || (p.window && token <= last_seen - p.window)) scores[i] = -infinity();
       }
     }
-    float largest[4] = {scores[0], scores[1], scores[2], scores[3]};
-#pragma unroll
-    for (int i = 4; i < TILE / 2; i++) largest[i % 4] = fmaxf(largest[i % 4], scores[i]);
-#pragma unroll
-    for (int e = 0; e < 2; e++) largest[e] = fmaf(fmaxf(largest[2 * e], largest[2 * e + 1]), scale[e], added[e]);
-    const bool grows = __any_sync(ALL_LANES, largest[0] > maximum[0] + 4 || largest[1] > maximum[1] + 4);
+    float total[2] = {};
+    const float shift[2] = {added[0] - maximum[0], added[1] - maximum[1]};
+    if (FOLLOWS) {
+      ptx::wait_warpgroup<0>();
+      ptx::pin(out);
+      ptx::pin(weights);
+      hand_on(values_empty);
+    }
+    add_weights<0>(scale, shift, weights, total);
+    add_weights<TILE / 32>(scale, shift, weights, total);
+    const bool grows = __any_sync(ALL_LANES, !(fmaxf(total[0], total[1]) <= MOST_WEIGHT));
     if (grows) {
+      float largest[4] = {scores[0], scores[1], scores[2], scores[3]};
+#pragma unroll
+      for (int i = 4; i < TILE / 2; i++) largest[i % 4] = fmaxf(largest[i % 4], scores[i]);
 #pragma unroll
       for (int e = 0; e < 2; e++) {
-        float x = fmaxf(maximum[e], largest[e]);
+        float x = fmaxf(maximum[e], fmaf(fmaxf(largest[2 * e], largest[2 * e + 1]), scale[e], added[e]));
         x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 1));
         x = fmaxf(x, __shfl_xor_sync(ALL_LANES, x, 2));
         rescale[e] = ptx::exp2(maximum[e] - x);
         maximum[e] = x;
         sum[e] *= rescale[e];
       }
-    }
-    const float shift[2] = {added[0] - maximum[0], added[1] - maximum[1]};
-    float total[4] = {};
-#pragma unroll
-    for (int i = 0; i < TILE / 2; i++) {
-      scores[i] = ptx::exp2(fmaf(scores[i], scale[i / 2 % 2], shift[i / 2 % 2]));
-      total[i % 4] += scores[i];
+      total[0] = total[1] = 0;
+      const float shift[2] = {added[0] - maximum[0], added[1] - maximum[1]};
+      add_weights<0>(scale, shift, weights, total);
+      add_weights<TILE / 32>(scale, shift, weights, total);
     }
 #pragma unroll
-    for (int e = 0; e < 2; e++) sum[e] = fmaf(total[2 * e] + total[2 * e + 1], value_power, sum[e]);
+    for (int e = 0; e < 2; e++) sum[e] = fmaf(total[e], tile.value_power, sum[e]);
     return grows;
+  }
+  // The weights of half of the tile: of its 16 tokens number FIRST, and those after it. Adds to their sums per row.
+  template <int FIRST, int N>
+  __device__ void add_weights(const float (&scale)[2], const float (&shift)[2], u32 (&weights)[N][4],
+                              float (&total)[2]) const {
+    float sums[4] = {};
+#pragma unroll
+    for (int i = FIRST * 8; i < FIRST * 8 + TILE / 4; i += 2) {
+      const int e = i / 2 % 2;
+      const float low = ptx::exp2(fmaf(scores[i], scale[e], shift[e])),
+                  high = ptx::exp2(fmaf(scores[i + 1], scale[e], shift[e]));
+      sums[2 * e] += low, sums[2 * e + 1] += high;
+      weights[i / 8][i / 2 % 4] = ptx::pack_halfs(low, high);
+    }
+    total[0] += sums[0] + sums[1], total[1] += sums[2] + sums[3];
   }
 
   __device__ void rescale_out(const float (&rescale)[2]) {
@@ -131,13 +162,6 @@ struct ExtendConsumer {
       out[i] *= rescale[0], out[i + 1] *= rescale[0];
       out[i + 2] *= rescale[1], out[i + 3] *= rescale[1];
     }
-  }
-
-  __device__ void pack_weights() {
-#pragma unroll
-    for (int k = 0; k < TILE / 16; k++)
-#pragma unroll
-      for (int i = 0; i < 4; i++) weights[k][i] = ptx::pack_halfs(scores[8 * k + 2 * i], scores[8 * k + 2 * i + 1]);
   }
 
   // Store rows l / 4 + 8 * half of the result in shared memory, where a warp can read whole rows.
@@ -221,15 +245,14 @@ __device__ void run_extend_consumer(Shared& s, const DecodeParams& p, int warp) 
     if (!continues) consumer.start(s, p, turn.slot(), chunk, first_row);
     const int first_token = QueryRow(chunk.unit, chunk.query_len, first_row).token;
     const int unmasked_end = min(chunk.length - chunk.query_len + first_token + 1, chunk.length);
-    // All work between the scores and the weights of a tile
-    const auto weigh = [&](int tile, Turn<OPERAND_STAGES> operand, float (&rescale)[2]) {
-      const int slot = operand.slot();
-      const float4 powers = s.powers[slot];
-      hand_on(&s.keys_empty[slot]);
+    // What weighing a tile needs besides its scores. Its keys are read by then.
+    const auto scored = [&](int tile, Turn<OPERAND_STAGES> operand) -> Scored {
+      const float4 powers = s.powers[operand.n % POWERS];
+      hand_on(&s.keys_empty[operand.slot()]);
       const int begin = (chunk.first_tile + tile) * TILE;
       const bool is_masked = begin + TILE > unmasked_end || (p.window && begin < chunk.length - p.window);
       const float* offsets = offsets_at(s, n, chunk_bucket(chunk, begin), first_row + lane_index() / 4);
-      return consumer.weigh(begin, is_masked, offsets, powers.x, powers.y, powers.z, p.softcap_log2, rescale);
+      return {begin, is_masked, offsets, powers.x, powers.y, powers.z};
     };
 
     int tile = DEALS_TILES ? (group + CONSUMER_GROUPS - tiles_before % CONSUMER_GROUPS) % CONSUMER_GROUPS : 0;
@@ -243,9 +266,8 @@ __device__ void run_extend_consumer(Shared& s, const DecodeParams& p, int warp) 
       consumer.multiply_keys(keys + operand.slot() * OPERAND);
       ptx::wait_warpgroup<0>();
       ptx::pin(consumer.scores);
-      const bool is_first_rescaled = weigh(tile, operand, rescale);
+      const bool is_first_rescaled = consumer.weigh<false>(scored(tile, operand), p, rescale, nullptr);
       if (continues && is_first_rescaled) consumer.rescale_out(rescale);
-      consumer.pack_weights();
       // Pipelined: products of a tile's keys are issued together with those of the previous tile's weights and values.
 #pragma unroll 1
       for (tile += STEP; tile < chunk.num_tiles; tile += STEP) {
@@ -261,12 +283,8 @@ __device__ void run_extend_consumer(Shared& s, const DecodeParams& p, int warp) 
         end_products(group);
         ptx::wait_warpgroup<1>();
         ptx::pin(consumer.scores);
-        const bool is_rescaled = weigh(tile, next, rescale);
-        ptx::wait_warpgroup<0>();
-        ptx::pin(consumer.out);
-        hand_on(&s.values_empty[operand.slot()]);
+        const bool is_rescaled = consumer.weigh<true>(scored(tile, next), p, rescale, &s.values_empty[operand.slot()]);
         if (is_rescaled) consumer.rescale_out(rescale);
-        consumer.pack_weights();
         operand = next;
       }
       ptx::wait(&s.values_full[operand.slot()], operand.phase());

@@ -9,12 +9,14 @@
 namespace sawkv {
 
 constexpr int WARPGROUP = 4 * WARP;
-// Four warpgroups: helpers, of which all but the producer prepare queries; dequantizers; and two groups of consumers.
-constexpr int PRODUCERS = 1, SCHEDULER = PRODUCERS, FIRST_DEQUANTIZER = 4, FIRST_CONSUMER = 8;
-constexpr int SCHEDULERS = FIRST_DEQUANTIZER - SCHEDULER;
+// Four warpgroups: helpers (a producer, two warps that prepare queries, a scaler); dequantizers; and two groups of
+// consumers.
+constexpr int PRODUCERS = 1, SCHEDULER = PRODUCERS, SCALER = 3, FIRST_DEQUANTIZER = 4, FIRST_CONSUMER = 8;
+constexpr int SCHEDULERS = SCALER - SCHEDULER;
 constexpr int DEQUANTIZERS = FIRST_CONSUMER - FIRST_DEQUANTIZER, CONSUMER_GROUPS = 2, CONSUMERS = 4 * CONSUMER_GROUPS;
 constexpr int THREADS = (FIRST_CONSUMER + CONSUMERS) * WARP;
-constexpr int HELPER_REGISTERS = 64, CONSUMER_REGISTERS = 192;
+// The compiler spills two of 192 for head_dim 64, and none of 184.
+constexpr int HELPER_REGISTERS = 64, CONSUMER_REGISTERS = D == 64 ? 184 : 192;
 static_assert(2 * HELPER_REGISTERS + CONSUMER_GROUPS * CONSUMER_REGISTERS <= 512, "64k registers for an SM");
 
 constexpr int GROUP_ROWS = 64;  // query rows of a consumer group
@@ -32,6 +34,10 @@ constexpr int STAGES = DEALS_TILES ? 5 : 6, MOST_UNDER_WAY = STAGES;
 // Stages for dequantized tiles. Each belongs to one group, because a warp must not skip a phase of its barriers.
 constexpr int OPERAND_STAGES = DEALS_TILES ? 4 : 3;
 static_assert(!DEALS_TILES || OPERAND_STAGES % CONSUMER_GROUPS == 0, "a stage has one owner");
+// The scaler writes a tile's powers before there is room for its operands. It is ahead of consumers by what both rings
+// and the dequantizers hold.
+constexpr int POWERS = 16;
+static_assert(POWERS >= STAGES + OPERAND_STAGES + 2, "powers are read before they are written again");
 constexpr int OPERAND_READERS = DEALS_TILES ? 4 : CONSUMERS;  // warps
 
 // Operands are the tile's values times 2^-9, divided by a power of two that all rows of the tile share.
@@ -66,15 +72,16 @@ struct Shared {
 #endif
   float results[CONSUMERS][8][D + 4];
   float2 result_stats[CONSUMERS][8];  // x: maximum, as in Result; y: sum of the weights
-  float4 powers[OPERAND_STAGES];      // x: power of two for keys; y, z: exponent and inverse of that for values
+  float4 powers[POWERS];              // x: power of two for keys; y, z: exponent and inverse of that for values
   Chunk chunks[CHUNK_SLOTS];
-  u64 tile_full[STAGES], tile_empty[STAGES];
+  u64 tile_full[STAGES], scales_full[STAGES], tile_empty[STAGES];
   u64 keys_full[OPERAND_STAGES], keys_empty[OPERAND_STAGES], values_full[OPERAND_STAGES], values_empty[OPERAND_STAGES];
   u64 chunk_full[CHUNK_SLOTS], queries_full[CHUNK_SLOTS], chunk_empty[CHUNK_SLOTS];
 
   __device__ void init_barriers() {
     for (int i = 0; i < STAGES; i++)
-      ptx::init_barrier(&tile_full[i], 1), ptx::init_barrier(&tile_empty[i], DEQUANTIZERS * WARP_ARRIVALS);
+      ptx::init_barrier(&tile_full[i], 1), ptx::init_barrier(&scales_full[i], WARP_ARRIVALS),
+          ptx::init_barrier(&tile_empty[i], DEQUANTIZERS * WARP_ARRIVALS);
     for (int i = 0; i < OPERAND_STAGES; i++) {
       ptx::init_barrier(&keys_full[i], DEQUANTIZERS * WARP_ARRIVALS);
       ptx::init_barrier(&values_full[i], DEQUANTIZERS * WARP_ARRIVALS);

@@ -75,6 +75,11 @@ __device__ inline void pin(float (&d)[N]) {
 #pragma unroll
   for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
 }
+template <int M, int N>
+__device__ inline void pin(u32 (&a)[M][N]) {
+#pragma unroll
+  for (int i = 0; i < M * N; i++) asm volatile("" : "+r"(a[i / N][i % N])::"memory");
+}
 
 // Set the registers per thread of this warpgroup.
 template <int N>
