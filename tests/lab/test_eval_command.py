@@ -83,7 +83,7 @@ def test_another_model_needs_a_text(tmp_path: Path, capsys: pytest.CaptureFixtur
         if file.suffix in {".json", ".safetensors"} and "evaluation" not in file.name:
             (tmp_path / file.name).symlink_to(file.resolve())
     assert cli.main(["eval", str(tmp_path), "--quiet"]) == 2
-    assert "expected --text FILE" in capsys.readouterr().err
+    assert "--text: expected a file" in capsys.readouterr().err
     (tmp_path / "short.txt").write_text("too short")
     assert cli.main(["eval", str(tmp_path), "--text", str(tmp_path / "short.txt"), "--quiet"]) == 2
     assert "expected at least 1024 tokens" in capsys.readouterr().err

@@ -38,6 +38,6 @@ class Budget(Record, frozen=True):
     def __post_init__(self) -> None:
         for name in ("tokens", "window", "batch_tokens"):
             if getattr(self, name) < 1:
-                raise SawkvError(f"{name}: expected at least 1, got {getattr(self, name)}")
+                raise SawkvError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(self, name)}")
         if self.window < 32:
-            raise SawkvError(f"window: expected at least 32 tokens, got {self.window}")
+            raise SawkvError(f"--window: expected at least 32 tokens, got {self.window}")

@@ -51,7 +51,7 @@ class Text:
         available = len(self.ids) // max(1, size)
         if size < 2 or available < 2:
             raise SawkvError(
-                f"text: expected at least {2 * max(size, 2)} tokens for windows of {window}, got {len(self.ids)} in"
+                f"--text: expected at least {2 * max(size, 2)} tokens for windows of {window}, got {len(self.ids)} in"
                 f" {self.name}"
             )
         calibrating = min(num_calibration, max(1, available // 4))
@@ -67,7 +67,7 @@ class Text:
         size = window - len(self.prefix)
         if size < 2 or len(self.ids) < size:
             raise SawkvError(
-                f"text: expected at least {max(size, 2)} tokens for a window of {window}, got {len(self.ids)} in"
+                f"--text: expected at least {max(size, 2)} tokens for a window of {window}, got {len(self.ids)} in"
                 f" {self.name}"
             )
         if (available := len(self.ids) // size) < num_windows:
@@ -147,10 +147,10 @@ def load_text(model: Path, file: Path | None) -> Text:
     if file is None:
         held_out = model / HELD_OUT
         if not held_out.is_file():
-            raise SawkvError(f"text: expected --text FILE, since {model} holds no {HELD_OUT}; got none")
+            raise SawkvError(f"--text: expected a file, since {model} holds no {HELD_OUT}; got none")
         return Text("held-out", torch.from_numpy(np.load(held_out)["tokens"].astype(np.int64)), prefix, encode)
     try:
         content = file.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
-        raise SawkvError(f"text: expected a UTF-8 file, got {file}: {reason(error)}") from error
+        raise SawkvError(f"--text: expected a UTF-8 file, got {file}: {reason(error)}") from error
     return Text(file.name, torch.tensor(encode(content), dtype=torch.int64), prefix, encode)
