@@ -247,8 +247,8 @@ def test_options_of_turns(backend: str, most: int, options: dict[str, object]) -
 
 @pytest.mark.parametrize("most", [16, 40])
 def test_scores_that_jump(backend: str, most: int) -> None:
-    """From tile to tile by more than fp16 and fp32 hold as powers of two; weights are relative to an old maximum. Keys in
-    fp16 give scores of 200 to about 0.01.
+    """From tile to tile by more than fp16 and fp32 hold as powers of two; weights are relative to an old maximum. Keys
+    in fp16 give scores of 200 to about 0.01.
     """
     skip_unless_it_extends(backend)
     factors = torch.tensor(
