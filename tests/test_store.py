@@ -11,9 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from sawkv import CacheFormat, UnsupportedError
+from sawkv.errors import SawkvError
 from sawkv.prepare import store
 from sawkv.prepare.calibration import Calibration
 from sawkv.prepare.store import CalibrationStore, contents_digest, load_shipped, make_key, shipped_paths
@@ -36,6 +38,16 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
     assert loaded.fingerprint() == saved.fingerprint()
     assert Calibration.load(kept.path(KEY)).fingerprint() == saved.fingerprint(), "a calibration file, to use elsewhere"
     assert kept.load(make_key({"weights": "x"}), **EXPECTED) is None
+
+
+def test_a_full_disk_leaves_nothing_and_is_said_of_the_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(*arguments: object) -> None:
+        raise SafetensorError("No space left on device (os error 28)")
+
+    monkeypatch.setattr("sawkv.prepare.calibration.save_file", fill)
+    with pytest.raises(SawkvError, match=rf"^cannot write {tmp_path}/{KEY}\.safetensors: No space left"):
+        CalibrationStore(tmp_path).save(KEY, calibration())
+    assert not list(tmp_path.iterdir())
 
 
 def refuse_to_remove(self: Path, missing_ok: bool = False) -> None:

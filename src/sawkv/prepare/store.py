@@ -18,7 +18,6 @@ from typing import Any, Final
 
 from sawkv import __version__
 from sawkv.errors import CalibrationError
-from sawkv.files import writing
 from sawkv.format.spec import CacheFormat
 from sawkv.kernels.disk import private_folder
 from sawkv.prepare.calibration import VERSION, Calibration, model_id
@@ -103,8 +102,7 @@ class CalibrationStore:
             SawkvError: it cannot be written.
         """
         path = self.path(key)
-        with writing(path) as part:
-            calibration.save(part)
+        calibration.save(path)
         return path
 
 
