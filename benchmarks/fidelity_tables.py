@@ -198,7 +198,11 @@ def kept(records: Sequence[Record]) -> str:
 
 
 def _with_interval(r: Record | None) -> str:
-    return "" if r is None else f"{_kl(r['mean_kl'])} ({_kl(r['kl_ci95'][0])} to {_kl(r['kl_ci95'][1])})"
+    """Mean KL, and its interval if it is of more than one window."""
+    if r is None:
+        return ""
+    low, high = r["kl_ci95"]
+    return _kl(r["mean_kl"]) + (f" ({_kl(low)} to {_kl(high)})" if len(r["kl_by_window"]) > 1 else "")
 
 
 def tables(records: Sequence[Record], recall: Sequence[Record]) -> str:

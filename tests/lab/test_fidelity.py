@@ -160,6 +160,8 @@ def test_rivals_stand_beside_formats_of_sawkv() -> None:
     assert all(drawing.count(f">{name}</text>") == 1 for name in ("OSCAR", "KVarN, K4V2", "int3"))
     whole = made_record("oscar", "lab", 1.0, bits=4.6, bits_of_codes=2.5, window=2048)
     assert "| OSCAR | 2.5, 4.6 | 1.02 (0.9000 to 1.10), +1.0% |" in fidelity_tables.tables([whole], [])
+    one = whole | {"kl_by_window": [1.0]}
+    assert "| OSCAR | 2.5, 4.6 | 1.02, +1.0% |" in fidelity_tables.tables([one], []), "one window has no interval"
     assert "kl.svg" not in fidelity_tables.tables([whole], []), "no picture without points"
 
 

@@ -230,7 +230,7 @@ def scatter(
         corners.append(f"{x:.1f},{y:.1f}")
     parts.append(f'<polyline class="frontier" points="{" ".join(corners)}"/>')
     numbered = sorted(shown, key=lambda point: (point.x, point.y))
-    for _, group in itertools.groupby(numbered, key=lambda point: round(2 * point.x)):
+    for _, group in itertools.groupby(numbered, key=lambda point: math.floor(2 * point.x + 0.5)):
         members = sorted(group, key=lambda point: -point.y)
         places = [place(point.x, point.y) for point in members]
         column = max(x for x, _ in places) + 22
