@@ -13,12 +13,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from benchmarks.plots import RESULTS, Record, load_name, markdown, read_records
+from benchmarks.plots import CARD, MODEL, RESULTS, Record, load_name, markdown, read_records
 
 ROOT: Final = Path(__file__).parents[1]
 MARKED: Final = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
 
-CARD: Final = "NVIDIA H100 80GB HBM3"
 OURS: Final = "int4-k128-v128"
 PEERS: Final = ("fp8", "vllm_int4_per_token_head", OURS)
 LOADS: Final = {
@@ -28,6 +27,7 @@ LOADS: Final = {
     "256/1024 x 1": "1 request, 256 tokens in, 1k out",
 }
 """Loads of `benchmarks.serving`, and how README names them."""
+NOT_MEASURED: Final = "not timed"
 
 FITTED: Final = {
     "prepared": "**prepared**",
@@ -55,15 +55,18 @@ def filled(page: str) -> str:
 
 
 def loads() -> str:
-    """Serving speed on one H100, and perplexity on the real checkpoints, of each cache."""
-    latest = {(load_name(r), r["format"]): r for r in read_records(RESULTS / "serving.jsonl") if r["device"] == CARD}
-    held = [latest["16384/1024 x 64", name]["kv_tokens"] for name in ("bf16", *PEERS)]
-    rows = [["tokens held", f"{held[0]:,}", *(f"{tokens / held[0]:.2f}x" for tokens in held[1:])]]
+    """Serving speed on one card, and perplexity on the real checkpoints, of each cache."""
+    records = [r for r in read_records(RESULTS / "serving.jsonl") if (r["device"], r["model"]) == (CARD, MODEL)]
+    latest = {(load_name(r), r["format"]): r for r in records}
+    rows: list[list[str]] = []
     for load, what in LOADS.items():
-        fields = [[latest[load, name][field] for name in ("bf16", *PEERS)] for field in ("output_tok_s", "ttft_mean_s")]
-        (speed, *speeds), (first, *firsts) = fields
-        ratios = (f"{x / speed:.2f}x, {y / first:.2f}x" for x, y in zip(speeds, firsts, strict=True))
-        rows.append([what, f"{speed:,.0f} tok/s, {first:.3g} s", *ratios])
+        base, *peers = [latest.get((load, name)) for name in ("bf16", *PEERS)]
+        assert base is not None
+        if not rows:
+            held = [f"{r['kv_tokens'] / base['kv_tokens']:.2f}x" if r else NOT_MEASURED for r in peers]
+            rows.append(["tokens held", f"{base['kv_tokens']:,}", *held])
+        speeds = [_speed(r, base) if r else NOT_MEASURED for r in peers]
+        rows.append([what, f"{base['output_tok_s']:,.0f} tok/s, {base['ttft_mean_s']:.3g} s", *speeds])
     served = {
         (r["model"], r["method"]): r
         for r in read_records(RESULTS / "real_models.jsonl")
@@ -118,6 +121,10 @@ def _key(r: Record, context: int | None) -> tuple[str, str, int | None]:
 
 def _kl(r: Record) -> str:
     return f"{r['mean_kl']:.2f}" if r["mean_kl"] >= 1 else f"{r['mean_kl']:.4f}"
+
+
+def _speed(r: Record, base: Record) -> str:
+    return f"{r['output_tok_s'] / base['output_tok_s']:.2f}x, {r['ttft_mean_s'] / base['ttft_mean_s']:.2f}x"
 
 
 def _change(r: Record | None) -> str:

@@ -50,11 +50,15 @@ AGENTS_COLUMNS: Final = {
 }
 SHOWN: Final = {"bf16": "BF16", "int4-k128-v128": "sawkv", "vllm_int4_per_token_head": "vLLM's INT4"}
 """Names in pictures, where they differ from those of records."""
+CARD: Final = "NVIDIA H200"
+MODEL: Final = "qwen3-8b"
+"""What README shows of docs/results/serving.jsonl."""
 BASE: Final = "fa3_bf16"
-WIDER: Final = {BASE: 4, "fa3_fp8": 2}
+WIDER: Final = {BASE: 4, "fa4_bf16": 4, "triton_bf16": 4, "fa3_fp8": 2}
 """Bytes that a kernel's cache has for each channel of K and V; the INT4 ones have one, and 8 a head for scales and zero
 points.
 """
+FEW_SHAPES: Final = 3
 
 
 def main() -> None:
@@ -151,16 +155,16 @@ def append_gather_table(records: Iterable[Record]) -> str:
 
 
 def plot_serving(records: Iterable[Record]) -> str:
-    """Output tok/s of each format over that of `bf16`, for the device with the most loads that have it."""
-    devices = _by_device(records, lambda r: (load_name(r), r["format"]))
-    device, found = max(devices.items(), key=lambda pair: sum(name == "bf16" for _, name in pair[1]))
+    """Output tok/s of each format over that of `bf16`, of the model and card that README shows."""
+    shown = [r for r in records if (r["device"], r["model"]) == (CARD, MODEL)]
+    found = {(load_name(r), r["format"]): r for r in shown}
     bases = {load: r["output_tok_s"] for (load, name), r in found.items() if name == "bf16"}
     formats = [name for name in dict.fromkeys(name for _, name in found) if name != "bf16"]
     groups = [
         (load, [found[load, name]["output_tok_s"] / base if (load, name) in found else math.nan for name in formats])
         for load, base in bases.items()
     ]
-    title = f"Output tok/s over BF16's, by load (INPUT/OUTPUT x REQUESTS), {device}"
+    title = f"Output tok/s over BF16's, by load (INPUT/OUTPUT x REQUESTS), {CARD}"
     return svg.bars(groups, [SHOWN.get(name, name) for name in formats], show="{:.2f}x".format, title=title)
 
 
@@ -200,13 +204,14 @@ def plot_agents(records: Iterable[Record]) -> str:
 
 
 def plot_roofline(records: Iterable[Record]) -> str:
-    """Bandwidth over bytes to read, for the last-named device."""
+    """Bandwidth over bytes to read, for the last-named device. Kernels of few shapes are in the table alone."""
     device, found = list(_by_device(records, lambda r: (r["shape"], r["kernel"])).items())[-1]
     roof = max(r["read_gb_s"] for r in found.values())
     series = []
     for kernel in dict.fromkeys(kernel for _, kernel in found):
         shown = [r for (_, k), r in found.items() if k == kernel and r["query_len"] == 1 and "shared_prefix" not in r]
-        series.append((kernel, [_own_bytes_and_speed(r) for r in shown]))
+        if len(shown) > FEW_SHAPES:
+            series.append((kernel, [_own_bytes_and_speed(r) for r in shown]))
     return svg.cloud(
         series,
         level=(f"this card reads {roof:,} GB/s", roof),
