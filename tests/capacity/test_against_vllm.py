@@ -11,7 +11,8 @@ from typing import Any
 
 import pytest
 
-from sawkv.capacity.memory import GIB, KVCache, Setting, cut_blocks, engine_caches
+from sawkv.capacity.caches import KVCache, engine_caches
+from sawkv.capacity.memory import GIB, Setting, cut_blocks
 from sawkv.capacity.model import read_shape
 from sawkv.capacity.weights import weights_of
 from sawkv.checkpoint import Checkpoint

@@ -1,30 +1,33 @@
-"""vLLM's arithmetic: what it reported on an H100, its defaults by card, and blocks of models whose layers differ."""
+"""vLLM's arithmetic: what it reported on two cards, its defaults by card, and blocks of models whose layers differ."""
 
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
 from benchmarks.shapes import SHAPES
+from sawkv.capacity.caches import KVCache, engine_caches
 from sawkv.capacity.memory import (
     GIB,
-    KVCache,
     Plan,
     Setting,
     card,
     cut_blocks,
-    engine_caches,
     longest_context,
     make_plan,
     size_bytes,
 )
 from sawkv.capacity.model import ModelShape, read_shape
+from sawkv.capacity.weights import weights_of
+from sawkv.checkpoint import Checkpoint
 from sawkv.errors import SawkvError, UnsupportedError
 from sawkv.format.spec import CacheFormat
 from tests.capacity.configs import CONFIGS
 
 H100 = Setting(card("80GiB")[0], context=17408, gpu_memory_utilization=0.90, max_num_batched_tokens=16384)
+H200 = replace(H100, gpu_memory=card("141GiB")[0])
 QWEN3_8B_BYTES = 16_381_470_720
 
 
@@ -37,11 +40,23 @@ def plans(name: str, setting: Setting, weight_bytes: int = QWEN3_8B_BYTES) -> li
     return [make_plan(shape, setting, cache, weight_bytes) for cache in caches(shape)]
 
 
-def test_within_two_percent_of_what_vllm_reported_on_an_h100() -> None:
-    """Qwen3-8B, vLLM 0.26.0, gpu_memory_utilization 0.90. INT4: docs/results/serving.jsonl."""
-    bf16, _, int4 = plans("qwen3-8b", H100)
-    assert bf16.tokens == pytest.approx(394_576, rel=0.02)
-    assert int4.tokens == pytest.approx(1_481_040, rel=0.02)
+@pytest.mark.parametrize(
+    ("name", "setting", "bf16", "int4"),
+    [
+        ("qwen3-8b", H100, 394_576, 1_481_040),  # vLLM 0.26
+        ("qwen3-8b", H200, 791_520, 2_976_448),
+        ("gemma-4-26b-a4b", replace(H200, context=33280), 351_008, 1_356_290),  # vLLM 0.33
+        ("qwen3.5-35b-a3b", replace(H200, context=33280), 2_446_080, 6_249_984),
+    ],
+)
+def test_within_two_percent_of_what_vllm_reported(name: str, setting: Setting, bf16: int, int4: int) -> None:
+    """At gpu_memory_utilization 0.90 on one card: docs/results/serving.jsonl."""
+    weights = weights_of(Checkpoint(name, SHAPES[name], Path("nowhere")), read_shape(SHAPES[name])).nbytes
+    wide, _, narrow = plans(name, setting, weights)
+    assert wide.tokens == pytest.approx(bf16, rel=0.02)
+    assert narrow.tokens == pytest.approx(int4, rel=0.02)
+    forgotten = replace(setting, gpu_memory=setting.gpu_memory + 8 * GIB)
+    assert plans(name, forgotten, weights)[0].tokens != pytest.approx(bf16, rel=0.02), "the control"
 
 
 def test_more_cards_hold_more_and_weights_that_do_not_fit_hold_nothing() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.shapes import SHAPES
-from sawkv.capacity.memory import KVCache
+from sawkv.capacity.caches import KVCache
 from sawkv.capacity.model import Attention, State, read_shape
 from sawkv.errors import UnsupportedError
 from sawkv.format.spec import CacheFormat

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sawkv.bench.records import FP8, SIXTEEN_BITS
-from sawkv.capacity import memory
+from sawkv.capacity import caches, memory
 from sawkv.capacity.model import read_shape
 from sawkv.capacity.weights import weights_of
 from sawkv.checkpoint import read_checkpoint
@@ -34,8 +34,8 @@ def predict(model: str, cache: str, words: Sequence[str], context: int, *, on_gp
         if checkpoint is None or not (on_gpu or nbytes):
             return None
         shape = read_shape(checkpoint.config, options.has("--language-model-only"))
-        wide, fp8 = memory.engine_caches(shape)
-        stored = {SIXTEEN_BITS: wide, FP8: fp8}.get(cache) or memory.KVCache.of_format(CacheFormat.parse(cache), shape)
+        wide, fp8 = caches.engine_caches(shape)
+        stored = {SIXTEEN_BITS: wide, FP8: fp8}.get(cache) or caches.KVCache.of_format(CacheFormat.parse(cache), shape)
         gpu_memory, name = memory.card(None) if on_gpu else (memory.GIB, "")
         setting = memory.Setting(
             gpu_memory,

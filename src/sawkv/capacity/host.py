@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from sawkv.capacity.memory import KVCache, Setting, cut_blocks
+from sawkv.capacity.caches import KVCache
+from sawkv.capacity.memory import Setting, cut_blocks
 from sawkv.capacity.model import ModelShape
 from sawkv.errors import SawkvError
 

@@ -1,5 +1,5 @@
-"""vLLM's division of GPU memory (0.32): its share, minus weights, minus the peak of a profiling step, minus memory
-outside torch, divided into blocks.
+"""vLLM's division of GPU memory (0.33): its share, minus weights, minus what it allocates for good and the peak of a
+profiling step, minus memory outside torch, divided into blocks.
 
 The profiling step is estimated from shapes, so totals are within about 2 %. The number of blocks for given bytes of KV
 cache, and the blocks that a request takes, are exact.
@@ -10,15 +10,13 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from math import lcm
 from typing import Final
 
+from sawkv.capacity.caches import KVCache
 from sawkv.capacity.model import Attention, ModelShape, State
-from sawkv.errors import FormatError, SawkvError, UnsupportedError
-from sawkv.format.layout import ENGINE_PAGE_SIZE, PAGE_SIZE_MULTIPLE, PageLayout
-from sawkv.format.spec import CacheFormat
+from sawkv.errors import SawkvError, UnsupportedError
 
 GIB: Final = 1 << 30
 _UNITS: Final = {"M": 1 << 20, "G": GIB, "T": 1 << 40}
@@ -36,9 +34,6 @@ BATCH_DEFAULTS: Final = ((160 * GIB, 16384, 1024), (70 * GIB, 8192, 1024), (0, 2
 
 SMALL_BATCH_CARDS: Final = ("a100", "gb10")
 """Names of cards that get the last of these defaults although they have more than 70 GiB."""
-
-LADDER: Final = ("int8", "int4", "int4v3", "int3", "int3v2", "int2")
-"""Formats of `own_caches`: at equal bytes the one with the lower KL (docs/decisions/0027)."""
 
 CONCURRENT_STEPS: Final = 2
 """Steps in flight with asynchronous scheduling. A sliding window keeps pages for each."""
@@ -70,57 +65,6 @@ def card(size: str | None) -> tuple[int, str]:
     if not torch.cuda.is_available():
         raise UnsupportedError("plan: expected --gpu-memory SIZE where there is no GPU, for example --gpu-memory 80GiB")
     return torch.cuda.mem_get_info()[1], torch.cuda.get_device_name()
-
-
-@dataclass(frozen=True)
-class KVCache:
-    """How K and V are stored: in `cache_format`, or by vLLM in elements of `element_bytes`.
-
-    Attributes:
-        block_size: tokens per block, unless `--block-size` or recurrent states need more.
-    """
-
-    name: str
-    block_size: int = 16
-    element_bytes: int = 0
-    cache_format: CacheFormat | None = None
-
-    @classmethod
-    def of_format(cls, cache_format: CacheFormat, shape: ModelShape) -> KVCache:
-        """A cache in sawkv's pages.
-
-        Raises:
-            UnsupportedError: the format does not fit a layer's head_dim.
-        """
-        try:
-            names = {str(cache_format.resolve(layer.head_dim)) for layer in shape.attention}
-        except FormatError as error:
-            raise UnsupportedError(f"sawkv cannot serve this model: {error}") from error
-        return cls(names.pop() if len(names) == 1 else str(cache_format), ENGINE_PAGE_SIZE, cache_format=cache_format)
-
-    def token_bytes(self, layer: Attention, ranks: int) -> int:
-        """Bytes of K and V of one token on each of `ranks` GPUs."""
-        heads = max(1, layer.num_kv_heads // ranks)
-        if self.cache_format is None:
-            return heads * 2 * layer.head_dim * self.element_bytes
-        return heads * PageLayout(self.cache_format, 1, layer.head_dim, PAGE_SIZE_MULTIPLE).head_bytes
-
-
-def own_caches(shape: ModelShape) -> list[KVCache]:
-    """Caches in sawkv's pages, most bits first, of the formats that fit all layers."""
-    found = []
-    for name in LADDER:
-        with suppress(UnsupportedError):
-            found.append(KVCache.of_format(CacheFormat(name), shape))
-    return found
-
-
-def engine_caches(shape: ModelShape) -> list[KVCache]:
-    """vLLM's own caches: 16 bits and fp8."""
-    decoder = shape.config.get_text_config(decoder=True)
-    dtype = str(getattr(decoder, "dtype", None) or getattr(shape.config, "dtype", None))
-    sixteen_bits = "fp16" if dtype in ("torch.float16", "float16") else "bf16"
-    return [KVCache(sixteen_bits, element_bytes=2), KVCache("fp8", element_bytes=1)]
 
 
 @dataclass(frozen=True)
@@ -213,6 +157,7 @@ class Plan:
     weights: int
     activations: int
     workspace: int
+    token_counts: int
     outside_torch: int
     kv_cache: int
     bytes_per_token: int
@@ -249,8 +194,11 @@ def make_plan(shape: ModelShape, setting: Setting, cache: KVCache, weight_bytes:
     usable = int(setting.gpu_memory * setting.gpu_memory_utilization)
     weights = weight_bytes // ranks
     activations = _profile_peak(shape, setting)
-    workspace = _prefill_workspace(shape, setting) if cache.cache_format is not None else 0
-    kv_cache = max(0, usable - weights - activations - workspace - OUTSIDE_TORCH)
+    workspace = _expert_workspace(shape, setting)  # vLLM has one workspace for all
+    if cache.cache_format is not None:
+        workspace = max(workspace, _prefill_workspace(shape, setting))
+    token_counts = _token_counts(shape, setting)
+    kv_cache = max(0, usable - weights - activations - workspace - token_counts - OUTSIDE_TORCH)
     blocks = cut_blocks(shape, setting, cache)
     num_blocks = kv_cache // blocks.nbytes
     requests = num_blocks / blocks.of_request
@@ -260,6 +208,7 @@ def make_plan(shape: ModelShape, setting: Setting, cache: KVCache, weight_bytes:
         weights=weights,
         activations=activations,
         workspace=workspace,
+        token_counts=token_counts,
         outside_torch=OUTSIDE_TORCH,
         kv_cache=kv_cache,
         bytes_per_token=sum(cache.token_bytes(layer, ranks) for layer in shape.attention),
@@ -384,6 +333,20 @@ def _profile_peak(shape: ModelShape, setting: Setting) -> int:
     layer = 2 * tokens * (shape.hidden_size + max(dense, sparse, shape.mixer_size // ranks))
     logits = 2 * tokens * shape.hidden_size + min(tokens, setting.seqs) * shape.vocab_size * (2 + 4)
     return max(layer, logits)
+
+
+def _expert_workspace(shape: ModelShape, setting: Setting) -> int:
+    """Bytes of the workspace of vLLM's Triton experts: two products for each expert of each token, in 16 bits."""
+    expert = shape.expert_size // setting.tensor_parallel
+    widths = max(expert, shape.hidden_size) + max(2 * expert, shape.hidden_size)
+    return 2 * setting.batched_tokens * shape.experts_per_token * widths
+
+
+def _token_counts(shape: ModelShape, setting: Setting) -> int:
+    """Bytes that vLLM 0.33 allocates to penalize repetition: per request, a count of each word of the vocabulary in the
+    answer, and a bit of whether it is in the prompt. Older versions allocate them when a request asks for penalties.
+    """
+    return setting.seqs * (4 * shape.vocab_size + shape.vocab_size // 8)
 
 
 def _prefill_workspace(shape: ModelShape, setting: Setting) -> int:

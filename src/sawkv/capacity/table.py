@@ -23,7 +23,8 @@ def table(plans: Sequence[Plan], setting: Setting, hosts: Sequence[HostPlan] = (
             ("usable by vLLM", "usable"),
             ("weights", "weights"),
             ("activations", "activations"),
-            ("prefill workspace", "workspace"),
+            ("workspace", "workspace"),
+            ("counts of tokens", "token_counts"),
             ("outside of torch", "outside_torch"),
             ("KV cache", "kv_cache"),
         )
@@ -96,7 +97,7 @@ def assumptions(setting: Setting, shape: ModelShape, weights: Weights) -> list[s
         f"No LoRA, no speculative decoding, {'prefix' if setting.prefix_caching else 'no prefix'} caching.",
         (
             "Activations as in vLLM's profiling step: the largest of an MLP's, of the projection before a state, and of"
-            " the logits. Outside of torch as measured once on an H100, with a dense model of 8B."
+            " the logits. Counts of tokens, for penalties, as in vLLM 0.33. Outside of torch as measured on an H100."
         ),
     ]
     if shape.sees:

@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan. The exit status is 1 if a request of this length fits in no format."""
-    from sawkv.capacity import memory, table
+    from sawkv.capacity import caches, memory, table
     from sawkv.capacity.host import make_host_plan
     from sawkv.capacity.model import read_shape
     from sawkv.capacity.weights import Weights, weights_of
@@ -103,7 +103,7 @@ def run(args: argparse.Namespace) -> int:
             f"plan: expected a checkpoint directory with a config.json, or a model of the hub, got {args.model}"
         )
     shape = read_shape(checkpoint.config, args.language_model_only)
-    chosen = memory.KVCache.of_format(asked, shape)
+    chosen = caches.KVCache.of_format(asked, shape)
     if weight_bytes is None:
         weights = weights_of(checkpoint, shape, args.language_model_only)
     else:
@@ -117,10 +117,10 @@ def run(args: argparse.Namespace) -> int:
             )
         setting = replace(setting, context=shape.max_context)
 
-    def planned(cache: memory.KVCache) -> memory.Plan:
+    def planned(cache: caches.KVCache) -> memory.Plan:
         return memory.make_plan(shape, setting, cache, weights.nbytes)
 
-    own = [(cache, planned(cache)) for cache in memory.own_caches(shape)]
+    own = [(cache, planned(cache)) for cache in caches.own_caches(shape)]
     if args.tokens is not None:
         chosen = memory.widest(own, args.tokens)
         notes.append(
@@ -132,10 +132,10 @@ def run(args: argparse.Namespace) -> int:
                 f"What it costs: sawkv eval {args.model} --text FILE --formats"
                 f" prepared,prepared_{chosen.cache_format.codec}"
             )
-    caches = [*memory.engine_caches(shape), chosen]
+    shown = [*caches.engine_caches(shape), chosen]
     notes += refusals.of_format(chosen.cache_format or asked)
-    plans = [planned(cache) for cache in caches]
-    for cache, plan in zip(caches, plans, strict=True):
+    plans = [planned(cache) for cache in shown]
+    for cache, plan in zip(shown, plans, strict=True):
         if not plan.fits:
             notes.append(table.shortage(plan, setting, memory.longest_context(shape, setting, cache, weights.nbytes)))
     assumed = table.assumptions(setting, shape, weights)
@@ -143,7 +143,7 @@ def run(args: argparse.Namespace) -> int:
     if args.host_memory is not None:
         host_memory = memory.size_bytes("--host-memory", args.host_memory)
         hosts = [
-            make_host_plan(shape, setting, cache, host_memory, prefill_speed=args.prefill_speed) for cache in caches
+            make_host_plan(shape, setting, cache, host_memory, prefill_speed=args.prefill_speed) for cache in shown
         ]
         assumed.append(table.link_assumption())
     elif args.prefill_speed is not None:

@@ -1,0 +1,66 @@
+"""How K and V may be stored: in sawkv's pages, or by vLLM in 16 bits or fp8."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Final
+
+from sawkv.capacity.model import Attention, ModelShape
+from sawkv.errors import FormatError, UnsupportedError
+from sawkv.format.layout import ENGINE_PAGE_SIZE, PAGE_SIZE_MULTIPLE, PageLayout
+from sawkv.format.spec import CacheFormat
+
+LADDER: Final = ("int8", "int4", "int4v3", "int3", "int3v2", "int2")
+"""Formats of `own_caches`: at equal bytes the one with the lower KL (docs/decisions/0027)."""
+
+
+@dataclass(frozen=True)
+class KVCache:
+    """How K and V are stored: in `cache_format`, or by vLLM in elements of `element_bytes`.
+
+    Attributes:
+        block_size: tokens per block, unless `--block-size` or recurrent states need more.
+    """
+
+    name: str
+    block_size: int = 16
+    element_bytes: int = 0
+    cache_format: CacheFormat | None = None
+
+    @classmethod
+    def of_format(cls, cache_format: CacheFormat, shape: ModelShape) -> KVCache:
+        """A cache in sawkv's pages.
+
+        Raises:
+            UnsupportedError: the format does not fit a layer's head_dim.
+        """
+        try:
+            names = {str(cache_format.resolve(layer.head_dim)) for layer in shape.attention}
+        except FormatError as error:
+            raise UnsupportedError(f"sawkv cannot serve this model: {error}") from error
+        return cls(names.pop() if len(names) == 1 else str(cache_format), ENGINE_PAGE_SIZE, cache_format=cache_format)
+
+    def token_bytes(self, layer: Attention, ranks: int) -> int:
+        """Bytes of K and V of one token on each of `ranks` GPUs."""
+        heads = max(1, layer.num_kv_heads // ranks)
+        if self.cache_format is None:
+            return heads * 2 * layer.head_dim * self.element_bytes
+        return heads * PageLayout(self.cache_format, 1, layer.head_dim, PAGE_SIZE_MULTIPLE).head_bytes
+
+
+def own_caches(shape: ModelShape) -> list[KVCache]:
+    """Caches in sawkv's pages, most bits first, of the formats that fit all layers."""
+    found = []
+    for name in LADDER:
+        with suppress(UnsupportedError):
+            found.append(KVCache.of_format(CacheFormat(name), shape))
+    return found
+
+
+def engine_caches(shape: ModelShape) -> list[KVCache]:
+    """vLLM's own caches: 16 bits and fp8."""
+    decoder = shape.config.get_text_config(decoder=True)
+    dtype = str(getattr(decoder, "dtype", None) or getattr(shape.config, "dtype", None))
+    sixteen_bits = "fp16" if dtype in ("torch.float16", "float16") else "bf16"
+    return [KVCache(sixteen_bits, element_bytes=2), KVCache("fp8", element_bytes=1)]
