@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from sawkv import CacheFormat, FormatError, PagedKVCache, PageLayout, cli, decode_attention, gather
@@ -151,6 +151,7 @@ words = st.one_of(
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(words, max_size=6))
+@example(["--out", "report", "report"])  # an option of the command before it
 def test_the_command_line_answers_or_refuses(argv: list[str]) -> None:
     started: list[Any] = []
     output = io.StringIO()

@@ -67,7 +67,7 @@ def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentP
         command = importlib.import_module(f"sawkv.commands.{name}")
         made[name] = subparsers.add_parser(name, help=command.SUMMARY, description=command.SUMMARY, allow_abbrev=False)
         command.add_arguments(made[name])
-        made[name].set_defaults(run=command.run)
+        made[name].set_defaults(run=command.run, command=name)
     return parser, made
 
 
@@ -75,10 +75,10 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser, commands = make_parser()
     args, others = parser.parse_known_args(argv)
     if others and "engine_options" not in args:
-        commands[argv[0]].error(f"unknown arguments: {' '.join(others)}")
+        commands[args.command].error(f"unknown arguments: {' '.join(others)}")
     # Only vLLM knows whether an option takes the next word.
     if others and argv.index(others[0]) < argv.index(args.model):
-        parser.error(f"{argv[0]}: expected MODEL before vLLM's options, got {others[0]} before it")
+        parser.error(f"{args.command}: expected MODEL before vLLM's options, got {others[0]} before it")
     args.engine_options = others
     args.typed = shlex.join(["sawkv", *argv])  # for the records that commands write
     return args
