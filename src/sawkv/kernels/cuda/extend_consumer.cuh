@@ -75,8 +75,7 @@ struct ExtendConsumer {
   // Turns scores into weights, as pairs of halfs. Returns whether earlier sums must be multiplied by `rescale`. Nothing
   // looks for the largest score in most tiles: weights relative to an old maximum are as exact, until they approach the
   // end of fp16's range. A lane's sum of them shows that they may.
-  // FOLLOWS: a product of the last weights is not awaited yet, whose values have the barrier `values_empty`. Half of
-  // the new weights are ready by then.
+  // FOLLOWS: a product of the last weights is not awaited yet, whose values have the barrier `values_empty`.
   template <bool FOLLOWS>
   __device__ bool weigh(const Scored& tile, const DecodeParams& p, float (&rescale)[2], u64* values_empty) {
     float scale[2];
@@ -107,16 +106,14 @@ struct ExtendConsumer {
         if (token > last_seen || (p.window && token <= last_seen - p.window)) scores[i] = -infinity();
       }
     }
-    float total[2] = {};
-    const float shift[2] = {added[0] - maximum[0], added[1] - maximum[1]};
     if (FOLLOWS) {
       ptx::wait_warpgroup<0>();
       ptx::pin(out);
       ptx::pin(weights);
       hand_on(values_empty);
     }
-    add_weights<0>(scale, shift, weights, total);
-    add_weights<TILE / 32>(scale, shift, weights, total);
+    float total[2];
+    make_weights(scale, added, total);
     const bool grows = __any_sync(ALL_LANES, !(fmaxf(total[0], total[1]) <= MOST_WEIGHT));
     if (grows) {
       float largest[4] = {scores[0], scores[1], scores[2], scores[3]};
@@ -131,29 +128,29 @@ struct ExtendConsumer {
         maximum[e] = x;
         sum[e] *= rescale[e];
       }
-      total[0] = total[1] = 0;
-      const float shift[2] = {added[0] - maximum[0], added[1] - maximum[1]};
-      add_weights<0>(scale, shift, weights, total);
-      add_weights<TILE / 32>(scale, shift, weights, total);
+      make_weights(scale, added, total);
     }
 #pragma unroll
     for (int e = 0; e < 2; e++) sum[e] = fmaf(total[e], tile.value_power, sum[e]);
     return grows;
   }
-  // The weights of half of the tile: of its 16 tokens number FIRST, and those after it. Adds to their sums per row.
-  template <int FIRST, int N>
-  __device__ void add_weights(const float (&scale)[2], const float (&shift)[2], u32 (&weights)[N][4],
-                              float (&total)[2]) const {
-    float sums[4] = {};
+  // The weights of a tile relative to `maximum`, and the lane's sums of them per row.
+  __device__ void make_weights(const float (&scale)[2], const float (&added)[2], float (&total)[2]) {
+    const float shift[2] = {added[0] - maximum[0], added[1] - maximum[1]};
+    total[0] = total[1] = 0;
 #pragma unroll
-    for (int i = FIRST * 8; i < FIRST * 8 + TILE / 4; i += 2) {
-      const int e = i / 2 % 2;
-      const float low = ptx::exp2(fmaf(scores[i], scale[e], shift[e])),
-                  high = ptx::exp2(fmaf(scores[i + 1], scale[e], shift[e]));
-      sums[2 * e] += low, sums[2 * e + 1] += high;
-      weights[i / 8][i / 2 % 4] = ptx::pack_halfs(low, high);
+    for (int half = 0; half < TILE / 2; half += TILE / 4) {
+      float sums[4] = {};
+#pragma unroll
+      for (int i = half; i < half + TILE / 4; i += 2) {
+        const int e = i / 2 % 2;
+        const float low = ptx::exp2(fmaf(scores[i], scale[e], shift[e])),
+                    high = ptx::exp2(fmaf(scores[i + 1], scale[e], shift[e]));
+        sums[2 * e] += low, sums[2 * e + 1] += high;
+        weights[i / 8][i / 2 % 4] = ptx::pack_halfs(low, high);
+      }
+      total[0] += sums[0] + sums[1], total[1] += sums[2] + sums[3];
     }
-    total[0] += sums[0] + sums[1], total[1] += sums[2] + sums[3];
   }
 
   __device__ void rescale_out(const float (&rescale)[2]) {
