@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from benchmarks.plots import CARD, MODEL, RESULTS, Record, load_name, markdown, read_records
+from benchmarks.plots import RESULTS, Record, loads_of_readme, markdown, read_records
 
 ROOT: Final = Path(__file__).parents[1]
 MARKED: Final = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -56,8 +56,7 @@ def filled(page: str) -> str:
 
 def loads() -> str:
     """Serving speed on one card, and perplexity on the real checkpoints, of each cache."""
-    records = [r for r in read_records(RESULTS / "serving.jsonl") if (r["device"], r["model"]) == (CARD, MODEL)]
-    latest = {(load_name(r), r["format"]): r for r in records}
+    latest = loads_of_readme(read_records(RESULTS / "serving.jsonl"))
     rows: list[list[str]] = []
     for load, what in LOADS.items():
         base, *peers = [latest.get((load, name)) for name in ("bf16", *PEERS)]

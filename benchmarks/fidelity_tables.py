@@ -98,6 +98,7 @@ def read(file: Path) -> list[Record]:
 
 def curves(records: Sequence[Record]) -> str:
     """KL over bits, a drawing for each model: formats of sawkv, rivals, and a line through the best."""
+    by_model = comparable(records)
     return svg.column(
         [
             svg.scatter(
@@ -106,9 +107,9 @@ def curves(records: Sequence[Record]) -> str:
                 y_title="mean KL from 16 bits",
                 title=f"What fewer bits cost {model}",
             )
-            for model, found in comparable(records).items()
+            for model, found in by_model.items()
         ],
-        list(comparable(records)),
+        list(by_model),
     )
 
 

@@ -21,6 +21,8 @@ DOCS: Final = Path(__file__).parent.parent / "docs"
 RESULTS: Final = DOCS / "results"
 
 Record = dict[str, Any]
+Found = dict[tuple[Any, ...], Record]
+"""Newest records by what was measured."""
 
 SERVING_COLUMNS: Final = {
     "output_tok_s": ("output tok/s", ",.0f"),
@@ -109,8 +111,8 @@ def agents_table(records: Iterable[Record]) -> str:
 
 def decode_table(records: Iterable[Record]) -> str:
     """A table for each device: shapes down, kernels across."""
-    parts = []
-    for device, found in _by_device(records, lambda r: (_shape_of(r), r["kernel"])).items():
+
+    def table(found: Found) -> str:
         kernels = sorted(
             dict.fromkeys(kernel for _, kernel in found),
             key=lambda kernel: (kernel != BASE, not kernel.startswith("sawkv")),
@@ -121,43 +123,50 @@ def decode_table(records: Iterable[Record]) -> str:
             error = max((r["rel_err"] for (s, _), r in found.items() if s == shape and "rel_err" in r), default=0.0)
             rows.append([_shape_name(shape), *cells, f"{error:.1e}"])
         header = ["batch x context", *(f"{kernel}: ms, graph" for kernel in kernels), "sawkv's relative error"]
-        parts.append(f"{device}, {_commits(found.values())}\n\n{markdown(header, rows)}")
-    return "\n\n".join(parts)
+        return markdown(header, rows)
+
+    return _device_tables(records, lambda r: (_shape_of(r), r["kernel"]), table)
 
 
 def by_kernel_table(records: Iterable[Record]) -> str:
     """A table for each device: kernels down; decode's shapes, `append` and `gather` across, in us, replayed in CUDA
     graphs where they can be.
     """
-    parts = []
-    for device, found in _by_device(records, lambda r: (r["kernel"], _operation_of(r))).items():
+
+    def table(found: Found) -> str:
         operations = dict.fromkeys(operation for _, operation in found)
         rows = [
             [kernel, *(_time_cell(found.get((kernel, operation))) for operation in operations)]
             for kernel in dict.fromkeys(kernel for kernel, _ in found)
         ]
-        parts.append(f"{device}, {_commits(found.values())}\n\n{markdown(['kernel', *operations], rows)}")
-    return "\n\n".join(parts)
+        return markdown(["kernel", *operations], rows)
+
+    return _device_tables(records, lambda r: (r["kernel"], _operation_of(r)), table)
 
 
 def append_gather_table(records: Iterable[Record]) -> str:
     """A table for each device."""
-    parts = []
-    for device, found in _by_device(records, lambda r: (_operation_of(r), r["kernel"])).items():
+
+    def table(found: Found) -> str:
         rows = []
         for r in found.values():
             graph = f"{r['graph_ms'] * 1e3:.1f}" if "graph_ms" in r else ""
             share = f"{r['of_copy_bandwidth']:.0%}" if "of_copy_bandwidth" in r else ""
             rows.append([_operation_of(r), r["kernel"], f"{r['ms'] * 1e3:.1f}", graph, share])
         header = ["operation", "kernel", "us", "in a graph, us", "of the card's copy bandwidth"]
-        parts.append(f"{device}, {_commits(found.values())}\n\n{markdown(header, rows)}")
-    return "\n\n".join(parts)
+        return markdown(header, rows)
+
+    return _device_tables(records, lambda r: (_operation_of(r), r["kernel"]), table)
+
+
+def loads_of_readme(records: Iterable[Record]) -> dict[tuple[str, str], Record]:
+    """The newest records of the model and card that README shows, by load and format."""
+    return {(load_name(r), r["format"]): r for r in records if (r["device"], r["model"]) == (CARD, MODEL)}
 
 
 def plot_serving(records: Iterable[Record]) -> str:
     """Output tok/s of each format over that of `bf16`, of the model and card that README shows."""
-    shown = [r for r in records if (r["device"], r["model"]) == (CARD, MODEL)]
-    found = {(load_name(r), r["format"]): r for r in shown}
+    found = loads_of_readme(records)
     bases = {load: r["output_tok_s"] for (load, name), r in found.items() if name == "bf16"}
     formats = [name for name in dict.fromkeys(name for _, name in found) if name != "bf16"]
     groups = [
@@ -299,10 +308,16 @@ def _own_bytes_and_speed(record: Record) -> tuple[float, float]:
     return own / 1e6, own / 1e6 / record["graph_ms"]
 
 
-def _by_device(
-    records: Iterable[Record], key: Callable[[Record], tuple[Any, ...]]
-) -> dict[str, dict[tuple[Any, ...], Record]]:
-    found: dict[str, dict[tuple[Any, ...], Record]] = {}
+def _device_tables(
+    records: Iterable[Record], key: Callable[[Record], tuple[Any, ...]], table: Callable[[Found], str]
+) -> str:
+    return "\n\n".join(
+        f"{device}, {_commits(found.values())}\n\n{table(found)}" for device, found in _by_device(records, key).items()
+    )
+
+
+def _by_device(records: Iterable[Record], key: Callable[[Record], tuple[Any, ...]]) -> dict[str, Found]:
+    found: dict[str, Found] = {}
     for record in records:
         found.setdefault(record["device"], {})[key(record)] = record
     return found

@@ -150,7 +150,7 @@ def test_no_fast_kernels(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
 def test_models_that_cannot_be_served(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for file in MODEL.resolve().iterdir():
+    for file in MODEL.iterdir():
         (tmp_path / file.name).symlink_to(file)
     (tmp_path / "config.json").unlink()
     (tmp_path / "config.json").write_text(
