@@ -4,7 +4,7 @@
     python -m benchmarks.fidelity smollm2 gemma3 --jobs 5  # docs/results/real_models.jsonl
     python -m benchmarks.fidelity smollm2 --methods served --tokens 1024 --window 128  # small
     python -m benchmarks.fidelity smollm2 --tokens 0 --recall-lengths 4096 8192 --recall-count 20  # real_recall.jsonl
-    python -m benchmarks.fidelity qwen25 --window 32768 --tokens 131072  # KL by position too
+    python -m benchmarks.fidelity qwen25 --window 32767 --tokens 131064  # KL by position too; a server answers a token
     python -m benchmarks.fidelity smollm2 --through lab --methods prepared int4  # the same windows in the lab
 
 A checkpoint is a directory, or NAME=DIRECTORY. For each one `vllm` serves it in 16 bits, then in the ways that
@@ -62,6 +62,8 @@ RESAMPLES: Final = 10_000
 CLIENTS: Final = 8
 FIRST_POSITIONS: Final = 1024
 """Of a long window: what its later positions are compared with."""
+CHUNK: Final = 4096
+"""Tokens of a prompt that vLLM takes at once, and whose logits it holds at once."""
 AGREES: Final = 0.02
 """Nats a token by which the server's answers may differ from what is computed here; both round logits of 16 bits."""
 
@@ -183,10 +185,12 @@ def _job(name: str, folder: Path, args: argparse.Namespace) -> Job:
     windows = {text: loaded.windows(args.window, count) for text, loaded in texts.items()} if count else {}
     config = json.loads((folder / "config.json").read_text())
     longest = int((config.get("text_config") or config)["max_position_embeddings"])
+    if args.through == "server" and args.tokens and args.window >= longest:
+        raise SystemExit(f"--window: expected fewer tokens than the {longest} that {name} holds, got {args.window}")
     first = next(iter(texts.values()))
     prompts = _prompts(first, [length for length in args.recall_lengths if length <= longest], args.recall_count)
     # Not --max-model-len: the model is prepared for its whole context, as it is for users who do not limit it.
-    options = ["--max-num-batched-tokens", str(max(2048, args.window)), "--enforce-eager"]
+    options = ["--max-num-batched-tokens", str(CHUNK), "--enforce-eager"]
     options += ["--kv-cache-memory-bytes", str(args.kv_cache_memory << 20)]
     # vLLM asks for so much to be free.
     options += ["--gpu-memory-utilization", "0.05"] if torch.cuda.device_count() else []
@@ -319,14 +323,15 @@ def summary(scores: TokenScores, wide_loss: torch.Tensor) -> dict[str, Any]:
 
 
 def by_position(kl: torch.Tensor) -> list[dict[str, Any]]:
-    """Mean KL of the first positions of a window, then octave by octave.
+    """Mean KL of the first positions of a window, then octave by octave, the last one as far as the window goes.
 
     Args:
         kl: [num_windows, window - 1].
     """
     borders = [0, FIRST_POSITIONS]
-    while 2 * borders[-1] <= kl.shape[1] + 1:
+    while 2 * borders[-1] < kl.shape[1]:
         borders.append(2 * borders[-1])
+    borders.append(kl.shape[1] + 1)
     return [
         {"start": start, "end": end, "mean_kl": _digits(float(kl[:, start:end].double().mean()), 5)}
         for start, end in itertools.pairwise(borders)

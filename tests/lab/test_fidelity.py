@@ -187,6 +187,7 @@ def test_kl_by_position_may_not_decay_beyond_that_of_fp8() -> None:
     found = fidelity.by_position(kl)
     assert [(part["start"], part["end"]) for part in found] == [(0, 1024), (1024, 2048), (2048, 4096)]
     assert [part["mean_kl"] for part in found] == pytest.approx([0.1, 0.3, 0.5])
+    assert [part["end"] for part in fidelity.by_position(kl[:, :4000])] == [1024, 2048, 4001]
     served = made_record("served", "server", 1.0, window=4096, kl_by_position=found)
     fp8 = made_record("fp8", "server", 1.0, window=4096, kl_by_position=[part | {"mean_kl": 0.22} for part in found])
     assert [passed for passed, _ in fidelity_tables.position_checks([served, fp8])] == [False, False]

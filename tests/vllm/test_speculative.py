@@ -71,24 +71,32 @@ def test_a_models_own_draft_head_is_served_from_int4_too(tmp_path: Path) -> None
     assert drafted["tokens"] == alone["tokens"]
 
 
-def predictable(folder: Path) -> Path:
-    """GLM-4.5 in small, with an MTP layer that is its last layer, reads embeddings alone and so guesses some tokens:
+def predictable(folder: Path, family: str = "glm-4.5") -> Path:
+    """A family in small, with an MTP layer that is its last layer, reads embeddings alone and so guesses some tokens:
     embeddings outweigh what layers add.
     """
-    make_model(folder, "glm-4.5")
+    make_model(folder, family)
     config = json.loads((folder / "config.json").read_text())
-    last, size = config["num_hidden_layers"] - 1, config["hidden_size"]
+    last = config["num_hidden_layers"] - 1
     (folder / "config.json").write_text(json.dumps(config | {"num_nextn_predict_layers": 1}))
     weights = load_file(folder / "model.safetensors")
     for name, weight in weights.items():
-        weight *= 20 if "embed_tokens" in name else 0.15 if "o_proj" in name or "down_proj" in name else 1
-    layer = f"model.layers.{last + 1}."
+        added = any(part in name for part in ("o_proj", "out_proj", "down_proj"))
+        weight *= 20 if "embed_tokens" in name else 0.15 if added else 1
+    extra = f"model.layers.{last + 1}."
+    layer, product, norms = {
+        "glm-4.5": (extra, f"{extra}eh_proj", ("enorm", "hnorm", "shared_head.norm")),
+        "qwen3-next": ("mtp.layers.0.", "mtp.fc", ("pre_fc_norm_embedding", "pre_fc_norm_hidden", "norm")),
+    }[family]
     head = {
         f"{layer}{name.split('.', 3)[3]}": x for name, x in weights.items() if name.startswith(f"model.layers.{last}.")
     }
-    head |= {f"{layer}{name}.weight": torch.ones(size) for name in ("enorm", "hnorm", "shared_head.norm")}
-    head[f"{layer}eh_proj.weight"] = torch.cat([torch.eye(size), torch.zeros(size, size)], 1)
-    head[f"{layer}shared_head.head.weight"] = weights["lm_head.weight"]
-    head[f"{layer}embed_tokens.weight"] = weights["model.embed_tokens.weight"]
+    around = product.rpartition(".")[0]
+    head |= {f"{around}.{name}.weight": weights["model.norm.weight"] for name in norms}
+    size = config["hidden_size"]
+    head[f"{product}.weight"] = torch.cat([torch.eye(size), torch.zeros(size, size)], 1)
+    if family == "glm-4.5":
+        head[f"{layer}shared_head.head.weight"] = weights["lm_head.weight"]
+        head[f"{layer}embed_tokens.weight"] = weights["model.embed_tokens.weight"]
     save_file(weights | {name: x.clone() for name, x in head.items()}, folder / "model.safetensors", {"format": "pt"})
     return folder
