@@ -14,6 +14,7 @@ import torch
 from sawkv import CacheFormat, PagedKVCache, PageLayout, append, decode_attention, gather
 from sawkv.format.constants import BUCKET_SIZE
 from sawkv.format.feedback import Feedback, channel_blocks, takes_from
+from sawkv.kernels.constants import CLEARED_ROWS
 from sawkv.kernels.cuda.queries import MAX_DECODE_QUERY_LEN
 from tests.conftest import Batch, make_batch, random_vectors, relative_error
 
@@ -221,7 +222,8 @@ def check_gather(
     buckets: int = 1,
     exact: bool = True,
 ) -> None:
-    """Rows equal the reference's, rotated and not, in fp32 and bf16; nothing else is written.
+    """Rows equal the reference's, rotated and not, in fp32 and bf16. Those behind the last one are zero as far as a
+    tile of attention may read; nothing else is written.
 
     exact: un-rotated rows too are equal to the last bit. Otherwise the rotation's sums may be taken in another order.
     """
@@ -237,12 +239,13 @@ def check_gather(
     )
     starts = starts_of([length + 3 * (i % 2) for i, length in enumerate(seq_lens)], device)
     total = int(starts[-1])
-    for max_tokens in (total + 5, total - 4):  # room to spare; the last tokens do not fit and are dropped
+    # Room to spare, a little of it, and none: the last tokens do not fit and are dropped.
+    for max_tokens in (total + CLEARED_ROWS + 5, total + 5, total - 4):
         for dtype in (torch.float32, torch.bfloat16):
             for rotated in (True, False):
                 results = []
                 for name in (backend, "reference"):
-                    k, v = torch.full((2, total + 5, 2, head_dim), -7.0, dtype=dtype, device=device)
+                    k, v = torch.full((2, total + CLEARED_ROWS + 5, 2, head_dim), -7.0, dtype=dtype, device=device)
                     rows = slice(max_tokens) if name == backend else slice(None)
                     gather(
                         batch.cache,
@@ -255,6 +258,9 @@ def check_gather(
                         backend=name,
                     )
                     results.append(torch.stack([k[:max_tokens], v[:max_tokens]]))
+                    behind = results[-1][:, total:]
+                    assert not behind[:, :CLEARED_ROWS].any()
+                    assert (behind[:, CLEARED_ROWS:] == -7).all()
                 if exact or rotated:
                     assert torch.equal(*results), (max_tokens, dtype, rotated)
                 else:

@@ -122,8 +122,9 @@ class Pages:
         Args:
             prefixes: the tokens to read and their places in the outputs; `prefixes` makes it once per step for all
                 layers.
-            k_out, v_out: [max_tokens, num_kv_heads, head_dim] bf16, fp16 or fp32, contiguous. Rows that no token falls
-                on are left as they are. Tokens beyond max_tokens are dropped.
+            k_out, v_out: [max_tokens, num_kv_heads, head_dim] bf16, fp16 or fp32, contiguous. Up to 256 rows behind
+                the last sequence become zero, since attention may read the rest of a tile. Other rows that no token
+                falls on are left as they are. Tokens beyond max_tokens are dropped.
             rotated: True leaves rows centered, scaled and rotated. False undoes all three, so K and V are those given
                 to `append`, up to quantization.
 

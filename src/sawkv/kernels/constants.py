@@ -14,9 +14,15 @@ from sawkv.format.spec import CODEC_BITS, HEAD_DIMS
 HEADER_NAME: Final = "format_constants.h"
 """The name by which kernels include `header()`."""
 
+CLEARED_ROWS: Final = 256
+"""Rows behind the last token that `gather` sets to zero: at least a tile of an engine's attention. FlashAttention-3
+reads a whole tile, and multiplies values behind a sequence by zero, which leaves a NaN in them a NaN.
+"""
+
 NUMBERS: Final[dict[str, int | float]] = {
     **{name: value for name, value in vars(constants).items() if name.isupper()},
     "MAX_HEAD_DIM": max(HEAD_DIMS),
+    "CLEARED_ROWS": CLEARED_ROWS,
 }
 
 

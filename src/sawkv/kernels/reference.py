@@ -11,6 +11,7 @@ from sawkv.format.counters import is_sampled
 from sawkv.format.layout import PageLayout
 from sawkv.format.rotation import rotate
 from sawkv.kernels import Layer, Prefixes, Schedule, Step
+from sawkv.kernels.constants import CLEARED_ROWS
 
 __all__ = ["Attention", "Pages", "Schedule", "counts", "name", "unsupported_reason"]
 
@@ -75,6 +76,9 @@ class Pages:
                 values = values + v_added[0]
             k_out[start : start + length] = keys.to(k_out.dtype)
             v_out[start : start + length] = values.to(v_out.dtype)
+        if len(seq_lens):
+            behind = slice(int(cu_seq_lens[-1]), int(cu_seq_lens[-1]) + CLEARED_ROWS)
+            k_out[behind] = v_out[behind] = 0
 
 
 class Attention:

@@ -5,6 +5,7 @@
 // of one tile of tokens), then this file. After a row is decoded to fp32, all formats share the same arithmetic, so
 // equal values give equal bits in every format. -ffp-contract=off is required: the only fused operations are those
 // written as fma (docs/format.md).
+#include <cstring>
 #include <limits>
 #include <vector>
 
@@ -285,6 +286,10 @@ void sawkv_gather(const GatherArguments* args) {
         write_floats(v, dtype, cache.head_dim, static_cast<char*>(a.v) + at);
       }
   }
+  if (a.num_seqs == 0) return;
+  const int64_t row = int64_t(cache.num_kv_heads) * cache.head_dim * size_of(dtype), behind = a.starts[a.num_seqs];
+  const int64_t cleared = std::clamp<int64_t>(a.max_tokens - behind, 0, CLEARED_ROWS);
+  for (void* rows : {a.k, a.v}) std::memset(static_cast<char*>(rows) + behind * row, 0, cleared * row);
 }
 
 }  // extern "C"

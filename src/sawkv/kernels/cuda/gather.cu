@@ -30,7 +30,7 @@ struct GatherParams {
 
 // The page and offset that hold an output token's row of one KV head.
 struct Source {
-  bool is_there;
+  bool is_there, is_cleared;
   int offset, bucket;
   u8* page_head;
 
@@ -39,6 +39,8 @@ struct Source {
     while (seq + 1 < p.num_seqs && p.cu_seq_lens[seq + 1] <= token) seq++;
     const int position = token - p.cu_seq_lens[seq];
     is_there = token < p.max_tokens && position >= 0 && position < p.seq_lens[seq];
+    const int end = p.cu_seq_lens[p.num_seqs];
+    is_cleared = token < p.max_tokens && token >= end && token < end + format::CLEARED_ROWS;
     const i64 page = is_there ? p.block_table[seq * p.table_stride + position / PAGE_SIZE] : 0;
     offset = position % PAGE_SIZE;
     bucket = 0;
@@ -136,8 +138,10 @@ __device__ inline void decode_rows(const Source (&sources)[LANE_ROWS], bool is_v
     for (int i = 0; i < R::PER_LANE; i++)
       if (R::channel(i) % BLOCK == 0) row.x[i] -= zero_point;
     row.scale(ptx::low_half_to_float(meta[r]) * (inverse_root(BLOCK) * power_of_two(24)));
-    if (!sources[r].is_there) continue;
-    store_restored(row, gain_inverse, BY_BUCKET && center ? center + sources[r].bucket * bucket_stride : center, to[r]);
+    // A row that is to be cleared has codes of zero and a scale of zero.
+    if (!sources[r].is_there && !sources[r].is_cleared) continue;
+    const float* added = BY_BUCKET && center ? center + sources[r].bucket * bucket_stride : center;
+    store_restored(row, gain_inverse, sources[r].is_there ? added : nullptr, to[r]);
   }
 }
 
@@ -154,7 +158,7 @@ __global__ void __launch_bounds__(THREADS, D <= 128 ? 4 : 2) sawkv_gather(const 
   ptx::wait_for_prerequisites();
   const int head = blockIdx.x % p.num_kv_heads,
             first = blockIdx.x / p.num_kv_heads * TOKENS;  // so that neighbouring blocks read neighbouring heads
-  if (first >= p.cu_seq_lens[p.num_seqs]) return;
+  if (first >= p.cu_seq_lens[p.num_seqs] + format::CLEARED_ROWS) return;
   int seq = 0;  // the last sequence that starts at or before `first`
   for (int high = p.num_seqs - 1; seq < high;) {
     const int middle = (seq + high + 1) / 2;

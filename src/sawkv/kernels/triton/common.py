@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 
 from sawkv.format import constants
+from sawkv.kernels.constants import CLEARED_ROWS as cleared_rows
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 """Whether kernels run in numpy on CPU tensors, for tests."""
@@ -15,6 +16,7 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 BUCKET_SIZE = tl.constexpr(constants.BUCKET_SIZE)
+CLEARED_ROWS = tl.constexpr(cleared_rows)
 
 
 @triton.jit

@@ -7,7 +7,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sawkv.kernels.triton.common import bucket_of, high_half, low_half, rotate, round_to, swizzled
+from sawkv.kernels.triton.common import CLEARED_ROWS, bucket_of, high_half, low_half, rotate, round_to, swizzled
 
 
 @triton.jit
@@ -47,7 +47,8 @@ def gather_kernel(
     first_positions: [num_seqs] int32, or None for 0.
     """
     token = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    if tl.program_id(0) * TOKENS < tl.load(cu_seq_lens + num_seqs):
+    last = tl.load(cu_seq_lens + num_seqs)
+    if tl.program_id(0) * TOKENS < last + CLEARED_ROWS:
         seq = tl.zeros_like(token)  # the last sequence that starts at or before the token
         end = seq + num_seqs
         for _ in range(search_steps):
@@ -56,6 +57,7 @@ def gather_kernel(
             seq, end = tl.where(is_after, middle, seq), tl.where(is_after, end, middle)
         position = token - tl.load(cu_seq_lens + seq)
         is_there = (token < max_tokens) & (position >= 0) & (position < tl.load(seq_lens + seq))
+        is_cleared = (token < max_tokens) & (token >= last) & (token < last + CLEARED_ROWS)
         page = tl.load(
             block_table + seq.to(tl.int64) * table_stride + position // PAGE_SIZE, mask=is_there, other=0
         ).to(tl.int64)
@@ -76,6 +78,7 @@ def gather_kernel(
                 plane,
                 offset,
                 is_there,
+                is_cleared,
                 k_gain_inverse,
                 center,
                 head,
@@ -94,6 +97,7 @@ def gather_kernel(
                 plane + K_SPAN,
                 offset,
                 is_there,
+                is_cleared,
                 v_gain_inverse,
                 v_center,
                 head,
@@ -114,6 +118,7 @@ def _gather_rows(
     plane,
     offset,
     is_there,
+    is_cleared,
     gain_inverse,
     center,
     head,
@@ -161,8 +166,9 @@ def _gather_rows(
     if gain_inverse is not None:
         y = y * tl.load(gain_inverse + here, mask=is_channel, other=0)
     if center is not None:
-        y = y + tl.load(center + here, mask=is_channel, other=0)
-    tl.store(to[:, None] + channel, round_to(y, to.dtype.element_ty), mask=is_there[:, None] & is_channel)
+        y = y + tl.load(center + here, mask=is_there[:, None] & is_channel, other=0)
+    is_written = (is_there | is_cleared)[:, None] & is_channel
+    tl.store(to[:, None] + channel, round_to(y, to.dtype.element_ty), mask=is_written)
 
 
 @triton.jit
