@@ -95,7 +95,13 @@ def test_layers_that_are_not_ours_are_counted(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(announce.logger, "warning", lambda text, *rest: said.append(text % rest))
 
     def say(
-        ours: set[int], skipped: list[str], dtype: str = "auto", device: str = "cpu", attending: int = 6, **others: Any
+        ours: set[int],
+        skipped: list[str],
+        dtype: str = "auto",
+        device: str = "cpu",
+        attending: int = 6,
+        draft: object = None,
+        **others: Any,
     ) -> list[str]:
         said.clear()
         impls = {i: object.__new__(SawAttentionImpl) if i in ours else object() for i in range(attending)}
@@ -108,6 +114,7 @@ def test_layers_that_are_not_ours_are_counted(monkeypatch: pytest.MonkeyPatch) -
             attention_config=SimpleNamespace(backend=AttentionBackendEnum.CUSTOM),
             compilation_config=SimpleNamespace(static_forward_context=layers),
             cache_config=SimpleNamespace(kv_cache_dtype_skip_layers=skipped),
+            speculative_config=draft,
         )
         announce.say_layers(SimpleNamespace(vllm_config=config, device=torch.device(device)))
         return said
@@ -125,7 +132,10 @@ def test_layers_that_are_not_ours_are_counted(monkeypatch: pytest.MonkeyPatch) -
     assert line.endswith("layers.3 (auto) and 2 more")
     with pytest.raises(SawkvError, match=r"got 2 without: layers\.0 has object\. Set VLLM_PLUGINS=sawkv"):
         say({1, 2, 3, 4}, [], INT8)  # another plugin's choice: on a CPU nonsense
-    assert len(say({1, 2, 3, 4}, [], INT8, "cuda")) == 1, "a draft's, or without CUSTOM: vLLM's own, and right"
+    assert len(say({1, 2, 3, 4}, [], INT8, "cuda", draft=object())) == 1, "a draft's: vLLM's own, and right"
+    wide = SimpleNamespace(impl=object(), kv_cache_dtype=INT4, head_size=192, head_size_v=128)
+    with pytest.raises(SawkvError, match=r"wide has object \(head_dim 128 of V apart from 192 of K\)\. To serve it in"):
+        say({0, 1, 2, 3, 4, 5}, [], device="cuda", wide=wide)  # its model chose the backend
 
     class Sparse:
         """Asks vLLM for no backend, and need not have an implementation."""

@@ -21,6 +21,7 @@ from sawkv.integrations.vllm.refusals import WAY_OUT
 from sawkv.kernels import NO_FAST_KERNELS, select_backend
 from sawkv.prepare.calibration import Calibration
 from sawkv.prepare.turning import buckets_in
+from sawkv.unserved import unlike_head_dims
 
 if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import AttentionSpec
@@ -118,11 +119,12 @@ def say_kernels(layout: PageLayout, device: torch.device) -> None:
 
 
 def say_layers(worker: Any) -> None:
-    """Log how many layers of a worker are ours, if not all are. Called in each worker when an engine has started.
+    """Log how many layers of a worker are ours, if not all are. Called in each worker when its model is loaded, before
+    anything runs.
 
     Raises:
         UnsupportedError: a layer of our dtype is not ours, though it should be: it asks no backend and keeps its pages
-            itself, or, on a CPU, another plugin has given it vLLM's own attention, which misreads them.
+            itself, its model chooses the backend, or another plugin has given it vLLM's own attention.
     """
     from vllm.model_executor.layers.attention import Attention
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -142,14 +144,16 @@ def say_layers(worker: Any) -> None:
     on_cpu = worker.device.type == "cpu"
     if on_cpu or config.attention_config.backend == AttentionBackendEnum.CUSTOM:
         taken = [
-            (isinstance(layer, Attention), f"{name} has {type(getattr(layer, 'impl', layer)).__name__}")
+            (isinstance(layer, Attention), f"{name} has {type(getattr(layer, 'impl', layer)).__name__}{_unlike(layer)}")
             for name, layer in layers.items()
             if getattr(layer, "kv_cache_dtype", None) in KV_CACHE_DTYPE_CODECS
             and not isinstance(getattr(layer, "impl", None), SawAttentionImpl)
         ]
-        for asks, way_out in ((False, WAY_OUT), (True, f"Set VLLM_PLUGINS={PLUGIN} to load no other plugin")):
+        other_plugin = f"Set VLLM_PLUGINS={PLUGIN} to load no other plugin"
+        for asks, way_out in ((False, WAY_OUT), (True, other_plugin if on_cpu else WAY_OUT)):
             found = [what for asked, what in taken if asked == asks]
-            if found and (on_cpu or not asks):  # on a GPU a draft may have vLLM's own INT4
+            # On a GPU a draft may have vLLM's own INT4.
+            if found and (on_cpu or not asks or config.speculative_config is None):
                 raise UnsupportedError(
                     f"sawkv: expected its own attention in all layers of its dtypes, got {len(found)} without:"
                     f" {found[0]}. {way_out}"
@@ -171,3 +175,9 @@ def say_layers(worker: Any) -> None:
         logger.warning(
             "sawkv: vLLM ignores what it does not know in --kv-cache-dtype-skip-layers: %s", ", ".join(unknown)
         )
+
+
+def _unlike(layer: Any) -> str:
+    """That K and V of a layer differ in size, for which models choose a backend themselves."""
+    k_dim, v_dim = (getattr(layer, name, None) for name in ("head_size", "head_size_v"))
+    return f" ({unlike_head_dims(k_dim, v_dim)})" if k_dim and v_dim and k_dim != v_dim else ""

@@ -81,14 +81,16 @@ def install() -> None:
 
     @functools.wraps(initialize)
     def initialize_and_prepare(self: Any, vllm_config: VllmConfig) -> KVCacheConfig:
+        is_ours = SawConfig.from_vllm(vllm_config, vllm_config.cache_config.cache_dtype) is not None
+        if is_ours:
+            self.model_executor.collective_rpc(announce.say_layers)
         kv_cache_config: KVCacheConfig = initialize(self, vllm_config)
         prepare(self.model_executor, vllm_config, kv_cache_config)
         offload.bind(self.model_executor, vllm_config)
-        if SawConfig.from_vllm(vllm_config, vllm_config.cache_config.cache_dtype) is not None:
+        if is_ours:
             from sawkv.integrations.vllm.metrics import publish_when_idle
             from sawkv.integrations.vllm.weights import watch
 
-            self.model_executor.collective_rpc(announce.say_layers)
             self.model_executor.collective_rpc(publish_when_idle)
             self.model_executor.collective_rpc(watch)
         return kv_cache_config
