@@ -286,8 +286,10 @@ def _warm_up(client: Client, work: Work, vocabulary: int) -> None:
 
 async def _run_agents(client: Client, model: str, work: Work, vocabulary: int, limit: float) -> list[Turn]:
     turns: list[Turn] = []
+    url = f"http://127.0.0.1:{client.port}/v1"
     async with (
-        openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{client.port}/v1", api_key="-", max_retries=0) as server,
+        # By default OpenAI's client gives up a connection after 5 s, and 64 long prompts keep a server that long.
+        openai.AsyncOpenAI(base_url=url, api_key="-", max_retries=0, timeout=limit) as server,
         asyncio.timeout(limit),
     ):
         await asyncio.gather(*(_run_agent(server, model, work, i, vocabulary, turns) for i in range(work.agents)))
