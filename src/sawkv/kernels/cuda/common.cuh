@@ -91,6 +91,10 @@ __device__ inline u32 fma_halfs(u32 a, u32 b, u32 c) {
 __device__ inline void store_shared(u32 address, u32 a, u32 b, u32 c, u32 d) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
 }
+// One store of 16 bytes: compilers take some of several such stores apart, into stores of 2 or 4 bytes
+__device__ inline void store_global(uint4* to, uint4 x) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+}
 
 // Matrices of 8 x 8 16-bit elements
 __device__ inline u32 transpose_matrix(u32 a) {

@@ -71,10 +71,15 @@ __device__ inline void store_restored(Row<D, LANES>& row, const float* gain_inve
 #pragma unroll
       for (int e = 0; e < R::VECTOR; e++) row.x[i + e] += c.x[e];
     }
-    Vector<ELEMENT, R::VECTOR> v;
+    constexpr int PARTS = R::VECTOR * sizeof(ELEMENT) / 16;
+    union {
+      Vector<ELEMENT, R::VECTOR> v;
+      uint4 parts[PARTS];
+    };
 #pragma unroll
     for (int e = 0; e < R::VECTOR; e++) v.x[e] = ELEMENT(row.x[i + e]);
-    *(Vector<ELEMENT, R::VECTOR>*)(to + R::channel(i)) = v;
+#pragma unroll
+    for (int k = 0; k < PARTS; k++) ptx::store_global((uint4*)(to + R::channel(i)) + k, parts[k]);
   }
 }
 
