@@ -15,6 +15,8 @@ struct Consumer {
   static constexpr int PLANES = Unit<V_BITS>::PLANES, ROW_TILES = SEGMENTS * PLANES / 2;  // 16 planes of V each
   static constexpr int PART = TILE / COLUMN_TILES;  // tokens attended at once; registers limit the scores
   static constexpr int BLOCKS = PART / 16;
+  // Whether tiles with hidden tokens have code of their own. At 4 bits memory takes longer than what others then save.
+  static constexpr bool MASKS_APART = K_BITS + V_BITS < 8;
 
   float maximum[COLUMN_TILES][2], sum[COLUMN_TILES][2];
   float zero[COLUMN_TILES][2];  // sum of weight * v_scale * v_zero
@@ -174,8 +176,8 @@ struct Consumer {
   }
 
   // `is_masked`: some tokens are hidden. Their weights are 0, but their scales and zero points may be NaN.
-  __device__ void multiply_values(const u8* tile, int part, bool is_masked,
-                                  const float (&scores)[COLUMN_TILES][BLOCKS][4]) {
+  __device__ __forceinline__ void multiply_values(const u8* tile, int part, bool is_masked,
+                                                  const float (&scores)[COLUMN_TILES][BLOCKS][4]) {
     const int lane = lane_index();
     const int swizzle = lane % 8 * ODD_SEGMENTS * SWIZZLE_PERIOD / 8 % SWIZZLE_PERIOD;
 #pragma unroll
@@ -241,7 +243,10 @@ struct Consumer {
         begin + PART > chunk.length - chunk.query_len + 1 || (p.window && begin < chunk.length - p.window);
     if (is_masked) mask_scores(chunk, p.window, first_row, begin, scores);
     raise_maximum(scores);
-    multiply_values(tile, part, is_masked, scores);
+    if (MASKS_APART && is_masked)
+      multiply_values(tile, part, true, scores);
+    else
+      multiply_values(tile, part, MASKS_APART ? false : is_masked, scores);
   }
 
   // Plane i of the lane's unit in a segment, for column e of tile t, in the unit of values
