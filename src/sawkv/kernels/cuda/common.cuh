@@ -231,6 +231,9 @@ __device__ inline void copy_to_shared(void* to, const void* from, u32 bytes, u64
       : "memory");
 }
 
+// Hides from the compiler what x is, so that nothing that follows from it is computed ahead.
+__device__ inline void forget(int& x) { asm volatile("" : "+r"(x)); }
+
 // Programmatic dependent launch. The first has an effect only if the next kernel was launched with it, the second only
 // if this one was.
 __device__ inline void let_dependents_launch() { asm volatile("griddepcontrol.launch_dependents;" ::: "memory"); }

@@ -257,7 +257,9 @@ struct Consumer {
 
   // Pass the result of a chunk to the merge warps.
   __device__ void store(Shared& s, int slot, int warp) {
-    const int lane = lane_index();
+    int lane = lane_index();
+    if constexpr (V_BITS == 3)
+      ptx::forget(lane);  // else all that follows from it takes registers in the loop over tiles
 #pragma unroll
     for (int t = 0; t < COLUMN_TILES; t++)
 #pragma unroll
@@ -270,7 +272,7 @@ struct Consumer {
         float sixteenth[V_BITS == 3 ? D / 128 : 1];
         if constexpr (V_BITS == 3)
 #pragma unroll
-          for (int i = 0; i < D / 128; i++) sixteenth[i] = add_top_bits(t, 3 * i, e);
+          for (int i = 0; i < D / 128; i++) sixteenth[i] = add_top_bits(t, 3 * i, e, lane);
         const int row = 8 * t + 2 * (lane % 4) + e;
         if (row >= ROWS) continue;
         const float offset = zero[t][e] * power_of_two(-V_SHIFT);
@@ -301,8 +303,8 @@ struct Consumer {
 
   // The top bits of three words are the code of one more channel, the last of 16. Of three segments, which are 128
   // channels, lanes 4 i to 4 i + 3 get those of the i-th 16.
-  __device__ float add_top_bits(int t, int first_segment, int e) const {
-    const int unit = lane_index() / 4;  // a lane's three units, eight apart, are of three different words
+  __device__ float add_top_bits(int t, int first_segment, int e, int lane) const {
+    const int unit = lane / 4;  // a lane's three units, eight apart, are of three different words
     const float own[3] = {value(t, first_segment, 5, e), value(t, first_segment + 1, 5, e),
                           value(t, first_segment + 2, 5, e)};
     float sum = 0;
@@ -310,7 +312,7 @@ struct Consumer {
     for (int word = 0; word < 3; word++) {
       const int segment = (word + unit / 2 * 2) % 3, source = (unit / 2 * 6 + word * 2 + unit % 2) % 8;
       const float of_word = segment == 0 ? own[0] : segment == 1 ? own[1] : own[2];
-      sum += __shfl_sync(ALL_LANES, of_word, source * 4 + lane_index() % 4) * power_of_two(word);
+      sum += __shfl_sync(ALL_LANES, of_word, source * 4 + lane % 4) * power_of_two(word);
     }
     return sum;
   }
