@@ -88,8 +88,32 @@ __device__ inline u32 fma_halfs(u32 a, u32 b, u32 c) {
   asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
   return d;
 }
+__device__ inline u32 negate_halfs(u32 a) {
+  u32 b;
+  asm("neg.f16x2 %0, %1;" : "=r"(b) : "r"(a));
+  return b;
+}
 __device__ inline void store_shared(u32 address, u32 a, u32 b, u32 c, u32 d) {
   asm volatile("st.shared.v4.b32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(a), "r"(b), "r"(c), "r"(d) : "memory");
+}
+// Loads N words. The compiler keeps the order of these loads, so that all are under way before the first is waited for.
+template <int N>
+__device__ inline void load_in_order(const void* from, u32* to) {
+  static_assert(N == 1 || N == 2 || N == 4, "one instruction");
+  if constexpr (N == 1)
+    asm volatile("ld.relaxed.cta.global.b32 %0, [%1];" : "=r"(to[0]) : "l"(from) : "memory");
+  else if constexpr (N == 2)
+    asm volatile("ld.relaxed.cta.global.v2.b32 {%0, %1}, [%2];" : "=r"(to[0]), "=r"(to[1]) : "l"(from) : "memory");
+  else
+    asm volatile("ld.relaxed.cta.global.v4.b32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3])
+                 : "l"(from)
+                 : "memory");
+}
+
+// One store of 16 bytes: compilers take some of several such stores apart, into stores of 2 or 4 bytes
+__device__ inline void store_global(uint4* to, uint4 x) {
+  asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
 }
 
 // Matrices of 8 x 8 16-bit elements
@@ -206,6 +230,9 @@ __device__ inline void copy_to_shared(void* to, const void* from, u32 bytes, u64
       "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
       : "memory");
 }
+
+// Hides from the compiler what x is, so that nothing that follows from it is computed ahead.
+__device__ inline void forget(int& x) { asm volatile("" : "+r"(x)); }
 
 // Programmatic dependent launch. The first has an effect only if the next kernel was launched with it, the second only
 // if this one was.

@@ -15,6 +15,8 @@ struct Consumer {
   static constexpr int PLANES = Unit<V_BITS>::PLANES, ROW_TILES = SEGMENTS * PLANES / 2;  // 16 planes of V each
   static constexpr int PART = TILE / COLUMN_TILES;  // tokens attended at once; registers limit the scores
   static constexpr int BLOCKS = PART / 16;
+  // Whether tiles with hidden tokens have code of their own. At 4 bits memory takes longer than what others then save.
+  static constexpr bool MASKS_APART = K_BITS + V_BITS < 8;
 
   float maximum[COLUMN_TILES][2], sum[COLUMN_TILES][2];
   float zero[COLUMN_TILES][2];  // sum of weight * v_scale * v_zero
@@ -174,8 +176,8 @@ struct Consumer {
   }
 
   // `is_masked`: some tokens are hidden. Their weights are 0, but their scales and zero points may be NaN.
-  __device__ void multiply_values(const u8* tile, int part, bool is_masked,
-                                  const float (&scores)[COLUMN_TILES][BLOCKS][4]) {
+  __device__ __forceinline__ void multiply_values(const u8* tile, int part, bool is_masked,
+                                                  const float (&scores)[COLUMN_TILES][BLOCKS][4]) {
     const int lane = lane_index();
     const int swizzle = lane % 8 * ODD_SEGMENTS * SWIZZLE_PERIOD / 8 % SWIZZLE_PERIOD;
 #pragma unroll
@@ -241,7 +243,10 @@ struct Consumer {
         begin + PART > chunk.length - chunk.query_len + 1 || (p.window && begin < chunk.length - p.window);
     if (is_masked) mask_scores(chunk, p.window, first_row, begin, scores);
     raise_maximum(scores);
-    multiply_values(tile, part, is_masked, scores);
+    if (MASKS_APART && is_masked)
+      multiply_values(tile, part, true, scores);
+    else
+      multiply_values(tile, part, MASKS_APART ? false : is_masked, scores);
   }
 
   // Plane i of the lane's unit in a segment, for column e of tile t, in the unit of values
@@ -252,7 +257,9 @@ struct Consumer {
 
   // Pass the result of a chunk to the merge warps.
   __device__ void store(Shared& s, int slot, int warp) {
-    const int lane = lane_index();
+    int lane = lane_index();
+    if constexpr (V_BITS == 3)
+      ptx::forget(lane);  // else all that follows from it takes registers in the loop over tiles
 #pragma unroll
     for (int t = 0; t < COLUMN_TILES; t++)
 #pragma unroll
@@ -262,10 +269,17 @@ struct Consumer {
           sum[t][e] += __shfl_xor_sync(ALL_LANES, sum[t][e], d);
           zero[t][e] += __shfl_xor_sync(ALL_LANES, zero[t][e], d);
         }
+        float sixteenth[V_BITS == 3 ? D / 128 : 1];
+        if constexpr (V_BITS == 3)
+#pragma unroll
+          for (int i = 0; i < D / 128; i++) sixteenth[i] = add_top_bits(t, 3 * i, e, lane);
         const int row = 8 * t + 2 * (lane % 4) + e;
         if (row >= ROWS) continue;
         const float offset = zero[t][e] * power_of_two(-V_SHIFT);
         float* channels = s.results[slot][warp][row];
+        if constexpr (V_BITS == 3)
+#pragma unroll
+          for (int i = 0; i < D / 128; i++) channels[128 * i + lane / 4 * 16 + 15] = sixteenth[i] - offset;
 #pragma unroll
         for (int i = 0; i < SEGMENTS; i++) {
           if constexpr (V_BITS == 3) {
@@ -281,31 +295,26 @@ struct Consumer {
         }
         if (lane / 4 == 0) s.result_stats[slot][warp][row] = {maximum[t][e], sum[t][e]};
       }
-    if constexpr (V_BITS == 3) store_top_bits(s, slot, warp);
   }
 
   // At 3 bits: every 32 channels are six units, low and high half of three words. A half's five codes per word belong
   // to neighbouring channels.
   static __device__ int first_channel(int unit) { return unit / 6 * 32 + unit % 2 * 16 + unit % 6 / 2 * 5; }
 
-  // The top bits of three words are the code of one more channel: their sums are added one word after the other.
-  __device__ void store_top_bits(Shared& s, int slot, int warp) {
-#pragma unroll 1
+  // The top bits of three words are the code of one more channel, the last of 16. Of three segments, which are 128
+  // channels, lanes 4 i to 4 i + 3 get those of the i-th 16.
+  __device__ float add_top_bits(int t, int first_segment, int e, int lane) const {
+    const int unit = lane / 4;  // a lane's three units, eight apart, are of three different words
+    const float own[3] = {value(t, first_segment, 5, e), value(t, first_segment + 1, 5, e),
+                          value(t, first_segment + 2, 5, e)};
+    float sum = 0;
+#pragma unroll
     for (int word = 0; word < 3; word++) {
-#pragma unroll
-      for (int t = 0; t < COLUMN_TILES; t++)
-#pragma unroll
-        for (int e = 0; e < 2; e++)
-#pragma unroll
-          for (int i = 0; i < SEGMENTS; i++) {
-            const int row = 8 * t + 2 * (lane_index() % 4) + e, unit = 8 * i + lane_index() / 4;
-            if (row >= ROWS || unit % 6 / 2 != word) continue;
-            float& sum = s.results[slot][warp][row][unit / 6 * 32 + unit % 2 * 16 + 15];
-            const float before = word ? sum : -zero[t][e] * power_of_two(-V_SHIFT);
-            sum = before + value(t, i, 5, e) * power_of_two(word);
-          }
-      __syncwarp();
+      const int segment = (word + unit / 2 * 2) % 3, source = (unit / 2 * 6 + word * 2 + unit % 2) % 8;
+      const float of_word = segment == 0 ? own[0] : segment == 1 ? own[1] : own[2];
+      sum += __shfl_sync(ALL_LANES, of_word, source * 4 + lane % 4) * power_of_two(word);
     }
+    return sum;
   }
 };
 

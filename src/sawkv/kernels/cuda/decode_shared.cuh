@@ -7,7 +7,10 @@
 
 namespace sawkv {
 
-constexpr int CONSUMERS = 8, HELPERS = 4;  // helpers: all other warps, producers first
+// At fewer bits memory is so fast that eight consumers, which mostly wait for what they themselves have begun, cannot
+// follow. Twelve have 128 registers each, which is too few for two column tiles, and for buckets beside V of 3 bits.
+constexpr bool HAS_TWELVE = K_BITS + V_BITS <= 6 && D <= 128 && COLUMN_TILES == 1 && (V_BITS == 2 || !BY_BUCKET);
+constexpr int CONSUMERS = HAS_TWELVE ? 12 : 8, HELPERS = 4;  // helpers: all other warps, producers first
 constexpr int PRODUCERS = SPANS < 4 ? 1 : 2, SCHEDULER = PRODUCERS, FIRST_MERGER = SCHEDULER + 1,
               MERGERS = HELPERS - FIRST_MERGER;
 constexpr int GROUPS = CONSUMERS / ROW_BLOCKS;  // a group's warps share a tile, each with its own rows
