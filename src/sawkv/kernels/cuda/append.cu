@@ -140,31 +140,56 @@ __device__ inline void append_row(const AppendParams& p, bool is_v) {
   if ((BITS != 3 || is_kept) && y.lane() == 0) *stored.meta = quantizer.meta;
 }
 
-// Loads rows of `token` and of those that the next quads of lanes leave to this one. Centers and multiplies them.
-template <int ROWS>
+// A row of x. Pairs of bf16 take two instructions, one less than by themselves.
+template <class Element>
+__device__ inline Row<D, LANES> load_row(const Element* x) {
+  return Row<D, LANES>::load(x);
+}
+__device__ inline Row<D, LANES> load_row(const Bfloat* x) {
+  using R = Row<D, LANES>;
+  R y;
+#pragma unroll
+  for (int i = 0; i < R::PER_LANE; i += R::VECTOR) {
+    const auto pairs = *(const Vector<u32, R::VECTOR / 2>*)(x + R::channel(i));
+#pragma unroll
+    for (int e = 0; e < R::VECTOR; e++)
+      y.x[i + e] = e % 2 ? ptx::high_bfloat_to_float(pairs.x[e / 2]) : ptx::low_bfloat_to_float(pairs.x[e / 2]);
+  }
+  return y;
+}
+
+// Loads rows of `token` and of those that the next quads of lanes leave to this one. Centers and multiplies them. If it
+// IS_HURRIED, all is loaded at once, which takes more registers.
+template <bool IS_HURRIED, int ROWS>
 __device__ inline void load_rows(Row<D, LANES> (&y)[ROWS], const AppendParams& p, bool is_v, int token, int head) {
   using R = Row<D, LANES>;
+  static_assert(!IS_HURRIED || ROWS == 1, "two rows leave too few registers");
+  const bool has_center = p.center[is_v], has_gain = GAIN && p.gain[is_v], is_by_bucket = BY_BUCKET && !is_v;
+  const auto center_of = [&](int row) {
+    const float* center = p.center[is_v] + head * D;
+    if (is_by_bucket) {
+      const i64 position = token + row * QUADS < p.num_tokens ? p.positions[token + row * QUADS] : 0;
+      center += bucket_of(position, p.num_buckets) * (i64)gridDim.y * D;
+    }
+    return R::load(center);
+  };
+  R center, gain;
+  if (IS_HURRIED && has_center) center = center_of(0);
+  if (IS_HURRIED && has_gain) gain = R::load(p.gain[is_v] + head * D);
 #pragma unroll
   for (int row = 0; row < ROWS; row++)
-    y[row] = R::load(p.x[is_v] + min(token + row * QUADS, p.num_tokens - 1) * p.token_stride[is_v] +
-                     head * p.head_stride[is_v]);
-  if (p.center[is_v]) {
-    const float* center = p.center[is_v] + head * D;
-    R c;
+    y[row] = load_row(p.x[is_v] + min(token + row * QUADS, p.num_tokens - 1) * p.token_stride[is_v] +
+                      head * p.head_stride[is_v]);
+  if (has_center) {
 #pragma unroll
     for (int row = 0; row < ROWS; row++) {
-      if (BY_BUCKET && !is_v) {
-        const i64 position = token + row * QUADS < p.num_tokens ? p.positions[token + row * QUADS] : 0;
-        c = R::load(center + bucket_of(position, p.num_buckets) * (i64)gridDim.y * D);
-      } else if (row == 0) {
-        c = R::load(center);
-      }
+      if (!IS_HURRIED && (row == 0 || is_by_bucket)) center = center_of(row);
 #pragma unroll
-      for (int i = 0; i < R::PER_LANE; i++) y[row].x[i] -= c.x[i];
+      for (int i = 0; i < R::PER_LANE; i++) y[row].x[i] -= center.x[i];
     }
   }
-  if (GAIN && p.gain[is_v]) {
-    const R gain = R::load(p.gain[is_v] + head * D);
+  if (has_gain) {
+    if (!IS_HURRIED) gain = R::load(p.gain[is_v] + head * D);
 #pragma unroll
     for (int row = 0; row < ROWS; row++) y[row].multiply(gain);
   }
@@ -194,7 +219,7 @@ __device__ inline void append_tiles(const AppendParams& p, bool is_v, Weights& w
     }
     R y[ROWS];
     if (lacks_weights) weights.copy(p.weights[is_v] + head * D * D);
-    load_rows(y, p, is_v, token, head);
+    load_rows<!STAYS>(y, p, is_v, token, head);
     const float step = has_feedback ? p.step[is_v][head] : 0;  // without feedback, steps have no length
     Quantizer<BITS> quantizers[ROWS];
 #pragma unroll
@@ -215,7 +240,7 @@ __device__ inline void append_tiles(const AppendParams& p, bool is_v, Weights& w
 #pragma unroll 1
       for (int row = 0; row < ROWS; row++) {
         R again[1];
-        load_rows(again, p, is_v, token + row * QUADS, head);
+        load_rows<false>(again, p, is_v, token + row * QUADS, head);
         rotate<ORDER>(again[0]);
         u32 own[D / 32];
 #pragma unroll

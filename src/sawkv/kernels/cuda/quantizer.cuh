@@ -1,6 +1,6 @@
 // The scale, zero point and codes of a row.
 //
-// Macros: those of pages.cuh.
+// Macros: those of pages.cuh, and FEEDBACK.
 #pragma once
 #include "format_constants.h"
 #include "pages.cuh"
@@ -30,13 +30,16 @@ struct Quantizer {
 
   Quantizer() = default;
   __device__ Quantizer(Row<D, LANES>& y, bool has_feedback) {
-    float low = y.x[0], high = y.x[0];
+    float low, high;
+    if (!FEEDBACK || !find_range_of_both_signs(y, low, high)) {
+      low = high = y.x[0];
 #pragma unroll
-    for (int i = 1; i < y.PER_LANE; i++) low = ptx::min_or_nan(low, y.x[i]), high = ptx::max_or_nan(high, y.x[i]);
+      for (int i = 1; i < y.PER_LANE; i++) low = ptx::min_or_nan(low, y.x[i]), high = ptx::max_or_nan(high, y.x[i]);
 #pragma unroll
-    for (int d = LANES / 2; d; d /= 2) {
-      low = ptx::min_or_nan(low, __shfl_xor_sync(ALL_LANES, low, d));
-      high = ptx::max_or_nan(high, __shfl_xor_sync(ALL_LANES, high, d));
+      for (int d = LANES / 2; d; d /= 2) {
+        low = ptx::min_or_nan(low, __shfl_xor_sync(ALL_LANES, low, d));
+        high = ptx::max_or_nan(high, __shfl_xor_sync(ALL_LANES, high, d));
+      }
     }
     const bool is_finite = fabsf(low) < infinity() && fabsf(high) < infinity(), has_cells = has_feedback || BITS < 4;
     const float by_range = (high - low) * (has_cells ? 1 / (MAX_CODE + 1) : 1 / MAX_CODE),
@@ -92,6 +95,28 @@ struct Quantizer {
   }
 
  private:
+  // Of rows that hold values of both signs, by instructions for integers that take three. Among floats as signed
+  // integers, the largest is the largest positive one; unsigned, the largest is that of the negative ones with the
+  // largest magnitude, NaN included.
+  static __device__ bool find_range_of_both_signs(const Row<D, LANES>& y, float& low, float& high) {
+    int top = __float_as_int(y.x[0]);
+    u32 bottom = __float_as_uint(y.x[0]);
+#pragma unroll
+    for (int i = 1; i + 1 < y.PER_LANE; i += 2) {
+      top = max(max(top, __float_as_int(y.x[i])), __float_as_int(y.x[i + 1]));
+      bottom = max(max(bottom, __float_as_uint(y.x[i])), __float_as_uint(y.x[i + 1]));
+    }
+    top = max(top, __float_as_int(y.x[y.PER_LANE - 1]));
+    bottom = max(bottom, __float_as_uint(y.x[y.PER_LANE - 1]));
+#pragma unroll
+    for (int d = LANES / 2; d; d /= 2) {
+      top = max(top, __shfl_xor_sync(ALL_LANES, top, d));
+      bottom = max(bottom, __shfl_xor_sync(ALL_LANES, bottom, d));
+    }
+    high = __int_as_float(top);
+    low = __uint_as_float(bottom);
+    return __all_sync(ALL_LANES, top >= 0 && (int)bottom < 0);
+  }
   // With codes at both ends of the range no clamp is needed, because an unrounded one lies between -0.26 and 15.26.
   static __device__ float clamped(float x) { return BITS < 4 ? fminf(fmaxf(x, 0), MAX_CODE) : x; }
   __device__ u32 shifted(float y) const { return __float_as_uint(clamped(fmaf(y, inverse, zero_point)) + ROUNDER); }
