@@ -47,6 +47,7 @@ def check_append(
     gained: bool = False,
     feedback: str = "",
     buckets: int = 1,
+    num_tokens: int = 64,
 ) -> None:
     """Bytes equal the reference's, from strided rows of all magnitudes, with NaN and infinities, to permuted slots.
 
@@ -60,9 +61,11 @@ def check_append(
         f"{which}_feedback": random_feedback(layout.rows.num_kv_heads, layout.rows.head_dim, device)
         for which in feedback
     }
-    pages = torch.empty(2, *layout.pages_shape(5), dtype=torch.uint8, device=device)
+    num_pages, num_rows = num_tokens // page_size + 3, num_tokens + 6
+    pages = torch.empty(2, *layout.pages_shape(num_pages), dtype=torch.uint8, device=device)
     caches = [PagedKVCache(pages[i], layout, **vectors, **feedbacks) for i in range(2)]
-    fused = torch.randn(70, 5, 3, head_dim) * torch.logspace(-8, 4, 70)[:, None, None, None] + torch.randn(70, 1, 1, 1)
+    magnitudes = torch.logspace(-8, 4, num_rows)[:, None, None, None]
+    fused = torch.randn(num_rows, 5, 3, head_dim) * magnitudes + torch.randn(num_rows, 1, 1, 1)
     fused[3] = 0
     fused[4] = 7.5
     if layout.format.quantized:  # the float formats leave the bits of a NaN open
@@ -74,12 +77,13 @@ def check_append(
     fused[9, ..., ::2] *= -0.0
     k, v = fused.to(device, dtype)[:, 1], fused.to(device, dtype)[:, 3]  # strided views, as engines give them
     # Some are out of range on either side, and 6 tokens are padding.
-    slots = (torch.randperm(5 * page_size + 20)[:64] - 10).to(device)
-    positions = torch.randint((buckets + 2) * BUCKET_SIZE, (70,))
+    num_slots = num_pages * page_size
+    slots = (torch.randperm(num_slots + 20)[:num_tokens] - 10).to(device)
+    positions = torch.randint((buckets + 2) * BUCKET_SIZE, (num_rows,))
     positions[20:24] = torch.tensor([0, BUCKET_SIZE - 1, BUCKET_SIZE, buckets * BUCKET_SIZE])
-    positions[64:] = 2**62
+    positions[num_tokens:] = 2**62
     positions = positions.to(device)
-    positions[:64][(slots < 0) | (slots >= 5 * page_size)] = -(2**62)
+    positions[:num_tokens][(slots < 0) | (slots >= num_slots)] = -(2**62)
     for cache, name in zip(caches, (backend, "reference"), strict=True):
         cache.pages.fill_(0xAB)
         append(k, v, cache, slots, positions, backend=name)

@@ -12,8 +12,9 @@ import torch
 
 from sawkv import Attention, CacheFormat, PagedKVCache, PageLayout, Schedule, append
 from sawkv.format.constants import BUCKET_SIZE
+from sawkv.format.counters import COLUMNS, new_counters
 from sawkv.kernels import unsupported_reason
-from tests.conftest import Batch, make_batch
+from tests.conftest import Batch, make_batch, random_vectors
 from tests.kernel_checks import (
     BUCKET_OPTIONS,
     attend,
@@ -25,6 +26,7 @@ from tests.kernel_checks import (
     check_gather_of_tails,
     check_wrong_feedback_is_noticed,
     compare_attention,
+    random_feedback,
     starts_of,
 )
 
@@ -89,6 +91,50 @@ def test_append_with_feedback(backend: str, feedback: str, head_dim: int) -> Non
         check_append(
             backend, DEVICE, "int4", head_dim, dtype=dtype, centered=prepared, gained=prepared, feedback=feedback
         )
+
+
+@pytest.mark.parametrize("num_tokens", [3000, 7000])
+@pytest.mark.parametrize(("format_name", "head_dim"), [("int4", 64), ("int4", 128), ("int3v2", 128), ("int4", 256)])
+def test_many_tokens_with_feedback(backend: str, format_name: str, head_dim: int, num_tokens: int) -> None:
+    """More than CUDA's blocks take at once, and more than they take in one turn."""
+    skip_unless_supported(backend, format_name, head_dim, 32)
+    for buckets in (1, 3):
+        check_append(
+            backend,
+            DEVICE,
+            format_name,
+            head_dim,
+            centered=True,
+            gained=True,
+            feedback="kv",
+            buckets=buckets,
+            num_tokens=num_tokens,
+        )
+
+
+def test_rows_with_feedback_are_counted(backend: str) -> None:
+    layout = PageLayout(CacheFormat("int4"), 3, 128, 16)
+    feedback = random_feedback(3, 128, DEVICE)
+    vectors = random_vectors(layout, DEVICE, buckets=2) | {"k_feedback": feedback, "v_feedback": feedback}
+    caches = [
+        PagedKVCache.allocate(layout, 600, DEVICE, **vectors, counters=new_counters(torch.device(DEVICE)))
+        for _ in range(2)
+    ]
+    k, v = torch.randn(2, 9000, 3, 128, device=DEVICE).bfloat16()
+    k[7, 1, 5], v[11] = math.nan, math.inf
+    k[13, 0] *= 1e9
+    slots = (torch.randperm(10000)[:9000] - 200).to(DEVICE)  # some are out of range on either side
+    slots[[7, 11, 13]] = slots[[7, 11, 13]].clamp(0, 9599)
+    positions = torch.arange(9000, device=DEVICE)
+    for cache, name in zip(caches, (backend, "reference"), strict=True):
+        cache.pages.fill_(0xAB)
+        for part in torch.arange(9000, device=DEVICE).split([8000, 999, 1]):
+            append(k[part], v[part], cache, slots[part], positions[part], backend=name)
+    assert torch.equal(caches[0].pages, caches[1].pages)
+    got, want = (cache.counters for cache in caches)
+    assert want is not None
+    assert (want[:, COLUMNS.index("sampled_rows")] > 8).all()
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=0)
 
 
 def test_wrong_feedback_is_noticed(backend: str) -> None:

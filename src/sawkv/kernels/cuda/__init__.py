@@ -96,8 +96,14 @@ class Pages:
         x[0], x[1] = k.data_ptr(), v.data_ptr()
         token_stride[0], head_stride[0], _ = k.stride()
         token_stride[1], head_stride[1], _ = v.stride()
-        grid = (_divide_up(num_tokens, variant.tokens_per_block), self._cache.layout.num_kv_heads, 2)
-        variant.kernel.launch(grid, variant.threads, _stream(self._device), params, dependent=True)
+        num_kv_heads = self._cache.layout.num_kv_heads
+        blocks, kernel, many = _divide_up(num_tokens, variant.tokens_per_block), variant.kernel, variant.many
+        if many is not None and 2 * num_kv_heads * blocks > many.resident_blocks:
+            blocks = min(
+                _divide_up(num_tokens, many.tokens_per_block), max(many.resident_blocks // (2 * num_kv_heads), 1)
+            )
+            kernel = many.kernel
+        kernel.launch((blocks, num_kv_heads, 2), variant.threads, _stream(self._device), params, dependent=True)
 
     def gather(self, prefixes: Prefixes, k_out: torch.Tensor, v_out: torch.Tensor, rotated: bool) -> None:
         """See `sawkv.ops.gather`."""
@@ -148,6 +154,14 @@ class Pages:
         return variant
 
 
+class _ManyTokens(NamedTuple):
+    """append with feedback for more tokens than blocks of its other kernel fit on the GPU at once: blocks stay."""
+
+    kernel: runtime.Kernel
+    tokens_per_block: int
+    resident_blocks: int
+
+
 class _Variant(NamedTuple):
     """append or gather compiled for a layout and dtype, and the bytes of its parameters, with zeros for those of each
     call.
@@ -159,6 +173,7 @@ class _Variant(NamedTuple):
     params: bytes
     threads: int
     tokens_per_block: int
+    many: _ManyTokens | None = None
 
     @classmethod
     def load(
@@ -169,15 +184,19 @@ class _Variant(NamedTuple):
         device: torch.device,
         params: ctypes.Structure,
     ) -> _Variant:
-        kernel = runtime.load(
-            f"{operation}.cu",
-            f"sawkv_{operation}",
-            defines | {name: int(value) for name, value in does.items()},
-            device,
-        )
-        return cls(
-            kernel, bytes(params), kernel.read_constant("sawkv_threads"), kernel.read_constant("sawkv_tokens_per_block")
-        )
+        source, name = f"{operation}.cu", f"sawkv_{operation}"
+        defines = defines | {name: int(value) for name, value in does.items()}
+        kernel = runtime.load(source, name, defines, device)
+        many = None
+        if does.get("FEEDBACK"):
+            num_sms = torch.cuda.get_device_properties(device).multi_processor_count
+            many = _ManyTokens(
+                runtime.load(source, f"{name}_many", defines, device),
+                kernel.read_constant("sawkv_many_tokens_per_block"),
+                kernel.read_constant("sawkv_blocks_per_sm") * num_sms,
+            )
+        threads, tokens_per_block = map(kernel.read_constant, ("sawkv_threads", "sawkv_tokens_per_block"))
+        return cls(kernel, bytes(params), threads, tokens_per_block, many)
 
 
 class Schedule(kernels.Schedule):

@@ -7,15 +7,16 @@
 //
 // Macros: those of pages.cuh, K_ORDER, V_ORDER, ELEMENT (of k and v); 1 or 0: GAIN and FEEDBACK (of K or V, or both),
 // COUNT (update the counters), BY_BUCKET (K has a center per position bucket).
+#include "feedback.cuh"
 #include "format_constants.h"
 #include "pages.cuh"
+#include "quantizer.cuh"
 
 namespace sawkv {
 
 using namespace format;
 
-constexpr int THREADS = 128, LANES = 4,
-              TOKENS = THREADS / LANES;  // LANES per row: few, because lanes spend most time on exchanging values
+constexpr int THREADS = 128, TOKENS = THREADS / LANES, QUADS = WARP / LANES;
 
 struct AppendParams {
   const i64* slot_mapping;
@@ -33,142 +34,23 @@ struct AppendParams {
   const i64* positions;  // of tokens; read with BY_BUCKET
 };
 
-constexpr float ROUNDER =
-    12582912;  // 1.5 * 2^23: adding it rounds to an integer, half to even, and leaves it in the low bits
-
-// For the counters: sums over a lane's channels of squared errors, in codes, and of squared values.
-struct Sums {
-  float error, norm;
-};
-
-// Turns a row into codes. With feedback and below 4 bits, the row's range is covered by the cells of the codes, else by
-// the codes themselves. The constructor may change the row.
-template <int BITS>
-struct Quantizer {
-  static constexpr float MAX_CODE = (1 << BITS) - 1;
-  float inverse, zero_point;
-  u32 meta;
-  bool is_bounded;  // finite, and the scale does not saturate
-
-  __device__ Quantizer(Row<D, LANES>& y, bool has_feedback) {
-    float low = y.x[0], high = y.x[0];
-#pragma unroll
-    for (int i = 1; i < y.PER_LANE; i++) low = ptx::min_or_nan(low, y.x[i]), high = ptx::max_or_nan(high, y.x[i]);
-#pragma unroll
-    for (int d = LANES / 2; d; d /= 2) {
-      low = ptx::min_or_nan(low, __shfl_xor_sync(ALL_LANES, low, d));
-      high = ptx::max_or_nan(high, __shfl_xor_sync(ALL_LANES, high, d));
-    }
-    const bool is_finite = fabsf(low) < infinity() && fabsf(high) < infinity(), has_cells = has_feedback || BITS < 4;
-    const float by_range = (high - low) * (has_cells ? 1 / (MAX_CODE + 1) : 1 / MAX_CODE),
-                by_offset = fmaxf(fabsf(low), fabsf(high)) * (1 / MAX_ZERO_POINT);
-    const float wanted = fmaxf(fmaxf(by_range, by_offset), MIN_SCALE), bound = fminf(wanted, MAX_SCALE);
-    u16 scale = ptx::float_to_half(bound);
-    if (ptx::half_to_float(scale) < bound) scale++;  // the next fp16 up
-    inverse = __frcp_rn(ptx::half_to_float(scale));
-    const u16 zero_bits = ptx::float_to_half(
-        fminf(fmaxf(__fsub_rn(has_cells ? -0.5f : 0, __fmul_rn(low, inverse)), -MAX_ZERO_POINT), MAX_ZERO_POINT));
-    zero_point = ptx::half_to_float(zero_bits);
-    meta = is_finite ? scale | (u32)zero_bits << 16 : (u32)NAN_SCALE_BITS;
-    is_bounded = is_finite && wanted <= MAX_SCALE;
-    if (!is_bounded) {  // rare: codes need clamping, or are all 0, so the row is replaced by its codes
-#pragma unroll
-      for (int i = 0; i < y.PER_LANE; i++)
-        y.x[i] = is_finite ? fminf(fmaxf(fmaf(y.x[i], inverse, zero_point), 0), MAX_CODE) : 0;
-      inverse = 1;
-      zero_point = 0;
-    }
-  }
-  // N codes, and nothing else. Conversion instructions would run at a quarter of the speed.
-  template <int N>
-  __device__ u32 codes(const float* y) const {
-    u32 packed = 0;
-#pragma unroll
-    for (int i = N - 1; i >= 0; i--) packed = (packed << BITS) + shifted(y[i]) - __float_as_uint(ROUNDER);
-    return packed;
-  }
-
-  __device__ Sums sums(const Row<D, LANES>& y) const {
-    Sums sums{};
-#pragma unroll
-    for (int i = 0; i < y.PER_LANE; i++) {
-      const float wanted = fmaf(y.x[i], inverse, zero_point);
-      const float error = clamped(wanted) + ROUNDER - ROUNDER - wanted;
-      sums.error += error * error;
-      sums.norm += y.x[i] * y.x[i];
-    }
-    return sums;
-  }
-
-  // Replace the row by its codes, and pass the errors of each block of channels on to later blocks: docs/format.md,
-  // step 5. The sums of weights * errors are products of 8-bit integer matrices, with the warp's eight rows as rows and
-  // four blocks of channels as 16 columns. A lane holds one channel of each block, and its errors are its own part of
-  // the next operand, so no value moves between lanes. One product adds the errors of all earlier columns. The errors
-  // within the four blocks are added as soon as each block is coded.
-  __device__ Sums feed_back(Row<D, LANES>& y, const u8* weights, float step) {
-    static_assert(LANES == 4 && Row<D, LANES>::VECTOR == 8, "a lane holds a channel of each block");
-    const int lane = lane_index(), column = lane / 4, quad = lane % 4;
-    if (!is_bounded) step = 0;
-    Sums sums{};
-#pragma unroll
-    for (int i = 0; i < y.PER_LANE; i++) sums.norm += y.x[i] * y.x[i];  // here, to free y's registers
-    u32 errors[D / 32][2] = {};                                         // of eight blocks, four per word
-#pragma unroll
-    for (int four = 0; four < D / 16; four++) {  // groups of four blocks
-      const int zero = __float_as_int(ROUNDER);  // adding an integer below 2^22 to these bits converts it to float
-      int taken[2][4] = {{zero, zero}, {zero, zero}};
-      u32 own_weights[2];  // for errors within these four blocks
-#pragma unroll
-      for (int k = 0; k <= four / 2; k++)
-#pragma unroll
-        for (int half = 0; half < 2; half++) {
-          const int channel = four / 2 * 32 + column / 2 * 8 + four % 2 * 4 + half * 2 + column % 2;
-          const uint2 w = *(const uint2*)(weights + channel * D + k * 32 + quad * 8);
-          if (k == four / 2) own_weights[half] = four % 2 ? w.y : w.x;
-          if (k < four / 2)
-            ptx::mma_int8(taken[half], errors[k], w);
-          else if (four % 2)
-            ptx::mma_int8(taken[half], errors[k][0], w.x);
-        }
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const float sum = __int_as_float(taken[i / 2][i % 2]) - ROUNDER;
-        float& x = y.x[4 * four + i];
-        const float wanted = fmaf(x, inverse, zero_point), moved = fmaf(sum, step, wanted);
-        const float code = fminf(fmaxf(moved, 0), MAX_CODE) + ROUNDER - ROUNDER;
-        constexpr float MAX_ERROR = (float)MAX_WEIGHT / ERROR_STEPS;  // in codes
-        const float error = fmaf(fminf(fmaxf(moved - code, -MAX_ERROR), MAX_ERROR), ERROR_STEPS, ROUNDER);
-        const u32 passed =
-            __byte_perm(__float_as_uint(error), 0, 0x4444 ^ 4 << 4 * i);  // its low byte in byte i, 0 in the others
-        errors[four / 2][four % 2] |= passed;
-#pragma unroll
-        for (int half = (i + 1) / 2; half < 2; half++)
-          if (i < 3) ptx::mma_int8(taken[half], passed, own_weights[half]);
-        sums.error += (code - wanted) * (code - wanted);
-        x = code;
-      }
-    }
-    inverse = 1;
-    zero_point = 0;
-    return sums;
-  }
-
- private:
-  // With codes at both ends of the range no clamp is needed, because an unrounded one lies between -0.26 and 15.26.
-  static __device__ float clamped(float x) { return BITS < 4 ? fminf(fmaxf(x, 0), MAX_CODE) : x; }
-  __device__ u32 shifted(float y) const { return __float_as_uint(clamped(fmaf(y, inverse, zero_point)) + ROUNDER); }
-};
-
 __device__ inline bool is_sampled(i64 slot) { return (u32)slot * SAMPLE_HASH < (1ull << 32) / SAMPLE; }
 
-// Counts a row before it is written. All threads of a block must call it. Mirrors sawkv.format.counters and the
-// reference.
+// Counts a row before it is written. All threads of a block must call it, or of a warp if BY_WARP. Mirrors
+// sawkv.format.counters and the reference.
+template <bool BY_WARP>
 __device__ inline void count_row(const AppendParams& p, bool is_v, u32 meta, Sums sums, i64 slot, bool is_kept,
                                  bool is_first_lane) {
   double* counters = p.counters + (is_v ? NUM_COLUMNS : 0);
   if (blockIdx.y == 0) {  // once for all heads, which keep the same tokens
-    const int kept = __syncthreads_count(is_kept && is_first_lane);
-    if (threadIdx.x == 0) atomicAdd(&counters[COLUMN_ROWS], (double)kept * gridDim.y);
+    const bool is_one = is_kept && is_first_lane;
+    if (BY_WARP) {
+      const int kept = __popc(__ballot_sync(ALL_LANES, is_one));
+      if (lane_index() == 0) atomicAdd(&counters[COLUMN_ROWS], (double)(kept * gridDim.y));
+    } else {
+      const int kept = __syncthreads_count(is_one);
+      if (threadIdx.x == 0) atomicAdd(&counters[COLUMN_ROWS], (double)kept * gridDim.y);
+    }
   }
   if (!is_kept) return;
   const u32 scale_bits = meta & 0xffff;
@@ -182,26 +64,39 @@ __device__ inline void count_row(const AppendParams& p, bool is_v, u32 meta, Sum
   if (is_first_lane) atomicAdd(&counters[COLUMN_SAMPLED_ROWS], 1.0);
 }
 
-// Writes the codes of a row. The lane has eight channels of each 32. All four lanes of a row must call it.
+// Writes eight codes of each lane, which lie in this 32 channels. All four lanes of a row must call it.
+template <int BITS>
+__device__ inline void store_eight(const StoredRow<BITS>& stored, int group, u32 own, bool is_kept) {
+  using R = Row<D, LANES>;
+  static_assert(LANES == 4 && R::VECTOR == 8, "a lane has a quarter of every 32 channels");
+  if constexpr (BITS == 3) {
+    // 16 channels are the lanes' low halves of three words, five codes in each and the sixteenth's bits on top.
+    const u32 other = __shfl_xor_sync(ALL_LANES, own, 1);
+    const bool is_odd = R::lane() % 2;
+    const u64 half = is_odd ? (u64)own << 24 | other : (u64)other << 24 | own;
+    const u64 other_half = __shfl_xor_sync(ALL_LANES, half, 2);
+    const u64 low = R::lane() < 2 ? half : other_half, high = R::lane() < 2 ? other_half : half;
+    const int word = R::lane();  // of each 32 channels; the fourth lane stores nothing
+    const auto sixteen = [&](u64 codes) {
+      return (u32)(codes >> 15 * word) & 0x7fff | (u32)(codes >> (45 + word) & 1) << 15;
+    };
+    if (is_kept && word < 3) *(u32*)stored.at((group * BITS + word) * 4) = sixteen(low) | sixteen(high) << 16;
+  } else {
+    u8* to = stored.at(R::channel(group * 8) / 8 * BITS);
+    if (is_kept && BITS == 4) *(u32*)to = own;
+    if (is_kept && BITS == 2) *(u16*)to = own;
+  }
+}
+
+// Writes the codes of a row. All four lanes of a row must call it.
 template <int BITS>
 __device__ inline void store_codes(const StoredRow<BITS>& stored, const Quantizer<BITS>& quantizer,
                                    const Row<D, LANES>& y, bool is_kept) {
   using R = Row<D, LANES>;
-  static_assert(LANES == 4 && R::VECTOR == 8, "a lane has a quarter of every 32 channels");
 #pragma unroll
   for (int i = 0; i < R::PER_LANE; i += R::VECTOR) {
     if constexpr (BITS == 3) {
-      // 16 channels are the lanes' low halves of three words, five codes in each and the sixteenth's bits on top.
-      const u32 own = quantizer.template codes<8>(&y.x[i]), other = __shfl_xor_sync(ALL_LANES, own, 1);
-      const bool is_odd = R::lane() % 2;
-      const u64 half = is_odd ? (u64)own << 24 | other : (u64)other << 24 | own;
-      const u64 other_half = __shfl_xor_sync(ALL_LANES, half, 2);
-      const u64 low = R::lane() < 2 ? half : other_half, high = R::lane() < 2 ? other_half : half;
-      const int word = R::lane();  // of each 32 channels; the fourth lane stores nothing
-      const auto sixteen = [&](u64 codes) {
-        return (u32)(codes >> 15 * word) & 0x7fff | (u32)(codes >> (45 + word) & 1) << 15;
-      };
-      if (is_kept && word < 3) *(u32*)stored.at((i / R::VECTOR * BITS + word) * 4) = sixteen(low) | sixteen(high) << 16;
+      store_eight(stored, i / R::VECTOR, quantizer.template codes<8>(&y.x[i]), is_kept);
     } else {
       constexpr int PER_BYTE = 8 / BITS;
       Vector<u8, R::VECTOR / PER_BYTE> packed;
@@ -235,19 +130,138 @@ __device__ inline void append_row(const AppendParams& p, bool is_v) {
   }
   if (GAIN && p.gain[is_v]) y.multiply(Row<D, LANES>::load(p.gain[is_v] + head * D));
   rotate<ORDER>(y);
-  const bool has_feedback = FEEDBACK && p.weights[is_v];
-  Quantizer<BITS> quantizer(y, has_feedback);
+  Quantizer<BITS> quantizer(y, false);
   Sums sums{};
-  if (has_feedback) {
-    sums = quantizer.feed_back(y, p.weights[is_v] + head * D * D, p.step[is_v][head]);
-  } else if (COUNT && is_sampled(slot)) {
-    sums = quantizer.sums(y);
-  }
-  if (COUNT) count_row(p, is_v, quantizer.meta, sums, slot, is_kept, y.lane() == 0);
+  if (COUNT && is_sampled(slot)) sums = quantizer.sums(y);
+  if (COUNT) count_row<false>(p, is_v, quantizer.meta, sums, slot, is_kept, y.lane() == 0);
   if (BITS != 3 && !is_kept) return;
   const StoredRow<BITS> stored(p.pages + slot / PAGE_SIZE * p.page_stride + head * HEAD_BYTES, slot % PAGE_SIZE, is_v);
   store_codes(stored, quantizer, y, is_kept);
   if ((BITS != 3 || is_kept) && y.lane() == 0) *stored.meta = quantizer.meta;
+}
+
+// A row of x. Pairs of bf16 take two instructions, one less than by themselves.
+template <class Element>
+__device__ inline Row<D, LANES> load_row(const Element* x) {
+  return Row<D, LANES>::load(x);
+}
+__device__ inline Row<D, LANES> load_row(const Bfloat* x) {
+  using R = Row<D, LANES>;
+  R y;
+#pragma unroll
+  for (int i = 0; i < R::PER_LANE; i += R::VECTOR) {
+    const auto pairs = *(const Vector<u32, R::VECTOR / 2>*)(x + R::channel(i));
+#pragma unroll
+    for (int e = 0; e < R::VECTOR; e++)
+      y.x[i + e] = e % 2 ? ptx::high_bfloat_to_float(pairs.x[e / 2]) : ptx::low_bfloat_to_float(pairs.x[e / 2]);
+  }
+  return y;
+}
+
+// Loads rows of `token` and of those that the next quads of lanes leave to this one. Centers and multiplies them. If it
+// IS_HURRIED, all is loaded at once, which takes more registers.
+template <bool IS_HURRIED, int ROWS>
+__device__ inline void load_rows(Row<D, LANES> (&y)[ROWS], const AppendParams& p, bool is_v, int token, int head) {
+  using R = Row<D, LANES>;
+  static_assert(!IS_HURRIED || ROWS == 1, "two rows leave too few registers");
+  const bool has_center = p.center[is_v], has_gain = GAIN && p.gain[is_v], is_by_bucket = BY_BUCKET && !is_v;
+  const auto center_of = [&](int row) {
+    const float* center = p.center[is_v] + head * D;
+    if (is_by_bucket) {
+      const i64 position = token + row * QUADS < p.num_tokens ? p.positions[token + row * QUADS] : 0;
+      center += bucket_of(position, p.num_buckets) * (i64)gridDim.y * D;
+    }
+    return R::load(center);
+  };
+  R center, gain;
+  if (IS_HURRIED && has_center) center = center_of(0);
+  if (IS_HURRIED && has_gain) gain = R::load(p.gain[is_v] + head * D);
+#pragma unroll
+  for (int row = 0; row < ROWS; row++)
+    y[row] = load_row(p.x[is_v] + min(token + row * QUADS, p.num_tokens - 1) * p.token_stride[is_v] +
+                      head * p.head_stride[is_v]);
+  if (has_center) {
+#pragma unroll
+    for (int row = 0; row < ROWS; row++) {
+      if (!IS_HURRIED && (row == 0 || is_by_bucket)) center = center_of(row);
+#pragma unroll
+      for (int i = 0; i < R::PER_LANE; i++) y[row].x[i] -= center.x[i];
+    }
+  }
+  if (has_gain) {
+    if (!IS_HURRIED) gain = R::load(p.gain[is_v] + head * D);
+#pragma unroll
+    for (int row = 0; row < ROWS; row++) y[row].multiply(gain);
+  }
+}
+
+// append with feedback of K or V, or both. A warp handles eight tokens, or 16 if lanes have two rows: a product then
+// serves twice as many. A block has one head, whose weights are copied once. If it STAYS, it takes tile after tile.
+template <int ORDER, int BITS, int ROWS, bool STAYS>
+__device__ inline void append_tiles(const AppendParams& p, bool is_v, Weights& weights) {
+  using R = Row<D, LANES>;
+  constexpr int TILE = ROWS * QUADS, WARPS = THREADS / WARP;
+  constexpr u32 NONE = ~0u;  // slots have 32 bits here, since 2^32 of the smallest take 170 GB
+  static_assert(WARPS == Weights::WARPS, "every warp copies its part");
+  const int head = blockIdx.y;
+  const bool has_feedback = p.weights[is_v];
+  bool lacks_weights = has_feedback;
+  int tile = blockIdx.x * WARPS + warp_index();
+  if (STAYS) tile = __shfl_sync(ALL_LANES, tile, 0);  // tells the compiler that it is uniform, and so is the loop
+#pragma unroll 1
+  do {
+    const int token = tile * TILE + lane_index() / LANES;
+    u32 slots[ROWS];
+#pragma unroll
+    for (int row = 0; row < ROWS; row++) {
+      const i64 slot = token + row * QUADS < p.num_tokens ? p.slot_mapping[token + row * QUADS] : -1;
+      slots[row] = slot >= 0 && slot < p.num_slots ? (u32)slot : NONE;
+    }
+    R y[ROWS];
+    if (lacks_weights) weights.copy(p.weights[is_v] + head * D * D);
+    load_rows<!STAYS>(y, p, is_v, token, head);
+    const float step = has_feedback ? p.step[is_v][head] : 0;  // without feedback, steps have no length
+    Quantizer<BITS> quantizers[ROWS];
+#pragma unroll
+    for (int row = 0; row < ROWS; row++) {
+      rotate<ORDER>(y[row]);
+      quantizers[row] = Quantizer<BITS>(y[row], has_feedback);
+    }
+    if (lacks_weights) {
+      ptx::wait_for_copies();
+      __syncthreads();
+      lacks_weights = false;
+    }
+    u32 codes[ROWS][D / 32];
+    feed_back(y, quantizers, weights, step, codes);
+    Sums sums[ROWS] = {};
+    if (COUNT && __any_sync(ALL_LANES, is_sampled(slots[0]) || is_sampled(slots[ROWS - 1]))) {
+      // Rare. Rows are loaded again, because keeping them takes too many registers.
+#pragma unroll 1
+      for (int row = 0; row < ROWS; row++) {
+        R again[1];
+        load_rows<false>(again, p, is_v, token + row * QUADS, head);
+        rotate<ORDER>(again[0]);
+        u32 own[D / 32];
+#pragma unroll
+        for (int i = 0; i < D / 32; i++) own[i] = row ? codes[ROWS - 1][i] : codes[0][i];
+        const Sums found = Quantizer<BITS>(again[0], has_feedback).sums(again[0], own);
+        sums[0] = row ? sums[0] : found;
+        sums[ROWS - 1] = row == ROWS - 1 ? found : sums[ROWS - 1];
+      }
+    }
+#pragma unroll
+    for (int row = 0; row < ROWS; row++) {
+      const u32 slot = slots[row];
+      if (COUNT) count_row<true>(p, is_v, quantizers[row].meta, sums[row], slot, slot != NONE, R::lane() == 0);
+      const StoredRow<BITS> stored(p.pages + slot / PAGE_SIZE * p.page_stride + head * HEAD_BYTES, slot % PAGE_SIZE,
+                                   is_v);
+#pragma unroll
+      for (int i = 0; i < D / 32; i++) store_eight(stored, i, codes[row][i], slot != NONE);
+      if (slot != NONE && R::lane() == 0) *stored.meta = quantizers[row].meta;
+    }
+    tile += gridDim.x * WARPS;
+  } while (STAYS && tile * TILE < p.num_tokens);
 }
 
 }  // namespace sawkv
@@ -259,8 +273,27 @@ extern "C" {
 __device__ int sawkv_threads = THREADS;
 __device__ int sawkv_tokens_per_block = TOKENS;
 
-__global__ void __launch_bounds__(THREADS, (D <= 128 ? 8 : 4) >> FEEDBACK)
-    sawkv_append(const __grid_constant__ AppendParams p) {
+#if FEEDBACK
+constexpr int BLOCKS = D <= 128 ? 4 : 2;     // per SM
+constexpr int MANY_ROWS = D <= 128 ? 2 : 1;  // per lane, as registers allow
+__device__ int sawkv_many_tokens_per_block = MANY_ROWS * TOKENS;
+__device__ int sawkv_blocks_per_sm = BLOCKS;
+
+#define KERNEL(NAME, ROWS, STAYS)                                                                   \
+  __global__ void __launch_bounds__(THREADS, BLOCKS) NAME(const __grid_constant__ AppendParams p) { \
+    __shared__ Weights weights;                                                                     \
+    ptx::wait_for_prerequisites();                                                                  \
+    ptx::let_dependents_launch();                                                                   \
+    const bool is_v = blockIdx.z;                                                                   \
+    if (!is_v || (K_ORDER == V_ORDER && K_BITS == V_BITS))                                          \
+      append_tiles<K_ORDER, K_BITS, ROWS, STAYS>(p, is_v, weights);                                 \
+    else                                                                                            \
+      append_tiles<V_ORDER, V_BITS, ROWS, STAYS>(p, is_v, weights);                                 \
+  }
+KERNEL(sawkv_append, 1, false)
+KERNEL(sawkv_append_many, MANY_ROWS, true)  // blocks stay: the grid is what fits on the GPU at once
+#else
+__global__ void __launch_bounds__(THREADS, D <= 128 ? 8 : 4) sawkv_append(const __grid_constant__ AppendParams p) {
   ptx::wait_for_prerequisites();
   ptx::let_dependents_launch();  // the decode kernel starts up meanwhile
   const bool is_v = blockIdx.z;
@@ -269,5 +302,6 @@ __global__ void __launch_bounds__(THREADS, (D <= 128 ? 8 : 4) >> FEEDBACK)
   else
     append_row<V_ORDER, V_BITS>(p, is_v);
 }
+#endif
 
 }  // extern "C"

@@ -149,18 +149,28 @@ __device__ inline void mma_bfloat(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3,
       : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
       : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b[0]), "r"(b[1]));
 }
-// c[16 x 8] += a[16 x 32] b[32 x 8] in 8-bit integers; a's lower eight rows are zero
-__device__ inline void mma_int8(int (&c)[4], const u32 (&a)[2], uint2 b) {
-  asm volatile(
-      "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %6, %5, %6}, {%7, %8}, {%0, %1, %2, %3};"
-      : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-      : "r"(a[0]), "r"(a[1]), "r"(0), "r"(b.x), "r"(b.y));
+// d[rows x 8] = a[rows x channels] b[channels x 8] + c in 8-bit integers: 16 rows and 32 channels, 16 and 16, 8 and 16
+__device__ inline void mma_int8(int (&d)[4], const int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+  asm("mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, "
+      "%13};"
+      : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+      : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
 }
-// c[16 x 8] += a[16 x 16] b[16 x 8], likewise
-__device__ inline void mma_int8(int (&c)[4], u32 a, u32 b) {
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
-               : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3])
-               : "r"(a), "r"(0), "r"(b));
+__device__ inline void mma_int8(int (&d)[4], const int (&c)[4], u32 a0, u32 a1, u32 b) {
+  asm("mma.sync.aligned.m16n8k16.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%7, %8, %9, %10};"
+      : "=r"(d[0]), "=r"(d[1]), "=r"(d[2]), "=r"(d[3])
+      : "r"(a0), "r"(a1), "r"(b), "r"(c[0]), "r"(c[1]), "r"(c[2]), "r"(c[3]));
+}
+__device__ inline void mma_int8(int (&d)[2], const int (&c)[2], u32 a, u32 b) {
+  asm("mma.sync.aligned.m8n8k16.row.col.s32.s8.s8.s32 {%0, %1}, {%2}, {%3}, {%4, %5};"
+      : "=r"(d[0]), "=r"(d[1])
+      : "r"(a), "r"(b), "r"(c[0]), "r"(c[1]));
+}
+// a + b, but at least 0 and at most `top`; one instruction
+__device__ inline int clamp_sum(int a, int b, int top) {
+  int d;
+  asm("min.relu.s32 %0, %1, %2;" : "=r"(d) : "r"(a + b), "r"(top));
+  return d;
 }
 
 // Barriers in shared memory
@@ -233,6 +243,12 @@ __device__ inline void copy_to_shared(void* to, const void* from, u32 bytes, u64
 
 // Hides from the compiler what x is, so that nothing that follows from it is computed ahead.
 __device__ inline void forget(int& x) { asm volatile("" : "+r"(x)); }
+
+// Copies to shared memory of which each thread waits for its own
+__device__ inline void copy_8_bytes(u32 to, const void* from) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(to), "l"(from) : "memory");
+}
+__device__ inline void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // Programmatic dependent launch. The first has an effect only if the next kernel was launched with it, the second only
 // if this one was.
