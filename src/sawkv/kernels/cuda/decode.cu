@@ -2,7 +2,7 @@
 //
 //   scheduler warp    scheduler.cuh: takes chunks from the schedule, prepares their queries
 //   producer warps    producer.cuh: copy tiles of pages into a ring in shared memory; two if pages are small
-//   consumer warps    consumer.cuh: eight; tile i goes to consumer group i % GROUPS
+//   consumer warps    consumer.cuh: eight, or twelve at fewer bits; tile i goes to group i % GROUPS
 //   merge warps       merger.cuh: one or two; add the groups' results of a finished chunk while consumers continue
 //
 // All warps but the consumers merge the rows of a block's last chunk: by then they have nothing else to do. merge.cuh
