@@ -185,7 +185,7 @@ class _Variant(NamedTuple):
         params: ctypes.Structure,
     ) -> _Variant:
         source, name = f"{operation}.cu", f"sawkv_{operation}"
-        defines = defines | {name: int(value) for name, value in does.items()}
+        defines = defines | {macro: int(value) for macro, value in does.items()}
         kernel = runtime.load(source, name, defines, device)
         many = None
         if does.get("FEEDBACK"):

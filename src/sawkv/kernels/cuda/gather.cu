@@ -29,13 +29,13 @@ struct GatherParams {
   const int* first_positions;  // [num_seqs], of each table's first token; null: 0
 };
 
-// The page and offset that hold an output token's row of one KV head.
+// The page and offset that hold an output token's rows.
 struct Source {
   bool is_there, is_cleared;
   int offset, bucket, page;
 
   // `seq`: a sequence that starts at or before the token
-  __device__ Source(const GatherParams& p, int token, int head, int seq) {
+  __device__ Source(const GatherParams& p, int token, int seq) {
     while (seq + 1 < p.num_seqs && p.cu_seq_lens[seq + 1] <= token) seq++;
     const int position = token - p.cu_seq_lens[seq];
     is_there = token < p.max_tokens && position >= 0 && position < p.seq_lens[seq];
@@ -261,7 +261,7 @@ __global__ void __launch_bounds__(THREADS, D <= 128 ? 4 : 2) sawkv_gather(const 
   }
   const bool is_v = warp_index() >= TOKENS / TILE;
   const int token = first + warp_index() % (TOKENS / TILE) * TILE + lane_index() / LANES;
-  const Source sources[LANE_ROWS] = {{p, token, head, seq}, {p, token + TILE / LANE_ROWS, head, seq}};
+  const Source sources[LANE_ROWS] = {{p, token, seq}, {p, token + TILE / LANE_ROWS, seq}};
   ELEMENT* start = (is_v ? p.v_out : p.k_out) + ((i64)token * p.num_kv_heads + head) * D;
   ELEMENT* const to[LANE_ROWS] = {start, start + (i64)TILE / LANE_ROWS * p.num_kv_heads * D};
   const float *center = p.center[is_v], *gain_inverse = p.gain_inverse[is_v];
