@@ -2,16 +2,16 @@
 
     python -m benchmarks.agents --formats int4          # 64 agents growing to 32k tokens, Qwen3-8B's shape
     python -m benchmarks.agents --formats fp8           # one format a command, if its time is limited: records add up
-    python -m benchmarks.agents --set 64x20k            # fits in fp8, not in BF16
-    python -m benchmarks.agents --set 16x32k            # fits in all
+    python -m benchmarks.agents --sets 64x20k 16x32k    # fits in fp8, not in BF16; fits in all
     python -m benchmarks.agents --model models/sawkv-6m --formats bf16 int4 --agents 4 --first 256 --grow-to 1024 \
         --turns 4 --answer 8 --output build/agents.jsonl --options --kv-cache-memory-bytes 12000000 --enforce-eager
                                                         # on a CPU, to try this file
 
-One server per format, with vLLM's default settings, prefix caching among them, and OpenAI's client. An agent's first
-prompt has `--first` random tokens, the same ones for every format. The server answers `--answer` tokens, never fewer.
-After a time to think, exponential with a mean of `--think` seconds, the agent sends its first prompt, the answer, and
-as many new tokens that its last answer ends at `--grow-to`. Each format is a line in docs/results/agents.jsonl:
+One server per format, with vLLM's default settings, prefix caching among them, and OpenAI's client. It serves one set
+of agents after the other. An agent's first prompt has `--first` random tokens, the same ones for every format. The
+server answers `--answer` tokens, never fewer. After a time to think, exponential with a mean of `--think` seconds, the
+agent sends its first prompt, the answer, and as many new tokens that its last answer ends at `--grow-to`. Each format
+and set is a line in docs/results/agents.jsonl:
 
     output_tok_s             output tokens of all agents / seconds from the start to the last token
     ttft_p50_s               median time to first token, since the request was sent; ttft_by_turn_s: turn by turn
@@ -36,7 +36,7 @@ import signal
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Final
@@ -116,7 +116,7 @@ class Work:
 
     def tokens(self, agent: int, vocabulary: int) -> list[list[int]]:
         """What the agent adds in each turn, the same for every format."""
-        draw = np.random.default_rng([SEED, agent])
+        draw = np.random.default_rng([SEED, self.agents, self.grow_to, agent])
         return [draw.integers(0, vocabulary, self.new if turn else self.first).tolist() for turn in range(self.turns)]
 
     def pauses(self, agent: int) -> list[float]:
@@ -154,12 +154,14 @@ def main() -> None:
     with engines.model_folder(args.model, tokenizer=True) as model:
         for name in args.formats:
             try:
-                engines.append_record(args.output, _run_format(args, name, model))
+                for record in _run_format(args, name, model):
+                    engines.append_record(args.output, record)
             except UnsupportedError as error:
                 faults.append(f"{name}: {error}")
-    found = [r for r in read_records(args.output) if r["model"] == Path(model).name and r["work"] == asdict(args.work)]
-    device = found[-1]["device"] if found else ""
-    faults += check(args.work, [record for record in found if record["device"] == device])
+    for work in args.works:
+        found = [r for r in read_records(args.output) if r["model"] == Path(model).name and r["work"] == asdict(work)]
+        device = found[-1]["device"] if found else ""
+        faults += check(work, [record for record in found if record["device"] == device])
     print(f"\n{agents_table(read_records(args.output))}\n")
     print("\n".join(faults or ["all limits are kept"]))
     sys.exit(bool(faults))
@@ -192,28 +194,30 @@ def check(work: Work, records: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _arguments() -> argparse.Namespace:
     parser = engines.arguments(__doc__, ["bf16", "fp8", "int4"], "agents.jsonl")
-    parser.add_argument("--set", choices=SETS, default=next(iter(SETS)), help="of agents (default: %(default)s)")
+    first = next(iter(SETS))
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=[first], help=f"of agents (default: {first})")
     for name, kind in (("agents", int), ("first", int), ("grow-to", int), ("turns", int), ("answer", int)):
-        parser.add_argument(f"--{name}", type=kind, help="in place of the set's")
-    parser.add_argument("--think", type=float, help="in place of the set's")
-    parser.add_argument("--limit", type=float, default=540, help="seconds for a format's agents (default: %(default)s)")
+        parser.add_argument(f"--{name}", type=kind, help="in place of each set's")
+    parser.add_argument("--think", type=float, help="in place of each set's")
+    parser.add_argument("--limit", type=float, default=540, help="seconds for a set's agents (default: %(default)s)")
     parser.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="more options of vLLM's server; last")
     args = parser.parse_args()
     if unknown := [name for name in args.formats if name in PEERS and name not in LEAST_OUTPUT]:
         parser.error(f"--formats: expected bf16, fp8 or sawkv's, got {', '.join(unknown)}")
     given = {field.name: getattr(args, field.name) for field in fields(Work)}
-    args.work = replace(SETS[args.set], **{name: value for name, value in given.items() if value is not None})
+    given = {name: value for name, value in given.items() if value is not None}
+    args.works = [replace(SETS[each], **given) for each in args.sets]
     return args
 
 
-def _run_format(args: argparse.Namespace, name: str, model: str) -> dict[str, Any]:
-    """Serve one format, and let the agents run.
+def _run_format(args: argparse.Namespace, name: str, model: str) -> Iterator[dict[str, Any]]:
+    """Serve one format, and let each set of agents run. Yields records.
 
     Raises:
         UnsupportedError: it cannot be served, or an answer is lost or short.
     """
-    work: Work = args.work
-    words = ["--max-model-len", str(work.grow_to), "--load-format", engines.load_format(model)]
+    words = ["--max-model-len", str(max(work.grow_to for work in args.works))]
+    words += ["--load-format", engines.load_format(model)]
     words += ["--gpu-memory-utilization", str(engines.MEMORY), "--kernel-config", json.dumps(engines.QUICK_KERNELS)]
     words += ["--no-prepare"] if args.no_prepare and name not in PEERS else []
     log = args.log / f"agents-{name}.log"
@@ -222,34 +226,46 @@ def _run_format(args: argparse.Namespace, name: str, model: str) -> dict[str, An
     cache = SIXTEEN_BITS if name == "bf16" else name
     with serve_cache(model, cache, [*words, *args.options], log, env=engines.QUICK_START) as (client, served):
         print(f"{name}: ready after {served.start_s:.0f} s, {served.kv_tokens:,} tokens of KV cache", flush=True)
-        _warm_up(client, work, vocabulary)
-        before = client.counters(*COUNTERS)
-        try:
-            start = time.monotonic()
-            turns = asyncio.run(_run_agents(client, model, work, vocabulary, args.limit))
-            seconds = time.monotonic() - start
-        except (openai.OpenAIError, TimeoutError) as error:
-            raise UnsupportedError(f"{error!r} after {time.monotonic() - start:.0f} s") from error
-        asked, hit, preempted = (now - was for now, was in zip(client.counters(*COUNTERS), before, strict=True))
-    record = {
-        **engines.measured(args.commit, model, name),
-        "set": str(work),
-        "work": asdict(work),
-        "prepared": name not in PEERS and not args.no_prepare,
+        for work in args.works:
+            record = {
+                **engines.measured(args.commit, model, name),
+                "set": str(work),
+                "work": asdict(work),
+                "prepared": name not in PEERS and not args.no_prepare,
+                **_measure(client, model, work, vocabulary, args.limit),
+                "kv_tokens": served.kv_tokens,
+            }
+            print(
+                f"{name}, {work}: {record['seconds']} s, {record['output_tok_s']} output tok/s, first token"
+                f" {record['ttft_p50_s']} s, late {record['late_ttft_p50_s']} s, then {record['tpot_p50_ms']} ms a"
+                f" token; {record['hit_rate']:.1%} of prompts found",
+                flush=True,
+            )
+            yield record
+
+
+def _measure(client: Client, model: str, work: Work, vocabulary: int, limit: float) -> dict[str, Any]:
+    """Let the agents run. Returns the measures of their record.
+
+    Raises:
+        UnsupportedError: an answer is lost or short.
+    """
+    _warm_up(client, work, vocabulary)
+    before = client.counters(*COUNTERS)
+    start = time.monotonic()
+    try:
+        turns = asyncio.run(_run_agents(client, model, work, vocabulary, limit))
+    except (openai.OpenAIError, TimeoutError) as error:
+        raise UnsupportedError(f"{work}: {error!r} after {time.monotonic() - start:.0f} s") from error
+    seconds = time.monotonic() - start
+    asked, hit, preempted = (now - was for now, was in zip(client.counters(*COUNTERS), before, strict=True))
+    return {
         **summary(work, turns, seconds),
         "hit_rate": round(hit / asked, 4),
         "best_hit_rate": round(work.hit_rate(), 4),
         "computed_tok_s": round((asked - hit) / seconds, 1),
-        "kv_tokens": served.kv_tokens,
         "preemptions": int(preempted),
     }
-    print(
-        f"{name}: {seconds:.1f} s, {record['output_tok_s']} output tok/s, first token {record['ttft_p50_s']} s, late"
-        f" {record['late_ttft_p50_s']} s, then {record['tpot_p50_ms']} ms a token; {record['hit_rate']:.1%} of prompts"
-        f" found",
-        flush=True,
-    )
-    return record
 
 
 def summary(work: Work, turns: Sequence[Turn], seconds: float) -> dict[str, Any]:
@@ -318,11 +334,11 @@ async def _ask(
     start = time.monotonic()
     chunks = await server.completions.create(
         model=model,
-        prompt=prompt,
+        prompt="",  # extra_body's is sent: for a prompt of 28,000 tokens the client looks at the type of each, in 0.2 s
         max_tokens=count,
         temperature=0,
         stream=True,
-        extra_body={"ignore_eos": True, "return_token_ids": True},
+        extra_body={"prompt": prompt, "ignore_eos": True, "return_token_ids": True},
     )
     async for chunk in chunks:
         new: list[int] = [token for choice in chunk.choices for token in (choice.model_extra or {})["token_ids"] or ()]

@@ -30,9 +30,9 @@ class Server:
         self.prompts: list[list[int]] = []
         self.completions = self
 
-    async def create(self, *, prompt: list[int], max_tokens: int, **options: Any) -> Any:
-        assert options["extra_body"] == {"ignore_eos": True, "return_token_ids": True}
-        self.prompts.append(list(prompt))
+    async def create(self, *, max_tokens: int, extra_body: dict[str, Any], **options: Any) -> Any:
+        self.prompts.append(list(extra_body["prompt"]))
+        assert extra_body == {"prompt": self.prompts[-1], "ignore_eos": True, "return_token_ids": True}
         ids = list(range(1000, 1000 + min(max_tokens, self.answer)))
 
         async def chunks() -> Any:
@@ -109,9 +109,11 @@ def test_work_that_cannot_be_is_refused(change: dict[str, Any], words: str) -> N
 
 
 def test_arguments_change_the_set(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr("sys.argv", ["agents", "--set", "64x20k", "--agents", "8", "--options", "--enforce-eager"])
+    monkeypatch.setattr(
+        "sys.argv", ["agents", "--sets", "64x20k", "16x32k", "--agents", "8", "--options", "--enforce-eager"]
+    )
     args = agents._arguments()
-    assert args.work == replace(SETS["64x20k"], agents=8)
+    assert args.works == [replace(SETS[name], agents=8) for name in ("64x20k", "16x32k")]
     assert (args.formats, args.options) == (["bf16", "fp8", "int4"], ["--enforce-eager"])
     for name, words in (("vllm_int4_per_token_head", "expected bf16, fp8 or sawkv's, got vllm"), ("int5", "int5")):
         monkeypatch.setattr("sys.argv", ["agents", "--formats", "int4", name])
