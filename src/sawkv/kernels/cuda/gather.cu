@@ -159,7 +159,8 @@ __device__ inline void store_restored(Row<D, LANES> (&rows)[LANE_ROWS], int firs
     for (int r = 0; r < LANE_ROWS; r++) {
       if (!sources[r].is_there && !sources[r].is_cleared) continue;
       float (&x)[R::PER_LANE] = rows[r].x;
-      if (BY_BUCKET && center && sources[r].is_there) centers = load_constants(center + sources[r].bucket * bucket_stride + R::channel(i));
+      if (BY_BUCKET && center && sources[r].is_there)
+        centers = load_constants(center + sources[r].bucket * bucket_stride + R::channel(i));
       constexpr int PARTS = R::VECTOR * sizeof(ELEMENT) / 16;
       union {
         Vector<ELEMENT, R::VECTOR> v;
