@@ -430,7 +430,19 @@ def test_results_do_not_change_from_run_to_run(backend: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("format_name", "head_dim"), [("int4", 128), ("int4", 80), ("int4", 192), ("int8", 112), ("bf16", 64)]
+    ("format_name", "head_dim"),
+    [
+        ("int4", 64),
+        ("int4", 96),
+        ("int4", 128),
+        ("int4", 80),
+        ("int4", 192),
+        ("int4", 256),
+        ("int4-k256-v256", 256),
+        ("int4-k16-v32", 128),
+        ("int8", 112),
+        ("bf16", 64),
+    ],
 )
 def test_gather(backend: str, format_name: str, head_dim: int) -> None:
     skip_unless_supported(backend, format_name, head_dim)

@@ -136,31 +136,45 @@ __device__ inline void add_within_lane(const Quarter<BITS> (&codes)[BLOCKS],
   }
 }
 
-// Elements `first` to `end` of a row. One vector at a time, to save registers.
-__device__ inline void store_restored(Row<D, LANES>& row, int first, int end, const float* gain_inverse,
-                                      const float* center, ELEMENT* to) {
+using Floats = Vector<float, Row<D, LANES>::VECTOR>;
+
+__device__ inline Floats load_constants(const float* from) {
+  Floats v;
+  ptx::load_constants(from, v.x);
+  ptx::load_constants(from + 4, v.x + 4);
+  return v;
+}
+
+// Elements `first` to `end` of a lane's rows, which share gains, and a center that is not by bucket.
+__device__ inline void store_restored(Row<D, LANES> (&rows)[LANE_ROWS], int first, int end,
+                                      const Source (&sources)[LANE_ROWS], const float* gain_inverse,
+                                      const float* center, i64 bucket_stride, ELEMENT* const (&to)[LANE_ROWS]) {
   using R = Row<D, LANES>;
 #pragma unroll
   for (int i = first; i < end; i += R::VECTOR) {
-    if (GAIN && gain_inverse) {
-      const auto g = *(const Vector<float, R::VECTOR>*)(gain_inverse + R::channel(i));
+    Floats gains, centers;
+    if (GAIN && gain_inverse) gains = load_constants(gain_inverse + R::channel(i));
+    if (!BY_BUCKET && center) centers = load_constants(center + R::channel(i));
 #pragma unroll
-      for (int e = 0; e < R::VECTOR; e++) row.x[i + e] *= g.x[e];
+    for (int r = 0; r < LANE_ROWS; r++) {
+      if (!sources[r].is_there && !sources[r].is_cleared) continue;
+      float (&x)[R::PER_LANE] = rows[r].x;
+      if (BY_BUCKET && center && sources[r].is_there)
+        centers = load_constants(center + sources[r].bucket * bucket_stride + R::channel(i));
+      constexpr int PARTS = R::VECTOR * sizeof(ELEMENT) / 16;
+      union {
+        Vector<ELEMENT, R::VECTOR> v;
+        uint4 parts[PARTS];
+      };
+#pragma unroll
+      for (int e = 0; e < R::VECTOR; e++) {
+        if (GAIN && gain_inverse) x[i + e] *= gains.x[e];
+        if (center && sources[r].is_there) x[i + e] += centers.x[e];
+        v.x[e] = ELEMENT(x[i + e]);
+      }
+#pragma unroll
+      for (int k = 0; k < PARTS; k++) ptx::store_global((uint4*)(to[r] + R::channel(i)) + k, parts[k]);
     }
-    if (center) {
-      const auto c = *(const Vector<float, R::VECTOR>*)(center + R::channel(i));
-#pragma unroll
-      for (int e = 0; e < R::VECTOR; e++) row.x[i + e] += c.x[e];
-    }
-    constexpr int WORDS = R::VECTOR * sizeof(ELEMENT) / 16;
-    union {
-      Vector<ELEMENT, R::VECTOR> v;
-      uint4 parts[WORDS];
-    };
-#pragma unroll
-    for (int e = 0; e < R::VECTOR; e++) v.x[e] = ELEMENT(row.x[i + e]);
-#pragma unroll
-    for (int k = 0; k < WORDS; k++) ptx::store_global((uint4*)(to + R::channel(i)) + k, parts[k]);
   }
 }
 
@@ -222,8 +236,6 @@ __device__ inline void decode_rows(const GatherParams& p, int head, const Source
       const int first = block * Q::CHANNELS + (Q::CHANNELS == 8 ? 0 : half * ELEMENTS), end = first + ELEMENTS;
 #pragma unroll
       for (int r = 0; r < LANE_ROWS; r++) {
-        // A row that is to be cleared has codes of zero and a scale of zero.
-        if (!sources[r].is_there && !sources[r].is_cleared) continue;
         const float zero_point = ptx::high_half_to_float(meta[r]) * (BLOCK * power_of_two(-24)),
                     scale = ptx::low_half_to_float(meta[r]) * (inverse_root(BLOCK) * power_of_two(24));
 #pragma unroll
@@ -231,9 +243,8 @@ __device__ inline void decode_rows(const GatherParams& p, int head, const Source
           if (R::channel(i) % BLOCK == 0) rows[r].x[i] -= zero_point;
           rows[r].x[i] = __fmul_rn(rows[r].x[i], scale);  // never contracted to an fma, as in Row::scale
         }
-        const float* added = BY_BUCKET && center ? center + sources[r].bucket * bucket_stride : center;
-        store_restored(rows[r], first, end, gain_inverse, sources[r].is_there ? added : nullptr, to[r]);
       }
+      store_restored(rows, first, end, sources, gain_inverse, center, bucket_stride, to);
     }
 }
 
@@ -246,7 +257,11 @@ extern "C" {
 __device__ int sawkv_threads = THREADS;
 __device__ int sawkv_tokens_per_block = TOKENS;
 
-__global__ void __launch_bounds__(THREADS, D <= 128 ? 4 : 2) sawkv_gather(const __grid_constant__ GatherParams p) {
+// Blocks of an SM: as many as registers allow
+__global__ void __launch_bounds__(THREADS, D > 128                                    ? 2
+                                           : GAIN || BY_BUCKET || sizeof(ELEMENT) > 2 ? 4
+                                                                                      : 5)
+    sawkv_gather(const __grid_constant__ GatherParams p) {
   ptx::wait_for_prerequisites();
   const int head = blockIdx.x % p.num_kv_heads,
             first = blockIdx.x / p.num_kv_heads * TOKENS;  // so that neighbouring blocks read neighbouring heads
