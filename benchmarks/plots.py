@@ -106,7 +106,7 @@ def load_table(records: Iterable[Record]) -> str:
 def agents_table(records: Iterable[Record]) -> str:
     """A table for each device and model: a row for each set of agents and format."""
     latest = {(r["device"], r["model"], agents_name(r), r["format"]): r for r in records}
-    return _tables(latest, "agents", AGENTS_COLUMNS, lambda device, model: f"{model} on {device}")
+    return _tables(latest, "agents", AGENTS_COLUMNS, lambda device, model: f"{model} on {device}", base="fp8")
 
 
 def decode_table(records: Iterable[Record]) -> str:
@@ -240,17 +240,18 @@ def _tables(
     first_column: str,
     columns: dict[str, tuple[str, str]],
     title: Callable[[str, str], str],
+    base: str = "bf16",
 ) -> str:
-    """For each device and model, a row for each load and format; ratios are to the format `bf16` of the same load."""
+    """For each device and model, a row for each load and format; ratios are to the format `base` of the same load."""
     parts = []
     for device, model in dict.fromkeys(key[:2] for key in latest):
         rows = []
         for load in dict.fromkeys(key[2] for key in latest if key[:2] == (device, model)):
             group = {key[3]: r for key, r in latest.items() if key[:3] == (device, model, load)}
-            base = group.get("bf16", {})
-            for name, r in sorted(group.items(), key=lambda item: item[0] != "bf16"):
+            basis = group.get(base, {})
+            for name, r in sorted(group.items(), key=lambda item: item[0] != base):
                 cells = [
-                    _cell(r.get(field), None if name == "bf16" else base.get(field), form)
+                    _cell(r.get(field), None if name == base else basis.get(field), form)
                     for field, (_, form) in columns.items()
                 ]
                 rows.append([load, name, *cells, r["commit"]])

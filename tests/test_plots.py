@@ -65,17 +65,17 @@ AGENTS = {
 
 
 def test_agents_have_a_row_for_each_set_and_a_picture_of_the_largest(tmp_path: Path) -> None:
-    small = AGENTS | {"format": "bf16", "work": {"agents": 2, "grow_to": 512, "turns": 3}}
-    records = [AGENTS | {"format": "bf16"}, AGENTS | {"format": "int4", "output_tok_s": 310.0, "hit_rate": 0.75}, small]
+    small = AGENTS | {"format": "fp8", "work": {"agents": 2, "grow_to": 512, "turns": 3}}
+    records = [AGENTS | {"format": "fp8"}, AGENTS | {"format": "int4", "output_tok_s": 310.0, "hit_rate": 0.75}, small]
     (tmp_path / "agents.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     page = plots.filled(PAGE, tmp_path)
     row = "| 4 x 512 in 3 turns | int4 | 310 (3.10x) | 2.00 (1.00x) | 4.00 (1.00x) | 50.0 (1.00x) | 75.0% (3.00x) |"
     assert row in page
-    assert "| 2 x 512 in 3 turns | bf16 | 100 |" in page
+    assert "| 2 x 512 in 3 turns | fp8 | 100 |" in page
     assert "(agents.svg)" in page
     drawing = plots.plot_agents(records)
     assert "turn of 4 x 512 in 3 turns" in drawing
-    assert all(f">{name}<" in drawing for name in ("BF16", "int4"))
+    assert all(f">{name}<" in drawing for name in ("fp8", "int4"))
 
 
 def test_the_page_is_that_of_the_records() -> None:
