@@ -10,6 +10,11 @@ namespace sawkv {
 constexpr int TILE_BYTES = TILE * TOKEN_BYTES;
 static_assert(PAGE_SIZE % TILE == 0 || TILE % PAGE_SIZE == 0, "tiles are whole pages, or the reverse");
 
+// The ring of tiles has one part of the heads of TILE tokens in each: its tile i of a chunk is part i % PARTS of the
+// chunk's tile i / PARTS.
+__device__ inline int num_tiles(const Chunk& chunk) { return chunk.num_tiles * PARTS; }
+__device__ inline int first_token(const Chunk& chunk, int tile) { return (chunk.first_tile + tile / PARTS) * TILE; }
+
 // A tile is one or more spans of tokens, each laid out like a page: K codes, K meta, V codes, V meta.
 constexpr int SPAN = PAGE_SIZE < TILE ? PAGE_SIZE : TILE;
 constexpr int SPAN_BYTES = SPAN * TOKEN_BYTES, SPANS = TILE / SPAN;
