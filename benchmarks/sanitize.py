@@ -55,6 +55,8 @@ CASES = (
     Case(head_dim=64, page_size=32),
     Case(head_dim=96, group=1),
     Case(head_dim=256, page_size=128, query_len=2),
+    Case(head_dim=512, page_size=64, group=8, prepared=False),
+    Case(lengths=(9000, 40, 3), head_dim=512, query_len=2, prepared=False),
     Case(options={"sliding_window": 100, "logit_softcap": 5.0}),
     Case(options={"sinks": torch.zeros(8)}),
     Case(lengths=(9000, 40, 3), buckets=3),  # a center of K for each bucket of positions
