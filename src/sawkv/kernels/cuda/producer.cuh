@@ -70,8 +70,9 @@ __device__ int run_producer(Shared& s, const DecodeParams& p, int producer) {
       while (due) {
         wait_for_room(s, {tiles_before + first + (__ffs(due) - 1) * PRODUCERS});
         // Copy in order: a tile must not refill a stage while an earlier tile still waits for that stage to be full.
-        const u32 blocked = due & ~__ballot_sync(ALL_LANES, has_room(s, stage)),
-                  ready = due & ((blocked & -blocked) - 1);
+        const u32 blocked = due & ~__ballot_sync(ALL_LANES, has_room(s, stage));
+        u32 ready = due & ((blocked & -blocked) - 1);
+        if constexpr (ONLY_WAITS) ready &= -ready;
         if (ready >> lane_index() & 1) {
           ptx::arrive_expecting(full, spans * SPAN_BYTES);
           if constexpr (PAGE_SIZE == SPAN) {

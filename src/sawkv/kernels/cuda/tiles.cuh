@@ -23,11 +23,14 @@ constexpr int K_META = SPAN * K_ROW_BYTES, V_CODES = K_META + SPAN * META_BYTES,
 constexpr int SHARED_LIMIT = 227 << 10;
 
 // One lane per warp arrives at barriers for the whole warp, after __syncwarp. compute-sanitizer's racecheck tracks only
-// lanes that arrive themselves, and needs EVERY_LANE_ARRIVES.
-#ifdef EVERY_LANE_ARRIVES
+// lanes that arrive themselves, and orders only what follows a wait, not a test (`has_ended`). So with FOR_RACECHECK
+// every lane arrives, and the producer copies one tile after each wait.
+#ifdef FOR_RACECHECK
 constexpr int WARP_ARRIVALS = WARP;
+constexpr bool ONLY_WAITS = true;
 #else
 constexpr int WARP_ARRIVALS = 1;
+constexpr bool ONLY_WAITS = false;
 #endif
 __device__ inline bool arrives() { return lane_index() < WARP_ARRIVALS; }
 
