@@ -11,7 +11,8 @@ namespace sawkv {
 // follow. Twelve have 128 registers each, which is too few for two column tiles, and for buckets beside V of 3 bits.
 constexpr bool HAS_TWELVE = K_BITS + V_BITS <= 6 && D <= 128 && COLUMN_TILES == 1 && (V_BITS == 2 || !BY_BUCKET);
 constexpr int CONSUMERS = HAS_TWELVE ? 12 : 8, HELPERS = 4;  // helpers: all other warps, producers first
-constexpr int PRODUCERS = SPANS < 4 ? 1 : 2, SCHEDULER = PRODUCERS, FIRST_MERGER = SCHEDULER + 1,
+constexpr int COPIES = PAGE_SIZE == SPAN ? SPANS : 4;        // of a tile: of pages, or of the planes of a part of one
+constexpr int PRODUCERS = COPIES < 4 ? 1 : 2, SCHEDULER = PRODUCERS, FIRST_MERGER = SCHEDULER + 1,
               MERGERS = HELPERS - FIRST_MERGER;
 constexpr int GROUPS = CONSUMERS / ROW_BLOCKS;  // a group's warps share a tile, each with its own rows
 constexpr int RESULT_GROUPS = GROUPS / PARTS;   // groups of neighbours, which have the parts of the same tokens
