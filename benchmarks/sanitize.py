@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from sawkv import CacheFormat, PagedKVCache, PageLayout, append, decode_attention, gather
+from sawkv import Attention, CacheFormat, PagedKVCache, PageLayout, Schedule, append, gather
 from sawkv.format.feedback import Feedback
 from sawkv.kernels import cuda, unsupported_reason
 
@@ -41,6 +41,7 @@ class Case:
     prepared: bool = True
     buckets: int = 1
     format_name: str = "int4"
+    num_blocks: int = 0  # of the CUDA kernel; few take many tiles and chunks each, so that all rings wrap
     options: dict[str, Any] = field(default_factory=dict, hash=False)
 
 
@@ -55,6 +56,12 @@ CASES = (
     Case(head_dim=64, page_size=32),
     Case(head_dim=96, group=1),
     Case(head_dim=256, page_size=128, query_len=2),
+    Case(head_dim=512, page_size=64, group=8, prepared=False),
+    Case(lengths=(9000, 40, 3), head_dim=512, query_len=2, prepared=False),
+    Case(lengths=(0, 1, 17, 3000), num_blocks=2),
+    Case(lengths=(0, 1, 17, 3000), head_dim=256, page_size=64, group=8, num_blocks=2),
+    Case(lengths=(0, 1, 17, 3000), head_dim=512, page_size=64, group=8, prepared=False, num_blocks=2),
+    Case(lengths=(3, 900), head_dim=512, query_len=8, prepared=False, num_blocks=2),
     Case(options={"sliding_window": 100, "logit_softcap": 5.0}),
     Case(options={"sinks": torch.zeros(8)}),
     Case(lengths=(9000, 40, 3), buckets=3),  # a center of K for each bucket of positions
@@ -68,13 +75,11 @@ CASES = (
 )
 
 
-def run_cases(backend: str, formats: list[str]) -> None:
+def run_cases(backend: str, formats: list[str], head_dims: list[int]) -> None:
     """What runs under the tool."""
-    cuda.DEBUG_DEFINES["EVERY_LANE_ARRIVES"] = (
-        1  # or racecheck knows nothing of what other lanes did before one arrived for them
-    )
+    cuda.DEBUG_DEFINES["FOR_RACECHECK"] = 1  # see tiles.cuh
     device = torch.device("cuda", 0)
-    for case in (case for case in CASES if case.format_name in formats):
+    for case in (case for case in CASES if case.format_name in formats and case.head_dim in head_dims):
         layout = PageLayout(CacheFormat(case.format_name), 2, case.head_dim, case.page_size)
         if reason := unsupported_reason(backend, device, layout):
             print(f"{backend}: {case}: {reason}")
@@ -108,16 +113,21 @@ def run_cases(backend: str, formats: list[str]) -> None:
         options: dict[str, Any] = {
             name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in case.options.items()
         }
-        out = decode_attention(
-            q,
-            cache,
-            *where,
-            query_start.to(device),
-            softmax_scale=case.head_dim**-0.5,
-            max_query_len=case.query_len,
-            backend=backend,
-            **options,
+        attention = Attention(
+            cache, num_q_heads=q.shape[1], softmax_scale=case.head_dim**-0.5, backend=backend, **options
         )
+        schedule = Schedule(
+            layout,
+            cache.pages.device,
+            num_q_heads=q.shape[1],
+            max_num_seqs=len(counts),
+            max_query_len=case.query_len,
+            sliding_window=options.get("sliding_window", 0),
+            backend=backend,
+        )
+        if case.num_blocks and isinstance(schedule.kernel, cuda.Schedule):
+            schedule.kernel.num_blocks = case.num_blocks
+        out = attention(q, schedule.update(*where, query_start.to(device)))
         cu_seq_lens = torch.tensor([0, *case.lengths]).cumsum(0).int().to(device)
         for rotated in (True, False):
             gather(cache, *where, cu_seq_lens, k, v, rotated=rotated, backend=backend)
@@ -134,10 +144,12 @@ def main() -> int:
     parser.add_argument("--backends", nargs="+", default=["cuda", "triton"])
     formats = sorted({case.format_name for case in CASES})
     parser.add_argument("--formats", nargs="+", default=formats, choices=formats, help="of pages (default: all)")
+    dims = sorted({case.head_dim for case in CASES})
+    parser.add_argument("--head-dims", nargs="+", type=int, default=dims, choices=dims, help="(default: all)")
     parser.add_argument("--inside", metavar="BACKEND", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.inside:
-        run_cases(args.inside, args.formats)
+        run_cases(args.inside, args.formats, args.head_dims)
         return 0
     sanitizer = shutil.which("compute-sanitizer", path=f"{os.environ.get('PATH', '')}:{USUAL_PLACE}")
     if sanitizer is None:
@@ -146,7 +158,8 @@ def main() -> int:
     failed = []
     for backend in args.backends:
         for tool in args.tools:
-            inside = [sys.executable, "-m", "benchmarks.sanitize", "--inside", backend, "--formats", *args.formats]
+            inside = [sys.executable, "-m", "benchmarks.sanitize", "--inside", backend]
+            inside += ["--formats", *args.formats, "--head-dims", *map(str, args.head_dims)]
             print(f"--- {tool}, {backend}", flush=True)
             environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
             if subprocess.run(

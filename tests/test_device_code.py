@@ -53,6 +53,7 @@ WIDE = Shape(
     options={"logit_softcap": 30.0, "sliding_window": 1024, "sinks": torch.zeros(32)},
 )
 MIXED = Shape("int3v2", query_len=4)
+GEMMA_4 = Shape(q_heads=16, kv_heads=2, head_dim=512, page_size=64)  # its global layers
 MANY_ROWS = Shape("int3", q_heads=64, head_dim=256, query_len=8)  # with few stages, and more tiles that could be copied
 CUDA_SHAPES = [
     MAIN,
@@ -62,13 +63,16 @@ CUDA_SHAPES = [
     WIDE,
     MIXED,
     Shape("int4v2", q_heads=128, query_len=8),
+    GEMMA_4,
+    replace(WIDE, head_dim=512, page_size=64),
+    Shape("int3v2", q_heads=16, kv_heads=4, head_dim=512, query_len=8),
 ]
 TRITON_SHAPES = [
     MAIN,
     WIDE,
     MIXED,
     Shape("int8"),
-    Shape(q_heads=16, kv_heads=2, head_dim=512, page_size=64),
+    GEMMA_4,
     Shape(q_heads=40, head_dim=80, page_size=32, query_len=3, options={"sinks": torch.zeros(40)}),
 ]
 
@@ -198,10 +202,10 @@ def check_registers(logs: dict[str, str]) -> None:
 def test_the_sanitizers_build_compiles(
     compile_cuda: Callable[[str], dict[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(cuda.DEBUG_DEFINES, "EVERY_LANE_ARRIVES", 1)
+    monkeypatch.setitem(cuda.DEBUG_DEFINES, "FOR_RACECHECK", 1)
     logs = compile_cuda("sm_90")
     run_all(cuda, MAIN, has_buckets=True)
-    assert any("EVERY_LANE_ARRIVES" in key for key in logs)
+    assert any("FOR_RACECHECK" in key for key in logs)
 
 
 PARAMS = [
@@ -222,7 +226,7 @@ def test_both_sides_lay_out_launch_parameters_alike(
     monkeypatch.setattr(cuda.runtime, "SOURCE_FOLDER", tmp_path)
     for name, text in sources.items():
         (tmp_path / name).write_text(text)
-    defines = {"HEAD_DIM": 64, "PAGE_SIZE": 16, "K_ORDER": 64, "V_ORDER": 64, "ELEMENT": "sawkv::Half"}
+    defines = {"HEAD_DIM": 64, "PARTS": 1, "PAGE_SIZE": 16, "K_ORDER": 64, "V_ORDER": 64, "ELEMENT": "sawkv::Half"}
     defines |= {"K_BITS": 4, "V_BITS": 4}
     defines |= {"GAIN": 0, "FEEDBACK": 0, "COUNT": 0, "SOFTCAP": 0, "OFFSET": 0, "BY_BUCKET": 0}
     defines |= {"GROUP": 4, "CHUNK_ROWS": 8, "ROW_GROUPS": 1}

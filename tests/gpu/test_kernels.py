@@ -66,7 +66,7 @@ def test_the_backends_are_there(backend: str) -> None:
     assert unsupported_reason(backend, torch.device(DEVICE, 0 if DEVICE == "cuda" else None), layout) is None
 
 
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 112, 128, 192, 256])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 112, 128, 192, 256, 512])
 @pytest.mark.parametrize("format_name", ["int4", "int8", "bf16", "fp16-k16-v16", "int4-k0-v16"])
 def test_append(backend: str, format_name: str, head_dim: int) -> None:
     skip_unless_supported(backend, format_name, head_dim, 32)
@@ -82,7 +82,7 @@ def test_append(backend: str, format_name: str, head_dim: int) -> None:
         )
 
 
-@pytest.mark.parametrize("head_dim", [64, 80, 96, 112, 128, 192, 256])
+@pytest.mark.parametrize("head_dim", [64, 80, 96, 112, 128, 192, 256, 512])
 @pytest.mark.parametrize("feedback", ["k", "v", "kv"])
 def test_append_with_feedback(backend: str, feedback: str, head_dim: int) -> None:
     skip_unless_supported(backend, "int4", head_dim, 32)
@@ -149,7 +149,7 @@ def test_feedback_ends_where_scales_saturate(backend: str) -> None:
 @pytest.mark.parametrize(
     ("format_name", "head_dim"),
     [
-        *(("int4", d) for d in (64, 80, 96, 112, 128, 192, 256)),
+        *(("int4", d) for d in (64, 80, 96, 112, 128, 192, 256, 512)),
         ("int8", 128),
         ("int8", 80),
         ("bf16", 128),
@@ -174,15 +174,18 @@ def test_attention(backend: str, format_name: str, head_dim: int) -> None:
         )
 
 
+@pytest.mark.parametrize("head_dim", [128, 512])
 @pytest.mark.parametrize("group", [1, 4, 5, 7, 8, 12, 16])
-def test_query_shapes(backend: str, group: int) -> None:
+def test_query_shapes(backend: str, group: int, head_dim: int) -> None:
     for query_lens, most in (([1, 1, 1, 1], 1), ([2, 2, 1, 2], 2), ([4, 8, 3, 8], 8)):
-        check_attention(
-            backend, DEVICE, "int4", [33, 1000, 9, 4000], query_lens, group=group, max_query_len=most, gained=most == 8
-        )
+        options = {"group": group, "head_dim": head_dim, "max_query_len": most, "gained": most == 8}
+        check_attention(backend, DEVICE, "int4", [33, 1000, 9, 4000], query_lens, **options)
 
 
-@pytest.mark.parametrize(("page_size", "head_dim"), [(32, 128), (48, 128), (64, 128), (128, 128), (128, 64), (64, 256)])
+@pytest.mark.parametrize(
+    ("page_size", "head_dim"),
+    [(32, 128), (48, 128), (64, 128), (128, 128), (128, 64), (64, 256), (32, 512), (64, 512), (256, 512)],
+)
 def test_page_sizes(backend: str, page_size: int, head_dim: int) -> None:
     skip_unless_supported(backend, "int4", head_dim, page_size)
     check_attention(
@@ -339,20 +342,29 @@ def test_what_turns_leave_alone(backend: str, most: int) -> None:
     assert (out == -7).flatten(1).all(1).equal(left_out)
 
 
-def test_options_of_wide_heads(backend: str) -> None:
+@pytest.mark.parametrize("head_dim", [256, 512])
+@pytest.mark.parametrize(
+    "options",
+    [{"logit_softcap": 5.0}, {"sinks": True}, {"logit_softcap": 5.0, "sinks": True, "sliding_window": 700}],
+    ids=str,
+)
+def test_options_of_wide_heads(backend: str, head_dim: int, options: dict[str, object]) -> None:
     """As Gemma 2 has them: a soft-cap, and registers that are all in use."""
-    check_attention(
-        backend,
-        DEVICE,
-        "int4",
-        SEQ_LENS,
-        [1, 1, 2, 1, 2, 2, 1],
-        head_dim=256,
-        centered=True,
-        gained=True,
-        logit_softcap=5.0,
-        max_query_len=2,
-    )
+    if "sinks" in options:
+        options = options | {"sinks": torch.randn(8, device=DEVICE).bfloat16()}
+    for prepared in (False, True):
+        check_attention(
+            backend,
+            DEVICE,
+            "int4",
+            SEQ_LENS,
+            [1, 1, 2, 1, 2, 2, 1],
+            head_dim=head_dim,
+            centered=prepared,
+            gained=prepared,
+            max_query_len=2,
+            **options,
+        )
 
 
 def test_many_sequences(backend: str) -> None:
@@ -381,18 +393,18 @@ def test_nothing_to_do(backend: str) -> None:
     assert torch.equal(batch.cache.pages, before)
 
 
-@pytest.mark.parametrize("query_len", [1, 3])
-def test_one_graph_serves_any_lengths(backend: str, query_len: int) -> None:
+@pytest.mark.parametrize(("query_len", "head_dim"), [(1, 128), (3, 128), (3, 512)])
+def test_one_graph_serves_any_lengths(backend: str, query_len: int, head_dim: int) -> None:
     """Captured once with its schedule, replayed with other lengths, queries and pages."""
     batches = [
-        make_batch("int4", seq_lens, device=DEVICE)
+        make_batch("int4", seq_lens, head_dim=head_dim, device=DEVICE)
         for seq_lens in ([3, 3, 3, 3], [LONG, 70, 4, 1000], [5, 0, LONG // 2, 64], [2500, 3, 3, 8])
     ]
     most_pages = max(batch.cache.pages.shape[0] for batch in batches)
     cache = PagedKVCache.allocate(batches[0].cache.layout, most_pages, DEVICE)
     table = torch.zeros(4, max(batch.block_table.shape[1] for batch in batches), dtype=torch.int32, device=DEVICE)
     seq_lens, starts = torch.zeros(4, dtype=torch.int32, device=DEVICE), starts_of([query_len] * 4, DEVICE)
-    q = torch.zeros(4 * query_len, 8, 128, dtype=torch.bfloat16, device=DEVICE)
+    q = torch.zeros(4 * query_len, 8, head_dim, dtype=torch.bfloat16, device=DEVICE)
     out, lse = torch.empty_like(q), torch.empty(q.shape[:2], device=DEVICE)
     options = {"num_q_heads": 8, "max_num_seqs": 4, "max_query_len": query_len}
     schedule = Schedule(cache.layout, cache.pages.device, backend=backend, **options)
@@ -420,9 +432,10 @@ def test_one_graph_serves_any_lengths(backend: str, query_len: int) -> None:
         compare_attention((out, lse), attend(batch, q, starts, "reference", softmax_scale=0.1), starts)
 
 
-def test_results_do_not_change_from_run_to_run(backend: str) -> None:
-    batch = make_batch("int4", SEQ_LENS, device=DEVICE)
-    q, starts = torch.randn(7, 8, 128, device=DEVICE).bfloat16(), starts_of([1] * 7, DEVICE)
+@pytest.mark.parametrize("head_dim", [128, 512])
+def test_results_do_not_change_from_run_to_run(backend: str, head_dim: int) -> None:
+    batch = make_batch("int4", SEQ_LENS, head_dim=head_dim, device=DEVICE)
+    q, starts = torch.randn(7, 8, head_dim, device=DEVICE).bfloat16(), starts_of([1] * 7, DEVICE)
     first, _ = attend(batch, q, starts, backend)
     for _ in range(5):
         again, _ = attend(batch, q, starts, backend)
@@ -438,6 +451,7 @@ def test_results_do_not_change_from_run_to_run(backend: str) -> None:
         ("int4", 80),
         ("int4", 192),
         ("int4", 256),
+        ("int4", 512),
         ("int4-k256-v256", 256),
         ("int4-k16-v32", 128),
         ("int8", 112),
@@ -453,7 +467,7 @@ def test_gather(backend: str, format_name: str, head_dim: int) -> None:
 
 @pytest.mark.parametrize(("format_name", "head_dim"), [("int4", 128), ("int4", 96), ("int4", 512), ("int8", 80)])
 def test_pages_with_centers_of_buckets(backend: str, format_name: str, head_dim: int) -> None:
-    skip_unless_supported(backend, format_name, min(head_dim, 256), 32)
+    skip_unless_supported(backend, format_name, head_dim, 32)
     for feedback in ("", "kv") if format_name == "int4" else ("",):
         check_append(backend, DEVICE, format_name, head_dim, centered=True, gained=True, feedback=feedback, buckets=3)
     lengths = [BUCKET_SIZE - 1, BUCKET_SIZE, 0, 3 * BUCKET_SIZE + 1]
@@ -482,6 +496,8 @@ def test_pages_with_centers_of_buckets(backend: str, format_name: str, head_dim:
         (128, 128, 5, (1, 8, 5, 8, 8, 8)),
         (64, 16, 4, (1, 4, 1, 3, 2, 8)),
         (256, 16, 4, (1, 1, 2, 1, 2, 2)),
+        (512, 64, 8, (1, 1, 1, 1, 1, 1)),
+        (512, 16, 4, (1, 4, 1, 3, 2, 8)),
         (128, 64, 4, (1, 16, 16, 9, 16, 16)),
         (128, 16, 4, (1, 100, 16, 9, 64, 100)),
         (64, 64, 4, (1, 70, 32, 20, 9, 70)),
@@ -504,16 +520,17 @@ def test_attention_with_centers_of_buckets(
     )
 
 
-@pytest.mark.parametrize("query_len", [1, 8, 16, 100])
-def test_chunks_of_many_buckets(backend: str, query_len: int) -> None:
+@pytest.mark.parametrize(("query_len", "head_dim"), [(1, 128), (8, 128), (16, 128), (100, 128), (8, 512)])
+def test_chunks_of_many_buckets(backend: str, query_len: int, head_dim: int) -> None:
     """On one block, which takes chunks of more buckets than it prepares queries for at once."""
     if query_len > 8:
         skip_unless_it_extends(backend)
     lengths = [9000, 5] if DRY_RUN else [90_000, 5, 3 * BUCKET_SIZE]
-    batch = make_batch("int4", lengths, centered=True, gained=True, buckets=44, device=DEVICE)
+    options = {"head_dim": head_dim, "centered": True, "gained": True, "buckets": 44}
+    batch = make_batch("int4", lengths, **options, device=DEVICE)
     starts = starts_of([query_len] * len(lengths), DEVICE)
-    q = torch.randn(int(starts[-1]), 8, 128, device=DEVICE).bfloat16() / 2
-    attention = Attention(batch.cache, num_q_heads=8, softmax_scale=128**-0.5, backend=backend)
+    q = torch.randn(int(starts[-1]), 8, head_dim, device=DEVICE).bfloat16() / 2
+    attention = Attention(batch.cache, num_q_heads=8, softmax_scale=head_dim**-0.5, backend=backend)
     schedule = Schedule(
         batch.cache.layout,
         batch.cache.pages.device,

@@ -54,11 +54,8 @@ def unsupported_reason(device: torch.device, layout: PageLayout) -> str | None:
     if not codecs <= HEAD_DIM_MULTIPLES.keys():
         return f"expected {', '.join(HEAD_DIM_MULTIPLES)}, got {layout.format.codec}"
     multiple = max(HEAD_DIM_MULTIPLES[codec] for codec in codecs)
-    if layout.head_dim % multiple or not 64 <= layout.head_dim <= 256:
-        return (
-            f"expected head_dim a multiple of {multiple} from 64 to 256 for {layout.format.codec}, got"
-            f" {layout.head_dim}"
-        )
+    if layout.head_dim % multiple or layout.head_dim < 64:
+        return f"expected head_dim a multiple of {multiple} from 64 for {layout.format.codec}, got {layout.head_dim}"
     if layout.page_size not in GPU_PAGE_SIZES:
         return f"expected page_size {', '.join(map(str, GPU_PAGE_SIZES))}, got {layout.page_size}"
     properties = torch.cuda.get_device_properties(device)
@@ -349,6 +346,7 @@ class _DecodeVariant(NamedTuple):
 def _page_defines(layout: PageLayout, dtype: torch.dtype, k_order: int, v_order: int) -> dict[str, int | str]:
     return {
         "HEAD_DIM": layout.head_dim,
+        "PARTS": layout.parts,
         "PAGE_SIZE": layout.page_size,
         "K_BITS": CODEC_BITS[layout.format.k_codec],
         "V_BITS": CODEC_BITS[layout.format.v_codec],

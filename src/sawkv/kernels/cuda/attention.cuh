@@ -11,6 +11,9 @@
 
 namespace sawkv {
 
+// Parts of a chunk's query rows: part i of row r is number i * CHUNK_ROWS + r.
+constexpr int QUERY_PARTS = PARTS * CHUNK_ROWS;
+
 struct DecodeParams {
   const ELEMENT* q;
   const u8* pages;
@@ -18,9 +21,9 @@ struct DecodeParams {
   ScheduleHeader* header;
   const Chunk* chunks;
   const SplitUnit* splits;
-  float* partials;        // [chunks of split units][CHUNK_ROWS][D], not divided by the sum of the weights
+  float* partials;        // [chunks of split units][CHUNK_ROWS][HEAD_DIM], not divided by the sum of the weights
   float2* partial_stats;  // [chunks of split units][CHUNK_ROWS]
-  const float* k_center;  // this and the next three: [KV heads][D] or null; with BY_BUCKET, num_buckets of them
+  const float* k_center;  // this and the next three: [KV heads][HEAD_DIM] or null; with BY_BUCKET, num_buckets of them
   const float* v_center;
   const float* k_gain_inverse;
   const float* v_gain_inverse;
@@ -61,24 +64,25 @@ struct QueryRow {
   }
 };
 
-// q . center of a query row, in log2: scores over centered keys lack it. `q` is not rotated yet.
-__device__ inline float center_score(const DecodeParams& p, const Row<D>& q, const Row<D>& center) {
+// q . center of a query row or of a part of it, in log2: scores over centered keys lack it. `q` is not rotated yet.
+template <int N>
+__device__ inline float center_score(const DecodeParams& p, const Row<N>& q, const Row<N>& center) {
   float sum = 0;
 #pragma unroll
-  for (int i = 0; i < Row<D>::PER_LANE; i++) sum += q.x[i] * center.x[i];
+  for (int i = 0; i < Row<N>::PER_LANE; i++) sum += q.x[i] * center.x[i];
   return sum_over_lanes(sum) * p.scale_log2;
 }
 
 // Attention over some tokens: `sum` and `out` are relative to 2^maximum.
 struct Result {
-  Row<D> out;
+  Row<HEAD_DIM> out;
   float maximum, sum;
 
-  static __device__ Result none() { return {Row<D>::filled(0), -1e30f, 0}; }
+  static __device__ Result none() { return {Row<HEAD_DIM>::filled(0), -1e30f, 0}; }
 
   // Add N others. Their loads were issued together, so their latencies overlap.
   template <int N>
-  __device__ void add(const Row<D> (&others)[N], const float2 (&stats)[N]) {
+  __device__ void add(const Row<HEAD_DIM> (&others)[N], const float2 (&stats)[N]) {
     float new_maximum = maximum;
 #pragma unroll
     for (int i = 0; i < N; i++) new_maximum = fmaxf(new_maximum, stats[i].x);
@@ -100,8 +104,8 @@ struct Result {
     float total = sum, offset = 0;
     if constexpr (LACKS_OFFSET)
       offset = center_score(
-          p, Row<D>::load(p.q + (i64)(query_start + row.token) * p.q_token_stride + row.head * p.q_head_stride),
-          Row<D>::load(p.k_center + row.head / GROUP * D));
+          p, Row<HEAD_DIM>::load(p.q + (i64)(query_start + row.token) * p.q_token_stride + row.head * p.q_head_stride),
+          Row<HEAD_DIM>::load(p.k_center + row.head / GROUP * HEAD_DIM));
     if (p.sinks) {
       const float sink = p.sinks[row.head] * LOG2_E - offset, new_maximum = fmaxf(maximum, sink),
                   own = ptx::exp2(maximum - new_maximum);
@@ -113,8 +117,8 @@ struct Result {
     const float inverse = total == 0 ? 0 : 1 / total;
     out.scale(inverse);
     rotate<V_ORDER>(out);
-    if (GAIN && p.v_gain_inverse) out.multiply(Row<D>::load(p.v_gain_inverse + row.head / GROUP * D));
-    if (p.v_center) out.blend(1, Row<D>::load(p.v_center + row.head / GROUP * D), sum * inverse);
+    if (GAIN && p.v_gain_inverse) out.multiply(Row<HEAD_DIM>::load(p.v_gain_inverse + row.head / GROUP * HEAD_DIM));
+    if (p.v_center) out.blend(1, Row<HEAD_DIM>::load(p.v_center + row.head / GROUP * HEAD_DIM), sum * inverse);
     const i64 token = query_start + row.token;
     out.store(p.out + token * p.out_token_stride + row.head * p.out_head_stride);
     if constexpr (LACKS_OFFSET) maximum += offset;
@@ -128,7 +132,7 @@ struct Result {
       write(p, chunk.query_start, row);
     } else {
       const i64 index = (i64)chunk.partial * CHUNK_ROWS + r;
-      out.store(p.partials + index * D);
+      out.store(p.partials + index * HEAD_DIM);
       if (lane_index() == 0) p.partial_stats[index] = {maximum, sum};
     }
   }

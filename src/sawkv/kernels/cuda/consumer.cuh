@@ -9,6 +9,17 @@ namespace sawkv {
 
 constexpr int V_SHIFT = 60;  // weights are stored in bf16 times 2^60, which keeps them in range for every fp16 scale
 
+// What a warp attends to: one part of the heads, and a row block. The two warps of a pair have the parts of the same
+// tokens and rows, and so one result.
+struct Share {
+  int group, head_part, pair, first_row;
+  __device__ explicit Share(int warp)
+      : group(warp / ROW_BLOCKS),
+        head_part(group % PARTS),
+        pair(PARTS == 1 ? warp : group / PARTS * ROW_BLOCKS + warp % ROW_BLOCKS),
+        first_row(warp % ROW_BLOCKS * BLOCK_ROWS) {}
+};
+
 struct Consumer {
   static constexpr int WORDS = K_ROW_BYTES / 16;                                       // of K codes per lane and token
   static constexpr int GROUPS_OF_KEYS = WORDS / Keys::WORDS, FOURS = Keys::CODES / 8;  // four pairs each, of a group
@@ -81,6 +92,10 @@ struct Consumer {
     }
   }
 
+  static __device__ float capped(float score, float softcap_log2) {
+    return softcap_log2 * (1 - 2 / (1 + ptx::exp2(score)));  // cap * tanh(x / cap); the score is 2 x / cap in log2
+  }
+
   // `stats` and `offsets`: those of the lane's first query column; offsets with BY_BUCKET
   static __device__ void scale_scores(const u8* tile, int part, const QueryStats* stats, const float* offsets,
                                       float softcap_log2, float (&scores)[COLUMN_TILES][BLOCKS][4]) {
@@ -115,14 +130,39 @@ struct Consumer {
 #elif SOFTCAP && OFFSET
             score += query[t][e].offset;
 #endif
-#if SOFTCAP
-            score =
-                softcap_log2 * (1 - 2 / (1 + ptx::exp2(score)));  // cap * tanh(x / cap); the score is 2 x / cap in log2
-#endif
+            if (SOFTCAP && PARTS == 1) score = capped(score, softcap_log2);
           }
       }
     }
   }
+
+#if PARTS > 1
+  // Adds the scores over the head's other part, which the pair's other warp has computed meanwhile. Both get the same
+  // sums to the last bit, so both raise their maxima alike.
+  static __device__ void add_other_part(Shared& s, const Share& share, float softcap_log2,
+                                        float (&scores)[COLUMN_TILES][BLOCKS][4]) {
+    float4* own = &s.exchanged[share.pair][share.head_part][lane_index()];
+    const float4* other = &s.exchanged[share.pair][1 - share.head_part][lane_index()];
+#pragma unroll
+    for (int i = 0; i < COLUMN_TILES * BLOCKS; i++) {
+      const float (&score)[4] = scores[i / BLOCKS][i % BLOCKS];
+      own[i * WARP] = {score[0], score[1], score[2], score[3]};
+    }
+    ptx::sync_threads(1 + share.pair, PARTS * WARP);
+#pragma unroll
+    for (int i = 0; i < COLUMN_TILES * BLOCKS; i++) {
+      float (&score)[4] = scores[i / BLOCKS][i % BLOCKS];
+      const float4 x = other[i * WARP];
+      // never contracted to an fma, which would round one of the two alone
+      score[0] = __fadd_rn(score[0], x.x), score[1] = __fadd_rn(score[1], x.y);
+      score[2] = __fadd_rn(score[2], x.z), score[3] = __fadd_rn(score[3], x.w);
+#pragma unroll
+      for (int e = 0; e < 4; e++)
+        if (SOFTCAP) score[e] = capped(score[e], softcap_log2);
+    }
+    ptx::sync_threads(1 + share.pair, PARTS * WARP);  // the other has read before this warp writes again
+  }
+#endif
 
   // Set scores to minus infinity for tokens that a query does not see or that do not exist.
   __device__ void mask_scores(const Chunk& chunk, int window, int first_row, int first_token,
@@ -232,16 +272,20 @@ struct Consumer {
 
   // Attend to PART tokens of `tile` from `part` on. `first_token` is the position of the tile's first token.
   __device__ void attend(const u8* tile, int part, Shared& s, int slot, const Chunk& chunk, const DecodeParams& p,
-                         int first_row, int first_token) {
+                         const Share& share, int first_token) {
     float scores[COLUMN_TILES][BLOCKS][4];
+    const int first_row = share.head_part * CHUNK_ROWS + share.first_row;
     multiply_keys(tile, part, (const uint4*)&s.queries[slot][first_row * D] + lane_index(), scores);
     const int column = first_row + 2 * (lane_index() % 4);
     const float* offsets = offsets_at(s, slot, chunk_bucket(chunk, first_token), column);
     scale_scores(tile, part, &s.query_stats[slot][column], offsets, p.softcap_log2, scores);
+#if PARTS > 1
+    add_other_part(s, share, p.softcap_log2, scores);
+#endif
     const int begin = first_token + part;
     const bool is_masked =
         begin + PART > chunk.length - chunk.query_len + 1 || (p.window && begin < chunk.length - p.window);
-    if (is_masked) mask_scores(chunk, p.window, first_row, begin, scores);
+    if (is_masked) mask_scores(chunk, p.window, share.first_row, begin, scores);
     raise_maximum(scores);
     if (MASKS_APART && is_masked)
       multiply_values(tile, part, true, scores);
@@ -256,7 +300,7 @@ struct Consumer {
   }
 
   // Pass the result of a chunk to the merge warps.
-  __device__ void store(Shared& s, int slot, int warp) {
+  __device__ void store(Shared& s, int slot, const Share& share) {
     int lane = lane_index();
     if constexpr (V_BITS == 3)
       ptx::forget(lane);  // else all that follows from it takes registers in the loop over tiles
@@ -276,7 +320,7 @@ struct Consumer {
         const int row = 8 * t + 2 * (lane % 4) + e;
         if (row >= ROWS) continue;
         const float offset = zero[t][e] * power_of_two(-V_SHIFT);
-        float* channels = s.results[slot][warp][row];
+        float* channels = s.results[slot][share.pair][row] + share.head_part * D;
         if constexpr (V_BITS == 3)
 #pragma unroll
           for (int i = 0; i < D / 128; i++) channels[128 * i + lane / 4 * 16 + 15] = sixteenth[i] - offset;
@@ -293,7 +337,7 @@ struct Consumer {
                   value(t, i, k + 3, e) - offset};
           }
         }
-        if (lane / 4 == 0) s.result_stats[slot][warp][row] = {maximum[t][e], sum[t][e]};
+        if (lane / 4 == 0 && share.head_part == 0) s.result_stats[slot][share.pair][row] = {maximum[t][e], sum[t][e]};
       }
   }
 
@@ -319,7 +363,7 @@ struct Consumer {
 };
 
 __device__ void run_consumer(Shared& s, const DecodeParams& p, int warp) {
-  const int group = warp / ROW_BLOCKS, first_row = warp % ROW_BLOCKS * BLOCK_ROWS;
+  const Share share(warp);
   int tiles_before = 0;
   bool continues = false;  // whether rows and sums of the last entry go on
   Consumer consumer;
@@ -329,21 +373,20 @@ __device__ void run_consumer(Shared& s, const DecodeParams& p, int warp) {
     const Chunk chunk = s.chunks[turn.slot()];
     if (!chunk.num_tiles) return;
     if (!continues) consumer.start();
-    for (int tile = (group + GROUPS - tiles_before % GROUPS) % GROUPS; tile < chunk.num_tiles; tile += GROUPS) {
+    for (int tile = (share.group + GROUPS - tiles_before % GROUPS) % GROUPS; tile < num_tiles(chunk); tile += GROUPS) {
       const Turn<STAGES> stage{tiles_before + tile};
       ptx::wait(&s.tile_full[stage.slot()], stage.phase());
 #pragma unroll 1
       for (int part = 0; part < TILE; part += Consumer::PART)
-        consumer.attend(s.tiles[stage.slot()], part, s, turn.slot(), chunk, p, first_row,
-                        (chunk.first_tile + tile) * TILE);
+        consumer.attend(s.tiles[stage.slot()], part, s, turn.slot(), chunk, p, share, first_token(chunk, tile));
       __syncwarp();
       if (arrives()) ptx::arrive(&s.tile_empty[stage.slot()]);
     }
-    tiles_before += chunk.num_tiles;
+    tiles_before += num_tiles(chunk);
     const Turn<RESULT_SLOTS> result{n};
     ptx::wait(&s.results_empty[result.slot()], result.phase() ^ 1);
     continues = is_continued(chunk);
-    if (!continues) consumer.store(s, result.slot(), warp);
+    if (!continues) consumer.store(s, result.slot(), share);
     __syncwarp();
     if (arrives()) ptx::arrive(&s.results_full[result.slot()]);
   }

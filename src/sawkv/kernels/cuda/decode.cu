@@ -1,7 +1,7 @@
 // Decode attention over INT4 pages for Hopper: one persistent block per SM. docs/kernels.md draws it.
 //
 //   scheduler warp    scheduler.cuh: takes chunks from the schedule, prepares their queries
-//   producer warps    producer.cuh: copy tiles of pages into a ring in shared memory; two if pages are small
+//   producer warps    producer.cuh: copy tiles of pages into a ring in shared memory; two if a tile is four copies
 //   consumer warps    consumer.cuh: eight, or twelve at fewer bits; tile i goes to group i % GROUPS
 //   merge warps       merger.cuh: one or two; add the groups' results of a finished chunk while consumers continue
 //

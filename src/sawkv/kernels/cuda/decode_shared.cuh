@@ -11,24 +11,29 @@ namespace sawkv {
 // follow. Twelve have 128 registers each, which is too few for two column tiles, and for buckets beside V of 3 bits.
 constexpr bool HAS_TWELVE = K_BITS + V_BITS <= 6 && D <= 128 && COLUMN_TILES == 1 && (V_BITS == 2 || !BY_BUCKET);
 constexpr int CONSUMERS = HAS_TWELVE ? 12 : 8, HELPERS = 4;  // helpers: all other warps, producers first
-constexpr int PRODUCERS = SPANS < 4 ? 1 : 2, SCHEDULER = PRODUCERS, FIRST_MERGER = SCHEDULER + 1,
+constexpr int COPIES = PAGE_SIZE == SPAN ? SPANS : 4;        // of a tile: of pages, or of the planes of a part of one
+constexpr int PRODUCERS = COPIES < 4 ? 1 : 2, SCHEDULER = PRODUCERS, FIRST_MERGER = SCHEDULER + 1,
               MERGERS = HELPERS - FIRST_MERGER;
 constexpr int GROUPS = CONSUMERS / ROW_BLOCKS;  // a group's warps share a tile, each with its own rows
+constexpr int RESULT_GROUPS = GROUPS / PARTS;   // groups of neighbours, which have the parts of the same tokens
 constexpr int BLOCK_ROWS = 8 * COLUMN_TILES;    // rows of a row block, with padding
 constexpr int THREADS = (CONSUMERS + HELPERS) * WARP;
-static_assert(CONSUMERS % ROW_BLOCKS == 0 && ROWS <= BLOCK_ROWS && CHUNK_ROWS == ROW_BLOCKS * BLOCK_ROWS,
+static_assert(CONSUMERS % (ROW_BLOCKS * PARTS) == 0 && ROWS <= BLOCK_ROWS && CHUNK_ROWS == ROW_BLOCKS * BLOCK_ROWS,
               "row blocks are dealt evenly");
 
-constexpr int CHUNK_SLOTS = CHUNK_ROWS <= 16 ? 4 : 2;
+constexpr int CHUNK_SLOTS = CHUNK_ROWS <= 16 && PARTS == 1 ? 4 : 2;
 constexpr int RESULT_BYTES = CONSUMERS * ROWS * (D + 2) * 4;
 constexpr int RESULT_SLOTS = RESULT_BYTES <= 36 << 10 ? 2 : 1;
-constexpr int OFFSET_SLOTS = CHUNK_SLOTS, OFFSET_BYTES = BY_BUCKET ? OFFSET_SLOTS * CHUNK_BUCKETS * CHUNK_ROWS * 4 : 0;
-constexpr int STAGES_THAT_FIT =
-    (SHARED_LIMIT - 4096 - RESULT_SLOTS * RESULT_BYTES - CHUNK_SLOTS * CHUNK_ROWS * (2 * D + 8) - OFFSET_BYTES) /
-    TILE_BYTES;
+constexpr int OFFSET_SLOTS = CHUNK_SLOTS, OFFSET_BYTES = BY_BUCKET ? OFFSET_SLOTS * CHUNK_BUCKETS * QUERY_PARTS * 4 : 0;
+// Scores that the two warps with the parts of a tile exchange
+constexpr int EXCHANGE_BYTES = PARTS == 1 ? 0 : CONSUMERS * TILE * 8 * 4;
+constexpr int STAGES_THAT_FIT = (SHARED_LIMIT - 4096 - RESULT_SLOTS * RESULT_BYTES -
+                                 CHUNK_SLOTS * QUERY_PARTS * (2 * D + 8) - OFFSET_BYTES - EXCHANGE_BYTES) /
+                                TILE_BYTES;
 // Each stage always belongs to the same group and producer. If a warp skipped a phase of a stage's barrier, it would
 // misread the parity of the next one.
-constexpr int STAGES = STAGES_THAT_FIT >= 24 ? 24 : STAGES_THAT_FIT / CONSUMERS * CONSUMERS;
+constexpr int STAGE_STEP = PARTS == 1 ? CONSUMERS : GROUPS;
+constexpr int STAGES = STAGES_THAT_FIT >= 24 ? 24 : STAGES_THAT_FIT / STAGE_STEP * STAGE_STEP;
 static_assert(STAGES > 0, "no room for the ring");
 
 // Most tiles being copied at once: eight of INT4 (about 9 KB each), or as many bytes. Memory serves more of them in a
@@ -37,7 +42,7 @@ constexpr int WANTED_UNDER_WAY = 4 * (D + 2 * META_BYTES) / TOKEN_BYTES * 2,
               MOST_UNDER_WAY = WANTED_UNDER_WAY < STAGES ? WANTED_UNDER_WAY : STAGES;
 
 // Queries that the scheduler loads at once. Registers limit them.
-constexpr int QUERIES_AT_ONCE = ROWS <= 4 || (D > 128 && ((SOFTCAP && OFFSET) || K_BITS == 3)) ? 4 : 8;
+constexpr int QUERIES_AT_ONCE = (ROWS <= 4 || (D > 128 && ((SOFTCAP && OFFSET) || K_BITS == 3)) ? 4 : 8) / PARTS;
 constexpr int SCHEDULERS = 1;
 constexpr int CODE_EXPONENT = 24;  // codes are read as fp16 n * 2^-24, some of them 2^exponent times as large
 
@@ -64,13 +69,17 @@ struct alignas(sizeof(float) * (SOFTCAP && OFFSET && !BY_BUCKET ? 4 : 2)) QueryS
 
 struct Shared {
   u8 tiles[STAGES][TILE_BYTES];
-  u16 queries[CHUNK_SLOTS][CHUNK_ROWS * D];  // fp16, rotated and normalized, in the order of `fragment_index`
-  QueryStats query_stats[CHUNK_SLOTS][CHUNK_ROWS];
+  u16 queries[CHUNK_SLOTS][QUERY_PARTS * D];  // fp16, rotated and normalized, in the order of `fragment_index`
+  QueryStats query_stats[CHUNK_SLOTS][QUERY_PARTS];
 #if BY_BUCKET
-  float query_offsets[OFFSET_SLOTS][CHUNK_BUCKETS][CHUNK_ROWS];  // q . center in log2 of each row and bucket
+  float query_offsets[OFFSET_SLOTS][CHUNK_BUCKETS][QUERY_PARTS];  // q . center in log2 of each row and bucket
 #endif
-  float results[RESULT_SLOTS][CONSUMERS][ROWS][D];
-  float2 result_stats[RESULT_SLOTS][CONSUMERS][ROWS];  // x: maximum of the scores in log2; y: sum of the weights
+#if PARTS > 1
+  float4 exchanged[CONSUMERS / PARTS][PARTS][EXCHANGE_BYTES / CONSUMERS / 16];  // by pair and part
+#endif
+  float results[RESULT_SLOTS][CONSUMERS / PARTS][ROWS][HEAD_DIM];
+  float2 result_stats[RESULT_SLOTS][CONSUMERS / PARTS]
+                     [ROWS];  // x: maximum of the scores in log2; y: sum of the weights
   Chunk chunks[CHUNK_SLOTS];
   u64 tile_full[STAGES], tile_empty[STAGES];
   u64 chunk_full[CHUNK_SLOTS], queries_full[CHUNK_SLOTS], chunk_empty[CHUNK_SLOTS];

@@ -161,10 +161,10 @@ __device__ inline void store_restored(Row<D, LANES> (&rows)[LANE_ROWS], int firs
       float (&x)[R::PER_LANE] = rows[r].x;
       if (BY_BUCKET && center && sources[r].is_there)
         centers = load_constants(center + sources[r].bucket * bucket_stride + R::channel(i));
-      constexpr int PARTS = R::VECTOR * sizeof(ELEMENT) / 16;
+      constexpr int WORDS = R::VECTOR * sizeof(ELEMENT) / 16;
       union {
         Vector<ELEMENT, R::VECTOR> v;
-        uint4 parts[PARTS];
+        uint4 words[WORDS];
       };
 #pragma unroll
       for (int e = 0; e < R::VECTOR; e++) {
@@ -173,7 +173,7 @@ __device__ inline void store_restored(Row<D, LANES> (&rows)[LANE_ROWS], int firs
         v.x[e] = ELEMENT(x[i + e]);
       }
 #pragma unroll
-      for (int k = 0; k < PARTS; k++) ptx::store_global((uint4*)(to[r] + R::channel(i)) + k, parts[k]);
+      for (int k = 0; k < WORDS; k++) ptx::store_global((uint4*)(to[r] + R::channel(i)) + k, words[k]);
     }
   }
 }

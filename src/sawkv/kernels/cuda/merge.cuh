@@ -14,7 +14,7 @@ constexpr int MERGE_WARPS = 8;
 
 __global__ void __launch_bounds__(MERGE_WARPS* WARP) sawkv_merge(const __grid_constant__ DecodeParams p) {
   constexpr int MANY = 8, AT_ONCE = 4, ROWS_PER_UNIT = ROW_BLOCKS * ROWS;
-  __shared__ float shared_outs[MERGE_WARPS][D];
+  __shared__ float shared_outs[MERGE_WARPS][HEAD_DIM];
   __shared__ float2 shared_stats[MERGE_WARPS];
   const ScheduleHeader header = *p.header;  // already written: decode started after the schedule's end
   const bool share = header.num_split_chunks > MANY * header.num_split_units;
@@ -33,13 +33,13 @@ __global__ void __launch_bounds__(MERGE_WARPS* WARP) sawkv_merge(const __grid_co
     Result merged = Result::none();
     const int begin = share ? warp : 0, stride = share ? MERGE_WARPS : 1;
     for (int c = begin; c < split.num_chunks; c += AT_ONCE * stride) {
-      Row<D> outs[AT_ONCE];
+      Row<HEAD_DIM> outs[AT_ONCE];
       float2 stats[AT_ONCE];
 #pragma unroll
       for (int k = 0; k < AT_ONCE; k++) {
         const bool is_there = c + k * stride < split.num_chunks;
         const i64 index = (i64)(split.first_chunk + c + k * stride) * CHUNK_ROWS + r;
-        outs[k] = is_there ? Row<D>::load(p.partials + index * D) : Row<D>::filled(0);
+        outs[k] = is_there ? Row<HEAD_DIM>::load(p.partials + index * HEAD_DIM) : Row<HEAD_DIM>::filled(0);
         stats[k] = is_there ? p.partial_stats[index] : float2{-1e30f, 0};
       }
       merged.add(outs, stats);
@@ -50,11 +50,11 @@ __global__ void __launch_bounds__(MERGE_WARPS* WARP) sawkv_merge(const __grid_co
       if (lane_index() == 0) shared_stats[warp] = {merged.maximum, merged.sum};
       __syncthreads();
       if (warp != 0) continue;
-      Row<D> outs[MERGE_WARPS - 1];
+      Row<HEAD_DIM> outs[MERGE_WARPS - 1];
       float2 stats[MERGE_WARPS - 1];
 #pragma unroll
       for (int w = 1; w < MERGE_WARPS; w++) {
-        outs[w - 1] = Row<D>::load(shared_outs[w]);
+        outs[w - 1] = Row<HEAD_DIM>::load(shared_outs[w]);
         stats[w - 1] = shared_stats[w];
       }
       merged.add(outs, stats);

@@ -12,13 +12,13 @@ __device__ void merge_rows(const Shared& s, const DecodeParams& p, int n, int fi
   for (int r = first; r < CHUNK_ROWS; r += step) {
     const QueryRow row(chunk.unit, chunk.query_len, r);
     if (is_padding(r) || row.token >= chunk.query_len) continue;
-    Row<D> outs[GROUPS];
-    float2 stats[GROUPS];
+    Row<HEAD_DIM> outs[RESULT_GROUPS];
+    float2 stats[RESULT_GROUPS];
 #pragma unroll
-    for (int group = 0; group < GROUPS; group++) {
-      const int warp = group * ROW_BLOCKS + r / BLOCK_ROWS;
-      outs[group] = Row<D>::load(s.results[slot][warp][r % BLOCK_ROWS]);
-      stats[group] = s.result_stats[slot][warp][r % BLOCK_ROWS];
+    for (int group = 0; group < RESULT_GROUPS; group++) {
+      const int from = group * ROW_BLOCKS + r / BLOCK_ROWS;
+      outs[group] = Row<HEAD_DIM>::load(s.results[slot][from][r % BLOCK_ROWS]);
+      stats[group] = s.result_stats[slot][from][r % BLOCK_ROWS];
     }
     Result merged = Result::none();
     merged.add(outs, stats);

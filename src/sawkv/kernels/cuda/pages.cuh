@@ -1,6 +1,7 @@
 // Addresses of rows of codes in a page, as docs/format.md specifies.
 //
-// Macros: HEAD_DIM, PAGE_SIZE, K_BITS and V_BITS (of a code: 4, 3 or 2; V has at most the bits of K).
+// Macros: HEAD_DIM, PARTS (stored rows per head, each with its own scale and zero point), PAGE_SIZE, K_BITS and V_BITS
+// (of a code: 4, 3 or 2; V has at most the bits of K).
 #pragma once
 #include "codes.cuh"
 #include "format_constants.h"
@@ -9,10 +10,10 @@ namespace sawkv {
 
 using format::BUCKET_SIZE;
 using format::SEGMENT_BYTES;
-constexpr int D = HEAD_DIM;
+constexpr int D = HEAD_DIM / PARTS;  // channels of a stored row
 constexpr int K_ROW_BYTES = D * K_BITS / 8, V_ROW_BYTES = D * V_BITS / 8, META_BYTES = 4;
 constexpr int TOKEN_BYTES = K_ROW_BYTES + V_ROW_BYTES + 2 * META_BYTES,
-              HEAD_BYTES = PAGE_SIZE * TOKEN_BYTES;  // per page and KV head
+              HEAD_BYTES = PAGE_SIZE * TOKEN_BYTES;  // per page and part of a KV head
 constexpr int V_PLANE = PAGE_SIZE * (K_ROW_BYTES + META_BYTES);
 constexpr int SEGMENTS = V_ROW_BYTES / SEGMENT_BYTES;  // of V rows; see PageLayout.swizzle_factors
 constexpr int ODD_SEGMENTS = SEGMENTS / largest_power_of_two_in(SEGMENTS);

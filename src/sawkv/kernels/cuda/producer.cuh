@@ -17,8 +17,8 @@ struct TilePages {
   __device__ TilePages(const DecodeParams& p, const Chunk& chunk, int tile) {
 #pragma unroll
     for (int i = 0; i < SPANS; i++) {
-      const int token = (chunk.first_tile + tile) * TILE + i * SPAN;
-      const bool is_needed = tile < chunk.num_tiles && token < chunk.length;
+      const int token = first_token(chunk, tile) + i * SPAN;
+      const bool is_needed = tile < num_tiles(chunk) && token < chunk.length;
       ids[i] = is_needed ? p.block_table[chunk.sequence * p.table_stride + token / PAGE_SIZE] : 0;
     }
   }
@@ -40,7 +40,7 @@ __device__ int run_producer(Shared& s, const DecodeParams& p, int producer) {
   // Pages are read once per step. If they are few, L2 evicts them first and keeps the data of other kernels. If they
   // are many, L2 keeps nothing anyway, and normal eviction was measured 2% faster.
   constexpr i64 MANY_BYTES = 400ll << 20;
-  const bool is_many = p.header->total_tiles > MANY_BYTES / TILE_BYTES;
+  const bool is_many = p.header->total_tiles > MANY_BYTES / (PARTS * TILE_BYTES);
   const u64 policy = is_many ? ptx::evict_normal_policy() : ptx::evict_first_policy();
   int tiles_before = 0;
   for (int n = 0;; n++) {
@@ -48,30 +48,31 @@ __device__ int run_producer(Shared& s, const DecodeParams& p, int producer) {
     ptx::wait(&s.chunk_full[turn.slot()], turn.phase());
     const Chunk chunk = s.chunks[turn.slot()];
     if (!chunk.num_tiles) return n;
-    const u8* head = p.pages + (i64)kv_head_of(chunk) * HEAD_BYTES;
+    const u8* head = p.pages + (i64)kv_head_of(chunk) * (PARTS * HEAD_BYTES);
     int first = (producer + PRODUCERS - tiles_before % PRODUCERS) % PRODUCERS;
     TilePages next_pages(p, chunk, first + lane_index() * PRODUCERS);
     // One round of the ring, with a lane per tile: all lanes prepare their copies at once, before a stage is free.
 #pragma unroll 1
-    for (; first < chunk.num_tiles; first += STAGES) {
+    for (; first < num_tiles(chunk); first += STAGES) {
       const TilePages pages = next_pages;
-      const int tile = first + lane_index() * PRODUCERS, token = (chunk.first_tile + tile) * TILE;
+      const int tile = first + lane_index() * PRODUCERS, token = first_token(chunk, tile);
       next_pages = TilePages(p, chunk, tile + STAGES);
       const Turn<STAGES> stage{tiles_before + tile};
       const int spans = max(0, min(SPANS, divide_up(chunk.length - token, SPAN)));
       const u8* from[SPANS];
 #pragma unroll
-      for (int i = 0; i < SPANS; i++) from[i] = head + pages.ids[i] * p.page_stride;
+      for (int i = 0; i < SPANS; i++) from[i] = head + tile % PARTS * HEAD_BYTES + pages.ids[i] * p.page_stride;
       u8* to = s.tiles[stage.slot()];
       u64* full = &s.tile_full[stage.slot()];
 
-      u32 due = __ballot_sync(ALL_LANES, lane_index() < STAGES / PRODUCERS && tile < chunk.num_tiles);
+      u32 due = __ballot_sync(ALL_LANES, lane_index() < STAGES / PRODUCERS && tile < num_tiles(chunk));
 #pragma unroll 1
       while (due) {
         wait_for_room(s, {tiles_before + first + (__ffs(due) - 1) * PRODUCERS});
         // Copy in order: a tile must not refill a stage while an earlier tile still waits for that stage to be full.
-        const u32 blocked = due & ~__ballot_sync(ALL_LANES, has_room(s, stage)),
-                  ready = due & ((blocked & -blocked) - 1);
+        const u32 blocked = due & ~__ballot_sync(ALL_LANES, has_room(s, stage));
+        u32 ready = due & ((blocked & -blocked) - 1);
+        if constexpr (ONLY_WAITS) ready &= -ready;
         if (ready >> lane_index() & 1) {
           ptx::arrive_expecting(full, spans * SPAN_BYTES);
           if constexpr (PAGE_SIZE == SPAN) {
@@ -93,7 +94,7 @@ __device__ int run_producer(Shared& s, const DecodeParams& p, int producer) {
         due &= ~ready;
       }
     }
-    tiles_before += chunk.num_tiles;
+    tiles_before += num_tiles(chunk);
   }
 }
 

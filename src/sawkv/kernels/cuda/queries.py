@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from sawkv.format.layout import PageLayout
+from sawkv.format.spec import MAX_ROW_DIM
 
 EXTEND_CAPABILITY = (9, 0)
 EXTEND_HEAD_DIMS = (64, 128)
@@ -65,9 +66,11 @@ class QueryShape:
             return cls(group, rows, 1, 1, -(-total // rows), rows, "extend", 2, 32)
         column_tiles = 1 if total <= 8 or head_dim > 128 else 2
         columns = 8 * column_tiles
+        most = 8 if head_dim <= MAX_ROW_DIM else 4  # eight consumer warps, or pairs with half a head each
         row_blocks = 1
-        while row_blocks < 8 and row_blocks * columns < total:
+        while row_blocks < most and row_blocks * columns < total:
             row_blocks *= 2
         chunk_rows = row_blocks * columns
         row_groups = -(-total // chunk_rows)
-        return cls(group, min(total, columns), column_tiles, row_blocks, row_groups, chunk_rows, "decode", 8, 50)
+        rows, chunks = min(total, columns), 8 if head_dim <= MAX_ROW_DIM else 4
+        return cls(group, rows, column_tiles, row_blocks, row_groups, chunk_rows, "decode", chunks, 50)

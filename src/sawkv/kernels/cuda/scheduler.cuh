@@ -8,11 +8,11 @@
 
 namespace sawkv {
 
-__device__ void store_query(Shared& s, const DecodeParams& p, int slot, int r, Row<D> q, int kv_head,
+__device__ void store_query(Shared& s, const DecodeParams& p, int slot, int r, Row<D> q, int head,
                             const Row<D>& gain_inverse) {
   QueryStats stats;
 #if SOFTCAP && OFFSET && !BY_BUCKET
-  stats.offset = center_score(p, q, Row<D>::load(p.k_center + kv_head * D));
+  stats.offset = center_score(p, q, Row<D>::load(p.k_center + head * D));
 #endif
   if (GAIN) q.multiply(gain_inverse);
   rotate<K_ORDER>(q);
@@ -37,12 +37,12 @@ __device__ void store_query(Shared& s, const DecodeParams& p, int slot, int r, R
 
 #if BY_BUCKET
 // Writes q . center of these queries for each bucket of the chunk. `offsets`: of the first query and bucket.
-__device__ void store_offsets(float* offsets, const DecodeParams& p, const Chunk& chunk, int kv_head,
+__device__ void store_offsets(float* offsets, const DecodeParams& p, const Chunk& chunk, int head,
                               const Row<D> (&queries)[QUERIES_AT_ONCE]) {
   const int first = chunk.first_tile * TILE / BUCKET_SIZE;
   const int count = chunk_bucket(chunk, (chunk.first_tile + chunk.num_tiles) * TILE - 1) + 1;
   const auto center_of = [&](int bucket) {
-    return Row<D>::load(p.k_center + ((i64)min(bucket, p.num_buckets - 1) * p.num_kv_heads + kv_head) * D);
+    return Row<D>::load(p.k_center + ((i64)min(bucket, p.num_buckets - 1) * p.num_kv_heads * PARTS + head) * D);
   };
   Row<D> next = center_of(first);  // loaded one ahead, while sums go from lane to lane
 #pragma unroll 1
@@ -52,7 +52,7 @@ __device__ void store_offsets(float* offsets, const DecodeParams& p, const Chunk
 #pragma unroll
     for (int k = 0; k < QUERIES_AT_ONCE; k++) {
       const float score = center_score(p, queries[k], center);
-      if (lane_index() == 0) offsets[i * CHUNK_ROWS + k] = score;
+      if (lane_index() == 0) offsets[i * QUERY_PARTS + k] = score;
     }
   }
 }
@@ -73,24 +73,28 @@ __device__ Chunk take_entry(Chunk& chunk) {
 // SCHEDULERS warps share the rows. `n`: the entry's number in the ring.
 __device__ void prepare_queries(Shared& s, const DecodeParams& p, const Chunk& chunk, int n, int share) {
   const int slot = Turn<CHUNK_SLOTS>{n}.slot();
-  const int kv_head = kv_head_of(chunk);
-  const auto gain_inverse = GAIN && p.k_gain_inverse ? Row<D>::load(p.k_gain_inverse + kv_head * D) : Row<D>::filled(1);
-  for (int first = share * QUERIES_AT_ONCE; first < CHUNK_ROWS; first += SCHEDULERS * QUERIES_AT_ONCE) {
-    if (is_padding(first)) continue;
-    Row<D> rows[QUERIES_AT_ONCE];
+#pragma unroll 1
+  for (int part = 0; part < PARTS; part++) {
+    const int head = kv_head_of(chunk) * PARTS + part, first_row = part * CHUNK_ROWS;
+    const auto gain_inverse = GAIN && p.k_gain_inverse ? Row<D>::load(p.k_gain_inverse + head * D) : Row<D>::filled(1);
+    for (int first = share * QUERIES_AT_ONCE; first < CHUNK_ROWS; first += SCHEDULERS * QUERIES_AT_ONCE) {
+      if (is_padding(first)) continue;
+      Row<D> rows[QUERIES_AT_ONCE];
 #pragma unroll
-    for (int i = 0; i < QUERIES_AT_ONCE; i++) {
-      const QueryRow row(chunk.unit, chunk.query_len, first + i);
-      rows[i] = Row<D>::filled(0);
-      if (!is_padding(first + i) && row.token < chunk.query_len)
-        rows[i] =
-            Row<D>::load(p.q + (i64)(chunk.query_start + row.token) * p.q_token_stride + row.head * p.q_head_stride);
-    }
+      for (int i = 0; i < QUERIES_AT_ONCE; i++) {
+        const QueryRow row(chunk.unit, chunk.query_len, first + i);
+        rows[i] = Row<D>::filled(0);
+        if (!is_padding(first + i) && row.token < chunk.query_len)
+          rows[i] = Row<D>::load(p.q + (i64)(chunk.query_start + row.token) * p.q_token_stride +
+                                 row.head * p.q_head_stride + part * D);
+      }
 #if BY_BUCKET
-    store_offsets(offsets_at(s, n, 0, first), p, chunk, kv_head, rows);
+      store_offsets(offsets_at(s, n, 0, first_row + first), p, chunk, head, rows);
 #endif
 #pragma unroll
-    for (int i = 0; i < QUERIES_AT_ONCE; i++) store_query(s, p, slot, first + i, rows[i], kv_head, gain_inverse);
+      for (int i = 0; i < QUERIES_AT_ONCE; i++)
+        store_query(s, p, slot, first_row + first + i, rows[i], head, gain_inverse);
+    }
   }
 }
 

@@ -10,6 +10,11 @@ namespace sawkv {
 constexpr int TILE_BYTES = TILE * TOKEN_BYTES;
 static_assert(PAGE_SIZE % TILE == 0 || TILE % PAGE_SIZE == 0, "tiles are whole pages, or the reverse");
 
+// The ring of tiles has one part of the heads of TILE tokens in each: its tile i of a chunk is part i % PARTS of the
+// chunk's tile i / PARTS.
+__device__ inline int num_tiles(const Chunk& chunk) { return chunk.num_tiles * PARTS; }
+__device__ inline int first_token(const Chunk& chunk, int tile) { return (chunk.first_tile + tile / PARTS) * TILE; }
+
 // A tile is one or more spans of tokens, each laid out like a page: K codes, K meta, V codes, V meta.
 constexpr int SPAN = PAGE_SIZE < TILE ? PAGE_SIZE : TILE;
 constexpr int SPAN_BYTES = SPAN * TOKEN_BYTES, SPANS = TILE / SPAN;
@@ -18,11 +23,14 @@ constexpr int K_META = SPAN * K_ROW_BYTES, V_CODES = K_META + SPAN * META_BYTES,
 constexpr int SHARED_LIMIT = 227 << 10;
 
 // One lane per warp arrives at barriers for the whole warp, after __syncwarp. compute-sanitizer's racecheck tracks only
-// lanes that arrive themselves, and needs EVERY_LANE_ARRIVES.
-#ifdef EVERY_LANE_ARRIVES
+// lanes that arrive themselves, and orders only what follows a wait, not a test (`has_ended`). So with FOR_RACECHECK
+// every lane arrives, and the producer copies one tile after each wait.
+#ifdef FOR_RACECHECK
 constexpr int WARP_ARRIVALS = WARP;
+constexpr bool ONLY_WAITS = true;
 #else
 constexpr int WARP_ARRIVALS = 1;
+constexpr bool ONLY_WAITS = false;
 #endif
 __device__ inline bool arrives() { return lane_index() < WARP_ARRIVALS; }
 
