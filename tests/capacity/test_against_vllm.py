@@ -45,7 +45,14 @@ KINDS: dict[str, dict[str, Any]] = {
     | {"activation_sparsity_pattern": [0.0] * 35},  # vLLM computes with it, on the meta device
     "two head_dims": CONFIGS["gemma-4-26b-a4b"],
     WITHOUT_PREFIXES: CONFIGS["granite-4-h-small"],
+    "Mamba 2, states in 16 bits": CONFIGS["nemotron-nano-9b-v2"],
+    "Mamba 2, states of convolutions in 32 bits": CONFIGS["granite-4-h-small"],
 }
+OPTIONS = {
+    "Mamba 2, states in 16 bits": {"mamba_ssm_cache_dtype": "bfloat16"},
+    "Mamba 2, states of convolutions in 32 bits": {"mamba_cache_dtype": "float32"},
+}
+"""More options of vLLM."""
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +72,7 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], 
             "batched_tokens": BATCHED_TOKENS,
             "kv_bytes": KV_BYTES,
             "prefix_caching": kind != WITHOUT_PREFIXES,
+            "options": OPTIONS.get(kind, {}),
         }
         for kind, name in keys
     ]
@@ -87,7 +95,9 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], 
 def test_blocks_and_tokens_are_those_of_vllm(
     reported: dict[tuple[str, str], dict[str, Any]], kind: str, name: str
 ) -> None:
-    shape, found = read_shape(KINDS[kind]), reported[kind, name]
+    given, found = OPTIONS.get(kind, {}), reported[kind, name]
+    dtypes = [given.get(name, "auto") for name in ("mamba_cache_dtype", "mamba_ssm_cache_dtype")]
+    shape = read_shape(KINDS[kind], False, *dtypes)
     setting = Setting(
         80 * GIB,
         CONTEXT,

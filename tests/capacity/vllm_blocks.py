@@ -25,8 +25,9 @@ def blocks(
     batched_tokens: int,
     kv_bytes: int,
     prefix_caching: bool = True,
+    options: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """What vLLM makes of `kv_bytes`.
+    """What vLLM makes of `kv_bytes`. `options`: more of vLLM's.
 
     Returns:
         `tokens` that it would report, `num_blocks`, `block_size`, `least_prefix_hit`, `weights` (bytes of all
@@ -58,6 +59,7 @@ def blocks(
         enable_prefix_caching=prefix_caching,
         skip_tokenizer_init=True,
         enforce_eager=True,
+        **(options or {}),
     ).create_engine_config()
     config.scheduler_config.async_scheduling = True  # as on a GPU
     with set_current_vllm_config(config):

@@ -60,6 +60,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="as in vLLM: recurrent layers then hold one state per request",
     )
+    for name, what in (("--mamba-ssm-cache-dtype", "of recurrences"), ("--mamba-cache-dtype", "of convolutions")):
+        parser.add_argument(
+            name,
+            choices=("auto", "float32", "float16", "bfloat16"),
+            default="auto",
+            help=f"as in vLLM: the dtype of the states {what} (default: the model's)",
+        )
     parser.add_argument(
         "--host-memory",
         metavar="SIZE",
@@ -102,7 +109,8 @@ def run(args: argparse.Namespace) -> int:
         raise SawkvError(
             f"plan: expected a checkpoint directory with a config.json, or a model of the hub, got {args.model}"
         )
-    shape = read_shape(checkpoint.config, args.language_model_only)
+    dtypes = args.mamba_cache_dtype, args.mamba_ssm_cache_dtype
+    shape = read_shape(checkpoint.config, args.language_model_only, *dtypes)
     chosen = caches.KVCache.of_format(asked, shape)
     if weight_bytes is None:
         weights = weights_of(checkpoint, shape, args.language_model_only)
@@ -138,6 +146,9 @@ def run(args: argparse.Namespace) -> int:
     for cache, plan in zip(shown, plans, strict=True):
         if not plan.fits:
             notes.append(table.shortage(plan, setting, memory.longest_context(shape, setting, cache, weights.nbytes)))
+    if any(state.value_bytes == 4 for state in shape.states):
+        narrow = read_shape(checkpoint.config, args.language_model_only, dtypes[0], "bfloat16")
+        notes.append(table.narrower_states(plans[-1], memory.make_plan(narrow, setting, chosen, weights.nbytes)))
     assumed = table.assumptions(setting, shape, weights)
     hosts = []
     if args.host_memory is not None:

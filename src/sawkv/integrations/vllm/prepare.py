@@ -86,6 +86,8 @@ def install() -> None:
             self.model_executor.collective_rpc(announce.say_layers)
             self.model_executor.collective_rpc(warm_up.arrange)
         kv_cache_config: KVCacheConfig = initialize(self, vllm_config)
+        if is_ours:
+            announce.say_states(vllm_config, kv_cache_config)
         prepare(self.model_executor, vllm_config, kv_cache_config)
         offload.bind(self.model_executor, vllm_config)
         if is_ours:
