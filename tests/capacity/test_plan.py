@@ -109,44 +109,11 @@ def test_json_has_what_programs_need(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "Weights as given." in printed["assumed"]
 
 
-def test_dtypes_of_states(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A state of Qwen3.5-35B-A3B has 3 x 8192 values of a convolution and 32 x 128 x 128 of a recurrence."""
-    model = write_config(tmp_path, "qwen3.5-35b-a3b")
-    options = ("--language-model-only", "--weights", "65GiB")
-    wide = plan(capsys, model, *options)
-    narrow = plan(capsys, model, *options, "--mamba-ssm-cache-dtype", "float16")
-    both = plan(capsys, model, *options, "--mamba-ssm-cache-dtype", "bfloat16", "--mamba-cache-dtype", "float32")
-    # Of 528 bytes per token: 49,152 + 2,097,152, 49,152 + 1,048,576, and 98,304 + 1,048,576 bytes, 64 tokens at a time.
-    assert [each["formats"]["int4"]["block_size"] for each in (wide, narrow, both)] == [4096, 2112, 2176]
-    (said,) = wide["notes"]
-    assert f"would hold {narrow['formats']['int4']['tokens']:,} tokens instead of" in said
-    assert f"{wide['formats']['int4']['tokens']:,};" in said
-    assert not narrow["notes"]
-
-
 def test_states_without_prefix_caching(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """One state instead of 3 in each of 7 groups of 4 layers."""
     found = plan(capsys, write_config(tmp_path, "nemotron-nano-9b-v2"), "--no-enable-prefix-caching")["formats"]["int4"]
     assert found["state_bytes_per_request"] == 7 * 4 * 4928 * 1088
     assert found["least_prefix_hit"] is None
-
-
-def test_the_page_has_what_its_commands_print(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The table of hybrids in docs/plan.md."""
-    page = (Path(__file__).parents[2] / "docs" / "plan.md").read_text().partition("## Hybrids")[2].partition("\n## ")[0]
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| ")][1:]
-    model, names = write_config(tmp_path, "qwen3.5-35b-a3b"), {"16 bits": "bf16", "fp8": "fp8", "INT4": "int4"}
-    printed: list[dict[str, Any]] = []
-    for states, cache, least_hit, *tokens in rows:
-        if states:
-            options = states.partition("`")[2].rstrip("`").split()
-            fixed = ("--gpu-memory", "141GiB", "--language-model-only", *options)
-            printed = [plan(capsys, model, *fixed, "--context", str(n << 10))["formats"] for n in (4, 32, 128)]
-        found = [each[names[cache]] for each in printed]
-        hits = [f"{each['least_prefix_hit']:,}" if each["least_prefix_hit"] else "none" for each in found]
-        assert hits == [least_hit] * 3
-        assert [f"{each['tokens']:,}" for each in found] == tokens, (states, cache)
-    assert len(rows) == 12
 
 
 def test_the_table_fits_80_columns(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -100,9 +100,12 @@ class ModelShape:
     Attributes:
         config: of the whole model, a Transformers `PretrainedConfig`.
         attention, states: layers that store something; a layer may have both.
+        attention_places, state_places: their numbers among all layers of the model.
+        num_layers: of the model.
         intermediate_size: of dense MLPs, 0 if all layers have experts.
         experts_per_token, expert_size: 0 in a dense model.
         mixer_size: widest projection before a recurrent state.
+        ties: whether the output layer is the embedding.
         max_context: longest request of the model in tokens; None if its config does not say.
         sees: whether parts of the model read images, audio or video.
     """
@@ -111,13 +114,22 @@ class ModelShape:
     hidden_size: int
     vocab_size: int
     attention: tuple[Attention, ...]
+    attention_places: tuple[int, ...]
     states: tuple[State, ...]
+    state_places: tuple[int, ...]
+    num_layers: int
     intermediate_size: int
     experts_per_token: int
     expert_size: int
     mixer_size: int
+    ties: bool
     max_context: int | None
     sees: bool
+
+    @property
+    def table_bytes(self) -> int:
+        """Of the embedding, and of an output layer, in 16 bits."""
+        return 2 * self.vocab_size * self.hidden_size
 
 
 def read_shape(
@@ -149,10 +161,12 @@ def _shape(whole: Any, decoder: Any, language_model_only: bool, conv_dtype: str,
     kinds = _layer_kinds(decoder)
     layers = list(zip(kinds, decoder.per_layer_config, strict=False))
     stored = layers[: len(layers) - (getattr(decoder, "num_kv_shared_layers", 0) or 0)]
-    attention = tuple(_attention(layer, kind) for kind, layer in stored if kind in ATTENTION)
+    attention = {i: _attention(layer, kind) for i, (kind, layer) in enumerate(stored) if kind in ATTENTION}
     if not attention:
         raise _refusal("no layer with attention: there is no KV cache")
-    states = tuple(_state(layer, kind, conv_dtype, ssm_dtype) for kind, layer in layers if kind in RECURRENT)
+    states = {
+        i: _state(layer, kind, conv_dtype, ssm_dtype) for i, (kind, layer) in enumerate(layers) if kind in RECURRENT
+    }
     experts = _size(decoder, *_EXPERTS)
     intermediate = (
         _size(decoder, "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size") or 4 * decoder.hidden_size
@@ -162,12 +176,16 @@ def _shape(whole: Any, decoder: Any, language_model_only: bool, conv_dtype: str,
         config=whole,
         hidden_size=decoder.hidden_size,
         vocab_size=decoder.vocab_size,
-        attention=attention,
-        states=states,
+        attention=tuple(attention.values()),
+        attention_places=tuple(attention),
+        states=tuple(states.values()),
+        state_places=tuple(states),
+        num_layers=len(layers),
         intermediate_size=intermediate if dense else 0,
         experts_per_token=_size(decoder, *_ACTIVE_EXPERTS) if experts else 0,
         expert_size=(_size(decoder, "moe_intermediate_size") or intermediate) if experts else 0,
-        mixer_size=2 * max((state.channels + state.heads for state in states), default=0),
+        mixer_size=2 * max((state.channels + state.heads for state in states.values()), default=0),
+        ties=bool(getattr(whole, "tie_word_embeddings", False) or getattr(decoder, "tie_word_embeddings", False)),
         max_context=_max_context(decoder),
         sees=decoder is not whole and not language_model_only,
     )
