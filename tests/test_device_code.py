@@ -310,6 +310,33 @@ def test_triton_kernels(
     assert "cp.async" in ptx
 
 
+def test_no_batch_asks_triton_for_another_variant(compile_triton: Callable[[int], dict[str, list[Any]]]) -> None:
+    """Numbers of tokens and requests, widths of tables and places of lengths differ from step to step. Each variant
+    would be compiled in the first step that has it.
+    """
+    from sawkv.kernels import triton
+
+    kernels = compile_triton(90)
+    layout = PageLayout(CacheFormat("int8"), 2, 64, 16)
+    cache = PagedKVCache(torch.zeros(layout.pages_shape(4), dtype=torch.uint8), layout)
+    pages, attention = triton.Pages(cache), triton.Attention(Layer(cache, 4, 1.0, 0, 0.0, None))
+    schedule = triton.Schedule(ScheduleShape(layout, CPU, 4, 64, 1, 0))
+    for num_seqs, num_tokens, width, shift in ((1, 1, 1, 0), (16, 16, 16, 0), (5, 99, 7, 1), (1, 48, 33, 3)):
+        k = torch.zeros(num_tokens, 2, 64, dtype=torch.bfloat16)
+        pages.append(k, k, torch.zeros(num_tokens, dtype=torch.int64), None)
+        lengths = torch.zeros(num_seqs + 1 + shift, dtype=torch.int32)[shift:]
+        table = torch.zeros(num_seqs * width + shift, dtype=torch.int32)[shift:].view(num_seqs, width)
+        pages.gather(Prefixes(table, lengths[:-1], lengths), k, k, rotated=False)
+        lengths, table = lengths.clone(), table.clone()  # steps that read pages begin with the first request
+        schedule.update(lengths[:-1], lengths)
+        q = torch.zeros(num_seqs, 4, 64, dtype=torch.bfloat16)
+        attention(q, Step(table, lengths[:-1], lengths, schedule), torch.empty_like(q), None)
+    assert len(kernels) == 6
+    for name, variants in kernels.items():
+        assert len(variants) == 4
+        assert len(set(map(id, variants))) == 1, name
+
+
 def _cuobjdump() -> Path:
     import triton
 

@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from sawkv.capacity.caches import KVCache, engine_caches
+from sawkv.capacity.drafts import Drafts
 from sawkv.capacity.memory import GIB, Setting, cut_blocks
 from sawkv.capacity.model import read_shape
+from sawkv.capacity.stages import pipeline_stages
 from sawkv.capacity.weights import weights_of
 from sawkv.checkpoint import Checkpoint
 from sawkv.format.spec import CacheFormat
@@ -45,7 +47,20 @@ KINDS: dict[str, dict[str, Any]] = {
     | {"activation_sparsity_pattern": [0.0] * 35},  # vLLM computes with it, on the meta device
     "two head_dims": CONFIGS["gemma-4-26b-a4b"],
     WITHOUT_PREFIXES: CONFIGS["granite-4-h-small"],
+    "gated delta net, MTP": CONFIGS["qwen3-next-80b"] | {"num_nextn_predict_layers": 1},
+    "dense, five stages": CONFIGS["qwen3-8b"],
+    "Mamba 2, three stages": CONFIGS["granite-4-h-small"],
+    "Mamba 2, states in 16 bits": CONFIGS["nemotron-nano-9b-v2"],
+    "Mamba 2, states of convolutions in 32 bits": CONFIGS["granite-4-h-small"],
 }
+OPTIONS: dict[str, dict[str, Any]] = {
+    "gated delta net, MTP": {"speculative_config": {"method": "mtp", "num_speculative_tokens": 3}},
+    "Mamba 2, states in 16 bits": {"mamba_ssm_cache_dtype": "bfloat16"},
+    "Mamba 2, states of convolutions in 32 bits": {"mamba_cache_dtype": "float32"},
+}
+"""More options of vLLM."""
+STAGES = {"dense, five stages": 5, "Mamba 2, three stages": 3}
+"""Of a pipeline."""
 
 
 @pytest.fixture(scope="module")
@@ -65,6 +80,8 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], 
             "batched_tokens": BATCHED_TOKENS,
             "kv_bytes": KV_BYTES,
             "prefix_caching": kind != WITHOUT_PREFIXES,
+            "options": OPTIONS.get(kind, {}),
+            "stages": STAGES.get(kind, 1),
         }
         for kind, name in keys
     ]
@@ -87,17 +104,25 @@ def reported(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], 
 def test_blocks_and_tokens_are_those_of_vllm(
     reported: dict[tuple[str, str], dict[str, Any]], kind: str, name: str
 ) -> None:
-    shape, found = read_shape(KINDS[kind]), reported[kind, name]
+    given, found = OPTIONS.get(kind, {}), reported[kind, name]
+    dtypes = [given.get(name, "auto") for name in ("mamba_cache_dtype", "mamba_ssm_cache_dtype")]
+    shape = read_shape(KINDS[kind], False, *dtypes)
+    drafted = 0
+    if "speculative_config" in given:
+        drafts = Drafts.read(json.dumps(given["speculative_config"]), shape)
+        shape, drafted = drafts.beside(shape), drafts.tokens
     setting = Setting(
         80 * GIB,
         CONTEXT,
         max_num_batched_tokens=BATCHED_TOKENS,
         block_size=BLOCK_SIZES[name],
         prefix_caching=kind != WITHOUT_PREFIXES,
+        drafted=drafted,
     )
     cache = engine_caches(shape)[0] if name == "bf16" else KVCache.of_format(CacheFormat("int4"), shape)
     blocks = cut_blocks(shape, setting, cache)
-    num_blocks = KV_BYTES // blocks.nbytes
+    stages = pipeline_stages(shape.num_layers, STAGES.get(kind, 1))
+    num_blocks = min(KV_BYTES // cut_blocks(shape, setting, cache, stage).nbytes for stage in stages)
     assert int(num_blocks / blocks.of_request * CONTEXT) == found["tokens"]
     assert num_blocks == found["num_blocks"]
     assert blocks.least_prefix_hit == (found["least_prefix_hit"] if setting.prefix_caching else None)

@@ -25,8 +25,11 @@ def blocks(
     batched_tokens: int,
     kv_bytes: int,
     prefix_caching: bool = True,
+    options: dict[str, Any] | None = None,
+    stages: int = 1,
 ) -> dict[str, Any]:
-    """What vLLM makes of `kv_bytes`.
+    """What vLLM makes of `kv_bytes`. `options`: more of vLLM's; `stages`: of a pipeline, each with so many
+    bytes.
 
     Returns:
         `tokens` that it would report, `num_blocks`, `block_size`, `least_prefix_hit`, `weights` (bytes of all
@@ -58,6 +61,7 @@ def blocks(
         enable_prefix_caching=prefix_caching,
         skip_tokenizer_init=True,
         enforce_eager=True,
+        **(options or {}),
     ).create_engine_config()
     config.scheduler_config.async_scheduling = True  # as on a GPU
     with set_current_vllm_config(config):
@@ -71,13 +75,16 @@ def blocks(
         torch.set_default_dtype(torch.float32)
         current_platform.update_block_size_for_backend(config)
         specs = GPUModelRunner.get_kv_cache_spec(SimpleNamespace(vllm_config=config, shared_kv_cache_layers={}))
+        if config.speculative_config is not None:  # its own layer of attention, which vLLM would make with the drafter
+            last = [name for name, layer in specs.items() if not isinstance(layer, MambaSpec)][-1]
+            specs[f"mtp.{last}"] = specs[last]
         backends = {
             layer.get_attn_backend() for layer in get_layers_from_vllm_config(config, AttentionLayerBase).values()
         }
         resolve_kv_cache_layout(
             config, [[layout.name for layout in get_supported_kv_cache_layouts(backends)]], specs.values()
         )
-        cache = plan(config, specs, kv_bytes)
+        cache = plan(config, specs, kv_bytes, stages)
         states = {}
         for ranks in (1, 2, 4) if config.model_config.is_hybrid else ():
             config.parallel_config.tensor_parallel_size = ranks
@@ -98,15 +105,22 @@ def blocks(
         }
 
 
-def plan(config: Any, specs: Any, kv_bytes: int) -> Any:
-    """vLLM's KVCacheConfig for one worker's specs."""
+def plan(config: Any, specs: Any, kv_bytes: int, stages: int) -> Any:
+    """vLLM's KVCacheConfig for the first of a pipeline's workers."""
+    from vllm.distributed.utils import get_pp_indices
+    from vllm.model_executor.models.utils import extract_layer_index
+
+    ends = [get_pp_indices(config.model_config.hf_text_config.num_hidden_layers, i, stages) for i in range(stages)]
+    workers = [
+        {name: spec for name, spec in specs.items() if first <= extract_layer_index(name) < end} for first, end in ends
+    ]
     if find_spec("vllm.v1.core.kv_cache_planning") is None:  # before 0.33
         from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
 
-        return get_kv_cache_configs(config, [specs], [kv_bytes])[0]
+        return get_kv_cache_configs(config, workers, [kv_bytes] * stages)[0]
     planning: Any = import_module("vllm.v1.core.kv_cache_planning")
-    groups = planning.get_global_kv_cache_groups(config, [specs])
-    return planning.get_kv_cache_configs(config, [specs], [kv_bytes], groups)[0]
+    groups = planning.get_global_kv_cache_groups(config, workers)
+    return planning.get_kv_cache_configs(config, workers, [kv_bytes] * stages, groups)[0]
 
 
 def main() -> None:

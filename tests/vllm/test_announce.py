@@ -65,6 +65,44 @@ def test_a_calibration_for_less_than_the_context_is_said(monkeypatch: pytest.Mon
     assert "centers of K for 4096 positions, and --max-model-len is 6144" in said[0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_states_of_16_bits_would_hold_is_said(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Qwen3.5-35B-A3B's layers: 10 of attention, 30 with states; in 40 GiB."""
+    from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec
+
+    from sawkv.integrations.vllm import announce
+
+    said: list[str] = []
+    monkeypatch.setattr(announce.logger, "info", lambda text, *rest: said.append(text % rest))
+    block_size = 4096 if dtype == torch.float32 else 2112
+    page = block_size * 528
+    attention: Any = FullAttentionSpec(block_size=block_size, num_kv_heads=2, head_size=132, dtype=torch.int8)
+    assert attention.page_size_bytes == attention.unpadded_page_size_bytes == page
+    state: Any = MambaSpec(
+        block_size=block_size,
+        shapes=((3, 8192), (32, 128, 128)),
+        dtypes=(torch.bfloat16, dtype),
+        page_size_padded=page,
+        mamba_cache_mode="align",
+    )
+    cache: Any = SimpleNamespace(
+        num_blocks=(40 << 30) // (10 * page),
+        kv_cache_groups=[SimpleNamespace(kv_cache_spec=spec) for spec in (attention, state, state, state)],
+    )
+    config: Any = SimpleNamespace(
+        model_config=SimpleNamespace(dtype=torch.bfloat16, max_model_len=32768),
+        cache_config=SimpleNamespace(mamba_cache_mode="align"),
+        parallel_config=SimpleNamespace(decode_context_parallel_size=1, prefill_context_parallel_size=1),
+    )
+    announce.say_states(config, cache)
+    if dtype == torch.bfloat16:
+        assert said == []
+    else:
+        (line,) = said
+        assert "holds 4,646,034 tokens; with states of 16 bits" in line
+        assert "would hold some 5,732,910" in line, "plan: 5,735,889, as it knows what 32 bits leave of the last block"
+
+
 def test_the_log_names_the_kernels_that_read_the_real_pages(monkeypatch: pytest.MonkeyPatch) -> None:
     from sawkv import CacheFormat, PageLayout
     from sawkv.integrations.vllm import announce

@@ -65,7 +65,7 @@ def make_host_plan(
     aligned = -(-blocks.nbytes * ranks // ALIGNMENT) * ALIGNMENT
     requests = host_memory // aligned / blocks.of_request
     prefix = min(PREFIX, setting.context)
-    seconds = blocks.nbytes * blocks.of_request * prefix / setting.context / LINK
+    seconds = blocks.nbytes * blocks.of_request * prefix / setting.context / LINK / setting.pipeline_parallel
     return HostPlan(
         tokens=int(requests * setting.context),
         prefix=prefix,

@@ -8,7 +8,7 @@ cache, and the blocks that a request takes, are exact.
 from __future__ import annotations
 
 import re
-from collections import Counter
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import lcm
@@ -16,6 +16,7 @@ from typing import Final
 
 from sawkv.capacity.caches import KVCache
 from sawkv.capacity.model import Attention, ModelShape, State
+from sawkv.capacity.stages import pipeline_stages, stage_weights
 from sawkv.errors import SawkvError, UnsupportedError
 
 GIB: Final = 1 << 30
@@ -34,9 +35,6 @@ BATCH_DEFAULTS: Final = ((160 * GIB, 16384, 1024), (70 * GIB, 8192, 1024), (0, 2
 
 SMALL_BATCH_CARDS: Final = ("a100", "gb10")
 """Names of cards that get the last of these defaults although they have more than 70 GiB."""
-
-CONCURRENT_STEPS: Final = 2
-"""Steps in flight with asynchronous scheduling. A sliding window keeps pages for each."""
 
 
 def size_bytes(option: str, text: str) -> int:
@@ -78,6 +76,8 @@ class Setting:
         max_num_batched_tokens, max_num_seqs: None is vLLM's default on such a card.
         block_size: None is the default on a GPU.
         prefix_caching: whether requests share prefixes. Recurrent layers then hold more states.
+        pipeline_parallel: groups of cards that each have some of the layers.
+        drafted: tokens that a draft proposes per step. A request holds a recurrent state for each.
 
     Raises:
         SawkvError: a value is out of range.
@@ -92,9 +92,11 @@ class Setting:
     max_num_seqs: int | None = None
     block_size: int | None = None
     prefix_caching: bool = True
+    pipeline_parallel: int = 1
+    drafted: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("context", "tensor_parallel", "max_num_batched_tokens", "max_num_seqs"):
+        for name in ("context", "tensor_parallel", "pipeline_parallel", "max_num_batched_tokens", "max_num_seqs"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise SawkvError(f"--{name.replace('_', '-')}: expected at least 1, got {value}")
@@ -106,6 +108,11 @@ class Setting:
     @property
     def batched_tokens(self) -> int:
         return self.max_num_batched_tokens or min(self._batch_defaults[0], self._batch_defaults[1] * self.context)
+
+    @property
+    def concurrent_steps(self) -> int:
+        """Steps in flight with asynchronous scheduling. A sliding window keeps pages for each."""
+        return 1 + self.pipeline_parallel
 
     @property
     def seqs(self) -> int:
@@ -191,17 +198,31 @@ def make_plan(shape: ModelShape, setting: Setting, cache: KVCache, weight_bytes:
                 f"--tensor-parallel: expected a divisor of {state.heads} heads and {state.channels} channels of states,"
                 f" got {ranks}"
             )
+    if setting.pipeline_parallel > shape.num_layers:
+        raise UnsupportedError(
+            f"--pipeline-parallel: expected at most one per layer of {shape.num_layers}, got"
+            f" {setting.pipeline_parallel}"
+        )
+    stages = pipeline_stages(shape.num_layers, setting.pipeline_parallel)
+    plans = [_plan_of(stage, shape, setting, cache, weight_bytes) for stage in stages]
+    return min(plans, key=lambda plan: plan.tokens)  # vLLM gives all cards as many blocks as the fullest has
+
+
+def _plan_of(stage: range, shape: ModelShape, setting: Setting, cache: KVCache, weight_bytes: int) -> Plan:
+    """What fits if all cards are like those of one stage."""
+    ranks, is_last = setting.tensor_parallel, stage.stop == shape.num_layers
     usable = int(setting.gpu_memory * setting.gpu_memory_utilization)
-    weights = weight_bytes // ranks
-    activations = _profile_peak(shape, setting)
+    weights = stage_weights(stage, shape, weight_bytes) // ranks
+    activations = _profile_peak(shape, setting, is_last)
     workspace = _expert_workspace(shape, setting)  # vLLM has one workspace for all
     if cache.cache_format is not None:
         workspace = max(workspace, _prefill_workspace(shape, setting))
-    token_counts = _token_counts(shape, setting)
+    token_counts = _token_counts(shape, setting) if is_last else 0
     kv_cache = max(0, usable - weights - activations - workspace - token_counts - OUTSIDE_TORCH)
-    blocks = cut_blocks(shape, setting, cache)
-    num_blocks = kv_cache // blocks.nbytes
+    blocks = cut_blocks(shape, setting, cache, stage)
+    num_blocks = kv_cache // blocks.nbytes if blocks.nbytes else sys.maxsize
     requests = num_blocks / blocks.of_request
+    in_stage = [layer for layer, i in zip(shape.attention, shape.attention_places, strict=True) if i in stage]
     return Plan(
         format=cache.name,
         usable=usable,
@@ -211,7 +232,7 @@ def make_plan(shape: ModelShape, setting: Setting, cache: KVCache, weight_bytes:
         token_counts=token_counts,
         outside_torch=OUTSIDE_TORCH,
         kv_cache=kv_cache,
-        bytes_per_token=sum(cache.token_bytes(layer, ranks) for layer in shape.attention),
+        bytes_per_token=sum(cache.token_bytes(layer, ranks) for layer in in_stage),
         state_bytes_per_request=blocks.of_states * blocks.nbytes,
         block_size=blocks.block_size,
         least_prefix_hit=blocks.least_prefix_hit,
@@ -263,19 +284,22 @@ class _Pages:
     def of_request(self, setting: Setting) -> int:
         """Blocks that a request of the full context holds."""
         if isinstance(self.kind, State):
-            return self.kind.held if setting.prefix_caching else 1
+            return (self.kind.held if setting.prefix_caching else 1) + setting.drafted
         if not self.kind.window:
             return -(-setting.context // self.block_size)
-        kept = self.kind.window - 1 + CONCURRENT_STEPS * setting.batched_tokens
+        kept = self.kind.window - 1 + setting.concurrent_steps * setting.batched_tokens
         return -(-min(kept, setting.context) // self.block_size) + 1
 
 
-def cut_blocks(shape: ModelShape, setting: Setting, cache: KVCache) -> Blocks:
+def cut_blocks(shape: ModelShape, setting: Setting, cache: KVCache, stage: range | None = None) -> Blocks:
     """Blocks as vLLM makes them if the pages of each layer lie in a region of their own (its layouts LBNHC and LBHNC).
 
     With recurrent states vLLM lengthens the block of attention until its page holds a state. Layers that differ are
     split into groups of equal size, which share memory: a block serves one group at a time, so all pages have the bytes
     of the largest.
+
+    Args:
+        stage: layers of a pipeline stage, whose part of a block `Blocks.nbytes` is. None is all layers.
     """
     block_size, ranks = _block_size(shape, setting, cache), setting.tensor_parallel
     layers = [
@@ -283,18 +307,27 @@ def cut_blocks(shape: ModelShape, setting: Setting, cache: KVCache) -> Blocks:
         for layer in shape.attention
     ]
     layers += [_Pages(state, block_size, layers[0].nbytes) for state in shape.states]
+    places = (*shape.attention_places, *shape.state_places)
+    is_here = [stage is None or place in stage for place in places]
     windows = {layer.kind.window if isinstance(layer.kind, Attention) else None for layer in layers}
     if len(windows) == 1:  # all keep the same tokens: one group, whatever their sizes
-        nbytes, groups = sum(layer.nbytes for layer in layers), [layers[0]]
+        nbytes = sum(layer.nbytes for layer, here in zip(layers, is_here, strict=True) if here)
+        groups = [layers[0]]
     else:
         largest = max(layer.nbytes for layer in layers)
         layers = [_enlarge(layer, largest) for layer in layers]
-        alike = Counter(layers)
-        least, most = min(alike.values()), max(alike.values())
+        alike: dict[_Pages, list[bool]] = {}
+        for layer, here in zip(layers, is_here, strict=True):
+            alike.setdefault(layer, []).append(here)
+        least, most = min(map(len, alike.values())), max(map(len, alike.values()))
         size = least if most >= 1.5 * least else most
-        splits = {layer: -(-count // size) for layer, count in alike.items()}
-        groups = [layer for layer, split in splits.items() for _ in range(split)]
-        nbytes = largest * max(-(-count // splits[layer]) for layer, count in alike.items())
+        split = [
+            (layer, here[i :: -(-len(here) // size)])
+            for layer, here in alike.items()
+            for i in range(-(-len(here) // size))
+        ]
+        groups = [layer for layer, _ in split]
+        nbytes = largest * max(sum(here) for _, here in split)
     return Blocks(
         nbytes=nbytes,
         of_request=sum(group.of_request(setting) for group in groups),
@@ -319,7 +352,7 @@ def _enlarge(layer: _Pages, nbytes: int) -> _Pages:
     return replace(layer, block_size=layer.block_size * more, nbytes=nbytes)
 
 
-def _profile_peak(shape: ModelShape, setting: Setting) -> int:
+def _profile_peak(shape: ModelShape, setting: Setting, makes_logits: bool) -> int:
     """Peak bytes of vLLM's profiling step.
 
     It passes `batched_tokens` through the widest part of a layer, and then makes logits of `seqs` tokens in 16 and 32
@@ -332,7 +365,7 @@ def _profile_peak(shape: ModelShape, setting: Setting) -> int:
     sparse = shape.experts_per_token * (max(2 * expert, shape.hidden_size) + expert)
     layer = 2 * tokens * (shape.hidden_size + max(dense, sparse, shape.mixer_size // ranks))
     logits = 2 * tokens * shape.hidden_size + min(tokens, setting.seqs) * shape.vocab_size * (2 + 4)
-    return max(layer, logits)
+    return max(layer, logits if makes_logits else 0)
 
 
 def _expert_workspace(shape: ModelShape, setting: Setting) -> int:

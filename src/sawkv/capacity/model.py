@@ -48,8 +48,10 @@ _HYBRIDS: Final = (
 )
 """Starts of the model types with recurrent states that vLLM (0.32, 0.33) has a file of. It serves no others."""
 
+STATE_DTYPES: Final = {"auto": 2, "float32": 4, "float16": 2, "bfloat16": 2}
+"""vLLM's names of dtypes of states, and their bytes. "auto" is the model's, which has 16 bits."""
 _STATE_DTYPE_KEYS: Final = {"qwen3_5": "mamba_ssm_dtype", "nemotron_h": "mamba_ssm_cache_dtype"}
-"""Where vLLM finds the dtype of recurrent states. In other models it is the model's."""
+"""Where vLLM finds the dtype of recurrent states without an option. In other models it is that of the convolution."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ class State:
     """A layer that keeps a state per request: of a short convolution and, if `heads`, of a recurrence after it.
 
     Attributes:
-        conv_tokens: tokens in the convolution's state, in 16 bits.
+        conv_tokens, conv_bytes: tokens in the convolution's state, and its storage.
         channels, groups, group_channels: it has `channels` plus `groups` times `group_channels` channels.
         heads, head_values, value_bytes: the recurrent state, and its storage.
         held: states that a request holds under prefix caching: the current one, the last shareable one, and between
@@ -80,6 +82,7 @@ class State:
     group_channels: int = 0
     heads: int = 0
     head_values: int = 0
+    conv_bytes: int = 2
     value_bytes: int = 2
     held: int = 2
 
@@ -87,7 +90,7 @@ class State:
         """Bytes on each of `ranks` GPUs. Groups that ranks do not divide are replicated, as in vLLM."""
         groups = self.groups if self.groups % ranks == 0 else ranks
         conv = self.conv_tokens * (self.channels + groups * self.group_channels) // ranks
-        return 2 * conv + self.heads // ranks * self.head_values * self.value_bytes
+        return self.conv_bytes * conv + self.heads // ranks * self.head_values * self.value_bytes
 
 
 @dataclass(frozen=True)
@@ -97,9 +100,12 @@ class ModelShape:
     Attributes:
         config: of the whole model, a Transformers `PretrainedConfig`.
         attention, states: layers that store something; a layer may have both.
+        attention_places, state_places: their numbers among all layers of the model.
+        num_layers: of the model.
         intermediate_size: of dense MLPs, 0 if all layers have experts.
         experts_per_token, expert_size: 0 in a dense model.
         mixer_size: widest projection before a recurrent state.
+        ties: whether the output layer is the embedding.
         max_context: longest request of the model in tokens; None if its config does not say.
         sees: whether parts of the model read images, audio or video.
     """
@@ -108,21 +114,34 @@ class ModelShape:
     hidden_size: int
     vocab_size: int
     attention: tuple[Attention, ...]
+    attention_places: tuple[int, ...]
     states: tuple[State, ...]
+    state_places: tuple[int, ...]
+    num_layers: int
     intermediate_size: int
     experts_per_token: int
     expert_size: int
     mixer_size: int
+    ties: bool
     max_context: int | None
     sees: bool
 
+    @property
+    def table_bytes(self) -> int:
+        """Of the embedding, and of an output layer, in 16 bits."""
+        return 2 * self.vocab_size * self.hidden_size
 
-def read_shape(config: Mapping[str, Any], language_model_only: bool = False) -> ModelShape:
+
+def read_shape(
+    config: Mapping[str, Any], language_model_only: bool = False, conv_dtype: str = "auto", ssm_dtype: str = "auto"
+) -> ModelShape:
     """The shape in a Hugging Face config.json, with the defaults of its class in Transformers.
 
     Args:
         config: the object in config.json.
         language_model_only: vLLM's `--language-model-only`: serve no images.
+        conv_dtype: vLLM's `--mamba-cache-dtype`, one of `STATE_DTYPES`.
+        ssm_dtype: vLLM's `--mamba-ssm-cache-dtype`, alike.
 
     Raises:
         UnsupportedError: sawkv does not serve such a model, or Transformers does not know its type.
@@ -132,20 +151,22 @@ def read_shape(config: Mapping[str, Any], language_model_only: bool = False) -> 
     try:
         decoder = whole.get_text_config(decoder=True)
         _refuse(unserved(whole.to_dict(), decoder.to_dict(), without_images=language_model_only))  # with defaults
-        return _shape(whole, decoder, language_model_only)
+        return _shape(whole, decoder, language_model_only, conv_dtype, ssm_dtype)
     except (AttributeError, TypeError, ArithmeticError) as error:  # a field is missing, or makes no sense
         wanted = f"expected the sizes of a decoder in config.json of a {whole.model_type}"
         raise UnsupportedError(f"plan: {wanted}, got: {_one_line(error)}") from error
 
 
-def _shape(whole: Any, decoder: Any, language_model_only: bool) -> ModelShape:
+def _shape(whole: Any, decoder: Any, language_model_only: bool, conv_dtype: str, ssm_dtype: str) -> ModelShape:
     kinds = _layer_kinds(decoder)
     layers = list(zip(kinds, decoder.per_layer_config, strict=False))
     stored = layers[: len(layers) - (getattr(decoder, "num_kv_shared_layers", 0) or 0)]
-    attention = tuple(_attention(layer, kind) for kind, layer in stored if kind in ATTENTION)
+    attention = {i: _attention(layer, kind) for i, (kind, layer) in enumerate(stored) if kind in ATTENTION}
     if not attention:
         raise _refusal("no layer with attention: there is no KV cache")
-    states = tuple(_state(layer, kind) for kind, layer in layers if kind in RECURRENT)
+    states = {
+        i: _state(layer, kind, conv_dtype, ssm_dtype) for i, (kind, layer) in enumerate(layers) if kind in RECURRENT
+    }
     experts = _size(decoder, *_EXPERTS)
     intermediate = (
         _size(decoder, "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size") or 4 * decoder.hidden_size
@@ -155,12 +176,16 @@ def _shape(whole: Any, decoder: Any, language_model_only: bool) -> ModelShape:
         config=whole,
         hidden_size=decoder.hidden_size,
         vocab_size=decoder.vocab_size,
-        attention=attention,
-        states=states,
+        attention=tuple(attention.values()),
+        attention_places=tuple(attention),
+        states=tuple(states.values()),
+        state_places=tuple(states),
+        num_layers=len(layers),
         intermediate_size=intermediate if dense else 0,
         experts_per_token=_size(decoder, *_ACTIVE_EXPERTS) if experts else 0,
         expert_size=(_size(decoder, "moe_intermediate_size") or intermediate) if experts else 0,
-        mixer_size=2 * max((state.channels + state.heads for state in states), default=0),
+        mixer_size=2 * max((state.channels + state.heads for state in states.values()), default=0),
+        ties=bool(getattr(whole, "tie_word_embeddings", False) or getattr(decoder, "tie_word_embeddings", False)),
         max_context=_max_context(decoder),
         sees=decoder is not whole and not language_model_only,
     )
@@ -228,29 +253,35 @@ def _attention(config: Any, kind: str) -> Attention:
     return Attention(q_heads, kv_heads, head_dim, window or 0)
 
 
-def _state(config: Any, kind: str) -> State:
+def _state(config: Any, kind: str, conv_dtype: str, ssm_dtype: str) -> State:
     """The state of one layer, in the shapes that vLLM gives it (model_executor/layers/mamba/mamba_utils.py)."""
     if not config.model_type.startswith(_HYBRIDS):
         raise _refusal(f"layers of {kind} of {config.model_type}")
+    conv_bytes = STATE_DTYPES[conv_dtype]
     if kind == "conv":
-        return State(config.conv_L_cache - 1, _size(config, "conv_dim") or config.hidden_size)
-    dtype_key = next((key for model, key in _STATE_DTYPE_KEYS.items() if config.model_type.startswith(model)), "")
-    dtype = getattr(config, dtype_key, "float32" if config.model_type == "nemotron_h" else None)
-    value_bytes = 4 if str(dtype).endswith("float32") else 2
+        return State(config.conv_L_cache - 1, _size(config, "conv_dim") or config.hidden_size, conv_bytes=conv_bytes)
+    if ssm_dtype == "auto":
+        dtype_key = next((key for model, key in _STATE_DTYPE_KEYS.items() if config.model_type.startswith(model)), "")
+        named = getattr(config, dtype_key, None) or ("float32" if config.model_type == "nemotron_h" else conv_dtype)
+        ssm_dtype = str(named).removeprefix("torch.")
+    value_bytes = STATE_DTYPES.get(ssm_dtype, 2)
     if getattr(config, "linear_num_value_heads", None):  # gated delta net
         k_heads, v_heads = config.linear_num_key_heads, config.linear_num_value_heads
         k_dim, v_dim = config.linear_key_head_dim, config.linear_value_head_dim
         conv_tokens, channels = config.linear_conv_kernel_dim - 1, 2 * k_heads * k_dim + v_heads * v_dim
-        return State(conv_tokens, channels, heads=v_heads, head_values=k_dim * v_dim, value_bytes=value_bytes)
+        sizes = {"heads": v_heads, "head_values": k_dim * v_dim, "conv_bytes": conv_bytes, "value_bytes": value_bytes}
+        return State(conv_tokens, channels, **sizes)
     conv_tokens = _size(config, "conv_kernel", "mamba_d_conv") - 1
     size = _size(config, "ssm_state_size", "mamba_d_state")
     heads = _size(config, "mamba_num_heads", "mamba_n_heads", "n_mamba_heads")
     if heads:  # Mamba 2
         head_dim = _size(config, "mamba_head_dim", "mamba_d_head", "mamba_headdim")
         groups = _size(config, "n_groups", "mamba_n_groups", "mamba_ngroups")
-        return State(conv_tokens, heads * head_dim, groups, 2 * size, heads, head_dim * size, value_bytes, held=3)
+        sizes = {"heads": heads, "head_values": head_dim * size, "conv_bytes": conv_bytes, "value_bytes": value_bytes}
+        return State(conv_tokens, heads * head_dim, groups, 2 * size, held=3, **sizes)
     channels = config.mamba_expand * config.hidden_size  # Mamba 1
-    return State(conv_tokens, channels, heads=channels, head_values=size, value_bytes=value_bytes)
+    sizes = {"heads": channels, "head_values": size, "conv_bytes": conv_bytes, "value_bytes": value_bytes}
+    return State(conv_tokens, channels, **sizes)
 
 
 def _max_context(config: Any) -> int | None:

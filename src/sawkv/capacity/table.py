@@ -77,8 +77,8 @@ def _bits(plan: Plan, wide: Plan) -> float:
     return 16 * plan.bytes_per_token / wide.bytes_per_token
 
 
-def assumptions(setting: Setting, shape: ModelShape, weights: Weights) -> list[str]:
-    """The assumptions behind the figures, one sentence each."""
+def assumptions(setting: Setting, shape: ModelShape, weights: Weights, drafts: str) -> list[str]:
+    """The assumptions behind the figures, one sentence each. `drafts`: that of speculative decoding."""
     batch = f"--max-num-batched-tokens {setting.batched_tokens}, --max-num-seqs {setting.seqs}"
     if (
         not setting.gpu_name
@@ -94,7 +94,7 @@ def assumptions(setting: Setting, shape: ModelShape, weights: Weights) -> list[s
         ),
         f"{batch}.",
         f"Weights {weights.source}.",
-        f"No LoRA, no speculative decoding, {'prefix' if setting.prefix_caching else 'no prefix'} caching.",
+        f"No LoRA, {drafts}, {'prefix' if setting.prefix_caching else 'no prefix'} caching.",
         (
             "Activations as in vLLM's profiling step: the largest of an MLP's, of the projection before a state, and of"
             " the logits. Counts of tokens, for penalties, as in vLLM 0.33. Outside of torch as measured on an H100."
@@ -121,6 +121,18 @@ def shortage(plan: Plan, setting: Setting, longest: int) -> str:
     )
     return (
         f"{plan.format}: no room is left for a KV cache ({taken}): use more cards (--tensor-parallel) or larger ones."
+    )
+
+
+def narrower_states(plan: Plan, narrow: Plan) -> str:
+    """What a hybrid whose recurrent states have 32 bits would hold with states of 16 bits.
+
+    Args:
+        plan, narrow: with states of 32 and of 16 bits.
+    """
+    return (
+        f"Recurrent states have 32 bits. With 16 bits (--mamba-ssm-cache-dtype bfloat16) {plan.format} would hold"
+        f" {narrow.tokens:,} tokens instead of {plan.tokens:,}; their effect on accuracy was not measured."
     )
 
 
@@ -161,6 +173,7 @@ def as_json(
         "gpu_memory": setting.gpu_memory,
         "context": setting.context,
         "tensor_parallel": setting.tensor_parallel,
+        "pipeline_parallel": setting.pipeline_parallel,
         "max_num_batched_tokens": setting.batched_tokens,
         "max_num_seqs": setting.seqs,
         "formats": [asdict(plan) for plan in plans],

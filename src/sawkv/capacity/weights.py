@@ -47,26 +47,25 @@ def weights_of(checkpoint: Checkpoint, shape: ModelShape, language_model_only: b
         UnsupportedError: no source gives the size.
     """
     if checkpoint.folder is not None:
-        measured = _measure(checkpoint.folder, _is_loaded(shape.config, language_model_only))
+        measured = _measure(checkpoint.folder, _is_loaded(shape, language_model_only))
         if measured is not None:
             return measured
     counted = None if language_model_only else checkpoint.hub_dtypes()
     if counted is not None:
         return Weights(sum(count * STORED_BYTES.get(dtype, 1) for dtype, count in counted.items()), "told by the hub")
-    return _count(checkpoint, shape, _is_loaded(shape.config, language_model_only))
+    return _count(checkpoint, shape, _is_loaded(shape, language_model_only))
 
 
-def _is_loaded(config: Any, language_model_only: bool) -> Callable[[str], bool]:
+def _is_loaded(shape: ModelShape, language_model_only: bool) -> Callable[[str], bool]:
     """Whether vLLM loads the weight with a given name. It skips draft layers after the last layer, and a tied output
     layer.
     """
-    decoder = config.get_text_config(decoder=True)
-    tied = getattr(config, "tie_word_embeddings", False) or getattr(decoder, "tie_word_embeddings", False)
+    decoder = shape.config.get_text_config(decoder=True)
 
     def is_loaded(name: str) -> bool:
         layer = _LAYER.match(name)
         drafts = name.startswith("mtp.") or (layer is not None and int(layer[1]) >= decoder.num_hidden_layers)
-        unused = (tied and name.endswith("lm_head.weight")) or (language_model_only and _TOWER.search(name))
+        unused = (shape.ties and name.endswith("lm_head.weight")) or (language_model_only and _TOWER.search(name))
         return not drafts and not unused
 
     return is_loaded

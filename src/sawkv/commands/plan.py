@@ -47,6 +47,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="GPUs that share the model (default: %(default)s)",
     )
     parser.add_argument(
+        "--pipeline-parallel",
+        type=int,
+        default=1,
+        metavar="COUNT",
+        help="groups of so many GPUs that each have some of the layers (default: %(default)s)",
+    )
+    parser.add_argument(
         "--max-num-batched-tokens", type=int, metavar="COUNT", help="as in vLLM (default: that of a server)"
     )
     parser.add_argument("--max-num-seqs", type=int, metavar="COUNT", help="as in vLLM (default: that of a server)")
@@ -60,6 +67,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="as in vLLM: recurrent layers then hold one state per request",
     )
+    parser.add_argument(
+        "--speculative-config",
+        metavar="JSON",
+        help="as in vLLM: a draft model, or the model's own draft layers, with a cache in the same format",
+    )
+    for name, what in (("--mamba-ssm-cache-dtype", "of recurrences"), ("--mamba-cache-dtype", "of convolutions")):
+        parser.add_argument(
+            name,
+            choices=("auto", "float32", "float16", "bfloat16"),
+            default="auto",
+            help=f"as in vLLM: the dtype of the states {what} (default: the model's)",
+        )
     parser.add_argument(
         "--host-memory",
         metavar="SIZE",
@@ -77,6 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the plan. The exit status is 1 if a request of this length fits in no format."""
     from sawkv.capacity import caches, memory, table
+    from sawkv.capacity.drafts import Drafts, said
     from sawkv.capacity.host import make_host_plan
     from sawkv.capacity.model import read_shape
     from sawkv.capacity.weights import Weights, weights_of
@@ -95,6 +115,7 @@ def run(args: argparse.Namespace) -> int:
         max_num_batched_tokens=args.max_num_batched_tokens,
         max_num_seqs=args.max_num_seqs,
         prefix_caching=not args.no_enable_prefix_caching,
+        pipeline_parallel=args.pipeline_parallel,
     )
     weight_bytes = None if args.weights is None else memory.size_bytes("--weights", args.weights)
     checkpoint = read_checkpoint(args.model)
@@ -102,12 +123,19 @@ def run(args: argparse.Namespace) -> int:
         raise SawkvError(
             f"plan: expected a checkpoint directory with a config.json, or a model of the hub, got {args.model}"
         )
-    shape = read_shape(checkpoint.config, args.language_model_only)
+    dtypes = args.mamba_cache_dtype, args.mamba_ssm_cache_dtype
+    shape = model = read_shape(checkpoint.config, args.language_model_only, *dtypes)
+    drafts = None
+    if args.speculative_config is not None:
+        drafts = Drafts.read(args.speculative_config, model)
+        shape, setting = drafts.beside(model), replace(setting, drafted=drafts.tokens)
     chosen = caches.KVCache.of_format(asked, shape)
     if weight_bytes is None:
-        weights = weights_of(checkpoint, shape, args.language_model_only)
+        weights = weights_of(checkpoint, model, args.language_model_only)
     else:
         weights = Weights(weight_bytes, "as given")
+    if drafts is not None and weight_bytes is None:
+        weights = drafts.add_weights(weights, model)
     notes = []
     if shape.max_context is not None and setting.context > shape.max_context:
         if args.context is not None:
@@ -138,7 +166,11 @@ def run(args: argparse.Namespace) -> int:
     for cache, plan in zip(shown, plans, strict=True):
         if not plan.fits:
             notes.append(table.shortage(plan, setting, memory.longest_context(shape, setting, cache, weights.nbytes)))
-    assumed = table.assumptions(setting, shape, weights)
+    if any(state.value_bytes == 4 for state in shape.states):
+        narrow = read_shape(checkpoint.config, args.language_model_only, dtypes[0], "bfloat16")
+        narrow = narrow if drafts is None else drafts.beside(narrow)
+        notes.append(table.narrower_states(plans[-1], memory.make_plan(narrow, setting, chosen, weights.nbytes)))
+    assumed = table.assumptions(setting, shape, weights, said(drafts))
     hosts = []
     if args.host_memory is not None:
         host_memory = memory.size_bytes("--host-memory", args.host_memory)

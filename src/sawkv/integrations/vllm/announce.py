@@ -13,7 +13,7 @@ from vllm.logger import init_logger
 
 from sawkv.errors import UnsupportedError
 from sawkv.format.constants import BUCKET_SIZE
-from sawkv.format.layout import PAGE_SIZE_MULTIPLE, PageLayout
+from sawkv.format.layout import ENGINE_PAGE_SIZE, PAGE_SIZE_MULTIPLE, PageLayout
 from sawkv.format.spec import CacheFormat
 from sawkv.integrations.vllm import PLUGIN
 from sawkv.integrations.vllm.config import KV_CACHE_DTYPE_CODECS
@@ -24,7 +24,8 @@ from sawkv.prepare.turning import buckets_in
 from sawkv.unserved import unlike_head_dims
 
 if TYPE_CHECKING:
-    from vllm.v1.kv_cache_interface import AttentionSpec
+    from vllm.config import VllmConfig
+    from vllm.v1.kv_cache_interface import AttentionSpec, KVCacheConfig
 
 LARGE_BLOCK: Final = 128
 """Tokens of the largest block that an engine chooses for a model with attention alone."""
@@ -103,6 +104,43 @@ def say_pages(spec: AttentionSpec, layout: PageLayout, reused_block: int) -> Non
             reused_block,
             reused_block,
         )
+
+
+def say_states(vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
+    """Log how many tokens a hybrid whose recurrent states have 32 bits would hold with states of 16 bits."""
+    from vllm.v1.kv_cache_interface import MambaSpec
+
+    specs: list[Any] = [group.kv_cache_spec for group in kv_cache_config.kv_cache_groups]
+    narrow = [_narrow(spec, vllm_config.model_config.dtype) for spec in specs if isinstance(spec, MambaSpec)]
+    attention = next((spec for spec in specs if not isinstance(spec, MambaSpec)), None)
+    if attention is None or all(spec in specs for spec in narrow):
+        return
+    # vLLM lengthens blocks of attention until they are as large as a state.
+    unit = attention.unpadded_page_size_bytes // attention.block_size * ENGINE_PAGE_SIZE
+    block_size = ENGINE_PAGE_SIZE * max(-(-spec.page_size_bytes // unit) for spec in narrow)
+    narrow += [
+        replace(spec, block_size=block_size, page_size_padded=None) for spec in specs if not isinstance(spec, MambaSpec)
+    ]
+    num_blocks = kv_cache_config.num_blocks * attention.page_size_bytes // narrow[-1].page_size_bytes
+    tokens, more = (
+        int(count / sum(spec.max_memory_usage_bytes(vllm_config) // spec.page_size_bytes for spec in kinds) * context)
+        for context in (vllm_config.model_config.max_model_len,)
+        for count, kinds in ((kv_cache_config.num_blocks, specs), (num_blocks, narrow))
+    )
+    logger.info(
+        "sawkv: recurrent states have 32 bits. The cache holds %s tokens; with states of 16 bits"
+        " (--mamba-ssm-cache-dtype bfloat16) it would hold some %s. What that does to accuracy was not measured",
+        f"{tokens:,}",
+        f"{more:,}",
+    )
+
+
+def _narrow(spec: Any, dtype: Any) -> Any:
+    """A spec of recurrent states, with `dtype` in place of 32 bits."""
+    if torch.float32 not in spec.dtypes or dtype == torch.float32:
+        return spec
+    dtypes = tuple(dtype if each == torch.float32 else each for each in spec.dtypes)
+    return replace(spec, dtypes=dtypes, page_size_padded=None)
 
 
 def say_kernels(layout: PageLayout, device: torch.device) -> None:

@@ -52,7 +52,7 @@ from sawkv.integrations.vllm.prefill import (
 )
 from sawkv.integrations.vllm.prepare import is_installed, served_context
 from sawkv.integrations.vllm.windows import VLLM_SIZES_WINDOWS, pack_windows
-from sawkv.kernels import Step, Turns, select_backend
+from sawkv.kernels import Prefixes, Step, Turns, select_backend
 from sawkv.prepare.calibration import Calibration, LayerCalibration, model_id
 from sawkv.prepare.turning import MAX_BUCKETS, buckets_in
 from sawkv.unserved import ALIBI, unlike_head_dims
@@ -117,6 +117,7 @@ class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
         for name, impl in zip(layer_names, self._impls, strict=True):
             impl.check_page_size(kv_cache_spec)
             impl.take_name(name)
+            impl.builder = self
         cache_config = vllm_config.cache_config
         layout = self._impls[0].layout(kv_cache_spec.block_size)
         announce.say_pages(kv_cache_spec, layout, cache_config.block_size if cache_config.enable_prefix_caching else 0)
@@ -183,9 +184,8 @@ class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
                 raise impl.stopped
         if common.causal is not True:
             raise UnsupportedError("sawkv: expected causal attention, got a request for non-causal attention")
-        num_decodes, max_query_len = common.num_reqs, self._max_query_len
+        num_decodes, max_query_len = common.num_reqs, self._decode_query_len()
         if self.device.type != "cpu":
-            max_query_len = self.reorder_batch_threshold or 1
             num_decodes, _, _, _ = split_decodes_and_prefills(common, decode_threshold=max_query_len)
         lengths = common.seq_lens[:num_decodes], common.query_start_loc[: num_decodes + 1]
         block_table = common.block_table_tensor[:num_decodes]
@@ -206,6 +206,25 @@ class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
             prompts=whole_prompts(common) if self._measures() else (),
             positions=self._place_tokens(common),
         )
+
+    def warm_up(self) -> None:
+        """Run each kernel of these layers, for one request without tokens in the cache."""
+        layers = self.vllm_config.compilation_config.static_forward_context
+        zero, starts = (torch.zeros(n, dtype=torch.int32, device=self.device) for n in (1, 2))
+        table = zero[:, None]
+        for alike, turns in self._turns.items():
+            query_lens = (self._decode_query_len(), *(() if turns is None else turns.query_lens))
+            steps = [self._schedule(alike, n).update(table, zero, starts) for n in query_lens]
+            prefixes = ops.prefixes(table, zero, starts, zero if alike[2] else None)
+            like = [layers[name] for name in self.layer_names if layers[name].impl.alike == alike]
+            for layer in like:
+                layer.impl.warm_up(layer.kv_cache, steps, prefixes, self.vllm_config.model_config.dtype)
+            if like[0].impl.prefill is not None:
+                like[0].impl.prefill.warm_up(like[0].impl.num_heads, self._max_num_seqs)
+
+    def _decode_query_len(self) -> int:
+        """Most new tokens of a request that the step's first kernel serves. Not final before vLLM warms up."""
+        return self._max_query_len if self.device.type == "cpu" else self.reorder_batch_threshold or 1
 
     def _schedule(self, alike: LikeLayers, max_query_len: int) -> ops.Schedule:
         """The schedule of such layers. Made at first use, because the threshold of decodes is not final at start."""
@@ -300,6 +319,7 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
         self.kv_cache_dtype, self.attn_type, self.sinks = kv_cache_dtype, attn_type, sinks
         self.kv_sharing_target_layer_name = kv_sharing_target_layer_name
         self.alike: LikeLayers = (self.num_heads, self.num_kv_heads, self.sliding_window)
+        self.builder: SawMetadataBuilder | None = None  # of the layer's group
         self.reader: CounterReader | None = None
         self.reader_place = 0
         self.counted = CountedLayer("")  # until the layer's name is known
@@ -405,6 +425,28 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
             for prefill in attn_metadata.prefills[self.sliding_window]:
                 self.prefill.attend(query, attention, prefill, output)
         return output
+
+    def warm_up(self, kv_cache: torch.Tensor, steps: Sequence[Step], prefixes: Prefixes, dtype: torch.dtype) -> None:
+        """Run each kernel of this layer: of no token, for the request of `steps` and `prefixes`.
+
+        Args:
+            kv_cache: pages of the layer.
+            steps: of all schedules of such layers.
+            prefixes: what gather reads.
+            dtype: of queries, keys and values.
+        """
+        attention, device = self._bind(kv_cache), kv_cache.device
+        query, key, value = (
+            torch.zeros(1, heads, self.head_size, dtype=dtype, device=device)
+            for heads in (self.num_heads, self.num_kv_heads, self.num_kv_heads)
+        )
+        position = torch.zeros(1, dtype=torch.int64, device=device)
+        attention.append(key, value, position - 1, position)
+        for step in steps:
+            attention(query, step)
+        if self.prefill is not None:
+            k, v = self.prefill.workspace()
+            attention.gather(prefixes, k, v, rotated=False)
 
     def _is_like(self, other: object) -> bool:
         return isinstance(other, SawAttentionImpl) and other.layout(PAGE_SIZE_MULTIPLE) == self.layout(

@@ -28,6 +28,14 @@ if TYPE_CHECKING:
 DTYPES = (torch.bfloat16, torch.float16)
 MAX_FLASH_HEAD_DIM = 256
 """Of FlashAttention 2 and 3."""
+FLASH_4_ROWS = (1, 129, 257)
+"""Query rows per KV head. FlashAttention 4 compiles a kernel for those that fit in a tile (64 to 192 rows), one for
+those that fit in the two tiles that a Blackwell GPU works at, and one for more.
+"""
+FLASH_4_SPLITS = (1, 16, 32, 64, 128)
+"""Parts of a context, which it attends to in parallel where few new tokens would leave the GPU idle. The kernel that
+adds their outputs is compiled for each of these limits.
+"""
 
 
 @dataclass(frozen=True)
@@ -255,18 +263,8 @@ class FlashPrefill:
         pages.gather(prefill.prefixes, k, v, rotated=False)
         if prefill.tokens.start:  # rows behind the slice are of no sequence; to leave them out takes time in each layer
             query, output = query[prefill.tokens], output[prefill.tokens]
-        self._flash_attention(
-            q=query,
-            k=k,
-            v=v,
-            out=output,
-            cu_seqlens_q=prefill.cu_seqlens_q,
-            cu_seqlens_k=prefill.prefixes.cu_seq_lens,
-            max_seqlen_q=prefill.max_query_len,
-            max_seqlen_k=prefill.max_seq_len,
-            s_aux=self._sinks,
-            **self._options,
-        )
+        lengths = (prefill.cu_seqlens_q, prefill.prefixes.cu_seq_lens, prefill.max_query_len, prefill.max_seq_len)
+        self._attend(query, k, v, output, *lengths)
 
     def attend_exactly(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, output: torch.Tensor
@@ -278,15 +276,50 @@ class FlashPrefill:
             k, v: [num_tokens, num_kv_heads, head_dim].
             cu_seqlens: [2] int32.
         """
+        self._attend(q, k, v, output, cu_seqlens, cu_seqlens, len(q), len(k))
+
+    def warm_up(self, num_heads: int, num_seqs: int) -> None:
+        """Call FlashAttention 4 once for each kernel that it compiles when it first needs one: for short and for long
+        prompts, for few and for many, for contexts in one and in several parts. Older versions come compiled.
+
+        Args:
+            num_heads: query heads of the layer.
+            num_seqs: most requests of a step.
+        """
+        if self._options["fa_version"] < 4:
+            return
+        _, num_kv_heads, head_dim = self.shape
+        k, v = (rows[:2] for rows in self.workspace())
+        q = torch.zeros(2, num_heads, head_dim, dtype=self.dtype, device=k.device)
+        for seqs, rows, splits in itertools.product((1, num_seqs), FLASH_4_ROWS, FLASH_4_SPLITS):
+            # Bounds and counts choose the kernel. All requests but the first are empty.
+            starts = torch.full((seqs + 1,), len(q), dtype=torch.int32, device=k.device)
+            starts[0] = 0
+            query_len = -(-rows * num_kv_heads // num_heads)
+            self._attend(q, k, v, torch.empty_like(q), starts, starts, query_len, self.capacity, num_splits=splits)
+
+    def _attend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        output: torch.Tensor,
+        cu_seqlens_q: torch.Tensor,
+        cu_seqlens_k: torch.Tensor,
+        max_query_len: int,
+        max_seq_len: int,
+        **more: Any,
+    ) -> None:
         self._flash_attention(
             q=q,
             k=k,
             v=v,
             out=output,
-            cu_seqlens_q=cu_seqlens,
-            cu_seqlens_k=cu_seqlens,
-            max_seqlen_q=len(q),
-            max_seqlen_k=len(k),
+            cu_seqlens_q=cu_seqlens_q,
+            cu_seqlens_k=cu_seqlens_k,
+            max_seqlen_q=max_query_len,
+            max_seqlen_k=max_seq_len,
             s_aux=self._sinks,
             **self._options,
+            **more,
         )

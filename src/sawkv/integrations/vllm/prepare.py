@@ -23,7 +23,7 @@ import torch
 from vllm.logger import init_logger
 
 from sawkv.errors import SawkvError, UnsupportedError
-from sawkv.integrations.vllm import announce, offload
+from sawkv.integrations.vllm import announce, offload, warm_up
 from sawkv.integrations.vllm.config import SawConfig
 from sawkv.prepare import corpus
 from sawkv.prepare.calibration import Calibration
@@ -84,7 +84,10 @@ def install() -> None:
         is_ours = SawConfig.from_vllm(vllm_config, vllm_config.cache_config.cache_dtype) is not None
         if is_ours:
             self.model_executor.collective_rpc(announce.say_layers)
+            self.model_executor.collective_rpc(warm_up.arrange)
         kv_cache_config: KVCacheConfig = initialize(self, vllm_config)
+        if is_ours:
+            announce.say_states(vllm_config, kv_cache_config)
         prepare(self.model_executor, vllm_config, kv_cache_config)
         offload.bind(self.model_executor, vllm_config)
         if is_ours:

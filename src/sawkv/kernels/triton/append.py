@@ -21,7 +21,7 @@ SAMPLE_HASH = tl.constexpr(constants.SAMPLE_HASH)
 SAMPLED_BELOW = tl.constexpr(2**32 // constants.SAMPLE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])  # which differs from step to step
 def append_kernel(
     k,
     v,

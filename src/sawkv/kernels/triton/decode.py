@@ -57,7 +57,7 @@ def _pieces(tiles, tiles_per_chunk, MAX_PIECES: tl.constexpr):
     return tl.minimum((tiles + tiles_per_chunk - 1) // tiles_per_chunk, MAX_PIECES)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_seqs"])  # which differs from step to step
 def schedule_kernel(
     seq_lens,
     query_start_loc,
@@ -119,7 +119,7 @@ def _plane_of(channel, BITS: tl.constexpr):
         return channel % planes_of(BITS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])  # which differs from step to step
 def prepare_kernel(
     q,
     k_gain_inverse,
@@ -283,7 +283,7 @@ def _store_part(to, is_row, zero, outs, COLUMNS: tl.constexpr, BITS: tl.constexp
         tl.store(to + plane * COLUMNS, out, mask=is_row[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["table_stride"])  # which engines may cut to the longest request of a step
 def decode_kernel(
     queries,
     query_stats,

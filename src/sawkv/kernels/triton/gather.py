@@ -10,7 +10,11 @@ import triton.language as tl
 from sawkv.kernels.triton.common import CLEARED_ROWS, bucket_of, high_half, low_half, rotate, round_to, swizzled
 
 
-@triton.jit
+# What differs from step to step must not choose a variant: a request would wait for its compilation.
+@triton.jit(
+    do_not_specialize=["num_seqs", "search_steps", "max_tokens", "table_stride"],
+    do_not_specialize_on_alignment=["block_table", "seq_lens", "cu_seq_lens"],
+)
 def gather_kernel(
     pages,
     block_table,

@@ -1,0 +1,101 @@
+"""What a draft adds in vLLM's `--speculative-config`: layers with a cache of their own, weights, and states."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sawkv.capacity.model import ModelShape, read_shape
+from sawkv.capacity.weights import Weights, weights_of
+from sawkv.checkpoint import Checkpoint, read_checkpoint
+from sawkv.errors import SawkvError, UnsupportedError
+
+_OPTION = "--speculative-config"
+_OWN_LAYERS = ("mtp_num_hidden_layers", "num_nextn_predict_layers")
+
+
+@dataclass(frozen=True)
+class Drafts:
+    """A draft, as vLLM is told of it.
+
+    Attributes:
+        tokens: that it proposes per step.
+        shape: of the draft model; None if the model's own layers draft, or none do.
+        checkpoint: of the draft model, or None.
+        own_layers: draft layers of the model itself (MTP). Each is like the model's last layer of attention.
+    """
+
+    tokens: int
+    shape: ModelShape | None = None
+    checkpoint: Checkpoint | None = None
+    own_layers: int = 0
+
+    @classmethod
+    def read(cls, text: str, model: ModelShape) -> Drafts:
+        """Read vLLM's JSON object.
+
+        Raises:
+            SawkvError: it is none, or lacks what is needed.
+            UnsupportedError: sawkv does not serve the draft model.
+        """
+        try:
+            given = json.loads(text)
+        except ValueError:
+            given = None
+        tokens = given.get("num_speculative_tokens") if isinstance(given, dict) else None
+        if not isinstance(tokens, int) or tokens < 1:
+            raise SawkvError(f"{_OPTION}: expected a JSON object with num_speculative_tokens, got {text}")
+        method, name = str(given.get("method", "")), given.get("model")
+        if method.endswith("mtp"):
+            decoder = model.config.get_text_config(decoder=True)
+            return cls(tokens, own_layers=next((n for key in _OWN_LAYERS if (n := getattr(decoder, key, None))), 1))
+        if name is None or method in ("ngram", "suffix"):
+            return cls(tokens)
+        checkpoint = read_checkpoint(name)
+        if checkpoint is None:
+            raise SawkvError(f"{_OPTION}: expected a checkpoint directory, or a model of the hub, got {name}")
+        try:
+            return cls(tokens, read_shape(checkpoint.config), checkpoint)
+        except UnsupportedError as error:
+            raise UnsupportedError(f"the draft model: {error}") from error
+
+    def beside(self, model: ModelShape) -> ModelShape:
+        """The model's shape with the draft's layers, which run in the last stage of a pipeline, and with tokens that
+        may be taken back in the states of convolutions.
+        """
+        drafting = self.shape.attention if self.shape else model.attention[-1:] * self.own_layers
+        return replace(
+            model,
+            attention=model.attention + drafting,
+            attention_places=model.attention_places + (model.num_layers - 1,) * len(drafting),
+            states=tuple(
+                # Not where there is no recurrence, nor in Mamba 1, which has a head per channel.
+                state
+                if state.heads in (0, state.channels)
+                else replace(state, conv_tokens=state.conv_tokens + self.tokens)
+                for state in model.states
+            ),
+        )
+
+    def add_weights(self, weights: Weights, model: ModelShape) -> Weights:
+        """The model's weights with the draft's. Draft layers of the model count as layers of it."""
+        if self.checkpoint is not None and self.shape is not None:
+            draft = weights_of(self.checkpoint, self.shape)
+            return Weights(weights.nbytes + draft.nbytes, f"{weights.source}; of the draft {draft.source}")
+        if not self.own_layers:
+            return weights
+        layers = weights.nbytes - model.table_bytes * (1 if model.ties else 2)
+        joint = 2 * model.hidden_size * model.hidden_size * 2  # of the embedding and the state, in 16 bits
+        return Weights(
+            weights.nbytes + self.own_layers * (layers // model.num_layers + joint),
+            f"{weights.source}; draft layers as layers of the model",
+        )
+
+
+def said(drafts: Drafts | None) -> str:
+    """For a list of assumptions."""
+    if drafts is None:
+        return "no speculative decoding"
+    layers: Any = drafts.own_layers or (len(drafts.shape.attention) if drafts.shape else "no")
+    return f"{drafts.tokens} tokens drafted per step, by {layers} layers with a cache"
