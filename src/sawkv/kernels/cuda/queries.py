@@ -72,5 +72,5 @@ class QueryShape:
             row_blocks *= 2
         chunk_rows = row_blocks * columns
         row_groups = -(-total // chunk_rows)
-        rows, chunks = min(total, columns), 8 if head_dim <= MAX_ROW_DIM else 4
+        rows, chunks = min(total, columns), 8 if head_dim <= 128 else 4
         return cls(group, rows, column_tiles, row_blocks, row_groups, chunk_rows, "decode", chunks, 50)
