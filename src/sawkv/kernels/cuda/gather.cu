@@ -145,21 +145,23 @@ __device__ inline Floats load_constants(const float* from) {
   return v;
 }
 
-// Elements `first` to `end` of a lane's rows, which share gains, and a center that is not by bucket.
+// Elements `first` to `end` of a lane's rows, which share gains, and a center that is not by bucket. It is loaded once
+// beside gains only: kernels without them have no registers to spare.
 __device__ inline void store_restored(Row<D, LANES> (&rows)[LANE_ROWS], int first, int end,
                                       const Source (&sources)[LANE_ROWS], const float* gain_inverse,
                                       const float* center, i64 bucket_stride, ELEMENT* const (&to)[LANE_ROWS]) {
   using R = Row<D, LANES>;
+  constexpr bool SHARES_CENTER = GAIN && !BY_BUCKET;
 #pragma unroll
   for (int i = first; i < end; i += R::VECTOR) {
     Floats gains, centers;
     if (GAIN && gain_inverse) gains = load_constants(gain_inverse + R::channel(i));
-    if (!BY_BUCKET && center) centers = load_constants(center + R::channel(i));
+    if (SHARES_CENTER && center) centers = load_constants(center + R::channel(i));
 #pragma unroll
     for (int r = 0; r < LANE_ROWS; r++) {
       if (!sources[r].is_there && !sources[r].is_cleared) continue;
       float (&x)[R::PER_LANE] = rows[r].x;
-      if (BY_BUCKET && center && sources[r].is_there)
+      if (!SHARES_CENTER && center && sources[r].is_there)
         centers = load_constants(center + sources[r].bucket * bucket_stride + R::channel(i));
       constexpr int WORDS = R::VECTOR * sizeof(ELEMENT) / 16;
       union {
