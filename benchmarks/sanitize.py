@@ -62,6 +62,7 @@ CASES = (
     Case(lengths=(0, 1, 17, 3000), head_dim=256, page_size=64, group=8, num_blocks=2),
     Case(lengths=(0, 1, 17, 3000), head_dim=512, page_size=64, group=8, prepared=False, num_blocks=2),
     Case(lengths=(3, 900), head_dim=512, query_len=8, prepared=False, num_blocks=2),
+    Case(lengths=(40, 900, 90), query_len=40, page_size=64, num_blocks=2),
     Case(options={"sliding_window": 100, "logit_softcap": 5.0}),
     Case(options={"sinks": torch.zeros(8)}),
     Case(lengths=(9000, 40, 3), buckets=3),  # a center of K for each bucket of positions

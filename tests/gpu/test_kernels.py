@@ -13,7 +13,7 @@ import torch
 from sawkv import Attention, CacheFormat, PagedKVCache, PageLayout, Schedule, append
 from sawkv.format.constants import BUCKET_SIZE
 from sawkv.format.counters import COLUMNS, new_counters
-from sawkv.kernels import unsupported_reason
+from sawkv.kernels import cuda, unsupported_reason
 from tests.conftest import Batch, make_batch, random_vectors
 from tests.kernel_checks import (
     BUCKET_OPTIONS,
@@ -546,6 +546,64 @@ def test_chunks_of_many_buckets(backend: str, query_len: int, head_dim: int) -> 
         attention(q, schedule.update(batch.block_table, batch.seq_lens, starts), out, lse)
         want = attend(batch, q, starts, "reference")
         compare_attention((out, lse), want, starts, 2e-2)
+
+
+WAIT = "__device__ inline void wait(u64* barrier, u32 parity) {"
+LATE_WAIT = f"""__device__ inline void wait_only(u64* barrier, u32 parity);
+{WAIT}
+  wait_only(barrier, parity);
+  if (threadIdx.x / WARP == LATE_WARP) asm volatile("nanosleep.u32 20000;");
+}}
+{WAIT.replace("wait", "wait_only")}"""
+
+
+def with_a_late_warp(sources: dict[str, str]) -> dict[str, str]:
+    """Sources of a kernel whose warp LATE_WARP sleeps after each wait for a barrier."""
+    assert WAIT in sources["common.cuh"]
+    return sources | {"common.cuh": sources["common.cuh"].replace(WAIT, LATE_WAIT)}
+
+
+@pytest.mark.parametrize(
+    ("query_len", "head_dim", "page_size", "late"),
+    [
+        *((1, 128, 16, warp) for warp in (0, 8, 9, 10, 11)),  # a consumer, two producers, scheduler, merge
+        (1, 256, 64, 9),
+        *((40, 128, 64, warp) for warp in (0, 1, 3)),  # of `extend.cu`: producer, scheduler, scaler
+    ],
+)
+def test_a_warp_may_be_late(
+    backend: str, query_len: int, head_dim: int, page_size: int, late: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All others are then as far ahead of it as barriers let them. Each of two blocks takes many chunks, most of them
+    of one tile, of which one of two producers has none. Without an order that is needed, results are wrong or the
+    kernel hangs.
+    """
+    if backend != "cuda":
+        pytest.skip("its warps have no roles of their own")
+    read_sources = cuda.runtime.read_sources
+    monkeypatch.setattr(
+        cuda.runtime,
+        "read_sources",
+        lambda file: with_a_late_warp(read_sources(file)) if file in ("decode.cu", "extend.cu") else read_sources(file),
+    )
+    monkeypatch.setitem(cuda.DEBUG_DEFINES, "LATE_WARP", late)
+    lengths = [query_len + i * 37 % (23 if i % 3 else 200) for i in range(30)] + [query_len + 2000]
+    batch = make_batch("int4", lengths, head_dim=head_dim, page_size=page_size, device=DEVICE)
+    starts = starts_of([query_len] * len(lengths), DEVICE)
+    q = torch.randn(int(starts[-1]) + 1, 8, head_dim, device=DEVICE).bfloat16()
+    schedule = Schedule(
+        batch.cache.layout,
+        batch.cache.pages.device,
+        num_q_heads=8,
+        max_num_seqs=len(lengths),
+        max_query_len=query_len,
+        backend=backend,
+    )
+    schedule.kernel.num_blocks = 2  # type: ignore[attr-defined]
+    attention = Attention(batch.cache, num_q_heads=8, softmax_scale=head_dim**-0.5, backend=backend)
+    out, lse = torch.full_like(q, math.nan), torch.full(q.shape[:2], math.nan, device=DEVICE)
+    attention(q, schedule.update(batch.block_table, batch.seq_lens, starts), out, lse)
+    compare_attention((out, lse), attend(batch, q, starts, "reference"), starts, 2e-2)
 
 
 @pytest.mark.skipif(DRY_RUN, reason="takes 5 GB")

@@ -91,7 +91,7 @@ struct Shared {
       ptx::init_barrier(&tile_full[i], 1), ptx::init_barrier(&tile_empty[i], ROW_BLOCKS * WARP_ARRIVALS);
     for (int i = 0; i < CHUNK_SLOTS; i++)
       ptx::init_barrier(&chunk_full[i], WARP_ARRIVALS), ptx::init_barrier(&queries_full[i], WARP_ARRIVALS),
-          ptx::init_barrier(&chunk_empty[i], MERGERS * WARP_ARRIVALS);
+          ptx::init_barrier(&chunk_empty[i], (MERGERS + freeing_producers(PRODUCERS)) * WARP_ARRIVALS);
     for (int i = 0; i < RESULT_SLOTS; i++)
       ptx::init_barrier(&results_full[i], CONSUMERS * WARP_ARRIVALS),
           ptx::init_barrier(&results_empty[i], MERGERS * WARP_ARRIVALS);

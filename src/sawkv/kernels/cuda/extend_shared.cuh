@@ -90,7 +90,7 @@ struct Shared {
     }
     for (int i = 0; i < CHUNK_SLOTS; i++)
       ptx::init_barrier(&chunk_full[i], WARP_ARRIVALS), ptx::init_barrier(&queries_full[i], SCHEDULERS * WARP_ARRIVALS),
-          ptx::init_barrier(&chunk_empty[i], (CONSUMERS + DEQUANTIZERS) * WARP_ARRIVALS);
+          ptx::init_barrier(&chunk_empty[i], (CONSUMERS + DEQUANTIZERS + freeing_producers(PRODUCERS)) * WARP_ARRIVALS);
     ptx::publish_to_copies();
   }
 };

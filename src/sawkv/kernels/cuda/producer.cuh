@@ -51,6 +51,10 @@ __device__ int run_producer(Shared& s, const DecodeParams& p, int producer) {
     const u8* head = p.pages + (i64)kv_head_of(chunk) * (PARTS * HEAD_BYTES);
     int first = (producer + PRODUCERS - tiles_before % PRODUCERS) % PRODUCERS;
     TilePages next_pages(p, chunk, first + lane_index() * PRODUCERS);
+    if constexpr (freeing_producers(PRODUCERS)) {
+      __syncwarp();
+      if (arrives()) ptx::arrive(&s.chunk_empty[turn.slot()]);
+    }
     // One round of the ring, with a lane per tile: all lanes prepare their copies at once, before a stage is free.
 #pragma unroll 1
     for (; first < num_tiles(chunk); first += STAGES) {

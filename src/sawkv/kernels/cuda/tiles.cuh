@@ -34,6 +34,14 @@ constexpr bool ONLY_WAITS = false;
 #endif
 __device__ inline bool arrives() { return lane_index() < WARP_ARRIVALS; }
 
+// How many of a kernel's producers free the slots of chunks. A single one has read a chunk before any tile of it is
+// there, so it is enough that the readers of its tiles do. But of two, one has no tile of a chunk of one tile, and the
+// slot could be written again before that one has read it. racecheck does not see that the first order holds for all
+// lanes, of which one arrives at a tile's barrier.
+__host__ __device__ constexpr int freeing_producers(int producers) {
+  return producers > 1 || ONLY_WAITS ? producers : 0;
+}
+
 // Position in a ring: slot and phase of the n-th use.
 template <int SLOTS>
 struct Turn {
