@@ -100,7 +100,7 @@ def make_builder(layout: PageLayout, window: int, device: str, version: int = 3)
     ).unbind()
     builder: Any = object.__new__(SawMetadataBuilder)
     builder.device, builder.layer_names, builder._max_num_seqs = torch.device(device), ["a", "b"], 64
-    builder._impls, builder._schedules = [impl, impl], {}
+    builder._impls, builder._schedules, builder._reader = [impl, impl], {}, None
     builder._turns = {impl.alike: Turns((16, 128), 8192)}
     builder.kv_cache_spec = SimpleNamespace(block_size=layout.page_size)
     builder._decode_query_len = lambda: 1
@@ -150,6 +150,22 @@ def test_every_cuda_kernel_of_a_layer(format_name: str, window: int, monkeypatch
     }
     assert warmed == [(32, 64)], "once for layers of one kind"
     assert not layer.kv_cache.any()
+
+
+def test_layers_count_after_the_warm_up() -> None:
+    """The warm-up is the first to bind a layer to its pages."""
+    from sawkv.integrations.vllm.metrics import CountedLayer, CounterReader
+
+    layout = PageLayout(CacheFormat("int4"), 8, 128, 64)
+    builder, layer = make_builder(layout, 0, "cpu")
+    layer.impl.prefill, layer.impl.reader_place = None, 0
+    builder._turns = {layer.impl.alike: None}
+    builder._reader = layer.impl.reader = CounterReader(layout.rows, [CountedLayer("a")], torch.device("cpu"), None)
+    builder.warm_up()
+    counters = layer.impl._attention.cache.counters
+    assert counters is not None
+    assert not counters.any(), "the warm-up counts nothing"
+    assert counters.data_ptr() == builder._reader.counters.data_ptr()
 
 
 def test_a_worker_warms_up_before_vllm_does(monkeypatch: pytest.MonkeyPatch) -> None:

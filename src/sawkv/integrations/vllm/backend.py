@@ -209,6 +209,8 @@ class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
 
     def warm_up(self) -> None:
         """Run each kernel of these layers, for one request without tokens in the cache."""
+        if self._reader is not None:
+            self._reader.poll()  # makes the counters, which layers bind with their pages, once
         layers = self.vllm_config.compilation_config.static_forward_context
         zero, starts = (torch.zeros(n, dtype=torch.int32, device=self.device) for n in (1, 2))
         table = zero[:, None]
