@@ -94,10 +94,40 @@ def test_drafts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert counted["formats"]["int4"]["weights"] / GIB == pytest.approx(64.56 + 1.6, abs=0.1)
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"method": "mtp"}', '{"model": "x", "num_speculative_tokens": 0}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{",
+        "[]",
+        '{"method": "mtp"}',
+        '{"model": "x", "num_speculative_tokens": 0}',
+        '{"method": "ngram", "num_speculative_tokens": true}',
+    ],
+)
 def test_a_draft_that_is_not_described_is_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
 ) -> None:
     model = write_config(tmp_path, "qwen3-8b")
     assert cli.main(["plan", str(model), "--gpu-memory", "80GiB", "--speculative-config", text]) == 2
     assert "--speculative-config: expected a JSON object with num_speculative_tokens, got" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "reason"),
+    [
+        ("qwen3-8b", {"method": "mtp"}, "expected a model with draft layers of its own, got a qwen3"),
+        ("qwen3-8b", {"method": "eagle3"}, "expected a draft model, or method mtp, ngram or suffix, got"),
+        ("qwen3-8b", {}, "expected a draft model, or method mtp, ngram or suffix, got"),
+        ("qwen3-8b", {"model": 3}, "expected a draft model, or method mtp, ngram or suffix, got"),
+        ("qwen3-8b", {"model": "granite-4-h-small"}, "expected a draft model of attention alone"),
+    ],
+)
+def test_drafts_that_vllm_would_not_start_or_plan_cannot_count(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, config: dict[str, Any], reason: str
+) -> None:
+    model = write_config(tmp_path, name)
+    if isinstance(draft := config.get("model"), str):
+        config = {"model": str(write_config(tmp_path / "draft", draft))}
+    text = json.dumps(config | {"num_speculative_tokens": 2})
+    assert cli.main(["plan", str(model), "--gpu-memory", "80GiB", "--speculative-config", text]) == 2
+    assert reason in capsys.readouterr().err

@@ -13,6 +13,9 @@ from sawkv.errors import SawkvError, UnsupportedError
 
 _OPTION = "--speculative-config"
 _OWN_LAYERS = ("mtp_num_hidden_layers", "num_nextn_predict_layers")
+_OWN_LAYER_BY_DEFAULT = ("minimax_m3", "qwen3_5", "qwen3_next", "step3p5")
+"""Starts of the model types that have one draft layer if their config does not say."""
+_WITHOUT_MODEL = ("ngram", "[ngram]", "ngram_gpu", "suffix")
 
 
 @dataclass(frozen=True)
@@ -44,21 +47,25 @@ class Drafts:
         except ValueError:
             given = None
         tokens = given.get("num_speculative_tokens") if isinstance(given, dict) else None
-        if not isinstance(tokens, int) or tokens < 1:
+        if type(tokens) is not int or tokens < 1:
             raise SawkvError(f"{_OPTION}: expected a JSON object with num_speculative_tokens, got {text}")
         method, name = str(given.get("method", "")), given.get("model")
         if method.endswith("mtp"):
-            decoder = model.config.get_text_config(decoder=True)
-            return cls(tokens, own_layers=next((n for key in _OWN_LAYERS if (n := getattr(decoder, key, None))), 1))
-        if name is None or method in ("ngram", "suffix"):
+            return cls(tokens, own_layers=_own_layers(model))
+        if method in _WITHOUT_MODEL or name in _WITHOUT_MODEL:
             return cls(tokens)
+        if not isinstance(name, str):
+            raise SawkvError(f"{_OPTION}: expected a draft model, or method mtp, ngram or suffix, got {text}")
         checkpoint = read_checkpoint(name)
         if checkpoint is None:
             raise SawkvError(f"{_OPTION}: expected a checkpoint directory, or a model of the hub, got {name}")
         try:
-            return cls(tokens, read_shape(checkpoint.config), checkpoint)
+            shape = read_shape(checkpoint.config)
         except UnsupportedError as error:
             raise UnsupportedError(f"the draft model: {error}") from error
+        if shape.states:
+            raise UnsupportedError("plan: expected a draft model of attention alone, got one with recurrent states")
+        return cls(tokens, shape, checkpoint)
 
     def beside(self, model: ModelShape) -> ModelShape:
         """The model's shape with the draft's layers, which run in the last stage of a pipeline, and with tokens that
@@ -99,3 +106,18 @@ def said(drafts: Drafts | None) -> str:
         return "no speculative decoding"
     layers: Any = drafts.own_layers or (len(drafts.shape.attention) if drafts.shape else "no")
     return f"{drafts.tokens} tokens drafted per step, by {layers} layers with a cache"
+
+
+def _own_layers(model: ModelShape) -> int:
+    """Draft layers of the model itself.
+
+    Raises:
+        UnsupportedError: it has none.
+    """
+    decoder = model.config.get_text_config(decoder=True)
+    by_default = 1 if decoder.model_type.startswith(_OWN_LAYER_BY_DEFAULT) else 0
+    found = (getattr(decoder, key, None) for key in _OWN_LAYERS)
+    count: int = next((n for n in found if n is not None), by_default)
+    if count < 1:
+        raise UnsupportedError(f"{_OPTION}: expected a model with draft layers of its own, got a {decoder.model_type}")
+    return count
