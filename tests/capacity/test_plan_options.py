@@ -68,6 +68,17 @@ def test_stages_of_a_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert found["formats"]["bf16"]["bytes_per_token"] in (3 * 2048, 4 * 2048)
 
 
+def test_bits_of_a_format_where_the_fullest_stage_has_no_attention(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = write_config(tmp_path, "nemotron-nano-9b-v2")
+    found = plan(capsys, model, "--weights", "30GiB", "--pipeline-parallel", "7")
+    assert found["formats"]["bf16"]["bytes_per_token"] == 0
+    assert found["curve"] == [
+        {**row, "bits": alone["bits"]} for row, alone in zip(found["curve"], plan(capsys, model)["curve"], strict=True)
+    ]
+
+
 def test_drafts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model, draft = write_config(tmp_path, "qwen3-8b"), write_config(tmp_path / "draft", "gpt2")
 

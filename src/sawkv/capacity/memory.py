@@ -154,7 +154,8 @@ class Plan:
     """Bytes on each card, and the capacity of the KV cache.
 
     Attributes:
-        bytes_per_token: of K and V, in all layers that store them.
+        bytes_per_token: of K and V, in all layers of the fullest stage that store them; 0 if none of it do.
+        bytes_per_token_of_all_stages: on one card of each stage.
         tokens: as vLLM reports them: concurrent requests times the context.
         requests: concurrent requests of the full context. vLLM starts with at least one.
     """
@@ -168,6 +169,7 @@ class Plan:
     outside_torch: int
     kv_cache: int
     bytes_per_token: int
+    bytes_per_token_of_all_stages: int
     state_bytes_per_request: int
     block_size: int
     least_prefix_hit: int | None
@@ -233,6 +235,7 @@ def _plan_of(stage: range, shape: ModelShape, setting: Setting, cache: KVCache, 
         outside_torch=OUTSIDE_TORCH,
         kv_cache=kv_cache,
         bytes_per_token=sum(cache.token_bytes(layer, ranks) for layer in in_stage),
+        bytes_per_token_of_all_stages=sum(cache.token_bytes(layer, ranks) for layer in shape.attention),
         state_bytes_per_request=blocks.of_states * blocks.nbytes,
         block_size=blocks.block_size,
         least_prefix_hit=blocks.least_prefix_hit,

@@ -74,7 +74,7 @@ def curve(ladder: Sequence[Plan], wide: Plan) -> str:
 
 
 def _bits(plan: Plan, wide: Plan) -> float:
-    return 16 * plan.bytes_per_token / wide.bytes_per_token
+    return 16 * plan.bytes_per_token_of_all_stages / wide.bytes_per_token_of_all_stages
 
 
 def assumptions(setting: Setting, shape: ModelShape, weights: Weights, drafts: str) -> list[str]:
