@@ -204,6 +204,8 @@ def _arguments() -> argparse.Namespace:
     args = parser.parse_args()
     if unknown := [name for name in args.formats if name in PEERS and name not in LEAST_OUTPUT]:
         parser.error(f"--formats: expected bf16, fp8 or sawkv's, got {', '.join(unknown)}")
+    if args.options and args.output == parser.get_default("output"):
+        parser.error("--options: expected --output too, since the records that docs show are of default settings")
     given = {field.name: getattr(args, field.name) for field in fields(Work)}
     given = {name: value for name, value in given.items() if value is not None}
     args.works = [replace(SETS[each], **given) for each in args.sets]

@@ -109,14 +109,17 @@ def test_work_that_cannot_be_is_refused(change: dict[str, Any], words: str) -> N
 
 
 def test_arguments_change_the_set(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(
-        "sys.argv", ["agents", "--sets", "64x20k", "16x32k", "--agents", "8", "--options", "--enforce-eager"]
-    )
+    given = ["--sets", "64x20k", "16x32k", "--agents", "8"]
+    monkeypatch.setattr("sys.argv", ["agents", *given, "--output", "x", "--options", "--enforce-eager"])
     args = agents._arguments()
     assert args.works == [replace(SETS[name], agents=8) for name in ("64x20k", "16x32k")]
     assert (args.formats, args.options) == (["bf16", "fp8", "int4"], ["--enforce-eager"])
-    for name, words in (("vllm_int4_per_token_head", "expected bf16, fp8 or sawkv's, got vllm"), ("int5", "int5")):
-        monkeypatch.setattr("sys.argv", ["agents", "--formats", "int4", name])
+    for given, words in (
+        (["--formats", "int4", "vllm_int4_per_token_head"], "expected bf16, fp8 or sawkv's, got vllm"),
+        (["--formats", "int4", "int5"], "int5"),
+        (["--options", "--enforce-eager"], "expected --output too"),
+    ):
+        monkeypatch.setattr("sys.argv", ["agents", *given])
         with pytest.raises(SystemExit):
             agents._arguments()
         assert words in capsys.readouterr().err
