@@ -29,6 +29,7 @@ MODEL = "models/sawkv-6m"
 PLACEHOLDERS = {
     "DIR": MODEL,
     "MODEL": MODEL,
+    '{"model": "DRAFT", "num_speculative_tokens": 2}': f'{{"model": "{MODEL}", "num_speculative_tokens": 2}}',
     "path/to/checkpoint": MODEL,
     "FILE": "some.txt",
     '"Qwen/Qwen3-8B"': f'"{MODEL}"',

@@ -111,9 +111,9 @@ def plan(config: Any, specs: Any, kv_bytes: int, stages: int) -> Any:
     from vllm.model_executor.models.utils import extract_layer_index
 
     ends = [get_pp_indices(config.model_config.hf_text_config.num_hidden_layers, i, stages) for i in range(stages)]
-    workers = [
-        {name: spec for name, spec in specs.items() if first <= extract_layer_index(name) < end} for first, end in ends
-    ]
+    workers = [specs]
+    if stages > 1:  # Falcon-H1 and Zamba2, which have more names than layers, are asked about one stage alone
+        workers = [{name: spec for name, spec in specs.items() if a <= extract_layer_index(name) < b} for a, b in ends]
     if find_spec("vllm.v1.core.kv_cache_planning") is None:  # before 0.33
         from vllm.v1.core.kv_cache_utils import get_kv_cache_configs
 
