@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import pytest
 import torch
@@ -215,19 +217,24 @@ def test_page_sizes(backend: str, page_size: int, head_dim: int) -> None:
 )
 def test_options(backend: str, query_lens: list[int], options: dict[str, object]) -> None:
     """Of plain pages, of centered ones, and of those with all there is."""
+    kinds = ((False, False), (True, False), (True, True))
+    check_options(backend, SEQ_LENS, query_lens, options, kinds, dtype=torch.float16)
+
+
+def check_options(
+    backend: str,
+    seq_lens: list[int],
+    query_lens: list[int],
+    options: dict[str, object],
+    kinds: Sequence[tuple[bool, bool]] = ((False, False), (True, True)),
+    **more: Any,
+) -> None:
+    """Of pages with or without centers and gains, by `kinds`. Sinks, if asked for, are random ones."""
     if "sinks" in options:
         options = options | {"sinks": torch.randn(8, device=DEVICE).bfloat16()}
-    for centered, gained in ((False, False), (True, False), (True, True)):
+    for centered, gained in kinds:
         check_attention(
-            backend,
-            DEVICE,
-            "int4",
-            SEQ_LENS,
-            query_lens,
-            dtype=torch.float16,
-            centered=centered,
-            gained=gained,
-            **options,
+            backend, DEVICE, "int4", seq_lens, query_lens, centered=centered, gained=gained, **more, **options
         )
 
 
@@ -279,19 +286,7 @@ def test_query_shapes_of_turns(backend: str, group: int) -> None:
 )
 def test_options_of_turns(backend: str, most: int, options: dict[str, object]) -> None:
     skip_unless_it_extends(backend)
-    if "sinks" in options:
-        options = options | {"sinks": torch.randn(8, device=DEVICE).bfloat16()}
-    for prepared in (False, True):
-        check_attention(
-            backend,
-            DEVICE,
-            "int4",
-            [9000, 77, 200, 3000],
-            [most, 12, 3, 10],
-            centered=prepared,
-            gained=prepared,
-            **options,
-        )
+    check_options(backend, [9000, 77, 200, 3000], [most, 12, 3, 10], options)
 
 
 @pytest.mark.parametrize("most", [16, 40])
@@ -350,21 +345,7 @@ def test_what_turns_leave_alone(backend: str, most: int) -> None:
 )
 def test_options_of_wide_heads(backend: str, head_dim: int, options: dict[str, object]) -> None:
     """As Gemma 2 has them: a soft-cap, and registers that are all in use."""
-    if "sinks" in options:
-        options = options | {"sinks": torch.randn(8, device=DEVICE).bfloat16()}
-    for prepared in (False, True):
-        check_attention(
-            backend,
-            DEVICE,
-            "int4",
-            SEQ_LENS,
-            [1, 1, 2, 1, 2, 2, 1],
-            head_dim=head_dim,
-            centered=prepared,
-            gained=prepared,
-            max_query_len=2,
-            **options,
-        )
+    check_options(backend, SEQ_LENS, [1, 1, 2, 1, 2, 2, 1], options, head_dim=head_dim, max_query_len=2)
 
 
 def test_many_sequences(backend: str) -> None:
