@@ -1,5 +1,5 @@
-"""A hook of mkdocs (mkdocs.yml): pages of the repository's root join the site, and links that leave docs/ become plain
-text.
+"""A hook of mkdocs (mkdocs.yml): pages of the repository's root join the site, a folder in its navigation becomes the
+folder's pages, and links that leave docs/ become plain text.
 
 On the host of the repository such links work as they are. The site has no copy of the sources, so it shows their names
 alone. A link to a file that does not exist is an error in both.
@@ -29,6 +29,21 @@ def on_files(files: Any, config: Any) -> Any:
     for source, name in PAGES.items():
         files.append(File.generated(config, name, content=(ROOT / source).read_text()))
     return files
+
+
+def on_config(config: Any) -> Any:
+    """Put the pages of a folder in its place: mkdocs itself knows none in a navigation."""
+
+    def pages(entry: Any) -> Any:
+        if isinstance(entry, str):
+            folder = ROOT / "docs" / entry
+            return sorted(f"{entry}{page.name}" for page in folder.glob("*.md")) if entry.endswith("/") else entry
+        if isinstance(entry, dict):
+            return {title: pages(inside) for title, inside in entry.items()}
+        return [pages(inside) for inside in entry]
+
+    config["nav"] = pages(config["nav"])
+    return config
 
 
 def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
