@@ -38,9 +38,10 @@ def test_the_report_fits_a_terminal_and_explains_the_texts() -> None:
     assert "7 of 8 7 of 8" in flat
     assert "INT4 parts from 16 bits after this many tokens: 2, 2, 2." in flat
     assert "parts from vLLM's 16 bits after 1, not at all, 0." in flat
-    assert lines[-1] == "Next: sawkv serve DIRECTORY"
+    assert lines[-2:] == ["Next: sawkv serve DIRECTORY \\", "  --kv-cache-memory-bytes 1073741824"]
     assert "perplexity +2.0% ± 2.0%. On a CPU, 4 bits save memory and no time" in flat
     on_gpu = " ".join(demo.report(wide, narrow, None, 128 << 20, "DIRECTORY", on_gpu=True))
+    assert on_gpu.endswith(" Next: sawkv serve DIRECTORY")
     assert "Transformers" not in on_gpu
     assert "On a CPU" not in on_gpu
     shown = demo._beside("INT4", "def f():\n    return 1\n" + "many words " * 20)

@@ -57,6 +57,10 @@ def test_stages_of_a_pipeline(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     assert half["weights"] * 2 == pytest.approx(whole["weights"], rel=1e-6)
     assert half["token_counts"] == whole["token_counts"]
     assert half["tokens"] > 2 * whole["tokens"]
+    said = "Bytes are those of the fullest of 2 cards, tokens and requests those of all together."
+    assert said in two["assumed"]
+    assert said.replace("the fullest", "each") in plan(capsys, model, "--tensor-parallel", "2")["assumed"]
+    assert not any("cards" in line for line in one["assumed"])
     tied = write_config(tmp_path / "tied", "qwen3-8b", tie_word_embeddings=True)
     apart, all_in_one = (
         plan(capsys, tied, *options)["formats"]["int4"] for options in (("--pipeline-parallel", "2"), ())

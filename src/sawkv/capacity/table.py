@@ -100,6 +100,10 @@ def assumptions(setting: Setting, shape: ModelShape, weights: Weights, drafts: s
             " the logits. Counts of tokens, for penalties, as in vLLM 0.33. Outside of torch as measured on an H100."
         ),
     ]
+    cards = setting.tensor_parallel * setting.pipeline_parallel
+    if cards > 1:
+        one = "the fullest" if setting.pipeline_parallel > 1 else "each"
+        lines.insert(0, f"Bytes are those of {one} of {cards} cards, tokens and requests those of all together.")
     if shape.sees:
         lines.append("Weights that read images or audio are counted; what they compute while vLLM profiles is not.")
     return lines

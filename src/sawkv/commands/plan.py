@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokens",
         type=options.tokens,
         metavar="COUNT",
-        help="in its place: the format with the most bits that holds so many tokens, such as 2M",
+        help="instead of --format: the one with the most bits that holds so many tokens, such as 2M",
     )
     parser.add_argument(
         "--gpu-memory", metavar="SIZE", help="memory of one card, for example 80GiB (default: that of the GPU here)"
@@ -44,14 +44,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=1,
         metavar="COUNT",
-        help="GPUs that share the model (default: %(default)s)",
+        help="as in vLLM: GPUs that share each layer (default: %(default)s)",
     )
     parser.add_argument(
         "--pipeline-parallel",
         type=int,
         default=1,
         metavar="COUNT",
-        help="groups of so many GPUs that each have some of the layers (default: %(default)s)",
+        help="as in vLLM: stages, each with some of the layers (default: %(default)s)",
     )
     parser.add_argument(
         "--max-num-batched-tokens", type=int, metavar="COUNT", help="as in vLLM (default: that of a server)"
@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--host-memory",
         metavar="SIZE",
-        help="host memory for pages, of all cards together, as vLLM's --kv-offloading-size: what it adds",
+        help="show what host memory adds: of all cards together, as vLLM's --kv-offloading-size",
     )
     parser.add_argument(
         "--prefill-speed",

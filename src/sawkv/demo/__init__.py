@@ -285,7 +285,8 @@ def report(
     if not on_gpu:
         short += " On a CPU, 4 bits save memory and no time; docs/performance.md has the speed of GPUs."
     lines += ["", *_paragraph(short)]
-    return [*lines, f"Next: sawkv serve {model}"]
+    serve = f"Next: sawkv serve {model}"
+    return [*lines, serve] if on_gpu else [*lines, f"{serve} \\", "  --kv-cache-memory-bytes 1073741824"]
 
 
 def _change(wide: Sequence[float], narrow: Sequence[float]) -> str:

@@ -213,5 +213,6 @@ def _wait(client: Client, server: subprocess.Popen[bytes], say: Callable[[str], 
 
 def _cause(text: str) -> str:
     """The last error in a log that is more than a reference to another error, or else the last lines."""
+    text = re.sub(r"\d+ validation errors? for \S+\n\s*|\s\[type=.*", "", text)  # pydantic's words around its cause
     errors = [found for found in re.findall(r"\w+(?:Error|Exception): (.+)", text) if "root cause" not in found]
     return errors[-1] if errors else "\n".join(text.strip().splitlines()[-LOG_LINES:])
