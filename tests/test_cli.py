@@ -95,17 +95,25 @@ def test_the_servers_command(vllm: tuple[int, ...], name: str, dtype: str, monke
 
 
 @pytest.mark.parametrize(
-    ("options", "gpus", "hinted"), [([], 0, True), (["--kv-cache-memory-bytes", "9"], 0, False), ([], 1, False)]
+    ("options", "gpus", "status", "hinted"),
+    [([], 0, 3, True), (["--kv-cache-memory-bytes", "9"], 0, 3, False), ([], 1, 3, False), ([], 0, 2, False)],
 )
 def test_a_server_that_fails_on_a_cpu_says_what_memory_vllm_takes(
-    options: list[str], gpus: int, hinted: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    options: list[str],
+    gpus: int,
+    status: int,
+    hinted: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(server.torch.cuda, "device_count", lambda: gpus)
     monkeypatch.setattr(server.preflight, "check", lambda *_, **__: None)
-    monkeypatch.setattr(server, "server_command", lambda *_, **__: [sys.executable, "-c", "raise SystemExit(3)"])
-    assert cli.main(["serve", "m", *options]) == 3
+    monkeypatch.setattr(
+        server, "server_command", lambda *_, **__: [sys.executable, "-c", f"raise SystemExit({status})"]
+    )
+    assert cli.main(["serve", "m", *options]) == status
     shown = capsys.readouterr().err
-    assert "sawkv: vLLM ended with status 3" in shown
+    assert f"sawkv: vLLM ended with status {status}" in shown
     assert ("--kv-cache-memory-bytes 1073741824" in shown) == hinted
 
 

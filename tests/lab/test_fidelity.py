@@ -111,7 +111,9 @@ def test_the_log_says_the_cause_the_size_and_whether_sawkv_runs(tmp_path: Path) 
     assert fidelity._bits(client, "served", tmp_path) == 4.5
     assert _cause("ValueError: too big\nRuntimeError: Engine failed. See root cause above.\n") == "too big"
     assert _cause("killed\n") == "killed"
-    pydantic = "pydantic_core.ValidationError: 1 validation error for ModelConfig\n  Value error, too long [type=value_error]"
+    pydantic = (
+        "pydantic_core.ValidationError: 1 validation error for ModelConfig\n  Value error, too long [type=value_error]"
+    )
     assert _cause(f"{pydantic}\n    For further information visit a page") == "Value error, too long"
 
 

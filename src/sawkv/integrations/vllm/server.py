@@ -120,7 +120,7 @@ def serve(
             return server.wait()
     if status > 0:
         print(f"sawkv: vLLM ended with status {status}; what it says of that is above", file=sys.stderr)
-        if not on_gpu and not known.has("--kv-cache-memory-bytes"):
+        if status != 2 and not on_gpu and not known.has("--kv-cache-memory-bytes"):  # 2 is an unknown option
             print(CPU_MEMORY, file=sys.stderr)
     return status
 
