@@ -11,6 +11,7 @@ import shlex
 import shutil
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ import pytest
 from sawkv import cli, doctor
 from sawkv.lab import evaluate
 from tests.test_doctor import RIGHT
+from tools import docs_pages
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
@@ -229,3 +231,11 @@ def test_every_file_that_is_named_exists(page: Path) -> None:
         for name in named
         if not any((ROOT / start / name).exists() for start in ("", "src/sawkv", "docs", page.parent))
     ] == []
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.stem)
+def test_the_site_keeps_pictures(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    shown = docs_pages.on_page_markdown(text, page=SimpleNamespace(file=SimpleNamespace(src_uri=page.name)))
+    assert shown.count("![") == text.count("![") + text.count("<img ")
+    assert "<img " not in shown

@@ -21,6 +21,8 @@ PAGES = {
     "CHANGELOG.md": "CHANGELOG.md",
     "SECURITY.md": "SECURITY.md",
 }
+IMAGE = re.compile(r'<img src="([^"]+)" width="(\d+)" alt="([^"]*)">')
+"""A picture with a width, as the host of the repository reads it. mkdocs relinks Markdown alone."""
 LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
 
 
@@ -62,11 +64,11 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
         name = path.relative_to(ROOT).as_posix()
         if name in PAGES:
             inside = PAGES[name]
-        elif name.startswith("docs/") and path.suffix in (".md", ".svg"):
+        elif name.startswith("docs/") and path.suffix in (".md", ".svg", ".webp"):
             inside = name.removeprefix("docs/")
         else:
             return text
         depth = page.file.src_uri.count("/")
         return f"{image}[{text}]({'../' * depth}{inside}{anchor or ''})"
 
-    return LINK.sub(relink, markdown)
+    return LINK.sub(relink, IMAGE.sub(r"![\3](\1){width=\2}", markdown))
