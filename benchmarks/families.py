@@ -110,6 +110,7 @@ class Family:
         changes: to the small model; those of a nested text config stand in its `text_config`.
         vllm: `SERVED`, or words of the refusal with sawkv's INT4, where vLLM alone serves the family.
         not_on_cpu: words of vLLM's own error on its CPU build, where it does not serve the family.
+        not_on_gpu: the same on Hopper.
         needs: a package that vLLM's file of the model imports and tools/setup_env.py leaves out, as it needs the CPU
             build of torch that the package index does not hold. Without it vLLM does not serve the family.
         cache: the same for a SawCache in Transformers.
@@ -124,6 +125,7 @@ class Family:
     changes: Mapping[str, Any]
     vllm: str = SERVED
     not_on_cpu: str = ""
+    not_on_gpu: str = ""
     needs: str = ""
     cache: str = SERVED
     dtype: str = "float32"
@@ -172,7 +174,7 @@ class Family:
 def _dense(models: str, architecture: str, model_type: str, **changes: Any) -> Family:
     given = {
         name: changes.pop(name)
-        for name in ("kind", "vllm", "not_on_cpu", "needs", "cache", "dtype", "options", "blocks")
+        for name in ("kind", "vllm", "not_on_cpu", "not_on_gpu", "needs", "cache", "dtype", "options", "blocks")
         if name in changes
     }
     return Family(models, given.pop("kind", "dense"), architecture, {"model_type": model_type} | changes, **given)
@@ -237,8 +239,7 @@ FAMILIES: Final[dict[str, Family]] = {
         "Qwen3MoeForCausalLM",
         "qwen3_moe",
         kind="MoE",
-        not_on_cpu="answers NaN",
-        **_EXPERTS,
+        **(_EXPERTS | {"shared_expert_intermediate_size": 0}),  # else vLLM makes one, with weights that nobody wrote
         norm_topk_prob=True,
     ),
     "qwen2-moe": _dense(
@@ -529,6 +530,7 @@ FAMILIES: Final[dict[str, Family]] = {
         "olmo_hybrid",
         kind="gated delta net",
         not_on_cpu="set_allocator",  # of Triton
+        not_on_gpu="There is no module or parameter named",  # the names of Transformers' file
         **_GDN | {"head_dim": 64, "num_key_value_heads": 4},
     ),
     "bamba": _dense(
@@ -540,6 +542,7 @@ FAMILIES: Final[dict[str, Family]] = {
         num_attention_heads=2,
         attn_layer_indices=[2],
         not_on_cpu="does not dispatch through the Transformers attention interface",
+        not_on_gpu="does not dispatch through the Transformers attention interface",
     ),
     "mimo-v2": _dense(
         "MiMo-V2",
@@ -613,6 +616,7 @@ FAMILIES: Final[dict[str, Family]] = {
         n_head=4,
         tie_word_embeddings=True,
         vllm="ALiBi",
+        not_on_gpu="FlashAttention version not detected",
     ),
     "jamba": _dense(
         "Jamba",

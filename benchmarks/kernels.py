@@ -184,10 +184,12 @@ def constants_of(kernel: str, kv_heads: int, head_dim: int, context: int) -> dic
     """
     found: dict[str, Any] = {}
     if kernel.endswith(("+feedback", "+prepared", "+buckets")):
-        earlier, later = channel_blocks(head_dim), channel_blocks(head_dim)[:, None]
-        weights = torch.randint(-MAX_WEIGHT, MAX_WEIGHT + 1, (kv_heads, head_dim, head_dim)) * (earlier < later)
+        layout = PageLayout(CacheFormat(format_of(kernel)), kv_heads, head_dim, ENGINE_PAGE_SIZE).rows
+        rows, channels = layout.num_kv_heads, layout.head_dim
+        earlier, later = channel_blocks(channels), channel_blocks(channels)[:, None]
+        weights = torch.randint(-MAX_WEIGHT, MAX_WEIGHT + 1, (rows, channels, channels)) * (earlier < later)
         feedback = Feedback(
-            weights.to("cuda", torch.int8), torch.full((kv_heads,), 1 / MAX_WEIGHT / ERROR_STEPS, device="cuda")
+            weights.to("cuda", torch.int8), torch.full((rows,), 1 / MAX_WEIGHT / ERROR_STEPS, device="cuda")
         )
         found |= {"k_feedback": feedback, "v_feedback": feedback}
     if kernel.endswith(("+prepared", "+buckets")):
