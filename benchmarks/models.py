@@ -33,7 +33,7 @@ that command, and the tests take one of most kinds.
 - **= simulated**: INT4's texts and log-probabilities are those of 32-bit pages that hold quantized rows, bit for bit.
 - **not run**: no record. It says nothing about what would happen. [vllm.md](vllm.md#model-families) has families that
   a GPU served, in shapes nearer to their own.
-- **not by vLLM here**: vLLM's CPU build does not serve the tiny model without sawkv either. The cell has its words.
+- **not by vLLM here**: vLLM does not serve the tiny model there without sawkv either. The cell has its words.
 
 Rows are of unprepared caches. SawCache cannot prepare Zamba2, whose layers call one attention module that does not know
 whose turn it is; `prepare=False` or `"int8"` serve it.
