@@ -34,7 +34,7 @@ class QueryShape:
     Attributes:
         chunk_rows: rows of a group.
         kernel: "decode" or "extend".
-        max_chunks_per_block: chunks per block if there is much work.
+        max_chunks_per_block: chunks per block if there is much work, in units of unlike lengths.
         tiles_per_chunk: tiles per chunk if blocks get few chunks.
     """
 
@@ -72,5 +72,4 @@ class QueryShape:
             row_blocks *= 2
         chunk_rows = row_blocks * columns
         row_groups = -(-total // chunk_rows)
-        rows, chunks = min(total, columns), 8 if head_dim <= 128 else 4
-        return cls(group, rows, column_tiles, row_blocks, row_groups, chunk_rows, "decode", chunks, 50)
+        return cls(group, min(total, columns), column_tiles, row_blocks, row_groups, chunk_rows, "decode", 8, 50)

@@ -81,6 +81,15 @@ __device__ int last_at_most(const int* values, int n, int x) {
   return low;
 }
 
+// What decode takes if units of as many tiles are cut into pieces, in the time of a tile. A chunk takes some four more:
+// its pages are looked up, its results merged. Blocks take turns. If few are busy in the last one, each has more of the
+// memory's bandwidth, but a few cannot use all of it.
+__device__ float cost_of(int pieces, int tiles, int num_units, int num_blocks) {
+  const int chunks = pieces * num_units, turns = chunks / num_blocks, busy = chunks % num_blocks;
+  const float last_turn = busy ? fmaxf((float)busy / num_blocks, turns ? 0.6f : 0.95f) : 0;
+  return (turns + last_turn) * ((float)tiles / pieces + 4);
+}
+
 }  // namespace sawkv
 
 using namespace sawkv;
@@ -97,9 +106,15 @@ __global__ void __launch_bounds__(THREADS) sawkv_schedule(const __grid_constant_
   int* whole_chunks = split_chunks + n + 1;
   int* split_units = whole_chunks + n + 1;
 
+  __shared__ int shortest, longest, num_units;  // tiles of a unit; units
+  __shared__ unsigned long long cheapest;       // cost, and how many pieces have it
+  if (threadIdx.x == 0) shortest = 0x7fffffff, longest = num_units = 0, cheapest = ~0ull;
+  __syncthreads();
   for (int i = threadIdx.x; i < n; i += THREADS) {
     const TileRange range(p, i);
     tiles[i] = range.count * range.units;
+    if (range.units)
+      atomicMin(&shortest, range.count), atomicMax(&longest, range.count), atomicAdd(&num_units, range.units);
   }
   __syncthreads();
   prefix_sums(tiles, n);
@@ -114,13 +129,23 @@ __global__ void __launch_bounds__(THREADS) sawkv_schedule(const __grid_constant_
   // Rounding to nearest gives more even chunks. With one or two chunks per block it rounds down instead, because one
   // chunk too many would make one block take a whole chunk more than the others.
   const i64 rounding = chunks_per_block > 2 ? total_tiles / 2 : 0;
+  // Units of about the same length are all cut into as many pieces: a few, which fill whole turns of the blocks.
+  const bool are_alike = longest - shortest <= longest / 16 && p.max_chunks_per_block > 2;
+  const int candidate = threadIdx.x + 1;
+  if (are_alike && (candidate == 1 || (candidate <= longest / min_tiles &&
+                                       (i64)candidate * num_units <= p.num_blocks * p.max_chunks_per_block))) {
+    const float cost = cost_of(candidate, longest, num_units, p.num_blocks);  // positive floats are ordered as integers
+    atomicMin(&cheapest, (unsigned long long)__float_as_uint(cost) << 32 | candidate);
+  }
   __syncthreads();
 
   for (int i = threadIdx.x; i < n; i += THREADS) {
     const TileRange range(p, i);
     const int count = range.count, units = range.units;
-    const int pieces =
-        total_tiles ? max(1, min((int)((count * chunks_wanted + rounding) / total_tiles), count / min_tiles)) : 1;
+    const int wanted = are_alike     ? (int)cheapest
+                       : total_tiles ? (int)((count * chunks_wanted + rounding) / total_tiles)
+                                     : 1;
+    const int pieces = max(1, min(wanted, count / min_tiles));
     tiles[i] = pieces;
     split_chunks[i] = pieces > 1 ? pieces * units : 0;
     whole_chunks[i] = pieces == 1 && count > 0 ? units : 0;

@@ -1,0 +1,235 @@
+"""`schedule.cu`, which cuts a batch into chunks, compiled for the CPU: each thread of its block is a thread here."""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import shutil
+import subprocess
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+
+from sawkv.kernels.cuda import ScheduleParams
+from sawkv.kernels.cuda.queries import QueryShape
+from sawkv.kernels.cuda.runtime import SOURCE_FOLDER
+
+COMMON = """
+#pragma once
+#include <algorithm>
+#include <atomic>
+#include <barrier>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <thread>
+#include <vector>
+#define __device__
+#define __global__
+#define __grid_constant__
+#define __launch_bounds__(n)
+#define __shared__ static
+namespace sawkv {
+using i64 = long long;
+using u32 = unsigned;
+using std::max, std::min;
+constexpr int WARP = 32, ALL_LANES = -1;
+inline thread_local struct { int x; } threadIdx;
+inline std::barrier<> block(128);
+inline std::unique_ptr<std::barrier<>> warps[WARP];
+inline int lanes[128];
+inline int lane_index() { return threadIdx.x % WARP; }
+inline int warp_index() { return threadIdx.x / WARP; }
+inline int divide_up(int a, int b) { return (a + b - 1) / b; }
+inline void __syncthreads() { block.arrive_and_wait(); }
+inline int __shfl_up_sync(int, int value, int distance) {
+  auto& warp = *warps[warp_index()];
+  lanes[threadIdx.x] = value;
+  warp.arrive_and_wait();
+  const int found = lanes[lane_index() < distance ? threadIdx.x : threadIdx.x - distance];
+  warp.arrive_and_wait();
+  return found;
+}
+inline u32 __float_as_uint(float x) { u32 bits; std::memcpy(&bits, &x, 4); return bits; }
+template <class T, class V> void atomicAdd(T* to, V value) { std::atomic_ref<T>(*to) += value; }
+template <class T, class F> void change(T* to, F better) {
+  std::atomic_ref<T> at(*to);
+  T old = at;
+  while (!at.compare_exchange_weak(old, better(old))) {}
+}
+template <class T, class V> void atomicMin(T* to, V value) { change(to, [&](T old) { return min(old, (T)value); }); }
+template <class T, class V> void atomicMax(T* to, V value) { change(to, [&](T old) { return max(old, (T)value); }); }
+}  // namespace sawkv
+"""
+RUN = """
+int dynamic[1 << 20];
+extern "C" void run(const ScheduleParams* p) {
+  for (auto& warp : warps) warp = std::make_unique<std::barrier<>>(WARP);
+  std::vector<std::thread> threads;
+  for (int i = 0; i < 128; i++) threads.emplace_back([=] { threadIdx.x = i; sawkv_schedule(*p); });
+  for (auto& thread : threads) thread.join();
+}
+"""
+NUM_BLOCKS = 132
+TILES = {64: 128, 128: 64, 256: 32, 512: 32}
+"""Tokens of a tile by head_dim."""
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[ScheduleParams], None]:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no g++")
+    folder = tmp_path_factory.mktemp("schedule")
+    (folder / "common.cuh").write_text(COMMON)
+    shutil.copy(SOURCE_FOLDER / "chunks.cuh", folder)
+    source = (SOURCE_FOLDER / "schedule.cu").read_text()
+    for old, new in (("extern __shared__ int", "extern int"), ("THREADS = 1024;", "THREADS = 128;")):
+        assert source.count(old) == 1
+        source = source.replace(old, new)
+    (folder / "schedule.cpp").write_text(source + RUN)
+    library = str(folder / "schedule.so")
+    command = [compiler, "-std=c++20", "-O1", "-pthread", "-shared", "-fPIC", "-DHEAD_DIM=128", "-o", library]
+    subprocess.run([*command, str(folder / "schedule.cpp")], check=True)
+    loaded = ctypes.CDLL(str(library))
+    return lambda params: loaded.run(ctypes.byref(params))
+
+
+def schedule(
+    run: Callable[[ScheduleParams], None],
+    lengths: Sequence[int],
+    query_lens: Sequence[int] | int = 1,
+    *,
+    heads: tuple[int, int] = (32, 8),
+    head_dim: int = 128,
+    max_query_len: int = 1,
+    window: int = 0,
+) -> list[int]:
+    """Tiles of each chunk, in the order of the schedule. All tiles of all units are in one chunk each, and a unit's
+    chunks are neighbours.
+    """
+    group, num_kv_heads = heads[0] // heads[1], heads[1]
+    queries = QueryShape.of(group, max_query_len, head_dim, extends=False)
+    query_lens = [query_lens] * len(lengths) if isinstance(query_lens, int) else query_lens
+    starts = [sum(query_lens[:i]) for i in range(len(lengths) + 1)]
+    most_splits = NUM_BLOCKS * queries.max_chunks_per_block * 3 // 2
+    room = most_splits + len(lengths) * num_kv_heads * queries.row_groups + NUM_BLOCKS
+    arrays = [
+        (ctypes.c_int * len(values))(*values)
+        for values in (lengths, starts, [-1] * 8, [-1] * 8 * room, [-1] * 8 * (most_splits // 2))
+    ]
+    run(
+        ScheduleParams(
+            *map(ctypes.addressof, arrays),
+            len(lengths),
+            num_kv_heads,
+            group,
+            queries.chunk_rows,
+            queries.row_groups,
+            TILES[head_dim],
+            queries.tiles_per_chunk,
+            window,
+            NUM_BLOCKS,
+            queries.max_chunks_per_block,
+        )
+    )
+    num_chunks, num_split_chunks, num_split_units, claimed, total = arrays[2][:5]
+    assert claimed == 0
+    assert num_split_chunks <= most_splits
+    assert num_chunks + NUM_BLOCKS <= room
+    assert num_split_units <= most_splits // 2
+    chunks = [arrays[3][8 * i : 8 * i + 8] for i in range(num_chunks)]
+    units = defaultdict(list)
+    for i, (sequence, unit, first, count, length, start, query_len, partial) in enumerate(chunks):
+        assert (length, start, query_len) == (lengths[sequence], starts[sequence], query_lens[sequence])
+        assert count > 0
+        assert partial == (i if i < num_split_chunks else -1)
+        units[sequence, unit].append((first, count, i))
+    wanted: dict[tuple[int, int], tuple[int, int]] = {}
+    for sequence, (length, query_len) in enumerate(zip(lengths, query_lens, strict=True)):
+        if query_len > 0 and length >= 0:
+            begin = max(0, length - query_len - window + 1) // TILES[head_dim] if window else 0
+            end = max(begin + 1, -(-length // TILES[head_dim]))
+            groups = min(-(-query_len * group // queries.chunk_rows), queries.row_groups)
+            wanted |= {(sequence, unit): (begin, end) for unit in range(num_kv_heads * groups)}
+    assert set(units) == set(wanted)
+    assert total == sum(end - begin for begin, end in wanted.values())
+    splits = {}
+    for i in range(num_split_units):
+        unit, start, query_len, first_chunk, count = arrays[4][8 * i : 8 * i + 5]
+        splits[first_chunk] = unit, start, query_len, count
+    for (sequence, unit), (begin, end) in wanted.items():
+        at = begin
+        for first, count, _ in units[sequence, unit]:
+            assert first == at
+            at += count
+        assert at == end
+        numbers = [i for _, _, i in units[sequence, unit]]
+        assert numbers == list(range(numbers[0], numbers[0] + len(numbers)))
+        if len(numbers) > 1:
+            assert splits.pop(numbers[0]) == (unit, starts[sequence], query_lens[sequence], len(numbers))
+    assert not splits
+    return [chunk[3] for chunk in chunks]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "options", "chunks"),
+    [
+        # What an H200 was fastest with, of 1 to 17 pieces per unit
+        ([16384] * 32, {}, 256),
+        ([16384] * 64, {}, 512),
+        ([16384] * 32, {"heads": (16, 2)}, 128),
+        ([16384] * 32, {"heads": (28, 4)}, 128),
+        ([16384] * 8, {}, 128),
+        ([131072], {}, 128),
+        ([32768], {}, 128),
+        ([1024] * 256, {}, 2048),
+        ([1024], {}, 16),
+        ([16384] * 32, {"heads": (16, 2), "head_dim": 256}, 128),
+        ([16384] * 32, {"heads": (16, 2), "head_dim": 512}, 128),
+    ],
+)
+def test_equal_units_are_cut_into_few_pieces(
+    run: Callable[[ScheduleParams], None], lengths: list[int], options: dict[str, Any], chunks: int
+) -> None:
+    assert len(schedule(run, lengths, **options)) == chunks
+
+
+@pytest.mark.parametrize("num_seqs", [33, 34, 40, 47, 65, 100, 131, 200])
+def test_equal_units_fill_the_blocks(run: Callable[[ScheduleParams], None], num_seqs: int) -> None:
+    """Blocks that take the chunks in order end within a sixth of the mean, though no two sequences may be equal."""
+    tiles = schedule(run, [16384 + 64 * (i % 9) for i in range(num_seqs)])
+    ends = [0.0] * NUM_BLOCKS
+    for count in tiles:
+        first = min(range(NUM_BLOCKS), key=ends.__getitem__)
+        ends[first] += count
+    assert max(ends) < 1.17 * sum(ends) / NUM_BLOCKS
+
+
+def test_unlike_units_are_cut_by_length(run: Callable[[ScheduleParams], None]) -> None:
+    tiles = schedule(run, [120_000, *[1000] * 127])
+    assert max(tiles) < 1.5 * sum(tiles) / NUM_BLOCKS / 2
+
+
+def test_batches_of_all_kinds(run: Callable[[ScheduleParams], None]) -> None:
+    """Empty sequences, negative lengths, more than a block has threads, windows, several tokens."""
+    draw = random.Random(0)
+    schedule(run, [])
+    schedule(run, [0, -5], [1, 1])
+    schedule(run, [500] * 400)
+    for _ in range(8):
+        count, most = draw.choice([1, 3, 40, 300]), draw.choice([100, 5000, 100_000])
+        max_query_len = draw.choice([1, 4, 8])
+        lengths = [draw.choice([0, -1, most, draw.randrange(most)]) for _ in range(count)]
+        query_lens = [draw.randrange(max_query_len + 1) if length > 8 else 1 for length in lengths]
+        schedule(
+            run,
+            lengths,
+            query_lens,
+            heads=draw.choice([(32, 8), (8, 8), (96, 8), (16, 1)]),
+            head_dim=draw.choice(list(TILES)),
+            max_query_len=max_query_len,
+            window=draw.choice([0, 0, 1000]),
+        )
