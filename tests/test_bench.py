@@ -216,6 +216,8 @@ def test_outputs_are_asked_for_first(started: list[str], tmp_path: Path, capsys:
     assert cli.main(["bench", MODEL, "--formats", "int5", "--out", str(tmp_path / "y")]) == 2
     assert cli.main(["bench", MODEL, "--prefix", "512", "--out", str(tmp_path / "y")]) == 2
     assert "--prefix: expected fewer tokens than --input, 512, got 512" in capsys.readouterr().err
+    assert cli.main(["bench", MODEL, "--input", "999999", "--out", str(tmp_path / "y")]) == 2
+    assert "--input and --output: expected at most " in capsys.readouterr().err
     for rate in ("0", "-1", "nan", "inf"):
         assert cli.main(["bench", MODEL, "--rates", f"1,{rate}", "--out", str(tmp_path / "y")]) == 2
         assert f"--rates: expected finite numbers above 0, got {float(rate)}" in capsys.readouterr().err

@@ -24,6 +24,8 @@ from sawkv.bench.generator import TIMEOUT, Generator, arrival_seconds, options
 from sawkv.bench.prediction import predict
 from sawkv.bench.records import FP8, SIXTEEN_BITS, Bench, Load, Result, Served, Setting
 from sawkv.bench.server import serve_cache
+from sawkv.capacity.model import read_shape
+from sawkv.checkpoint import Checkpoint
 from sawkv.errors import FormatError, SawkvError, UnsupportedError
 from sawkv.files import check_writable, writing
 from sawkv.format.spec import CacheFormat
@@ -69,7 +71,7 @@ def run_bench(setting: Setting, caches: Sequence[str], out: Path, *, resume: boo
                 raise FormatError(f"--formats: {error}; {SIXTEEN_BITS} and {FP8} are vLLM's own caches") from error
     if not _has_vllm():
         raise UnsupportedError("bench: expected vLLM in this environment, got none")
-    check_files(setting.model, Options(setting.options))
+    _check_lengths(setting, check_files(setting.model, Options(setting.options)))
     device, on_gpu = find_device()
     bench = Bench(
         setting,
@@ -220,6 +222,22 @@ def _round(rate: float) -> float:
 def _with(bench: Bench, served: Served) -> Bench:
     known = {found.cache: found for found in bench.served} | {served.cache: served}
     return replace(bench, served=tuple(known[cache] for cache in bench.caches if cache in known))
+
+
+def _check_lengths(setting: Setting, checkpoint: Checkpoint | None) -> None:
+    """Refuse prompts and answers that are longer than the model reads, if its config.json says how much that is."""
+    if checkpoint is None or any(Options(setting.options).has(name) for name in ("--max-model-len", "--hf-overrides")):
+        return
+    try:
+        most = read_shape(checkpoint.config).max_context
+    except SawkvError:  # vLLM may serve what `sawkv plan` cannot
+        return
+    asked = setting.input_tokens + setting.output_tokens
+    if most is not None and asked > most - SPARE_TOKENS:
+        raise SawkvError(
+            f"--input and --output: expected at most {most - SPARE_TOKENS} tokens together ({setting.model} reads"
+            f" {most}), got {asked}"
+        )
 
 
 def _server_options(setting: Setting, on_gpu: bool) -> tuple[int, list[str]]:

@@ -13,7 +13,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     options.add_text(parser)
     options.add_out(parser, "JSON record for `sawkv report`")
-    options.add_formats(parser, None, "sawkv's, and vLLM's for comparison")
+    options.add_formats(parser, None, "sawkv's, and vLLM's for comparison; prepared is what engines serve as int4")
     options.add_tokens(parser, tokens=8192, window=2048)
     options.add_stress(parser)
     options.add_device(parser)

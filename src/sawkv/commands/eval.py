@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_model(parser)
     options.add_text(parser)
     options.add_out(parser, "JSON record for `sawkv report`")
-    options.add_formats(parser, DEFAULT_FORMATS, DEFAULT_FORMATS)
+    options.add_formats(parser, DEFAULT_FORMATS, f"{DEFAULT_FORMATS}; prepared is what engines serve as int4")
     options.add_tokens(parser, defaults.tokens, defaults.window)
     for name, default, help_text in (
         ("batch", defaults.batch_tokens, "tokens per pass of the model"),

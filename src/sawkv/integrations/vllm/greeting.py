@@ -76,7 +76,8 @@ def greeting(model: str, options: Options, plain_chat: bool) -> list[str]:
         f"sawkv: the server answers on {url}/v1. Ctrl-C ends it. A request to try:",
         f"  curl {url}/v1/chat/completions{key} \\",
         f"    -H 'Content-Type: application/json' -d '{body}'",
-        "The same in Python, by the package openai:",
+        "The same in Python:",
+        "  import openai",
         f'  client = openai.OpenAI(base_url="{url}/v1", api_key="KEY")',
         f'  client.chat.completions.create(model="{name}", messages=[{{"role": "user", "content": "Hello"}}])',
         *(
