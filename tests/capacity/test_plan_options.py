@@ -96,8 +96,17 @@ def test_drafts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
             wanted = alone["formats"][name][size] + of_draft["formats"][name][size]
             assert both["formats"][name][size] == wanted
     assert "4 tokens drafted per step, by 12 layers with a cache" in " ".join(both["assumed"])
+    narrow = speculate(model, "--format", "int3", model=str(draft), num_speculative_tokens=4)["formats"]
+    # Of GPT-2 12 layers of 12 heads of 64 channels, which vLLM stores in INT4: the name of the format is the model's.
+    assert [narrow["int3"]["bytes_per_token"], both["formats"]["int4"]["bytes_per_token"]] == [
+        36 * 8 * 104 + 12 * 12 * 72,
+        36 * 8 * 136 + 12 * 12 * 72,
+    ]
     ngram = speculate(model, method="ngram", num_speculative_tokens=4)
     assert ngram["formats"] == alone["formats"]
+    suffix = speculate(model, method="suffix")
+    assert suffix["formats"] == alone["formats"]
+    assert "24 tokens drafted per step, by no layers with a cache" in " ".join(suffix["assumed"])
     # Of 40 layers 10 attend, and one more drafts. A request holds 2 + 2 states in each of 3 groups of 11 layers.
     hybrid = write_config(tmp_path / "hybrid", "qwen3.5-35b-a3b")
     options = ("--language-model-only", "--weights", "65GiB")
@@ -135,6 +144,10 @@ def test_a_draft_that_is_not_described_is_refused(
         ("qwen3-8b", {}, "expected a draft model, or method mtp, ngram or suffix, got"),
         ("qwen3-8b", {"model": 3}, "expected a draft model, or method mtp, ngram or suffix, got"),
         ("qwen3-8b", {"model": "granite-4-h-small"}, "expected a draft model of attention alone"),
+        ("qwen3-8b", {"model": "gpt2", "method": "medusa"}, "expected a draft model, or method mtp, ngram or suffix"),
+        ("qwen3-8b", {"model": "gpt2", "method": ["eagle"]}, "expected a draft model, or method mtp, ngram or suffix"),
+        ("qwen3-8b", {"model": "gpt2", "draft_tensor_parallel_size": 2}, "draft_tensor_parallel_size that is"),
+        ("qwen3-8b", {"model": "gpt2", "kv_cache_dtype": "auto"}, "expected a draft with a cache in the model's"),
     ],
 )
 def test_drafts_that_vllm_would_not_start_or_plan_cannot_count(
@@ -142,7 +155,7 @@ def test_drafts_that_vllm_would_not_start_or_plan_cannot_count(
 ) -> None:
     model = write_config(tmp_path, name)
     if isinstance(draft := config.get("model"), str):
-        config = {"model": str(write_config(tmp_path / "draft", draft))}
+        config = config | {"model": str(write_config(tmp_path / "draft", draft))}
     text = json.dumps(config | {"num_speculative_tokens": 2})
     assert cli.main(["plan", str(model), "--gpu-memory", "80GiB", "--speculative-config", text]) == 2
     assert reason in capsys.readouterr().err

@@ -16,6 +16,9 @@ _OWN_LAYERS = ("mtp_num_hidden_layers", "num_nextn_predict_layers")
 _OWN_LAYER_BY_DEFAULT = ("minimax_m3", "qwen3_5", "qwen3_next", "step3p5")
 """Starts of the model types that have one draft layer if their config does not say."""
 _WITHOUT_MODEL = ("ngram", "[ngram]", "ngram_gpu", "suffix")
+_WITH_MODEL = ("draft_model", "eagle", "eagle3")
+_SUFFIX_DEPTH = 24
+"""Of vLLM's `suffix_decoding_max_tree_depth`, where method suffix names no tokens."""
 
 
 @dataclass(frozen=True)
@@ -35,26 +38,35 @@ class Drafts:
     own_layers: int = 0
 
     @classmethod
-    def read(cls, text: str, model: ModelShape) -> Drafts:
-        """Read vLLM's JSON object.
+    def read(cls, text: str, model: ModelShape, ranks: int = 1) -> Drafts:
+        """Read vLLM's JSON object. `ranks`: of the model, by tensor parallelism.
 
         Raises:
-            SawkvError: it is none, or lacks what is needed.
+            SawkvError: it is none, lacks what is needed, or asks for what is not counted.
             UnsupportedError: sawkv does not serve the draft model.
         """
         try:
             given = json.loads(text)
         except ValueError:
             given = None
-        tokens = given.get("num_speculative_tokens") if isinstance(given, dict) else None
+        given = given if isinstance(given, dict) else {}
+        tokens, name = given.get("num_speculative_tokens"), given.get("model")
+        method = given.get("method") or (name if name in _WITHOUT_MODEL else "draft_model")
+        if tokens is None and method == "suffix":
+            tokens = given.get("suffix_decoding_max_tree_depth", _SUFFIX_DEPTH)
         if type(tokens) is not int or tokens < 1:
             raise SawkvError(f"{_OPTION}: expected a JSON object with num_speculative_tokens, got {text}")
-        method, name = str(given.get("method", "")), given.get("model")
-        if method.endswith("mtp"):
-            return cls(tokens, own_layers=_own_layers(model))
-        if method in _WITHOUT_MODEL or name in _WITHOUT_MODEL:
+        if method in _WITHOUT_MODEL:
             return cls(tokens)
-        if not isinstance(name, str):
+        if given.get("draft_tensor_parallel_size") not in (None, ranks):
+            raise SawkvError(
+                f"{_OPTION}: expected a draft_tensor_parallel_size that is --tensor-parallel, {ranks}, got {text}"
+            )
+        if given.get("kv_cache_dtype") is not None:
+            raise SawkvError(f"{_OPTION}: expected a draft with a cache in the model's format, got {text}")
+        if str(method).endswith("mtp"):
+            return cls(tokens, own_layers=_own_layers(model))
+        if not isinstance(name, str) or method not in _WITH_MODEL:
             raise SawkvError(f"{_OPTION}: expected a draft model, or method mtp, ngram or suffix, got {text}")
         checkpoint = read_checkpoint(name)
         if checkpoint is None:
@@ -71,7 +83,8 @@ class Drafts:
         """The model's shape with the draft's layers, which run in the last stage of a pipeline, and with tokens that
         may be taken back in the states of convolutions.
         """
-        drafting = self.shape.attention if self.shape else model.attention[-1:] * self.own_layers
+        layers = self.shape.attention if self.shape else model.attention[-1:] * self.own_layers
+        drafting = tuple(replace(layer, drafts=True) for layer in layers)
         return replace(
             model,
             attention=model.attention + drafting,

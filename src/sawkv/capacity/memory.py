@@ -306,7 +306,7 @@ def cut_blocks(shape: ModelShape, setting: Setting, cache: KVCache, stage: range
     """
     block_size, ranks = _block_size(shape, setting, cache), setting.tensor_parallel
     layers = [
-        _Pages(replace(layer, num_q_heads=0), block_size, block_size * cache.token_bytes(layer, ranks))
+        _Pages(replace(layer, num_q_heads=0, drafts=False), block_size, block_size * cache.token_bytes(layer, ranks))
         for layer in shape.attention
     ]
     layers += [_Pages(state, block_size, layers[0].nbytes) for state in shape.states]

@@ -56,12 +56,13 @@ _STATE_DTYPE_KEYS: Final = {"qwen3_5": "mamba_ssm_dtype", "nemotron_h": "mamba_s
 
 @dataclass(frozen=True)
 class Attention:
-    """A layer that stores keys and values. `window` is in tokens, 0 for full attention."""
+    """A layer that stores keys and values. `window` is in tokens, 0 for full attention. `drafts`: it is of a draft."""
 
     num_q_heads: int
     num_kv_heads: int
     head_dim: int
     window: int = 0
+    drafts: bool = False
 
 
 @dataclass(frozen=True)

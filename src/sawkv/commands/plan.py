@@ -70,7 +70,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--speculative-config",
         metavar="JSON",
-        help="as in vLLM: a draft model, or the model's own draft layers, with a cache in the same format",
+        help="as in vLLM: a draft model, or the model's own draft layers, with a cache in the same format (INT4 below 4 bits)",
     )
     for name, what in (("--mamba-ssm-cache-dtype", "of recurrences"), ("--mamba-cache-dtype", "of convolutions")):
         parser.add_argument(
@@ -127,7 +127,7 @@ def run(args: argparse.Namespace) -> int:
     shape = model = read_shape(checkpoint.config, args.language_model_only, *dtypes)
     drafts = None
     if args.speculative_config is not None:
-        drafts = Drafts.read(args.speculative_config, model)
+        drafts = Drafts.read(args.speculative_config, model, setting.tensor_parallel)
         shape, setting = drafts.beside(model), replace(setting, drafted=drafts.tokens)
     chosen = caches.KVCache.of_format(asked, shape)
     if weight_bytes is None:
