@@ -102,6 +102,9 @@ def test_drafts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         36 * 8 * 104 + 12 * 12 * 72,
         36 * 8 * 136 + 12 * 12 * 72,
     ]
+    last = speculate(model, "--pipeline-parallel", "2", model=str(draft), num_speculative_tokens=4)["formats"]["int4"]
+    of_half = alone["formats"]["int4"]["weights"] / 2
+    assert last["weights"] == pytest.approx(of_half + of_draft["formats"]["int4"]["weights"], abs=1), "all in one stage"
     ngram = speculate(model, method="ngram", num_speculative_tokens=4)
     assert ngram["formats"] == alone["formats"]
     suffix = speculate(model, method="suffix")

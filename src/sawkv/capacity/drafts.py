@@ -79,9 +79,9 @@ class Drafts:
             raise UnsupportedError("plan: expected a draft model of attention alone, got one with recurrent states")
         return cls(tokens, shape, checkpoint)
 
-    def beside(self, model: ModelShape) -> ModelShape:
+    def beside(self, model: ModelShape, nbytes: int = 0) -> ModelShape:
         """The model's shape with the draft's layers, which run in the last stage of a pipeline, and with tokens that
-        may be taken back in the states of convolutions.
+        may be taken back in the states of convolutions. `nbytes`: of the draft's weights.
         """
         layers = self.shape.attention if self.shape else model.attention[-1:] * self.own_layers
         drafting = tuple(replace(layer, drafts=True) for layer in layers)
@@ -96,6 +96,7 @@ class Drafts:
                 else replace(state, conv_tokens=state.conv_tokens + self.tokens)
                 for state in model.states
             ),
+            draft_bytes=nbytes,
         )
 
     def add_weights(self, weights: Weights, model: ModelShape) -> Weights:

@@ -109,6 +109,7 @@ class ModelShape:
         ties: whether the output layer is the embedding.
         max_context: longest request of the model in tokens; None if its config does not say.
         sees: whether parts of the model read images, audio or video.
+        draft_bytes: of the weights those of a draft, all of which are in the last stage of a pipeline.
     """
 
     config: Any
@@ -126,6 +127,7 @@ class ModelShape:
     ties: bool
     max_context: int | None
     sees: bool
+    draft_bytes: int = 0
 
     @property
     def table_bytes(self) -> int:

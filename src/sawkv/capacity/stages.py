@@ -17,11 +17,12 @@ def pipeline_stages(num_layers: int, count: int) -> list[range]:
 
 
 def stage_weights(stage: range, shape: ModelShape, weight_bytes: int) -> int:
-    """Bytes of a stage's weights. The first has the embedding and the last the output layer, which takes as much. A
-    tied one is on both.
+    """Bytes of a stage's weights. The first has the embedding, and the last a draft and the output layer, which takes
+    as much as the embedding. A tied one is on both.
     """
     if len(stage) == shape.num_layers:
         return weight_bytes
-    layers = weight_bytes - shape.table_bytes * (1 if shape.ties else 2)
-    ends = (stage.start == 0) + (stage.stop == shape.num_layers)
-    return layers * len(stage) // shape.num_layers + shape.table_bytes * ends
+    layers = weight_bytes - shape.draft_bytes - shape.table_bytes * (1 if shape.ties else 2)
+    is_last = stage.stop == shape.num_layers
+    ends = shape.table_bytes * ((stage.start == 0) + is_last) + shape.draft_bytes * is_last
+    return layers * len(stage) // shape.num_layers + ends

@@ -128,14 +128,16 @@ def run(args: argparse.Namespace) -> int:
     drafts = None
     if args.speculative_config is not None:
         drafts = Drafts.read(args.speculative_config, model, setting.tensor_parallel)
-        shape, setting = drafts.beside(model), replace(setting, drafted=drafts.tokens)
-    chosen = caches.KVCache.of_format(asked, shape)
+        setting = replace(setting, drafted=drafts.tokens)
     if weight_bytes is None:
         weights = weights_of(checkpoint, model, args.language_model_only)
     else:
         weights = Weights(weight_bytes, "as given")
-    if drafts is not None and weight_bytes is None:
-        weights = drafts.add_weights(weights, model)
+    if drafts is not None:
+        alone = weights.nbytes
+        weights = drafts.add_weights(weights, model) if weight_bytes is None else weights
+        shape = drafts.beside(model, weights.nbytes - alone)
+    chosen = caches.KVCache.of_format(asked, shape)
     notes = []
     if shape.max_context is not None and setting.context > shape.max_context:
         if args.context is not None:
@@ -168,7 +170,7 @@ def run(args: argparse.Namespace) -> int:
             notes.append(table.shortage(plan, setting, memory.longest_context(shape, setting, cache, weights.nbytes)))
     if any(state.value_bytes == 4 for state in shape.states):
         narrow = read_shape(checkpoint.config, args.language_model_only, dtypes[0], "bfloat16")
-        narrow = narrow if drafts is None else drafts.beside(narrow)
+        narrow = narrow if drafts is None else drafts.beside(narrow, shape.draft_bytes)
         notes.append(table.narrower_states(plans[-1], memory.make_plan(narrow, setting, chosen, weights.nbytes)))
     assumed = table.assumptions(setting, shape, weights, said(drafts))
     hosts = []
