@@ -183,3 +183,37 @@ def test_layers_that_are_not_ours_are_counted(monkeypatch: pytest.MonkeyPatch) -
     for device in ("cpu", "cuda"):
         with pytest.raises(SawkvError, match=r"got 1 without: sparse has Sparse\. To serve it in 16 bits"):
             say({0, 1, 2, 3, 4, 5}, [], device=device, sparse=Sparse())
+
+
+@pytest.mark.parametrize("ours", [(True, False), (False, True)], ids=str)
+def test_layers_that_share_pages_read_them_as_they_were_written(
+    ours: tuple[bool, bool], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer skipped alone would take our bytes for numbers of 16 bits."""
+    from sawkv.integrations.vllm import announce
+    from sawkv.integrations.vllm.backend import SawAttentionImpl
+
+    monkeypatch.setattr(announce.logger, "log", lambda *_: None)
+
+    def say(ours: tuple[bool, bool], knows: bool = True) -> None:
+        impls: list[Any] = [object.__new__(SawAttentionImpl) if each else SimpleNamespace() for each in ours]
+        impls[1].kv_sharing_target_layer_name = "layers.0" if knows else None
+        layers = {
+            f"layers.{i}": SimpleNamespace(impl=impl, kv_cache_dtype=INT4 if own else "auto")
+            for i, (impl, own) in enumerate(zip(impls, ours, strict=True))
+        }
+        layers["layers.1"].kv_sharing_target_layer_name = "layers.0"
+        config = SimpleNamespace(
+            attention_config=SimpleNamespace(backend=None),
+            compilation_config=SimpleNamespace(static_forward_context=layers),
+            cache_config=SimpleNamespace(kv_cache_dtype_skip_layers=[]),
+            speculative_config=None,
+        )
+        announce.say_layers(SimpleNamespace(vllm_config=config, device=torch.device("cpu")))
+
+    say((True, True))
+    say((False, False))
+    with pytest.raises(SawkvError, match=r"got layers\.1 \(.*\) with those of layers\.0 \(.*\)\. Name both in"):
+        say(ours)
+    with pytest.raises(SawkvError, match="A draft that reads the model's pages"):
+        say((True, True), knows=False)

@@ -70,7 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--speculative-config",
         metavar="JSON",
-        help="as in vLLM: a draft model, or the model's own draft layers, with a cache in the same format (INT4 below 4 bits)",
+        help="as in vLLM: a draft model, or the model's own draft layers, with a cache in the same format, or in INT4"
+        " below 4 bits",
     )
     for name, what in (("--mamba-ssm-cache-dtype", "of recurrences"), ("--mamba-cache-dtype", "of convolutions")):
         parser.add_argument(

@@ -162,7 +162,8 @@ def say_layers(worker: Any) -> None:
 
     Raises:
         UnsupportedError: a layer of our dtype is not ours, though it should be: it asks no backend and keeps its pages
-            itself, its model chooses the backend, or another plugin has given it vLLM's own attention.
+            itself, its model chooses the backend, or another plugin has given it vLLM's own attention. Or a layer
+            would read pages of another layer that are not as its own would be.
     """
     from vllm.model_executor.layers.attention import Attention
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -196,6 +197,18 @@ def say_layers(worker: Any) -> None:
                     f"sawkv: expected its own attention in all layers of its dtypes, got {len(found)} without:"
                     f" {found[0]}. {way_out}"
                 )
+    for name, layer in attending.items():
+        read = attending.get(getattr(layer, "kv_sharing_target_layer_name", None) or "")
+        # vLLM tells a draft whose pages it reads when its implementation is made, which then has no calibration.
+        knows = getattr(layer.impl, "kv_sharing_target_layer_name", None) is not None
+        both = [isinstance(each.impl, SawAttentionImpl) for each in (layer, read) if each is not None]
+        if read is not None and any(both) and not (knows and all(both)):
+            raise UnsupportedError(
+                f"sawkv: expected a layer that reads another's pages to have the same cache, got {name}"
+                f" ({layer.kv_cache_dtype}) with those of {layer.kv_sharing_target_layer_name} ({read.kv_cache_dtype})."
+                " Name both in --kv-cache-dtype-skip-layers, or neither. A draft that reads the model's pages (Gemma"
+                " 4's MTP) is not served"
+            )
     if not attending:
         logger.warning("sawkv: serves nothing: this model has no layer of attention")
     if others:
