@@ -143,6 +143,7 @@ def test_a_draft_that_is_not_described_is_refused(
     ("name", "config", "reason"),
     [
         ("qwen3-8b", {"method": "mtp"}, "expected a model with draft layers of its own, got a qwen3"),
+        ("three drafting", {"method": "mtp", "num_speculative_tokens": 4}, "that 3 draft layers divide, got 4"),
         ("qwen3-8b", {"method": "eagle3"}, "expected a draft model, or method mtp, ngram or suffix, got"),
         ("qwen3-8b", {}, "expected a draft model, or method mtp, ngram or suffix, got"),
         ("qwen3-8b", {"model": 3}, "expected a draft model, or method mtp, ngram or suffix, got"),
@@ -156,9 +157,10 @@ def test_a_draft_that_is_not_described_is_refused(
 def test_drafts_that_vllm_would_not_start_or_plan_cannot_count(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, config: dict[str, Any], reason: str
 ) -> None:
-    model = write_config(tmp_path, name)
+    drafting = name == "three drafting"
+    model = write_config(tmp_path, "qwen3-8b", num_nextn_predict_layers=3) if drafting else write_config(tmp_path, name)
     if isinstance(draft := config.get("model"), str):
         config = config | {"model": str(write_config(tmp_path / "draft", draft))}
-    text = json.dumps(config | {"num_speculative_tokens": 2})
+    text = json.dumps({"num_speculative_tokens": 2} | config)
     assert cli.main(["plan", str(model), "--gpu-memory", "80GiB", "--speculative-config", text]) == 2
     assert reason in capsys.readouterr().err

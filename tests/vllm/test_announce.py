@@ -139,6 +139,7 @@ def test_layers_that_are_not_ours_are_counted(monkeypatch: pytest.MonkeyPatch) -
         device: str = "cpu",
         attending: int = 6,
         draft: object = None,
+        stages: int = 1,
         **others: Any,
     ) -> list[str]:
         said.clear()
@@ -153,12 +154,17 @@ def test_layers_that_are_not_ours_are_counted(monkeypatch: pytest.MonkeyPatch) -
             compilation_config=SimpleNamespace(static_forward_context=layers),
             cache_config=SimpleNamespace(kv_cache_dtype_skip_layers=skipped),
             speculative_config=draft,
+            parallel_config=SimpleNamespace(pipeline_parallel_size=stages),
         )
         announce.say_layers(SimpleNamespace(vllm_config=config, device=torch.device(device)))
         return said
 
     assert say(set(range(6)), []) == []
     assert say(set(), [], attending=0) == ["sawkv: serves nothing: this model has no layer of attention"]
+    assert say(set(), [], attending=0, stages=2) == [], "others may have some"
+    assert say(set(range(6)), ["17", "foo"], stages=2) == [
+        "sawkv: vLLM ignores what it does not know in --kv-cache-dtype-skip-layers: foo"
+    ], "another stage may have layer 17"
     assert say(set(range(1, 6)), ["0", "sliding_window", "17", "foo"]) == [
         "20 sawkv: serves 5 of 6 attention layers; vLLM's own cache is kept for layers.0 (auto)",
         "sawkv: vLLM ignores what it does not know in --kv-cache-dtype-skip-layers: 17, foo",
@@ -208,6 +214,7 @@ def test_layers_that_share_pages_read_them_as_they_were_written(
             compilation_config=SimpleNamespace(static_forward_context=layers),
             cache_config=SimpleNamespace(kv_cache_dtype_skip_layers=[]),
             speculative_config=None,
+            parallel_config=SimpleNamespace(pipeline_parallel_size=1),
         )
         announce.say_layers(SimpleNamespace(vllm_config=config, device=torch.device("cpu")))
 

@@ -65,7 +65,12 @@ class Drafts:
         if given.get("kv_cache_dtype") is not None:
             raise SawkvError(f"{_OPTION}: expected a draft with a cache in the model's format, got {text}")
         if str(method).endswith("mtp"):
-            return cls(tokens, own_layers=_own_layers(model))
+            own_layers = _own_layers(model)
+            if tokens > own_layers and tokens % own_layers:
+                raise SawkvError(
+                    f"{_OPTION}: expected num_speculative_tokens that {own_layers} draft layers divide, got {tokens}"
+                )
+            return cls(tokens, own_layers=own_layers)
         if not isinstance(name, str) or method not in _WITH_MODEL:
             raise SawkvError(f"{_OPTION}: expected a draft model, or method mtp, ngram or suffix, got {text}")
         checkpoint = read_checkpoint(name)

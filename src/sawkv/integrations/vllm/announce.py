@@ -209,7 +209,8 @@ def say_layers(worker: Any) -> None:
                 " Name both in --kv-cache-dtype-skip-layers, or neither. A draft that reads the model's pages (Gemma"
                 " 4's MTP) is not served"
             )
-    if not attending:
+    is_whole = config.parallel_config.pipeline_parallel_size == 1  # a stage does not know the layers of others
+    if not attending and is_whole:
         logger.warning("sawkv: serves nothing: this model has no layer of attention")
     if others:
         ours = len(attending) - len(others)
@@ -222,7 +223,8 @@ def say_layers(worker: Any) -> None:
             f" and {len(others) - 4} more" if len(others) > 4 else "",
         )
     indices = {part for name in attending for part in name.split(".") if part.isdigit()}
-    if unknown := [name for name in skipped if name not in indices | {"sliding_window"}]:
+    known = [name in indices or (name.isdigit() and not is_whole) or name == "sliding_window" for name in skipped]
+    if unknown := [name for name, is_known in zip(skipped, known, strict=True) if not is_known]:
         logger.warning(
             "sawkv: vLLM ignores what it does not know in --kv-cache-dtype-skip-layers: %s", ", ".join(unknown)
         )
