@@ -10,7 +10,6 @@ from sawkv.capacity.model import Attention, ModelShape
 from sawkv.errors import FormatError, UnsupportedError
 from sawkv.format.layout import ENGINE_PAGE_SIZE, PAGE_SIZE_MULTIPLE, PageLayout
 from sawkv.format.spec import CacheFormat
-from sawkv.integrations.vllm.config import dtype_codec
 
 LADDER: Final = ("int8", "int4", "int4v3", "int3", "int3v2", "int2")
 """Formats of `own_caches`: at equal bytes the one with the lower KL (docs/decisions/0027)."""
@@ -47,8 +46,9 @@ class KVCache:
         heads = max(1, layer.num_kv_heads // ranks)
         if self.cache_format is None:
             return heads * 2 * layer.head_dim * self.element_bytes
-        # A draft's layers have the default format of the model's --kv-cache-dtype (`SawConfig.from_vllm`).
-        cache_format = CacheFormat(dtype_codec(self.cache_format)) if layer.drafts else self.cache_format
+        cache_format = self.cache_format
+        if layer.drafts and cache_format.feeds_back:  # it has the default format of the model's --kv-cache-dtype
+            cache_format = CacheFormat("int4")
         return heads * PageLayout(cache_format, 1, layer.head_dim, PAGE_SIZE_MULTIPLE).head_bytes
 
 
