@@ -34,8 +34,12 @@ PEERS: Final[dict[str, dict[str, Any]]] = {
     "bf16": {},
     "fp8": {"kv_cache_dtype": "fp8"},
     "vllm_int4_per_token_head": {"kv_cache_dtype": "int4_per_token_head"},
+    "turboquant_k8v4": {"kv_cache_dtype": "turboquant_k8v4"},
+    "turboquant_4bit_nc": {"kv_cache_dtype": "turboquant_4bit_nc"},
 }
-"""vLLM's own formats. Any other name is one of sawkv's."""
+"""vLLM's own formats. Any other name is one of sawkv's. TurboQuant's keep some layers in 16 bits, as vLLM does unless
+told otherwise.
+"""
 QUICK_START: Final = {"VLLM_USE_FLASHINFER_SAMPLER": "0"}
 """Environment: FlashInfer's sampler is compiled at start-up, which takes minutes."""
 QUICK_KERNELS: Final[dict[str, Any]] = {"enable_flashinfer_autotune": False}
@@ -125,7 +129,8 @@ def start_engine(name: str, model: str, *, prepare: bool = True, **options: Any)
     """vLLM with the format called `name` in all layers.
 
     Raises:
-        UnsupportedError: some layer has another: a baseline that keeps layers in 16 bits is not what its name says.
+        UnsupportedError: some layer has another: a baseline that keeps layers in 16 bits is not what its name says,
+            but for TurboQuant.
     """
     import vllm
     from vllm.platforms import current_platform
@@ -143,7 +148,7 @@ def start_engine(name: str, model: str, *, prepare: bool = True, **options: Any)
     }
     llm = vllm.LLM(model, **options)
     layers = Counter(dtype for worker in llm.collective_rpc("kv_cache_dtypes") for dtype in worker)
-    check_layers(layers, options.get("kv_cache_dtype", "auto"))
+    check_layers(layers, options.get("kv_cache_dtype", "auto"), all_of_them=not name.startswith("turboquant"))
     print(f"{name}: " + ", ".join(f"{count} layers {dtype}" for dtype, count in layers.items()), flush=True)
     return llm
 
