@@ -11,6 +11,7 @@ from sawkv.format.constants import BUCKET_SIZE
 from sawkv.prepare.corpus import passes
 from sawkv.prepare.statistics import LayerStatistics
 from sawkv.prepare.turning import MAX_BUCKETS, SHIFTS, bucketed_context, buckets_in, find_turning
+from tests.conftest import relative_error
 
 HEADS, HEAD_DIM, CONTEXT = 2, 64, 4 * BUCKET_SIZE
 
@@ -103,3 +104,27 @@ def test_centers_follow_a_static_part_of_keys(turned: int) -> None:
         places = bucket * BUCKET_SIZE + torch.arange(BUCKET_SIZE)
         want = rope(bias.expand(BUCKET_SIZE, -1, -1), places, turned, 1e6, "halves").mean(0)
         torch.testing.assert_close(statistics.centers[bucket, 0].double(), want, rtol=0.02, atol=0.1)
+
+
+@pytest.mark.parametrize("turned", [HEAD_DIM, 0])
+def test_queries_count_as_at_positions_all_over_the_context(turned: int) -> None:
+    """Though windows stand at its start. Queries of models that do not turn them count as they are."""
+    bias, text = 4 * torch.randn(2 * HEADS, HEAD_DIM), torch.randn(32, HEADS, HEAD_DIM)
+    statistics = LayerStatistics(HEADS, HEAD_DIM, "cpu", context=CONTEXT)
+    places = torch.arange(512)
+    found = []
+    for each in passes(torch.zeros(2, 512, dtype=torch.int64), places.expand(2, -1), CONTEXT):
+        n = len(each.ids)
+        q = bias + torch.randn(n, 2 * HEADS, HEAD_DIM)
+        if not each.is_probe:
+            found.append(q)
+        k = text if each.is_probe else torch.randn(n, HEADS, HEAD_DIM)
+        q, k = (rope(x, each.positions, turned, 1e6, "halves").float() for x in (q, k))
+        statistics.add(q, k, torch.randn(n, HEADS, HEAD_DIM), each.positions, each.is_probe)
+    spread = (CONTEXT * torch.linspace(0, 1, 1024).square()).long()
+    want = rope(torch.cat(found)[torch.randperm(1024)], spread, turned, 1e6, "halves")
+    want = want.view(1024, HEADS, 2, HEAD_DIM).transpose(0, 1).flatten(1, 2)
+    assert relative_error(statistics.query_gram, want.mT @ want) < 0.05
+    start = rope(torch.cat(found), places.repeat(2), turned, 1e6, "halves")
+    start = start.view(1024, HEADS, 2, HEAD_DIM).transpose(0, 1).flatten(1, 2)
+    assert (relative_error(statistics.query_gram, start.mT @ start) > 0.2) == (turned > 0)

@@ -9,6 +9,9 @@ Rows are not kept, so memory does not grow with the text. Q and K are taken afte
 
 K has a center per bucket of positions, because RoPE turns the mean of K. All of them follow from one mean: that of rows
 which are turned back to position 0 (`turning`).
+
+Q has one Gram matrix for all positions, and RoPE turns it too. A few windows stand at few positions. So each query is
+turned to a position of its own, and together they cover the context.
 """
 
 from __future__ import annotations
@@ -22,10 +25,13 @@ import torch
 
 from sawkv.errors import UnsupportedError
 from sawkv.format.constants import BUCKET_SIZE
+from sawkv.prepare.corpus import LONGEST_CONTEXT
 from sawkv.prepare.turning import Turning, buckets_in, find_turning
 
 QUERY_STEP: Final = 4
 """Every fourth query is used for the weights of rows: a quarter of the work for the same result."""
+GOLDEN: Final = (5**0.5 - 1) / 2
+"""Fractional parts of its multiples fill the unit interval evenly, however many there are."""
 
 
 class LayerStatistics:
@@ -38,7 +44,8 @@ class LayerStatistics:
         squares: [2, num_kv_heads, head_dim], weighted sum of squares.
         plain_sums, plain_squares: the same sums without weights, for comparison with traffic.
         turned_sums: [num_kv_heads, head_dim], weighted sum of rows of K, each turned back to position 0.
-        query_gram: [num_kv_heads, head_dim, head_dim], the sum of q q^T over the queries that read the head.
+        query_gram: [num_kv_heads, head_dim, head_dim], the sum of q q^T over the queries that read the head, turned to
+            positions all over the context.
         queries: number of such queries per head.
         output_gram: [num_kv_heads, head_dim, head_dim], Gram matrix of the output projection's columns that read the
             head; None if never set.
@@ -137,11 +144,13 @@ class LayerStatistics:
             return
         if self._probes:
             self._turning, self._probes = find_turning([*self._probes.values()]) or self._turning, {}
+        turned_q = self._turning.turn(q, self._places(len(q)) - positions)
+        spread: torch.Tensor = torch.unflatten(turned_q, 1, (self.num_kv_heads, -1))
         grouped = q.float().view(len(q), self.num_kv_heads, -1, self.head_dim).permute(1, 2, 0, 3)
         weights = []
         for head, queries in enumerate(grouped):  # head by head: scores take num_tokens * num_tokens of memory
             weights.append(torch.stack(self._importance(queries, k[:, head].float(), v[:, head].float(), head)))
-            flat = queries.flatten(0, 1).double()
+            flat = spread[:, head].flatten(0, 1)
             self.query_gram[head] += flat.mT @ flat
         weight = torch.stack(weights, 1).double()  # [2, num_kv_heads, num_tokens]
         rows = torch.stack([k, v]).transpose(1, 2).double()  # [2, num_kv_heads, num_tokens, head_dim]
@@ -198,6 +207,14 @@ class LayerStatistics:
         whole.query_gram = blocks(self.query_gram)
         whole.output_gram = None if self.output_gram is None else blocks(self.output_gram)
         return whole
+
+    def _places(self, count: int) -> torch.Tensor:
+        """Positions to which the next queries are turned, [count] on the CPU. They are spread evenly over the square
+        root of the context's positions: over positions they would cost short contexts 7 % in the error of K, and over
+        octaves gain nothing at the end of long ones (docs/lab/2026-11.md).
+        """
+        numbers = sum(self.rows) + torch.arange(count, dtype=torch.float64, device="cpu")
+        return min(len(self.rows) * BUCKET_SIZE, LONGEST_CONTEXT) * (numbers * GOLDEN % 1).square()
 
     def _importance(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, head: int
