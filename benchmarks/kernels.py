@@ -508,7 +508,7 @@ def run_decode(
                 f" {record.get('rel_err', 0):8.1e}  {record.get('schedule_ms', 0) * 1e3:.1f} us",
                 flush=True,
             )
-            yield {key: round(value, 5) if isinstance(value, float) else value for key, value in record.items()}
+            yield record
 
 
 def run_append(kernels: list[str], lengths: list[int], common: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -645,8 +645,9 @@ def main() -> None:
     for name, parts in sections.items():
         for record in chain(*parts):  # written one by one: a run that is stopped keeps what it has measured
             if not arguments.no_write:
+                rounded = {key: round(value, 6) if isinstance(value, float) else value for key, value in record.items()}
                 with (arguments.output / name).open("a") as file:
-                    file.write(json.dumps(record) + "\n")
+                    file.write(json.dumps(rounded) + "\n")
 
 
 if __name__ == "__main__":
