@@ -28,10 +28,11 @@ from sawkv.prepare.calibration import Calibration
 STOP_TIMEOUT: Final = 30.0
 """Seconds that vLLM may take to end."""
 CPU_MEMORY: Final = (
-    "sawkv: if it is memory that is missing: on a CPU, vLLM takes 92 % of the machine's. --kv-cache-memory-bytes"
-    " 1073741824 gives the cache 1 GiB instead"
+    "on a CPU, vLLM takes 92 % of all memory. --kv-cache-memory-bytes 1073741824 gives the cache 1 GiB instead"
 )
-"""Printed after vLLM has failed on a CPU without a size of the cache. Its own message is far above, in a traceback."""
+"""Printed before vLLM starts on a CPU without a size of the cache, and again if it fails: it takes minutes to find that
+memory is missing, and says so far above, in a traceback.
+"""
 
 
 def server_command(
@@ -102,6 +103,9 @@ def serve(
     command = server_command(
         model, cache_format, options, calibration=calibration, prepare=prepare, prepare_cache=prepare_cache
     )
+    takes_all = not on_gpu and not known.has("--kv-cache-memory-bytes")
+    if takes_all:
+        print(f"sawkv: {CPU_MEMORY}", file=sys.stderr)
     with (
         tempfile.TemporaryDirectory(prefix="sawkv-metrics-") as folder,  # through it /metrics shows what workers count
         running(
@@ -120,8 +124,8 @@ def serve(
             return server.wait()
     if status > 0:
         print(f"sawkv: vLLM ended with status {status}; what it says of that is above", file=sys.stderr)
-        if status != 2 and not on_gpu and not known.has("--kv-cache-memory-bytes"):  # 2 is an unknown option
-            print(CPU_MEMORY, file=sys.stderr)
+        if takes_all and status != 2:  # an unknown option
+            print(f"sawkv: if it is memory that is missing: {CPU_MEMORY}", file=sys.stderr)
     return status
 
 
