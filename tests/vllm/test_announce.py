@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -120,6 +121,25 @@ def test_the_log_names_the_kernels_that_read_the_real_pages(monkeypatch: pytest.
     assert said == ["sawkv: pages have 48 tokens, which triton kernels read, and not cuda kernels"]
 
 
+def worker(
+    layers: dict[str, Any],
+    backend: object = None,
+    skipped: Sequence[str] = (),
+    draft: object = None,
+    stages: int = 1,
+    device: str = "cpu",
+) -> Any:
+    """What `say_layers` reads of one of vLLM's, which has these layers."""
+    config = SimpleNamespace(
+        attention_config=SimpleNamespace(backend=backend),
+        compilation_config=SimpleNamespace(static_forward_context=layers),
+        cache_config=SimpleNamespace(kv_cache_dtype_skip_layers=list(skipped)),
+        speculative_config=draft,
+        parallel_config=SimpleNamespace(pipeline_parallel_size=stages),
+    )
+    return SimpleNamespace(vllm_config=config, device=torch.device(device))
+
+
 def test_layers_that_are_not_ours_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     from vllm.model_executor.layers import attention
     from vllm.v1.attention.backends.registry import AttentionBackendEnum
@@ -149,14 +169,11 @@ def test_layers_that_are_not_ours_are_counted(monkeypatch: pytest.MonkeyPatch) -
             for i, impl in impls.items()
         }
         layers |= {"layers.6.mamba": SimpleNamespace()} | others
-        config = SimpleNamespace(
-            attention_config=SimpleNamespace(backend=AttentionBackendEnum.CUSTOM),
-            compilation_config=SimpleNamespace(static_forward_context=layers),
-            cache_config=SimpleNamespace(kv_cache_dtype_skip_layers=skipped),
-            speculative_config=draft,
-            parallel_config=SimpleNamespace(pipeline_parallel_size=stages),
+        announce.say_layers(
+            worker(
+                layers, backend=AttentionBackendEnum.CUSTOM, skipped=skipped, draft=draft, stages=stages, device=device
+            )
         )
-        announce.say_layers(SimpleNamespace(vllm_config=config, device=torch.device(device)))
         return said
 
     assert say(set(range(6)), []) == []
@@ -209,14 +226,7 @@ def test_layers_that_share_pages_read_them_as_they_were_written(
             for i, (impl, own) in enumerate(zip(impls, ours, strict=True))
         }
         layers["layers.1"].kv_sharing_target_layer_name = "layers.0"
-        config = SimpleNamespace(
-            attention_config=SimpleNamespace(backend=None),
-            compilation_config=SimpleNamespace(static_forward_context=layers),
-            cache_config=SimpleNamespace(kv_cache_dtype_skip_layers=[]),
-            speculative_config=None,
-            parallel_config=SimpleNamespace(pipeline_parallel_size=1),
-        )
-        announce.say_layers(SimpleNamespace(vllm_config=config, device=torch.device("cpu")))
+        announce.say_layers(worker(layers))
 
     say((True, True))
     say((False, False))

@@ -226,7 +226,8 @@ def _with(bench: Bench, served: Served) -> Bench:
 
 def _check_lengths(setting: Setting, checkpoint: Checkpoint | None) -> None:
     """Refuse prompts and answers that are longer than the model reads, if its config.json says how much that is."""
-    if checkpoint is None or any(Options(setting.options).has(name) for name in ("--max-model-len", "--hf-overrides")):
+    given = Options(setting.options)
+    if checkpoint is None or given.has("--max-model-len") or given.has("--hf-overrides"):
         return
     try:
         most = read_shape(checkpoint.config).max_context

@@ -32,7 +32,7 @@ from sawkv.format.spec import CacheFormat
 from sawkv.integrations.vllm import preflight
 from sawkv.integrations.vllm.client import Client, serving
 from sawkv.integrations.vllm.options import Options
-from sawkv.integrations.vllm.server import server_command
+from sawkv.integrations.vllm.server import CPU_CACHE, server_command
 
 WIDTH: Final = 80
 QUESTIONS: Final = (
@@ -286,7 +286,7 @@ def report(
         short += " On a CPU, 4 bits save memory and no time; docs/performance.md has the speed of GPUs."
     lines += ["", *_paragraph(short)]
     serve = f"Next: sawkv serve {model}"
-    return [*lines, serve] if on_gpu else [*lines, f"{serve} \\", "  --kv-cache-memory-bytes 1073741824"]
+    return [*lines, serve] if on_gpu else [*lines, f"{serve} \\", f"  {CPU_CACHE}"]
 
 
 def _change(wide: Sequence[float], narrow: Sequence[float]) -> str:

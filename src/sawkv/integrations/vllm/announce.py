@@ -199,10 +199,12 @@ def say_layers(worker: Any) -> None:
                 )
     for name, layer in attending.items():
         read = attending.get(getattr(layer, "kv_sharing_target_layer_name", None) or "")
+        if read is None:
+            continue
         # vLLM tells a draft whose pages it reads when its implementation is made, which then has no calibration.
         knows = getattr(layer.impl, "kv_sharing_target_layer_name", None) is not None
-        both = [isinstance(each.impl, SawAttentionImpl) for each in (layer, read) if each is not None]
-        if read is not None and any(both) and not (knows and all(both)):
+        both = [isinstance(each.impl, SawAttentionImpl) for each in (layer, read)]
+        if any(both) and not (knows and all(both)):
             raise UnsupportedError(
                 f"sawkv: expected a layer that reads another's pages to have the same cache, got {name}"
                 f" ({layer.kv_cache_dtype}) with those of {layer.kv_sharing_target_layer_name} ({read.kv_cache_dtype})."
@@ -222,9 +224,8 @@ def say_layers(worker: Any) -> None:
             ", ".join(others[:4]),
             f" and {len(others) - 4} more" if len(others) > 4 else "",
         )
-    indices = {part for name in attending for part in name.split(".") if part.isdigit()}
-    known = [name in indices or (name.isdigit() and not is_whole) or name == "sliding_window" for name in skipped]
-    if unknown := [name for name, is_known in zip(skipped, known, strict=True) if not is_known]:
+    known = {part for name in attending for part in name.split(".") if part.isdigit()} | {"sliding_window"}
+    if unknown := [name for name in skipped if name not in known and (is_whole or not name.isdigit())]:
         logger.warning(
             "sawkv: vLLM ignores what it does not know in --kv-cache-dtype-skip-layers: %s", ", ".join(unknown)
         )

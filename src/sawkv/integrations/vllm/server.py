@@ -27,9 +27,9 @@ from sawkv.prepare.calibration import Calibration
 
 STOP_TIMEOUT: Final = 30.0
 """Seconds that vLLM may take to end."""
-CPU_MEMORY: Final = (
-    "on a CPU, vLLM takes 92 % of all memory. --kv-cache-memory-bytes 1073741824 gives the cache 1 GiB instead"
-)
+CPU_CACHE: Final = "--kv-cache-memory-bytes 1073741824"
+"""What to add to a command on a CPU."""
+CPU_MEMORY: Final = f"on a CPU, vLLM takes 92 % of all memory. {CPU_CACHE} gives the cache 1 GiB instead"
 """Printed before vLLM starts on a CPU without a size of the cache, and again if it fails: it takes minutes to find that
 memory is missing, and says so far above, in a traceback.
 """
@@ -124,7 +124,7 @@ def serve(
             return server.wait()
     if status > 0:
         print(f"sawkv: vLLM ended with status {status}; what it says of that is above", file=sys.stderr)
-        if takes_all and status != 2:  # an unknown option
+        if takes_all and status != 2:  # 2 is an unknown option
             print(f"sawkv: if it is memory that is missing: {CPU_MEMORY}", file=sys.stderr)
     return status
 

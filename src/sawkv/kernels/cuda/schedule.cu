@@ -129,7 +129,8 @@ __global__ void __launch_bounds__(THREADS) sawkv_schedule(const __grid_constant_
   // Rounding to nearest gives more even chunks. With one or two chunks per block it rounds down instead, because one
   // chunk too many would make one block take a whole chunk more than the others.
   const i64 rounding = chunks_per_block > 2 ? total_tiles / 2 : 0;
-  // Units of about the same length are all cut into as many pieces: a few, which fill whole turns of the blocks.
+  // Units of about the same length are all cut into as many pieces: a few, which fill whole turns of the blocks. The
+  // costs are those of decode.cu; extend.cu has at most two chunks per block.
   const bool are_alike = longest - shortest <= longest / 16 && p.max_chunks_per_block > 2;
   const int candidate = threadIdx.x + 1;
   if (are_alike && (candidate == 1 || (candidate <= longest / min_tiles &&
