@@ -70,6 +70,7 @@ def write(folder: Path, **changes: Any) -> str:
 
 
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    capsys.readouterr()  # what commands before this one printed
     assert cli.main(["serve", *arguments]) == 2
     shown = capsys.readouterr().err
     assert shown.count("\n") == 1, shown
