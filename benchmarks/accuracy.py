@@ -36,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, required=True, help="JSON lines to add to")
-    parser.add_argument("--stress", type=int, nargs="+", default=[1, 4, 16, 64])
+    parser.add_argument("--stress", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--methods", nargs="+", default=list(ALL), metavar="METHOD", help="default: all")
     parser.add_argument("--without", nargs="+", default=[], metavar="METHOD", help="methods to leave out")
     parser.add_argument("--tokens", type=int, default=32768)
