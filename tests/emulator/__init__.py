@@ -26,7 +26,7 @@ from typing import Any
 import pytest
 import torch
 
-from sawkv import ops
+from sawkv import kernels, ops
 from sawkv.kernels import cuda
 from sawkv.kernels.cpu import build
 
@@ -103,4 +103,4 @@ def install(monkeypatch: pytest.MonkeyPatch, num_sms: int = 2) -> None:
     monkeypatch.setattr(cuda.runtime, "load", load)
     monkeypatch.setattr(cuda.runtime, "missing_reason", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
-    monkeypatch.setattr(ops, "select_backend", ops.select_backend.__wrapped__)  # which keeps its answers
+    monkeypatch.setattr(ops, "select_backend", kernels.select_backend.__wrapped__)  # which keeps its answers
