@@ -73,7 +73,7 @@ check: setup
 	$(BIN)/hadolint Containerfile
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run --Werror $(wildcard $(addprefix src/sawkv/kernels/*/*.,cpp h cu cuh))
+	$(BIN)/clang-format --dry-run --Werror $(wildcard $(addprefix src/sawkv/kernels/*/*.,cpp h cu cuh) tests/emulator/*.*h)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/mkdocs build

@@ -1,11 +1,9 @@
-"""`schedule.cu`, which cuts a batch into chunks, compiled for the CPU: each thread of its block is a thread here."""
+"""`schedule.cu`, which cuts a batch into chunks, on a CPU (tests/emulator)."""
 
 from __future__ import annotations
 
 import ctypes
 import random
-import shutil
-import subprocess
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -14,87 +12,17 @@ import pytest
 
 from sawkv.kernels.cuda import ScheduleParams
 from sawkv.kernels.cuda.queries import QueryShape
-from sawkv.kernels.cuda.runtime import SOURCE_FOLDER
+from tests import emulator
 
-COMMON = """
-#pragma once
-#include <algorithm>
-#include <atomic>
-#include <barrier>
-#include <cmath>
-#include <cstring>
-#include <memory>
-#include <thread>
-#include <vector>
-#define __device__
-#define __global__
-#define __grid_constant__
-#define __launch_bounds__(n)
-#define __shared__ static
-namespace sawkv {
-using i64 = long long;
-using u32 = unsigned;
-using std::max, std::min;
-constexpr int WARP = 32, ALL_LANES = -1;
-inline thread_local struct { int x; } threadIdx;
-inline std::barrier<> block(128);
-inline std::unique_ptr<std::barrier<>> warps[WARP];
-inline int lanes[128];
-inline int lane_index() { return threadIdx.x % WARP; }
-inline int warp_index() { return threadIdx.x / WARP; }
-inline int divide_up(int a, int b) { return (a + b - 1) / b; }
-inline void __syncthreads() { block.arrive_and_wait(); }
-inline int __shfl_up_sync(int, int value, int distance) {
-  auto& warp = *warps[warp_index()];
-  lanes[threadIdx.x] = value;
-  warp.arrive_and_wait();
-  const int found = lanes[lane_index() < distance ? threadIdx.x : threadIdx.x - distance];
-  warp.arrive_and_wait();
-  return found;
-}
-inline u32 __float_as_uint(float x) { u32 bits; std::memcpy(&bits, &x, 4); return bits; }
-template <class T, class V> void atomicAdd(T* to, V value) { std::atomic_ref<T>(*to) += value; }
-template <class T, class F> void change(T* to, F better) {
-  std::atomic_ref<T> at(*to);
-  T old = at;
-  while (!at.compare_exchange_weak(old, better(old))) {}
-}
-template <class T, class V> void atomicMin(T* to, V value) { change(to, [&](T old) { return min(old, (T)value); }); }
-template <class T, class V> void atomicMax(T* to, V value) { change(to, [&](T old) { return max(old, (T)value); }); }
-}  // namespace sawkv
-"""
-RUN = """
-int dynamic[1 << 20];
-extern "C" void run(const ScheduleParams* p) {
-  for (auto& warp : warps) warp = std::make_unique<std::barrier<>>(WARP);
-  std::vector<std::thread> threads;
-  for (int i = 0; i < 128; i++) threads.emplace_back([=] { threadIdx.x = i; sawkv_schedule(*p); });
-  for (auto& thread : threads) thread.join();
-}
-"""
 NUM_BLOCKS = 132
 TILES = {64: 128, 128: 64, 256: 32, 512: 32}
 """Tokens of a tile by head_dim."""
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[ScheduleParams], None]:
-    compiler = shutil.which("g++")
-    if compiler is None:
-        pytest.skip("no g++")
-    folder = tmp_path_factory.mktemp("schedule")
-    (folder / "common.cuh").write_text(COMMON)
-    shutil.copy(SOURCE_FOLDER / "chunks.cuh", folder)
-    source = (SOURCE_FOLDER / "schedule.cu").read_text()
-    for old, new in (("extern __shared__ int", "extern int"), ("THREADS = 1024;", "THREADS = 128;")):
-        assert source.count(old) == 1
-        source = source.replace(old, new)
-    (folder / "schedule.cpp").write_text(source + RUN)
-    library = str(folder / "schedule.so")
-    command = [compiler, "-std=c++20", "-O1", "-pthread", "-shared", "-fPIC", "-DHEAD_DIM=128", "-o", library]
-    subprocess.run([*command, str(folder / "schedule.cpp")], check=True)
-    loaded = ctypes.CDLL(str(library))
-    return lambda params: loaded.run(ctypes.byref(params))
+def run() -> Callable[[ScheduleParams], None]:
+    kernel = emulator.load("schedule.cu", "sawkv_schedule", {"HEAD_DIM": 128})
+    return lambda params: kernel.launch((1, 1, 1), 1024, 0, params)
 
 
 def schedule(

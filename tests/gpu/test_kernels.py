@@ -533,15 +533,15 @@ WAIT = "__device__ inline void wait(u64* barrier, u32 parity) {"
 LATE_WAIT = f"""__device__ inline void wait_only(u64* barrier, u32 parity);
 {WAIT}
   wait_only(barrier, parity);
-  if (threadIdx.x / WARP == LATE_WARP) asm volatile("nanosleep.u32 20000;");
+  if (threadIdx.x / 32 == LATE_WARP) asm volatile("nanosleep.u32 20000;");
 }}
 {WAIT.replace("wait", "wait_only")}"""
 
 
 def with_a_late_warp(sources: dict[str, str]) -> dict[str, str]:
     """Sources of a kernel whose warp LATE_WARP sleeps after each wait for a barrier."""
-    assert WAIT in sources["common.cuh"]
-    return sources | {"common.cuh": sources["common.cuh"].replace(WAIT, LATE_WAIT)}
+    assert WAIT in sources["ptx.cuh"]
+    return sources | {"ptx.cuh": sources["ptx.cuh"].replace(WAIT, LATE_WAIT)}
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,18 @@ FLAGS = (
 )
 
 
+def find_compiler() -> str:
+    """The path of a C++ compiler.
+
+    Raises:
+        UnsupportedError: there is none. The message says what to install.
+    """
+    compiler = shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        raise UnsupportedError("no C++ compiler: expected g++ or clang++ on the PATH, or CXX naming one")
+    return compiler
+
+
 @cache
 def load_library() -> ctypes.CDLL:
     """The compiled kernels.
@@ -46,9 +58,7 @@ def load_library() -> ctypes.CDLL:
     Raises:
         UnsupportedError: there is no C++ compiler, or it failed. The message says what to install, or has its output.
     """
-    compiler = shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        raise UnsupportedError("no C++ compiler: expected g++ or clang++ on the PATH, or CXX naming one")
+    compiler = find_compiler()
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=False).stdout
     openmp = _openmp_flags()
     sources = read_sources() | {constants.HEADER_NAME: constants.header(MAX_GROUP=MAX_GROUP)}

@@ -1,0 +1,123 @@
+"""The CUDA kernels' own sources on a CPU (tests/emulator), against the reference: permuted pages, poison, ragged
+lengths, random orders of warps.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from sawkv.kernels import cuda
+from tests import emulator
+from tests.conftest import make_batch
+from tests.kernel_checks import (
+    MAX_LSE_ERROR,
+    attend,
+    check_append,
+    check_attention,
+    check_buckets,
+    check_gather,
+    compare_attention,
+    starts_of,
+)
+
+PREPARED = {"centered": True, "gained": True}
+CAPPED = {"logit_softcap": 5.0, "sinks": torch.ones(8)}
+
+
+@pytest.fixture(autouse=True)
+def _emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+    emulator.install(monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("format_name", "head_dim", "query_lens", "options"),
+    [
+        ("int4", 128, [1, 1, 1, 1], {}),
+        ("int4", 128, [2, 1, 4, 3], {"page_size": 64, "sliding_window": 100, "group": 7, **PREPARED}),
+        ("int3v2", 128, [0, 3, 8, 8], {"page_size": 32, **CAPPED, **PREPARED}),
+        ("int4v2", 64, [1, 0, 2, 2], {"group": 8}),
+        ("int4", 256, [1, 1, 1, 1], {"page_size": 64, "sinks": torch.ones(8), **PREPARED}),
+        ("int4", 512, [1, 1, 1, 1], {"logit_softcap": 5.0, **PREPARED}),
+        # extend.cu, for the rows of one consumer group and of two
+        ("int4", 128, [16, 9, 12, 16], {"sliding_window": 100, **PREPARED}),
+        ("int4v2", 128, [3, 0, 17, 40], {"page_size": 64, **CAPPED, **PREPARED}),
+        ("int4", 64, [40, 3, 9, 33], {"page_size": 256}),
+    ],
+)
+def test_attention(format_name: str, head_dim: int, query_lens: list[int], options: dict[str, Any]) -> None:
+    """The longest sequence is cut, so that its parts are merged."""
+    check_attention("cuda", "cpu", format_name, [5, 0, 33, 1100], query_lens, head_dim=head_dim, **options)
+
+
+@pytest.mark.parametrize("query_len", [1, 16])
+def test_centers_of_buckets(query_len: int) -> None:
+    options = [{"sinks": True, "logit_softcap": 20.0}]
+    check_buckets("cuda", "cpu", seq_lens=(60, 2100), query_lens=[query_len] * 2, options=options)
+
+
+@pytest.mark.parametrize(
+    ("format_name", "options"),
+    [("int4", PREPARED), ("int4", {"feedback": "kv"}), ("int3v2", {"buckets": 3, **PREPARED})],
+)
+def test_append(format_name: str, options: dict[str, Any]) -> None:
+    check_append("cuda", "cpu", format_name, 128, **options)
+
+
+def test_gather() -> None:
+    check_gather("cuda", "cpu", "int4", [5, 0, 33], head_dim=128, gained=True, exact=False)
+
+
+def check_orders(query_len: int, num_orders: int) -> None:
+    """Each of two blocks takes many chunks of one tile, so that all rings go round."""
+    lengths = [query_len + i * 37 % (23 if i % 3 else 200) for i in range(24 if query_len == 1 else 8)]
+    batch = make_batch("int4", lengths)
+    starts = starts_of([query_len] * len(lengths), "cpu")
+    q = torch.randn(int(starts[-1]) + 1, 8, 128).bfloat16()
+    want = attend(batch, q, starts, "reference")
+    for _ in range(num_orders):
+        compare_attention(attend(batch, q, starts, "cuda"), want, starts, 4 * MAX_LSE_ERROR)
+
+
+@pytest.mark.parametrize(("query_len", "num_orders"), [(1, 10), (16, 4)])
+def test_orders_of_warps(query_len: int, num_orders: int) -> None:
+    check_orders(query_len, num_orders)
+
+
+@pytest.mark.parametrize(
+    ("query_len", "file", "old", "new", "message"),
+    [
+        (1, "consumer.cuh", "ptx::wait(&s.tile_full[stage.slot()], stage.phase());", "", "."),
+        (1, "consumer.cuh", "__syncwarp();", "", "query rows"),
+        (1, "consumer.cuh", "token > last ||", "token > last + 1 ||", "query rows"),
+        (1, "scheduler.cuh", "ptx::wait(&s.chunk_empty[slot], turn.phase() ^ 1);", "", "."),
+        # docs/lab/2026-11.md, Two producers
+        (1, "tiles.cuh", "producers > 1 || ONLY_WAITS", "ONLY_WAITS", "."),
+        (
+            1,
+            "merger.cuh",
+            "ptx::arrive(&s.results_empty[result.slot()]);",
+            "",
+            "mbarrier, consumer.cuh:",
+        ),
+        (16, "extend_consumer.cuh", "ptx::wait_warpgroup<0>();", "", "query rows"),
+        (16, "extend_consumer.cuh", "ptx::fence_warpgroup();", "", "extend_consumer.cuh:.* without a fence"),
+    ],
+)
+def test_a_broken_kernel_is_noticed(
+    query_len: int, file: str, old: str, new: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read_sources = cuda.runtime.read_sources
+
+    def broken(source_file: str) -> dict[str, str]:
+        sources = read_sources(source_file)
+        if file in sources and source_file != "schedule.cu":
+            assert old in sources[file]
+            sources[file] = sources[file].replace(old, new)
+        return sources
+
+    monkeypatch.setattr(cuda.runtime, "read_sources", broken)
+    with pytest.raises((AssertionError, emulator.EmulationError), match=message):
+        check_orders(query_len, 20)
