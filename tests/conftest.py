@@ -5,12 +5,16 @@ from __future__ import annotations
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
 
 from sawkv import CacheFormat, PagedKVCache, PageLayout, append
 
+REPOSITORY = Path(__file__).parents[1]
+MODEL = next((REPOSITORY / "models").glob("sawkv-*"), REPOSITORY / "models")
+"""The shipped model."""
 LONGEST = ("vllm/", "test_device_code.py", "test_triton_backend.py")
 
 

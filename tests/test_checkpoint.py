@@ -13,8 +13,7 @@ from safetensors.torch import save_file
 
 from sawkv.checkpoint import check_weights, head_dims, parse_config, read_checkpoint, text_config
 from sawkv.errors import SawkvError
-
-MODEL = next((Path(__file__).parents[1] / "models").glob("sawkv-*"))
+from tests.conftest import MODEL
 
 
 def test_the_shipped_model_is_whole() -> None:

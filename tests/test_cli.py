@@ -21,9 +21,8 @@ from sawkv.integrations.vllm import client, config, server
 from sawkv.integrations.vllm.contract import NEWEST_VLLM, OLDEST_VLLM
 from sawkv.lab.methods import METHODS
 from sawkv.terminal import coloured
+from tests.conftest import MODEL
 from tools import setup_env
-
-MODEL = next((Path(__file__).parents[1] / "models").glob("sawkv-*"))
 
 
 def test_serve_hands_other_options_to_vllm(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -42,9 +42,7 @@ PLACEHOLDERS = {
 }
 """What a reader puts in, by the words that stand for it."""
 LESS = {
-    "eval": shlex.split(
-        "--tokens 256 --window 64 --layer-tokens 64 --floor-tokens 0 --recall-count 0 --free-runs 0 --quiet"
-    ),
+    "eval": shlex.split("--tokens 256 --window 64 --layer-tokens 64 --floor-tokens 0 --recall-count 0 --free-runs 0"),
     "analyze": shlex.split("--tokens 128 --window 64"),
     "prepare": shlex.split("--tokens 1024"),
 }

@@ -13,8 +13,8 @@ import torch
 from sawkv import PageLayout, cli, doctor
 from sawkv.integrations.vllm import preflight
 from sawkv.kernels import reference
+from tests.conftest import MODEL
 
-MODEL = next((Path(__file__).parents[1] / "models").glob("sawkv-*"))
 PROBE = doctor._probe
 RIGHT: dict[str, Any] = {
     "version": "0.32.0",

@@ -15,8 +15,8 @@ from sawkv import CacheFormat, SawkvError, cli
 from sawkv.files import check_writable, writing
 from sawkv.prepare import model
 from sawkv.prepare.calibration import Calibration
+from tests.conftest import MODEL
 
-MODEL = next((Path(__file__).parents[1] / "models").glob("sawkv-*"))
 WRITERS = {
     "eval": [str(MODEL)],
     "analyze": [str(MODEL)],

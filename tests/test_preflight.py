@@ -23,9 +23,9 @@ from sawkv.integrations.vllm import config as settings
 from sawkv.integrations.vllm import options as options_of_vllm
 from sawkv.integrations.vllm.options import Options
 from sawkv.prepare.calibration import Calibration
+from tests.conftest import MODEL
 from tests.vllm.engine import vllms_parser
 
-MODEL = next((Path(__file__).parents[1] / "models").glob("sawkv-*"))
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",

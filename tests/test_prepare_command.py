@@ -24,7 +24,7 @@ from sawkv.prepare.fit import fit
 from sawkv.prepare.model import EvalModel
 from sawkv.prepare.statistics import LayerStatistics
 from sawkv.prepare.store import contents_digest
-from tests.conftest import relative_error
+from tests.conftest import MODEL, relative_error
 from tests.transformers import models as tiny_models
 
 INT4 = CacheFormat("int4")
@@ -151,12 +151,11 @@ def test_arguments_are_refused_before_the_model_is_loaded(
 ) -> None:
     """Which takes minutes for a large one."""
     monkeypatch.setattr(EvalModel, "load", lambda *_: pytest.fail("loaded"))
-    shipped = str(next((Path(__file__).parents[1] / "models").glob("sawkv-*")))
     (tmp_path / "latin.txt").write_bytes(b"\xe9\xe8")
     wrong = [["--text", "none.txt"], ["--text", str(tmp_path / "latin.txt")], ["--out", str(tmp_path)]]
     wrong += [["--format", "bf16", "--out", str(tmp_path / "c")]] if command == "prepare" else [["--formats", "int5"]]
     for options in wrong:
-        assert cli.main([command, shipped, *options]) == 2
+        assert cli.main([command, str(MODEL), *options]) == 2
         shown = capsys.readouterr().err
         assert "expected" in shown
         assert shown.count("\n") == 1
@@ -176,13 +175,12 @@ def test_each_bucket_of_positions_gets_the_center_of_its_keys() -> None:
 
 
 def test_by_default_the_file_travels_with_the_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    shipped = next((Path(__file__).parents[1] / "models").glob("sawkv-*"))
-    folder = Path(shutil.copytree(shipped, tmp_path / "model"))
+    folder = Path(shutil.copytree(MODEL, tmp_path / "model"))
     assert cli.main(["prepare", str(folder), "--tokens", "512", "--window", "128", "--device", "cpu"]) == 0
     path = folder / "sawkv" / "int4-k128-v128.safetensors"
     assert str(path) in capsys.readouterr().out
     made = Calibration.load(path)
-    assert made.weights == contents_digest(shipped)
+    assert made.weights == contents_digest(MODEL)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="sawkv")
     cache = SawCache(model)
     model.generate(torch.tensor([[1, 2, 3]]), past_key_values=cache, max_new_tokens=1)
@@ -191,11 +189,11 @@ def test_by_default_the_file_travels_with_the_model(tmp_path: Path, capsys: pyte
 
 def test_layers_of_unlike_heads_get_a_file_for_each_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Gemma 4: two head_dims, and layers that read the K and V of others, whose queries count for these."""
-    shipped, folder = next((Path(__file__).parents[1] / "models").glob("sawkv-*")), tmp_path / "model"
-    vocabulary = json.loads((shipped / "config.json").read_text())["vocab_size"]
+    folder = tmp_path / "model"
+    vocabulary = json.loads((MODEL / "config.json").read_text())["vocab_size"]
     sizes = {"vocab_size": vocabulary, "vocab_size_per_layer_input": vocabulary}
     tiny_models.make_model("gemma4_text", **sizes).save_pretrained(folder)
-    for file in shipped.glob("tokenizer*"):
+    for file in MODEL.glob("tokenizer*"):
         shutil.copy(file, folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sawkv")
     ids = torch.randint(0, vocabulary, (2, 64))
@@ -239,11 +237,10 @@ def test_there_is_no_folder_beside_a_model_that_is_not_there(
 def test_the_command_writes_a_file_for_this_model(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], own_text: bool
 ) -> None:
-    folder = next((Path(__file__).parents[1] / "models").glob("sawkv-*"))
     text = tmp_path / "text.txt"
     text.write_text("Some words, and others. " * 600)
     options = {"cache_format": CacheFormat("int4", 64, 0), "context": 512, "window": 128, "windows": 2, "device": "cpu"}
-    assert calibrate.run_prepare(folder, text if own_text else None, tmp_path / "c.safetensors", **options) == 0
+    assert calibrate.run_prepare(MODEL, text if own_text else None, tmp_path / "c.safetensors", **options) == 0
     shown = capsys.readouterr().out
     made = Calibration.load(tmp_path / "c.safetensors")
     assert made.fingerprint() in shown

@@ -21,7 +21,8 @@ from sawkv.checkpoint import Checkpoint
 from sawkv.format.spec import CacheFormat
 from sawkv.integrations.vllm.contract import release
 from tests.capacity.configs import CONFIGS, write_config
-from tests.vllm.engine import ENVIRONMENT, REPOSITORY
+from tests.conftest import REPOSITORY
+from tests.vllm.engine import ENVIRONMENT
 
 pytestmark = [pytest.mark.vllm, pytest.mark.next]
 

@@ -17,7 +17,7 @@ from sawkv.capacity.weights import Weights, weights_of
 from sawkv.checkpoint import Checkpoint, read_checkpoint
 from sawkv.errors import SawkvError, UnsupportedError
 from tests.capacity.configs import AWQ, CONFIGS, FP8, write_config
-from tests.vllm.engine import MODEL
+from tests.conftest import MODEL
 
 GB = 10**9
 

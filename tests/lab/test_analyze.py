@@ -17,6 +17,7 @@ from sawkv.lab.description import describe
 from sawkv.lab.methods import Method, find_method
 from sawkv.prepare.model import EvalModel, collect_samples
 from sawkv.prepare.samples import LayerStates, Sample
+from tests.conftest import MODEL
 from tests.test_prepare_command import make_model, windows
 
 
@@ -187,9 +188,8 @@ def test_the_recommendation(errors: list[MethodError], wanted: str, command: str
 def test_the_command_keeps_the_windows_before_ctrl_c(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = next((Path(__file__).parents[2] / "models").glob("sawkv-*"))
     out = tmp_path / "analysis.json"
-    command = ["analyze", str(folder), "--formats", "int4,fp32", "--window", "64", "--stress", "4", "--device", "cpu"]
+    command = ["analyze", str(MODEL), "--formats", "int4,fp32", "--window", "64", "--stress", "4", "--device", "cpu"]
     read: list[int] = []
 
     def stop(errors: list[MethodError]) -> Recommendation:

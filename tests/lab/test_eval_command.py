@@ -23,8 +23,7 @@ from sawkv.lab.tasks import DEPTHS, free_run, make_prompts, recall
 from sawkv.prepare.corpus import preparation_windows
 from sawkv.prepare.model import EvalModel, collect_samples
 from sawkv.prepare.text import Text, load_text, with_bos
-
-MODEL = next(Path("models").glob("sawkv-*"))
+from tests.conftest import MODEL
 
 
 def test_eval_writes_records_and_a_table(
@@ -33,7 +32,7 @@ def test_eval_writes_records_and_a_table(
     monkeypatch.setattr(evaluate, "NUM_WINDOWS", 2)  # to fit on
     arguments = ["--formats", "prepared,int4_plain", "--tokens", "512", "--window", "128", "--floor-tokens", "256"]
     arguments += ["--layer-tokens", "128", "--recall-lengths", "96", "--recall-count", "1", "--free-runs", "1"]
-    arguments += ["--stress", "16", "--quiet"]
+    arguments += ["--stress", "16"]
     assert cli.main(["eval", str(MODEL), *arguments, "--out", str(tmp_path / "new" / "eval.json")]) == 0
     shown = capsys.readouterr().out
     evaluation = Evaluation.from_json((tmp_path / "new" / "eval.json").read_text())
@@ -82,13 +81,13 @@ def test_another_model_needs_a_text(tmp_path: Path, capsys: pytest.CaptureFixtur
     for file in MODEL.iterdir():
         if file.suffix in {".json", ".safetensors"} and "evaluation" not in file.name:
             (tmp_path / file.name).symlink_to(file.resolve())
-    assert cli.main(["eval", str(tmp_path), "--quiet"]) == 2
+    assert cli.main(["eval", str(tmp_path)]) == 2
     assert "--text: expected a file" in capsys.readouterr().err
     (tmp_path / "short.txt").write_text("too short")
-    assert cli.main(["eval", str(tmp_path), "--text", str(tmp_path / "short.txt"), "--quiet"]) == 2
+    assert cli.main(["eval", str(tmp_path), "--text", str(tmp_path / "short.txt")]) == 2
     assert "expected at least 1024 tokens" in capsys.readouterr().err
     (tmp_path / "latin.txt").write_bytes(b"\xe9\xe8")
-    assert cli.main(["eval", str(tmp_path), "--text", str(tmp_path / "latin.txt"), "--quiet"]) == 2
+    assert cli.main(["eval", str(tmp_path), "--text", str(tmp_path / "latin.txt")]) == 2
     assert "expected a UTF-8 file" in capsys.readouterr().err
     assert cli.main(["eval", str(tmp_path), "--formats", "int5"]) == 2
     assert "got 'int5'" in capsys.readouterr().err
@@ -97,7 +96,7 @@ def test_another_model_needs_a_text(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 SMALL = ["--tokens", "128", "--window", "64", "--layer-tokens", "0", "--floor-tokens", "0"]
-SMALL += ["--recall-count", "0", "--free-runs", "0", "--quiet", "--device", "cpu"]
+SMALL += ["--recall-count", "0", "--free-runs", "0", "--device", "cpu"]
 
 
 def test_a_stopped_run_keeps_its_methods_and_is_resumed(

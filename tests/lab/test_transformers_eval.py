@@ -18,8 +18,7 @@ from sawkv.prepare.model import EvalModel, collect_samples, load_tokenizer
 from sawkv.prepare.samples import layer_sample
 from sawkv.prepare.text import load_text
 from sawkv.records import AttentionShape
-
-MODEL = next(Path("models").glob("sawkv-*"))
+from tests.conftest import MODEL
 
 
 def small_model(kind: str = "qwen3", **options: object) -> EvalModel:

@@ -20,9 +20,8 @@ import pytest
 import torch
 
 from sawkv.errors import SawkvError
+from tests.conftest import MODEL
 
-REPOSITORY = Path(__file__).parents[2]
-MODEL = next((REPOSITORY / "models").glob("sawkv-*"), REPOSITORY / "models")
 ENVIRONMENT = {
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",

@@ -8,7 +8,7 @@ import json
 import os
 from typing import Any
 
-from tests.vllm.engine import MODEL
+from tests.conftest import MODEL
 
 MARK = "RESULT "
 CHUNK, BLOCK = 64, 32

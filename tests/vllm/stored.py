@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from tests.vllm.engine import MODEL
+from tests.conftest import MODEL
 
 BLOCK = 32
 PROMPTS = [[20 + i * step % 1000 for i in range(200)] for step in (7919, 104729)]

@@ -14,7 +14,8 @@ from transformers import AutoConfig
 from sawkv import CacheFormat
 from sawkv.format.feedback import takes_from
 from sawkv.prepare.calibration import Calibration, model_id
-from tests.vllm.engine import MODEL, run_engine
+from tests.conftest import MODEL
+from tests.vllm.engine import run_engine
 
 pytestmark = pytest.mark.vllm
 

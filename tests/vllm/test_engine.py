@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from sawkv.errors import UnsupportedError
-from tests.vllm.engine import MODEL, run_engine
+from tests.conftest import MODEL
+from tests.vllm.engine import run_engine
 
 pytestmark = pytest.mark.vllm
 

@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.soak import Difference, Load, Reference, Report, Soak
 from sawkv import CacheFormat, PageLayout
-from tests.vllm.engine import MODEL, REPOSITORY
+from tests.conftest import MODEL, REPOSITORY
 from tests.vllm.life import MARK
 
 pytestmark = pytest.mark.vllm

@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 from sawkv import CacheFormat
 from sawkv.errors import SawkvError, UnsupportedError
 from sawkv.prepare.calibration import Calibration
+from tests.conftest import MODEL
 from tests.vllm import stored
-from tests.vllm.engine import MODEL, run_process
+from tests.vllm.engine import run_process
 
 pytestmark = [
     pytest.mark.vllm,

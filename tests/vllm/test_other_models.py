@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.vllm.engine import ENVIRONMENT, MODEL
+from tests.conftest import MODEL
+from tests.vllm.engine import ENVIRONMENT
 
 pytestmark = pytest.mark.vllm
 

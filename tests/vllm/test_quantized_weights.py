@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.architectures import quantize_checkpoint
-from tests.vllm.engine import MODEL, run_engine
+from tests.conftest import MODEL
+from tests.vllm.engine import run_engine
 
 pytestmark = pytest.mark.vllm
 

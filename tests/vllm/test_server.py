@@ -18,8 +18,9 @@ import pytest
 
 from sawkv.integrations.vllm.client import Client, serving
 from sawkv.integrations.vllm.options import Options
+from tests.conftest import REPOSITORY
 from tests.test_docs import PAGES, blocks, console, flags, inline
-from tests.vllm.engine import ENVIRONMENT, REPOSITORY, vllms_parser
+from tests.vllm.engine import ENVIRONMENT, vllms_parser
 
 pytestmark = pytest.mark.vllm
 MODEL = "models/sawkv-6m"

@@ -14,7 +14,8 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, LlamaConfig, LlamaForCausalLM
 
 from benchmarks.families import make_model
-from tests.vllm.engine import MODEL, run_engine
+from tests.conftest import MODEL
+from tests.vllm.engine import run_engine
 from tests.vllm.test_centering import write_calibration
 
 pytestmark = pytest.mark.vllm
