@@ -53,7 +53,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtype", choices=DTYPES, help="dtype of the model (default: bfloat16 on a GPU, float32 on a CPU)"
     )
-    parser.add_argument("--quiet", action="store_true", help="show no progress bars")
     options.add_resume(parser)
 
 
@@ -100,7 +99,6 @@ def run(args: argparse.Namespace) -> int:
         budget=budget,
         device=find_device(args.device),
         dtype=getattr(torch, args.dtype) if args.dtype else None,
-        quiet=args.quiet,
         before=before,
         keep=keep,
         command=args.typed,

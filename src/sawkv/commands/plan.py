@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tokens",
         type=options.tokens,
         metavar="COUNT",
-        help="instead of --format: the one with the most bits that holds so many tokens, such as 2M",
+        help="in place of --format: take the format with the most bits that holds this many tokens, such as 2M",
     )
     parser.add_argument(
         "--gpu-memory", metavar="SIZE", help="memory of one card, for example 80GiB (default: that of the GPU here)"
@@ -92,7 +92,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--host-memory",
         metavar="SIZE",
-        help="show what host memory adds: of all cards together, as vLLM's --kv-offloading-size",
+        help="host memory for pages, of all cards together, as in vLLM's --kv-offloading-size: show what it adds",
     )
     parser.add_argument(
         "--prefill-speed",

@@ -41,7 +41,6 @@ def evaluate(
     budget: Budget | None = None,
     device: torch.device | None = None,
     dtype: torch.dtype | None = None,
-    quiet: bool = False,
     with_worst: bool = True,
     before: Evaluation | None = None,
     keep: Callable[[Evaluation], object] = lambda evaluation: None,
@@ -55,7 +54,6 @@ def evaluate(
         text: a UTF-8 file; None is the held-out text of a model of this project.
         budget: how much to measure; None is the default.
         device, dtype: device and dtype of the model; None is a GPU in bf16 if there is one, else the CPU in fp32.
-        quiet: show no progress bars.
         with_worst: look at the predictions of the worst tokens, for the report. Each takes two passes.
         before: the record of an earlier run with the same arguments; its methods are not measured again.
         keep: called with the record so far after each method.
@@ -83,7 +81,7 @@ def evaluate(
         return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False))
 
     total = work.for_all + len(methods) * work.for_method(len(loaded.layers))
-    with tqdm(total=total, unit=" tokens", unit_scale=True, disable=quiet, dynamic_ncols=True) as bar:
+    with tqdm(total=total, unit=" tokens", unit_scale=True, disable=None, dynamic_ncols=True) as bar:
         bar.set_description("16 bits")
         measurer = _Measurer(loaded, work, budget, decode, bar, with_worst)
         scores = measurer.reference.scores()
