@@ -5,6 +5,7 @@ costs capacity.
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
@@ -161,56 +162,22 @@ def say_layers(worker: Any) -> None:
     anything runs.
 
     Raises:
-        UnsupportedError: a layer of our dtype is not ours, though it should be: it asks no backend and keeps its pages
-            itself, its model chooses the backend, or another plugin has given it vLLM's own attention. Or a layer
-            would read pages of another layer that are not as its own would be.
+        UnsupportedError: a layer is not served as it should be (`_refuse_taken`, `_refuse_unlike_readers`).
     """
-    from vllm.model_executor.layers.attention import Attention
-    from vllm.v1.attention.backends.registry import AttentionBackendEnum
-
     from sawkv.integrations.vllm.backend import SawAttentionImpl
 
+    _refuse_taken(worker)
     config = worker.vllm_config
     layers, skipped = config.compilation_config.static_forward_context, config.cache_config.kv_cache_dtype_skip_layers
     attending = {
         name: layer for name, layer in layers.items() if hasattr(layer, "kv_cache_dtype") and hasattr(layer, "impl")
     }
+    _refuse_unlike_readers(attending)
     others = [
         f"{name} ({layer.kv_cache_dtype})"
         for name, layer in attending.items()
         if not isinstance(layer.impl, SawAttentionImpl)
     ]
-    on_cpu = worker.device.type == "cpu"
-    if on_cpu or config.attention_config.backend == AttentionBackendEnum.CUSTOM:
-        taken = [
-            (isinstance(layer, Attention), f"{name} has {type(getattr(layer, 'impl', layer)).__name__}{_unlike(layer)}")
-            for name, layer in layers.items()
-            if getattr(layer, "kv_cache_dtype", None) in KV_CACHE_DTYPE_CODECS
-            and not isinstance(getattr(layer, "impl", None), SawAttentionImpl)
-        ]
-        other_plugin = f"Set VLLM_PLUGINS={PLUGIN} to load no other plugin"
-        for asks, way_out in ((False, WAY_OUT), (True, other_plugin if on_cpu else WAY_OUT)):
-            found = [what for asked, what in taken if asked == asks]
-            # On a GPU a draft may have vLLM's own INT4.
-            if found and (on_cpu or not asks or config.speculative_config is None):
-                raise UnsupportedError(
-                    f"sawkv: expected its own attention in all layers of its dtypes, got {len(found)} without:"
-                    f" {found[0]}. {way_out}"
-                )
-    for name, layer in attending.items():
-        read = attending.get(getattr(layer, "kv_sharing_target_layer_name", None) or "")
-        if read is None:
-            continue
-        # vLLM tells a draft whose pages it reads when its implementation is made, which then has no calibration.
-        knows = getattr(layer.impl, "kv_sharing_target_layer_name", None) is not None
-        both = [isinstance(each.impl, SawAttentionImpl) for each in (layer, read)]
-        if any(both) and not (knows and all(both)):
-            raise UnsupportedError(
-                f"sawkv: expected a layer that reads another's pages to have the same cache, got {name}"
-                f" ({layer.kv_cache_dtype}) with those of {layer.kv_sharing_target_layer_name} ({read.kv_cache_dtype})."
-                " Name both in --kv-cache-dtype-skip-layers, or neither. A draft that reads the model's pages (Gemma"
-                " 4's MTP) is not served"
-            )
     is_whole = config.parallel_config.pipeline_parallel_size == 1  # a stage does not know the layers of others
     if not attending and is_whole:
         logger.warning("sawkv: serves nothing: this model has no layer of attention")
@@ -229,6 +196,65 @@ def say_layers(worker: Any) -> None:
         logger.warning(
             "sawkv: vLLM ignores what it does not know in --kv-cache-dtype-skip-layers: %s", ", ".join(unknown)
         )
+
+
+def _refuse_taken(worker: Any) -> None:
+    """Refuse layers of our dtypes that are not ours, though they should be.
+
+    Raises:
+        UnsupportedError: a layer asks no backend and keeps its pages itself, its model chooses the backend, or another
+            plugin has given it vLLM's own attention.
+    """
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.v1.attention.backends.registry import AttentionBackendEnum
+
+    from sawkv.integrations.vllm.backend import SawAttentionImpl
+
+    config, on_cpu = worker.vllm_config, worker.device.type == "cpu"
+    if not on_cpu and config.attention_config.backend != AttentionBackendEnum.CUSTOM:
+        return
+    taken = [
+        (isinstance(layer, Attention), f"{name} has {type(getattr(layer, 'impl', layer)).__name__}{_unlike(layer)}")
+        for name, layer in config.compilation_config.static_forward_context.items()
+        if getattr(layer, "kv_cache_dtype", None) in KV_CACHE_DTYPE_CODECS
+        and not isinstance(getattr(layer, "impl", None), SawAttentionImpl)
+    ]
+    other_plugin = f"Set VLLM_PLUGINS={PLUGIN} to load no other plugin"
+    for asks, way_out in ((False, WAY_OUT), (True, other_plugin if on_cpu else WAY_OUT)):
+        found = [what for asked, what in taken if asked == asks]
+        # On a GPU a draft may have vLLM's own INT4.
+        if found and (on_cpu or not asks or config.speculative_config is None):
+            raise UnsupportedError(
+                f"sawkv: expected its own attention in all layers of its dtypes, got {len(found)} without:"
+                f" {found[0]}. {way_out}"
+            )
+
+
+def _refuse_unlike_readers(attending: Mapping[str, Any]) -> None:
+    """Refuse layers that would read pages of another layer which are not as their own would be.
+
+    Args:
+        attending: layers with a cache, by vLLM's name.
+
+    Raises:
+        UnsupportedError: there is one.
+    """
+    from sawkv.integrations.vllm.backend import SawAttentionImpl
+
+    for name, layer in attending.items():
+        read = attending.get(getattr(layer, "kv_sharing_target_layer_name", None) or "")
+        if read is None:
+            continue
+        # vLLM tells a draft whose pages it reads when its implementation is made, which then has no calibration.
+        knows = getattr(layer.impl, "kv_sharing_target_layer_name", None) is not None
+        both = [isinstance(each.impl, SawAttentionImpl) for each in (layer, read)]
+        if any(both) and not (knows and all(both)):
+            raise UnsupportedError(
+                f"sawkv: expected a layer that reads another's pages to have the same cache, got {name}"
+                f" ({layer.kv_cache_dtype}) with those of {layer.kv_sharing_target_layer_name} ({read.kv_cache_dtype})."
+                " Name both in --kv-cache-dtype-skip-layers, or neither. A draft that reads the model's pages (Gemma"
+                " 4's MTP) is not served"
+            )
 
 
 def _unlike(layer: Any) -> str:
