@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from sawkv.format.constants import BUCKET_SIZE
 from sawkv.format.feedback import cost_with_feedback, fit_feedback
 from sawkv.format.rotation import hadamard_matrix, rotate
 from sawkv.format.spec import CacheFormat
-from sawkv.prepare import linear
+from sawkv.prepare import linear, text
 from sawkv.prepare.calibration import Calibration
 from sawkv.prepare.corpus import preparation_positions, preparation_text, preparation_windows, random_windows
 from sawkv.prepare.fit import fit
@@ -299,6 +300,23 @@ def test_windows_are_text_behind_a_prefix(window: int, count: int, prefix: tuple
         assert "".join(map(chr, row[len(prefix) :])) in seen
     if window * count < len(text):  # spread: the last one ends with the text
         assert "".join(map(chr, windows[-1, len(prefix) :].tolist())) == text[-window + len(prefix) :]
+
+
+def test_special_tokens_before_a_text_are_found(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Also where BOS is EOS, as in OPT, and where tokens follow a text."""
+    one, other = 2, 3
+
+    class Tokenizer:
+        eos_token_id = one
+
+        def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> dict[str, list[int]]:
+            ids = [100 + ord(c) for c in text]
+            return {"input_ids": [one, *ids, other] if add_special_tokens else ids}
+
+    monkeypatch.setattr(text, "load_tokenizer", lambda _: Tokenizer())
+    encode, prefix = text.load_encoder(tmp_path)
+    assert prefix == (one,)
+    assert encode("b") == [198]
 
 
 def test_random_windows_are_always_the_same() -> None:

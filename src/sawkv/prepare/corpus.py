@@ -65,6 +65,13 @@ def preparation_windows(
     return torch.cat([torch.tensor(list(prefix), dtype=torch.int64).expand(num_windows, -1), taken], 1)
 
 
+def tokens_before(encode: Callable[[str], list[int]], encode_whole: Callable[[str], list[int]]) -> list[int]:
+    """The special tokens that a tokenizer puts before a text, such as BOS. `encode` leaves them out."""
+    text, whole = encode("a"), encode_whole("a")
+    start = next((i for i in range(len(whole)) if whole[i : i + len(text)] == text), 0)
+    return whole[:start]
+
+
 def random_windows(vocab_size: int, window: int, num_windows: int) -> torch.Tensor:
     """Windows of random ids with a fixed seed, for a model without a tokenizer: [num_windows, window] int64."""
     return torch.randint(0, vocab_size, (num_windows, window), generator=torch.Generator().manual_seed(0))

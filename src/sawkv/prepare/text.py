@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 
 from sawkv.errors import SawkvError
 from sawkv.files import reason
-from sawkv.prepare.corpus import preparation_text
+from sawkv.prepare.corpus import preparation_text, tokens_before
 from sawkv.prepare.model import EvalModel, load_tokenizer
 
 Encode = Callable[[str], list[int]]
@@ -121,14 +122,13 @@ def load_encoder(model: Path) -> tuple[Encode, tuple[int, ...]]:
     """A model's encoder, and the special tokens with which its tokenizer starts every sequence."""
     tokenizer = load_tokenizer(model)
 
-    def encode(text: str) -> list[int]:
-        ids: list[int] = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    def encode(text: str, special: bool = False) -> list[int]:
+        ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
         return ids
 
     if not encode("a"):  # Transformers makes an empty tokenizer for a folder that holds none
         raise SawkvError(f"model: expected a checkpoint with a tokenizer, got none in {model}")
-    special: Sequence[int] = tokenizer("")["input_ids"]
-    return encode, tuple(token for token in special if token != tokenizer.eos_token_id)
+    return encode, tuple(tokens_before(encode, functools.partial(encode, special=True)))
 
 
 def shipped_text(model: Path) -> Text:

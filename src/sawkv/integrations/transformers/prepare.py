@@ -315,9 +315,7 @@ def _encoder(name: str | None) -> tuple[Callable[[str], list[int]], list[int]] |
         return None
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, local_files_only=True, trust_remote_code=False)
-    except (
-        Exception
-    ):  # many kinds: no such folder, no tokenizer in it, a package missing, code that would have to be run
+    except Exception:  # no such folder, no tokenizer in it, a package missing, code that would have to be run
         logger.debug("sawkv: no tokenizer", exc_info=True)
         return None
 
@@ -325,11 +323,9 @@ def _encoder(name: str | None) -> tuple[Callable[[str], list[int]], list[int]] |
         ids: list[int] = tokenizer(text, add_special_tokens=special, verbose=False)["input_ids"]
         return ids
 
-    plain, whole = encode("a"), encode("a", special=True)
-    if not plain:  # Transformers makes an empty tokenizer for a folder that holds none
+    if not encode("a"):  # Transformers makes an empty tokenizer for a folder that holds none
         return None
-    before = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), 0)
-    return encode, whole[:before]
+    return encode, corpus.tokens_before(encode, functools.partial(encode, special=True))
 
 
 def _folder_of(model: PreTrainedModel, decoder: PretrainedConfig) -> Path | None:

@@ -129,9 +129,8 @@ def prepare(executor: Any, vllm_config: VllmConfig, kv_cache_config: KVCacheConf
 
 
 def _prepare(executor: Any, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config: SawConfig) -> None:
-    from sawkv.integrations.vllm import (
-        measure,
-    )  # imports the attention backend, which an engine core otherwise does without
+    # Imports the attention backend, which an engine core otherwise does without.
+    from sawkv.integrations.vllm import measure
 
     if getattr(vllm_config.parallel_config, "enable_elastic_ep", False):
         raise UnsupportedError("expected engines that start together, got elastic expert parallelism")
@@ -196,9 +195,8 @@ def _encoder(model: ModelConfig) -> tuple[Any, list[int]] | None:
     tokenizer = cached_tokenizer_from_config(model)
     if tokenizer is None:
         return None
-    plain, special = tokenizer.encode("a", add_special_tokens=False), tokenizer.encode("a", add_special_tokens=True)
-    before = next((i for i in range(len(special)) if special[i : i + len(plain)] == plain), 0)
-    return functools.partial(tokenizer.encode, add_special_tokens=False), special[:before]
+    encode, whole = (functools.partial(tokenizer.encode, add_special_tokens=special) for special in (False, True))
+    return encode, corpus.tokens_before(encode, whole)
 
 
 class _Entry:
