@@ -72,9 +72,9 @@ class Pages:
         """Center, scale, rotate, quantize and pack K and V of new tokens, and write them to their slots.
 
         With H the rotation and x one row, `y = H ((x - center) * gain)`, `code = clamp(round(y / scale + zero_point),
-        0, 15)`, and readers get `(code - zero_point) * scale`. Each (token, KV head) has its own scale and zero point,
-        and each KV head its own center and gain. Source: SAW-INT4, arXiv 2604.19157. docs/format.md fixes the bytes and
-        lists the departures.
+        0, 2**bits - 1)`, and readers get `(code - zero_point) * scale`. Each (token, KV head) has its own scale and
+        zero point, and each KV head its own center and gain. Source: SAW-INT4, arXiv 2604.19157. docs/format.md fixes
+        the bytes; docs/decisions/0001 lists the departures.
 
         Args:
             k, v: [num_tokens, num_kv_heads, head_dim] bf16, fp16 or fp32, K after RoPE. Channels are contiguous; other

@@ -88,9 +88,8 @@ def test_defaults_by_card_are_those_of_vllms_server(memory: float, name: str, ba
 
 
 def test_defaults_are_capped_as_vllm_caps_them() -> None:
-    assert (
-        Setting(80 * GIB, context=4).batched_tokens == 4096
-    )  # a token more than 1,024 requests of 4 has nothing to do
+    # A token more than 1,024 requests of 4 has nothing to do.
+    assert Setting(80 * GIB, context=4).batched_tokens == 4096
     assert Setting(80 * GIB, context=16384, max_num_batched_tokens=512).seqs == 512
 
 

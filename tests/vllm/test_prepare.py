@@ -214,10 +214,8 @@ def engine(
     result = run_engine(
         model=str(model), waves=[prompts], max_tokens=1, scores=True, additional_config=settings, **limits | options
     )
-    assert "error" in result or result["implementation"] in (
-        ["SawAttentionImpl"],
-        [],
-    )  # of ranks that are other processes nothing is seen
+    # Of ranks that are other processes nothing is seen.
+    assert "error" in result or result["implementation"] in (["SawAttentionImpl"], [])
     return result
 
 

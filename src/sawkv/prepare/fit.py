@@ -1,12 +1,12 @@
 """Fits centers, gains and feedback of K and V to statistics, for all layers of one shape at once, on their device.
 
 - The center is the weighted mean of a head's rows, of K one per bucket of positions (`statistics` has both). A constant
-offset widens the range of codes and carries no information.
+  offset widens the range of codes and carries no information.
 - Gains balance channels. After a rotation all channels share one rounding error, which grows with sum_i c_i g_i^2,
-where c_i is the variance of channel i about its center and g_i its gain. Reading divides by the gain, so the error
-costs sum_i h_i / g_i^2 without feedback, with h the diagonal of the hessian. By Cauchy-Schwarz the product is smallest
-at g_i^4 = h_i / c_i. (SmoothQuant, arXiv 2211.10438, balances weights and activations in this way.) With feedback it is
-smallest where each channel has equal shares of both factors, which a few iterations find.
+  where c_i is the variance of channel i about its center and g_i its gain. Reading divides by the gain, so the error
+  costs sum_i h_i / g_i^2 without feedback, with h the diagonal of the hessian. By Cauchy-Schwarz the product is
+  smallest at g_i^4 = h_i / c_i. (SmoothQuant, arXiv 2211.10438, balances weights and activations in this way.) With
+  feedback it is smallest where each channel has equal shares of both factors, which a few iterations find.
 - Feedback is fitted to the hessian of stored rows: scaled by gains, and rotated (`format.feedback`).
 - The energy of stored rows is kept. `sawkv_drift` compares the traffic's rows with it (docs/observability.md).
 
@@ -31,7 +31,7 @@ from sawkv.prepare.calibration import LayerCalibration
 from sawkv.prepare.statistics import LayerStatistics
 
 FLOOR = 1e-8
-"""Smallest variance and importance, as a share of the head's mean. Dead channels so get finite gains."""
+"""Smallest variance and importance, as a share of the head's mean, so that dead channels get finite gains."""
 WIDEST = 256.0
 """Gains lie between 1 / WIDEST and WIDEST, also for channels that no query reads or no row fills."""
 STEPS = 16

@@ -3,7 +3,7 @@
 Rows are weighted by how much their errors cost. An error of a value changes the layer's output by the attention weight
 a, so its row counts with the sum of a^2 over the queries that see it. An error of a score moves the output o by a (v -
 o), so the key's row counts with the sum of a^2 |v - o|^2. Without weights the mean would be that of rows that hardly
-matter, and the first token alone made half of the error (docs/lab/2026-11.md).
+matter, and the first token alone would make half of the error (docs/lab/2026-11.md).
 
 Rows are not kept, so memory does not grow with the text. Q and K are taken after RoPE, as the cache stores K.
 
@@ -199,14 +199,15 @@ class LayerStatistics:
             split = gram.view(-1, parts, size, parts, size)
             return torch.stack([split[:, i, :, i] for i in range(parts)], 1).flatten(0, 1)
 
-        whole = copy(self)
-        whole.num_kv_heads, whole.head_dim = heads, size
-        whole.weights = self.weights.repeat_interleave(parts, 2)
+        cut = copy(self)
+        cut.num_kv_heads, cut.head_dim = heads, size
+        cut.weights = self.weights.repeat_interleave(parts, 2)
         for name in ("sums", "squares", "plain_sums", "plain_squares", "centers"):  # turned as whole heads
-            setattr(whole, name, getattr(self, name).view(*getattr(self, name).shape[:-2], heads, size))
-        whole.query_gram = blocks(self.query_gram)
-        whole.output_gram = None if self.output_gram is None else blocks(self.output_gram)
-        return whole
+            whole = getattr(self, name)
+            setattr(cut, name, whole.view(*whole.shape[:-2], heads, size))
+        cut.query_gram = blocks(self.query_gram)
+        cut.output_gram = None if self.output_gram is None else blocks(self.output_gram)
+        return cut
 
     def _places(self, count: int) -> torch.Tensor:
         """Positions to which the next queries are turned, [count] on the CPU. They are spread evenly over the square

@@ -10,8 +10,6 @@ from sawkv.prepare.model import kv_sources
 
 NAME = "sawkv"
 """Name of the attention implementation, for `attn_implementation=` and `model.set_attn_implementation()`."""
-
-
 STATES = ("linear_attention", "conv", "mamba", "moe", "mlp")
 """Types of layers without K and V. Some keep a state of fixed size, which is Transformers' own affair."""
 HYBRID = "hybrid"

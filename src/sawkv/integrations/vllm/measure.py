@@ -228,9 +228,7 @@ def finish(worker: Any) -> list[Calibration]:
     own: dict[int, tuple[int, LayerCalibration]] | str
     try:
         own = _fit(worker, measured.calls)
-    except (
-        Exception
-    ) as error:  # raised once all ranks have said how they fared: those that wait here would wait for ever
+    except Exception as error:  # raised below, when all ranks have said how they fared: they wait for each other
         own = str(error) or type(error).__name__
     parts = [own]
     if get_world_group().world_size > 1:

@@ -42,7 +42,7 @@ def view(evaluation: Evaluation) -> dict[str, Any]:
         **_excerpts(evaluation, subject),
         "worst": _worst(evaluation, subject),
         "forks": [(label(result.method), result.forks) for result in _ordered(evaluation, subject) if result.forks],
-        "forks_note": _forks_note(evaluation, subject),
+        "forks_note": _forks_note(subject),
         "by_position": _by_position(evaluation, subject),
         "by_layer": _by_layer(evaluation),
         "worst_layers": _worst_layers(subject),
@@ -250,7 +250,7 @@ def _line(text: str) -> str:
     return text.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "␣" if not text.strip(" ") else " ")
 
 
-def _forks_note(evaluation: Evaluation, subject: MethodResult | None) -> str:
+def _forks_note(subject: MethodResult | None) -> str:
     run = subject.free_run if subject else None
     if run is None or subject is None:
         return ""
