@@ -14,9 +14,11 @@ from sawkv.lab import analysis, analyze
 from sawkv.lab.analysis import Analysis, MethodError, Recommendation
 from sawkv.lab.analyze import recommend
 from sawkv.lab.description import describe
+from sawkv.lab.evaluate import collect_samples
 from sawkv.lab.methods import Method, find_method
-from sawkv.prepare.model import EvalModel, collect_samples
-from sawkv.prepare.samples import LayerStates, Sample
+from sawkv.lab.samples import Sample
+from sawkv.prepare.model import EvalModel
+from sawkv.prepare.states import LayerStates
 from tests.conftest import MODEL
 from tests.test_prepare_command import make_model, windows
 

@@ -17,11 +17,12 @@ from sawkv import SawkvError, cli
 from sawkv.lab import evaluate
 from sawkv.lab.budget import Budget
 from sawkv.lab.divergence import mean_and_error
+from sawkv.lab.evaluate import collect_samples
 from sawkv.lab.methods import find_method, fit
 from sawkv.lab.records import Evaluation
 from sawkv.lab.tasks import DEPTHS, free_run, make_prompts, recall
 from sawkv.prepare.corpus import preparation_windows
-from sawkv.prepare.model import EvalModel, collect_samples
+from sawkv.prepare.model import EvalModel
 from sawkv.prepare.text import Text, load_text, with_bos
 from tests.conftest import MODEL
 

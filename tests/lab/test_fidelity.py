@@ -16,7 +16,8 @@ from benchmarks import fidelity, fidelity_tables
 from sawkv.integrations.vllm.client import Client, _cause
 from sawkv.lab.divergence import TokenScores
 from sawkv.lab.methods import Method
-from sawkv.prepare.samples import LayerSample, Reader
+from sawkv.lab.samples import LayerSample
+from sawkv.prepare.states import Reader
 
 WINDOW, SIZE, VOCABULARY = 12, 8, 50
 

@@ -19,8 +19,9 @@ from sawkv.lab.methods.lloyd_max import LloydMax, gaussian_levels
 from sawkv.lab.methods.low_rank import LowRank
 from sawkv.lab.methods.outliers import Outliers
 from sawkv.lab.methods.range_search import RangeSearched
+from sawkv.lab.samples import LayerSample, Sample
 from sawkv.prepare.fit import fit
-from sawkv.prepare.samples import LayerSample, Reader, Sample
+from sawkv.prepare.states import Reader
 from sawkv.prepare.statistics import LayerStatistics
 from tests.conftest import relative_error
 

@@ -10,15 +10,16 @@ import torch
 from sawkv.errors import SawkvError, UnsupportedError
 from sawkv.format.rotation import hadamard_matrix
 from sawkv.lab import analyze
+from sawkv.lab.evaluate import collect_samples
 from sawkv.lab.methods import find_method, fit
 from sawkv.lab.methods.channel_keys import Grouped
 from sawkv.lab.methods.integer import Coded
 from sawkv.lab.methods.kvarn import KVarN
 from sawkv.lab.methods.oscar import Oscar, rotation
 from sawkv.lab.methods.q4_0 import Q40
+from sawkv.lab.samples import LayerSample, Sample, sample_pair
 from sawkv.prepare import model as eval_model
-from sawkv.prepare.model import collect_samples
-from sawkv.prepare.samples import Kept, LayerStates, Sample, layer_sample
+from sawkv.prepare.states import Kept, LayerStates
 from tests.conftest import relative_error
 from tests.lab.test_transformers_eval import logits, small_model
 
@@ -124,7 +125,7 @@ def test_oscar_is_its_definition() -> None:
         total = sum(weights) / len(weights)
         parts = [w / total * torch.outer(v, v) for w, v in zip(weights, states.v[:, head], strict=True)]
         of_values.append(torch.stack(parts).mean(0))
-    readers = method.fit(layer_sample(states))
+    readers = method.fit(LayerSample(*sample_pair(states), states.empty_statistics()))
     for read, rows, covariances, quantile in zip(
         readers, (states.k, states.v), (of_heads, of_values), (0.96, 0.92), strict=True
     ):

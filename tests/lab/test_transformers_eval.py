@@ -10,12 +10,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from sawkv import CacheFormat, PagedKVCache, PageLayout, SawkvError, UnsupportedError, append, decode_attention
 from sawkv.lab.divergence import Reference, compare_floor, reading_only, score
-from sawkv.lab.evaluate import STATES_KEPT
+from sawkv.lab.evaluate import STATES_KEPT, collect_samples
 from sawkv.lab.methods import find_method, fit
 from sawkv.lab.stress import apply_stress, stressed_pairs
 from sawkv.prepare.corpus import preparation_positions
-from sawkv.prepare.model import EvalModel, collect_samples, load_tokenizer
-from sawkv.prepare.samples import layer_sample
+from sawkv.prepare.model import EvalModel, load_tokenizer
 from sawkv.prepare.text import load_text
 from sawkv.records import AttentionShape
 from tests.conftest import MODEL
@@ -71,7 +70,7 @@ def test_every_read_is_quantized_the_own_token_included() -> None:
     taken: list[torch.Tensor] = []
     handle = model.layers[0].o_proj.register_forward_pre_hook(lambda module, arguments: taken.append(arguments[0]))
     states = model.states(ids)[0]
-    readers = fit(find_method("int4"), [layer_sample(each) for each in model.states(ids)])
+    readers = fit(find_method("int4"), collect_samples(model, ids))
     taken.clear()
     with model.reading(readers):
         model.hidden(ids)

@@ -93,6 +93,5 @@ def test_port_equals_the_compiled_kernel() -> None:
     on_cpu = VllmInt4().fit(sample)(rows.float())
     errors = [float((read - rows.float()).norm() / rows.float().norm()) for read in (on_gpu, on_cpu)]
     assert errors[0] == pytest.approx(errors[1], rel=0.02)
-    assert float((on_gpu - on_cpu).norm()) < 0.6 * float(
-        (on_cpu - rows).norm()
-    )  # unlike errors of this size would give 1.4
+    # Unlike errors of this size would give 1.4.
+    assert float((on_gpu - on_cpu).norm()) < 0.6 * float((on_cpu - rows).norm())

@@ -32,9 +32,10 @@ from sawkv.lab.analysis import (
 from sawkv.lab.description import describe, percent
 from sawkv.lab.evaluate import shipped_samples
 from sawkv.lab.methods import Method, check_fits, find_method
+from sawkv.lab.samples import LayerSample
 from sawkv.lab.stress import apply_stress
 from sawkv.prepare.model import EvalModel, default_dtype, find_device
-from sawkv.prepare.samples import LayerSample, LayerStates, Reader
+from sawkv.prepare.states import LayerStates, Reader
 from sawkv.prepare.text import load_text, with_bos
 
 QUERIES = 256

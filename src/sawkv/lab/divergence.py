@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from sawkv.lab.records import Divergence, PositionKL
 from sawkv.prepare.model import EvalModel
-from sawkv.prepare.samples import LayerReaders
+from sawkv.prepare.states import LayerReaders
 
 LOGITS_AT_ONCE = 1 << 24
 """Elements of one piece of logits, so that those of a large vocabulary fit in memory."""

@@ -19,12 +19,13 @@ from sawkv.lab.divergence import Readers, Reference, compare_floor, reading_only
 from sawkv.lab.excerpts import EXCERPT, Decode, excerpt_kl, forks, pieces, worst
 from sawkv.lab.methods import Method, check_fits, fit
 from sawkv.lab.records import Evaluation, Fork, FreeRun, LayerKL, MethodResult, Recall
+from sawkv.lab.samples import LayerSample, Sample, joined, sample_pair
 from sawkv.lab.stress import apply_stress
 from sawkv.lab.tasks import Prompt, free_run, make_prompts, recall
 from sawkv.machine import cpu_name, versions
 from sawkv.prepare.corpus import LONGEST_CONTEXT, NUM_WINDOWS, WINDOW, preparation_windows
-from sawkv.prepare.model import EvalModel, collect_samples, default_dtype, find_device, load_tokenizer
-from sawkv.prepare.samples import LayerSample
+from sawkv.prepare.model import EvalModel, default_dtype, find_device, load_tokenizer, measure
+from sawkv.prepare.states import LayerStates
 from sawkv.prepare.text import Text, load_text, with_bos
 
 FLOOR = "bf16_floor"
@@ -233,6 +234,22 @@ class _Measurer:
             return known
         tokens = self._budget.batch_tokens
         return recall(self._model, self._work.prompts, readers, tokens_at_once=tokens, step=self._bar.update)
+
+
+def collect_samples(model: EvalModel, ids: torch.Tensor, context: int = 0) -> list[LayerSample]:
+    """Samples of all layers on token ids [num_rows, length]. Rows stand at positions spread over `context` tokens, or
+    with 0 at its start.
+    """
+    parts: list[list[tuple[Sample, Sample]]] = []
+
+    def keep(states: list[LayerStates]) -> None:
+        parts.append([sample_pair(layer) for layer in states])
+
+    statistics = measure(model, ids, context, keep)
+    return [
+        LayerSample(joined([k for k, _ in layer]), joined([v for _, v in layer]), total)
+        for layer, total in zip(zip(*parts, strict=True), statistics, strict=True)
+    ]
 
 
 def shipped_samples(model: EvalModel, text: Text, context: int = 0) -> list[LayerSample]:

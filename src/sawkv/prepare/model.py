@@ -34,7 +34,7 @@ from sawkv.checkpoint import check_weights, parse_config, wrong_sizes
 from sawkv.errors import SawkvError, UnsupportedError
 from sawkv.files import reason
 from sawkv.prepare.corpus import passes, preparation_positions
-from sawkv.prepare.samples import Kept, LayerReaders, LayerSample, LayerStates, Reader, Sample, joined, samples
+from sawkv.prepare.states import Kept, LayerReaders, LayerStates, Reader
 from sawkv.prepare.statistics import LayerStatistics
 from sawkv.prepare.turning import bucketed_context
 from sawkv.records import AttentionShape
@@ -265,22 +265,6 @@ def output_weight(layer: nn.Module, width: int) -> torch.Tensor | None:
             ):
                 return weight
     return None
-
-
-def collect_samples(model: EvalModel, ids: torch.Tensor, context: int = 0) -> list[LayerSample]:
-    """Samples of all layers on token ids [num_rows, length]. Rows stand at positions spread over `context` tokens, or
-    with 0 at its start.
-    """
-    parts: list[list[tuple[Sample, Sample]]] = []
-
-    def keep(states: list[LayerStates]) -> None:
-        parts.append([samples(layer) for layer in states])
-
-    statistics = measure(model, ids, context, keep)
-    return [
-        LayerSample(joined([k for k, _ in layer]), joined([v for _, v in layer]), total)
-        for layer, total in zip(zip(*parts, strict=True), statistics, strict=True)
-    ]
 
 
 def measure(

@@ -31,7 +31,8 @@ from sawkv.lab.methods.q4_0 import Q40
 from sawkv.lab.methods.range_search import RangeSearched
 from sawkv.lab.methods.rotated import Rotated
 from sawkv.lab.methods.vllm_int4 import VllmInt4
-from sawkv.prepare.samples import Kept, LayerReaders, LayerSample, Reader
+from sawkv.lab.samples import LayerSample
+from sawkv.prepare.states import Kept, LayerReaders, Reader
 
 
 def served_format(cache_format: CacheFormat, name: str | None = None) -> Method:

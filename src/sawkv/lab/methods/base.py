@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from sawkv.format.spec import CacheFormat
-from sawkv.prepare.samples import Kept, LayerSample, Reader, Sample
+from sawkv.lab.samples import LayerSample, Sample
+from sawkv.prepare.states import Kept, Reader
 
 
 class Quantizer(Protocol):

@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sawkv.lab.methods.base import Quantizer
-from sawkv.prepare.samples import Reader, Sample
+from sawkv.lab.samples import Sample
+from sawkv.prepare.states import Reader
 
 
 @dataclass(frozen=True)

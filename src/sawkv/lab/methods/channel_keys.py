@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from sawkv.lab.methods.integer import META_BITS, nearest
-from sawkv.prepare.samples import Reader, Sample
+from sawkv.lab.samples import Sample
+from sawkv.prepare.states import Reader
 
 GROUP = 64
 

@@ -16,7 +16,8 @@ from sawkv.format.codecs import CODECS
 from sawkv.format.feedback import fit_feedback
 from sawkv.format.spec import CODEC_BITS
 from sawkv.lab.methods.integer import META_BITS
-from sawkv.prepare.samples import Reader, Sample
+from sawkv.lab.samples import Sample
+from sawkv.prepare.states import Reader
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from sawkv.prepare.samples import Reader, Sample
+from sawkv.lab.samples import Sample
+from sawkv.prepare.states import Reader
 
 MAX_E4M3 = 448.0
 HEADROOM = 2.0

@@ -16,7 +16,8 @@ import torch
 from sawkv.format.codecs import IntegerCodec
 from sawkv.format.feedback import DAMPING
 from sawkv.lab.methods.integer import META_BITS
-from sawkv.prepare.samples import Reader, Sample
+from sawkv.lab.samples import Sample
+from sawkv.prepare.states import Reader
 
 
 @dataclass(frozen=True)

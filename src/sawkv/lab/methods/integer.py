@@ -12,7 +12,8 @@ import torch
 
 from sawkv.format.codecs import CODECS
 from sawkv.format.constants import MAX_SCALE, MIN_SCALE
-from sawkv.prepare.samples import Reader, Sample
+from sawkv.lab.samples import Sample
+from sawkv.prepare.states import Reader
 
 META_BITS = 32
 

@@ -16,7 +16,8 @@ import torch
 
 from sawkv.errors import UnsupportedError
 from sawkv.format.constants import MAX_SCALE, MIN_SCALE
-from sawkv.prepare.samples import Reader, Sample
+from sawkv.lab.samples import Sample
+from sawkv.prepare.states import Reader
 
 RMS_BITS = 16
 FIT_POINTS = 20_000

@@ -16,7 +16,8 @@ import torch
 
 from sawkv.format.rotation import rotate
 from sawkv.lab.methods.integer import nearest
-from sawkv.prepare.samples import Kept, Reader, Sample
+from sawkv.lab.samples import Sample
+from sawkv.prepare.states import Kept, Reader
 
 TILE = 128
 TURNS = 16

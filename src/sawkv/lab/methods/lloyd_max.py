@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 import torch
 
-from sawkv.prepare.samples import Reader, Sample
+from sawkv.lab.samples import Sample
+from sawkv.prepare.states import Reader
 
 LENGTH_BITS = 16
 

@@ -19,7 +19,8 @@ from sawkv.errors import UnsupportedError
 from sawkv.format.rotation import hadamard_matrix
 from sawkv.lab.methods.base import Method
 from sawkv.lab.methods.integer import META_BITS, nearest
-from sawkv.prepare.samples import Kept, LayerSample, Reader, Sample
+from sawkv.lab.samples import LayerSample, Sample
+from sawkv.prepare.states import Kept, Reader
 
 GROUP = 128
 K_QUANTILE, V_QUANTILE = 0.96, 0.92

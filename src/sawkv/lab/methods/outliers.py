@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from sawkv.lab.methods.base import Quantizer
-from sawkv.prepare.samples import Reader, Sample
+from sawkv.lab.samples import Sample
+from sawkv.prepare.states import Reader
 
 BITS_OF_ONE = 16 + 8
 

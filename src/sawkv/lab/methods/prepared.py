@@ -15,8 +15,9 @@ from sawkv.format.constants import BUCKET_SIZE
 from sawkv.format.feedback import Feedback
 from sawkv.format.rotation import rotate
 from sawkv.lab.methods.base import Method
+from sawkv.lab.samples import LayerSample
 from sawkv.prepare.fit import fit
-from sawkv.prepare.samples import LayerSample, Reader
+from sawkv.prepare.states import Reader
 
 
 @dataclass(frozen=True)

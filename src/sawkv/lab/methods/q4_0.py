@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import torch
 
 from sawkv.format.constants import MAX_SCALE
-from sawkv.prepare.samples import Reader, Sample
+from sawkv.lab.samples import Sample
+from sawkv.prepare.states import Reader
 
 BLOCK = 32
 

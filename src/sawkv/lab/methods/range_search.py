@@ -14,7 +14,8 @@ import torch
 
 from sawkv.format.constants import MAX_SCALE, MIN_SCALE
 from sawkv.lab.methods.integer import META_BITS
-from sawkv.prepare.samples import Reader, Sample
+from sawkv.lab.samples import Sample
+from sawkv.prepare.states import Reader
 
 SHRINKS = (1.0, 0.96, 0.92, 0.88, 0.84, 0.8, 0.75, 0.7)
 

@@ -14,7 +14,8 @@ import torch
 from sawkv.format.rotation import rotate
 from sawkv.format.spec import CacheFormat
 from sawkv.lab.methods.base import Quantizer
-from sawkv.prepare.samples import Reader, Sample
+from sawkv.lab.samples import Sample
+from sawkv.prepare.states import Reader
 
 SIGNS_SEED = 4
 

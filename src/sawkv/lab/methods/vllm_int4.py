@@ -17,7 +17,8 @@ import torch
 
 from sawkv.format.rotation import rotate
 from sawkv.lab import vllm_peer
-from sawkv.prepare.samples import Reader, Sample
+from sawkv.lab.samples import Sample
+from sawkv.prepare.states import Reader
 
 SIGNS_SEED = 0x9E3779B9
 
