@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any, Final
 from sawkv.errors import SawkvError
 from sawkv.files import reason
 
-MAX_JSON_BYTES: Final = 100 << 20
+MAX_JSON_BYTES: Final = 100_000_000
 """Larger JSON files and safetensors headers are refused. safetensors has the same limit."""
 
 HUB_TIMEOUT: Final = 5.0
@@ -208,25 +207,10 @@ def _check_safetensors(file: Path) -> None:
     size = 0
     try:
         size = file.stat().st_size
-        with file.open("rb") as stream:
-            start = stream.read(8)
-            (length,) = struct.unpack("<Q", start)
-            if length > MAX_JSON_BYTES:
-                raise ValueError(f"a header of {length} bytes")
-            header = json.loads(stream.read(length))
-        ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
-        expected = 8 + length + max(ends, default=0)
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        IndexError,
-        TypeError,
-        AttributeError,
-        struct.error,
-        RecursionError,
-    ) as error:
-        if size < 1024 and start_of_lfs_pointer(file):
+        tensors, start = read_header(file)
+        expected = start + max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        if size < 1024 and is_lfs_pointer(file):
             raise SawkvError(
                 f"weights: expected safetensors, got a Git LFS pointer in {file}. Run `git lfs pull` there"
             ) from error
@@ -239,7 +223,27 @@ def _check_safetensors(file: Path) -> None:
         )
 
 
-def start_of_lfs_pointer(file: Path) -> bool:
+def read_header(file: Path) -> tuple[dict[str, Any], int]:
+    """What the header of a safetensors file says of each tensor, by name, and the number of bytes before the tensors.
+
+    Raises:
+        OSError: the file cannot be read.
+        ValueError: it has no such header.
+    """
+    with file.open("rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if length > MAX_JSON_BYTES:
+            raise ValueError(f"a header of {length} bytes")
+        try:
+            header = json.loads(stream.read(length))
+        except RecursionError as error:
+            raise ValueError("a header of many levels") from error
+    if not isinstance(header, dict):
+        raise ValueError(f"a header that is a {type(header).__name__}")
+    return {name: tensor for name, tensor in header.items() if name != "__metadata__"}, 8 + length
+
+
+def is_lfs_pointer(file: Path) -> bool:
     """Whether a file is a Git LFS pointer."""
     try:
         with file.open("rb") as stream:

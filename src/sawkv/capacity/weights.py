@@ -5,7 +5,6 @@ from __future__ import annotations
 import fnmatch
 import json
 import re
-import struct
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -13,14 +12,11 @@ from pathlib import Path
 from typing import Any, Final
 
 from sawkv.capacity.model import ModelShape
-from sawkv.checkpoint import Checkpoint
+from sawkv.checkpoint import Checkpoint, read_header
 from sawkv.errors import SawkvError, UnsupportedError
 
 STORED_BYTES: Final = {"F64": 2, "F32": 2, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2}
 """Bytes on the GPU of a safetensors dtype; vLLM serves fp32 weights in 16 bits. All others take 1."""
-
-MAX_HEADER_BYTES: Final = 100_000_000
-"""Longest header that safetensors allows."""
 
 _LAYER: Final = re.compile(r"(?:model\.|language_model\.)*(?:layers|h|blocks)\.(\d+)\.")
 _TOWER: Final = re.compile(
@@ -95,12 +91,9 @@ def _measure(folder: Path, is_loaded: Callable[[str], bool]) -> Weights | None:
 def _file_bytes(file: Path, is_loaded: Callable[[str], bool]) -> int:
     """Bytes that the tensors of a safetensors file take on the GPU, from its header."""
     try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length if length <= MAX_HEADER_BYTES else 0))
-        tensors = [tensor for name, tensor in header.items() if name != "__metadata__" and is_loaded(name)]
+        tensors = [tensor for name, tensor in read_header(file)[0].items() if is_loaded(name)]
         return sum(prod(tensor["shape"]) * STORED_BYTES.get(tensor["dtype"], 1) for tensor in tensors)
-    except (ValueError, KeyError, AttributeError, TypeError, struct.error) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise SawkvError(
             f"plan: expected a safetensors file, got {file}, whose header is damaged: download it again"
         ) from error
