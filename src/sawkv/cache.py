@@ -78,6 +78,19 @@ class PagedKVCache:
     bound: dict[object, object] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._check_pages()
+        for name in ("k_center", "v_center", "k_gain", "v_gain"):
+            self._check_vectors(name, getattr(self, name))
+        for name in ("k_feedback", "v_feedback"):
+            self._check_feedback(name, getattr(self, name))
+        self._check_counters()
+        constants = (
+            _constants(self.k_center, self.k_gain, self.k_feedback),
+            _constants(self.v_center, self.v_gain, self.v_feedback),
+        )
+        object.__setattr__(self, "constants", constants)
+
+    def _check_pages(self) -> None:
         layout, pages = self.layout, self.pages
         shape = layout.pages_shape(pages.shape[0] if pages.ndim else 0)
         if pages.dtype != torch.uint8 or pages.shape != shape:
@@ -88,47 +101,46 @@ class PagedKVCache:
                 f"pages: expected strides [multiple of 16, {', '.join(map(str, strides))}] from a 16-byte aligned"
                 f" address, got {list(pages.stride())}"
             )
-        for name in ("k_center", "v_center", "k_gain", "v_gain"):
-            vectors: torch.Tensor | None = getattr(self, name)
-            if vectors is None:
-                continue
-            expected = (layout.num_kv_heads, layout.head_dim)
-            rows = vectors[0] if name == "k_center" and vectors.ndim == 3 and len(vectors) else vectors
-            if rows.shape != expected or vectors.dtype != torch.float32 or not vectors.is_contiguous():
-                raise LayoutError(
-                    f"{name}: expected contiguous float32 {list(expected)}, got {vectors.dtype} {list(vectors.shape)}"
-                )
-            if vectors.device != pages.device:
-                raise LayoutError(f"{name}: expected device {pages.device}, got {vectors.device}")
-            if (
-                name.endswith("gain")
-                and vectors.device.type == "cpu"
-                and not bool(((vectors > 0) & (vectors < torch.inf)).all())
-            ):
-                raise LayoutError(f"{name}: expected positive and finite values, got others")
-        for name, feedback in (("k_feedback", self.k_feedback), ("v_feedback", self.v_feedback)):
-            if feedback is None:
-                continue
-            if not layout.format.feeds_back:
-                raise LayoutError(f"{name}: expected a format below 8 bits, got {layout.format}")
-            square = (layout.rows.num_kv_heads, layout.rows.head_dim, layout.rows.head_dim)
-            if feedback.weights.shape != square or feedback.weights.device != pages.device:
-                raise LayoutError(
-                    f"{name}: expected weights {list(square)} on {pages.device}, "
-                    f"got {list(feedback.weights.shape)} on {feedback.weights.device}"
-                )
-        if (counters := self.counters) is not None:
-            fits = counters.shape == (2, len(COLUMNS)) and counters.dtype == torch.float64 and counters.is_contiguous()
-            if not fits or counters.device != pages.device:
-                raise LayoutError(
-                    f"counters: expected contiguous float64 [2, {len(COLUMNS)}] on {pages.device}, "
-                    f"got {counters.dtype} {list(counters.shape)} on {counters.device}"
-                )
-        constants = (
-            _constants(self.k_center, self.k_gain, self.k_feedback),
-            _constants(self.v_center, self.v_gain, self.v_feedback),
-        )
-        object.__setattr__(self, "constants", constants)
+
+    def _check_vectors(self, name: str, vectors: torch.Tensor | None) -> None:
+        """Check centers or gains of K or V."""
+        if vectors is None:
+            return
+        expected, device = (self.layout.num_kv_heads, self.layout.head_dim), self.pages.device
+        rows = vectors[0] if name == "k_center" and vectors.ndim == 3 and len(vectors) else vectors
+        if rows.shape != expected or vectors.dtype != torch.float32 or not vectors.is_contiguous():
+            raise LayoutError(
+                f"{name}: expected contiguous float32 {list(expected)}, got {vectors.dtype} {list(vectors.shape)}"
+            )
+        if vectors.device != device:
+            raise LayoutError(f"{name}: expected device {device}, got {vectors.device}")
+        is_read = name.endswith("gain") and device.type == "cpu"
+        if is_read and not bool(((vectors > 0) & (vectors < torch.inf)).all()):
+            raise LayoutError(f"{name}: expected positive and finite values, got others")
+
+    def _check_feedback(self, name: str, feedback: Feedback | None) -> None:
+        if feedback is None:
+            return
+        rows, device = self.layout.rows, self.pages.device
+        if not self.layout.format.feeds_back:
+            raise LayoutError(f"{name}: expected a format below 8 bits, got {self.layout.format}")
+        square = (rows.num_kv_heads, rows.head_dim, rows.head_dim)
+        if feedback.weights.shape != square or feedback.weights.device != device:
+            raise LayoutError(
+                f"{name}: expected weights {list(square)} on {device}, "
+                f"got {list(feedback.weights.shape)} on {feedback.weights.device}"
+            )
+
+    def _check_counters(self) -> None:
+        counters, device = self.counters, self.pages.device
+        if counters is None:
+            return
+        fits = counters.shape == (2, len(COLUMNS)) and counters.dtype == torch.float64 and counters.is_contiguous()
+        if not fits or counters.device != device:
+            raise LayoutError(
+                f"counters: expected contiguous float64 [2, {len(COLUMNS)}] on {device}, "
+                f"got {counters.dtype} {list(counters.shape)} on {counters.device}"
+            )
 
     @classmethod
     def allocate(
