@@ -83,7 +83,15 @@ def test_files_of_an_index(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"\x08", b"\xff" * 8 + b"{}", struct.pack("<Q", 4) + b"null", struct.pack("<Q", 9) + b'{"a": {}}']
+    "content",
+    [
+        b"",
+        b"\x08",
+        b"\xff" * 8 + b"{}",
+        struct.pack("<Q", 4) + b"null",
+        struct.pack("<Q", 9) + b'{"a": {}}',
+        struct.pack("<Q", 1 << 20) + b"[" * (1 << 20),
+    ],
 )
 def test_a_damaged_file_is_named(tmp_path: Path, content: bytes) -> None:
     write_config(tmp_path, "qwen3-8b")
