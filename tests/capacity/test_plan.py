@@ -353,7 +353,8 @@ def test_host_memory(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert cli.main(["plan", str(model), "--gpu-memory", "80GiB", *options]) == 0
     printed = capsys.readouterr().out
     assert "host memory, tokens" in printed
-    assert "32,768 tokens computed" in printed
+    assert "computing 32,768 tokens" in printed
+    assert "bringing 32,768 tokens back" in printed
     assert "50 GB/s between host memory and each card" in printed
     assert max(map(len, printed.splitlines())) < 80
 

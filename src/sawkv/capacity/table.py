@@ -47,11 +47,11 @@ def table(plans: Sequence[Plan], setting: Setting, hosts: Sequence[HostPlan] = (
         prefix = hosts[0].prefix
         rows += [
             ("host memory, tokens", [f"{host.tokens:,}" for host in hosts]),
-            (f"{prefix:,} tokens from it", [f"{host.seconds * 1000:,.1f} ms" for host in hosts]),
-            ("as fast as computing, tokens/s", [f"{host.break_even:,.0f}" for host in hosts]),
+            (f"bringing {prefix:,} tokens back", [f"{host.seconds * 1000:,.1f} ms" for host in hosts]),
+            ("break-even prefill, tokens/s", [f"{host.break_even:,.0f}" for host in hosts]),
         ]
         if hosts[0].computed is not None:
-            rows.append((f"{prefix:,} tokens computed", [f"{host.computed or 0:,.2f} s" for host in hosts]))
+            rows.append((f"computing {prefix:,} tokens", [f"{host.computed or 0:,.2f} s" for host in hosts]))
     rows.insert(0, ("", [plan.format for plan in plans]))
     # Format names have up to 16 characters.
     return "\n".join(
@@ -143,8 +143,8 @@ def narrower_states(plan: Plan, narrow: Plan) -> str:
 def link_assumption() -> str:
     """What `HostPlan` rests on."""
     return (
-        f"{LINK / 1e9:.0f} GB/s between host memory and each card (PCIe 5.0 x16). `as fast as computing` is the speed"
-        " of prefill at which a prefix is computed as fast as it is brought back."
+        f"{LINK / 1e9:.0f} GB/s between host memory and each card (PCIe 5.0 x16). The break-even is the"
+        " speed of prefill at which a prefix is computed as fast as it is brought back."
     )
 
 
