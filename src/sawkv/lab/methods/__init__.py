@@ -32,7 +32,7 @@ from sawkv.lab.methods.range_search import RangeSearched
 from sawkv.lab.methods.rotated import Rotated
 from sawkv.lab.methods.vllm_int4 import VllmInt4
 from sawkv.lab.samples import LayerSample
-from sawkv.prepare.states import Kept, LayerReaders, Reader
+from sawkv.prepare.states import Kept, LayerReaders
 
 
 def served_format(cache_format: CacheFormat, name: str | None = None) -> Method:
@@ -144,21 +144,11 @@ def check_fits(method: Method, head_dim: int) -> None:
         raise FormatError(f"{method.name} does not fit this model: {error}{way_out}") from error
 
 
-__all__ = [
-    "METHODS",
-    "LayerSample",
-    "Method",
-    "Quantizer",
-    "Reader",
-    "Sample",
-    "check_fits",
-    "find_method",
-    "served_format",
-]
-
-
 def fit(method: Method, samples: Sequence[LayerSample]) -> list[LayerReaders]:
     """What `EvalModel.reading` takes for each layer."""
     if method.kept is None:
         return [method.fit(sample) for sample in samples]
     return [(*method.fit(sample), method.kept) for sample in samples]
+
+
+__all__ = ["METHODS", "Method", "check_fits", "find_method", "fit", "served_format"]
