@@ -15,8 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     defaults = Setting("")
     options.add_served_model(parser, ". It stands before all options of vLLM")
     caches = f"{SIXTEEN_BITS},{FP8},int4"
-    what = f"{SIXTEEN_BITS}, {FP8} (vLLM's own caches) and cache formats"
-    options.add_formats(parser, caches, f"{caches}; the others are compared with the first", what)
+    options.add_formats(parser, caches, f"{caches}; the others are compared with the first")
     options.add_out(parser, "JSON record", default=Path("bench.json"))
     for name, default, help_text in (
         ("input", defaults.input_tokens, "tokens per prompt"),

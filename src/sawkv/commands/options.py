@@ -60,10 +60,8 @@ def cache_format(name: str) -> CacheFormat:
         raise FormatError(f"--format: {error}") from error
 
 
-def add_formats(
-    parser: argparse.ArgumentParser, default: str | None, shown: str, what: str = "cache formats and other methods"
-) -> None:
-    help_text = f"{what}, separated by commas (default: {shown})"
+def add_formats(parser: argparse.ArgumentParser, default: str | None, shown: str) -> None:
+    help_text = f"caches to compare, separated by commas (default: {shown})"
     parser.add_argument("--formats", type=names, default=default, metavar="NAMES", help=help_text)
 
 
