@@ -3,7 +3,7 @@
 Rows are weighted by how much their errors cost. An error of a value changes the layer's output by the attention weight
 a, so its row counts with the sum of a^2 over the queries that see it. An error of a score moves the output o by a (v -
 o), so the key's row counts with the sum of a^2 |v - o|^2. Without weights the mean would be that of rows that hardly
-matter, and the first token alone would make half of the error (docs/lab/2026-11.md).
+matter, and the first token alone would make half of the error (docs/lab/2026-11.md, What to fit).
 
 Rows are not kept, so memory does not grow with the text. Q and K are taken after RoPE, as the cache stores K.
 
@@ -212,7 +212,7 @@ class LayerStatistics:
     def _places(self, count: int) -> torch.Tensor:
         """Positions to which the next queries are turned, [count] on the CPU. They are spread evenly over the square
         root of the context's positions: over positions they would cost short contexts 7 % in the error of K, and over
-        octaves gain nothing at the end of long ones (docs/lab/2026-11.md).
+        octaves gain nothing at the end of long ones (docs/lab/2026-11.md, Queries at positions).
         """
         numbers = sum(self.rows) + torch.arange(count, dtype=torch.float64, device="cpu")
         return min(len(self.rows) * BUCKET_SIZE, LONGEST_CONTEXT) * (numbers * GOLDEN % 1).square()
