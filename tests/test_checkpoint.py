@@ -109,6 +109,12 @@ def test_a_file_that_the_index_names_is_missed(tmp_path: Path) -> None:
         check_weights(tmp_path)
 
 
+def test_an_index_that_names_no_files(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors.index.json").write_text('{"weight_map": {"a": [], "b": 1}}')
+    with pytest.raises(SawkvError, match=r"expected 2 files.*got 0"):
+        check_weights(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("model", "words"),
     [

@@ -110,14 +110,21 @@ def test_a_broken_kernel_is_noticed(
     query_len: int, file: str, old: str, new: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read_sources = cuda.runtime.read_sources
+    assert old in read_sources(file)[file]
 
     def broken(source_file: str) -> dict[str, str]:
         sources = read_sources(source_file)
         if file in sources and source_file != "schedule.cu":
-            assert old in sources[file]
             sources[file] = sources[file].replace(old, new)
         return sources
 
     monkeypatch.setattr(cuda.runtime, "read_sources", broken)
     with pytest.raises((AssertionError, emulator.EmulationError), match=message):
         check_orders(query_len, 20)
+
+
+def test_a_kernel_that_does_not_compile_is_not_a_broken_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The test above takes no such error for a fault that was noticed."""
+    monkeypatch.setattr(cuda.runtime, "read_sources", lambda file: {file: "none of C++"})
+    with pytest.raises(RuntimeError, match=r"append\.cu"):
+        emulator.load("append.cu", "sawkv_append", {})

@@ -171,8 +171,8 @@ def check_weights(folder: Path) -> None:
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         weight_map = parse_config(index).get("weight_map")
-        names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
-        missing = [name for name in names if not (folder / str(name)).is_file()]
+        names = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
+        missing = [name for name in names if not (folder / name).is_file()]
         if missing:
             raise SawkvError(
                 f"weights: expected {len(names)} files, as {index} says, got {len(names) - len(missing)}: {missing[0]}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Mapping
+from math import inf, nan
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -34,11 +35,15 @@ def count(config: Mapping[str, Any], language_model_only: bool = False) -> Weigh
     )
 
 
+def header(told: Any) -> bytes:
+    text = json.dumps(told).encode()
+    return struct.pack("<Q", len(text)) + text
+
+
 def write_safetensors(file: Path, tensors: Mapping[str, tuple[str, list[int]]]) -> None:
     """A file with the header alone, of which plan reads no more."""
-    header = {"__metadata__": {}} | {name: {"dtype": dtype, "shape": shape} for name, (dtype, shape) in tensors.items()}
-    text = json.dumps(header).encode()
-    file.write_bytes(struct.pack("<Q", len(text)) + text)
+    told = {"__metadata__": {}} | {name: {"dtype": dtype, "shape": shape} for name, (dtype, shape) in tensors.items()}
+    file.write_bytes(header(told))
 
 
 def test_bytes_of_files_are_counted_as_vllm_holds_them(tmp_path: Path) -> None:
@@ -91,6 +96,7 @@ def test_files_of_an_index(tmp_path: Path) -> None:
         struct.pack("<Q", 4) + b"null",
         struct.pack("<Q", 9) + b'{"a": {}}',
         struct.pack("<Q", 1 << 20) + b"[" * (1 << 20),
+        *(header({"a": {"dtype": "F32", "shape": shape}}) for shape in ([inf], [nan], [1.5], [-3], [10**400], "7")),
     ],
 )
 def test_a_damaged_file_is_named(tmp_path: Path, content: bytes) -> None:
@@ -100,9 +106,27 @@ def test_a_damaged_file_is_named(tmp_path: Path, content: bytes) -> None:
         weights(tmp_path)
 
 
-def test_a_damaged_index_is_named(tmp_path: Path) -> None:
+def test_a_git_lfs_pointer_is_told_from_a_damaged_file(tmp_path: Path) -> None:
     write_config(tmp_path, "qwen3-8b")
-    (tmp_path / "model.safetensors.index.json").write_text("[]")
+    (tmp_path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 5\n")
+    with pytest.raises(SawkvError, match=r"a Git LFS pointer in .*model\.safetensors. Run `git lfs pull`"):
+        weights(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        "[" * 100_000,
+        '{"weight_map": {"a": 1}}',
+        '{"weight_map": {"a": []}}',
+        '{"weight_map": {"a": "b"}, "metadata": {"total_size": 1e400}}',
+        '{"weight_map": {"a": "b"}, "metadata": {"total_size": "much"}}',
+    ],
+)
+def test_a_damaged_index_is_named(tmp_path: Path, content: str) -> None:
+    write_config(tmp_path, "qwen3-8b")
+    (tmp_path / "model.safetensors.index.json").write_text(content)
     with pytest.raises(SawkvError, match=r"index of safetensors files in .*index.json"):
         weights(tmp_path)
 

@@ -71,7 +71,8 @@ def _compile(sources: tuple[tuple[str, str], ...], source_file: str, macros: tup
         library = f"{folder}/kernel.so"
         command = [build.find_compiler(), *FLAGS, *macros, "-x", "c++", f"{folder}/{source_file}", "-o", library]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-        assert not done.returncode, done.stderr[:4000]
+        if done.returncode:
+            raise RuntimeError(done.stderr[:4000])
         return ctypes.CDLL(library)
 
 

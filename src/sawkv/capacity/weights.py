@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import json
+import operator
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from sawkv.capacity.model import ModelShape
-from sawkv.checkpoint import Checkpoint, read_header
+from sawkv.checkpoint import Checkpoint, is_lfs_pointer, read_header
 from sawkv.errors import SawkvError, UnsupportedError
 
 STORED_BYTES: Final = {"F64": 2, "F32": 2, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2}
@@ -73,12 +74,12 @@ def _measure(folder: Path, is_loaded: Callable[[str], bool]) -> Weights | None:
     if index.is_file():
         try:
             content = json.loads(index.read_bytes())
-            names, total = sorted(set(content["weight_map"].values())), content.get("metadata", {}).get("total_size")
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            files = [folder / name for name in sorted(set(content["weight_map"].values()))]
+            total = int(content.get("metadata", {}).get("total_size") or 0)
+        except (ValueError, KeyError, AttributeError, TypeError, OverflowError, RecursionError) as error:
             raise SawkvError(f"plan: expected an index of safetensors files in {index}, got: {error!r}") from error
-        files = [folder / name for name in names]
         if not all(file.is_file() for file in files):
-            return Weights(int(total), "told by the index of their files") if total else None
+            return Weights(total, "told by the index of their files") if total else None
     else:
         files = [folder / "model.safetensors"]
         if not files[0].is_file():
@@ -92,8 +93,17 @@ def _file_bytes(file: Path, is_loaded: Callable[[str], bool]) -> int:
     """Bytes that the tensors of a safetensors file take on the GPU, from its header."""
     try:
         tensors = [tensor for name, tensor in read_header(file)[0].items() if is_loaded(name)]
-        return sum(prod(tensor["shape"]) * STORED_BYTES.get(tensor["dtype"], 1) for tensor in tensors)
+        sizes = [
+            prod(map(operator.index, tensor["shape"])) * STORED_BYTES.get(tensor["dtype"], 1) for tensor in tensors
+        ]
+        if min(sizes, default=0) < 0 or sum(sizes) >= 1 << 63:
+            raise ValueError("sizes that no file has")
+        return sum(sizes)
     except (ValueError, KeyError, TypeError) as error:
+        if is_lfs_pointer(file):
+            raise SawkvError(
+                f"plan: expected a safetensors file, got a Git LFS pointer in {file}. Run `git lfs pull` there"
+            ) from error
         raise SawkvError(
             f"plan: expected a safetensors file, got {file}, whose header is damaged: download it again"
         ) from error
