@@ -1,16 +1,7 @@
 // The functions of the kernels' ptx.cuh. The PTX manual has the layouts of fragments.
 #pragma once
 #include "emulator.h"
-
-namespace sawkv {
-
-using u8 = unsigned char;
-using u16 = unsigned short;
-using u32 = unsigned int;
-using u64 = unsigned long long;
-using i64 = long long;
-
-}  // namespace sawkv
+#include "integers.cuh"
 
 namespace sawkv::ptx {
 

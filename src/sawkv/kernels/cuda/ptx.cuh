@@ -1,16 +1,7 @@
-// Integer types, and PTX instructions. Compiled by NVRTC with no CUDA headers. tests/emulator has the same functions
+// PTX instructions. Compiled by NVRTC with no CUDA headers. tests/emulator has the same functions
 // for a CPU, so PTX stands only here and in wgmma.cuh.
 #pragma once
-
-namespace sawkv {
-
-using u8 = unsigned char;
-using u16 = unsigned short;
-using u32 = unsigned int;
-using u64 = unsigned long long;
-using i64 = long long;
-
-}  // namespace sawkv
+#include "integers.cuh"
 
 namespace sawkv::ptx {
 
