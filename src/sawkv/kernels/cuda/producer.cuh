@@ -14,6 +14,7 @@ static_assert(MOST_UNDER_WAY <= STAGES && MOST_UNDER_WAY % PRODUCERS == 0 && STA
 // Ids of the pages that hold a tile's spans
 struct TilePages {
   int ids[SPANS];
+  TilePages() = default;
   __device__ TilePages(const DecodeParams& p, const Chunk& chunk, int tile) {
 #pragma unroll
     for (int i = 0; i < SPANS; i++) {
@@ -36,6 +37,11 @@ __device__ bool has_room(Shared& s, Turn<STAGES> stage) {
          (earlier.n < 0 || ptx::has_ended(&s.tile_full[earlier.slot()], earlier.phase()));
 }
 
+// The first tile of a chunk that is this producer's: they take turns, over all chunks.
+__device__ int first_of(int producer, int tiles_before) {
+  return (producer + PRODUCERS - tiles_before % PRODUCERS) % PRODUCERS;
+}
+
 __device__ int run_producer(Shared& s, const DecodeParams& p, int producer) {
   // Pages are read once per step. If they are few, L2 evicts them first and keeps the data of other kernels. If they
   // are many, L2 keeps nothing anyway, and normal eviction was measured 2% faster.
@@ -43,14 +49,17 @@ __device__ int run_producer(Shared& s, const DecodeParams& p, int producer) {
   const bool is_many = p.header->total_tiles > MANY_BYTES / (PARTS * TILE_BYTES);
   const u64 policy = is_many ? ptx::evict_normal_policy() : ptx::evict_first_policy();
   int tiles_before = 0;
+  bool is_known = false;  // whether next_pages are those of the next chunk's first round
+  TilePages next_pages;
   for (int n = 0;; n++) {
-    const Turn<CHUNK_SLOTS> turn{n};
+    const Turn<CHUNK_SLOTS> turn{n}, next_turn{n + 1};
     ptx::wait(&s.chunk_full[turn.slot()], turn.phase());
     const Chunk chunk = s.chunks[turn.slot()];
     if (!chunk.num_tiles) return n;
     const u8* head = p.pages + (i64)kv_head_of(chunk) * (PARTS * HEAD_BYTES);
-    int first = (producer + PRODUCERS - tiles_before % PRODUCERS) % PRODUCERS;
-    TilePages next_pages(p, chunk, first + lane_index() * PRODUCERS);
+    int first = first_of(producer, tiles_before);
+    if (!is_known) next_pages = TilePages(p, chunk, first + lane_index() * PRODUCERS);
+    is_known = false;
     if constexpr (freeing_producers(PRODUCERS)) {
       __syncwarp();
       if (arrives()) ptx::arrive(&s.chunk_empty[turn.slot()]);
@@ -60,7 +69,12 @@ __device__ int run_producer(Shared& s, const DecodeParams& p, int producer) {
     for (; first < num_tiles(chunk); first += STAGES) {
       const TilePages pages = next_pages;
       const int tile = first + lane_index() * PRODUCERS, token = first_token(chunk, tile);
-      next_pages = TilePages(p, chunk, tile + STAGES);
+      // Before the last round, look up the next chunk's pages: else no copy begins for the time of a read from memory.
+      is_known = !ONLY_WAITS && first + STAGES >= num_tiles(chunk) &&
+                 __all_sync(ALL_LANES, ptx::has_ended(&s.chunk_full[next_turn.slot()], next_turn.phase()));
+      next_pages = is_known ? TilePages(p, s.chunks[next_turn.slot()],
+                                        first_of(producer, tiles_before + num_tiles(chunk)) + lane_index() * PRODUCERS)
+                            : TilePages(p, chunk, tile + STAGES);
       const Turn<STAGES> stage{tiles_before + tile};
       const int spans = max(0, min(SPANS, divide_up(chunk.length - token, SPAN)));
       const u8* from[SPANS];
