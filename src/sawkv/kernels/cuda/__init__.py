@@ -244,7 +244,7 @@ class Schedule(kernels.Schedule):
             self.num_blocks,
             self.queries.max_chunks_per_block,
         )
-        self.kernel.launch((1, 1, 1), 1024, _stream(seq_lens.device), params, shared_bytes=4 * 4 * (num_seqs + 1))
+        self.kernel.launch((1, 1, 1), 1024, _stream(seq_lens.device), params, shared_bytes=5 * 4 * (num_seqs + 1))
 
 
 class Attention:

@@ -82,7 +82,7 @@ struct Shared {
                      [ROWS];  // x: maximum of the scores in log2; y: sum of the weights
   Chunk chunks[CHUNK_SLOTS];
   u64 tile_full[STAGES], tile_empty[STAGES];
-  u64 chunk_full[CHUNK_SLOTS], queries_full[CHUNK_SLOTS], chunk_empty[CHUNK_SLOTS];
+  u64 chunk_full[CHUNK_SLOTS], chunk_begun[CHUNK_SLOTS], queries_full[CHUNK_SLOTS], chunk_empty[CHUNK_SLOTS];
   u64 results_full[RESULT_SLOTS], results_empty[RESULT_SLOTS];
   u64 last_results_full;  // results of the block's last chunk
 
@@ -90,7 +90,8 @@ struct Shared {
     for (int i = 0; i < STAGES; i++)
       ptx::init_barrier(&tile_full[i], 1), ptx::init_barrier(&tile_empty[i], ROW_BLOCKS * WARP_ARRIVALS);
     for (int i = 0; i < CHUNK_SLOTS; i++)
-      ptx::init_barrier(&chunk_full[i], WARP_ARRIVALS), ptx::init_barrier(&queries_full[i], WARP_ARRIVALS),
+      ptx::init_barrier(&chunk_full[i], WARP_ARRIVALS), ptx::init_barrier(&chunk_begun[i], PRODUCERS * WARP_ARRIVALS),
+          ptx::init_barrier(&queries_full[i], WARP_ARRIVALS),
           ptx::init_barrier(&chunk_empty[i], (MERGERS + freeing_producers(PRODUCERS)) * WARP_ARRIVALS);
     for (int i = 0; i < RESULT_SLOTS; i++)
       ptx::init_barrier(&results_full[i], CONSUMERS * WARP_ARRIVALS),

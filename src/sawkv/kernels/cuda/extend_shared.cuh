@@ -76,7 +76,7 @@ struct Shared {
   Chunk chunks[CHUNK_SLOTS];
   u64 tile_full[STAGES], scales_full[STAGES], tile_empty[STAGES];
   u64 keys_full[OPERAND_STAGES], keys_empty[OPERAND_STAGES], values_full[OPERAND_STAGES], values_empty[OPERAND_STAGES];
-  u64 chunk_full[CHUNK_SLOTS], queries_full[CHUNK_SLOTS], chunk_empty[CHUNK_SLOTS];
+  u64 chunk_full[CHUNK_SLOTS], chunk_begun[CHUNK_SLOTS], queries_full[CHUNK_SLOTS], chunk_empty[CHUNK_SLOTS];
 
   __device__ void init_barriers() {
     for (int i = 0; i < STAGES; i++)
@@ -89,7 +89,8 @@ struct Shared {
       ptx::init_barrier(&values_empty[i], OPERAND_READERS * WARP_ARRIVALS);
     }
     for (int i = 0; i < CHUNK_SLOTS; i++)
-      ptx::init_barrier(&chunk_full[i], WARP_ARRIVALS), ptx::init_barrier(&queries_full[i], SCHEDULERS * WARP_ARRIVALS),
+      ptx::init_barrier(&chunk_full[i], WARP_ARRIVALS), ptx::init_barrier(&chunk_begun[i], PRODUCERS * WARP_ARRIVALS),
+          ptx::init_barrier(&queries_full[i], SCHEDULERS * WARP_ARRIVALS),
           ptx::init_barrier(&chunk_empty[i], (CONSUMERS + DEQUANTIZERS + freeing_producers(PRODUCERS)) * WARP_ARRIVALS);
     ptx::publish_to_copies();
   }

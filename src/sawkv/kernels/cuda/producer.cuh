@@ -60,6 +60,7 @@ __device__ int run_producer(Shared& s, const DecodeParams& p, int producer) {
     int first = first_of(producer, tiles_before);
     if (!is_known) next_pages = TilePages(p, chunk, first + lane_index() * PRODUCERS);
     is_known = false;
+    if (arrives()) ptx::arrive(&s.chunk_begun[turn.slot()]);
     if constexpr (freeing_producers(PRODUCERS)) {
       __syncwarp();
       if (arrives()) ptx::arrive(&s.chunk_empty[turn.slot()]);

@@ -8,6 +8,8 @@
 namespace sawkv {
 
 constexpr int THREADS = 1024;
+constexpr int MOST_SORTED = 256;  // sequences, one per thread
+static_assert(MOST_SORTED <= THREADS, "");
 
 struct ScheduleParams {
   const int* seq_lens;
@@ -105,6 +107,8 @@ __global__ void __launch_bounds__(THREADS) sawkv_schedule(const __grid_constant_
   int* split_chunks = tiles + n + 1;
   int* whole_chunks = split_chunks + n + 1;
   int* split_units = whole_chunks + n + 1;
+  int* chunk_tiles = split_units;    // earlier: tiles of a sequence's chunks, rounded up
+  int* order = split_units + n + 1;  // sequences by their chunks' lengths
 
   __shared__ int shortest, longest, num_units;  // tiles of a unit; units
   __shared__ unsigned long long cheapest;       // cost, and how many pieces have it
@@ -141,15 +145,31 @@ __global__ void __launch_bounds__(THREADS) sawkv_schedule(const __grid_constant_
   __syncthreads();
 
   for (int i = threadIdx.x; i < n; i += THREADS) {
-    const TileRange range(p, i);
-    const int count = range.count, units = range.units;
+    const int count = TileRange(p, i).count;
     const int wanted = are_alike     ? (int)cheapest
                        : total_tiles ? (int)((count * chunks_wanted + rounding) / total_tiles)
                                      : 1;
-    const int pieces = max(1, min(wanted, count / min_tiles));
-    tiles[i] = pieces;
+    tiles[i] = max(1, min(wanted, count / min_tiles));
+    chunk_tiles[i] = divide_up(count, tiles[i]);
+    order[i] = i;
+  }
+  __syncthreads();
+  // Sequences of longer chunks come first, so that short ones fill the end. Many sequences are many chunks, which do
+  // that in any order.
+  if (n <= MOST_SORTED && threadIdx.x < n) {
+    const int own = threadIdx.x;
+    int rank = 0;
+#pragma unroll 8
+    for (int i = 0; i < n; i++)
+      rank += chunk_tiles[i] > chunk_tiles[own] || (chunk_tiles[i] == chunk_tiles[own] && i < own);
+    order[rank] = own;
+  }
+  __syncthreads();
+  for (int i = threadIdx.x; i < n; i += THREADS) {
+    const TileRange range(p, order[i]);
+    const int pieces = tiles[order[i]], units = range.units;
     split_chunks[i] = pieces > 1 ? pieces * units : 0;
-    whole_chunks[i] = pieces == 1 && count > 0 ? units : 0;
+    whole_chunks[i] = pieces == 1 && range.count > 0 ? units : 0;
     split_units[i] = pieces > 1 ? units : 0;
   }
   __syncthreads();
@@ -163,8 +183,8 @@ __global__ void __launch_bounds__(THREADS) sawkv_schedule(const __grid_constant_
     const bool is_whole = c >= num_split;
     const int* starts = is_whole ? whole_chunks : split_chunks;
     const int index = is_whole ? c - num_split : c;
-    const int seq = last_at_most(starts, n - 1, index), pieces = tiles[seq];
-    const int unit = (index - starts[seq]) / pieces, piece = (index - starts[seq]) % pieces;
+    const int place = last_at_most(starts, n - 1, index), seq = order[place], pieces = tiles[seq];
+    const int unit = (index - starts[place]) / pieces, piece = (index - starts[place]) % pieces;
     const TileRange range(p, seq);
     const int begin = (int)((i64)piece * range.count / pieces), end = (int)((i64)(piece + 1) * range.count / pieces);
     const int query_start = p.query_start_loc[seq];
@@ -178,9 +198,9 @@ __global__ void __launch_bounds__(THREADS) sawkv_schedule(const __grid_constant_
                    is_whole ? -1 : c};
   }
   for (int u = threadIdx.x; u < split_units[n]; u += THREADS) {
-    const int seq = last_at_most(split_units, n - 1, u), unit = u - split_units[seq], pieces = tiles[seq];
-    const int query_start = p.query_start_loc[seq];
-    p.splits[u] = {unit,   query_start, p.query_start_loc[seq + 1] - query_start, split_chunks[seq] + unit * pieces,
+    const int place = last_at_most(split_units, n - 1, u), seq = order[place], pieces = tiles[seq];
+    const int unit = u - split_units[place], query_start = p.query_start_loc[seq];
+    p.splits[u] = {unit,   query_start, p.query_start_loc[seq + 1] - query_start, split_chunks[place] + unit * pieces,
                    pieces, {0, 0, 0}};
   }
 }

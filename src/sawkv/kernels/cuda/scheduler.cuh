@@ -98,6 +98,10 @@ __device__ void prepare_queries(Shared& s, const DecodeParams& p, const Chunk& c
   }
 }
 
+// Tiles of a chunk that leave time to claim the next one and prepare its queries while they are copied. A block that
+// claimed it earlier would keep a chunk waiting that another block, done with its own, could begin.
+constexpr int LONG_CHUNK = 16;
+
 // run_scheduler and run_producer return the number of entries of the ring that the block took: its chunks, and with
 // BY_BUCKET the entries into which long ones were cut.
 __device__ int run_scheduler(Shared& s, const DecodeParams& p) {
@@ -123,15 +127,23 @@ __device__ int run_scheduler(Shared& s, const DecodeParams& p) {
     if (arrives()) {
       if (lane_index() == 0) s.chunks[slot] = chunk;
       ptx::arrive(&s.chunk_full[slot]);
-      // Each chunk is followed by one claim. There are thus as many claims as chunks, and the counter wraps to 0 for
-      // the next launch.
+    }
+    // Each chunk is followed by one claim. There are thus as many claims as chunks, and the counter wraps to 0 for the
+    // next launch.
+    const auto claim = [&] {
       if (lane_index() == 0 && chunk.num_tiles && !is_continued(chunk))
         next = gridDim.x + atomicInc(&p.header->claimed, num_chunks - 1);
-    }
+    };
+    const bool is_long = num_tiles(chunk) >= LONG_CHUNK && !is_continued(chunk);
+    if (!is_long) claim();
     if (chunk.num_tiles) prepare_queries(s, p, chunk, n, 0);
     __syncwarp();
     if (arrives()) ptx::arrive(&s.queries_full[slot]);
     if (!chunk.num_tiles) return n;
+    if (is_long) {
+      ptx::wait(&s.chunk_begun[slot], turn.phase());
+      claim();
+    }
     next = __shfl_sync(ALL_LANES, next, 0);
   }
 }
