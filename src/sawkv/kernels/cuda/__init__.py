@@ -272,6 +272,7 @@ class Attention:
         params = DecodeParams.from_buffer_copy(variant.params)
         params.q, params.out = q.data_ptr(), out.data_ptr()
         params.block_table, params.table_stride = step.block_table.data_ptr(), step.block_table.stride(0)
+        params.num_seqs, params.table_columns = num_seqs, step.block_table.shape[1]
         params.q_token_stride, params.q_head_stride, _ = q.stride()
         params.out_token_stride, params.out_head_stride, _ = out.stride()
         if sinks is not None:
@@ -296,6 +297,7 @@ class Attention:
             page_stride=cache.pages.stride(0), window=layer.sliding_window, softcap_log2=softcap * LOG2_E
         )
         params.num_buckets, params.num_kv_heads = cache.num_buckets, layout.num_kv_heads
+        params.num_pages = cache.pages.shape[0]
         params.scale_log2 = (2 * layer.softmax_scale / softcap if softcap else layer.softmax_scale) * LOG2_E
         params.pages, params.header, params.chunks = map(_pointer, (cache.pages, schedule.header, schedule.chunks))
         params.splits, params.partials, params.partial_stats = map(

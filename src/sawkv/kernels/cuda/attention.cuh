@@ -36,6 +36,7 @@ struct DecodeParams {
   float softcap_log2;  // logit_softcap * log2(e)
   int window;          // 0: none
   int num_buckets, num_kv_heads;
+  int num_pages, num_seqs, table_columns;
 };
 
 // The most buckets that one entry of the ring of chunks covers. A chunk over more is cut into several entries. In all

@@ -44,14 +44,14 @@ __global__ void __launch_bounds__(THREADS, 1) sawkv_decode(const __grid_constant
 #endif
   }
   __syncthreads();
+  const int warp = warp_index(), helper = warp - CONSUMERS;
+  if (helper == FIRST_MERGER) prefetch_tiles(p);  // it has nothing else to do at first
   ptx::wait_for_prerequisites();
   ptx::let_dependents_launch();  // after the wait, so that the merge kernel may read the schedule at once
-  const int warp = warp_index();
   if (warp < CONSUMERS) {
     run_consumer(s, p, warp);
     return;
   }
-  const int helper = warp - CONSUMERS;
   int chunk = 0;
   if (helper < PRODUCERS)
     chunk = run_producer(s, p, helper) - 1;

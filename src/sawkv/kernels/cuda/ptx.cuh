@@ -225,6 +225,17 @@ __device__ inline void copy_to_shared(void* to, const void* from, u32 bytes, u64
       : "memory");
 }
 
+// Asks L2 for memory that a copy will read. Address and bytes are multiples of 16.
+__device__ inline void prefetch(const void* from, u32 bytes) {
+  asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes) : "memory");
+}
+// Loads what other kernels may be writing, and leaves nothing of it in L1, where later loads would find it.
+__device__ inline int load_past_l1(const int* from) {
+  int x;
+  asm volatile("ld.relaxed.gpu.global.b32 %0, [%1];" : "=r"(x) : "l"(from) : "memory");
+  return x;
+}
+
 // Hides from the compiler what x is, so that nothing that follows from it is computed ahead.
 __device__ inline void forget(int& x) { asm volatile("" : "+r"(x)); }
 
