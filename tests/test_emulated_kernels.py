@@ -95,6 +95,7 @@ def test_orders_of_warps(query_len: int, num_orders: int) -> None:
         (1, "scheduler.cuh", "ptx::wait(&s.chunk_empty[slot], turn.phase() ^ 1);", "", "."),
         # docs/lab/2026-11.md, Two producers
         (1, "tiles.cuh", "producers > 1 || ONLY_WAITS", "ONLY_WAITS", "."),
+        (1, "producer.cuh", "if ((u32)page >= p.num_pages) break;", "", "a prefetch of other memory"),
         (
             1,
             "merger.cuh",

@@ -5,7 +5,8 @@ the files that have all PTX. Memory that nothing has written is NaN. Which warp 
 copy ends are drawn.
 
 Noticed: wrong results; orders between warps that no barrier ensures; deadlocks, with what each warp waits for; too many
-arrivals; lanes that part at what their warp does together; products without a fence. Not checked: the memory model and
+arrivals; lanes that part at what their warp does together; products without a fence; prefetches of memory that is
+not of the cache, whatever a kernel before has not written yet. Not checked: the memory model and
 its proxies, time, registers, bank conflicts, how GPUs round, blocks that run at once, accesses out of bounds.
 """
 
@@ -55,7 +56,10 @@ class Kernel:
         self, grid: tuple[int, ...], threads: int, stream: int, params: ctypes.Structure, *_: Any, **__: Any
     ) -> None:
         where = ctypes.byref(params), ctypes.sizeof(params), (ctypes.c_int * 3)(*grid)
-        failure = self._library.emulator_launch(self._function, *where, threads, next(self.seeds))
+        pages, size = ctypes.c_void_p(), ctypes.c_size_t()
+        if hasattr(params, "num_pages"):
+            pages, size = ctypes.c_void_p(params.pages), ctypes.c_size_t(params.num_pages * params.page_stride)
+        failure = self._library.emulator_launch(self._function, *where, threads, next(self.seeds), pages, size)
         if failure:
             raise EmulationError(failure.decode())
 

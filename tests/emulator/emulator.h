@@ -72,6 +72,7 @@ struct Warp {
 } warps[MOST_THREADS / LANES];
 std::vector<Copy> copies;
 unsigned random_state, block_number;
+const unsigned char *pages, *pages_end;  // of the cache, if the kernel has them
 char failure[4096];
 jmp_buf scheduler;
 
@@ -233,13 +234,15 @@ void run_block(int threads) {
 
 // Returns what went wrong, or nothing.
 extern "C" const char* emulator_launch(void (*kernel)(emulator::Parameters), const void* parameters, int bytes,
-                                       const unsigned* grid, unsigned threads, unsigned seed) {
+                                       const unsigned* grid, unsigned threads, unsigned seed, const unsigned char* pages,
+                                       size_t pages_bytes) {
   using namespace emulator;
   emulator::kernel = kernel;
   memcpy(&emulator::parameters, parameters, bytes);
   gridDim = {grid[0], grid[1], grid[2]};
   blockDim = {threads, 1, 1};
   random_state = seed;
+  emulator::pages = pages, pages_end = pages + pages_bytes;
   *failure = 0;
   for (unsigned i = 0; i < grid[0] * grid[1] * grid[2] && !*failure; i++) {
     blockIdx = {i % grid[0], i / grid[0] % grid[1], i / grid[0] / grid[1]};

@@ -153,8 +153,12 @@ void copy_to_shared(void* to, const void* from, u32 bytes, u64* barrier, u64, WH
 }
 void prefetch(const void* from, u32 bytes, WHERE) {
   if (((size_t)from | bytes) % 16) fail(where, "a prefetch that is not aligned");
+  if ((const u8*)from < pages || (const u8*)from + bytes > pages_end) fail(where, "a prefetch of other memory");
 }
-int load_past_l1(const int* from) { return *from; }
+// What a kernel before may not have written yet
+int load_past_l1(const int* from) {
+  return draw(2) ? *from : draw(2) ? *from + (int)draw(9) - 4 : (int)(draw(1u << 16) << 16 | draw(1u << 16));
+}
 void forget(int&) {}
 void copy_8_bytes(u32 to, const void* from) { fibers[threadIdx.x].copies.push_back({at_shared(to), nullptr, from, 8}); }
 void wait_for_copies() {

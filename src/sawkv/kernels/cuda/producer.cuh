@@ -72,8 +72,9 @@ __device__ void prefetch_tiles(const DecodeParams& p) {
   chunk.sequence = ptx::load_past_l1(&from->sequence), chunk.unit = ptx::load_past_l1(&from->unit);
   chunk.first_tile = ptx::load_past_l1(&from->first_tile), chunk.num_tiles = ptx::load_past_l1(&from->num_tiles);
   chunk.length = ptx::load_past_l1(&from->length), chunk.query_len = ptx::load_past_l1(&from->query_len);
-  const int tile = lane_index(), token = first_token(chunk, tile), head = kv_head_of(chunk);
-  if (tile >= min(num_tiles(chunk), MOST_UNDER_WAY) || token < 0) return;
+  const int tile = lane_index(), token = first_token(chunk, tile);
+  if (tile >= min(num_tiles(chunk), MOST_UNDER_WAY) || token < 0 || chunk.query_len < 1) return;
+  const int head = kv_head_of(chunk);
   if ((u32)chunk.sequence >= p.num_seqs || (u32)head >= p.num_kv_heads) return;
 #pragma unroll
   for (int i = 0; i < (PAGE_SIZE == SPAN ? SPANS : 1); i++) {
