@@ -574,7 +574,7 @@ FAMILIES: Final[dict[str, Family]] = {
         "deepseek_v32",
         kind="MLA",
         **_DEEPSEEK,
-        index_n_heads=4,
+        index_n_heads=32,  # or 64: what kernels of a GPU take
         index_head_dim=128,
         index_topk=64,
         vllm=_MLA_REFUSED,

@@ -54,7 +54,8 @@ SHOWN: Final = {"bf16": "BF16", "int4-k128-v128": "sawkv", "vllm_int4_per_token_
 """Names in pictures, where they differ from those of records."""
 CARD: Final = "NVIDIA H200"
 MODEL: Final = "qwen3-8b"
-"""What README shows of docs/results/serving.jsonl."""
+VLLM: Final = "0.26.0"
+"""What README shows of docs/results/serving.jsonl: the version in which all loads have run."""
 BASE: Final = "fa3_bf16"
 WIDER: Final = {BASE: 4, "fa4_bf16": 4, "triton_bf16": 4, "fa3_fp8": 2}
 """Bytes that a kernel's cache has for each channel of K and V; the INT4 ones have one, and 8 a head for scales and zero
@@ -92,21 +93,29 @@ def read_records(path: Path) -> list[Record]:
 
 def serving_table(records: Iterable[Record]) -> str:
     """A table for each device and model."""
-    latest = {(r["device"], r.get("model", ""), load_name(r), r["format"]): r for r in records}
-    return _tables(latest, "load", SERVING_COLUMNS, lambda device, model: f"{model} on {device}")
+    latest = {(r["device"], _served(r), load_name(r), r["format"]): r for r in records}
+    return _tables(latest, "load", SERVING_COLUMNS)
 
 
 def load_table(records: Iterable[Record]) -> str:
     """A table for each device, model and size of requests."""
     ordered = sorted(records, key=lambda r: float(r["rate"]))
-    latest = {(r["device"], f"{r['model']}, {r['inp']}/{r['out']}", f"{r['rate']:g}", r["format"]): r for r in ordered}
-    return _tables(latest, "requests/s", LOAD_COLUMNS, lambda device, model: f"{model} tokens a request, on {device}")
+    latest = {
+        (r["device"], f"{_served(r)}, {r['inp']}/{r['out']} tokens a request", f"{r['rate']:g}", r["format"]): r
+        for r in ordered
+    }
+    return _tables(latest, "requests/s", LOAD_COLUMNS)
 
 
 def agents_table(records: Iterable[Record]) -> str:
     """A table for each device and model: a row for each set of agents and format."""
-    latest = {(r["device"], r["model"], agents_name(r), r["format"]): r for r in records}
-    return _tables(latest, "agents", AGENTS_COLUMNS, lambda device, model: f"{model} on {device}", base="fp8")
+    latest = {(r["device"], _served(r), agents_name(r), r["format"]): r for r in records}
+    return _tables(latest, "agents", AGENTS_COLUMNS, base="fp8")
+
+
+def _served(record: Record) -> str:
+    """What ratios are within: of two versions of vLLM, each has its own 16 bits."""
+    return f"{record['model']} in vLLM {record['vllm']}"
 
 
 def decode_table(records: Iterable[Record]) -> str:
@@ -161,7 +170,8 @@ def append_gather_table(records: Iterable[Record]) -> str:
 
 def loads_of_readme(records: Iterable[Record]) -> dict[tuple[str, str], Record]:
     """The newest records of the model and card that README shows, by load and format."""
-    return {(load_name(r), r["format"]): r for r in records if (r["device"], r["model"]) == (CARD, MODEL)}
+    shown = (CARD, MODEL, VLLM)
+    return {(load_name(r), r["format"]): r for r in records if (r["device"], r["model"], r["vllm"]) == shown}
 
 
 def plot_serving(records: Iterable[Record]) -> str:
@@ -239,15 +249,14 @@ def _tables(
     latest: dict[tuple[str, str, str, str], Record],
     first_column: str,
     columns: dict[str, tuple[str, str]],
-    title: Callable[[str, str], str],
     base: str = "bf16",
 ) -> str:
-    """For each device and model, a row for each load and format; ratios are to the format `base` of the same load."""
+    """For each device and what was served, a row for each load and format; ratios are to `base` of the same load."""
     parts = []
-    for device, model in dict.fromkeys(key[:2] for key in latest):
+    for device, served in dict.fromkeys(key[:2] for key in latest):
         rows = []
-        for load in dict.fromkeys(key[2] for key in latest if key[:2] == (device, model)):
-            group = {key[3]: r for key, r in latest.items() if key[:3] == (device, model, load)}
+        for load in dict.fromkeys(key[2] for key in latest if key[:2] == (device, served)):
+            group = {key[3]: r for key, r in latest.items() if key[:3] == (device, served, load)}
             basis = group.get(base, {})
             for name, r in sorted(group.items(), key=lambda item: item[0] != base):
                 cells = [
@@ -256,10 +265,7 @@ def _tables(
                 ]
                 rows.append([load, name, *cells, r["commit"]])
         header = [first_column, "KV cache", *(name for name, _ in columns.values()), "commit"]
-        versions = ", ".join(
-            dict.fromkeys(f"vLLM {r['vllm']}" for key, r in latest.items() if key[:2] == (device, model))
-        )
-        parts.append(f"{title(device, model)}, {versions}\n\n{markdown(header, rows)}")
+        parts.append(f"{served} on {device}\n\n{markdown(header, rows)}")
     return "\n\n".join(parts)
 
 
