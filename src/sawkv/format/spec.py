@@ -29,7 +29,13 @@ HEAD_DIMS: Final = (*range(16, MAX_ROW_DIM + 1, 16), 2 * MAX_ROW_DIM)
 COMMON_HEAD_DIM: Final = 128
 """That of most models, for figures and checks without one."""
 
-_NAME = re.compile(r"(?P<codec>[a-z]+[0-9]{1,2}(?:v[0-9])?)(?:-k(?P<k>[0-9]{1,3})-v(?P<v>[0-9]{1,3}))?", re.ASCII)
+RECENT_MULTIPLE: Final = 16
+"""What the number of newest tokens kept in 16 bits is a multiple of."""
+
+_NAME = re.compile(
+    r"(?P<codec>[a-z]+[0-9]{1,2}(?:v[0-9])?)(?:-k(?P<k>[0-9]{1,3})-v(?P<v>[0-9]{1,3}))?(?:-r(?P<r>[0-9]{1,3}))?",
+    re.ASCII,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,6 +46,8 @@ class CacheFormat:
         codec: one of `CODEC_BITS` for K and V alike, or one of `NARROWER_V`.
         k_rotation_order, v_rotation_order: channels per Hadamard block; 0 turns rotation off; None takes the default
             for the head_dim.
+        recent: the newest tokens of a sequence that queries read as the model made them, beside the pages; 0 is none.
+            The pages hold these tokens too, so their bytes do not depend on it.
 
     Raises:
         FormatError: a value is out of range.
@@ -48,6 +56,7 @@ class CacheFormat:
     codec: str
     k_rotation_order: int | None = None
     v_rotation_order: int | None = None
+    recent: int = 0
 
     def __post_init__(self) -> None:
         if self.codec not in (*CODEC_BITS, *NARROWER_V):
@@ -60,10 +69,13 @@ class CacheFormat:
                 raise FormatError(
                     f"rotation order: expected 0 or a power of two from {MIN_ROTATION_ORDER}, got {order}"
                 )
+        if self.recent % RECENT_MULTIPLE:
+            raise FormatError(f"newest tokens: expected a multiple of {RECENT_MULTIPLE}, got {self.recent}")
 
     @classmethod
     def parse(cls, name: str) -> CacheFormat:
-        """The format that `name` says, for example `int4-k128-v128`, or `int4` for the default orders.
+        """The format that `name` says, for example `int4-k128-v128`, or `int4` for the default orders. `-r64` at its
+        end keeps the newest 64 tokens.
 
         Raises:
             FormatError: the name is not one.
@@ -72,7 +84,7 @@ class CacheFormat:
         if match is None:
             raise FormatError(f"format name: expected one such as int4 or int4-k128-v128, got {name!r:.80}")
         k, v = match["k"], match["v"]
-        return cls(match["codec"], None if k is None else int(k), None if v is None else int(v))
+        return cls(match["codec"], None if k is None else int(k), None if v is None else int(v), int(match["r"] or 0))
 
     def __eq__(self, other: object) -> bool:
         """Equal names are equal formats, resolved or not."""
@@ -82,13 +94,12 @@ class CacheFormat:
         return hash(self._key)
 
     @property
-    def _key(self) -> tuple[str, int | None, int | None]:
-        return self.codec, self.k_rotation_order, self.v_rotation_order
+    def _key(self) -> tuple[str, int | None, int | None, int]:
+        return self.codec, self.k_rotation_order, self.v_rotation_order, self.recent
 
     def __str__(self) -> str:
-        if self.k_rotation_order is None:
-            return self.codec
-        return f"{self.codec}-k{self.k_rotation_order}-v{self.v_rotation_order}"
+        orders = "" if self.k_rotation_order is None else f"-k{self.k_rotation_order}-v{self.v_rotation_order}"
+        return f"{self.codec}{orders}{f'-r{self.recent}' if self.recent else ''}"
 
     @property
     def k_codec(self) -> str:
@@ -111,7 +122,7 @@ class CacheFormat:
         return self.k_codec in FEEDBACK_CODECS
 
     def resolve(self, head_dim: int) -> ResolvedFormat:
-        """Fill in default rotation orders, and check the format against `head_dim`.
+        """The format of the pages: default rotation orders are filled in and checked against `head_dim`.
 
         Raises:
             FormatError: head_dim is not one of `HEAD_DIMS`, or an order does not divide the channels of a row.

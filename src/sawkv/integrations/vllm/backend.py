@@ -36,7 +36,7 @@ from sawkv import ops
 from sawkv.cache import PagedKVCache
 from sawkv.errors import CalibrationError, SawkvError, UnsupportedError
 from sawkv.format.layout import ENGINE_PAGE_SIZE, GPU_PAGE_SIZES, PAGE_SIZE_MULTIPLE, PageLayout
-from sawkv.format.spec import HEAD_DIMS, CacheFormat, ResolvedFormat
+from sawkv.format.spec import HEAD_DIMS, MAX_ROW_DIM, CacheFormat, ResolvedFormat
 from sawkv.integrations.vllm import announce, refusals
 from sawkv.integrations.vllm.config import KV_CACHE_DTYPE_CODECS, VLLM_DTYPE_CODECS, SawConfig, dtype_codec, is_draft
 from sawkv.integrations.vllm.contract import check_contract
@@ -51,6 +51,7 @@ from sawkv.integrations.vllm.prefill import (
     speculated_tokens,
 )
 from sawkv.integrations.vllm.prepare import is_installed, served_context
+from sawkv.integrations.vllm.recent import SUFFIX, RecentTokens
 from sawkv.integrations.vllm.windows import VLLM_SIZES_WINDOWS, pack_windows
 from sawkv.kernels import Prefixes, Step, Turns, select_backend
 from sawkv.prepare.calibration import Calibration, LayerCalibration, model_id
@@ -118,6 +119,7 @@ class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
             impl.check_page_size(kv_cache_spec)
             impl.take_name(name)
             impl.builder = self
+        self._recent = self._impls[0].num_recent
         cache_config = vllm_config.cache_config
         layout = self._impls[0].layout(kv_cache_spec.block_size)
         announce.say_pages(kv_cache_spec, layout, cache_config.block_size if cache_config.enable_prefix_caching else 0)
@@ -187,7 +189,8 @@ class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
         num_decodes, max_query_len = common.num_reqs, self._decode_query_len()
         if self.device.type != "cpu":
             num_decodes, _, _, _ = split_decodes_and_prefills(common, decode_threshold=max_query_len)
-        lengths = common.seq_lens[:num_decodes], common.query_start_loc[: num_decodes + 1]
+        # Layers that keep the newest tokens elsewhere read those behind them.
+        lengths = common.seq_lens[:num_decodes] - self._recent, common.query_start_loc[: num_decodes + 1]
         block_table = common.block_table_tensor[:num_decodes]
         turns: Mapping[LikeLayers, Step] = {}
         prefills: Mapping[int, Sequence[PrefillSlice]] = {}
@@ -334,6 +337,7 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
             vllm_config, config, head_size, attn_type, alibi_slopes is not None, other_arguments
         )
         self._layers = vllm_config.compilation_config.static_forward_context
+        self.num_recent, self.recent = config.format.recent, None
         if config.calibration is not None:
             _check_calibration(config.calibration, self, vllm_config)
             self._layer_calibration = None  # until the layer's name is known
@@ -376,6 +380,11 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
             for layer in self._layers.values():
                 if getattr(layer, "impl", None) is self:
                     pack_windows(layer)
+        if self.num_recent and self.recent is None:
+            name, layer = next(item for item in self._layers.items() if getattr(item[1], "impl", None) is self)
+            name += SUFFIX
+            self.recent = RecentTokens(name, self, layer.get_attn_backend(), self.num_recent, act_dtype)
+            self._layers[name] = self.recent  # vLLM finds it there as it finds all layers with a cache
         if self.reloaded is not None:
             self.reloaded()
 
@@ -394,6 +403,8 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
                 metadata, *_ = get_attention_context(self.counted.name)
                 positions = slot_mapping if metadata is None else metadata.positions  # profiling: slots are padding
             self._bind(kv_cache).append(key, value, slot_mapping, positions)
+            if self.recent is not None:
+                self.recent.append(key, value)
 
     def forward(
         self,
@@ -420,7 +431,10 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
             return self.measurement.attend(self, query, key, value, attn_metadata.prompts, output)
         attention = self._bind(kv_cache)
         if attn_metadata.steps:
-            attention(query, attn_metadata.steps[self.alike], output)
+            lse = None if self.recent is None else query.new_zeros(query.shape[:2], dtype=torch.float32)
+            attention(query, attn_metadata.steps[self.alike], output, lse)
+            if self.recent is not None:
+                self.recent.attend(query, output, lse)
         if self.alike in attn_metadata.turns:
             attention(query, attn_metadata.turns[self.alike], output)
         if attn_metadata.prefills and self.prefill is not None:  # only a GPU's metadata has prefills
@@ -540,7 +554,7 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
                 softmax_scale=self.scale,
                 sliding_window=self.sliding_window,
                 logit_softcap=self.logits_soft_cap,
-                sinks=self.sinks,
+                sinks=None if self.recent is not None else self.sinks,  # a sink takes part once
             )
             self._kv_cache = kv_cache
         return self._attention
@@ -554,6 +568,7 @@ class SawAttentionBackend(AttentionBackend):
     """
 
     codec: ClassVar[str | None] = None
+    default_block_size: ClassVar[int] = ENGINE_PAGE_SIZE
     forward_includes_kv_cache_update = False
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float16, torch.float32]
     # "auto" and the 16-bit names are for the float formats of `--additional-config`.
@@ -583,7 +598,7 @@ class SawAttentionBackend(AttentionBackend):
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:
         """The block size without `--block-size`."""
-        return ENGINE_PAGE_SIZE
+        return cls.default_block_size
 
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
@@ -641,9 +656,12 @@ class SawAttentionBackend(AttentionBackend):
 @cache  # vLLM groups layers by their backend's class
 def backend_of(cache_format: CacheFormat) -> type[SawAttentionBackend]:
     """The backend of layers in a format. vLLM asks it for the size of pages, and names no more than a dtype."""
-    if dtype_codec(cache_format) == cache_format.codec:
+    if dtype_codec(cache_format) == cache_format.codec and not cache_format.recent:
         return SawAttentionBackend
-    return type(SawAttentionBackend.__name__, (SawAttentionBackend,), {"codec": cache_format.codec})
+    described: dict[str, Any] = {"codec": cache_format.codec}
+    if cache_format.recent:
+        described["default_block_size"] = max(ENGINE_PAGE_SIZE, least_block_size(cache_format.codec, MAX_ROW_DIM))
+    return type(SawAttentionBackend.__name__, (SawAttentionBackend,), described)
 
 
 def _energies(part: LayerCalibration) -> tuple[float, float] | None:
@@ -651,6 +669,11 @@ def _energies(part: LayerCalibration) -> tuple[float, float] | None:
     if part.k_energy is None or part.v_energy is None:
         return None
     return float(part.k_energy.mean()), float(part.v_energy.mean())
+
+
+def least_block_size(codec: str, head_size: int) -> int:
+    """Tokens of a page that has the bytes of a block of the newest tokens in 16 bits."""
+    return PAGE_SIZE_MULTIPLE * -(-token_bytes("bf16", head_size) // token_bytes(codec, head_size))
 
 
 def token_bytes(codec: str, head_size: int) -> int:

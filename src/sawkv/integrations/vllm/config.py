@@ -32,7 +32,7 @@ WORKER_EXTENSION: Final = "sawkv.integrations.vllm.worker.Extension"
 """For vLLM's `--worker-extension-cls`, so that no worker runs without sawkv."""
 _KEYS: Final = ("format", "calibration", "prepare", "prepare_cache")
 _FLOAT_DTYPE_CODECS: Final = {"bfloat16": "bf16", "float16": "fp16"}
-_FLOAT_CODECS: Final[dict[object, str]] = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+FLOAT_CODECS: Final[dict[object, str]] = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 
 @dataclass(frozen=True)
@@ -196,5 +196,5 @@ def _options(vllm_config: VllmConfig) -> Mapping[str, Any]:
 
 def _float_codec(vllm_config: VllmConfig, kv_cache_dtype: str) -> str | None:
     if kv_cache_dtype == "auto":
-        return _FLOAT_CODECS.get(vllm_config.model_config.dtype)
+        return FLOAT_CODECS.get(vllm_config.model_config.dtype)
     return _FLOAT_DTYPE_CODECS.get(kv_cache_dtype)

@@ -1,0 +1,169 @@
+"""The newest tokens of each request as the model made them, beside pages of fewer bits: `-r64` in a format's name.
+
+Each attention layer gets a second cache layer of 16 bits with a sliding window, `<layer>.recent`. vLLM takes it for a
+layer of a hybrid model: its blocks come from the same pool, and those behind the window go back there. Prefix caching
+and preemption are vLLM's own. K and V of a token are written to both at once, and no token is moved later.
+
+Query p reads the keys up to p - window from the pages, and those after it from here. The log-sum-exps of the two sets
+join their results. To the kernels the first is attention whose sequences are shorter by the window.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from vllm.model_executor.layers.attention.attention import get_attention_context
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    CommonAttentionMetadata,
+)
+from vllm.v1.kv_cache_interface import SlidingWindowSpec
+
+from sawkv import ops
+from sawkv.cache import PagedKVCache
+from sawkv.errors import UnsupportedError
+from sawkv.format.layout import PAGE_SIZE_MULTIPLE, PageLayout
+from sawkv.format.spec import CacheFormat
+from sawkv.integrations.vllm.config import FLOAT_CODECS
+from sawkv.kernels import Step
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+    from sawkv.integrations.vllm.backend import SawAttentionBackend, SawAttentionImpl
+
+SUFFIX = ".recent"
+BLOCK_SIZE = PAGE_SIZE_MULTIPLE
+"""Tokens of a block, which has the bytes of a block of the pages."""
+
+
+@dataclass
+class RecentMetadata(AttentionMetadata):
+    """The newest tokens of all requests of a step."""
+
+    step: Step
+
+
+class RecentMetadataBuilder(AttentionMetadataBuilder[RecentMetadata]):
+    """Builds `RecentMetadata` once per step, for all layers of a group."""
+
+    def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: Any) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
+        scheduler = vllm_config.scheduler_config
+        self._schedule = ops.Schedule(
+            layer.layout,
+            device,
+            num_q_heads=layer.num_heads,
+            max_num_seqs=scheduler.max_num_seqs,
+            max_query_len=scheduler.max_num_batched_tokens,
+            sliding_window=layer.window,
+        )
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> RecentMetadata:
+        common = common_attn_metadata
+        return RecentMetadata(
+            self._schedule.update(
+                common.block_table_tensor[: common.num_reqs],
+                common.seq_lens[: common.num_reqs],
+                common.query_start_loc[: common.num_reqs + 1],
+            )
+        )
+
+
+class RecentTokens(AttentionLayerBase):
+    """The second cache layer of an attention layer.
+
+    Args:
+        name: of this layer.
+        impl: of the layer whose newest tokens it holds.
+        backend: of that layer.
+        window: tokens that a query reads from here, itself included.
+        dtype: of K and V.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        impl: SawAttentionImpl,
+        backend: type[SawAttentionBackend],
+        window: int,
+        dtype: torch.dtype,
+    ) -> None:
+        self.name, self.window, self.num_heads, self._of, self._dtype = name, window, impl.num_heads, impl, dtype
+        self.layout = PageLayout(
+            CacheFormat(FLOAT_CODECS[dtype], 0, 0), impl.num_kv_heads, impl.head_size, BLOCK_SIZE
+        )
+        self.kv_cache = torch.empty(0)
+        self._bound: tuple[torch.Tensor, ops.Attention] | None = None
+        self._backend = recent_backend(backend)
+
+    def get_attn_backend(self) -> type[AttentionBackend]:
+        return self._backend
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> SlidingWindowSpec:
+        """What vLLM allocates: blocks of as many bytes as the pages have, whose ends stay empty.
+
+        Raises:
+            UnsupportedError: the pages are too small for a block.
+        """
+        page_size = vllm_config.cache_config.block_size
+        token_bytes = self._of.layout(PAGE_SIZE_MULTIPLE).head_bytes
+        if page_size * token_bytes < BLOCK_SIZE * self.layout.head_bytes:
+            least = -(-self.layout.head_bytes // token_bytes) * PAGE_SIZE_MULTIPLE
+            raise UnsupportedError(
+                f"sawkv: expected --block-size {least} or more, so that {BLOCK_SIZE} of the newest tokens fit in a"
+                f" page, got {page_size}"
+            )
+        return SlidingWindowSpec(
+            block_size=BLOCK_SIZE,
+            num_kv_heads=self._of.num_kv_heads,
+            head_size=self._of.head_size,
+            dtype=self._dtype,
+            sliding_window=self.window,
+        )
+
+    def append(self, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Write the step's new tokens, as `SawAttentionImpl.do_kv_cache_update` does."""
+        _, _, _, slots = get_attention_context(self.name)
+        self._bind().append(key, value, slots)
+
+    def attend(self, query: torch.Tensor, older: torch.Tensor, older_lse: torch.Tensor) -> None:
+        """Add attention to the newest tokens.
+
+        Args:
+            query: [num_tokens, num_heads, head_size].
+            older: like `query`, attention to all tokens behind the window. Becomes that to all tokens.
+            older_lse: [num_tokens, num_heads] fp32, its log-sum-exp.
+        """
+        metadata, *_ = get_attention_context(self.name)
+        newest, lse = torch.zeros_like(older), torch.zeros_like(older_lse)
+        self._bind()(query, metadata.step, newest, lse)
+        older.copy_(newest.float().lerp(older.float(), (older_lse - lse).sigmoid()[..., None]))
+
+    def _bind(self) -> ops.Attention:
+        if self._bound is None or self._bound[0] is not self.kv_cache:
+            pages = self.kv_cache.view(torch.uint8).view(self.layout.pages_shape(self.kv_cache.shape[0]))
+            of = self._of
+            attention = ops.Attention(
+                PagedKVCache(pages, self.layout),
+                num_q_heads=of.num_heads,
+                softmax_scale=of.scale,
+                sliding_window=self.window,
+                logit_softcap=of.logits_soft_cap,
+                sinks=of.sinks,
+            )
+            self._bound = self.kv_cache, attention
+        return self._bound[1]
+
+
+def recent_backend(backend: type[SawAttentionBackend]) -> type[AttentionBackend]:
+    """The backend of `RecentTokens` beside layers of `backend`."""
+    return type(f"Recent{backend.__name__}", (backend,), {"get_builder_cls": staticmethod(lambda: RecentMetadataBuilder)})
