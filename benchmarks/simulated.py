@@ -36,7 +36,9 @@ def append_by_reference(**changed: Any) -> None:
         slot_mapping: torch.Tensor,
         positions: torch.Tensor | None = None,
     ) -> None:
-        written(ops.Pages(replace(self.cache, **changed), "reference"), k, v, slot_mapping, positions)
+        is_recent = self.cache.layout.k_rotation_order == 0  # the newest tokens, which are kept as they are
+        pages = self if is_recent else ops.Pages(replace(self.cache, **changed), "reference")
+        written(pages, k, v, slot_mapping, positions)
 
     ops.Pages.append = append  # type: ignore[method-assign]
 

@@ -52,6 +52,7 @@ def run_engine(
             nibbles swapped;
             `lose_v_center`: values are written without their center, which is added all the same when they are read;
             `by_reference`: the reference writes the pages; `lose_feedback`: it does, without feedback;
+            `overlap_recent`: the youngest of the tokens behind the newest ones is read twice;
             `leave_windows`: vLLM before 0.28 sizes the pages of windows as it does alone;
             `keep_out`: vLLM loads another plugin alone, which takes the names of backends for itself.
         waves: batches of prompts; a wave starts when the one before has ended.
@@ -209,6 +210,17 @@ def _mutate(kind: str | None) -> None:
         return
     if kind == "by_reference":
         append_by_reference()
+        return
+    if kind == "overlap_recent":
+        from sawkv.integrations.vllm.recent import RecentTokens
+
+        made = RecentTokens.__init__
+
+        def make(self: RecentTokens, *arguments: Any) -> None:
+            made(self, *arguments)
+            self.window += 1
+
+        RecentTokens.__init__ = make  # type: ignore[method-assign]
         return
     if kind == "leave_windows":
         from sawkv.integrations.vllm import backend

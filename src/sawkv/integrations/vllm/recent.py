@@ -57,7 +57,7 @@ class RecentMetadataBuilder(AttentionMetadataBuilder[RecentMetadata]):
         layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
         scheduler = vllm_config.scheduler_config
         self._schedule = ops.Schedule(
-            layer.layout,
+            layer.layout(kv_cache_spec.block_size),
             device,
             num_q_heads=layer.num_heads,
             max_num_seqs=scheduler.max_num_seqs,
@@ -98,12 +98,14 @@ class RecentTokens(AttentionLayerBase):
         dtype: torch.dtype,
     ) -> None:
         self.name, self.window, self.num_heads, self._of, self._dtype = name, window, impl.num_heads, impl, dtype
-        self.layout = PageLayout(
-            CacheFormat(FLOAT_CODECS[dtype], 0, 0), impl.num_kv_heads, impl.head_size, BLOCK_SIZE
-        )
         self.kv_cache = torch.empty(0)
         self._bound: tuple[torch.Tensor, ops.Attention] | None = None
         self._backend = recent_backend(backend)
+
+    def layout(self, block_size: int) -> PageLayout:
+        return PageLayout(
+            CacheFormat(FLOAT_CODECS[self._dtype], 0, 0), self._of.num_kv_heads, self._of.head_size, block_size
+        )
 
     def get_attn_backend(self) -> type[AttentionBackend]:
         return self._backend
@@ -114,19 +116,20 @@ class RecentTokens(AttentionLayerBase):
         Raises:
             UnsupportedError: the pages are too small for a block.
         """
-        page_size = vllm_config.cache_config.block_size
-        token_bytes = self._of.layout(PAGE_SIZE_MULTIPLE).head_bytes
-        if page_size * token_bytes < BLOCK_SIZE * self.layout.head_bytes:
-            least = -(-self.layout.head_bytes // token_bytes) * PAGE_SIZE_MULTIPLE
+        page_size, of = vllm_config.cache_config.block_size, self._of
+        token_bytes, own_bytes = (layout(BLOCK_SIZE).head_bytes for layout in (of.layout, self.layout))
+        if page_size * token_bytes < BLOCK_SIZE * own_bytes:
+            least = -(-own_bytes // token_bytes) * PAGE_SIZE_MULTIPLE
             raise UnsupportedError(
                 f"sawkv: expected --block-size {least} or more, so that {BLOCK_SIZE} of the newest tokens fit in a"
                 f" page, got {page_size}"
             )
         return SlidingWindowSpec(
             block_size=BLOCK_SIZE,
-            num_kv_heads=self._of.num_kv_heads,
-            head_size=self._of.head_size,
+            num_kv_heads=of.num_kv_heads,
+            head_size=of.head_size,
             dtype=self._dtype,
+            page_size_padded=of.num_kv_heads * page_size * token_bytes,
             sliding_window=self.window,
         )
 
@@ -150,10 +153,10 @@ class RecentTokens(AttentionLayerBase):
 
     def _bind(self) -> ops.Attention:
         if self._bound is None or self._bound[0] is not self.kv_cache:
-            pages = self.kv_cache.view(torch.uint8).view(self.layout.pages_shape(self.kv_cache.shape[0]))
-            of = self._of
+            of, layout = self._of, self.layout(self.kv_cache.shape[2])
+            pages = self.kv_cache.view(torch.uint8).view(layout.pages_shape(self.kv_cache.shape[0]))
             attention = ops.Attention(
-                PagedKVCache(pages, self.layout),
+                PagedKVCache(pages, layout),
                 num_q_heads=of.num_heads,
                 softmax_scale=of.scale,
                 sliding_window=self.window,

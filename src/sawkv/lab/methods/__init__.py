@@ -45,7 +45,8 @@ def served_format(cache_format: CacheFormat, name: str | None = None) -> Method:
             (Coded(cache_format.v_codec), cache_format.v_rotation_order),
         )
     )
-    return Method(name or str(cache_format), k, v, served="sawkv", format=cache_format)
+    kept = Kept(last=cache_format.recent) if cache_format.recent else None
+    return Method(name or str(cache_format), k, v, served="sawkv", format=cache_format, kept=kept)
 
 
 def _prepared(name: str, codec: str, kept: Kept | None = None) -> Method:

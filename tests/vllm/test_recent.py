@@ -1,0 +1,87 @@
+"""Formats that keep the newest tokens in 16 bits (`-r64`), in real engines: what `test_controls` checks of others, and
+that the lab measures what engines serve.
+
+Prefix-cache hits, chunked prefill, preemption and blocks given back behind the window all happen in these runs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from sawkv.lab.methods import find_method, fit
+from sawkv.prepare.model import EvalModel, collect_samples
+from tests.vllm.engine import MODEL, run_engine
+from tests.vllm.test_controls import fp32_format, prompts
+
+pytestmark = [pytest.mark.vllm, pytest.mark.newest]
+
+TOKENS = 64
+INT4 = {"kv_cache_dtype": "int4_per_token_head"}
+LIMITS = {"dtype": "float32", "max_num_batched_tokens": 128, "max_num_seqs": 8}
+POOL = {"block_size": 128, "num_gpu_blocks_override": 60}  # in fp32, 16 of the newest tokens take 121 tokens of INT4
+
+
+def named(name: str) -> dict[str, Any]:
+    return INT4 | {"additional_config": {"sawkv": {"format": name}}}
+
+
+def engine(**options: Any) -> dict[str, Any]:
+    result = run_engine(waves=prompts(), max_tokens=TOKENS, **LIMITS, **(POOL | options))
+    assert "error" not in result, result["error"]
+    assert result["metrics"]["num_preemptions"] > 0
+    assert result["metrics"]["prefix_cache_hits"] > 0
+    return result
+
+
+def test_packed_pages_equal_the_simulated_format_bit_for_bit() -> None:
+    packed = engine(**named("int4-r64"))
+    simulated = engine(mutate="simulate_int4", **fp32_format("fp32-k128-v128-r64"))
+    for result in (packed, simulated):
+        assert result["implementation"] == ["SawAttentionImpl"]
+    assert simulated["tokens"] == packed["tokens"]
+    assert simulated["logprobs"] == packed["logprobs"]
+
+
+def test_unquantized_equals_vllms_own_backend() -> None:
+    stock = run_engine(waves=prompts(), max_tokens=TOKENS, **LIMITS)
+    assert stock["implementation"] == ["CPUAttentionBackendImpl"], "vLLM's own"
+    assert apart(stock, engine(**fp32_format("fp32-k128-v128-r64"))) < 2e-3
+    assert apart(stock, engine(mutate="overlap_recent", **fp32_format("fp32-k128-v128-r64"))) > 2e-3
+
+
+def apart(one: dict[str, Any], other: dict[str, Any]) -> float:
+    """The largest difference between log-probabilities of tokens that both chose, all up to the first unlike one."""
+    differences, compared = [0.0], 0
+    for wave in range(2):
+        for a, b, x, y in zip(*(result[key][wave] for key in ("tokens", "logprobs") for result in (one, other)), strict=True):
+            agreed = next((t for t in range(TOKENS) if a[t] != b[t]), TOKENS)
+            differences += [abs(x[t] - y[t]) for t in range(agreed)]
+            compared += agreed
+    assert compared > 0.5 * 16 * TOKENS
+    return max(differences)
+
+
+def test_a_prompt_in_chunks_reads_what_the_lab_reads() -> None:
+    waves = [[max(prompts()[0], key=len)]]
+    assert len(waves[0][0]) > 2 * LIMITS["max_num_batched_tokens"]
+    served = run_engine(waves=waves, max_tokens=1, scores=True, **LIMITS, **POOL, **named("int4-r64"))["scores"][0]
+    model = EvalModel.load(MODEL, torch.device("cpu"), torch.float32)
+    ids, found = torch.tensor(waves[0]), {}
+    samples = collect_samples(model, ids)
+    for name in ("int4-r64", "int4"):
+        with torch.no_grad(), model.reading(fit(find_method(name), samples)):
+            logits = model.logits(model.hidden(ids)[:, :-1])
+        losses = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).flatten()
+        found[name] = float((losses - torch.tensor(served)).abs().mean())
+    print(found)
+    assert found["int4-r64"] < 0.1 * found["int4"]  # a code in many falls the other way
+
+
+def test_the_engine_chooses_pages_that_hold_the_newest_tokens() -> None:
+    compiled = run_engine(waves=[[list(range(400, 440))]], dtype="bfloat16", enforce_eager=False, **named("int3-r64"))
+    assert len(compiled["tokens"][0][0]) == 32
+    error = run_engine(block_size=32, **LIMITS, **named("int4-r64"))["error"]
+    assert "expected --block-size 128 or more" in error
