@@ -6,11 +6,17 @@ Prefix-cache hits, chunked prefill, preemption and blocks given back behind the 
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 import torch
 
+from sawkv import CacheFormat
+from sawkv.capacity.caches import KVCache
+from sawkv.capacity.memory import GIB, Setting, cut_blocks
+from sawkv.capacity.model import read_shape
+from sawkv.format.layout import RECENT_PAGE_SIZE
 from sawkv.lab.methods import find_method, fit
 from sawkv.prepare.model import EvalModel, collect_samples
 from tests.vllm.engine import MODEL, run_engine
@@ -19,9 +25,12 @@ from tests.vllm.test_controls import fp32_format, prompts
 pytestmark = [pytest.mark.vllm, pytest.mark.newest]
 
 TOKENS = 64
-INT4 = {"kv_cache_dtype": "int4_per_token_head"}
-LIMITS = {"dtype": "float32", "max_num_batched_tokens": 128, "max_num_seqs": 8}
-POOL = {"block_size": 128, "num_gpu_blocks_override": 60}  # in fp32, 16 of the newest tokens take 121 tokens of INT4
+INT4: dict[str, Any] = {"kv_cache_dtype": "int4_per_token_head"}
+LIMITS: dict[str, Any] = {"dtype": "float32", "max_num_batched_tokens": 128, "max_num_seqs": 8}
+POOL: dict[str, Any] = {
+    "block_size": 128,
+    "num_gpu_blocks_override": 60,
+}  # in fp32, 16 of the newest tokens take 121 tokens of INT4
 
 
 def named(name: str) -> dict[str, Any]:
@@ -56,7 +65,9 @@ def apart(one: dict[str, Any], other: dict[str, Any]) -> float:
     """The largest difference between log-probabilities of tokens that both chose, all up to the first unlike one."""
     differences, compared = [0.0], 0
     for wave in range(2):
-        for a, b, x, y in zip(*(result[key][wave] for key in ("tokens", "logprobs") for result in (one, other)), strict=True):
+        for a, b, x, y in zip(
+            *(result[key][wave] for key in ("tokens", "logprobs") for result in (one, other)), strict=True
+        ):
             agreed = next((t for t in range(TOKENS) if a[t] != b[t]), TOKENS)
             differences += [abs(x[t] - y[t]) for t in range(agreed)]
             compared += agreed
@@ -76,12 +87,16 @@ def test_a_prompt_in_chunks_reads_what_the_lab_reads() -> None:
             logits = model.logits(model.hidden(ids)[:, :-1])
         losses = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).flatten()
         found[name] = float((losses - torch.tensor(served)).abs().mean())
-    print(found)
     assert found["int4-r64"] < 0.1 * found["int4"]  # a code in many falls the other way
 
 
 def test_the_engine_chooses_pages_that_hold_the_newest_tokens() -> None:
     compiled = run_engine(waves=[[list(range(400, 440))]], dtype="bfloat16", enforce_eager=False, **named("int3-r64"))
     assert len(compiled["tokens"][0][0]) == 32
+    shape = read_shape(json.loads((MODEL / "config.json").read_text()))
+    cache = KVCache.of_format(CacheFormat.parse("int3-r64"), shape)
+    assert (
+        compiled["kv_tokens"] // RECENT_PAGE_SIZE == (64 << 20) // cut_blocks(shape, Setting(GIB, 2048), cache).nbytes
+    )
     error = run_engine(block_size=32, **LIMITS, **named("int4-r64"))["error"]
     assert "expected --block-size 128 or more" in error

@@ -8,7 +8,7 @@ from typing import Final
 
 from sawkv.capacity.model import Attention, ModelShape
 from sawkv.errors import FormatError, UnsupportedError
-from sawkv.format.layout import ENGINE_PAGE_SIZE, PAGE_SIZE_MULTIPLE, PageLayout
+from sawkv.format.layout import PAGE_SIZE_MULTIPLE, PageLayout, engine_page_size
 from sawkv.format.spec import CacheFormat
 
 LADDER: Final = ("int8", "int4", "int4v3", "int3", "int3v2", "int2")
@@ -39,7 +39,13 @@ class KVCache:
             names = {str(cache_format.resolve(layer.head_dim)) for layer in shape.attention}
         except FormatError as error:
             raise UnsupportedError(f"sawkv cannot serve this model: {error}") from error
-        return cls(names.pop() if len(names) == 1 else str(cache_format), ENGINE_PAGE_SIZE, cache_format=cache_format)
+        name = names.pop() if len(names) == 1 and not cache_format.recent else str(cache_format)
+        return cls(name, engine_page_size(cache_format), cache_format=cache_format)
+
+    @property
+    def recent(self) -> int:
+        """Newest tokens of a request that are kept in 16 bits too."""
+        return 0 if self.cache_format is None else self.cache_format.recent
 
     def token_bytes(self, layer: Attention, ranks: int) -> int:
         """Bytes of K and V of one token on each of `ranks` GPUs."""

@@ -18,6 +18,7 @@ from sawkv.capacity.caches import KVCache
 from sawkv.capacity.model import Attention, ModelShape, State
 from sawkv.capacity.stages import pipeline_stages, stage_weights
 from sawkv.errors import SawkvError, UnsupportedError
+from sawkv.format.layout import RECENT_PAGE_SIZE
 
 GIB: Final = 1 << 30
 _UNITS: Final = {"M": 1 << 20, "G": GIB, "T": 1 << 40}
@@ -283,6 +284,7 @@ class _Pages:
     kind: Attention | State
     block_size: int
     nbytes: int
+    reserves_steps: bool = True
 
     def of_request(self, setting: Setting) -> int:
         """Blocks that a request of the full context holds."""
@@ -290,7 +292,8 @@ class _Pages:
             return (self.kind.held if setting.prefix_caching else 1) + setting.drafted
         if not self.kind.window:
             return -(-setting.context // self.block_size)
-        kept = self.kind.window - 1 + setting.concurrent_steps * setting.batched_tokens
+        of_steps = setting.concurrent_steps * setting.batched_tokens if self.reserves_steps else 0
+        kept = self.kind.window - 1 + of_steps
         return -(-min(kept, setting.context) // self.block_size) + 1
 
 
@@ -311,6 +314,12 @@ def cut_blocks(shape: ModelShape, setting: Setting, cache: KVCache, stage: range
     ]
     layers += [_Pages(state, block_size, layers[0].nbytes) for state in shape.states]
     places = (*shape.attention_places, *shape.state_places)
+    if cache.recent:  # each layer has a second one, whose pages are padded to the bytes of the first
+        layers += [
+            _Pages(Attention(0, of.num_kv_heads, of.head_dim, cache.recent), RECENT_PAGE_SIZE, layer.nbytes, False)
+            for of, layer in zip(shape.attention, layers, strict=False)
+        ]
+        places = (*places, *shape.attention_places)
     is_here = [stage is None or place in stage for place in places]
     windows = {layer.kind.window if isinstance(layer.kind, Attention) else None for layer in layers}
     if len(windows) == 1:  # all keep the same tokens: one group, whatever their sizes

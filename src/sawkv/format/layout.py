@@ -12,6 +12,8 @@ from sawkv.format.spec import CODEC_BITS, MAX_ROW_DIM, CacheFormat, ResolvedForm
 PAGE_SIZE_MULTIPLE = 16
 ENGINE_PAGE_SIZE = 64
 """The page size that engines are asked for: docs/decisions/0009-page-size.md."""
+RECENT_PAGE_SIZE = PAGE_SIZE_MULTIPLE
+"""Tokens in 16 bits that take the place of a page, where a format keeps the newest ones."""
 GPU_PAGE_SIZES = (16, 32, 64, 128, 256)
 """Page sizes that the fastest GPU kernels take. Engines cut larger blocks into these."""
 
@@ -124,3 +126,18 @@ class PageLayout:
     def pages_shape(self, num_pages: int) -> tuple[int, int, int, int]:
         """Shape of the uint8 tensor that holds `num_pages` pages."""
         return num_pages, self.num_kv_heads * self.parts, self.page_size, self.token_bytes
+
+
+def least_page_size(cache_format: CacheFormat, head_dim: int, kept_in: str) -> int:
+    """Fewest tokens of a page in whose bytes `RECENT_PAGE_SIZE` tokens fit as the codec `kept_in` stores them."""
+    kept, own = (
+        PageLayout(each, 1, head_dim, PAGE_SIZE_MULTIPLE).head_bytes for each in (CacheFormat(kept_in), cache_format)
+    )
+    return PAGE_SIZE_MULTIPLE * -(-kept * RECENT_PAGE_SIZE // (own * PAGE_SIZE_MULTIPLE))
+
+
+def engine_page_size(cache_format: CacheFormat) -> int:
+    """The page size that engines are asked for, whatever the head_dim is."""
+    if not cache_format.recent:
+        return ENGINE_PAGE_SIZE
+    return max(ENGINE_PAGE_SIZE, *(least_page_size(cache_format, head_dim, "bf16") for head_dim in (64, MAX_ROW_DIM)))

@@ -115,6 +115,8 @@ class SawCache(Cache):
                 " layers that share K and V, are not compiled"
             )
         cache_format = format if isinstance(format, CacheFormat) else CacheFormat.parse(format)
+        if cache_format.recent:
+            raise UnsupportedError(f"SawCache: expected a format without -r{cache_format.recent}, got {cache_format}")
         for head_dim in {head_dim_of(layer) for layer in layer_configs(decoder)}:
             cache_format.resolve(head_dim)
         if isinstance(calibration, (str, Path)):

@@ -35,8 +35,8 @@ from vllm.v1.attention.backends.utils import split_decodes_and_prefills
 from sawkv import ops
 from sawkv.cache import PagedKVCache
 from sawkv.errors import CalibrationError, SawkvError, UnsupportedError
-from sawkv.format.layout import ENGINE_PAGE_SIZE, GPU_PAGE_SIZES, PAGE_SIZE_MULTIPLE, PageLayout
-from sawkv.format.spec import HEAD_DIMS, MAX_ROW_DIM, CacheFormat, ResolvedFormat
+from sawkv.format.layout import ENGINE_PAGE_SIZE, GPU_PAGE_SIZES, PAGE_SIZE_MULTIPLE, PageLayout, engine_page_size
+from sawkv.format.spec import HEAD_DIMS, CacheFormat, ResolvedFormat
 from sawkv.integrations.vllm import announce, refusals
 from sawkv.integrations.vllm.config import KV_CACHE_DTYPE_CODECS, VLLM_DTYPE_CODECS, SawConfig, dtype_codec, is_draft
 from sawkv.integrations.vllm.contract import check_contract
@@ -51,7 +51,7 @@ from sawkv.integrations.vllm.prefill import (
     speculated_tokens,
 )
 from sawkv.integrations.vllm.prepare import is_installed, served_context
-from sawkv.integrations.vllm.recent import SUFFIX, RecentTokens
+from sawkv.integrations.vllm.recent import RecentTokens, not_kept
 from sawkv.integrations.vllm.windows import VLLM_SIZES_WINDOWS, pack_windows
 from sawkv.kernels import Prefixes, Step, Turns, select_backend
 from sawkv.prepare.calibration import Calibration, LayerCalibration, model_id
@@ -337,7 +337,10 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
             vllm_config, config, head_size, attn_type, alibi_slopes is not None, other_arguments
         )
         self._layers = vllm_config.compilation_config.static_forward_context
-        self.num_recent, self.recent = config.format.recent, None
+        self.num_recent = config.format.recent
+        self.recent: RecentTokens | None = None  # from when the layer's name is known
+        if self.num_recent:
+            refusals.refuse(vllm_config, not_kept(vllm_config, self))
         if config.calibration is not None:
             _check_calibration(config.calibration, self, vllm_config)
             self._layer_calibration = None  # until the layer's name is known
@@ -382,9 +385,8 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
                     pack_windows(layer)
         if self.num_recent and self.recent is None:
             name, layer = next(item for item in self._layers.items() if getattr(item[1], "impl", None) is self)
-            name += SUFFIX
-            self.recent = RecentTokens(name, self, layer.get_attn_backend(), self.num_recent, act_dtype)
-            self._layers[name] = self.recent  # vLLM finds it there as it finds all layers with a cache
+            self.recent = RecentTokens(f"{name}.recent", self, layer.get_attn_backend(), self.num_recent, act_dtype)
+            self._layers[self.recent.name] = self.recent  # where vLLM looks for all layers with a cache
         if self.reloaded is not None:
             self.reloaded()
 
@@ -431,10 +433,12 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
             return self.measurement.attend(self, query, key, value, attn_metadata.prompts, output)
         attention = self._bind(kv_cache)
         if attn_metadata.steps:
-            lse = None if self.recent is None else query.new_zeros(query.shape[:2], dtype=torch.float32)
-            attention(query, attn_metadata.steps[self.alike], output, lse)
-            if self.recent is not None:
-                self.recent.attend(query, output, lse)
+            step = attn_metadata.steps[self.alike]
+            if self.recent is None:
+                attention(query, step, output)
+            else:
+                lse = query.new_zeros(query.shape[:2], dtype=torch.float32)
+                self.recent.attend(query, attention(query, step, output, lse), lse)
         if self.alike in attn_metadata.turns:
             attention(query, attn_metadata.turns[self.alike], output)
         if attn_metadata.prefills and self.prefill is not None:  # only a GPU's metadata has prefills
@@ -568,7 +572,7 @@ class SawAttentionBackend(AttentionBackend):
     """
 
     codec: ClassVar[str | None] = None
-    default_block_size: ClassVar[int] = ENGINE_PAGE_SIZE
+    page_size: ClassVar[int] = ENGINE_PAGE_SIZE
     forward_includes_kv_cache_update = False
     supported_dtypes: ClassVar[list[torch.dtype]] = [torch.bfloat16, torch.float16, torch.float32]
     # "auto" and the 16-bit names are for the float formats of `--additional-config`.
@@ -598,7 +602,7 @@ class SawAttentionBackend(AttentionBackend):
     @classmethod
     def get_preferred_block_size(cls, default_block_size: int) -> int:
         """The block size without `--block-size`."""
-        return cls.default_block_size
+        return cls.page_size
 
     @classmethod
     def get_supported_head_sizes(cls) -> list[int]:
@@ -658,9 +662,7 @@ def backend_of(cache_format: CacheFormat) -> type[SawAttentionBackend]:
     """The backend of layers in a format. vLLM asks it for the size of pages, and names no more than a dtype."""
     if dtype_codec(cache_format) == cache_format.codec and not cache_format.recent:
         return SawAttentionBackend
-    described: dict[str, Any] = {"codec": cache_format.codec}
-    if cache_format.recent:
-        described["default_block_size"] = max(ENGINE_PAGE_SIZE, least_block_size(cache_format.codec, MAX_ROW_DIM))
+    described = {"codec": cache_format.codec, "page_size": engine_page_size(cache_format)}
     return type(SawAttentionBackend.__name__, (SawAttentionBackend,), described)
 
 
@@ -669,11 +671,6 @@ def _energies(part: LayerCalibration) -> tuple[float, float] | None:
     if part.k_energy is None or part.v_energy is None:
         return None
     return float(part.k_energy.mean()), float(part.v_energy.mean())
-
-
-def least_block_size(codec: str, head_size: int) -> int:
-    """Tokens of a page that has the bytes of a block of the newest tokens in 16 bits."""
-    return PAGE_SIZE_MULTIPLE * -(-token_bytes("bf16", head_size) // token_bytes(codec, head_size))
 
 
 def token_bytes(codec: str, head_size: int) -> int:

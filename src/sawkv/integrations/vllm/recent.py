@@ -11,9 +11,10 @@ join their results. To the kernels the first is attention whose sequences are sh
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from vllm.logger import init_logger
 from vllm.model_executor.layers.attention.attention import get_attention_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import (
@@ -27,9 +28,10 @@ from vllm.v1.kv_cache_interface import SlidingWindowSpec
 from sawkv import ops
 from sawkv.cache import PagedKVCache
 from sawkv.errors import UnsupportedError
-from sawkv.format.layout import PAGE_SIZE_MULTIPLE, PageLayout
+from sawkv.format.layout import RECENT_PAGE_SIZE, PageLayout, least_page_size
 from sawkv.format.spec import CacheFormat
 from sawkv.integrations.vllm.config import FLOAT_CODECS
+from sawkv.integrations.vllm.contract import installed_release
 from sawkv.kernels import Step
 
 if TYPE_CHECKING:
@@ -37,9 +39,20 @@ if TYPE_CHECKING:
 
     from sawkv.integrations.vllm.backend import SawAttentionBackend, SawAttentionImpl
 
-SUFFIX = ".recent"
-BLOCK_SIZE = PAGE_SIZE_MULTIPLE
-"""Tokens of a block, which has the bytes of a block of the pages."""
+PADS_PAGES: Final = (0, 32)
+"""The first version of those tested that pads the pages of one group to the bytes of another's."""
+
+logger = init_logger(f"vllm.{__name__}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecentSpec(SlidingWindowSpec):
+    """A window without a step's tokens, which vLLM would reserve for each request of its own. They are those of all
+    requests together (`RecentTokens.bind_kv_cache`), and at 16 bits four times as many bytes as in the pages.
+    """
+
+    def max_admission_blocks_per_request(self, max_in_flight_tokens: int, max_model_len: int) -> int:
+        return int(super().max_admission_blocks_per_request(0, max_model_len))
 
 
 @dataclass
@@ -99,8 +112,10 @@ class RecentTokens(AttentionLayerBase):
     ) -> None:
         self.name, self.window, self.num_heads, self._of, self._dtype = name, window, impl.num_heads, impl, dtype
         self.kv_cache = torch.empty(0)
+        self._least_blocks = 0
         self._bound: tuple[torch.Tensor, ops.Attention] | None = None
         self._backend = recent_backend(backend)
+        logger.info_once("sawkv: the newest %d tokens of each request are kept in %s beside it", window, dtype)
 
     def layout(self, block_size: int) -> PageLayout:
         return PageLayout(
@@ -110,26 +125,43 @@ class RecentTokens(AttentionLayerBase):
     def get_attn_backend(self) -> type[AttentionBackend]:
         return self._backend
 
-    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> SlidingWindowSpec:
+    def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
+        """Take the layer's memory.
+
+        Raises:
+            UnsupportedError: a request alone might not fit, and vLLM would begin its prompt again and again.
+        """
+        if kv_cache.shape[0] < self._least_blocks:
+            raise UnsupportedError(
+                f"sawkv: expected a KV cache of {self._least_blocks} blocks or more for one request of"
+                f" --max-model-len and the newest tokens of a step, got {kv_cache.shape[0]}. Lower that or"
+                " --max-num-batched-tokens"
+            )
+        super().bind_kv_cache(kv_cache)
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> RecentSpec:
         """What vLLM allocates: blocks of as many bytes as the pages have, whose ends stay empty.
 
         Raises:
             UnsupportedError: the pages are too small for a block.
         """
         page_size, of = vllm_config.cache_config.block_size, self._of
-        token_bytes, own_bytes = (layout(BLOCK_SIZE).head_bytes for layout in (of.layout, self.layout))
-        if page_size * token_bytes < BLOCK_SIZE * own_bytes:
-            least = -(-own_bytes // token_bytes) * PAGE_SIZE_MULTIPLE
+        pages = of.layout(page_size)
+        least = least_page_size(pages.format, of.head_size, FLOAT_CODECS[self._dtype])
+        if page_size < least:
             raise UnsupportedError(
-                f"sawkv: expected --block-size {least} or more, so that {BLOCK_SIZE} of the newest tokens fit in a"
-                f" page, got {page_size}"
+                f"sawkv: expected --block-size {least} or more, so that {RECENT_PAGE_SIZE} of the newest tokens fit in"
+                f" a page, got {page_size}"
             )
-        return SlidingWindowSpec(
-            block_size=BLOCK_SIZE,
+        longest = vllm_config.model_config.max_model_len
+        of_step = min(self.window + vllm_config.max_in_flight_tokens, longest)
+        self._least_blocks = -(-longest // page_size) - (-of_step // RECENT_PAGE_SIZE) + 2  # vLLM keeps one back
+        return RecentSpec(
+            block_size=RECENT_PAGE_SIZE,
             num_kv_heads=of.num_kv_heads,
             head_size=of.head_size,
             dtype=self._dtype,
-            page_size_padded=of.num_kv_heads * page_size * token_bytes,
+            page_size_padded=of.num_kv_heads * page_size * pages.head_bytes,
             sliding_window=self.window,
         )
 
@@ -167,6 +199,24 @@ class RecentTokens(AttentionLayerBase):
         return self._bound[1]
 
 
+def not_kept(vllm_config: VllmConfig, impl: SawAttentionImpl) -> list[str]:
+    """Why a layer's newest tokens cannot be kept."""
+    config = vllm_config
+    kinds = (
+        (config.device_config.device_type != "cpu", "on a GPU"),
+        (installed_release() < PADS_PAGES, f"vLLM older than {'.'.join(map(str, PADS_PAGES))}"),
+        (impl.sliding_window, "layers with sliding windows"),
+        (impl.kv_sharing_target_layer_name, "layers that read the pages of others"),
+        (config.model_config.is_hybrid, "models with recurrent layers"),
+        (config.speculative_config, "speculation"),
+        (config.kv_transfer_config, "KV connectors"),
+        (config.scheduler_config.disable_hybrid_kv_cache_manager, "--disable-hybrid-kv-cache-manager"),
+    )
+    return [f"the newest tokens in 16 bits (-r{impl.num_recent}): {kind}" for asked, kind in kinds if asked]
+
+
 def recent_backend(backend: type[SawAttentionBackend]) -> type[AttentionBackend]:
     """The backend of `RecentTokens` beside layers of `backend`."""
-    return type(f"Recent{backend.__name__}", (backend,), {"get_builder_cls": staticmethod(lambda: RecentMetadataBuilder)})
+    return type(
+        f"Recent{backend.__name__}", (backend,), {"get_builder_cls": staticmethod(lambda: RecentMetadataBuilder)}
+    )
