@@ -27,11 +27,16 @@ HEAD_DIMS = [64, 80, 96, 112, 128, 192, 256]
     "name",
     [
         *("int4-k128-v128", "int4-k0-v0", "int8-k16-v64", "bf16-k0-v0", "fp16-k32-v0", "int4"),
-        *("int2", "int3-k64-v0", "int4v3", "int4v2-k16-v16", "int3v2"),
+        *("int2", "int3-k64-v0", "int4v3", "int4v2-k16-v16", "int3v2", "int4-r64", "int3v2-k16-v16-r128"),
     ],
 )
 def test_a_name_parses_and_prints(name: str) -> None:
     assert str(CacheFormat.parse(name)) == name
+
+
+def test_pages_do_not_depend_on_the_newest_tokens() -> None:
+    assert CacheFormat.parse("int4-r64") != CacheFormat("int4")
+    assert CacheFormat.parse("int4-r64").resolve(128) == CacheFormat("int4").resolve(128)
 
 
 @settings(deadline=None)
@@ -60,6 +65,8 @@ def test_any_text_parses_or_is_refused(text: str) -> None:
         "int4-k128-v128 ",
         "INT4",
         "int4-k-1-v0",
+        "int4-r40",
+        "int4-r64-k16-v16",
         "int4-k\u0661\u0666-v0",
     ],
 )

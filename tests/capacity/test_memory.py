@@ -135,6 +135,13 @@ def test_all_windows_of_one_size_share_a_group() -> None:
     assert (blocks.of_request, blocks.nbytes) == (129, 32 * 64 * 1088)
 
 
+def test_the_newest_tokens_take_blocks_of_the_same_bytes() -> None:
+    """17,408 tokens are 272 blocks of 64. The newest 64 lie in up to 5 of 16, which 8,192 of 8,704 bytes hold."""
+    shape = read_shape(CONFIGS["qwen3-8b"])
+    blocks = cut_blocks(shape, H100, KVCache.of_format(CacheFormat.parse("int4-r64"), shape))
+    assert (blocks.of_request, blocks.nbytes, blocks.block_size) == (272 + 5, 36 * 8 * 64 * 136, 64)
+
+
 def test_the_longest_context_is_the_last_with_which_vllm_starts() -> None:
     shape = read_shape(CONFIGS["qwen3-8b"])
     setting, cache = Setting(card("20GiB")[0], 40960), caches(shape)[0]
