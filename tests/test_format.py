@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from sawkv import CacheFormat, FormatError, PagedKVCache, PageLayout, append
 from sawkv.format.codecs import CODECS, IntegerCodec
 from sawkv.format.feedback import Feedback
+from sawkv.format.layout import engine_page_size
 from sawkv.format.rotation import hadamard_matrix, rotate
 from sawkv.kernels import reference
 from tests.kernel_checks import random_feedback
@@ -37,6 +38,10 @@ def test_a_name_parses_and_prints(name: str) -> None:
 def test_pages_do_not_depend_on_the_newest_tokens() -> None:
     assert CacheFormat.parse("int4-r64") != CacheFormat("int4")
     assert CacheFormat.parse("int4-r64").resolve(128) == CacheFormat("int4").resolve(128)
+    page_sizes = {
+        name: engine_page_size(CacheFormat.parse(name)) for name in ("int4", "int4-k128-v128-r64", "int2-r64")
+    }
+    assert page_sizes == {"int4": 64, "int4-k128-v128-r64": 64, "int2-r64": 128}
 
 
 @settings(deadline=None)

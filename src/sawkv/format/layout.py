@@ -128,11 +128,9 @@ class PageLayout:
         return num_pages, self.num_kv_heads * self.parts, self.page_size, self.token_bytes
 
 
-def least_page_size(cache_format: CacheFormat, head_dim: int, kept_in: str) -> int:
+def least_page_size(codec: str, head_dim: int, kept_in: str) -> int:
     """Fewest tokens of a page in whose bytes `RECENT_PAGE_SIZE` tokens fit as the codec `kept_in` stores them."""
-    kept, own = (
-        PageLayout(each, 1, head_dim, PAGE_SIZE_MULTIPLE).head_bytes for each in (CacheFormat(kept_in), cache_format)
-    )
+    own, kept = (PageLayout(CacheFormat(each), 1, head_dim, PAGE_SIZE_MULTIPLE).head_bytes for each in (codec, kept_in))
     return PAGE_SIZE_MULTIPLE * -(-kept * RECENT_PAGE_SIZE // (own * PAGE_SIZE_MULTIPLE))
 
 
@@ -140,4 +138,6 @@ def engine_page_size(cache_format: CacheFormat) -> int:
     """The page size that engines are asked for, whatever the head_dim is."""
     if not cache_format.recent:
         return ENGINE_PAGE_SIZE
-    return max(ENGINE_PAGE_SIZE, *(least_page_size(cache_format, head_dim, "bf16") for head_dim in (64, MAX_ROW_DIM)))
+    return max(
+        ENGINE_PAGE_SIZE, *(least_page_size(cache_format.codec, head_dim, "bf16") for head_dim in (64, MAX_ROW_DIM))
+    )

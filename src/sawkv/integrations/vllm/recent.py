@@ -147,7 +147,7 @@ class RecentTokens(AttentionLayerBase):
         """
         page_size, of = vllm_config.cache_config.block_size, self._of
         pages = of.layout(page_size)
-        least = least_page_size(pages.format, of.head_size, FLOAT_CODECS[self._dtype])
+        least = least_page_size(pages.format.codec, of.head_size, FLOAT_CODECS[self._dtype])
         if page_size < least:
             raise UnsupportedError(
                 f"sawkv: expected --block-size {least} or more, so that {RECENT_PAGE_SIZE} of the newest tokens fit in"
