@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from sawkv.errors import SawkvError, UnsupportedError
+from sawkv.errors import FormatError, SawkvError, UnsupportedError
 from sawkv.format.rotation import hadamard_matrix
 from sawkv.lab import analyze
 from sawkv.lab.evaluate import collect_samples
@@ -247,3 +247,12 @@ def test_kvarn_as_it_is_used_does_not_look_ahead() -> None:
             before[name] = [logits(model, each)[:, :150] for each in (ids, other)]
     torch.testing.assert_close(*before["kvarn"], rtol=1e-4, atol=1e-4)
     assert not torch.allclose(*before["kvarn_codes"], rtol=1e-4, atol=1e-4)
+
+
+def test_formats_that_keep_the_newest_tokens_are_methods() -> None:
+    for name in ("int3-r64", "prepared_int3-r64"):
+        method = find_method(name)
+        assert (method.name, method.kept, method.served) == (name, Kept(last=64), "sawkv")
+        assert method.bits(64, 2048) == 3.5 + 12.5 * 64 / 2048
+    with pytest.raises(FormatError, match="prepared_int3-r40"):
+        find_method("prepared_int3-r40")

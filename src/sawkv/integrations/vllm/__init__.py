@@ -2,10 +2,11 @@
 
 With it, `--kv-cache-dtype sawkv_int4`, before vLLM 0.33 `int4_per_token_head`, means sawkv's rotated INT4 pages.
 docs/vllm.md lists the options. Reading order: `config` (the user's settings), `dtypes` (our names), `selection` (which
-layers use sawkv), `backend` (the attention backend), `prefill`, `prepare` and `measure` (preparation at start),
-`warm_up` (kernels compiled at start), `connectors`, `offload`, `disk` and `host` (pages that leave the engine),
-`weights` (other weights in a running engine), `refusals` (what is not served), `windows` (page sizes of windowed layers
-before vLLM 0.28), `contract` (what sawkv needs of vLLM), `server` (vLLM's server as a child process), `client`.
+layers use sawkv), `backend` (the attention backend), `recent` (the newest tokens in 16 bits), `prefill`, `prepare` and
+`measure` (preparation at start), `warm_up` (kernels compiled at start), `connectors`, `offload`, `disk` and `host`
+(pages that leave the engine), `weights` (other weights in a running engine), `refusals` (what is not served), `windows`
+(page sizes of windowed layers before vLLM 0.28), `contract` (what sawkv needs of vLLM), `server` (vLLM's server as a
+child process), `client`.
 """
 
 from __future__ import annotations

@@ -45,8 +45,11 @@ def served_format(cache_format: CacheFormat, name: str | None = None) -> Method:
             (Coded(cache_format.v_codec), cache_format.v_rotation_order),
         )
     )
-    kept = Kept(last=cache_format.recent) if cache_format.recent else None
-    return Method(name or str(cache_format), k, v, served="sawkv", format=cache_format, kept=kept)
+    return Method(name or str(cache_format), k, v, served="sawkv", format=cache_format, kept=_recent(cache_format))
+
+
+def _recent(cache_format: CacheFormat) -> Kept | None:
+    return Kept(last=cache_format.recent) if cache_format.recent else None
 
 
 def _prepared(name: str, codec: str, kept: Kept | None = None) -> Method:
@@ -112,7 +115,7 @@ METHODS: dict[str, Method] = {
 
 
 def find_method(name: str) -> Method:
-    """The method called `name`, or the cache format of that name as a method.
+    """The method called `name`, or the cache format of that name as a method: `int3-r64`, or `prepared_int3-r64`.
 
     Raises:
         FormatError: `name` is neither.
@@ -120,12 +123,15 @@ def find_method(name: str) -> Method:
     if name in METHODS:
         return METHODS[name]
     try:
-        return served_format(CacheFormat.parse(name))
+        own = CacheFormat.parse(name.removeprefix("prepared_"))
     except FormatError as error:
         raise FormatError(
             "--formats: expected cache formats such as int4-k128-v128, and methods that `sawkv formats` lists; got"
             f" {name!r}"
         ) from error
+    if not name.startswith("prepared_"):
+        return served_format(own)
+    return replace(_prepared(name, own.codec, _recent(own)), served="sawkv", format=own)
 
 
 def check_fits(method: Method, head_dim: int) -> None:
