@@ -292,8 +292,7 @@ class _Pages:
             return (self.kind.held if setting.prefix_caching else 1) + setting.drafted
         if not self.kind.window:
             return -(-setting.context // self.block_size)
-        of_steps = setting.concurrent_steps * setting.batched_tokens if self.reserves_steps else 0
-        kept = self.kind.window - 1 + of_steps
+        kept = self.kind.window - 1 + self.reserves_steps * setting.concurrent_steps * setting.batched_tokens
         return -(-min(kept, setting.context) // self.block_size) + 1
 
 
@@ -315,10 +314,8 @@ def cut_blocks(shape: ModelShape, setting: Setting, cache: KVCache, stage: range
     layers += [_Pages(state, block_size, layers[0].nbytes) for state in shape.states]
     places = (*shape.attention_places, *shape.state_places)
     if cache.recent:  # each layer has a second one, whose pages are padded to the bytes of the first
-        layers += [
-            _Pages(Attention(0, of.num_kv_heads, of.head_dim, cache.recent), RECENT_PAGE_SIZE, layer.nbytes, False)
-            for of, layer in zip(shape.attention, layers, strict=False)
-        ]
+        kinds = [Attention(0, of.num_kv_heads, of.head_dim, cache.recent) for of in shape.attention]
+        layers += [_Pages(kind, RECENT_PAGE_SIZE, of.nbytes, False) for kind, of in zip(kinds, layers, strict=False)]
         places = (*places, *shape.attention_places)
     is_here = [stage is None or place in stage for place in places]
     windows = {layer.kind.window if isinstance(layer.kind, Attention) else None for layer in layers}
