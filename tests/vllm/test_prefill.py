@@ -328,7 +328,7 @@ def test_layers_append_by_the_positions_of_the_step(monkeypatch: pytest.MonkeyPa
     cache, want = (PagedKVCache(each, layout, k_center=k_center) for each in pages)
     impl: Any = object.__new__(backend.SawAttentionImpl)
     counted = SimpleNamespace(name="a layer")
-    vars(impl).update(measurement=None, num_buckets=2, counted=counted, _bind=lambda _: Pages(cache))
+    vars(impl).update(measurement=None, recent=None, num_buckets=2, counted=counted, _bind=lambda _: Pages(cache))
     builder: Any = object.__new__(backend.SawMetadataBuilder)
     vars(builder).update(_impls=[impl], _positions=None, _max_num_tokens=64, device=torch.device("cpu"))
     slot, buffers = torch.randperm(160), []

@@ -17,8 +17,9 @@ from sawkv.capacity.caches import KVCache
 from sawkv.capacity.memory import GIB, Setting, cut_blocks
 from sawkv.capacity.model import read_shape
 from sawkv.format.layout import RECENT_PAGE_SIZE
+from sawkv.lab.evaluate import collect_samples
 from sawkv.lab.methods import find_method, fit
-from sawkv.prepare.model import EvalModel, collect_samples
+from sawkv.prepare.model import EvalModel
 from tests.vllm.engine import MODEL, run_engine
 from tests.vllm.test_controls import fp32_format, prompts
 

@@ -138,6 +138,5 @@ def engine_page_size(cache_format: CacheFormat) -> int:
     """The page size that engines are asked for, whatever the head_dim is."""
     if not cache_format.recent:
         return ENGINE_PAGE_SIZE
-    return max(
-        ENGINE_PAGE_SIZE, *(least_page_size(cache_format.codec, head_dim, "bf16") for head_dim in (64, MAX_ROW_DIM))
-    )
+    least = max(least_page_size(cache_format.codec, head_dim, "bf16") for head_dim in (64, MAX_ROW_DIM))
+    return next(size for size in GPU_PAGE_SIZES if size >= max(ENGINE_PAGE_SIZE, least))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -129,6 +130,7 @@ class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
         self._turns = {impl.alike: ops.turns(impl.layout(block_size), device, impl.num_heads) for impl in self._impls}
         self._unprepared = self._impls
         self._positions: torch.Tensor | None = None
+        self._older: torch.Tensor | None = None
         self._reader = self._make_reader(layers, vllm_config.parallel_config.rank)
         # The least: a draft model's layers have a configuration of their own.
         self._workspace_tokens = min(
@@ -151,6 +153,17 @@ class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
             self._positions = torch.zeros(self._max_num_tokens, dtype=torch.int64, device=self.device)
         self._positions[: common.num_actual_tokens] = token_positions(common)
         return self._positions
+
+    def _behind_the_newest(self, common: CommonAttentionMetadata) -> CommonAttentionMetadata:
+        """What layers read from their pages: without the newest tokens, if they keep those elsewhere."""
+        if not self._recent:
+            return common
+        if self._older is None:  # as `_positions`
+            self._older = common.seq_lens.new_zeros(self._max_num_seqs)
+        read, older = copy(common), self._older[: common.num_reqs]
+        torch.sub(common.seq_lens[: common.num_reqs], self._recent, out=older)
+        read.seq_lens = older.clamp_min_(0)
+        return read
 
     def _make_reader(self, layers: Mapping[str, Any], rank: int) -> CounterReader | None:
         """Who reads what this group's layers count; None where the kernels count nothing."""
@@ -189,16 +202,16 @@ class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
         num_decodes, max_query_len = common.num_reqs, self._decode_query_len()
         if self.device.type != "cpu":
             num_decodes, _, _, _ = split_decodes_and_prefills(common, decode_threshold=max_query_len)
-        # Layers that keep the newest tokens elsewhere read those behind them.
-        lengths = common.seq_lens[:num_decodes] - self._recent, common.query_start_loc[: num_decodes + 1]
+        read = self._behind_the_newest(common)
+        lengths = read.seq_lens[:num_decodes], common.query_start_loc[: num_decodes + 1]
         block_table = common.block_table_tensor[:num_decodes]
         turns: Mapping[LikeLayers, Step] = {}
         prefills: Mapping[int, Sequence[PrefillSlice]] = {}
         if num_decodes < common.num_reqs:
-            host = HostLengths.of(common)
+            host = HostLengths.of(common, self._recent)
             found = self._find_turns(host, num_decodes)
-            turns = self._schedule_turns(common, host, num_decodes, found)
-            prefills = self._slice_prefills(common, host, num_decodes, found)
+            turns = self._schedule_turns(read, host, num_decodes, found)
+            prefills = self._slice_prefills(read, host, num_decodes, found)
         return SawMetadata(
             steps={
                 alike: self._schedule(alike, max_query_len).update(block_table, *lengths)
@@ -339,8 +352,6 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
         self._layers = vllm_config.compilation_config.static_forward_context
         self.num_recent = config.format.recent
         self.recent: RecentTokens | None = None  # from when the layer's name is known
-        if self.num_recent:
-            refusals.refuse(vllm_config, not_kept(vllm_config, self))
         if config.calibration is not None:
             _check_calibration(config.calibration, self, vllm_config)
             self._layer_calibration = None  # until the layer's name is known
@@ -374,6 +385,8 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
             self.prefill = FlashPrefill(
                 vllm_config, head_size, self.num_kv_heads, self.scale, self.sliding_window, self.logits_soft_cap, sinks
             )
+        if self.num_recent:
+            refusals.refuse(vllm_config, not_kept(vllm_config, self))
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """vLLM's first call after it has made the layer of this implementation, before it asks for page sizes; again at
@@ -406,7 +419,7 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
                 positions = slot_mapping if metadata is None else metadata.positions  # profiling: slots are padding
             self._bind(kv_cache).append(key, value, slot_mapping, positions)
             if self.recent is not None:
-                self.recent.append(key, value)
+                self.recent.append(layer, key, value)
 
     def forward(
         self,
@@ -431,19 +444,19 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
             raise UnsupportedError("sawkv: fused quantization of the attention output is not supported")
         if self.measurement is not None:
             return self.measurement.attend(self, query, key, value, attn_metadata.prompts, output)
-        attention = self._bind(kv_cache)
+        attention, lse, lse_of_rows = self._bind(kv_cache), None, None
+        if self.recent is not None:
+            lse = query.new_empty(self.num_heads, len(query), dtype=torch.float32)  # as vLLM has it
+            lse_of_rows = lse.t()
         if attn_metadata.steps:
-            step = attn_metadata.steps[self.alike]
-            if self.recent is None:
-                attention(query, step, output)
-            else:
-                lse = query.new_zeros(query.shape[:2], dtype=torch.float32)
-                self.recent.attend(query, attention(query, step, output, lse), lse)
+            attention(query, attn_metadata.steps[self.alike], output, lse_of_rows)
         if self.alike in attn_metadata.turns:
-            attention(query, attn_metadata.turns[self.alike], output)
+            attention(query, attn_metadata.turns[self.alike], output, lse_of_rows)
         if attn_metadata.prefills and self.prefill is not None:  # only a GPU's metadata has prefills
             for prefill in attn_metadata.prefills[self.sliding_window]:
-                self.prefill.attend(query, attention, prefill, output)
+                self.prefill.attend(query, attention, prefill, output, lse)
+        if self.recent is not None and lse is not None:
+            self.recent.attend(query, output, lse)
         return output
 
     def warm_up(self, kv_cache: torch.Tensor, steps: Sequence[Step], prefixes: Prefixes, dtype: torch.dtype) -> None:
@@ -462,8 +475,12 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
         )
         position = torch.zeros(1, dtype=torch.int64, device=device)
         attention.append(key, value, position - 1, position)
+        lse = None
+        if self.recent is not None:
+            self.recent.check_size()
+            lse = query.new_empty(query.shape[:2], dtype=torch.float32)
         for step in steps:
-            attention(query, step)
+            attention(query, step, lse=lse)
         if self.prefill is not None:
             k, v = self.prefill.workspace()
             attention.gather(prefixes, k, v, rotated=False)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from vllm.v1.attention.backends.fa_utils import get_flash_attn_version
@@ -61,6 +61,22 @@ class PrefillSlice:
     workspaces: dict[tuple[int, int, int], tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
 
 
+class Blocks(NamedTuple):
+    """Keys in vLLM's own blocks, which FlashAttention reads where they lie.
+
+    Attributes:
+        block_table: [num_seqs, max_blocks] int32.
+        seq_lens: [num_seqs] int32, tokens of each in these blocks, new ones included.
+        cu_seqlens_q: [num_seqs + 1] int32, where each request starts in the step's rows.
+        max_query_len: upper bound.
+    """
+
+    block_table: torch.Tensor
+    seq_lens: torch.Tensor
+    cu_seqlens_q: torch.Tensor
+    max_query_len: int
+
+
 def workspace_tokens(vllm_config: VllmConfig) -> int:
     """Tokens of the workspace: enough for any one request, and usually for all requests of a step."""
     longest = vllm_config.model_config.max_model_len + speculated_tokens(vllm_config)
@@ -84,19 +100,22 @@ class HostLengths:
         queries: new tokens of each.
         bounds: upper bounds of their contexts, new tokens included. Those of single requests may be too small by
             `speculated_tokens`.
+        recent: newest tokens that layers keep elsewhere, and do not read from pages.
     """
 
     starts: list[int]
     queries: list[int]
     bounds: list[int]
+    recent: int = 0
 
     @classmethod
-    def of(cls, common: CommonAttentionMetadata) -> HostLengths:
+    def of(cls, common: CommonAttentionMetadata, recent: int = 0) -> HostLengths:
         starts, bounds = common.query_start_loc_cpu.tolist(), common.seq_lens_cpu_upper_bound
         return cls(
             starts,
             [end - start for start, end in itertools.pairwise(starts)],
             [common.max_seq_len] * common.num_reqs if bounds is None else bounds.tolist(),
+            recent,
         )
 
 
@@ -129,7 +148,7 @@ def slice_prefills(
 
     Bounds may be too small by `slack` tokens. With a sliding `window` the context starts at the page of the first key
     that a query sees, because vLLM may have reused earlier pages. Requests in `are_turns` are left out: they read
-    their pages.
+    their pages. `common` has the lengths without the newest tokens that layers keep elsewhere.
 
     Raises:
         UnsupportedError: a request does not fit in the workspace. vLLM's limit on the length of requests prevents this.
@@ -137,6 +156,8 @@ def slice_prefills(
     lengths = [bound + slack for bound in host.bounds] if common.seq_lens_cpu_upper_bound is not None else host.bounds
     if window:
         lengths = [min(bound, n + window + page_size - 2) for bound, n in zip(lengths, host.queries, strict=True)]
+    if host.recent:  # FlashAttention wants a row, also where nobody reads it
+        lengths = [max(bound - host.recent, 1) for bound in lengths]
     if max(lengths[first:]) > capacity + slack:
         raise UnsupportedError(f"sawkv: expected contexts of at most {capacity} tokens, got {max(lengths[first:])}")
     left_out = are_turns or [False] * common.num_reqs
@@ -180,7 +201,7 @@ def _slice(
         seq_lens = seq_lens - first_positions
     first_token, end = host.starts[run.start], host.starts[run.stop]
     cu_seqlens_q = query_start_loc - first_token if first_token else query_start_loc
-    if lengths[run] == host.queries[run]:  # prompts without a cached prefix: the new tokens are the context
+    if lengths[run] == host.queries[run] and not host.recent:  # without a cached prefix the new tokens are the context
         cu_seqlens_k = cu_seqlens_q
     else:
         cu_seqlens_k = torch.zeros(len(seq_lens) + 1, dtype=torch.int32, device=seq_lens.device)
@@ -252,9 +273,16 @@ class FlashPrefill:
         k, v = current_workspace_manager().get_simultaneous((self.shape, self.dtype), (self.shape, self.dtype))
         return k, v
 
-    def attend(self, query: torch.Tensor, pages: ops.Pages, prefill: PrefillSlice, output: torch.Tensor) -> None:
+    def attend(
+        self,
+        query: torch.Tensor,
+        pages: ops.Pages,
+        prefill: PrefillSlice,
+        output: torch.Tensor,
+        lse: torch.Tensor | None = None,
+    ) -> None:
         """Attend the queries of one slice to a layer's pages. query, output: [num_tokens, num_heads, head_size] with
-        all tokens of the step.
+        all tokens of the step. lse: [num_heads, num_tokens] fp32 receives the log-sum-exps, without the sink.
         """
         if self.shape not in prefill.workspaces:
             k, v = self.workspace()
@@ -264,7 +292,49 @@ class FlashPrefill:
         if prefill.tokens.start:  # rows behind the slice are of no sequence; to leave them out takes time in each layer
             query, output = query[prefill.tokens], output[prefill.tokens]
         lengths = (prefill.cu_seqlens_q, prefill.prefixes.cu_seq_lens, prefill.max_query_len, prefill.max_seq_len)
-        self._attend(query, k, v, output, *lengths)
+        if lse is None:
+            self._attend(query, k, v, output, *lengths)
+            return
+        _, found = self._attend(query, k, v, output, *lengths, s_aux=None, return_softmax_lse=True)
+        lse[:, prefill.tokens] = found[:, : prefill.tokens.stop - prefill.tokens.start]
+
+    def attend_blocks(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        blocks: Blocks,
+        window: int,
+        sinks: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attend the queries of a step to the last `window` keys of each. Does not depend on lengths on the host.
+
+        Args:
+            q: [num_tokens, num_heads, head_dim].
+            k, v: [num_blocks, block_size, num_kv_heads, head_dim].
+            blocks: of the step's requests.
+            window: tokens that a query sees, itself included.
+            sinks: as in `ops.Attention`.
+
+        Returns:
+            Outputs like q, and log-sum-exps [num_heads, num_tokens] with the sink.
+        """
+        found: tuple[torch.Tensor, torch.Tensor] = self._flash_attention(
+            q=q,
+            k=k,
+            v=v,
+            cu_seqlens_q=blocks.cu_seqlens_q,
+            seqused_k=blocks.seq_lens,
+            block_table=blocks.block_table,
+            max_seqlen_q=blocks.max_query_len,
+            # Not the longest sequence, which a CUDA graph would remember. FlashAttention drops a window as wide.
+            max_seqlen_k=blocks.block_table.shape[1] * k.shape[1],
+            s_aux=sinks,
+            return_softmax_lse=True,
+            num_splits=1,  # a window is too short to be cut
+            **self._options | {"window_size": [window - 1, 0]},
+        )
+        return found
 
     def attend_exactly(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, cu_seqlens: torch.Tensor, output: torch.Tensor
@@ -309,8 +379,8 @@ class FlashPrefill:
         max_query_len: int,
         max_seq_len: int,
         **more: Any,
-    ) -> None:
-        self._flash_attention(
+    ) -> Any:
+        return self._flash_attention(
             q=q,
             k=k,
             v=v,
@@ -319,7 +389,5 @@ class FlashPrefill:
             cu_seqlens_k=cu_seqlens_k,
             max_seqlen_q=max_query_len,
             max_seqlen_k=max_seq_len,
-            s_aux=self._sinks,
-            **self._options,
-            **more,
+            **{"s_aux": self._sinks} | self._options | more,
         )

@@ -4,8 +4,10 @@ Each attention layer gets a second cache layer of 16 bits with a sliding window,
 layer of a hybrid model: its blocks come from the same pool, and those behind the window go back there. Prefix caching
 and preemption are vLLM's own. K and V of a token are written to both at once, and no token is moved later.
 
-Query p reads the keys up to p - window from the pages, and those after it from here. The log-sum-exps of the two sets
-join their results. To the kernels the first is attention whose sequences are shorter by the window.
+Query p reads the keys up to p - window from the pages, and those after it from here, whether it decodes or is part of a
+prompt. The log-sum-exps of the two sets join their results. To the kernels the first is attention whose sequences are
+shorter by the window. On a GPU the second is one call of vLLM's FlashAttention for all requests of a step, on a CPU our
+own kernel (docs/decisions/0029).
 """
 
 from __future__ import annotations
@@ -14,15 +16,18 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
+from vllm import _custom_ops as vllm_ops
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention.attention import get_attention_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import (
     AttentionBackend,
+    AttentionCGSupport,
     AttentionMetadata,
     AttentionMetadataBuilder,
     CommonAttentionMetadata,
 )
+from vllm.v1.attention.ops.merge_attn_states import merge_attn_states
 from vllm.v1.kv_cache_interface import SlidingWindowSpec
 
 from sawkv import ops
@@ -32,6 +37,7 @@ from sawkv.format.layout import RECENT_PAGE_SIZE, PageLayout, least_page_size
 from sawkv.format.spec import CacheFormat
 from sawkv.integrations.vllm.config import FLOAT_CODECS
 from sawkv.integrations.vllm.contract import installed_release
+from sawkv.integrations.vllm.prefill import MAX_FLASH_HEAD_DIM, Blocks
 from sawkv.kernels import Step
 
 if TYPE_CHECKING:
@@ -57,38 +63,72 @@ class RecentSpec(SlidingWindowSpec):
 
 @dataclass
 class RecentMetadata(AttentionMetadata):
-    """The newest tokens of all requests of a step."""
+    """Where the newest tokens of all requests of a step are: a step of our kernel on a CPU, else vLLM's blocks."""
 
-    step: Step
+    newest: Step | Blocks
 
 
 class RecentMetadataBuilder(AttentionMetadataBuilder[RecentMetadata]):
     """Builds `RecentMetadata` once per step, for all layers of a group."""
 
+    _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
+
     def __init__(self, kv_cache_spec: Any, layer_names: list[str], vllm_config: VllmConfig, device: Any) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
         scheduler = vllm_config.scheduler_config
-        self._schedule = ops.Schedule(
-            layer.layout(kv_cache_spec.block_size),
-            device,
-            num_q_heads=layer.num_heads,
-            max_num_seqs=scheduler.max_num_seqs,
-            max_query_len=scheduler.max_num_batched_tokens,
-            sliding_window=layer.window,
+        self._window: int = layer.window
+        self._max_query_len = scheduler.max_num_batched_tokens
+        self._max_num_seqs = max(
+            [scheduler.max_num_seqs, *(vllm_config.compilation_config.cudagraph_capture_sizes or [])]
         )
+        self._blocks: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._schedule = None
+        if device.type == "cpu":
+            self._schedule = ops.Schedule(
+                layer.layout(kv_cache_spec.block_size),
+                device,
+                num_q_heads=layer.num_heads,
+                max_num_seqs=self._max_num_seqs,
+                max_query_len=self._max_query_len,
+                sliding_window=self._window,
+            )
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
     ) -> RecentMetadata:
         common = common_attn_metadata
+        table, seq_lens = common.block_table_tensor[: common.num_reqs], common.seq_lens[: common.num_reqs]
+        starts = common.query_start_loc[: common.num_reqs + 1]
+        if self._schedule is not None:
+            return RecentMetadata(self._schedule.update(table, seq_lens, starts))
         return RecentMetadata(
-            self._schedule.update(
-                common.block_table_tensor[: common.num_reqs],
-                common.seq_lens[: common.num_reqs],
-                common.query_start_loc[: common.num_reqs + 1],
-            )
+            Blocks(*self._cut(table, seq_lens, starts, common.max_query_len), starts, common.max_query_len)
         )
+
+    def _cut(
+        self, table: torch.Tensor, seq_lens: torch.Tensor, starts: torch.Tensor, max_query_len: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The blocks from that of the first key in a window on, and the lengths from there on.
+
+        vLLM has given earlier blocks to others by now. FlashAttention reads whole tiles, hidden keys too, and what is
+        a page of codes to others may be NaN in 16 bits, which a weight of 0 would not hide.
+        """
+        if self._blocks is None:  # at a fixed address for CUDA graphs; made here as `SawMetadataBuilder._positions` is
+            self._blocks = (
+                table.new_zeros(self._max_num_seqs, self._num_blocks(self._max_query_len)),
+                seq_lens.new_zeros(self._max_num_seqs),
+            )
+        cut, lengths = self._blocks[0][: len(table), : self._num_blocks(max_query_len)], self._blocks[1][: len(table)]
+        skipped = (seq_lens - starts.diff() - self._window + 1).clamp_min_(0) // RECENT_PAGE_SIZE
+        kept = skipped[:, None] + torch.arange(cut.shape[1], device=table.device)
+        cut.copy_(table.gather(1, kept.clamp_max_(table.shape[1] - 1)))
+        lengths.copy_(seq_lens - RECENT_PAGE_SIZE * skipped)
+        return cut, lengths
+
+    def _num_blocks(self, query_len: int) -> int:
+        """Most blocks in which the keys that `query_len` queries see can lie."""
+        return (query_len + self._window - 3) // RECENT_PAGE_SIZE + 2
 
 
 class RecentTokens(AttentionLayerBase):
@@ -112,7 +152,7 @@ class RecentTokens(AttentionLayerBase):
     ) -> None:
         self.name, self.window, self.num_heads, self._of, self._dtype = name, window, impl.num_heads, impl, dtype
         self.kv_cache = torch.empty(0)
-        self._least_blocks = 0
+        self._page_size = self._least_blocks = 0
         self._bound: tuple[torch.Tensor, ops.Attention] | None = None
         self._backend = recent_backend(backend)
         logger.info_once("sawkv: the newest %d tokens of each request are kept in %s beside it", window, dtype)
@@ -125,19 +165,19 @@ class RecentTokens(AttentionLayerBase):
     def get_attn_backend(self) -> type[AttentionBackend]:
         return self._backend
 
-    def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
-        """Take the layer's memory.
+    def check_size(self) -> None:
+        """Refuse a cache in which a request alone might not fit: vLLM would begin its prompt again and again. vLLM
+        binds smaller ones too, to find out how much memory CUDA graphs take.
 
         Raises:
-            UnsupportedError: a request alone might not fit, and vLLM would begin its prompt again and again.
+            UnsupportedError: there are too few blocks.
         """
-        if kv_cache.shape[0] < self._least_blocks:
+        if self.kv_cache.shape[0] < self._least_blocks:
             raise UnsupportedError(
                 f"sawkv: expected a KV cache of {self._least_blocks} blocks or more for one request of"
-                f" --max-model-len and the newest tokens of a step, got {kv_cache.shape[0]}. Lower that or"
+                f" --max-model-len and the newest tokens of a step, got {self.kv_cache.shape[0]}. Lower that or"
                 " --max-num-batched-tokens"
             )
-        super().bind_kv_cache(kv_cache)
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> RecentSpec:
         """What vLLM allocates: blocks of as many bytes as the pages have, whose ends stay empty.
@@ -145,7 +185,9 @@ class RecentTokens(AttentionLayerBase):
         Raises:
             UnsupportedError: the pages are too small for a block.
         """
-        page_size, of = vllm_config.cache_config.block_size, self._of
+        # vLLM sets this to the least of all blocks when it has made the cache, and may ask again.
+        self._page_size = self._page_size or vllm_config.cache_config.block_size
+        page_size, of = self._page_size, self._of
         pages = of.layout(page_size)
         least = least_page_size(pages.format.codec, of.head_size, FLOAT_CODECS[self._dtype])
         if page_size < least:
@@ -165,23 +207,38 @@ class RecentTokens(AttentionLayerBase):
             sliding_window=self.window,
         )
 
-    def append(self, key: torch.Tensor, value: torch.Tensor) -> None:
-        """Write the step's new tokens, as `SawAttentionImpl.do_kv_cache_update` does."""
+    def append(self, layer: Any, key: torch.Tensor, value: torch.Tensor) -> None:
+        """Write the step's new tokens, as `SawAttentionImpl.do_kv_cache_update` of `layer` does."""
         _, _, _, slots = get_attention_context(self.name)
-        self._bind().append(key, value, slots)
+        if self._of.prefill is None:
+            self._bind().append(key, value, slots)
+        else:
+            vllm_ops.reshape_and_cache_flash(
+                key, value, *self._k_and_v(), slots, "auto", layer._k_scale, layer._v_scale
+            )
 
-    def attend(self, query: torch.Tensor, older: torch.Tensor, older_lse: torch.Tensor) -> None:
+    def attend(self, query: torch.Tensor, output: torch.Tensor, lse: torch.Tensor) -> None:
         """Add attention to the newest tokens.
 
         Args:
             query: [num_tokens, num_heads, head_size].
-            older: like `query`, attention to all tokens behind the window. Becomes that to all tokens.
-            older_lse: [num_tokens, num_heads] fp32, its log-sum-exp.
+            output: like `query`, attention to all tokens behind the window. Becomes that to all tokens.
+            lse: [num_heads, num_tokens] fp32, its log-sum-exp; -inf where there are no such tokens.
         """
         metadata, *_ = get_attention_context(self.name)
-        newest, lse = torch.zeros_like(older), torch.zeros_like(older_lse)
-        self._bind()(query, metadata.step, newest, lse)
-        older.copy_(newest.float().lerp(older.float(), (older_lse - lse).sigmoid()[..., None]))
+        if self._of.prefill is None:
+            newest, newest_lse = torch.zeros_like(output), torch.zeros_like(lse)
+            self._bind()(query, metadata.newest, newest, newest_lse.t())
+        else:
+            newest, newest_lse = self._of.prefill.attend_blocks(
+                query, *self._k_and_v(), metadata.newest, self.window, self._of.sinks
+            )
+        merge_attn_states(output, output, lse, newest, newest_lse)
+
+    def _k_and_v(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """[num_blocks, RECENT_PAGE_SIZE, num_kv_heads, head_size] each, as vLLM's FlashAttention has them."""
+        blocks, head_size = self.kv_cache.transpose(1, 2), self._of.head_size
+        return blocks[..., :head_size], blocks[..., head_size:]
 
     def _bind(self) -> ops.Attention:
         if self._bound is None or self._bound[0] is not self.kv_cache:
@@ -203,13 +260,14 @@ def not_kept(vllm_config: VllmConfig, impl: SawAttentionImpl) -> list[str]:
     """Why a layer's newest tokens cannot be kept."""
     config = vllm_config
     kinds = (
-        (config.device_config.device_type != "cpu", "on a GPU"),
+        (impl.prefill is not None and impl.head_size > MAX_FLASH_HEAD_DIM, f"head_dim {impl.head_size} on a GPU"),
         (installed_release() < PADS_PAGES, f"vLLM older than {'.'.join(map(str, PADS_PAGES))}"),
         (impl.sliding_window, "layers with sliding windows"),
         (impl.kv_sharing_target_layer_name, "layers that read the pages of others"),
         (config.model_config.is_hybrid, "models with recurrent layers"),
         (config.speculative_config, "speculation"),
         (config.kv_transfer_config, "KV connectors"),
+        (config.cache_config.kv_cache_dtype_skip_layers, "--kv-cache-dtype-skip-layers"),
         (config.scheduler_config.disable_hybrid_kv_cache_manager, "--disable-hybrid-kv-cache-manager"),
     )
     return [f"the newest tokens in 16 bits (-r{impl.num_recent}): {kind}" for asked, kind in kinds if asked]

@@ -1,0 +1,256 @@
+"""What a GPU's steps read where the newest tokens are kept in 16 bits, on the CPU: our kernels are the CPU's, and
+vLLM's FlashAttention and its write are stand-ins, which do what the GPU's do to rows that nobody should see.
+"""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from sawkv import CacheFormat, PageLayout, gather
+from sawkv.errors import UnsupportedError
+from sawkv.kernels import Turns
+
+# Of torch.jit, as vLLM is imported.
+pytestmark = [
+    pytest.mark.vllm,
+    pytest.mark.newest,
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+]
+
+HEADS, KV_HEADS, HEAD_DIM, SCALE = 4, 2, 64, 0.2
+LAYOUT = PageLayout(CacheFormat("int4"), KV_HEADS, HEAD_DIM, 64)
+BLOCK = 16
+DECODES = [(1, 1), (20, 1), (33, 1), (48, 1), (300, 1)]
+"""Tokens in the cache, and how many of them are new."""
+OTHERS = [(12, 10), (40, 40), (300, 9), (333, 290), (95, 31), (200, 17), (64, 64)]
+
+
+class Gpu(str):
+    """A device that torch takes for the CPU, and `SawMetadataBuilder` for a GPU."""
+
+    __slots__ = ()
+    type = "cuda"
+
+
+def attend_to(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seen: torch.Tensor, softcap: float, sinks: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One sequence. A NaN of a value that is not seen is seen. lse: [num_heads, num_tokens]."""
+    k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q, k) * SCALE
+    scores = softcap * torch.tanh(scores / softcap) if softcap else scores
+    scores = scores.nan_to_num().masked_fill(~seen, -torch.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks[:, None, None].expand(-1, len(q), 1)], -1)
+    lse = scores.logsumexp(-1)
+    weights = (scores - lse[..., None]).exp().nan_to_num()[..., : len(k)]
+    return torch.einsum("hqk,khd->qhd", weights, v), lse
+
+
+class Flash:
+    """vLLM's FlashAttention: `empty` is the log-sum-exp of queries that see no key, +inf in version 2."""
+
+    def __init__(self, empty: float) -> None:
+        self._empty = empty
+        self.calls: list[dict[str, Any]] = []
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: Any) -> Any:
+        self.calls.append(options)
+        assert options["causal"]
+        assert len(k) > 0
+        out, lse = options.get("out"), torch.full((q.shape[1], len(q)), math.nan)
+        out = torch.full_like(q, math.nan) if out is None else out
+        starts = options["cu_seqlens_q"].tolist()
+        for i in range(len(starts) - 1):
+            rows = slice(starts[i], starts[i + 1])
+            if options.get("block_table") is not None:
+                length = int(options["seqused_k"][i])
+                blocks = options["block_table"][i, : -(-length // BLOCK)].long()
+                keys, values = (x[blocks].flatten(0, 1)[:length] for x in (k, v))
+                assert length <= options["max_seqlen_k"]
+            else:
+                held = slice(*options["cu_seqlens_k"][i : i + 2].tolist())
+                keys, values = k[held], v[held]
+            last = torch.arange(rows.stop - rows.start)[:, None] + len(keys) - (rows.stop - rows.start)
+            key, left = torch.arange(len(keys)), options["window_size"][0]
+            seen = (key <= last) & (key >= last - (left if left >= 0 else 1 << 30))
+            out[rows], lse[:, rows] = attend_to(q[rows], keys, values, seen, options["softcap"], options["s_aux"])
+            none = ~seen.any(1) if options["s_aux"] is None else torch.zeros(len(seen), dtype=torch.bool)
+            lse[:, rows].masked_fill_(none, self._empty)
+        return (out, lse) if options.get("return_softmax_lse") else out
+
+
+def write_flash(
+    k: torch.Tensor, v: torch.Tensor, k_blocks: torch.Tensor, v_blocks: torch.Tensor, slots: torch.Tensor, *_: Any
+) -> None:
+    assert k_blocks.shape[1:] == (BLOCK, KV_HEADS, HEAD_DIM)
+    kept = slots >= 0
+    places = slots[kept]
+    k_blocks[places // BLOCK, places % BLOCK] = k[: len(slots)][kept]
+    v_blocks[places // BLOCK, places % BLOCK] = v[: len(slots)][kept]
+
+
+def shuffled_table(counts: list[int], columns: int) -> torch.Tensor:
+    """A block table of blocks that nobody has yet; unused places name no block."""
+    table = torch.full((len(counts), columns), 2**30, dtype=torch.int32)
+    order = torch.randperm(sum(counts)).tolist()
+    for i, count in enumerate(counts):
+        table[i, :count] = torch.tensor([order.pop() for _ in range(count)])
+    return table
+
+
+def slots_of(table: torch.Tensor, size: int, num_tokens: int) -> torch.Tensor:
+    token = torch.arange(num_tokens)
+    return table[token // size].long() * size + token % size
+
+
+def make_layer(window: int, softcap: float, sinks: torch.Tensor | None, flash: Flash, pages: int, blocks: int) -> Any:
+    """One layer with both of its caches, its builders, and what vLLM has per step."""
+    from sawkv.integrations.vllm.backend import SawAttentionBackend, SawAttentionImpl, SawMetadataBuilder
+    from sawkv.integrations.vllm.prefill import FlashPrefill
+    from sawkv.integrations.vllm.recent import RecentMetadataBuilder, RecentTokens
+    from sawkv.prepare.calibration import LayerCalibration
+
+    prefill: Any = object.__new__(FlashPrefill)
+    prefill.capacity, prefill.dtype, prefill._sinks = 700, torch.float32, sinks
+    prefill.shape, prefill._flash_attention = (700, KV_HEADS, HEAD_DIM), flash
+    prefill._options = {"softmax_scale": SCALE, "causal": True, "window_size": [-1, -1], "softcap": softcap}
+    prefill.workspace = lambda: torch.full((2, 700, KV_HEADS, HEAD_DIM), torch.nan).unbind()
+    impl: Any = object.__new__(SawAttentionImpl)
+    vars(impl).update(
+        num_heads=HEADS, num_kv_heads=KV_HEADS, head_size=HEAD_DIM, scale=SCALE, sliding_window=0,
+        logits_soft_cap=softcap, sinks=sinks, alike=(HEADS, KV_HEADS, 0), measurement=None, num_buckets=1,
+        prefill=prefill, reader=None, unprepared=False, _format=LAYOUT.format, _attention=None, _kv_cache=None,
+        _layer_calibration=LayerCalibration(), num_recent=window,
+    )  # fmt: skip
+    impl.recent = RecentTokens("layer.recent", impl, SawAttentionBackend, window, torch.float32)
+    # A page's bytes, of which a block fills a part.
+    raw = torch.full((blocks, KV_HEADS * BLOCK * 2 * HEAD_DIM + 64), torch.nan)
+    impl.recent.kv_cache = raw[:, :-64].view(blocks, KV_HEADS, BLOCK, 2 * HEAD_DIM)
+    builder: Any = object.__new__(SawMetadataBuilder)
+    vars(builder).update(
+        device=Gpu("cpu"), reorder_batch_threshold=1, kv_cache_spec=SimpleNamespace(block_size=LAYOUT.page_size),
+        _impls=[impl], _recent=window, _older=None, _positions=None, _reader=None, _schedules={}, _unprepared=[],
+        _turns={impl.alike: Turns((16,), 250)}, _max_num_seqs=16, _workspace_tokens=700, _bound_slack=0,
+    )  # fmt: skip
+    impl.stopped = None
+    recent: Any = object.__new__(RecentMetadataBuilder)
+    vars(recent).update(_window=window, _max_query_len=700, _max_num_seqs=16, _blocks=None, _schedule=None)
+    layer = SimpleNamespace(_k_scale=None, _v_scale=None)
+    kv_cache = torch.full(LAYOUT.pages_shape(pages), 0xFF, dtype=torch.uint8)  # NaN scales
+    return SimpleNamespace(impl=impl, builder=builder, recent=recent, layer=layer, kv_cache=kv_cache)
+
+
+def common_metadata(requests: list[tuple[int, int]], table: torch.Tensor) -> Any:
+    lengths = torch.tensor([length for length, _ in requests], dtype=torch.int32)
+    queries = [new for _, new in requests]
+    starts = torch.tensor([0, *queries]).cumsum(0).int()
+    return SimpleNamespace(
+        num_reqs=len(requests), num_actual_tokens=sum(queries), max_query_len=max(queries), query_start_loc=starts,
+        query_start_loc_cpu=starts, seq_lens=lengths, seq_lens_cpu_upper_bound=lengths, max_seq_len=int(lengths.max()),
+        block_table_tensor=table, causal=True, is_prefilling=None,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("window", "softcap", "with_sinks", "empty"),
+    [(32, 0.0, False, -math.inf), (64, 0.0, True, math.inf), (16, 3.0, True, -math.inf)],
+)
+@pytest.mark.parametrize("requests", [DECODES, OTHERS, DECODES + OTHERS], ids=["decodes", "prompts", "both"])
+def test_each_query_reads_the_newest_tokens_exactly(
+    requests: list[tuple[int, int]],
+    window: int,
+    softcap: float,
+    with_sinks: bool,
+    empty: float,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Against attention over the rows themselves. Blocks behind the windows are another request's by now."""
+    from sawkv.integrations.vllm import recent
+
+    flash, sinks = Flash(empty), torch.randn(HEADS) if with_sinks else None
+    lengths = [length for length, _ in requests]
+    pages, blocks = ([-(-n // size) for n in lengths] for size in (LAYOUT.page_size, BLOCK))
+    table, recent_table = shuffled_table(pages, 8), shuffled_table(blocks, 22)
+    made = make_layer(window, softcap, sinks, flash, sum(pages), sum(blocks))
+    contexts: dict[str, Any] = {}
+    monkeypatch.setattr(recent, "get_attention_context", contexts.__getitem__)
+    monkeypatch.setattr(recent.vllm_ops, "reshape_and_cache_flash", write_flash)
+    exact, stored = [], []
+    for i, (length, new) in enumerate(requests):
+        k, v = torch.randn(2, length + 2, KV_HEADS, HEAD_DIM)  # two rows of padding, without slots
+        slots = slots_of(recent_table[i], BLOCK, length)
+        contexts["layer.recent"] = None, None, None, slots
+        made.impl.do_kv_cache_update(made.layer, k, v, made.kv_cache, slots_of(table[i], LAYOUT.page_size, length))
+        ends = torch.tensor([0, length], dtype=torch.int32)
+        read = torch.empty(2, length, KV_HEADS, HEAD_DIM)
+        gather(made.impl._attention.cache, table[i : i + 1], ends[1:], ends, *read, rotated=False)
+        exact.append((k[:length], v[:length]))
+        stored.append(read)
+        lost = recent_table[i, : max(0, length - new - window + 1) // BLOCK]
+        made.impl.recent.kv_cache[lost.long()] = torch.nan
+    common = common_metadata(requests, table)
+    metadata = made.builder.build(0, common)
+    assert bool(metadata.turns) == (requests is not DECODES)
+    assert bool(metadata.prefills) == (requests is not DECODES)
+    recents = made.recent.build(0, SimpleNamespace(**vars(common) | {"block_table_tensor": recent_table}))
+    contexts["layer.recent"] = recents, None, None, None
+    query = torch.randn(common.num_actual_tokens + 3, HEADS, HEAD_DIM)
+    output = torch.full_like(query, 7.0)
+    made.impl.forward(made.layer, query, None, None, made.kv_cache, metadata, output)
+    for i, (length, new) in enumerate(requests):
+        rows = slice(*common.query_start_loc[i : i + 2].tolist())
+        place = torch.arange(length - new, length)[:, None]
+        key = torch.arange(length)
+        near = (key <= place) & (key > place - window)
+        behind = key <= place - window
+        k, v = (torch.cat(each) for each in zip(exact[i], stored[i], strict=True))
+        want, _ = attend_to(query[rows], k, v, torch.cat([near, behind], 1), softcap, sinks)
+        torch.testing.assert_close(output[rows], want, atol=1e-4, rtol=1e-4, msg=lambda text, i=i: f"{i}: {text}")
+    window_calls = [call for call in flash.calls if call.get("block_table") is not None]
+    assert [call["window_size"] for call in window_calls] == [[window - 1, 0]], "one call for all requests"
+
+
+def test_a_graph_finds_each_steps_lengths_and_blocks() -> None:
+    """Its pointers, shapes and bounds are those of the first decodes, whatever came between."""
+    flash = Flash(0)
+    made = make_layer(32, 0.0, None, flash, 1, 1)
+    seen = []
+    for requests in (DECODES, OTHERS, [(n + 9, 1) for n, _ in DECODES], [*DECODES[:3], (0, 0), (0, 0)]):
+        counts = [-(-n // BLOCK) for n, _ in requests]
+        common = common_metadata(requests, shuffled_table(counts, 22))
+        blocks = made.recent.build(0, common).newest
+        read = made.builder._behind_the_newest(common)
+        assert read.seq_lens.tolist() == [max(n - 32, 0) for n, _ in requests]
+        assert common.seq_lens.tolist() == [n for n, _ in requests], "vLLM's own"
+        for i, (n, new) in enumerate(requests):
+            held = slice(max(0, n - new - 31) // BLOCK, -(-n // BLOCK))
+            assert int(blocks.seq_lens[i]) == n - BLOCK * held.start
+            kept = common.block_table_tensor[i, held]
+            assert torch.equal(blocks.block_table[i, : len(kept)], kept)
+        if requests is not OTHERS:
+            tensors = (blocks.block_table, blocks.seq_lens, read.seq_lens)
+            seen.append([(x.data_ptr(), x.shape, x.stride(), x.dtype) for x in tensors])
+    assert seen[0] == seen[1] == seen[2]
+
+
+def test_a_cache_too_small_for_a_request_is_refused_when_it_serves() -> None:
+    """vLLM binds smaller ones before, to measure CUDA graphs, and lowers its block size after the first question."""
+    made = make_layer(32, 0.0, None, Flash(0), 1, 30)
+    tokens = made.impl.recent
+    config: Any = SimpleNamespace(
+        cache_config=SimpleNamespace(block_size=128), model_config=SimpleNamespace(max_model_len=1024),
+        max_in_flight_tokens=512,
+    )  # fmt: skip
+    spec = tokens.get_kv_cache_spec(config)
+    config.cache_config.block_size = 16
+    assert tokens.get_kv_cache_spec(config) == spec
+    assert spec.page_size_bytes == KV_HEADS * 128 * LAYOUT.head_bytes
+    tokens.bind_kv_cache(tokens.kv_cache)
+    with pytest.raises(UnsupportedError, match="expected a KV cache of 44 blocks or more"):
+        made.impl.warm_up(made.kv_cache, [], None, torch.float32)  # type: ignore[arg-type]
