@@ -1,5 +1,6 @@
 """What a GPU's steps read where the newest tokens are kept in 16 bits, on the CPU: our kernels are the CPU's, and
 vLLM's FlashAttention and its write are stand-ins, which do what the GPU's do to rows that nobody should see.
+tests/gpu/test_recent.py runs the same with the real ones.
 """
 
 from __future__ import annotations
@@ -96,9 +97,10 @@ def write_flash(
 
 
 def shuffled_table(counts: list[int], columns: int) -> torch.Tensor:
-    """A block table of blocks that nobody has yet; unused places name no block."""
-    table = torch.full((len(counts), columns), 2**30, dtype=torch.int32)
-    order = torch.randperm(sum(counts)).tolist()
+    """A block table of blocks that nobody has yet. On a CPU unused places name no block."""
+    unused = 2**30 if torch.get_default_device().type == "cpu" else 0
+    table = torch.full((len(counts), columns), unused, dtype=torch.int32)
+    order = torch.randperm(sum(counts), device="cpu").tolist()
     for i, count in enumerate(counts):
         table[i, :count] = torch.tensor([order.pop() for _ in range(count)])
     return table
@@ -109,7 +111,16 @@ def slots_of(table: torch.Tensor, size: int, num_tokens: int) -> torch.Tensor:
     return table[token // size].long() * size + token % size
 
 
-def make_layer(window: int, softcap: float, sinks: torch.Tensor | None, flash: Flash, pages: int, blocks: int) -> Any:
+def make_layer(
+    window: int,
+    softcap: float,
+    sinks: torch.Tensor | None,
+    flash: Any,
+    pages: int,
+    blocks: int,
+    dtype: torch.dtype = torch.float32,
+    **options: Any,
+) -> Any:
     """One layer with both of its caches, its builders, and what vLLM has per step."""
     from sawkv.integrations.vllm.backend import SawAttentionBackend, SawAttentionImpl, SawMetadataBuilder
     from sawkv.integrations.vllm.prefill import FlashPrefill
@@ -117,10 +128,10 @@ def make_layer(window: int, softcap: float, sinks: torch.Tensor | None, flash: F
     from sawkv.prepare.calibration import LayerCalibration
 
     prefill: Any = object.__new__(FlashPrefill)
-    prefill.capacity, prefill.dtype, prefill._sinks = 700, torch.float32, sinks
+    prefill.capacity, prefill.dtype, prefill._sinks = 700, dtype, sinks
     prefill.shape, prefill._flash_attention = (700, KV_HEADS, HEAD_DIM), flash
-    prefill._options = {"softmax_scale": SCALE, "causal": True, "window_size": [-1, -1], "softcap": softcap}
-    prefill.workspace = lambda: torch.full((2, 700, KV_HEADS, HEAD_DIM), torch.nan).unbind()
+    prefill._options = {"softmax_scale": SCALE, "causal": True, "window_size": [-1, -1], "softcap": softcap, **options}
+    prefill.workspace = lambda: torch.full((2, 700, KV_HEADS, HEAD_DIM), torch.nan, dtype=dtype).unbind()
     impl: Any = object.__new__(SawAttentionImpl)
     vars(impl).update(
         num_heads=HEADS, num_kv_heads=KV_HEADS, head_size=HEAD_DIM, scale=SCALE, sliding_window=0,
@@ -128,20 +139,21 @@ def make_layer(window: int, softcap: float, sinks: torch.Tensor | None, flash: F
         prefill=prefill, reader=None, unprepared=False, _format=LAYOUT.format, _attention=None, _kv_cache=None,
         _layer_calibration=LayerCalibration(), num_recent=window,
     )  # fmt: skip
-    impl.recent = RecentTokens("layer.recent", impl, SawAttentionBackend, window, torch.float32)
+    impl.recent = RecentTokens("layer.recent", impl, SawAttentionBackend, window, dtype)
     # A page's bytes, of which a block fills a part.
-    raw = torch.full((blocks, KV_HEADS * BLOCK * 2 * HEAD_DIM + 64), torch.nan)
+    raw = torch.full((blocks, KV_HEADS * BLOCK * 2 * HEAD_DIM + 64), torch.nan, dtype=dtype)
     impl.recent.kv_cache = raw[:, :-64].view(blocks, KV_HEADS, BLOCK, 2 * HEAD_DIM)
     builder: Any = object.__new__(SawMetadataBuilder)
     vars(builder).update(
-        device=Gpu("cpu"), reorder_batch_threshold=1, kv_cache_spec=SimpleNamespace(block_size=LAYOUT.page_size),
+        device=Gpu(torch.get_default_device()), reorder_batch_threshold=1,
+        kv_cache_spec=SimpleNamespace(block_size=LAYOUT.page_size),
         _impls=[impl], _recent=window, _older=None, _positions=None, _reader=None, _schedules={}, _unprepared=[],
         _turns={impl.alike: Turns((16,), 250)}, _max_num_seqs=16, _workspace_tokens=700, _bound_slack=0,
     )  # fmt: skip
     impl.stopped = None
     recent: Any = object.__new__(RecentMetadataBuilder)
     vars(recent).update(_window=window, _max_query_len=700, _max_num_seqs=16, _blocks=None, _schedule=None)
-    layer = SimpleNamespace(_k_scale=None, _v_scale=None)
+    layer = SimpleNamespace(_k_scale=torch.ones(()), _v_scale=torch.ones(()))
     kv_cache = torch.full(LAYOUT.pages_shape(pages), 0xFF, dtype=torch.uint8)  # NaN scales
     return SimpleNamespace(impl=impl, builder=builder, recent=recent, layer=layer, kv_cache=kv_cache)
 
@@ -152,55 +164,65 @@ def common_metadata(requests: list[tuple[int, int]], table: torch.Tensor) -> Any
     starts = torch.tensor([0, *queries]).cumsum(0).int()
     return SimpleNamespace(
         num_reqs=len(requests), num_actual_tokens=sum(queries), max_query_len=max(queries), query_start_loc=starts,
-        query_start_loc_cpu=starts, seq_lens=lengths, seq_lens_cpu_upper_bound=lengths, max_seq_len=int(lengths.max()),
-        block_table_tensor=table, causal=True, is_prefilling=None,
+        query_start_loc_cpu=starts.cpu(), seq_lens=lengths, seq_lens_cpu_upper_bound=lengths.cpu(),
+        max_seq_len=int(lengths.max()), block_table_tensor=table, causal=True, is_prefilling=None,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("window", "softcap", "with_sinks", "empty"),
-    [(32, 0.0, False, -math.inf), (64, 0.0, True, math.inf), (16, 3.0, True, -math.inf)],
-)
+@pytest.mark.parametrize(("window", "softcap", "with_sinks"), [(32, 0.0, False), (64, 0.0, True), (16, 3.0, True)])
 @pytest.mark.parametrize("requests", [DECODES, OTHERS, DECODES + OTHERS], ids=["decodes", "prompts", "both"])
 def test_each_query_reads_the_newest_tokens_exactly(
+    requests: list[tuple[int, int]], window: int, softcap: float, with_sinks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from sawkv.integrations.vllm import recent
+
+    monkeypatch.setattr(recent.vllm_ops, "reshape_and_cache_flash", write_flash)
+    flash = Flash(math.inf if with_sinks else -math.inf)
+    check_step(requests, window, softcap, torch.randn(HEADS) if with_sinks else None, flash, monkeypatch)
+    window_calls = [call for call in flash.calls if call.get("block_table") is not None]
+    assert [call["window_size"] for call in window_calls] == [[window - 1, 0]], "one call for all requests"
+
+
+def check_step(
     requests: list[tuple[int, int]],
     window: int,
     softcap: float,
-    with_sinks: bool,
-    empty: float,
+    sinks: torch.Tensor | None,
+    flash: Any,
     monkeypatch: pytest.MonkeyPatch,
+    dtype: torch.dtype = torch.float32,
+    error: float = 1e-4,
+    **options: Any,
 ) -> None:
-    """Against attention over the rows themselves. Blocks behind the windows are another request's by now."""
+    """A step on the default device, against attention over the rows themselves. Blocks behind the windows are another
+    request's by now. `options`: of FlashAttention.
+    """
     from sawkv.integrations.vllm import recent
 
-    flash, sinks = Flash(empty), torch.randn(HEADS) if with_sinks else None
     lengths = [length for length, _ in requests]
     pages, blocks = ([-(-n // size) for n in lengths] for size in (LAYOUT.page_size, BLOCK))
     table, recent_table = shuffled_table(pages, 8), shuffled_table(blocks, 22)
-    made = make_layer(window, softcap, sinks, flash, sum(pages), sum(blocks))
+    made = make_layer(window, softcap, sinks, flash, sum(pages), sum(blocks), dtype, **options)
     contexts: dict[str, Any] = {}
     monkeypatch.setattr(recent, "get_attention_context", contexts.__getitem__)
-    monkeypatch.setattr(recent.vllm_ops, "reshape_and_cache_flash", write_flash)
     exact, stored = [], []
     for i, (length, new) in enumerate(requests):
-        k, v = torch.randn(2, length + 2, KV_HEADS, HEAD_DIM)  # two rows of padding, without slots
-        slots = slots_of(recent_table[i], BLOCK, length)
-        contexts["layer.recent"] = None, None, None, slots
+        k, v = torch.randn(2, length + 2, KV_HEADS, HEAD_DIM, dtype=dtype)  # two rows of padding, without slots
+        contexts["layer.recent"] = None, None, None, slots_of(recent_table[i], BLOCK, length)
         made.impl.do_kv_cache_update(made.layer, k, v, made.kv_cache, slots_of(table[i], LAYOUT.page_size, length))
         ends = torch.tensor([0, length], dtype=torch.int32)
         read = torch.empty(2, length, KV_HEADS, HEAD_DIM)
         gather(made.impl._attention.cache, table[i : i + 1], ends[1:], ends, *read, rotated=False)
-        exact.append((k[:length], v[:length]))
+        exact.append((k[:length].float(), v[:length].float()))
         stored.append(read)
         lost = recent_table[i, : max(0, length - new - window + 1) // BLOCK]
         made.impl.recent.kv_cache[lost.long()] = torch.nan
     common = common_metadata(requests, table)
     metadata = made.builder.build(0, common)
-    assert bool(metadata.turns) == (requests is not DECODES)
-    assert bool(metadata.prefills) == (requests is not DECODES)
+    assert bool(metadata.turns) == bool(metadata.prefills) == (requests != DECODES)
     recents = made.recent.build(0, SimpleNamespace(**vars(common) | {"block_table_tensor": recent_table}))
     contexts["layer.recent"] = recents, None, None, None
-    query = torch.randn(common.num_actual_tokens + 3, HEADS, HEAD_DIM)
+    query = torch.randn(common.num_actual_tokens + 3, HEADS, HEAD_DIM, dtype=dtype)
     output = torch.full_like(query, 7.0)
     made.impl.forward(made.layer, query, None, None, made.kv_cache, metadata, output)
     for i, (length, new) in enumerate(requests):
@@ -210,10 +232,10 @@ def test_each_query_reads_the_newest_tokens_exactly(
         near = (key <= place) & (key > place - window)
         behind = key <= place - window
         k, v = (torch.cat(each) for each in zip(exact[i], stored[i], strict=True))
-        want, _ = attend_to(query[rows], k, v, torch.cat([near, behind], 1), softcap, sinks)
-        torch.testing.assert_close(output[rows], want, atol=1e-4, rtol=1e-4, msg=lambda text, i=i: f"{i}: {text}")
-    window_calls = [call for call in flash.calls if call.get("block_table") is not None]
-    assert [call["window_size"] for call in window_calls] == [[window - 1, 0]], "one call for all requests"
+        want, _ = attend_to(query[rows].float(), k, v, torch.cat([near, behind], 1), softcap, sinks)
+        torch.testing.assert_close(
+            output[rows].float(), want, atol=error, rtol=error, msg=lambda text, i=i: f"{i}: {text}"
+        )
 
 
 def test_a_graph_finds_each_steps_lengths_and_blocks() -> None:
@@ -237,6 +259,18 @@ def test_a_graph_finds_each_steps_lengths_and_blocks() -> None:
             tensors = (blocks.block_table, blocks.seq_lens, read.seq_lens)
             seen.append([(x.data_ptr(), x.shape, x.stride(), x.dtype) for x in tensors])
     assert seen[0] == seen[1] == seen[2]
+
+
+def test_bounds_that_are_too_long_by_the_window() -> None:
+    """The new tokens are as many as the bound says of older ones, and not the context."""
+    from sawkv.integrations.vllm.prefill import HostLengths, slice_prefills
+
+    made = make_layer(32, 0.0, None, Flash(0), 1, 1)
+    common = common_metadata([(64, 64)], shuffled_table([1], 8))
+    common.seq_lens_cpu_upper_bound = common.seq_lens_cpu_upper_bound + 32
+    read = made.builder._behind_the_newest(common)
+    (piece,) = slice_prefills(read, HostLengths.of(common, 32), 0, 700, 0, 64)
+    assert (piece.prefixes.cu_seq_lens.tolist(), piece.max_seq_len) == ([0, 32], 64)
 
 
 def test_a_cache_too_small_for_a_request_is_refused_when_it_serves() -> None:
