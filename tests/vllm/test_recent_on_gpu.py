@@ -20,6 +20,7 @@ from sawkv.kernels import Turns
 pytestmark = [
     pytest.mark.vllm,
     pytest.mark.newest,
+    pytest.mark.next,
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
 ]
 
