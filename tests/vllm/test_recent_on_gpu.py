@@ -6,6 +6,7 @@ tests/gpu/test_recent.py runs the same with the real ones.
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -289,3 +290,34 @@ def test_a_cache_too_small_for_a_request_is_refused_when_it_serves() -> None:
     tokens.bind_kv_cache(tokens.kv_cache)
     with pytest.raises(UnsupportedError, match="expected a KV cache of 44 blocks or more"):
         made.impl.warm_up(made.kv_cache, [], None, torch.float32)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("name", "size"), [("int4-r32", 64), ("int3-r64", 128)])
+def test_vllm_takes_the_block_size_that_holds_the_newest_tokens(
+    name: str, size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Layers have two backends, of which vLLM asks neither for the size that it prefers."""
+    from vllm.config import CompilationConfig
+    from vllm.platforms import interface
+
+    from sawkv.integrations.vllm import backend
+    from sawkv.integrations.vllm.recent import recent_backend
+
+    monkeypatch.setattr(backend, "current_platform", SimpleNamespace(is_cpu=lambda: False))
+    compilation = CompilationConfig()
+    for i in range(40):
+        pages = backend.backend_of(CacheFormat.parse(name))
+        for suffix, of_layer in (("attn", pages), ("attn.recent", recent_backend(pages))):
+            layer = SimpleNamespace(get_attn_backend=lambda of_layer=of_layer: of_layer)
+            compilation.static_forward_context[f"{i}.{suffix}"] = layer
+    config: Any = SimpleNamespace(
+        compilation_config=compilation,
+        model_config=SimpleNamespace(is_hybrid=False),
+        cache_config=SimpleNamespace(
+            block_size=16, user_specified_block_size=False, kv_cache_dtype_skip_layers=[]
+        ),
+    )  # fmt: skip
+    monkeypatch.setattr("vllm.config.vllm.set_current_vllm_config", lambda _: nullcontext())
+    monkeypatch.setattr("vllm.config.vllm.get_layers_from_vllm_config", lambda *_: compilation.static_forward_context)
+    interface.Platform.update_block_size_for_backend(config)
+    assert config.cache_config.block_size == size

@@ -13,6 +13,7 @@ own kernel (docs/decisions/0029).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -273,8 +274,19 @@ def not_kept(vllm_config: VllmConfig, impl: SawAttentionImpl) -> list[str]:
     return [f"the newest tokens in 16 bits (-r{impl.num_recent}): {kind}" for asked, kind in kinds if asked]
 
 
+@cache  # vLLM tells the backends of layers apart by their classes
 def recent_backend(backend: type[SawAttentionBackend]) -> type[AttentionBackend]:
     """The backend of `RecentTokens` beside layers of `backend`."""
-    return type(
-        f"Recent{backend.__name__}", (backend,), {"get_builder_cls": staticmethod(lambda: RecentMetadataBuilder)}
-    )
+    base: Any = backend
+
+    class RecentBackend(base):  # type: ignore[misc]
+        @staticmethod
+        def get_builder_cls() -> type[RecentMetadataBuilder]:
+            return RecentMetadataBuilder
+
+        @classmethod
+        def supports_block_size(cls, block_size: int | None) -> bool:
+            """For a model with two backends vLLM asks none for its preference, and takes 16 if both support that."""
+            return block_size is None or block_size >= backend.page_size
+
+    return RecentBackend
