@@ -35,6 +35,12 @@ def test_a_name_parses_and_prints(name: str) -> None:
     assert str(CacheFormat.parse(name)) == name
 
 
+@pytest.mark.parametrize("recent", [-16, 8, 1008])
+def test_counts_of_newest_tokens_that_no_name_has_are_refused(recent: int) -> None:
+    with pytest.raises(FormatError, match="expected a multiple of 16 below 1000"):
+        CacheFormat("int4", recent=recent)
+
+
 def test_pages_do_not_depend_on_the_newest_tokens() -> None:
     assert CacheFormat.parse("int4-r64") != CacheFormat("int4")
     assert CacheFormat.parse("int4-r64").resolve(128) == CacheFormat("int4").resolve(128)

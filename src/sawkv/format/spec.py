@@ -29,8 +29,8 @@ HEAD_DIMS: Final = (*range(16, MAX_ROW_DIM + 1, 16), 2 * MAX_ROW_DIM)
 COMMON_HEAD_DIM: Final = 128
 """That of most models, for figures and checks without one."""
 
-RECENT_MULTIPLE: Final = 16
-"""What the number of newest tokens kept in 16 bits is a multiple of."""
+RECENT_COUNTS: Final = range(0, 1000, 16)
+"""How many of the newest tokens may be kept in 16 bits."""
 
 _NAME = re.compile(
     r"(?P<codec>[a-z]+[0-9]{1,2}(?:v[0-9])?)(?:-k(?P<k>[0-9]{1,3})-v(?P<v>[0-9]{1,3}))?(?:-r(?P<r>[0-9]{1,3}))?",
@@ -69,8 +69,10 @@ class CacheFormat:
                 raise FormatError(
                     f"rotation order: expected 0 or a power of two from {MIN_ROTATION_ORDER}, got {order}"
                 )
-        if self.recent % RECENT_MULTIPLE:
-            raise FormatError(f"newest tokens: expected a multiple of {RECENT_MULTIPLE}, got {self.recent}")
+        if self.recent not in RECENT_COUNTS:
+            raise FormatError(
+                f"newest tokens: expected a multiple of {RECENT_COUNTS.step} below {RECENT_COUNTS.stop}, got {self.recent}"
+            )
 
     @classmethod
     def parse(cls, name: str) -> CacheFormat:
