@@ -280,16 +280,61 @@ def test_a_cache_too_small_for_a_request_is_refused_when_it_serves() -> None:
     made = make_layer(32, 0.0, None, Flash(0), 1, 30)
     tokens = made.impl.recent
     config: Any = SimpleNamespace(
-        cache_config=SimpleNamespace(block_size=128), model_config=SimpleNamespace(max_model_len=1024),
-        max_in_flight_tokens=512,
+        cache_config=SimpleNamespace(block_size=128), model_config=SimpleNamespace(max_model_len=1024, original_max_model_len=1024),
+        max_in_flight_tokens=512, parallel_config=SimpleNamespace(decode_context_parallel_size=1),
     )  # fmt: skip
     spec = tokens.get_kv_cache_spec(config)
     config.cache_config.block_size = 16
     assert tokens.get_kv_cache_spec(config) == spec
     assert spec.page_size_bytes == KV_HEADS * 128 * LAYOUT.head_bytes
     tokens.bind_kv_cache(tokens.kv_cache)
+    made.builder.vllm_config = config
     with pytest.raises(UnsupportedError, match="expected a KV cache of 44 blocks or more"):
-        made.impl.warm_up(made.kv_cache, [], None, torch.float32)  # type: ignore[arg-type]
+        made.builder.warm_up()
+    config.model_config.max_model_len = 256  # as `--max-model-len auto` does
+    tokens.bind_kv_cache(torch.zeros(19, 1, 1, 1))
+    with pytest.raises(UnsupportedError, match="expected a KV cache of 20 blocks or more"):
+        made.builder.warm_up()
+    tokens.bind_kv_cache(torch.zeros(20, 1, 1, 1))
+    tokens.check_size(config)
+    of_request = [spec.max_memory_usage_bytes(config) // spec.page_size_bytes]
+    config.model_config.original_max_model_len = -1
+    of_request.append(spec.max_memory_usage_bytes(config) // spec.page_size_bytes)
+    assert of_request == [2 + 1, 20 - 2 - 1], "the length that vLLM chooses leaves room for a step"
+
+
+def test_what_has_no_newest_tokens_is_refused_by_name() -> None:
+    from sawkv.integrations.vllm import recent
+
+    impl: Any = SimpleNamespace(
+        num_recent=32, num_kv_heads=2, head_size=64, sliding_window=0, kv_sharing_target_layer_name=None, prefill=None
+    )
+
+    def refused(layers: tuple[Any, ...] = (), changed: tuple[str, str, Any] | None = None, **of_impl: Any) -> list[str]:
+        config: Any = SimpleNamespace(
+            compilation_config=SimpleNamespace(static_forward_context=dict(enumerate(layers))),
+            model_config=SimpleNamespace(is_hybrid=False), speculative_config=None, kv_transfer_config=None,
+            cache_config=SimpleNamespace(kv_cache_dtype_skip_layers=[]),
+            scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False),
+        )  # fmt: skip
+        if changed is not None:
+            part, name, value = changed
+            setattr(getattr(config, part) if part else config, name, value)
+        return recent.not_kept(config, SimpleNamespace(**vars(impl) | of_impl))
+
+    layers = [SimpleNamespace(impl=impl), SimpleNamespace(), SimpleNamespace(impl=SimpleNamespace(head_size=512))]
+    assert refused(tuple(layers)) == []
+    assert refused(tuple(layers), num_kv_heads=1) == [
+        "the newest tokens in 16 bits (-r32): layers of unlike KV heads or head_dims"
+    ]
+    found = [
+        refused(sliding_window=64), refused(kv_sharing_target_layer_name="model.layers.0"),
+        refused(prefill=object(), head_size=512), refused(changed=("model_config", "is_hybrid", True)),
+        refused(changed=("", "speculative_config", object())), refused(changed=("", "kv_transfer_config", object())),
+        refused(changed=("cache_config", "kv_cache_dtype_skip_layers", ["0"])),
+        refused(changed=("scheduler_config", "disable_hybrid_kv_cache_manager", True)),
+    ]  # fmt: skip
+    assert all(len(reasons) == 1 and "(-r32)" in reasons[0] for reasons in found), found
 
 
 @pytest.mark.parametrize(("name", "size"), [("int4-r32", 64), ("int3-r64", 128)])

@@ -139,6 +139,7 @@ class Blocks:
         nbytes: bytes of a block, in all layers of one group.
         of_request: blocks of a request of the full context, in all groups.
         of_states: those of them that hold recurrent states.
+        least: blocks with which vLLM starts.
         block_size: tokens per block of attention.
         least_prefix_hit: prefixes are found in multiples of this many tokens; None without prefix caching.
     """
@@ -146,6 +147,7 @@ class Blocks:
     nbytes: int
     of_request: int
     of_states: int
+    least: int
     block_size: int
     least_prefix_hit: int | None
 
@@ -242,7 +244,7 @@ def _plan_of(stage: range, shape: ModelShape, setting: Setting, cache: KVCache, 
         least_prefix_hit=blocks.least_prefix_hit,
         tokens=int(requests * setting.context),
         requests=requests,
-        fits=num_blocks - 1 >= blocks.of_request,  # vLLM keeps one block back
+        fits=num_blocks >= blocks.least,
     )
 
 
@@ -341,6 +343,8 @@ def cut_blocks(shape: ModelShape, setting: Setting, cache: KVCache, stage: range
         nbytes=nbytes,
         of_request=sum(group.of_request(setting) for group in groups),
         of_states=sum(group.of_request(setting) for group in groups if isinstance(group.kind, State)),
+        # vLLM keeps one block back. A request alone has to find room for its newest tokens of a step.
+        least=1 + sum(replace(group, reserves_steps=True).of_request(setting) for group in groups),
         block_size=max(group.block_size for group in groups if isinstance(group.kind, Attention)),
         least_prefix_hit=lcm(*(group.block_size for group in groups)) if setting.prefix_caching else None,
     )

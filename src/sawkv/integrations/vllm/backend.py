@@ -227,6 +227,8 @@ class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
         """Run each kernel of these layers, for one request without tokens in the cache."""
         if self._reader is not None:
             self._reader.poll()  # makes the counters, which layers bind with their pages, once
+        if (recent := self._impls[0].recent) is not None:
+            recent.check_size(self.vllm_config)
         layers = self.vllm_config.compilation_config.static_forward_context
         zero, starts = (torch.zeros(n, dtype=torch.int32, device=self.device) for n in (1, 2))
         table = zero[:, None]
@@ -477,7 +479,6 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
         attention.append(key, value, position - 1, position)
         lse = None
         if self.recent is not None:
-            self.recent.check_size()
             lse = query.new_empty(query.shape[:2], dtype=torch.float32)
         for step in steps:
             attention(query, step, lse=lse)

@@ -61,6 +61,16 @@ class RecentSpec(SlidingWindowSpec):
     def max_admission_blocks_per_request(self, max_in_flight_tokens: int, max_model_len: int) -> int:
         return int(super().max_admission_blocks_per_request(0, max_model_len))
 
+    def max_memory_usage_bytes(self, vllm_config: VllmConfig) -> int:
+        if vllm_config.model_config.original_max_model_len != -1:
+            return int(super().max_memory_usage_bytes(vllm_config))
+        return self.least_blocks(vllm_config) * int(self.page_size_bytes)  # `auto`: vLLM lowers it to what fits
+
+    def least_blocks(self, vllm_config: VllmConfig) -> int:
+        """Blocks of a request that is alone, with the tokens of its steps."""
+        steps, longest = vllm_config.max_in_flight_tokens, vllm_config.model_config.max_model_len
+        return int(super().max_admission_blocks_per_request(steps, longest))
+
 
 @dataclass
 class RecentMetadata(AttentionMetadata):
@@ -153,7 +163,7 @@ class RecentTokens(AttentionLayerBase):
     ) -> None:
         self.name, self.window, self.num_heads, self._of, self._dtype = name, window, impl.num_heads, impl, dtype
         self.kv_cache = torch.empty(0)
-        self._page_size = self._least_blocks = 0
+        self._page_size = 0
         self._bound: tuple[torch.Tensor, ops.Attention] | None = None
         self._backend = recent_backend(backend)
         logger.info_once("sawkv: the newest %d tokens of each request are kept in %s beside it", window, dtype)
@@ -166,18 +176,20 @@ class RecentTokens(AttentionLayerBase):
     def get_attn_backend(self) -> type[AttentionBackend]:
         return self._backend
 
-    def check_size(self) -> None:
+    def check_size(self, vllm_config: VllmConfig) -> None:
         """Refuse a cache in which a request alone might not fit: vLLM would begin its prompt again and again. vLLM
         binds smaller ones too, to find out how much memory CUDA graphs take.
 
         Raises:
             UnsupportedError: there are too few blocks.
         """
-        if self.kv_cache.shape[0] < self._least_blocks:
+        longest = vllm_config.model_config.max_model_len  # `auto` has lowered it by now
+        own = self.get_kv_cache_spec(vllm_config).least_blocks(vllm_config)
+        least = -(-longest // self._page_size) + own + 1  # vLLM keeps one back
+        if self.kv_cache.shape[0] < least:
             raise UnsupportedError(
-                f"sawkv: expected a KV cache of {self._least_blocks} blocks or more for one request of"
-                f" --max-model-len and the newest tokens of a step, got {self.kv_cache.shape[0]}. Lower that or"
-                " --max-num-batched-tokens"
+                f"sawkv: expected a KV cache of {least} blocks or more for one request of --max-model-len {longest} and"
+                f" the newest tokens of a step, got {self.kv_cache.shape[0]}. Lower that or --max-num-batched-tokens"
             )
 
     def get_kv_cache_spec(self, vllm_config: VllmConfig) -> RecentSpec:
@@ -196,9 +208,6 @@ class RecentTokens(AttentionLayerBase):
                 f"sawkv: expected --block-size {least} or more, so that {RECENT_PAGE_SIZE} of the newest tokens fit in"
                 f" a page, got {page_size}"
             )
-        longest = vllm_config.model_config.max_model_len
-        of_step = min(self.window + vllm_config.max_in_flight_tokens, longest)
-        self._least_blocks = -(-longest // page_size) - (-of_step // RECENT_PAGE_SIZE) + 2  # vLLM keeps one back
         return RecentSpec(
             block_size=RECENT_PAGE_SIZE,
             num_kv_heads=of.num_kv_heads,
@@ -260,11 +269,14 @@ class RecentTokens(AttentionLayerBase):
 def not_kept(vllm_config: VllmConfig, impl: SawAttentionImpl) -> list[str]:
     """Why a layer's newest tokens cannot be kept."""
     config = vllm_config
+    others = (getattr(layer, "impl", None) for layer in config.compilation_config.static_forward_context.values())
+    shapes = {(of.num_kv_heads, of.head_size) for of in others if getattr(of, "num_recent", 0)}
     kinds = (
         (impl.prefill is not None and impl.head_size > MAX_FLASH_HEAD_DIM, f"head_dim {impl.head_size} on a GPU"),
         (installed_release() < PADS_PAGES, f"vLLM older than {'.'.join(map(str, PADS_PAGES))}"),
         (impl.sliding_window, "layers with sliding windows"),
         (impl.kv_sharing_target_layer_name, "layers that read the pages of others"),
+        (shapes - {(impl.num_kv_heads, impl.head_size)}, "layers of unlike KV heads or head_dims"),
         (config.model_config.is_hybrid, "models with recurrent layers"),
         (config.speculative_config, "speculation"),
         (config.kv_transfer_config, "KV connectors"),
