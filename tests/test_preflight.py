@@ -158,11 +158,15 @@ def test_options_are_refused_in_one_line(
     assert not started
 
 
-def test_formats_below_4_bits_need_a_vllm_that_asks_for_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    cache_format = CacheFormat("int3")
+@pytest.mark.parametrize(
+    ("name", "least", "what"),
+    [("int3", 29, "asks for the size of its pages"), ("int4-r32", 32, "pads pages to one size")],
+)
+def test_formats_that_need_a_newer_vllm(name: str, least: int, what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache_format = CacheFormat.parse(name)
     for release, words in (
-        ((0, 29), []),
-        ((0, 28), ["format int3: expected vLLM 0.29 or newer, which asks for the size of its pages, got 0.28"]),
+        ((0, least), []),
+        ((0, least - 1), [f"format {name}: expected vLLM 0.{least} or newer, which {what}, got 0.{least - 1}"]),
     ):
         monkeypatch.setattr(refusals, "installed_release", lambda release=release: release)
         assert refusals.of_format(cache_format) == words

@@ -5,7 +5,7 @@ an engine starts give the same answer.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from sawkv.checkpoint import is_encoder
@@ -20,6 +20,10 @@ BIDIRECTIONAL: Final = (
 )
 ALIBI: Final = "ALiBi"
 KEEPS_16_BITS: Final = "layers to which vLLM gives no --kv-cache-dtype, so that they keep 16 bits"
+WINDOWS: Final = "layers with sliding windows"
+RECURRENT: Final = "models with recurrent layers"
+UNLIKE: Final = "layers of unlike KV heads or head_dims"
+SPECULATION: Final = "speculation"
 SPARSE: Final = "layers with a cache of their own (sparse attention)"
 
 _KEEPS_ITS_OWN_CACHE: Final = ("deepseek_v4", "inkling", "minimax_m3", "qwen4_exp")
@@ -66,6 +70,16 @@ def unserved(whole: Mapping[str, Any], text: Mapping[str, Any], *, without_image
     elif model_type == "falcon":
         found.append(KEEPS_16_BITS)
     return found
+
+
+def no_newest_tokens(count: int, kinds: Iterable[tuple[object, str]]) -> list[str]:
+    """Why a format's newest tokens cannot be kept.
+
+    Args:
+        count: of them.
+        kinds: whether each is asked for, and its name.
+    """
+    return [f"the newest tokens in 16 bits (-r{count}): {kind}" for asked, kind in kinds if asked]
 
 
 def computes_k_and_v(text: Mapping[str, Any]) -> bool:

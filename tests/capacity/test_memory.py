@@ -140,6 +140,21 @@ def test_the_newest_tokens_take_blocks_of_the_same_bytes() -> None:
     shape = read_shape(CONFIGS["qwen3-8b"])
     blocks = cut_blocks(shape, H100, KVCache.of_format(CacheFormat.parse("int4-r64"), shape))
     assert (blocks.of_request, blocks.nbytes, blocks.block_size) == (272 + 5, 36 * 8 * 64 * 136, 64)
+    assert blocks.least == 272 + 1089 + 1, (
+        "of two steps of 16,384 tokens 17,408 can be one request's; vLLM keeps a block back"
+    )
+
+
+def test_newest_tokens_that_vllm_would_refuse_have_no_plan() -> None:
+    for name, words in (("gpt-oss-120b", "sliding windows"), ("falcon-h1-1.5b", "recurrent layers")):
+        with pytest.raises(UnsupportedError, match=words):
+            KVCache.of_format(CacheFormat.parse("int4-r64"), read_shape(CONFIGS[name]))
+    shape = read_shape(CONFIGS["qwen3-8b"])
+    with pytest.raises(UnsupportedError, match="speculation"):
+        KVCache.of_format(CacheFormat.parse("int4-r64"), shape, speculates=True)
+    unlike = replace(shape, attention=(replace(shape.attention[0], num_kv_heads=4), *shape.attention[1:]))
+    with pytest.raises(UnsupportedError, match="unlike KV heads"):
+        KVCache.of_format(CacheFormat.parse("int4-r64"), unlike)
 
 
 def test_the_longest_context_is_the_last_with_which_vllm_starts() -> None:

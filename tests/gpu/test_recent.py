@@ -132,4 +132,4 @@ def test_a_prompt_in_chunks_reads_what_the_lab_reads() -> None:
 @pytest.mark.skipif(installed_release() >= PADS_PAGES, reason="vLLM pads pages")
 def test_older_versions_are_refused_by_name() -> None:
     error = run_engine(**LIMITS, **named("int4-r32"))["error"]
-    assert "the newest tokens in 16 bits (-r32): vLLM older than 0.32" in error
+    assert "format int4-r32: expected vLLM 0.32 or newer" in error

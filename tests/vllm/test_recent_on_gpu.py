@@ -280,7 +280,8 @@ def test_a_cache_too_small_for_a_request_is_refused_when_it_serves() -> None:
     made = make_layer(32, 0.0, None, Flash(0), 1, 30)
     tokens = made.impl.recent
     config: Any = SimpleNamespace(
-        cache_config=SimpleNamespace(block_size=128), model_config=SimpleNamespace(max_model_len=1024, original_max_model_len=1024),
+        cache_config=SimpleNamespace(block_size=128),
+        model_config=SimpleNamespace(max_model_len=1024, original_max_model_len=1024),
         max_in_flight_tokens=512, parallel_config=SimpleNamespace(decode_context_parallel_size=1),
     )  # fmt: skip
     spec = tokens.get_kv_cache_spec(config)

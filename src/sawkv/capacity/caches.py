@@ -10,6 +10,7 @@ from sawkv.capacity.model import Attention, ModelShape
 from sawkv.errors import FormatError, UnsupportedError
 from sawkv.format.layout import PAGE_SIZE_MULTIPLE, PageLayout, engine_page_size
 from sawkv.format.spec import CacheFormat
+from sawkv.unserved import RECURRENT, SPECULATION, UNLIKE, WINDOWS, no_newest_tokens
 
 LADDER: Final = ("int8", "int4", "int4v3", "int3", "int3v2", "int2")
 """Formats of `own_caches`: at equal bytes the one with the lower KL (docs/decisions/0027)."""
@@ -29,12 +30,21 @@ class KVCache:
     cache_format: CacheFormat | None = None
 
     @classmethod
-    def of_format(cls, cache_format: CacheFormat, shape: ModelShape) -> KVCache:
+    def of_format(cls, cache_format: CacheFormat, shape: ModelShape, speculates: bool = False) -> KVCache:
         """A cache in sawkv's pages.
 
         Raises:
-            UnsupportedError: the format does not fit a layer's head_dim.
+            UnsupportedError: the format does not fit a layer's head_dim, or the model or speculation does not have the
+                newest tokens in 16 bits.
         """
+        kinds = (
+            (any(layer.window for layer in shape.attention), WINDOWS),
+            (len({(layer.num_kv_heads, layer.head_dim) for layer in shape.attention}) > 1, UNLIKE),
+            (shape.states, RECURRENT),
+            (speculates, SPECULATION),
+        )
+        if cache_format.recent and (reasons := no_newest_tokens(cache_format.recent, kinds)):
+            raise UnsupportedError(f"sawkv cannot serve this model: {'; '.join(reasons)}")
         try:
             names = {str(cache_format.resolve(layer.head_dim)) for layer in shape.attention}
         except FormatError as error:

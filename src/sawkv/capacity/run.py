@@ -30,7 +30,7 @@ def run(args: argparse.Namespace, asked: CacheFormat, refusals_of: Callable[[Cac
     """
     setting = _setting(args)
     model = _Model.read(args, setting.tensor_parallel)
-    chosen, notes = KVCache.of_format(asked, model.shape), []
+    chosen, notes = KVCache.of_format(asked, model.shape, args.speculative_config is not None), []
     setting = replace(setting, drafted=0 if model.drafts is None else model.drafts.tokens)
     longest = model.shape.max_context
     if longest is not None and setting.context > longest:

@@ -71,7 +71,8 @@ class CacheFormat:
                 )
         if self.recent not in RECENT_COUNTS:
             raise FormatError(
-                f"newest tokens: expected a multiple of {RECENT_COUNTS.step} below {RECENT_COUNTS.stop}, got {self.recent}"
+                f"newest tokens: expected a multiple of {RECENT_COUNTS.step} below {RECENT_COUNTS.stop}, got"
+                f" {self.recent}"
             )
 
     @classmethod

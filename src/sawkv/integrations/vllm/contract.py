@@ -19,6 +19,8 @@ TAKES_NAMES: Final = (0, 33)
 """The first version that takes names of `--kv-cache-dtype` from plugins."""
 SIZES_PAGES: Final = (0, 29)
 """The first version that takes the size of pages from attention backends alone."""
+PADS_PAGES: Final = (0, 32)
+"""The first version of those tested that pads the pages of one group to the bytes of another's."""
 
 
 def release(version: str) -> tuple[int, ...]:

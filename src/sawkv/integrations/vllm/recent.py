@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm import _custom_ops as vllm_ops
@@ -37,17 +37,14 @@ from sawkv.errors import UnsupportedError
 from sawkv.format.layout import RECENT_PAGE_SIZE, PageLayout, least_page_size
 from sawkv.format.spec import CacheFormat
 from sawkv.integrations.vllm.config import FLOAT_CODECS
-from sawkv.integrations.vllm.contract import installed_release
 from sawkv.integrations.vllm.prefill import MAX_FLASH_HEAD_DIM, Blocks
 from sawkv.kernels import Step
+from sawkv.unserved import RECURRENT, SPECULATION, UNLIKE, WINDOWS, no_newest_tokens
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
     from sawkv.integrations.vllm.backend import SawAttentionBackend, SawAttentionImpl
-
-PADS_PAGES: Final = (0, 32)
-"""The first version of those tested that pads the pages of one group to the bytes of another's."""
 
 logger = init_logger(f"vllm.{__name__}")
 
@@ -269,21 +266,21 @@ class RecentTokens(AttentionLayerBase):
 def not_kept(vllm_config: VllmConfig, impl: SawAttentionImpl) -> list[str]:
     """Why a layer's newest tokens cannot be kept."""
     config = vllm_config
-    others = (getattr(layer, "impl", None) for layer in config.compilation_config.static_forward_context.values())
-    shapes = {(of.num_kv_heads, of.head_size) for of in others if getattr(of, "num_recent", 0)}
+    layers = config.compilation_config.static_forward_context.values()
+    others: list[Any] = [layer.impl for layer in layers if getattr(getattr(layer, "impl", None), "num_recent", 0)]
+    shapes = {(other.num_kv_heads, other.head_size) for other in others}
     kinds = (
         (impl.prefill is not None and impl.head_size > MAX_FLASH_HEAD_DIM, f"head_dim {impl.head_size} on a GPU"),
-        (installed_release() < PADS_PAGES, f"vLLM older than {'.'.join(map(str, PADS_PAGES))}"),
-        (impl.sliding_window, "layers with sliding windows"),
+        (impl.sliding_window, WINDOWS),
         (impl.kv_sharing_target_layer_name, "layers that read the pages of others"),
-        (shapes - {(impl.num_kv_heads, impl.head_size)}, "layers of unlike KV heads or head_dims"),
-        (config.model_config.is_hybrid, "models with recurrent layers"),
-        (config.speculative_config, "speculation"),
+        (shapes - {(impl.num_kv_heads, impl.head_size)}, UNLIKE),
+        (config.model_config.is_hybrid, RECURRENT),
+        (config.speculative_config, SPECULATION),
         (config.kv_transfer_config, "KV connectors"),
         (config.cache_config.kv_cache_dtype_skip_layers, "--kv-cache-dtype-skip-layers"),
         (config.scheduler_config.disable_hybrid_kv_cache_manager, "--disable-hybrid-kv-cache-manager"),
     )
-    return [f"the newest tokens in 16 bits (-r{impl.num_recent}): {kind}" for asked, kind in kinds if asked]
+    return no_newest_tokens(impl.num_recent, kinds)
 
 
 @cache  # vLLM tells the backends of layers apart by their classes

@@ -9,7 +9,7 @@ from sawkv.errors import UnsupportedError
 from sawkv.format.spec import CacheFormat
 from sawkv.integrations.vllm import connectors
 from sawkv.integrations.vllm.config import dtype_codec, is_draft
-from sawkv.integrations.vllm.contract import SIZES_PAGES, installed_release
+from sawkv.integrations.vllm.contract import PADS_PAGES, SIZES_PAGES, installed_release
 from sawkv.unserved import BIDIRECTIONAL, CHUNKS, DIFFUSION, ENCODER, MLA
 
 WAY_OUT: Final = "To serve it in 16 bits, start `vllm serve` without --kv-cache-dtype and --attention-backend."
@@ -64,13 +64,16 @@ def refuse_kind(vllm_config: Any, layer: Any) -> None:
 
 def of_format(cache_format: CacheFormat) -> list[str]:
     """Why a format cannot be served here, whatever the model is."""
-    if dtype_codec(cache_format) == cache_format.codec or (release := installed_release()) >= SIZES_PAGES:
-        return []
-    wanted, got = (".".join(map(str, numbers)) for numbers in (SIZES_PAGES, release))
-    return [
-        f"format {cache_format}: expected vLLM {wanted} or newer, which asks for the size of its pages, got"
-        f" {got or 'none'}"
-    ]
+    needs = (
+        (cache_format.recent, PADS_PAGES, "pads pages to one size"),
+        (dtype_codec(cache_format) != cache_format.codec, SIZES_PAGES, "asks for the size of its pages"),
+    )
+    release = installed_release()
+    for needed, since, what in needs:
+        if needed and release < since:
+            wanted, got = (".".join(map(str, numbers)) for numbers in (since, release))
+            return [f"format {cache_format}: expected vLLM {wanted} or newer, which {what}, got {got or 'none'}"]
+    return []
 
 
 def of_configuration(vllm_config: Any) -> list[str]:
