@@ -44,6 +44,8 @@ def test_counts_of_newest_tokens_that_no_name_has_are_refused(recent: int) -> No
 def test_pages_do_not_depend_on_the_newest_tokens() -> None:
     assert CacheFormat.parse("int4-r64") != CacheFormat("int4")
     assert CacheFormat.parse("int4-r64").resolve(128) == CacheFormat("int4").resolve(128)
+    with pytest.raises(FormatError, match="expected a format without -r64"):
+        PageLayout(CacheFormat.parse("int4-r64"), 1, 128, 64)
     page_sizes = {
         name: engine_page_size(CacheFormat.parse(name)) for name in ("int4", "int4-k128-v128-r64", "int2-r64")
     }

@@ -105,4 +105,4 @@ def test_the_engine_chooses_pages_that_hold_the_newest_tokens() -> None:
     nbytes = cut_blocks(shape, Setting(GIB, 2048, block_size=128), cache).nbytes  # the CPU's default
     assert compiled["kv_tokens"] // RECENT_PAGE_SIZE == (64 << 20) // nbytes
     error = run_engine(block_size=32, **LIMITS, **named("int4-r64"))["error"]
-    assert "expected --block-size 128 or more" in error
+    assert "(-r64): --block-size 32 (expected 128 or more)" in error

@@ -308,14 +308,18 @@ def test_what_has_no_newest_tokens_is_refused_by_name() -> None:
     from sawkv.integrations.vllm import recent
 
     impl: Any = SimpleNamespace(
-        num_recent=32, num_kv_heads=2, head_size=64, sliding_window=0, kv_sharing_target_layer_name=None, prefill=None
-    )
+        num_recent=32, num_kv_heads=2, head_size=64, sliding_window=0, kv_sharing_target_layer_name=None, prefill=None,
+        layout=lambda _: LAYOUT,
+    )  # fmt: skip
 
     def refused(layers: tuple[Any, ...] = (), changed: tuple[str, str, Any] | None = None, **of_impl: Any) -> list[str]:
         config: Any = SimpleNamespace(
             compilation_config=SimpleNamespace(static_forward_context=dict(enumerate(layers))),
-            model_config=SimpleNamespace(is_hybrid=False), speculative_config=None, kv_transfer_config=None,
-            cache_config=SimpleNamespace(kv_cache_dtype_skip_layers=[]),
+            model_config=SimpleNamespace(is_hybrid=False, dtype=torch.bfloat16), speculative_config=None,
+            cache_config=SimpleNamespace(
+                kv_cache_dtype_skip_layers=[], user_specified_block_size=True, block_size=64
+            ),
+            kv_transfer_config=None,
             scheduler_config=SimpleNamespace(disable_hybrid_kv_cache_manager=False),
         )  # fmt: skip
         if changed is not None:
@@ -333,6 +337,7 @@ def test_what_has_no_newest_tokens_is_refused_by_name() -> None:
         refused(prefill=object(), head_size=512), refused(changed=("model_config", "is_hybrid", True)),
         refused(changed=("", "speculative_config", object())), refused(changed=("", "kv_transfer_config", object())),
         refused(changed=("cache_config", "kv_cache_dtype_skip_layers", ["0"])),
+        refused(changed=("cache_config", "block_size", 48)),
         refused(changed=("scheduler_config", "disable_hybrid_kv_cache_manager", True)),
     ]  # fmt: skip
     assert all(len(reasons) == 1 and "(-r32)" in reasons[0] for reasons in found), found

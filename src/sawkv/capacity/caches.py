@@ -65,7 +65,8 @@ class KVCache:
         cache_format = self.cache_format
         if layer.drafts and cache_format.feeds_back:  # it has the default format of the model's --kv-cache-dtype
             cache_format = CacheFormat("int4")
-        return heads * PageLayout(cache_format, 1, layer.head_dim, PAGE_SIZE_MULTIPLE).head_bytes
+        of_pages = cache_format.resolve(layer.head_dim)
+        return heads * PageLayout(of_pages, 1, layer.head_dim, PAGE_SIZE_MULTIPLE).head_bytes
 
 
 def own_caches(shape: ModelShape) -> list[KVCache]:

@@ -39,6 +39,10 @@ class PageLayout:
 
     def __init__(self, format: CacheFormat, num_kv_heads: int, head_dim: int, page_size: int) -> None:
         resolved = format.resolve(head_dim)
+        if format.recent:
+            raise FormatError(
+                f"pages: expected a format without -r{format.recent}, as they hold all tokens, got {format}"
+            )
         if page_size <= 0 or page_size % PAGE_SIZE_MULTIPLE:
             raise FormatError(f"page_size: expected a positive multiple of {PAGE_SIZE_MULTIPLE}, got {page_size}")
         if num_kv_heads <= 0:

@@ -199,7 +199,7 @@ class RecentTokens(AttentionLayerBase):
         self._page_size = self._page_size or vllm_config.cache_config.block_size
         page_size, of = self._page_size, self._of
         pages = of.layout(page_size)
-        least = least_page_size(pages.format.codec, of.head_size, FLOAT_CODECS[self._dtype])
+        least = _least_page_size(of, self._dtype)
         if page_size < least:
             raise UnsupportedError(
                 f"sawkv: expected --block-size {least} or more, so that {RECENT_PAGE_SIZE} of the newest tokens fit in"
@@ -263,12 +263,17 @@ class RecentTokens(AttentionLayerBase):
         return self._bound[1]
 
 
+def _least_page_size(impl: SawAttentionImpl, dtype: Any) -> int:
+    return least_page_size(impl.layout(RECENT_PAGE_SIZE).format.codec, impl.head_size, FLOAT_CODECS[dtype])
+
+
 def not_kept(vllm_config: VllmConfig, impl: SawAttentionImpl) -> list[str]:
     """Why a layer's newest tokens cannot be kept."""
     config = vllm_config
     layers = config.compilation_config.static_forward_context.values()
     others: list[Any] = [layer.impl for layer in layers if getattr(getattr(layer, "impl", None), "num_recent", 0)]
-    shapes = {(other.num_kv_heads, other.head_size) for other in others}
+    shapes, cache_config = {(other.num_kv_heads, other.head_size) for other in others}, config.cache_config
+    least = _least_page_size(impl, config.model_config.dtype)
     kinds = (
         (impl.prefill is not None and impl.head_size > MAX_FLASH_HEAD_DIM, f"head_dim {impl.head_size} on a GPU"),
         (impl.sliding_window, WINDOWS),
@@ -277,7 +282,11 @@ def not_kept(vllm_config: VllmConfig, impl: SawAttentionImpl) -> list[str]:
         (config.model_config.is_hybrid, RECURRENT),
         (config.speculative_config, SPECULATION),
         (config.kv_transfer_config, "KV connectors"),
-        (config.cache_config.kv_cache_dtype_skip_layers, "--kv-cache-dtype-skip-layers"),
+        (
+            cache_config.user_specified_block_size and cache_config.block_size < least,
+            f"--block-size {cache_config.block_size} (expected {least} or more)",
+        ),
+        (cache_config.kv_cache_dtype_skip_layers, "--kv-cache-dtype-skip-layers"),
         (config.scheduler_config.disable_hybrid_kv_cache_manager, "--disable-hybrid-kv-cache-manager"),
     )
     return no_newest_tokens(impl.num_recent, kinds)
