@@ -343,7 +343,7 @@ def cut_blocks(shape: ModelShape, setting: Setting, cache: KVCache, stage: range
         nbytes=nbytes,
         of_request=sum(group.of_request(setting) for group in groups),
         of_states=sum(group.of_request(setting) for group in groups if isinstance(group.kind, State)),
-        # vLLM keeps one block back. A request alone has to find room for its newest tokens of a step.
+        # One is kept back. A request alone has to find room for a step's newest tokens.
         least=1 + sum(replace(group, reserves_steps=True).of_request(setting) for group in groups),
         block_size=max(group.block_size for group in groups if isinstance(group.kind, Attention)),
         least_prefix_hit=lcm(*(group.block_size for group in groups)) if setting.prefix_caching else None,
@@ -351,9 +351,7 @@ def cut_blocks(shape: ModelShape, setting: Setting, cache: KVCache, stage: range
 
 
 def _block_size(shape: ModelShape, setting: Setting, cache: KVCache) -> int:
-    """Tokens per block: the smallest multiple that kernels take with which a page of attention is no smaller than the
-    largest state.
-    """
+    """Tokens per block: the smallest multiple that kernels take with which a page of attention holds any state."""
     unit = setting.block_size or cache.block_size
     state_bytes = max((state.nbytes(setting.tensor_parallel) for state in shape.states), default=0)
     return unit * max(1, -(-state_bytes // (unit * cache.token_bytes(shape.attention[0], setting.tensor_parallel))))
@@ -396,9 +394,7 @@ def _token_counts(shape: ModelShape, setting: Setting) -> int:
 
 
 def _prefill_workspace(shape: ModelShape, setting: Setting) -> int:
-    """Bytes of the 16-bit workspace into which prefill decodes pages (integrations/vllm/prefill.py:
-    workspace_tokens).
-    """
+    """Bytes of the 16-bit workspace into which prefill decodes pages (vllm/prefill.py: workspace_tokens)."""
     tokens = max(setting.context, 2 * setting.batched_tokens)
     widest = max(max(1, layer.num_kv_heads // setting.tensor_parallel) * layer.head_dim for layer in shape.attention)
     return tokens * 2 * widest * 2

@@ -52,7 +52,7 @@ logger = init_logger(f"vllm.{__name__}")
 @dataclass(frozen=True, kw_only=True)
 class RecentSpec(SlidingWindowSpec):
     """A window without a step's tokens, which vLLM would reserve for each request of its own. They are those of all
-    requests together (`RecentTokens.bind_kv_cache`), and at 16 bits four times as many bytes as in the pages.
+    requests together (`RecentTokens.check_size`), and at 16 bits four times as many bytes as in the pages.
     """
 
     def max_admission_blocks_per_request(self, max_in_flight_tokens: int, max_model_len: int) -> int:
