@@ -204,19 +204,12 @@ def wrong_sizes(config: Mapping[str, Any]) -> list[str]:
 
 
 def _check_safetensors(file: Path) -> None:
-    size = 0
     try:
-        size = file.stat().st_size
         tensors, start = read_header(file)
         expected = start + max((tensor["data_offsets"][1] for tensor in tensors.values()), default=0)
+        size = file.stat().st_size
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        if size < 1024 and is_lfs_pointer(file):
-            raise SawkvError(
-                f"weights: expected safetensors, got a Git LFS pointer in {file}. Run `git lfs pull` there"
-            ) from error
-        raise SawkvError(
-            f"weights: expected safetensors, got {size} bytes that are not, in {file}. Download it again"
-        ) from error
+        raise damaged(file) from error
     if size != expected:
         raise SawkvError(
             f"weights: expected {expected} bytes, as its header says, got {size} in {file}. Download it again"
@@ -243,13 +236,17 @@ def read_header(file: Path) -> tuple[dict[str, Any], int]:
     return {name: tensor for name, tensor in header.items() if name != "__metadata__"}, 8 + length
 
 
-def is_lfs_pointer(file: Path) -> bool:
-    """Whether a file is a Git LFS pointer."""
+def damaged(file: Path) -> SawkvError:
+    """What to say of a safetensors file whose header cannot be read."""
     try:
+        size = file.stat().st_size
         with file.open("rb") as stream:
-            return stream.read(64).startswith(b"version https://git-lfs")
-    except OSError:
-        return False
+            is_pointer = stream.read(64).startswith(b"version https://git-lfs")
+    except OSError as error:
+        return SawkvError(f"weights: expected safetensors, got what cannot be read in {file}: {reason(error)}")
+    if is_pointer:
+        return SawkvError(f"weights: expected safetensors, got a Git LFS pointer in {file}. Run `git lfs pull` there")
+    return SawkvError(f"weights: expected safetensors, got {size} bytes that are not, in {file}. Download it again")
 
 
 def _from_hub(model: str) -> Checkpoint | None:

@@ -102,7 +102,14 @@ def test_files_of_an_index(tmp_path: Path) -> None:
 def test_a_damaged_file_is_named(tmp_path: Path, content: bytes) -> None:
     write_config(tmp_path, "qwen3-8b")
     (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(SawkvError, match=r"model.safetensors, whose header is damaged"):
+    with pytest.raises(SawkvError, match=rf"got {len(content)} bytes that are not, in .*model\.safetensors"):
+        weights(tmp_path)
+
+
+def test_a_folder_in_place_of_a_file_is_named(tmp_path: Path) -> None:
+    write_config(tmp_path, "qwen3-8b")
+    (tmp_path / "model.safetensors").mkdir()
+    with pytest.raises(SawkvError, match=r"got what cannot be read in .*model\.safetensors: Is a directory"):
         weights(tmp_path)
 
 

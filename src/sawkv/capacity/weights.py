@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from sawkv.capacity.model import ModelShape
-from sawkv.checkpoint import Checkpoint, is_lfs_pointer, read_header
+from sawkv.checkpoint import Checkpoint, damaged, read_header
 from sawkv.errors import SawkvError, UnsupportedError
 
 STORED_BYTES: Final = {"F64": 2, "F32": 2, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2}
@@ -99,14 +99,8 @@ def _file_bytes(file: Path, is_loaded: Callable[[str], bool]) -> int:
         if min(sizes, default=0) < 0 or sum(sizes) >= 1 << 63:
             raise ValueError("sizes that no file has")
         return sum(sizes)
-    except (ValueError, KeyError, TypeError) as error:
-        if is_lfs_pointer(file):
-            raise SawkvError(
-                f"plan: expected a safetensors file, got a Git LFS pointer in {file}. Run `git lfs pull` there"
-            ) from error
-        raise SawkvError(
-            f"plan: expected a safetensors file, got {file}, whose header is damaged: download it again"
-        ) from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise damaged(file) from error
 
 
 def _count(checkpoint: Checkpoint, shape: ModelShape, is_loaded: Callable[[str], bool]) -> Weights:
