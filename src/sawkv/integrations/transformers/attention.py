@@ -4,7 +4,7 @@ attention.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -26,6 +26,19 @@ def register() -> None:
     """Register `attn_implementation="sawkv"` with Transformers."""
     AttentionInterface.register(NAME, saw_attention)
     AttentionMaskInterface.register(NAME, sdpa_mask)
+
+
+class Call(NamedTuple):
+    """The arguments of `saw_attention` but K and V: a model's layer, its queries, and how they attend."""
+
+    module: torch.nn.Module
+    query: torch.Tensor
+    mask: torch.Tensor | None
+    scale: float
+    dropout: float
+    softcap: float | None
+    sinks: torch.Tensor | None
+    others: dict[str, Any]
 
 
 def saw_attention(
@@ -62,49 +75,39 @@ def saw_attention(
             'sawkv: attention weights are never whole. Expected attn_implementation="eager" for output_attentions'
         )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    call = Call(module, query, attention_mask, scale, dropout, softcap, s_aux, kwargs)
     if not isinstance(key, NewStates):
         assert isinstance(value, torch.Tensor)
         if not torch.compiler.is_compiling():
             note(module, query, key, value, scale)
-        return attend_tensors(module, query, key, value, attention_mask, scale, dropout, softcap, s_aux, kwargs), None
+        return attend_tensors(call, key, value), None
     refuse_gradients(query, key.key, key.value, s_aux)
     if not kwargs.get("is_causal", getattr(module, "is_causal", True)) or kwargs.get("position_bias") is not None:
         raise UnsupportedError(f"sawkv: expected causal attention without position bias, got {type(module).__name__}")
     if not torch.compiler.is_compiling():
-        return attend(module, query, key, attention_mask, scale, dropout, softcap, s_aux, kwargs), None
+        return attend(call, key), None
     if key.layer.is_compileable and query.shape[2] == 1 and not dropout:
         mask = attention_mask if key.layer.is_first else None
         return attend_compiled(
             query, key.key, key.value, mask, s_aux, key.handle, key.layer.index, scale, softcap or 0.0
         ), None
-    return attend_uncompiled(module, query, key, attention_mask, scale, dropout, softcap, s_aux, kwargs), None
+    return attend_uncompiled(call, key), None
 
 
-def attend(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    new: NewStates,
-    mask: torch.Tensor | None,
-    scale: float,
-    dropout: float,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-    kwargs: dict[str, Any],
-) -> torch.Tensor:
-    """Write new K and V, unless an earlier layer wrote them, and attend. Arguments and result as of `saw_attention`."""
+def attend(call: Call, new: NewStates) -> torch.Tensor:
+    """Write new K and V, unless an earlier layer wrote them, and attend. Result as of `saw_attention`."""
     layer, paging = new.layer, new.layer.paging
-    reader = layer.reader(module)
+    reader, num_new = layer.reader(call.module), call.query.shape[2]
     with paging.on_device():
         if reader == layer.index:
-            layer.enter(new.key, new.value, None if dropout else query.shape[1], mask)
+            layer.enter(new.key, new.value, None if call.dropout else call.query.shape[1], call.mask)
             layer.write(new.key, new.value)
         # Layers that share K and V may be asked for the last of the new tokens alone (Transformers from 5.24 on).
-        if paging.reads_pages and not layer.exact and query.shape[2] == new.key.shape[2]:
-            out = layer.attend(query, scale, softcap or 0.0, sinks)
+        if paging.reads_pages and not layer.exact and num_new == new.key.shape[2]:
+            out = layer.attend(call.query, call.scale, call.softcap or 0.0, call.sinks)
         else:
             keys, values = (new.key, new.value) if layer.exact else layer.decode(new.key.dtype, new.value.dtype)
-            mask = paging.cut_mask(mask, query.shape[2])
-            out = attend_tensors(module, query, keys, values, mask, scale, dropout, softcap, sinks, kwargs)
+            out = attend_tensors(call._replace(mask=paging.cut_mask(call.mask, num_new)), keys, values)
         if reader == layer.last_reader:  # those that share these pages need all that the first of them read
             layer.settle()
     return out
@@ -155,22 +158,12 @@ def _(
     return query.new_empty(query.shape[0], query.shape[2], query.shape[1], query.shape[3])
 
 
-def attend_tensors(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    mask: torch.Tensor | None,
-    scale: float,
-    dropout: float,
-    softcap: float | None,
-    sinks: torch.Tensor | None,
-    kwargs: dict[str, Any],
-) -> torch.Tensor:
-    """Attention over K and V as tensors. Arguments and result as of `saw_attention`."""
+def attend_tensors(call: Call, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Attention over K and V as tensors. Result as of `saw_attention`."""
+    module, query, mask, scale, dropout, softcap, sinks, others = call
     if not softcap and sinks is None:
         out: torch.Tensor = sdpa_attention_forward(
-            module, query, key, value, mask, dropout=dropout, scaling=scale, **kwargs
+            module, query, key, value, mask, dropout=dropout, scaling=scale, **others
         )[0]
         return out
     group = query.shape[1] // key.shape[1]
