@@ -230,10 +230,9 @@ def _run_format(args: argparse.Namespace, name: str, model: str) -> Iterator[dic
         print(f"{name}: ready after {served.start_s:.0f} s, {served.kv_tokens:,} tokens of KV cache", flush=True)
         for work in args.works:
             record = {
-                **engines.measured(args.commit, model, name),
+                **engines.measured(args, model, name),
                 "set": str(work),
                 "work": asdict(work),
-                "prepared": name not in PEERS and not args.no_prepare,
                 **_measure(client, model, work, vocabulary, args.limit),
                 "kv_tokens": served.kv_tokens,
             }

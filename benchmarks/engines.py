@@ -104,7 +104,7 @@ def load_format(model: str) -> str:
     return "auto" if list(Path(model).glob("*.safetensors")) else "dummy"
 
 
-def measured(commit: str, model: str, name: str, gpus: int = 1) -> dict[str, str]:
+def measured(args: argparse.Namespace, model: str, name: str, gpus: int = 1) -> dict[str, str]:
     """The fields of a record that say what was measured, and where. Imports vLLM, and does not start CUDA."""
     import vllm
     from vllm.platforms import current_platform
@@ -112,11 +112,16 @@ def measured(commit: str, model: str, name: str, gpus: int = 1) -> dict[str, str
     device = current_platform.get_device_name().strip() or "cpu"
     return {
         "device": device if gpus == 1 else f"{gpus} x {device}",
-        "commit": commit,
+        "commit": args.commit,
         "vllm": vllm.__version__,
         "model": Path(model).name,
-        "format": name,
+        "format": recorded_name(name, args.no_prepare),
     }
+
+
+def recorded_name(name: str, no_prepare: bool) -> str:
+    """A format's name in records, of which the last of a name counts: unprepared, it has another."""
+    return f"{name}, unprepared" if no_prepare and name not in PEERS else name
 
 
 def append_record(file: Path, record: dict[str, Any]) -> None:

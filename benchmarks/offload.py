@@ -161,7 +161,7 @@ def _run_engine(args: argparse.Namespace) -> None:
     kv_tokens = (config.cache_config.num_gpu_blocks or 0) * block
     cached = [output.num_cached_tokens or 0 for output in restored]
     record = {
-        **engines.measured(args.commit, args.model, name),
+        **engines.measured(args, args.model, name),
         "prefixes": prefixes,
         "tokens": args.tokens,
         "whole": args.tokens // block * block,

@@ -147,7 +147,7 @@ def _run_loads(args: argparse.Namespace) -> None:
     llm = engines.start_engine(name, args.model, prepare=not args.no_prepare, **options)
     context = options["max_model_len"]
     gpus = llm.llm_engine.vllm_config.parallel_config.world_size
-    common = {**engines.measured(args.commit, args.model, name, gpus), "context": context}
+    common = {**engines.measured(args, args.model, name, gpus), "context": context}
     try:  # compile what was not compiled at start-up
         _run_load(llm, Load(0, max(1, context // 4 - 8), 8, 4), deadline)
     except OutOfTimeError as error:

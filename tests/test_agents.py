@@ -16,6 +16,7 @@ from tokenizers import Tokenizer
 
 from benchmarks import agents, shapes
 from benchmarks.agents import SETS, Turn, Work, check, summary
+from benchmarks.engines import recorded_name
 from sawkv.errors import UnsupportedError
 from sawkv.prepare.corpus import preparation_windows
 
@@ -167,6 +168,7 @@ def record(name: str, speed: float, late: float, tokens: int, **changes: Any) ->
 
 BF16, FP8 = record("bf16", 100.0, 40.0, 800_000), record("fp8", 200.0, 20.0, 1_600_000)
 INT4 = record("int4", 500.0, 1.0, 3_000_000)
+UNPREPARED = INT4 | {"format": recorded_name("int4", no_prepare=True)}
 LARGE = {"kv_tokens": 9_000_000, "hit_rate": BEST}
 
 
@@ -179,6 +181,7 @@ LARGE = {"kv_tokens": 9_000_000, "hit_rate": BEST}
         ([FP8, INT4 | {"output_tok_s": 399.0}], ["at least 2.0x of fp8's output tokens per second, got 1.995x"]),
         ([BF16, INT4 | {"output_tok_s": 299.0}], ["at least 3.0x of bf16's output tokens per second, got 2.990x"]),
         ([INT4 | {"output_tok_s": 1.0}, INT4, FP8], []),  # the last record of a format counts
+        ([FP8, INT4 | {"output_tok_s": 399.0}, UNPREPARED], ["int4: expected at least 2.0x of fp8's output tokens"]),
         ([FP8, INT4 | {"late_ttft_p50_s": 4.2}], ["at most 0.2x of fp8's late time to first token, got 0.210x"]),
         ([BF16, INT4 | {"late_ttft_p50_s": 30.0}], []),
         # Where all fit, INT4 must not lose, and no more is asked.

@@ -10,6 +10,7 @@ from xml.etree import ElementTree
 import pytest
 
 from benchmarks import plots
+from benchmarks.engines import recorded_name
 from sawkv.page import svg
 
 PAGE = "".join(f"<!-- {name} -->\n<!-- end of {name} -->\n" for name in plots.SECTIONS)
@@ -66,12 +67,15 @@ AGENTS = {
 
 def test_agents_have_a_row_for_each_set_and_a_picture_of_the_largest(tmp_path: Path) -> None:
     small = AGENTS | {"format": "fp8", "work": {"agents": 2, "grow_to": 512, "turns": 3}}
-    records = [AGENTS | {"format": "fp8"}, AGENTS | {"format": "int4", "output_tok_s": 310.0, "hit_rate": 0.75}, small]
+    unprepared = AGENTS | {"format": recorded_name("int4", no_prepare=True), "output_tok_s": 320.0}
+    fp8 = AGENTS | {"format": recorded_name("fp8", no_prepare=True)}
+    records = [fp8, AGENTS | {"format": "int4", "output_tok_s": 310.0, "hit_rate": 0.75}, unprepared, small]
     (tmp_path / "agents.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     page = plots.filled(PAGE, tmp_path)
     row = "| 4 x 512 in 3 turns | int4 | 310 (3.10x) | 2.00 (1.00x) | 4.00 (1.00x) | 50.0 (1.00x) | 75.0% (3.00x) |"
     assert row in page
     assert "| 2 x 512 in 3 turns | fp8 | 100 |" in page
+    assert "| 4 x 512 in 3 turns | int4, unprepared | 320 (3.20x) |" in page
     assert "(agents.svg)" in page
     drawing = plots.plot_agents(records)
     assert "turn of 4 x 512 in 3 turns" in drawing
