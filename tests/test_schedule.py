@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import random
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -15,18 +15,9 @@ from sawkv.kernels.cuda.queries import QueryShape
 from tests import emulator
 
 NUM_BLOCKS = 132
-TILES = {64: 128, 128: 64, 256: 32, 512: 32}
-"""Tokens of a tile by head_dim."""
-
-
-@pytest.fixture(scope="module")
-def run() -> Callable[[ScheduleParams], None]:
-    kernel = emulator.load("schedule.cu", "sawkv_schedule", {"HEAD_DIM": 128})
-    return lambda params: kernel.launch((1, 1, 1), 1024, 0, params)
 
 
 def schedule(
-    run: Callable[[ScheduleParams], None],
     lengths: Sequence[int],
     query_lens: Sequence[int] | int = 1,
     *,
@@ -48,21 +39,22 @@ def schedule(
         (ctypes.c_int * len(values))(*values)
         for values in (lengths, starts, [-1] * 8, [-1] * 8 * room, [-1] * 8 * (most_splits // 2))
     ]
-    run(
-        ScheduleParams(
-            *map(ctypes.addressof, arrays),
-            len(lengths),
-            num_kv_heads,
-            group,
-            queries.chunk_rows,
-            queries.row_groups,
-            TILES[head_dim],
-            queries.tiles_per_chunk,
-            window,
-            NUM_BLOCKS,
-            queries.max_chunks_per_block,
-        )
+    kernel = emulator.load("schedule.cu", "sawkv_schedule", {"HEAD_DIM": head_dim})
+    tile_tokens = kernel.read_constant("sawkv_tile_tokens")
+    params = ScheduleParams(
+        *map(ctypes.addressof, arrays),
+        len(lengths),
+        num_kv_heads,
+        group,
+        queries.chunk_rows,
+        queries.row_groups,
+        tile_tokens,
+        queries.tiles_per_chunk,
+        window,
+        NUM_BLOCKS,
+        queries.max_chunks_per_block,
     )
+    kernel.launch((1, 1, 1), 1024, 0, params)
     num_chunks, num_split_chunks, num_split_units, claimed, total = arrays[2][:5]
     assert claimed == 0
     assert num_split_chunks <= most_splits
@@ -78,8 +70,8 @@ def schedule(
     wanted: dict[tuple[int, int], tuple[int, int]] = {}
     for sequence, (length, query_len) in enumerate(zip(lengths, query_lens, strict=True)):
         if query_len > 0 and length >= 0:
-            begin = max(0, length - query_len - window + 1) // TILES[head_dim] if window else 0
-            end = max(begin + 1, -(-length // TILES[head_dim]))
+            begin = max(0, length - query_len - window + 1) // tile_tokens if window else 0
+            end = max(begin + 1, -(-length // tile_tokens))
             groups = min(-(-query_len * group // queries.chunk_rows), queries.row_groups)
             wanted |= {(sequence, unit): (begin, end) for unit in range(num_kv_heads * groups)}
     assert set(units) == set(wanted)
@@ -119,16 +111,14 @@ def schedule(
         ([16384] * 32, {"heads": (16, 2), "head_dim": 512}, 128),
     ],
 )
-def test_equal_units_are_cut_into_few_pieces(
-    run: Callable[[ScheduleParams], None], lengths: list[int], options: dict[str, Any], chunks: int
-) -> None:
-    assert len(schedule(run, lengths, **options)) == chunks
+def test_equal_units_are_cut_into_few_pieces(lengths: list[int], options: dict[str, Any], chunks: int) -> None:
+    assert len(schedule(lengths, **options)) == chunks
 
 
 @pytest.mark.parametrize("num_seqs", [33, 34, 40, 47, 65, 100, 131, 200])
-def test_equal_units_fill_the_blocks(run: Callable[[ScheduleParams], None], num_seqs: int) -> None:
+def test_equal_units_fill_the_blocks(num_seqs: int) -> None:
     """Blocks that take the chunks in order end within a sixth of the mean, though no two sequences may be equal."""
-    tiles = schedule(run, [16384 + 64 * (i % 9) for i in range(num_seqs)])
+    tiles = schedule([16384 + 64 * (i % 9) for i in range(num_seqs)])
     ends = [0.0] * NUM_BLOCKS
     for count in tiles:
         first = min(range(NUM_BLOCKS), key=ends.__getitem__)
@@ -136,28 +126,27 @@ def test_equal_units_fill_the_blocks(run: Callable[[ScheduleParams], None], num_
     assert max(ends) < 1.17 * sum(ends) / NUM_BLOCKS
 
 
-def test_unlike_units_are_cut_by_length(run: Callable[[ScheduleParams], None]) -> None:
-    tiles = schedule(run, [120_000, *[1000] * 127])
+def test_unlike_units_are_cut_by_length() -> None:
+    tiles = schedule([120_000, *[1000] * 127])
     assert max(tiles) < 1.5 * sum(tiles) / NUM_BLOCKS / 2
 
 
-def test_batches_of_all_kinds(run: Callable[[ScheduleParams], None]) -> None:
+def test_batches_of_all_kinds() -> None:
     """Empty sequences, negative lengths, more than a block has threads, windows, several tokens."""
     draw = random.Random(0)
-    schedule(run, [])
-    schedule(run, [0, -5], [1, 1])
-    schedule(run, [500] * 400)
+    schedule([])
+    schedule([0, -5], [1, 1])
+    schedule([500] * 400)
     for _ in range(8):
         count, most = draw.choice([1, 3, 40, 300]), draw.choice([100, 5000, 100_000])
         max_query_len = draw.choice([1, 4, 8])
         lengths = [draw.choice([0, -1, most, draw.randrange(most)]) for _ in range(count)]
         query_lens = [draw.randrange(max_query_len + 1) if length > 8 else 1 for length in lengths]
         schedule(
-            run,
             lengths,
             query_lens,
             heads=draw.choice([(32, 8), (8, 8), (96, 8), (16, 1)]),
-            head_dim=draw.choice(list(TILES)),
+            head_dim=draw.choice([64, 128, 256, 512]),
             max_query_len=max_query_len,
             window=draw.choice([0, 0, 1000]),
         )
