@@ -91,6 +91,13 @@ def make_evaluation(model: str = "a-model", stress: int = 1) -> Evaluation:
     )
 
 
+def test_the_noise_floor_is_explained_where_it_stands() -> None:
+    evaluation = make_evaluation()
+    said = "\nbf16_floor: what 16-bit arithmetic alone changes; its cache is not quantized\n"
+    assert said in table(evaluation)
+    assert said not in table(replace(evaluation, results=evaluation.results[1:]))
+
+
 def test_perplexities_side_by_side_are_of_one_text() -> None:
     """The noise of 16 bits is often measured on less: its perplexity would look like a gain."""
     evaluation = make_evaluation()

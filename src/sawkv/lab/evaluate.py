@@ -18,7 +18,7 @@ from sawkv.lab.budget import Budget
 from sawkv.lab.divergence import Readers, Reference, compare_floor, reading_only
 from sawkv.lab.excerpts import EXCERPT, Decode, excerpt_kl, forks, pieces, worst
 from sawkv.lab.methods import Method, check_fits, fit
-from sawkv.lab.records import Evaluation, Fork, FreeRun, LayerKL, MethodResult, Recall
+from sawkv.lab.records import FLOOR, Evaluation, Fork, FreeRun, LayerKL, MethodResult, Recall
 from sawkv.lab.samples import LayerSample, Sample, joined, sample_pair
 from sawkv.lab.stress import apply_stress
 from sawkv.lab.tasks import Prompt, free_run, make_prompts, recall
@@ -28,7 +28,6 @@ from sawkv.prepare.model import EvalModel, default_dtype, find_device, load_toke
 from sawkv.prepare.states import LayerStates
 from sawkv.prepare.text import Text, load_text, with_bos
 
-FLOOR = "bf16_floor"
 REFERENCE = "reference"
 STATES_KEPT = 4 << 30
 """Bytes of the reference's states that are kept on the CPU. Other states are computed again for each method."""

@@ -13,6 +13,9 @@ import msgspec
 from sawkv.lab.budget import Budget
 from sawkv.records import AttentionShape, Record
 
+FLOOR = "bf16_floor"
+"""The name of the noise of 16-bit arithmetic, among methods."""
+
 
 class Divergence(Record, frozen=True):
     """How far q lies from p over the text.
@@ -125,7 +128,7 @@ class MethodResult(Record, frozen=True):
     """Measurements of one method on one model.
 
     Attributes:
-        method: its name; "reference" is the unquantized cache, "bf16_floor" the noise of 16-bit arithmetic.
+        method: its name; "reference" is the unquantized cache; or FLOOR.
         bits: mean bits per element of K and V, with everything that is stored per row.
         served: the engine that serves it fast: "sawkv", "vllm", or "".
         calibrated: whether parameters were fitted on calibration text.

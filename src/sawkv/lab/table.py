@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sawkv.lab.records import Evaluation, MethodResult
+from sawkv.lab.records import FLOOR, Evaluation, MethodResult
 
 WIDTH = 80
 HEAD = f"{'method':<27}{'bits':>6}{'mean KL':>9}{'+-':>9}{'p99.9':>8}{'top-1':>8}{'ppl':>10}"
@@ -23,6 +23,8 @@ def table(evaluation: Evaluation) -> str:
         HEAD,
         *(line(result, reference.divergence.tokens) for result in (reference, *evaluation.results)),
     ]
+    if any(result.method == FLOOR for result in evaluation.results):
+        lines.append(f"{FLOOR}: what 16-bit arithmetic alone changes; its cache is not quantized")
     if any(result.recall or result.free_run for result in evaluation.results):
         lines += ["", f"{'greedy':<27}{'pass-key':>10}{'needle':>10}{'same text for':>18}"]
         lines += [_greedy(result) for result in (reference, *evaluation.results) if result.recall or result.free_run]

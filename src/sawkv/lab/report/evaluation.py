@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from sawkv.lab.analysis import PREPARED, label
-from sawkv.lab.records import Evaluation, MethodResult, Recall
+from sawkv.lab.records import FLOOR, Evaluation, MethodResult, Recall
 from sawkv.lab.report.verdict import verdict
 from sawkv.page import Cell, Column, Table, both, digits, svg, with_error
 from sawkv.records import AttentionShape
@@ -16,7 +16,6 @@ MAX_LINES = 5
 """Methods drawn by position. More lines would hide each other."""
 CONTROLS = ("fp8", "vllm_int4_per_token_head", "int4_plain")
 """Methods that readers know. They are drawn first, after the subject."""
-FLOOR = "bf16_floor"
 LEAST_COLOURED = 1e-3
 """Tokens with a smaller KL, in nats, are not coloured."""
 
