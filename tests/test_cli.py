@@ -149,6 +149,26 @@ def test_help_needs_no_torch(arguments: list[str]) -> None:
     assert max(map(len, done.stdout.splitlines())) <= 80 or "--recall" in done.stdout
 
 
+@pytest.mark.parametrize(
+    ("command", "given", "found"),
+    [("prepare", None, "passive"), ("eval", None, "passive"), ("analyze", "active", "active"), ("serve", None, "")],
+)
+def test_threads_of_models_in_this_process_do_not_spin(command: str, given: str | None, found: str) -> None:
+    """PyTorch reads the variable when it is imported. A server keeps what vLLM chooses."""
+    code = (
+        "import importlib, os, sys; from sawkv import cli\n"
+        "importlib.import_module(f'sawkv.commands.{sys.argv[1]}').run = lambda _: print(\n"
+        "    os.environ.get('OMP_WAIT_POLICY', ''), 'torch' in sys.modules)\n"
+        "cli.main([sys.argv[1], 'a/model'])"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
+    environment |= {"OMP_WAIT_POLICY": given} if given else {}
+    done = subprocess.run(
+        [sys.executable, "-c", code, command], env=environment, capture_output=True, text=True, check=False
+    )
+    assert (done.stdout, done.stderr) == (f"{found} False\n", "")
+
+
 def test_formats_lists_what_eval_and_serve_take(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["formats"]) == 0
     shown = capsys.readouterr().out

@@ -40,6 +40,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     started, args = time.time(), argparse.Namespace()
     try:
         args = _parse(argv)
+        if "device" in args:
+            # The model runs in this process. On cores with other work, threads that spin while they wait for each other
+            # take many times as long. PyTorch reads this when it is imported.
+            os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         status: int = args.run(args)
         sys.stdout.flush()
     except SawkvError as error:
