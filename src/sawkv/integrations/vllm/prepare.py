@@ -81,16 +81,17 @@ def install() -> None:
 
     @functools.wraps(initialize)
     def initialize_and_prepare(self: Any, vllm_config: VllmConfig) -> KVCacheConfig:
-        is_ours = SawConfig.from_vllm(vllm_config, vllm_config.cache_config.cache_dtype) is not None
-        if is_ours:
+        config = SawConfig.from_vllm(vllm_config, vllm_config.cache_config.cache_dtype)
+        if config is not None:
             self.model_executor.collective_rpc(announce.say_layers)
             self.model_executor.collective_rpc(warm_up.arrange)
         kv_cache_config: KVCacheConfig = initialize(self, vllm_config)
-        if is_ours:
+        if config is not None:
             announce.say_states(vllm_config, kv_cache_config)
-        prepare(self.model_executor, vllm_config, kv_cache_config)
+            if config.prepares:
+                prepare(self.model_executor, vllm_config, kv_cache_config, config)
         offload.bind(self.model_executor, vllm_config)
-        if is_ours:
+        if config is not None:
             from sawkv.integrations.vllm.metrics import publish_when_idle
             from sawkv.integrations.vllm.weights import watch
 
@@ -108,15 +109,12 @@ def is_installed() -> bool:
     return getattr(getattr(EngineCore, "_initialize_kv_caches", None), "prepares", False)
 
 
-def prepare(executor: Any, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig) -> None:
+def prepare(executor: Any, vllm_config: VllmConfig, kv_cache_config: KVCacheConfig, config: SawConfig) -> None:
     """Prepare the layers that wait for it, if there are any.
 
     Raises:
         UnsupportedError: preparation failed, so nothing must be served.
     """
-    config = SawConfig.from_vllm(vllm_config, vllm_config.cache_config.cache_dtype)
-    if config is None or not config.prepares:
-        return
     try:
         _prepare(executor, vllm_config, kv_cache_config, config)
     except Exception as error:
