@@ -157,16 +157,8 @@ class EvalModel:
     @contextlib.contextmanager
     def reading(self, readers: Sequence[LayerReaders | None]) -> Iterator[None]:
         """Within the block, layer i reads K and V through `readers[i]`. None leaves a layer unchanged."""
-        if len(readers) != len(self.layers):
-            raise ValueError(f"expected readers for {len(self.layers)} layers, got {len(readers)}")
-        try:
-            for layer, pair in zip(self.layers, readers, strict=True):
-                if pair is not None:
-                    setattr(layer, _HOOK, _Reading(*pair))
+        with self._hooked([None if pair is None else _Reading(*pair) for pair in readers]):
             yield
-        finally:
-            for layer in self.layers:
-                setattr(layer, _HOOK, None)
 
     @contextlib.contextmanager
     def eager(self) -> Iterator[None]:
@@ -182,14 +174,9 @@ class EvalModel:
     def states(self, ids: torch.Tensor, positions: torch.Tensor | None = None) -> list[LayerStates]:
         """Q, K and V of each layer's attention on token ids [num_rows, length], at positions as in `hidden`."""
         recorders = [_Recording() for _ in self.layers]
-        for layer, recorder in zip(self.layers, recorders, strict=True):
-            setattr(layer, _HOOK, recorder)
-        try:
+        with self._hooked(recorders):
             for row in torch.split(ids, 1):
                 self.hidden(row, positions)
-        finally:
-            for layer in self.layers:
-                setattr(layer, _HOOK, None)
         return [recorder.states(layer) for layer, recorder in zip(self.layers, recorders, strict=True)]
 
     @torch.inference_mode()
@@ -201,6 +188,17 @@ class EvalModel:
             cache, step = output.past_key_values, output.logits[:, -1:].argmax(-1)
             tokens.append(step)
         return torch.cat(tokens, 1)
+
+    @contextlib.contextmanager
+    def _hooked(self, hooks: Sequence[_Reading | _Recording | None]) -> Iterator[None]:
+        """Within the block, layer i has `hooks[i]`."""
+        try:
+            for layer, hook in zip(self.layers, hooks, strict=True):
+                setattr(layer, _HOOK, hook)
+            yield
+        finally:
+            for layer in self.layers:
+                setattr(layer, _HOOK, None)
 
     def _find_layers(self) -> AttentionShape:
         """Fill `layers` and `heads` by one pass over two tokens, and return the shape."""
