@@ -287,21 +287,14 @@ class Calibration:
         Raises:
             CalibrationError: something differs. The message names all differences.
         """
-        wanted = {
-            "format": str(cache_format),
-            "layers": num_layers,
-            "KV heads": num_kv_heads,
-            "head_dim": head_dim,
-            "model": model,
+        compared = {
+            "format": (str(cache_format), str(self.format)),
+            "layers": (num_layers, self.num_layers),
+            "KV heads": (num_kv_heads, self.num_kv_heads),
+            "head_dim": (head_dim, self.head_dim),
+            "model": (model, self.model),
         }
-        got = {
-            "format": str(self.format),
-            "layers": self.num_layers,
-            "KV heads": self.num_kv_heads,
-            "head_dim": self.head_dim,
-            "model": self.model,
-        }
-        wrong = [f"{name}: expected {wanted[name]}, got {got[name]}" for name in wanted if wanted[name] != got[name]]
+        wrong = [f"{name}: expected {wanted}, got {got}" for name, (wanted, got) in compared.items() if wanted != got]
         if wrong:
             raise CalibrationError(
                 f"the calibration file is made for something else; {'; '.join(wrong)}. `sawkv prepare` makes one"

@@ -86,17 +86,15 @@ class Client:
 
     def complete(self, prompt: str | Sequence[int], **options: Any) -> dict[str, Any]:
         """The first choice of a greedy completion of text or token ids."""
-        choice: dict[str, Any] = self.post("/v1/completions", {"prompt": prompt, "temperature": 0} | options)[
-            "choices"
-        ][0]
-        return choice
+        return self._first_choice("/v1/completions", {"prompt": prompt} | options)
 
     def chat(self, message: str, **options: Any) -> dict[str, Any]:
         """The first choice of a greedy answer to one message."""
         messages = [{"role": "user", "content": message}]
-        choice: dict[str, Any] = self.post("/v1/chat/completions", {"messages": messages, "temperature": 0} | options)[
-            "choices"
-        ][0]
+        return self._first_choice("/v1/chat/completions", {"messages": messages} | options)
+
+    def _first_choice(self, path: str, body: Mapping[str, Any]) -> dict[str, Any]:
+        choice: dict[str, Any] = self.post(path, {"temperature": 0, **body})["choices"][0]
         return choice
 
     def prompt_logprobs(self, ids: Sequence[int]) -> list[float]:

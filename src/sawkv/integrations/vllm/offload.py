@@ -15,7 +15,6 @@ import hashlib
 import json
 import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from vllm.logger import init_logger
@@ -152,7 +151,7 @@ def _bind_handshake(worker: Any, what: str) -> None:
     ours.compat_hash = payload.compatibility_hash = f"{ours.compat_hash} {what}"
 
 
-@contextmanager
+@contextlib.contextmanager
 def disconnected(executor: Any, vllm_config: VllmConfig) -> Iterator[None]:
     """Keep the workers' connector out of the steps within: preparation measures with blank constants, and what it
     computes must not be stored.
