@@ -102,8 +102,7 @@ def check_model(model: str, cache_format: CacheFormat, options: Options, *, on_g
     reasons = refusals.of_format(cache_format) + _of_options(options, on_gpu)
     if checkpoint is not None:
         reasons += _of_model(checkpoint.config, cache_format, options)
-    speculative = options.speculative()
-    reasons += _of_draft(speculative, cache_format)
+    reasons += _of_draft(options.speculative(), cache_format)
     if reasons:
         raise UnsupportedError(
             f"sawkv cannot serve {model}: {'; '.join(reasons)}. `vllm serve` serves it in 16 bits, if vLLM can"
@@ -255,12 +254,9 @@ def _of_options(options: Options, on_gpu: bool) -> list[str]:
 
 
 def _of_transfer(options: Options, on_gpu: bool) -> list[str]:
-    transfer = options.json("--kv-transfer-config")
-    option, connector, extra = (
-        "--kv-transfer-config",
-        transfer.get("kv_connector"),
-        transfer.get("kv_connector_extra_config") or {},
-    )
+    option = "--kv-transfer-config"
+    transfer = options.json(option)
+    connector, extra = transfer.get("kv_connector"), transfer.get("kv_connector_extra_config") or {}
     if options.has("--kv-offloading-size"):
         option, lmcache = "--kv-offloading-size", options.get("--kv-offloading-backend") == "lmcache"
         connector = "LMCacheMPConnector" if lmcache else connectors.NATIVE
@@ -338,10 +334,8 @@ def _check_calibration(calibration: Calibration, checkpoint: Checkpoint | None, 
 
     try:
         text = AutoConfig.from_pretrained(checkpoint.folder).get_text_config()
-        layers, head_dim = (
-            text.num_hidden_layers,
-            getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads,
-        )
+        layers = text.num_hidden_layers
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
         heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     except Exception:  # vLLM knows models that Transformers does not, and will check
         return
