@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -46,6 +47,8 @@ QUICK_KERNELS: Final[dict[str, Any]] = {"enable_flashinfer_autotune": False}
 """vLLM's `kernel_config`, for the same reason."""
 MEMORY: Final = 0.9
 """vLLM's `gpu_memory_utilization`. Its own default is not the same in all versions."""
+ALONE_GIB: Final = 1.0
+"""Of a card, what may be taken when an engine starts: the engine's own context takes 0.7 on an H200."""
 MARK: Final = "RECORD "
 LOG_LINES: Final = 25
 
@@ -128,6 +131,14 @@ def append_record(file: Path, record: dict[str, Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a") as sink:
         sink.write(json.dumps(record) + "\n")
+
+
+def taken_gib(log: Path) -> float:
+    """GiB of a card that were taken when the engine started, its own context included, as vLLM's log says; 0 if it does
+    not. Above `ALONE_GIB` another process uses the card too, which makes steps longer.
+    """
+    found = re.findall(r"Free memory on device \(([\d.]+)/([\d.]+) GiB\) on startup", log.read_text(errors="replace"))
+    return max((float(total) - float(free) for free, total in found), default=0.0)
 
 
 def start_engine(name: str, model: str, *, prepare: bool = True, **options: Any) -> LLM:

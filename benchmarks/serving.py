@@ -8,7 +8,8 @@ other.
 
 A load is INPUT/OUTPUTxREQUESTS in tokens, all requests sent at once, or PREFIX+NEW/OUTPUTxREQUESTS where they share a
 prefix. Prompts are random tokens, the same ones for every format and no two alike, so the prefix cache serves shared
-prefixes only; this is checked. Each load is written to docs/results/serving.jsonl as it ends:
+prefixes only; this is checked. Each load is written to docs/results/serving.jsonl as it ends, if the engine was alone
+on the card when it started:
 
     output_tok_s            output tokens of all requests / seconds from sending the first request to the last token
     prefill_tok_s           prompt tokens of all requests, cached ones too / seconds until the last request has its
@@ -118,7 +119,11 @@ def main() -> None:
             words = ["--model", model, "--engine", engine, "--commit", args.commit, "--budget", left]
             for record in engines.run_apart("benchmarks.serving", name, words, log, left + START_TIMEOUT):
                 start = record.pop("start_s", start)
-                if "format" in record:
+                if "format" not in record:
+                    continue
+                if (taken := engines.taken_gib(log)) > engines.ALONE_GIB:
+                    print(f"{name}: not recorded, {taken:.1f} GiB of the card were taken: another process uses it")
+                else:
                     engines.append_record(args.output, record | {"kv_tokens": held_tokens(log)})
     print(f"\n{serving_table(read_records(args.output))}")
 

@@ -75,7 +75,9 @@ def test_an_invented_ratio_is_noticed() -> None:
 def test_claims_of_the_accuracy_page_follow_from_the_records() -> None:
     records = read_records(RESULTS / "real_models.jsonl")
     served = {
-        (r["model"].split("-")[0].split(" ")[0], r["text"], r["method"]): r for r in records if r["through"] == "server"
+        (r["model"].split("-")[0].split(" ")[0], r["text"], r["method"]): r
+        for r in records
+        if r["through"] == "server" and r["window"] == 512
     }
 
     def ratio(model: str, text: str, peer: str) -> float:

@@ -1,18 +1,21 @@
-"""`benchmarks.engines`: an engine in a process of its own; what `sawkv bench` measured as records of latency; what
-`benchmarks.kernels` is asked for.
+"""`benchmarks.engines`: an engine in a process of its own; what is recorded; what `sawkv bench` measured as records of
+latency; what `benchmarks.kernels` is asked for.
 """
 
 from __future__ import annotations
 
 import math
+import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from benchmarks import engines, kernels, load
+from benchmarks import engines, kernels, load, serving
 from benchmarks.plots import load_table
 from sawkv.bench.records import FP8, SIXTEEN_BITS, Bench, Load, Result, Served, Setting
 
@@ -64,6 +67,26 @@ def test_an_engine_that_hangs_is_stopped_with_its_children(log: Path) -> None:
     assert state.strip()[:1] in ("", "Z")
 
 
+@pytest.mark.parametrize(("free", "recorded"), [("137.71", False), ("139.1", True)])
+def test_a_load_beside_another_process_is_not_recorded(
+    free: str, recorded: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run_apart(module: str, name: str, words: object, log: Path, patience: float) -> Iterator[dict[str, Any]]:
+        log.write_text(f"Free memory on device ({free}/139.8 GiB) on startup. GPU KV cache size: 2,952,064 tokens\n")
+        yield {"format": name}
+
+    output = tmp_path / "records"
+    monkeypatch.setattr(engines, "run_apart", run_apart)
+    monkeypatch.setattr(serving, "serving_table", lambda records: "")
+    monkeypatch.setattr(serving, "read_records", lambda file: [])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    words = ["--formats", "int4", "--model", "folder", "--log", str(tmp_path), "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", ["serving", *words])
+    serving.main()
+    assert output.exists() == recorded
+    assert ("int4: not recorded, 2.1 GiB of the card were taken" in capsys.readouterr().out) != recorded
+
+
 def test_rates_of_a_bench_become_records() -> None:
     def result(rate: float, tokens: float) -> Result:
         return Result(Load(rate), 10.0, rate, tokens, 1.0, 20.0, 40.0, 5.0, 9.0, 0.0)
@@ -78,7 +101,7 @@ def test_rates_of_a_bench_become_records() -> None:
         ("int4", 2.0, 600.0),
     ]
     table = load_table(records)
-    assert table.startswith("shape, 8192/512 tokens a request, on a card, vLLM 0.1\n")
+    assert table.startswith("shape in vLLM 0.1, 8192/512 tokens a request on a card\n")
     assert "| 2 | int4 | 600 (1.50x) | 20 (1.00x) | 40 (1.00x) | 5.0 (1.00x) | 9.0 (1.00x) | abc |" in table
 
 

@@ -37,13 +37,14 @@ def test_no_record_no_table(tmp_path: Path) -> None:
     assert "|" not in plots.filled(PAGE, tmp_path)
 
 
-def test_ratios_are_to_the_same_device_and_load_and_the_last_record_counts(tmp_path: Path) -> None:
+def test_ratios_are_to_the_same_device_version_and_load_and_the_last_record_counts(tmp_path: Path) -> None:
     records = [
         SERVED | {"format": "bf16", "output_tok_s": 1.0},
         SERVED | {"format": "bf16"},
         SERVED | {"format": "int4", "output_tok_s": 190.0, "kv_tokens": 3760},
         SERVED | {"format": "int4", "output_tok_s": 7.0, "shared_prefix": 64},
         SERVED | {"format": "int4", "output_tok_s": 5.0, "device": "card B"},
+        SERVED | {"format": "int4", "output_tok_s": 6.0, "vllm": "0.2"},
     ]
     (tmp_path / "serving.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     lines = plots.filled(PAGE, tmp_path).splitlines()
@@ -54,7 +55,9 @@ def test_ratios_are_to_the_same_device_and_load_and_the_last_record_counts(tmp_p
     )
     assert "| 64+32/8 x 4 | int4 | 7 | 1,000 | 2.00 | 3.00 |  |  | 1,000 | abc |" in lines
     assert "| 96/8 x 4 | int4 | 5 | 1,000 | 2.00 | 3.00 |  |  | 1,000 | abc |" in lines
-    assert lines.index("m on card A, vLLM 0.1") < lines.index("m on card B, vLLM 0.1")
+    assert "| 96/8 x 4 | int4 | 6 | 1,000 | 2.00 | 3.00 |  |  | 1,000 | abc |" in lines
+    titles = [line for line in lines if line.startswith("m in vLLM")]
+    assert titles == ["m in vLLM 0.1 on card A", "m in vLLM 0.1 on card B", "m in vLLM 0.2 on card A"]
 
 
 AGENTS = {

@@ -234,8 +234,8 @@ void run_block(int threads) {
 
 // Returns what went wrong, or nothing.
 extern "C" const char* emulator_launch(void (*kernel)(emulator::Parameters), const void* parameters, int bytes,
-                                       const unsigned* grid, unsigned threads, unsigned seed, const unsigned char* pages,
-                                       size_t pages_bytes) {
+                                       const unsigned* grid, unsigned threads, unsigned seed,
+                                       const unsigned char* pages, size_t pages_bytes) {
   using namespace emulator;
   emulator::kernel = kernel;
   memcpy(&emulator::parameters, parameters, bytes);
