@@ -40,7 +40,8 @@ def run(args: argparse.Namespace) -> int:
     print(
         _filled(
             "int4-k64-v0 and the like name the rotation orders of K and V: 0, or powers of two from 16 that divide"
-            " head_dim."
+            " head_dim. -r32 at the end, as in int4-r32, keeps the newest 32 tokens of each request in 16 bits too, in"
+            " vLLM from 0.32: prepared_int4-r32 for `sawkv eval`."
         )
     )
     print(_filled("`sawkv eval` and `sawkv analyze` compare them with more methods, by --formats:"))

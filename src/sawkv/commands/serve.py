@@ -12,7 +12,10 @@ SUMMARY = "serve a model with vLLM from INT4 pages; other options go to vLLM"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     options.add_served_model(parser, ". It stands before all options of vLLM")
     parser.add_argument(
-        "--format", metavar="NAME", help="cache format, such as int4-k128-v128 (default: the calibration's, or int4)"
+        "--format",
+        metavar="NAME",
+        help="cache format, such as int8, or int4-r32, which keeps the newest 32 tokens of each request in 16 bits too"
+        " (default: the calibration's, or int4)",
     )
     parser.add_argument("--calibration", metavar="FILE", help="file that `sawkv prepare --out` wrote for this model")
     parser.add_argument(
