@@ -5,9 +5,9 @@ the files that have all PTX. Memory that nothing has written is NaN. Which warp 
 copy ends are drawn.
 
 Noticed: wrong results; orders between warps that no barrier ensures; deadlocks, with what each warp waits for; too many
-arrivals; lanes that part at what their warp does together; products without a fence; prefetches of memory that is
-not of the cache, whatever a kernel before has not written yet. Not checked: the memory model and
-its proxies, time, registers, bank conflicts, how GPUs round, blocks that run at once, accesses out of bounds.
+arrivals; lanes that part at what their warp does together; products without a fence; prefetches of memory that is not
+of the cache, whatever a kernel before has not written yet. Not checked: the memory model and its proxies, time,
+registers, bank conflicts, how GPUs round, blocks that run at once, accesses out of bounds.
 """
 
 from __future__ import annotations

@@ -9,13 +9,12 @@ import pytest
 import torch
 
 from benchmarks.agreement import first_difference
-from sawkv.integrations.vllm.contract import installed_release
+from sawkv.integrations.vllm.contract import PADS_PAGES, installed_release
 from tests.vllm.engine import run_engine
 from tests.vllm.test_controls import prompts
 from tests.vllm.test_recent import apart_from_the_lab
 from tests.vllm.test_recent_on_gpu import DECODES, HEAD_DIM, HEADS, OTHERS, check_step
 
-PADS_PAGES = (0, 32)
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.vllm,

@@ -316,8 +316,8 @@ def cut_blocks(shape: ModelShape, setting: Setting, cache: KVCache, stage: range
     layers += [_Pages(state, block_size, layers[0].nbytes) for state in shape.states]
     places = (*shape.attention_places, *shape.state_places)
     if cache.recent:  # each layer has a second one, whose pages are padded to the bytes of the first
-        kinds = [Attention(0, of.num_kv_heads, of.head_dim, cache.recent) for of in shape.attention]
-        layers += [_Pages(kind, RECENT_PAGE_SIZE, of.nbytes, False) for kind, of in zip(kinds, layers, strict=False)]
+        kinds = [Attention(0, of.num_kv_heads, of.head_dim, cache.recent) for of in shape.attention]  # all alike
+        layers += [_Pages(kind, RECENT_PAGE_SIZE, layers[0].nbytes, reserves_steps=False) for kind in kinds]
         places = (*places, *shape.attention_places)
     is_here = [stage is None or place in stage for place in places]
     windows = {layer.kind.window if isinstance(layer.kind, Attention) else None for layer in layers}

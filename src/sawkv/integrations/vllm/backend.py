@@ -48,6 +48,7 @@ from sawkv.integrations.vllm.prefill import (
     HostLengths,
     PrefillSlice,
     find_turns,
+    padded,
     slice_prefills,
     speculated_tokens,
 )
@@ -137,12 +138,10 @@ class SawMetadataBuilder(AttentionMetadataBuilder[SawMetadata]):
             (impl.prefill.capacity for impl in self._impls if impl.prefill is not None), default=0
         )
         self._bound_slack = speculated_tokens(vllm_config)
-        capture_sizes = vllm_config.compilation_config.cudagraph_capture_sizes or []
         self._max_query_len = vllm_config.scheduler_config.max_num_batched_tokens  # on a CPU
-        # A graph's batch is padded.
-        self._max_num_seqs = max([vllm_config.scheduler_config.max_num_seqs, *capture_sizes])
+        self._max_num_seqs = padded(vllm_config.scheduler_config.max_num_seqs, vllm_config)
         drafted = self._max_num_seqs * speculated_tokens(vllm_config)
-        self._max_num_tokens = max([self._max_query_len + drafted, *capture_sizes])
+        self._max_num_tokens = padded(self._max_query_len + drafted, vllm_config)
 
     def _place_tokens(self, common: CommonAttentionMetadata) -> torch.Tensor | None:
         """Positions of the step's tokens, if K has several centers in any layer."""

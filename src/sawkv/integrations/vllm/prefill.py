@@ -91,6 +91,11 @@ def speculated_tokens(vllm_config: VllmConfig) -> int:
     return 0 if speculative is None else int(speculative.num_speculative_tokens or 0) + 1
 
 
+def padded(most: int, vllm_config: VllmConfig) -> int:
+    """`most` requests or tokens of a step, or as many as the batch of a CUDA graph is padded to."""
+    return max([most, *(vllm_config.compilation_config.cudagraph_capture_sizes or [])])
+
+
 @dataclass(frozen=True)
 class HostLengths:
     """What the host knows of a step's requests, read once per step.

@@ -37,7 +37,7 @@ from sawkv.errors import UnsupportedError
 from sawkv.format.layout import RECENT_PAGE_SIZE, PageLayout, least_page_size
 from sawkv.format.spec import CacheFormat
 from sawkv.integrations.vllm.config import FLOAT_CODECS
-from sawkv.integrations.vllm.prefill import MAX_FLASH_HEAD_DIM, Blocks
+from sawkv.integrations.vllm.prefill import MAX_FLASH_HEAD_DIM, Blocks, padded
 from sawkv.kernels import Step
 from sawkv.unserved import RECURRENT, SPECULATION, UNLIKE, WINDOWS, no_newest_tokens
 
@@ -87,9 +87,7 @@ class RecentMetadataBuilder(AttentionMetadataBuilder[RecentMetadata]):
         scheduler = vllm_config.scheduler_config
         self._window: int = layer.window
         self._max_query_len = scheduler.max_num_batched_tokens
-        self._max_num_seqs = max(
-            [scheduler.max_num_seqs, *(vllm_config.compilation_config.cudagraph_capture_sizes or [])]
-        )
+        self._max_num_seqs = padded(scheduler.max_num_seqs, vllm_config)
         self._blocks: tuple[torch.Tensor, torch.Tensor] | None = None
         self._schedule = None
         if device.type == "cpu":

@@ -1,5 +1,5 @@
-// PTX instructions. Compiled by NVRTC with no CUDA headers. tests/emulator has the same functions
-// for a CPU, so PTX stands only here and in wgmma.cuh.
+// PTX instructions. Compiled by NVRTC with no CUDA headers. tests/emulator has the same functions for a CPU, so PTX
+// stands only here and in wgmma.cuh.
 #pragma once
 #include "integers.cuh"
 
