@@ -37,6 +37,9 @@ def _emulated(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("int4", 128, [1, 1, 1, 1], {}),
         ("int4", 128, [2, 1, 4, 3], {"page_size": 64, "sliding_window": 100, "group": 7, **PREPARED}),
+        # 16 rows of queries
+        ("int4", 128, [1, 1, 1, 1], {"page_size": 64, "group": 12}),
+        ("int4", 128, [4, 0, 3, 4], {"page_size": 64, "group": 4, **CAPPED, **PREPARED}),
         ("int3v2", 128, [0, 3, 8, 8], {"page_size": 32, **CAPPED, **PREPARED}),
         ("int4v2", 64, [1, 0, 2, 2], {"group": 8}),
         ("int4", 256, [1, 1, 1, 1], {"page_size": 64, "sinks": torch.ones(8), **PREPARED}),

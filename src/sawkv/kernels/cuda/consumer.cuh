@@ -26,7 +26,8 @@ struct Consumer {
   static constexpr int PLANES = Unit<V_BITS>::PLANES, ROW_TILES = SEGMENTS * PLANES / 2;  // 16 planes of V each
   static constexpr int PART = TILE / COLUMN_TILES;  // tokens attended at once; registers limit the scores
   static constexpr int BLOCKS = PART / 16;
-  // Whether tiles with hidden tokens have code of their own. At 4 bits memory takes longer than what others then save.
+  // Whether tiles with hidden tokens have code of their own. At 4 bits and 8 rows memory takes longer than what others
+  // then save.
   static constexpr bool MASKS_APART = K_BITS + V_BITS < 8 || COLUMN_TILES == 2;
 
   float maximum[COLUMN_TILES][2], sum[COLUMN_TILES][2];
