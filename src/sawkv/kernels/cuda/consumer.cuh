@@ -27,8 +27,8 @@ struct Consumer {
   static constexpr int PART = TILE / COLUMN_TILES;  // tokens attended at once; registers limit the scores
   static constexpr int BLOCKS = PART / 16;
   // Whether tiles with hidden tokens have code of their own. At 4 bits and 8 rows memory takes longer than what others
-  // then save.
-  static constexpr bool MASKS_APART = K_BITS + V_BITS < 8 || COLUMN_TILES == 2;
+  // then save. At head_dim 64 registers do not suffice for it.
+  static constexpr bool MASKS_APART = K_BITS + V_BITS < 8 || (COLUMN_TILES == 2 && D > 64);
 
   float maximum[COLUMN_TILES][2], sum[COLUMN_TILES][2];
   float zero[COLUMN_TILES][2];  // sum of weight * v_scale * v_zero
