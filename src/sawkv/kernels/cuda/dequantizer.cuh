@@ -16,30 +16,39 @@ __device__ inline void publish(u64* full) {
   hand_on(full);
 }
 
-// Of K or V of a tile: replaces each row's scale and zero point, in place, by the factor and the summand of the
-// dequantizers' fma, as fp16. Returns the exponent of the tile's power of two. Rows outside of `first` and `end` become
-// 0, because no query sees them: their memory may hold NaN, and their weights of 0 would not hide it.
-__device__ inline int prepare_scales(u8* tile, int meta_offset, int first, int end) {
-  constexpr int COUNT = TILE / WARP;
-  u32* meta[COUNT];
-  u32 largest = 0, bits[COUNT];
+// The scales and zero points of K or V of a tile. Rows outside of `first` and `end` have 0, because no query sees them:
+// their memory may hold NaN, and their weights of 0 would not hide it.
+struct Scales {
+  static constexpr int COUNT = TILE / WARP;
+  u32 *meta[COUNT], bits[COUNT];
+
+  __device__ Scales(u8* tile, int meta_offset, int first, int end) {
 #pragma unroll
-  for (int i = 0; i < COUNT; i++) {
-    const int token = i * WARP + lane_index();
-    meta[i] = (u32*)(tile + token / SPAN * SPAN_BYTES + meta_offset + token % SPAN * 4);
-    bits[i] = token >= first && token < end ? *meta[i] : 0;
-    const u32 scale = bits[i] & 0xffff;
-    if (scale < 0x7c00) largest = max(largest, scale);  // neither NaN nor infinite
+    for (int i = 0; i < COUNT; i++) {
+      const int token = i * WARP + lane_index();
+      meta[i] = (u32*)(tile + token / SPAN * SPAN_BYTES + meta_offset + token % SPAN * 4);
+      bits[i] = token >= first && token < end ? *meta[i] : 0;
+    }
   }
-  // The power of two is at or below the largest scale.
-  const int exponent = max((int)(__reduce_max_sync(ALL_LANES, largest) >> 10), 1) - 15;
+  // Of the power of two at or below the largest scale
+  __device__ int exponent() const {
+    u32 largest = 0;
 #pragma unroll
-  for (int i = 0; i < COUNT; i++) {
-    const float factor = ptx::low_half_to_float(bits[i]) * power_of_two(15 - exponent);
-    *meta[i] = ptx::pack_halfs(factor, -ptx::high_half_to_float(bits[i]) * (factor * power_of_two(-24)));
+    for (int i = 0; i < COUNT; i++) {
+      const u32 scale = bits[i] & 0xffff;
+      if (scale < 0x7c00) largest = max(largest, scale);  // neither NaN nor infinite
+    }
+    return max((int)(__reduce_max_sync(ALL_LANES, largest) >> 10), 1) - 15;
   }
-  return exponent;
-}
+  // Writes, in place, the factor and the summand of the dequantizers' fma, as fp16, of rows divided by 2^exponent.
+  __device__ void replace(int exponent) const {
+#pragma unroll
+    for (int i = 0; i < COUNT; i++) {
+      const float factor = ptx::low_half_to_float(bits[i]) * power_of_two(15 - exponent);
+      *meta[i] = ptx::pack_halfs(factor, -ptx::high_half_to_float(bits[i]) * (factor * power_of_two(-24)));
+    }
+  }
+};
 
 // One warp does for each tile what would be the same in all dequantizers, and long for each of them.
 __device__ void run_scaler(Shared& s, const DecodeParams& p) {
@@ -54,8 +63,10 @@ __device__ void run_scaler(Shared& s, const DecodeParams& p) {
 #pragma unroll 1
     for (int tile = 0; tile < chunk.num_tiles; tile++, first -= TILE, end -= TILE) {
       ptx::wait(&s.tile_full[stage], phase);
-      const int key_exponent = prepare_scales(s.tiles[stage], K_META, first, end),
-                value_exponent = prepare_scales(s.tiles[stage], V_META, first, end);
+      const Scales keys(s.tiles[stage], K_META, first, end), values(s.tiles[stage], V_META, first, end);
+      const int key_exponent = keys.exponent(), value_exponent = values.exponent();
+      keys.replace(key_exponent);
+      values.replace(value_exponent);
       if (lane_index() == 0)
         s.powers[(tiles_before + tile) % POWERS] = {power_of_two(key_exponent), (float)value_exponent,
                                                     power_of_two(-value_exponent), 0};
@@ -121,32 +132,46 @@ struct PartOfRow {
 
 __device__ void run_dequantizer(Shared& s, int thread) {
   int stage = 0, stage_phase = 0, slot = 0, slot_phase = 0;  // positions in the two rings
+  const auto read_keys = [&] {
+    ptx::wait(&s.scales_full[stage], stage_phase);  // the scaler has waited for the tile
+    return PartOfRow<false>(s.tiles[stage], thread);
+  };
+  const auto read_values = [&] {
+    const PartOfRow<true> values(s.tiles[stage], thread);
+    hand_on(&s.tile_empty[stage]);
+    if (++stage == STAGES) stage = 0, stage_phase ^= 1;
+    return values;
+  };
+  const auto write_keys = [&](const PartOfRow<false>& keys) {
+    ptx::wait(&s.keys_empty[slot], slot_phase ^ 1);
+    keys.dequantize(s.keys[slot]);
+  };
+  const auto write_values = [&](const PartOfRow<true>& values) {
+    ptx::wait(&s.values_empty[slot], slot_phase ^ 1);
+    values.dequantize(s.values[slot]);
+    u64* full = &s.values_full[slot];
+    if (++slot == OPERAND_STAGES) slot = 0, slot_phase ^= 1;
+    return full;
+  };
   for (int n = 0;; n++) {
     const Turn<CHUNK_SLOTS> turn{n};
     ptx::wait(&s.chunk_full[turn.slot()], turn.phase());
     const int num_tiles = uniform(s.chunks[turn.slot()].num_tiles);
     if (!num_tiles) return;
     hand_on(&s.chunk_empty[turn.slot()]);
-    const auto read_keys = [&] {
-      ptx::wait(&s.tile_full[stage], stage_phase);
-      ptx::wait(&s.scales_full[stage], stage_phase);
-      return PartOfRow<false>(s.tiles[stage], thread);
-    };
-    PartOfRow<false> keys = read_keys();
+    write_keys(read_keys());
+    publish(&s.keys_full[slot]);
+    // Consumers multiply the values of a tile and the keys of a later one together, so both are published at once.
 #pragma unroll 1
-    for (int tile = 1; tile <= num_tiles; tile++) {
-      const PartOfRow<true> values(s.tiles[stage], thread);
-      hand_on(&s.tile_empty[stage]);
-      if (++stage == STAGES) stage = 0, stage_phase ^= 1;
-      ptx::wait(&s.keys_empty[slot], slot_phase ^ 1);
-      keys.dequantize(s.keys[slot]);
-      publish(&s.keys_full[slot]);
-      if (tile < num_tiles) keys = read_keys();  // they arrive while values are dequantized
-      ptx::wait(&s.values_empty[slot], slot_phase ^ 1);
-      values.dequantize(s.values[slot]);
-      publish(&s.values_full[slot]);
-      if (++slot == OPERAND_STAGES) slot = 0, slot_phase ^= 1;
+    for (int tile = 1; tile < num_tiles; tile++) {
+      const PartOfRow<true> values = read_values();
+      const PartOfRow<false> keys = read_keys();
+      u64* values_full = write_values(values);
+      write_keys(keys);
+      publish(values_full);
+      if (arrives()) ptx::arrive(&s.keys_full[slot]);
     }
+    publish(write_values(read_values()));
   }
 }
 
