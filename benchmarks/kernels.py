@@ -128,8 +128,8 @@ def all_shapes() -> list[Shape]:
 
 def turns() -> list[Shape]:
     """Few new tokens over what is cached, as agents send them."""
-    new = [uniform(8, 65536, query_len=n) for n in (9, 16, 32, 64, 128, 256)]
-    shorter = [uniform(32, context, query_len=n) for context in (1024, 8192) for n in (16, 64, 128, 256)]
+    new = [uniform(8, 65536, query_len=n) for n in (9, 16, 32, 64, 128, 256, 512, 1024)]
+    shorter = [uniform(32, context, query_len=n) for context in (1024, 2048, 4096, 8192) for n in (16, 64, 256)]
     return [*new, *shorter, uniform(8, 65536, query_len=64, q_heads=64), uniform(8, 65536, query_len=64, head_dim=64)]
 
 
