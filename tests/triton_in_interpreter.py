@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ from tests.kernel_checks import (
     random_feedback,
     starts_of,
 )
+from tests.newest_checks import check_newest
 
 # numpy warns of what GPUs do silently
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered:RuntimeWarning")
@@ -276,3 +278,42 @@ def test_faults_are_counted() -> None:
 )
 def test_gather(format_name: str, head_dim: int) -> None:
     check_gather("triton", "cpu", format_name, [5, 0, 70, 16, 0], head_dim=head_dim, gained=head_dim == 80)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (torch.bfloat16, {}),
+        (torch.bfloat16, {"softcap": 2.0}),
+        (torch.bfloat16, {"has_sinks": True}),
+        (torch.float16, {"softcap": 2.0, "has_sinks": True}),
+        (torch.float32, {"softcap": 2.0, "has_sinks": True}),
+    ],
+)
+def test_newest_tokens(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    check_newest("cpu", dtype=dtype, **options)
+    check_newest("cpu", dtype=dtype, seq_lens=[4, 0, 300, 64, 19, 5], query_lens=[4, 0, 4, 1, 3, 2], **options)
+
+
+@pytest.mark.parametrize(
+    ("window", "head_dim", "group"), [(16, 80, 40), (48, 96, 5), (128, 128, 8), (240, 192, 12), (496, 256, 1)]
+)
+def test_newest_tokens_of_other_shapes(window: int, head_dim: int, group: int) -> None:
+    shape = {"window": window, "head_dim": head_dim, "group": group}
+    check_newest("cpu", seq_lens=[3, 700, window + 1], query_lens=[3, 2, 1], **shape)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"window": 31},
+        {"window": 33},  # reads NaN
+        {"softmax_scale": 0.15},
+        {"logit_softcap": 2.0},
+        {"sinks": torch.zeros(8)},
+    ],
+)
+def test_a_wrong_argument_is_noticed(wrong: dict[str, Any]) -> None:
+    """The control."""
+    with pytest.raises(AssertionError):
+        check_newest("cpu", wrong=wrong)

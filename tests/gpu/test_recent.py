@@ -10,10 +10,11 @@ import torch
 
 from benchmarks.agreement import first_difference
 from sawkv.integrations.vllm.contract import PADS_PAGES, installed_release
+from tests.newest_checks import check_newest
 from tests.vllm.engine import run_engine
 from tests.vllm.test_controls import prompts
 from tests.vllm.test_recent import apart_from_the_lab
-from tests.vllm.test_recent_on_gpu import DECODES, HEAD_DIM, HEADS, OTHERS, check_step
+from tests.vllm.test_recent_on_gpu import DECODES, FEW, HEAD_DIM, HEADS, OTHERS, check_step
 
 pytestmark = [
     pytest.mark.gpu,
@@ -55,6 +56,60 @@ def engine(name: str, **options: Any) -> dict[str, Any]:
     return result
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0, "has_sinks": True}])
+@pytest.mark.parametrize(
+    ("window", "head_dim", "group"),
+    [
+        (32, 128, 4),
+        (64, 128, 4),
+        (128, 128, 4),
+        (16, 64, 8),
+        (48, 80, 40),
+        (32, 256, 1),
+        (496, 256, 16),
+        (992, 192, 12),
+    ],
+)
+def test_the_kernel(window: int, head_dim: int, group: int, options: dict[str, Any], dtype: torch.dtype) -> None:
+    shape = {"window": window, "head_dim": head_dim, "group": group, "dtype": dtype} | options
+    check_newest("cuda", **shape)
+    check_newest("cuda", seq_lens=[8, 0, 3000, window, 1, window + 9] * 50, query_lens=[8, 0, 1, 4, 1, 2] * 50, **shape)
+
+
+@pytest.mark.parametrize("wrong", [{"window": 31}, {"window": 33}])
+def test_a_wrong_window_is_noticed(wrong: dict[str, Any]) -> None:
+    """The control of `test_the_kernel`."""
+    with pytest.raises(AssertionError):
+        check_newest("cuda", wrong=wrong)
+
+
+def test_a_graph_replays_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captured for requests without tokens, replayed twice for others."""
+    from sawkv.kernels.triton import recent
+
+    attend_newest = recent.attend_newest
+
+    def replay(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **given: Any) -> None:
+        tensors = {name: x for name, x in given.items() if isinstance(x, torch.Tensor)}
+        held = {name: torch.zeros_like(x) for name, x in tensors.items()}
+        attend_newest(q, k, v, **given | held)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            attend_newest(q, k, v, **given | held)
+        found = []
+        for _ in range(2):
+            for name, x in tensors.items():
+                held[name].copy_(x)
+            graph.replay()
+            found.append(held["out"].clone())
+        given["out"].copy_(found[0])
+        assert torch.equal(*(x.nan_to_num() for x in found))
+
+    monkeypatch.setattr(recent, "attend_newest", replay)
+    check_newest("cuda", seq_lens=[300, 0, 20, 33, 0], query_lens=[1, 0, 1, 1, 0])
+
+
 @pytest.fixture
 def _on_gpu() -> Iterator[None]:
     with torch.device("cuda:0"):
@@ -64,7 +119,9 @@ def _on_gpu() -> Iterator[None]:
 @newer
 @pytest.mark.usefixtures("_on_gpu")
 @pytest.mark.parametrize(("window", "softcap", "with_sinks"), [(32, 0.0, False), (64, 0.0, True), (16, 3.0, True)])
-@pytest.mark.parametrize("requests", [DECODES, OTHERS, DECODES + OTHERS], ids=["decodes", "prompts", "both"])
+@pytest.mark.parametrize(
+    "requests", [DECODES, FEW, OTHERS, DECODES + OTHERS], ids=["decodes", "few", "prompts", "both"]
+)
 @pytest.mark.parametrize("version", [2, 3])
 def test_each_query_reads_the_newest_tokens_exactly(
     requests: list[tuple[int, int]],

@@ -1,6 +1,7 @@
 """What a GPU's steps read where the newest tokens are kept in 16 bits, on the CPU: our kernels are the CPU's, and
-vLLM's FlashAttention and its write are stand-ins, which do what the GPU's do to rows that nobody should see.
-tests/gpu/test_recent.py runs the same with the real ones.
+vLLM's FlashAttention and its write are stand-ins, which do what the GPU's do to rows that nobody should see. So is the
+kernel of the newest tokens. tests/gpu/test_recent.py runs the same with the real ones.
+Over 400 lines: one layer for all of it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import torch
 from sawkv import CacheFormat, PageLayout, gather
 from sawkv.errors import UnsupportedError
 from sawkv.kernels import Turns
+from sawkv.ops import prefixes
+from tests.newest_checks import attend_newest
 
 # Of torch.jit, as vLLM is imported.
 pytestmark = [
@@ -30,6 +33,7 @@ LAYOUT = PageLayout(CacheFormat("int4"), KV_HEADS, HEAD_DIM, 64)
 BLOCK = 16
 DECODES = [(1, 1), (20, 1), (33, 1), (48, 1), (300, 1)]
 """Tokens in the cache, and how many of them are new."""
+FEW = [*DECODES, (20, 4), (8, 8), (33, 8), (300, 3)]
 OTHERS = [(12, 10), (40, 40), (300, 9), (333, 290), (95, 31), (200, 17), (64, 64)]
 
 
@@ -154,7 +158,7 @@ def make_layer(
     )  # fmt: skip
     impl.stopped = None
     recent: Any = object.__new__(RecentMetadataBuilder)
-    vars(recent).update(_window=window, _max_query_len=700, _max_num_seqs=16, _blocks=None, _schedule=None)
+    vars(recent).update(_window=window, _schedule=None)
     layer = SimpleNamespace(_k_scale=torch.ones(()), _v_scale=torch.ones(()))
     kv_cache = torch.full(LAYOUT.pages_shape(pages), 0xFF, dtype=torch.uint8)  # NaN scales
     return SimpleNamespace(impl=impl, builder=builder, recent=recent, layer=layer, kv_cache=kv_cache)
@@ -172,17 +176,21 @@ def common_metadata(requests: list[tuple[int, int]], table: torch.Tensor) -> Any
 
 
 @pytest.mark.parametrize(("window", "softcap", "with_sinks"), [(32, 0.0, False), (64, 0.0, True), (16, 3.0, True)])
-@pytest.mark.parametrize("requests", [DECODES, OTHERS, DECODES + OTHERS], ids=["decodes", "prompts", "both"])
+@pytest.mark.parametrize(
+    "requests", [DECODES, FEW, OTHERS, DECODES + OTHERS], ids=["decodes", "few", "prompts", "both"]
+)
 def test_each_query_reads_the_newest_tokens_exactly(
     requests: list[tuple[int, int]], window: int, softcap: float, with_sinks: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from sawkv.integrations.vllm import recent
 
     monkeypatch.setattr(recent.vllm_ops, "reshape_and_cache_flash", write_flash)
+    monkeypatch.setattr("sawkv.kernels.triton.recent.attend_newest", attend_newest)
     flash = Flash(math.inf if with_sinks else -math.inf)
     check_step(requests, window, softcap, torch.randn(HEADS) if with_sinks else None, flash, monkeypatch)
     window_calls = [call for call in flash.calls if call.get("block_table") is not None]
-    assert [call["window_size"] for call in window_calls] == [[window - 1, 0]], "one call for all requests"
+    windows = [] if requests in (DECODES, FEW) else [[window - 1, 0]]
+    assert [call["window_size"] for call in window_calls] == windows, "one call for all requests"
 
 
 def check_step(
@@ -240,27 +248,48 @@ def check_step(
         )
 
 
-def test_a_graph_finds_each_steps_lengths_and_blocks() -> None:
-    """Its pointers, shapes and bounds are those of the first decodes, whatever came between."""
-    flash = Flash(0)
-    made = make_layer(32, 0.0, None, flash, 1, 1)
-    seen = []
-    for requests in (DECODES, OTHERS, [(n + 9, 1) for n, _ in DECODES], [*DECODES[:3], (0, 0), (0, 0)]):
+def test_where_a_step_finds_its_lengths_and_blocks() -> None:
+    """A graph finds those of its decodes in vLLM's own tensors, and at one address. For prompts tables are cut."""
+    from sawkv.integrations.vllm.recent import FEW_QUERIES
+
+    made = make_layer(32, 0.0, None, Flash(0), 1, 1)
+    older = []
+    for requests in (DECODES, OTHERS, FEW, [(n + 9, 1) for n, _ in DECODES], [*DECODES[:3], (0, 0), (0, 0)]):
         counts = [-(-n // BLOCK) for n, _ in requests]
         common = common_metadata(requests, shuffled_table(counts, 22))
         blocks = made.recent.build(0, common).newest
         read = made.builder._behind_the_newest(common)
+        older.append(read.seq_lens.data_ptr())
         assert read.seq_lens.tolist() == [max(n - 32, 0) for n, _ in requests]
         assert common.seq_lens.tolist() == [n for n, _ in requests], "vLLM's own"
+        if requests is not OTHERS:
+            assert blocks.max_query_len <= FEW_QUERIES
+            for ours, own in zip(
+                blocks[:3], (common.block_table_tensor, common.seq_lens, common.query_start_loc), strict=True
+            ):
+                assert (ours.data_ptr(), ours.shape, ours.stride()) == (own.data_ptr(), own.shape, own.stride())
+            continue
         for i, (n, new) in enumerate(requests):
             held = slice(max(0, n - new - 31) // BLOCK, -(-n // BLOCK))
             assert int(blocks.seq_lens[i]) == n - BLOCK * held.start
             kept = common.block_table_tensor[i, held]
             assert torch.equal(blocks.block_table[i, : len(kept)], kept)
-        if requests is not OTHERS:
-            tensors = (blocks.block_table, blocks.seq_lens, read.seq_lens)
-            seen.append([(x.data_ptr(), x.shape, x.stride(), x.dtype) for x in tensors])
-    assert seen[0] == seen[1] == seen[2]
+    assert len(set(older)) == 1
+
+
+def test_the_kernel_is_warmed_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For queries and pages as steps have them, and no token."""
+    calls: list[Any] = []
+    monkeypatch.setattr("sawkv.kernels.triton.recent.attend_newest", lambda *given, **_: calls.append(given))
+    made = make_layer(32, 0.0, None, Flash(0), 1, 3)
+    zero, starts = (torch.zeros(n, dtype=torch.int32) for n in (1, 2))
+    step = made.builder._schedule(made.impl.alike, 1).update(zero[:, None], zero, starts)
+    made.impl.warm_up(made.kv_cache, [step], prefixes(zero[:, None], zero, starts), torch.float32)
+    ((q, k, _, _, lengths, starts, longest, out, lse),) = calls
+    assert (q.shape, out.shape, lse.shape, longest) == ((1, HEADS, HEAD_DIM), (1, HEADS, HEAD_DIM), (HEADS, 1), 1)
+    assert k.shape == (3, BLOCK, KV_HEADS, HEAD_DIM)
+    assert not lengths.any()
+    assert not starts.any()
 
 
 def test_bounds_that_are_too_long_by_the_window() -> None:

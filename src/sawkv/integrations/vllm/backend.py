@@ -478,7 +478,9 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
         attention.append(key, value, position - 1, position)
         lse = None
         if self.recent is not None:
-            lse = query.new_empty(query.shape[:2], dtype=torch.float32)
+            lse = query.new_empty(self.num_heads, 1, dtype=torch.float32)
+            self.recent.warm_up(query, torch.empty_like(query), lse, steps[0])
+            lse = lse.t()
         for step in steps:
             attention(query, step, lse=lse)
         if self.prefill is not None:

@@ -62,7 +62,7 @@ class PrefillSlice:
 
 
 class Blocks(NamedTuple):
-    """Keys in vLLM's own blocks, which FlashAttention reads where they lie.
+    """Keys in vLLM's own blocks, which attention reads where they lie.
 
     Attributes:
         block_table: [num_seqs, max_blocks] int32.
@@ -332,7 +332,7 @@ class FlashPrefill:
             seqused_k=blocks.seq_lens,
             block_table=blocks.block_table,
             max_seqlen_q=blocks.max_query_len,
-            # Not the longest sequence, which a CUDA graph would remember. FlashAttention drops a window as wide.
+            # Not the longest sequence: FlashAttention drops a window as wide.
             max_seqlen_k=blocks.block_table.shape[1] * k.shape[1],
             s_aux=sinks,
             return_softmax_lse=True,

@@ -6,8 +6,8 @@ and preemption are vLLM's own. K and V of a token are written to both at once, a
 
 Query p reads the keys up to p - window from the pages, and those after it from here, whether it decodes or is part of a
 prompt. The log-sum-exps of the two sets join their results. To the kernels the first is attention whose sequences are
-shorter by the window. On a GPU the second is one call of vLLM's FlashAttention for all requests of a step, on a CPU our
-own kernel (docs/decisions/0029).
+shorter by the window. On a GPU the second is a small kernel in steps of few tokens per request, and else one call of
+vLLM's FlashAttention for all requests; on a CPU our own kernel (docs/decisions/0029).
 """
 
 from __future__ import annotations
@@ -48,6 +48,9 @@ if TYPE_CHECKING:
 
 logger = init_logger(f"vllm.{__name__}")
 
+FEW_QUERIES = 8
+"""Most new tokens per request of a step that `attend_newest` serves: of all steps in CUDA graphs, which have one."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RecentSpec(SlidingWindowSpec):
@@ -86,17 +89,14 @@ class RecentMetadataBuilder(AttentionMetadataBuilder[RecentMetadata]):
         layer = vllm_config.compilation_config.static_forward_context[layer_names[0]]
         scheduler = vllm_config.scheduler_config
         self._window: int = layer.window
-        self._max_query_len = scheduler.max_num_batched_tokens
-        self._max_num_seqs = padded(scheduler.max_num_seqs, vllm_config)
-        self._blocks: tuple[torch.Tensor, torch.Tensor] | None = None
         self._schedule = None
         if device.type == "cpu":
             self._schedule = ops.Schedule(
                 layer.layout(kv_cache_spec.block_size),
                 device,
                 num_q_heads=layer.num_heads,
-                max_num_seqs=self._max_num_seqs,
-                max_query_len=self._max_query_len,
+                max_num_seqs=padded(scheduler.max_num_seqs, vllm_config),
+                max_query_len=scheduler.max_num_batched_tokens,
                 sliding_window=self._window,
             )
 
@@ -108,9 +108,9 @@ class RecentMetadataBuilder(AttentionMetadataBuilder[RecentMetadata]):
         starts = common.query_start_loc[: common.num_reqs + 1]
         if self._schedule is not None:
             return RecentMetadata(self._schedule.update(table, seq_lens, starts))
-        return RecentMetadata(
-            Blocks(*self._cut(table, seq_lens, starts, common.max_query_len), starts, common.max_query_len)
-        )
+        if common.max_query_len > FEW_QUERIES:
+            table, seq_lens = self._cut(table, seq_lens, starts, common.max_query_len)
+        return RecentMetadata(Blocks(table, seq_lens, starts, common.max_query_len))
 
     def _cut(
         self, table: torch.Tensor, seq_lens: torch.Tensor, starts: torch.Tensor, max_query_len: int
@@ -120,17 +120,9 @@ class RecentMetadataBuilder(AttentionMetadataBuilder[RecentMetadata]):
         vLLM has given earlier blocks to others by now. FlashAttention reads whole tiles, hidden keys too, and what is
         a page of codes to others may be NaN in 16 bits, which a weight of 0 would not hide.
         """
-        if self._blocks is None:  # at a fixed address for CUDA graphs; made here as `SawMetadataBuilder._positions` is
-            self._blocks = (
-                table.new_zeros(self._max_num_seqs, self._num_blocks(self._max_query_len)),
-                seq_lens.new_zeros(self._max_num_seqs),
-            )
-        cut, lengths = self._blocks[0][: len(table), : self._num_blocks(max_query_len)], self._blocks[1][: len(table)]
         skipped = (seq_lens - starts.diff() - self._window + 1).clamp_min_(0) // RECENT_PAGE_SIZE
-        kept = skipped[:, None] + torch.arange(cut.shape[1], device=table.device)
-        cut.copy_(table.gather(1, kept.clamp_max_(table.shape[1] - 1)))
-        lengths.copy_(seq_lens - RECENT_PAGE_SIZE * skipped)
-        return cut, lengths
+        kept = skipped[:, None] + torch.arange(self._num_blocks(max_query_len), device=table.device)
+        return table.gather(1, kept.clamp_max_(table.shape[1] - 1)), seq_lens - RECENT_PAGE_SIZE * skipped
 
     def _num_blocks(self, query_len: int) -> int:
         """Most blocks in which the keys that `query_len` queries see can lie."""
@@ -231,14 +223,43 @@ class RecentTokens(AttentionLayerBase):
             lse: [num_heads, num_tokens] fp32, its log-sum-exp; -inf where there are no such tokens.
         """
         metadata, *_ = get_attention_context(self.name)
+        newest = metadata.newest
         if self._of.prefill is None:
-            newest, newest_lse = torch.zeros_like(output), torch.zeros_like(lse)
-            self._bind()(query, metadata.newest, newest, newest_lse.t())
+            found, found_lse = torch.zeros_like(output), torch.zeros_like(lse)
+            self._bind()(query, newest, found, found_lse.t())
+        elif newest.max_query_len <= FEW_QUERIES:
+            self._attend_newest(query, newest, output, lse)
+            return
         else:
-            newest, newest_lse = self._of.prefill.attend_blocks(
-                query, *self._k_and_v(), metadata.newest, self.window, self._of.sinks
+            found, found_lse = self._of.prefill.attend_blocks(
+                query, *self._k_and_v(), newest, self.window, self._of.sinks
             )
-        merge_attn_states(output, output, lse, newest, newest_lse)
+        merge_attn_states(output, output, lse, found, found_lse)
+
+    def warm_up(self, query: torch.Tensor, output: torch.Tensor, lse: torch.Tensor, step: Step) -> None:
+        """Run the kernel of `attend` for the requests of `step`, which have no tokens."""
+        if self._of.prefill is not None:
+            self._attend_newest(query, Blocks(step.block_table, step.seq_lens, step.query_start_loc, 1), output, lse)
+
+    def _attend_newest(self, query: torch.Tensor, newest: Blocks, output: torch.Tensor, lse: torch.Tensor) -> None:
+        # Triton may be missing where no GPU is.
+        from sawkv.kernels.triton.recent import attend_newest
+
+        of = self._of
+        attend_newest(
+            query,
+            *self._k_and_v(),
+            newest.block_table,
+            newest.seq_lens,
+            newest.cu_seqlens_q,
+            newest.max_query_len,
+            output,
+            lse,
+            window=self.window,
+            softmax_scale=of.scale,
+            logit_softcap=of.logits_soft_cap,
+            sinks=of.sinks,
+        )
 
     def _k_and_v(self) -> tuple[torch.Tensor, torch.Tensor]:
         """[num_blocks, RECENT_PAGE_SIZE, num_kv_heads, head_size] each, as vLLM's FlashAttention has them."""

@@ -15,6 +15,7 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+NO_SCORE = tl.constexpr(-1e30)
 BUCKET_SIZE = tl.constexpr(constants.BUCKET_SIZE)
 CLEARED_ROWS = tl.constexpr(cleared_rows)
 
@@ -69,7 +70,7 @@ def multiply(a, b, sums):
     if INTERPRETED:
         return tl.dot(widen(a), widen(b), sums)
     else:
-        return tl.dot(a, b, sums)
+        return tl.dot(a, b, sums, input_precision="ieee")
 
 
 @triton.jit

@@ -24,6 +24,7 @@ from sawkv.kernels.triton.common import (
     INTERPRETED,
     LN_2,
     LOG2_E,
+    NO_SCORE,
     bucket_of,
     codes_in,
     columns_of,
@@ -41,7 +42,6 @@ from sawkv.kernels.triton.common import (
 
 V_SHIFT = tl.constexpr(60)
 """Weights are stored in bf16 times 2^V_SHIFT, which keeps them in range for every fp16 scale."""
-NO_SCORE = tl.constexpr(-1e30)
 
 
 @triton.jit
