@@ -25,15 +25,16 @@ def schedule(
     head_dim: int = 128,
     max_query_len: int = 1,
     window: int = 0,
+    extends: bool = False,
 ) -> list[int]:
     """Tiles of each chunk, in the order of the schedule. All tiles of all units are in one chunk each, and a unit's
     chunks are neighbours.
     """
     group, num_kv_heads = heads[0] // heads[1], heads[1]
-    queries = QueryShape.of(group, max_query_len, head_dim, extends=False)
+    queries = QueryShape.of(group, max_query_len, head_dim, extends)
     query_lens = [query_lens] * len(lengths) if isinstance(query_lens, int) else query_lens
     starts = [sum(query_lens[:i]) for i in range(len(lengths) + 1)]
-    most_splits = NUM_BLOCKS * queries.max_chunks_per_block * 3 // 2
+    most_splits = queries.max_split_chunks(NUM_BLOCKS)
     room = most_splits + len(lengths) * num_kv_heads * queries.row_groups + NUM_BLOCKS
     arrays = [
         (ctypes.c_int * len(values))(*values)
@@ -139,7 +140,7 @@ def test_batches_of_all_kinds() -> None:
     schedule([500] * 400)
     for _ in range(8):
         count, most = draw.choice([1, 3, 40, 300]), draw.choice([100, 5000, 100_000])
-        max_query_len = draw.choice([1, 4, 8])
+        max_query_len = draw.choice([1, 4, 8, 16, 128])
         lengths = [draw.choice([0, -1, most, draw.randrange(most)]) for _ in range(count)]
         query_lens = [draw.randrange(max_query_len + 1) if length > 8 else 1 for length in lengths]
         schedule(
@@ -149,7 +150,16 @@ def test_batches_of_all_kinds() -> None:
             head_dim=draw.choice([64, 128, 256, 512]),
             max_query_len=max_query_len,
             window=draw.choice([0, 0, 1000]),
+            extends=True,
         )
+
+
+@pytest.mark.parametrize(("max_query_len", "extends"), [(1, False), (8, False), (16, True), (128, True)])
+def test_partial_results_have_room(max_query_len: int, extends: bool) -> None:
+    """However many tiles a block gets: `schedule` compares the chunks with the memory for their partial results."""
+    for length in (1024, 4096, 8192, 32_768):
+        for num_seqs in (*range(1, 20), 32, 64):
+            schedule([length] * num_seqs, max_query_len, max_query_len=max_query_len, extends=extends)
 
 
 def test_long_chunks_come_first() -> None:

@@ -216,9 +216,8 @@ class Schedule(kernels.Schedule):
         self.num_blocks = torch.cuda.get_device_properties(device).multi_processor_count
         self.kernel = runtime.load("schedule.cu", "sawkv_schedule", {"HEAD_DIM": layout.head_dim}, device)
         self.tile_tokens = self.kernel.read_constant("sawkv_tile_tokens")
-        # Rounding adds a third at most, since only units of two or more pieces count.
-        max_split_chunks = self.num_blocks * self.queries.max_chunks_per_block * 3 // 2
-        # And one claim per block beyond the last chunk.
+        max_split_chunks = self.queries.max_split_chunks(self.num_blocks)
+        # One claim per block goes beyond the last chunk.
         max_chunks = max_split_chunks + shape.max_num_seqs * self.units_per_seq + self.num_blocks
 
         def words(*sizes: int) -> torch.Tensor:

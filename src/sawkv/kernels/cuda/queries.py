@@ -54,6 +54,11 @@ class QueryShape:
         names = ("group", "chunk_rows", "row_groups", "rows", "column_tiles", "row_blocks")
         return {name.upper(): getattr(self, name) for name in names[: 3 if self.kernel == "extend" else None]}
 
+    def max_split_chunks(self, num_blocks: int) -> int:
+        """Most chunks of units that schedule.cu cuts into several, whatever their lengths: it wants at most
+        `max_chunks_per_block`, and rounding adds a third, since only units of two or more pieces count."""
+        return num_blocks * self.max_chunks_per_block * 3 // 2
+
     @classmethod
     def of(cls, group: int, max_query_len: int, head_dim: int, extends: bool) -> QueryShape:
         """
