@@ -128,14 +128,10 @@ def find_turns(host: HostLengths, first: int, window: int, turns: Sequence[kerne
     """Whether each request reads its pages directly: those from `first` on that suit every kind of layer with this
     sliding `window`.
     """
-    measured = [turn for turn in turns if turn is not None]
-    if len(measured) < len(turns):
-        return [False] * len(host.queries)
-    longest = min(turn.query_lens[-1] for turn in measured)
-    shortest = max(turn.min_seq_len for turn in measured)
+    seen = [min(bound, n + window) if window else bound for n, bound in zip(host.queries, host.bounds, strict=True)]
     return [
-        i >= first and n <= longest and (min(bound, n + window) if window else bound) >= shortest
-        for i, (n, bound) in enumerate(zip(host.queries, host.bounds, strict=True))
+        i >= first and all(turn is not None and turn.suit(n, length) for turn in turns)
+        for i, (n, length) in enumerate(zip(host.queries, seen, strict=True))
     ]
 
 

@@ -20,7 +20,7 @@ from sawkv.format.layout import GPU_PAGE_SIZES, PageLayout
 from sawkv.format.spec import CODEC_BITS
 from sawkv.kernels import Layer, Prefixes, ScheduleShape, Step, Turns, structs
 from sawkv.kernels.cuda import runtime
-from sawkv.kernels.cuda.queries import MIN_TURN_SEQ_LEN, TURN_ROWS, QueryShape, can_extend
+from sawkv.kernels.cuda.queries import TURNS, QueryShape, can_extend
 
 name = "cuda"
 counts = True
@@ -205,7 +205,8 @@ class Schedule(kernels.Schedule):
         if not can_extend(layout, device):
             return None
         group = num_q_heads // layout.num_kv_heads
-        return Turns(tuple(rows // group for rows in TURN_ROWS if rows >= group), MIN_TURN_SEQ_LEN)
+        lengths = {rows // group: least for rows, least in TURNS.items() if rows >= group}
+        return Turns(tuple(lengths), tuple(lengths.values()))
 
     def __init__(self, shape: ScheduleShape) -> None:
         super().__init__(shape)

@@ -14,10 +14,9 @@ EXTEND_HEAD_DIMS = (64, 128)
 MAX_DECODE_QUERY_LEN = 8
 MAX_DECODE_ROWS = 32
 """Query rows per KV head up to which decode.cu is faster than extend.cu."""
-TURN_ROWS = (64, 512)
-"""Query rows per KV head for which extend.cu serves turns: the rows of one consumer group, and the most with which it
-was measured to be faster than gather.cu and FlashAttention-3, from MIN_TURN_SEQ_LEN tokens on."""
-MIN_TURN_SEQ_LEN = 8192
+TURNS = {64: 1024, 1024: 8192}
+"""Query rows per KV head up to which extend.cu was measured to be faster than gather.cu and FlashAttention-3, and from
+how many tokens in the cache on. A consumer group has 64 rows."""
 
 
 def can_extend(layout: PageLayout, device: torch.device) -> bool:
