@@ -37,6 +37,7 @@ def test_drafts_of_three_tokens_leave_texts_as_they_are(family: str, tmp_path: P
         "attention_backend": "CUSTOM",
         "skip_tokenizer_init": True,
         "enforce_eager": False,
+        "max_num_seqs": 16,  # states of vLLM's 1,024 do not fit beside so few pages
         "compilation_config": {"mode": 0, "cudagraph_mode": "FULL_DECODE_ONLY"},  # without minutes of Inductor
         "gpu_memory_utilization": 0.1,
     }

@@ -23,8 +23,9 @@ pytestmark = [
 ]
 newer = pytest.mark.skipif(installed_release() < PADS_PAGES, reason="vLLM pads no pages")
 
-NEAR_TIE = 0.07
-"""As in `test_drafts`."""
+NEAR_TIE = 0.13
+"""Nats between the two tokens' log-probabilities, each in its own run: a step of each. Logits in bf16 are 0.06 apart from
+8 on, where half of the largest are."""
 LIMITS: dict[str, Any] = {
     "attention_backend": "CUSTOM",
     "dtype": "bfloat16",

@@ -7,6 +7,7 @@ Prefix-cache hits, chunked prefill, preemption and blocks given back behind the 
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from sawkv.capacity.model import read_shape
 from sawkv.format.layout import RECENT_PAGE_SIZE
 from sawkv.lab.evaluate import collect_samples
 from sawkv.lab.methods import find_method, fit
+from sawkv.prepare.calibration import Calibration
 from sawkv.prepare.model import EvalModel
 from tests.vllm.engine import MODEL, run_engine
 from tests.vllm.test_controls import fp32_format, prompts
@@ -95,6 +97,17 @@ def apart_from_the_lab(served: str, **options: Any) -> dict[str, float]:
         losses = logits.log_softmax(-1).gather(-1, ids[:, 1:, None]).flatten()
         found[name] = float((losses - torch.tensor(scores)).abs().mean())
     return found
+
+
+def test_the_engine_prepares_pages_that_hold_the_newest_tokens(tmp_path: Path) -> None:
+    """At start, unasked, as users have it; the file is that of the pages, whatever is kept beside them."""
+    for name in ("int4-r32", "int4"):
+        settings = {"format": name, "prepare": True, "prepare_cache": str(tmp_path / name)}
+        result = run_engine(waves=[[[1, 2, 3]]], max_tokens=1, **LIMITS, **INT4, additional_config={"sawkv": settings})
+        assert "error" not in result, result["error"]
+        assert [line for line in result["log"] if "prepared in" in line]
+    kept, plain = (Calibration.load(next((tmp_path / name).iterdir())) for name in ("int4-r32", "int4"))
+    assert kept.fingerprint() == plain.fingerprint()
 
 
 def test_the_engine_chooses_pages_that_hold_the_newest_tokens() -> None:

@@ -529,7 +529,7 @@ def _config_field(config: object, name: str) -> object:
 
 
 def _rows(cache_format: CacheFormat | ResolvedFormat, num_kv_heads: int, head_dim: int) -> PageLayout:
-    return PageLayout(cache_format, num_kv_heads, head_dim, PAGE_SIZE_MULTIPLE).rows
+    return PageLayout(cache_format.resolve(head_dim), num_kv_heads, head_dim, PAGE_SIZE_MULTIPLE).rows
 
 
 def _parse(name: str) -> CacheFormat:

@@ -61,7 +61,7 @@ def fit(statistics: Sequence[LayerStatistics], cache_format: CacheFormat) -> lis
     fitted: dict[int, LayerCalibration] = {}
     for shape in sorted({(layer.num_kv_heads, layer.head_dim) for layer in statistics}):
         members = [i for i, layer in enumerate(statistics) if (layer.num_kv_heads, layer.head_dim) == shape]
-        layout = PageLayout(cache_format, *shape, PAGE_SIZE_MULTIPLE)
+        layout = PageLayout(cache_format.resolve(shape[1]), *shape, PAGE_SIZE_MULTIPLE)
         parts = _fit_alike([statistics[i].split(layout.parts) for i in members], layout.format)
         fitted.update(zip(members, (_joined(part, shape) for part in parts), strict=True))
     return [fitted[i] for i in range(len(statistics))]
