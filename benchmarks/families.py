@@ -576,7 +576,7 @@ FAMILIES: Final[dict[str, Family]] = {
         **_DEEPSEEK,
         index_n_heads=32,  # or 64: what kernels of a GPU take
         index_head_dim=128,
-        index_topk=64,
+        index_topk=128,
         vllm=_MLA_REFUSED,
         not_on_cpu="Sparse Attention is not supported on CPU",
         cache=_MLA_CACHE,

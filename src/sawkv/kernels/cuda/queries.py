@@ -14,7 +14,7 @@ EXTEND_HEAD_DIMS = (64, 128)
 MAX_DECODE_QUERY_LEN = 8
 MAX_DECODE_ROWS = 32
 """Query rows per KV head up to which decode.cu is faster than extend.cu."""
-TURNS = {64: 1024, 1024: 8192}
+TURNS = {64: 1024, 512: 4096, 1024: 16_384}
 """Query rows per KV head up to which extend.cu was measured to be faster than gather.cu and FlashAttention-3, and from
 how many tokens in the cache on. A consumer group has 64 rows."""
 
