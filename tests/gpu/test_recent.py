@@ -24,8 +24,8 @@ pytestmark = [
 newer = pytest.mark.skipif(installed_release() < PADS_PAGES, reason="vLLM pads no pages")
 
 NEAR_TIE = 0.13
-"""Nats between the two tokens' log-probabilities, each in its own run: a step of each. Logits in bf16 are 0.06 apart from
-8 on, where half of the largest are."""
+"""Nats between the two tokens' log-probabilities, each in its own run: a step of each. Logits in bf16 are 0.06 apart
+from 8 on, where half of the largest are."""
 LIMITS: dict[str, Any] = {
     "attention_backend": "CUSTOM",
     "dtype": "bfloat16",
