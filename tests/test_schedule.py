@@ -162,6 +162,14 @@ def test_partial_results_have_room(max_query_len: int, extends: bool) -> None:
             schedule([length] * num_seqs, max_query_len, max_query_len=max_query_len, extends=extends)
 
 
+def test_the_room_for_partial_results_is_needed() -> None:
+    """Units whose shares of the chunks are rounded up from 1.5 take nearly all of it."""
+    room = QueryShape.of(4, 1, 128, False).max_split_chunks(NUM_BLOCKS)
+    num_seqs = room // 2 // 8  # of 8 units with two chunks each
+    lengths = [64 * tiles for tiles in (*[100] * (num_seqs - 2), 120)]  # one is longer, so they are not alike
+    assert 0.98 * room < len(schedule(lengths)) <= room
+
+
 def test_long_chunks_come_first() -> None:
     tiles = schedule([300, 9000, 700, 40_000, 5000, 64, 12_000, 2000] * 8)
     whole = next(i for i in range(1, len(tiles)) if tiles[i] > tiles[i - 1] + 1)

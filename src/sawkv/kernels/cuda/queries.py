@@ -54,9 +54,11 @@ class QueryShape:
         return {name.upper(): getattr(self, name) for name in names[: 3 if self.kernel == "extend" else None]}
 
     def max_split_chunks(self, num_blocks: int) -> int:
-        """Most chunks of units that schedule.cu cuts into several, whatever their lengths: it wants at most
-        `max_chunks_per_block`, and rounding adds a third, since only units of two or more pieces count."""
-        return num_blocks * self.max_chunks_per_block * 3 // 2
+        """Most chunks of units that schedule.cu cuts into several, whatever their lengths. The shares of all units add
+        up to `max_chunks_per_block` for each block at most. Rounding to nearest adds a third of a share at most, because
+        a share below 1.5 is one chunk, which does not count.
+        """
+        return num_blocks * self.max_chunks_per_block * 4 // 3
 
     @classmethod
     def of(cls, group: int, max_query_len: int, head_dim: int, extends: bool) -> QueryShape:
