@@ -59,10 +59,14 @@ def test_prompts_without_a_cached_prefix(window: int, short_by: int, host_knows_
     check(window, 700, host_knows_lengths, begins_with=window, short_by=short_by, queries=CONTEXTS)
 
 
+def turns_of(*limits: tuple[int, int]) -> Turns:
+    return Turns(tuple(most for most, _ in limits), limits)
+
+
 @pytest.mark.parametrize(("longest", "shortest"), [(16, 1), (17, 300), (64, 64), (300, 200), (300, 501)])
 @pytest.mark.parametrize("window", [0, 300])
 def test_turns_are_left_out(window: int, longest: int, shortest: int) -> None:
-    check(window, 700, True, begins_with=window, turns=[Turns((1, longest), (0, shortest)), Turns((1000,), (0,))])
+    check(window, 700, True, begins_with=window, turns=[turns_of((1, 0), (longest, shortest)), turns_of((1000, 0))])
 
 
 def test_which_requests_are_turns() -> None:
@@ -75,18 +79,12 @@ def test_which_requests_are_turns() -> None:
         seq_lens_cpu_upper_bound=torch.tensor([9000, 9000, 9000, 8000, 9000]),
         max_seq_len=9000,
     )
-    few, more = Turns((16, 64), (8192, 8192)), Turns((200,), (8990,))
+    few, more = turns_of((64, 8192)), turns_of((200, 8990))
     assert find_turns(HostLengths.of(common), 1, 0, [few]) == [False, False, True, False, True]
     assert find_turns(HostLengths.of(common), 0, 0, [few]) == [True, False, True, False, True]
     assert find_turns(HostLengths.of(common), 1, 0, [more]) == [False, True, True, False, True]
-    assert find_turns(HostLengths.of(common), 1, 0, [Turns((9, 64), (8000, 9001))]) == [
-        False,
-        False,
-        True,
-        False,
-        False,
-    ]
-    assert find_turns(HostLengths.of(common), 1, 0, [Turns((10, 64), (8000, 9001))]) == [False, False, True, True, True]
+    assert find_turns(HostLengths.of(common), 1, 0, [turns_of((9, 8000), (64, 9001))]) == [False] * 2 + [True] + [False] * 2
+    assert find_turns(HostLengths.of(common), 1, 0, [turns_of((10, 8000), (64, 9001))]) == [False] * 2 + [True] * 3
     assert find_turns(HostLengths.of(common), 1, 8185, [few]) == [False, False, True, False, True]
     assert find_turns(HostLengths.of(common), 1, 8000, [few]) == [False] * 5
     assert find_turns(HostLengths.of(common), 1, 0, [few, None]) == [False] * 5
@@ -112,7 +110,7 @@ def test_turns_are_scheduled_for_as_few_query_tokens_as_do() -> None:
     made: list[tuple[Any, ...]] = []
     builder: Any = object.__new__(SawMetadataBuilder)
     builder.device = torch.device("cpu")
-    builder._turns = dict.fromkeys((whole, windowed), Turns((4, 16, 64), (8192,) * 3))
+    builder._turns = dict.fromkeys((whole, windowed), Turns((4, 16, 64), ((64, 8192),)))
 
     def schedule(alike: Any, max_query_len: int) -> Any:
         made.append((alike, max_query_len))

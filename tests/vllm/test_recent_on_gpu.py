@@ -154,7 +154,7 @@ def make_layer(
         device=Gpu(torch.get_default_device()), reorder_batch_threshold=1,
         kv_cache_spec=SimpleNamespace(block_size=LAYOUT.page_size),
         _impls=[impl], _recent=window, _older=None, _positions=None, _reader=None, _schedules={}, _unprepared=[],
-        _turns={impl.alike: Turns((16,), (250,))}, _max_num_seqs=16, _workspace_tokens=700, _bound_slack=0,
+        _turns={impl.alike: Turns((16,), ((16, 250),))}, _max_num_seqs=16, _workspace_tokens=700, _bound_slack=0,
     )  # fmt: skip
     impl.stopped = None
     recent: Any = object.__new__(RecentMetadataBuilder)

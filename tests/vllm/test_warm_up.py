@@ -101,7 +101,7 @@ def make_builder(layout: PageLayout, window: int, device: str, version: int = 3)
     builder: Any = object.__new__(SawMetadataBuilder)
     builder.device, builder.layer_names, builder._max_num_seqs = torch.device(device), ["a", "b"], 64
     builder._impls, builder._schedules, builder._reader = [impl, impl], {}, None
-    builder._turns = {impl.alike: Turns((16, 128), (1024, 8192))}
+    builder._turns = {impl.alike: Turns((16, 128), ((16, 1024), (128, 8192)))}
     builder.kv_cache_spec = SimpleNamespace(block_size=layout.page_size)
     builder._decode_query_len = lambda: 1
     layer = SimpleNamespace(

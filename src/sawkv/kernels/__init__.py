@@ -59,16 +59,15 @@ class Turns(NamedTuple):
     Attributes:
         query_lens: numbers of query tokens that a schedule of its own pays for, ascending. The last is the most that a
             turn may have.
-        min_seq_lens: fewest tokens in the cache of a turn with at most so many query tokens, ascending.
+        limits: most query tokens of a turn, and fewest tokens in the cache of one with so many, both ascending.
     """
 
     query_lens: tuple[int, ...]
-    min_seq_lens: tuple[int, ...]
+    limits: tuple[tuple[int, int], ...]
 
     def suit(self, query_len: int, seq_len: int) -> bool:
         """Whether a request with so many new tokens, and so many tokens in the cache with them, is a turn."""
-        limits = zip(self.query_lens, self.min_seq_lens, strict=True)
-        return any(query_len <= most and seq_len >= least for most, least in limits)
+        return any(query_len <= most and seq_len >= least for most, least in self.limits)
 
 
 class Schedule:

@@ -205,8 +205,11 @@ class Schedule(kernels.Schedule):
         if not can_extend(layout, device):
             return None
         group = num_q_heads // layout.num_kv_heads
-        lengths = {rows // group: least for rows, least in TURNS.items() if rows >= group}
-        return Turns(tuple(lengths), tuple(lengths.values()))
+        limits = tuple((rows // group, least) for rows, least in TURNS.items() if rows >= group)
+        shapes = [(n, QueryShape.of(group, n, layout.head_dim, extends=True)) for n, _ in limits]
+        # Query rows that are split alike share the schedule of the most query tokens: units are as many as they need.
+        query_lens = {(shape.kernel, shape.chunk_rows): n for n, shape in shapes}
+        return Turns(tuple(query_lens.values()), limits)
 
     def __init__(self, shape: ScheduleShape) -> None:
         super().__init__(shape)
