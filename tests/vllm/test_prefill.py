@@ -83,8 +83,8 @@ def test_which_requests_are_turns() -> None:
     assert find_turns(HostLengths.of(common), 1, 0, [few]) == [False, False, True, False, True]
     assert find_turns(HostLengths.of(common), 0, 0, [few]) == [True, False, True, False, True]
     assert find_turns(HostLengths.of(common), 1, 0, [more]) == [False, True, True, False, True]
-    assert find_turns(HostLengths.of(common), 1, 0, [turns_of((9, 8000), (64, 9001))]) == [False] * 2 + [True] + [False] * 2
-    assert find_turns(HostLengths.of(common), 1, 0, [turns_of((10, 8000), (64, 9001))]) == [False] * 2 + [True] * 3
+    assert find_turns(HostLengths.of(common), 1, 0, [turns_of((9, 8000), (64, 9001))]) == [i == 2 for i in range(5)]
+    assert find_turns(HostLengths.of(common), 1, 0, [turns_of((10, 8000), (64, 9001))]) == [i > 1 for i in range(5)]
     assert find_turns(HostLengths.of(common), 1, 8185, [few]) == [False, False, True, False, True]
     assert find_turns(HostLengths.of(common), 1, 8000, [few]) == [False] * 5
     assert find_turns(HostLengths.of(common), 1, 0, [few, None]) == [False] * 5

@@ -55,8 +55,8 @@ class QueryShape:
 
     def max_split_chunks(self, num_blocks: int) -> int:
         """Most chunks of units that schedule.cu cuts into several, whatever their lengths. The shares of all units add
-        up to `max_chunks_per_block` for each block at most. Rounding to nearest adds a third of a share at most, because
-        a share below 1.5 is one chunk, which does not count.
+        up to `max_chunks_per_block` for each block at most. Rounding to nearest adds a third of a share at most: one
+        below 1.5 is a whole chunk, which does not count.
         """
         return num_blocks * self.max_chunks_per_block * 4 // 3
 
