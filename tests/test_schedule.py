@@ -9,9 +9,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import pytest
+import torch
 
+from sawkv import CacheFormat, PageLayout
+from sawkv.kernels import cuda
 from sawkv.kernels.cuda import ScheduleParams
-from sawkv.kernels.cuda.queries import QueryShape
+from sawkv.kernels.cuda.queries import TURNS, QueryShape
 from tests import emulator
 
 NUM_BLOCKS = 132
@@ -168,6 +171,23 @@ def test_the_room_for_partial_results_is_needed() -> None:
     num_seqs = room // 2 // 8  # of 8 units with two chunks each
     lengths = [64 * tiles for tiles in (*[100] * (num_seqs - 2), 120)]  # one is longer, so they are not alike
     assert 0.98 * room < len(schedule(lengths)) <= room
+
+
+@pytest.mark.parametrize(
+    ("group", "query_lens"),
+    [(1, (64, 1024)), (4, (16, 256)), (7, (9, 146)), (8, (8, 128)), (64, (1, 8, 16)), (128, (8,)), (2000, ())],
+)
+def test_turns_have_few_schedules(group: int, query_lens: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for all turns whose query rows are split alike."""
+    emulator.install(monkeypatch)
+    layout = PageLayout(CacheFormat("int4"), 2, 128, 64)
+    turns = cuda.Schedule.turns(layout, torch.device("cuda", 0), 2 * group)
+    assert turns is not None
+    assert turns.query_lens == query_lens
+    assert turns.limits == tuple((rows // group, least) for rows, least in TURNS.items() if rows >= group)
+    for most, _ in turns.limits:
+        own, shared = (QueryShape.of(group, n, 128, True) for n in (most, next(n for n in query_lens if n >= most)))
+        assert (own.kernel, own.chunk_rows) == (shared.kernel, shared.chunk_rows)
 
 
 def test_long_chunks_come_first() -> None:

@@ -16,7 +16,9 @@ MAX_DECODE_ROWS = 32
 """Query rows per KV head up to which decode.cu is faster than extend.cu."""
 TURNS = {64: 1024, 512: 4096, 1024: 16_384}
 """Query rows per KV head up to which extend.cu was measured to be faster than gather.cu and FlashAttention-3, and from
-how many tokens in the cache on. A consumer group has 64 rows."""
+how many tokens in the cache on, with 4 and 8 query heads per KV head. A consumer group has 64 rows. From 8 query heads
+on 64 rows are at most MAX_DECODE_QUERY_LEN tokens, which decode.cu serves.
+"""
 
 
 def can_extend(layout: PageLayout, device: torch.device) -> bool:
