@@ -17,6 +17,8 @@ from sawkv import CacheFormat, PagedKVCache, PageLayout, append, cli, gather
 from sawkv.format.constants import BUCKET_SIZE
 from sawkv.integrations.transformers import SawCache
 from sawkv.integrations.transformers.prepare import measure
+from sawkv.integrations.vllm import preflight, refusals
+from sawkv.integrations.vllm.options import Options
 from sawkv.prepare import calibrate
 from sawkv.prepare.calibration import Calibration, LayerCalibration
 from sawkv.prepare.corpus import preparation_positions
@@ -185,6 +187,24 @@ def test_by_default_the_file_travels_with_the_model(tmp_path: Path, capsys: pyte
     cache = SawCache(model)
     model.generate(torch.tensor([[1, 2, 3]]), past_key_values=cache, max_new_tokens=1)
     assert torch.equal(cache.layers[2]._calibration.k_center, made.layer(2).k_center)
+
+
+def test_the_newest_tokens_are_named_when_the_file_is_used(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is that of the pages, so the command that serves it names the format."""
+    monkeypatch.setattr(refusals, "installed_release", lambda: (0, 32))
+    file, short = tmp_path / "c.safetensors", ["--tokens", "128", "--window", "64", "--device", "cpu"]
+    assert cli.main(["prepare", str(MODEL), "--format", "int4-r64", "--out", str(file), *short]) == 0
+    assert f"sawkv serve {MODEL} --format int4-r64 --calibration {file}\n" in capsys.readouterr().out
+    assert str(Calibration.load(file).format) == "int4-k128-v128"
+    for name in ("int4-r64", "int4-r32", "int4"):
+        preflight.check(str(MODEL), CacheFormat.parse(name), Options(["--port", "0"]), str(file), on_gpu=False)
+
+    folder = Path(shutil.copytree(MODEL, tmp_path / "model"))
+    for name, named in (("int4-r64", " --format int4-r64"), ("int3", " --format int3"), ("int4", "")):
+        assert cli.main(["prepare", str(folder), "--format", name, *short]) == 0
+        assert f"Whoever serves {folder}{named} finds it there" in capsys.readouterr().out
 
 
 def test_layers_of_unlike_heads_get_a_file_for_each_shape(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

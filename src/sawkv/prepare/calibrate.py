@@ -94,10 +94,12 @@ def run_prepare(
     for path, calibration in zip(paths, calibrations, strict=True):
         calibration.save(path)
         print(f"wrote   {path}, {path.stat().st_size:,} bytes, fingerprint {calibration.fingerprint()}")
+    # The file names its pages, which are those of `int4` for `int4-r64` too.
+    named = f" --format {cache_format}" if cache_format.recent or (ships and str(cache_format) != "int4") else ""
     if ships:
-        print(f"Whoever serves {model_folder} finds it there, for as long as its weights are the same.")
+        print(f"Whoever serves {model_folder}{named} finds it there, for as long as its weights are the same.")
     else:
-        print(f"to use it: sawkv serve {model_folder} --calibration {out}")
+        print(f"to use it: sawkv serve {model_folder}{named} --calibration {out}")
     return 0
 
 
