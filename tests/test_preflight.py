@@ -178,6 +178,34 @@ def test_formats_that_need_a_newer_vllm(name: str, least: int, what: str, monkey
 
 
 @pytest.mark.parametrize(
+    ("changes", "options", "words"),
+    [
+        ({}, ["--speculative-config", '{"method": "ngram"}'], "speculation"),
+        ({}, ["--kv-transfer-config", '{"kv_connector": "NixlConnector"}'], "KV connectors"),
+        ({}, ["--kv-cache-dtype-skip-layers", "0"], "--kv-cache-dtype-skip-layers"),
+        ({}, ["--disable-hybrid-kv-cache-manager"], "--disable-hybrid-kv-cache-manager"),
+        ({"dtype": "bfloat16"}, ["--block-size", "64"], "--block-size 64 (expected 80 or more)"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, [], "layers with sliding windows"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, [], "models with recurrent layers"),
+        ({"head_dim": 128, "global_head_dim": 256}, [], "layers of unlike KV heads or head_dims"),
+        ({"layer_types": ["full_attention"], "dtype": "bfloat16"}, ["--block-size", "80"], ""),
+    ],
+)
+def test_what_has_no_newest_tokens_is_refused_before_vllm_starts(
+    changes: dict[str, Any], options: list[str], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the same is served without them."""
+    monkeypatch.setattr(refusals, "installed_release", lambda: (0, 32))
+    model = write(tmp_path, **changes)
+    for name in ("int3-r64", "int3"):
+        with contextlib.ExitStack() as refused:
+            if words and name == "int3-r64":
+                whole = f"the newest tokens in 16 bits (-r64): {words} (take the format without -r64)."
+                refused.enter_context(pytest.raises(SawkvError, match=re.escape(whole)))
+            preflight.check_model(model, CacheFormat.parse(name), Options(options), on_gpu=True)
+
+
+@pytest.mark.parametrize(
     ("changes", "words"),
     [
         ({"head_dim": 72}, "head_dim: expected a multiple of 16 from 16 to 256, or 512, got 72"),

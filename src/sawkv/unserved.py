@@ -73,13 +73,15 @@ def unserved(whole: Mapping[str, Any], text: Mapping[str, Any], *, without_image
 
 
 def no_newest_tokens(count: int, kinds: Iterable[tuple[object, str]]) -> list[str]:
-    """Why a format's newest tokens cannot be kept.
+    """Why a format's newest tokens cannot be kept, and what to do.
 
     Args:
         count: of them.
         kinds: whether each is asked for, and its name.
     """
-    return [f"the newest tokens in 16 bits (-r{count}): {kind}" for asked, kind in kinds if asked]
+    found = [kind for asked, kind in kinds if asked]
+    what = f"the newest tokens in 16 bits (-r{count}): {', '.join(found)} (take the format without -r{count})"
+    return [what] if found else []
 
 
 def computes_k_and_v(text: Mapping[str, Any]) -> bool:

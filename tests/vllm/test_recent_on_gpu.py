@@ -359,7 +359,7 @@ def test_what_has_no_newest_tokens_is_refused_by_name() -> None:
     layers = [SimpleNamespace(impl=impl), SimpleNamespace(), SimpleNamespace(impl=SimpleNamespace(head_size=512))]
     assert refused(tuple(layers)) == []
     assert refused(tuple(layers), num_kv_heads=1) == [
-        "the newest tokens in 16 bits (-r32): layers of unlike KV heads or head_dims"
+        "the newest tokens in 16 bits (-r32): layers of unlike KV heads or head_dims (take the format without -r32)"
     ]
     found = [
         refused(sliding_window=64), refused(kv_sharing_target_layer_name="model.layers.0"),

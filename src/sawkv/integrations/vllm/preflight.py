@@ -29,8 +29,8 @@ from sawkv.checkpoint import (
 )
 from sawkv.errors import FormatError, SawkvError, UnsupportedError
 from sawkv.files import reason
-from sawkv.format.layout import PAGE_SIZE_MULTIPLE
-from sawkv.format.spec import CacheFormat
+from sawkv.format.layout import PAGE_SIZE_MULTIPLE, RECENT_PAGE_SIZE, least_page_size
+from sawkv.format.spec import MAX_ROW_DIM, CacheFormat
 from sawkv.integrations.vllm import PLUGIN, connectors, refusals
 from sawkv.integrations.vllm.config import (
     KV_CACHE_DTYPE_CODECS,
@@ -42,7 +42,7 @@ from sawkv.integrations.vllm.config import (
 )
 from sawkv.integrations.vllm.options import Options
 from sawkv.prepare.calibration import Calibration, model_id
-from sawkv.unserved import unserved
+from sawkv.unserved import RECURRENT, SPECULATION, UNLIKE, WINDOWS, no_newest_tokens, unserved
 
 PORT: Final = 8000
 """vLLM's default port."""
@@ -103,6 +103,8 @@ def check_model(model: str, cache_format: CacheFormat, options: Options, *, on_g
     if checkpoint is not None:
         reasons += _of_model(checkpoint.config, cache_format, options)
     reasons += _of_draft(options.speculative(), cache_format)
+    if cache_format.recent:
+        reasons += _of_recent({} if checkpoint is None else checkpoint.config, cache_format, options)
     if reasons:
         raise UnsupportedError(
             f"sawkv cannot serve {model}: {'; '.join(reasons)}. `vllm serve` serves it in 16 bits, if vLLM can"
@@ -288,6 +290,25 @@ def _of_model(config: Mapping[str, Any], cache_format: CacheFormat, options: Opt
     if options.has("--kv-sharing-fast-prefill") and text.get("num_kv_shared_layers"):
         found.append("--kv-sharing-fast-prefill")
     return found
+
+
+def _of_recent(config: Mapping[str, Any], cache_format: CacheFormat, options: Options) -> list[str]:
+    """Why the newest tokens cannot be kept, as far as can be known here; `recent.not_kept` knows all."""
+    text, size = text_config(config), options.whole("--block-size", 0)
+    layers, least = set(text.get("layer_types") or ()), RECENT_PAGE_SIZE
+    if codec := _FLOAT_DTYPES.get(_dtype(config, options) or ""):
+        with contextlib.suppress(FormatError):  # refused above
+            least = max(least_page_size(cache_format.codec, dim, codec) for dim in head_dims(config) or [MAX_ROW_DIM])
+    kinds = (
+        ("sliding_attention" in layers, WINDOWS),
+        ("linear_attention" in layers, RECURRENT),
+        (len(head_dims(config)) > 1, UNLIKE),
+        (options.speculative(), SPECULATION),
+        (options.has("--kv-transfer-config") or options.has("--kv-offloading-size"), "KV connectors"),
+        (0 < size < least, f"--block-size {size} (expected {least} or more)"),
+        *((options.has(name), name) for name in ("--kv-cache-dtype-skip-layers", "--disable-hybrid-kv-cache-manager")),
+    )
+    return no_newest_tokens(cache_format.recent, kinds)
 
 
 def _dtype(config: Mapping[str, Any], options: Options) -> str | None:
