@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from sawkv import cli
 from sawkv.errors import FormatError, SawkvError, UnsupportedError
 from sawkv.format.rotation import hadamard_matrix
 from sawkv.lab import analyze
@@ -253,6 +254,13 @@ def test_formats_that_keep_the_newest_tokens_are_methods() -> None:
     for name in ("int3-r64", "prepared_int3-r64"):
         method = find_method(name)
         assert (method.name, method.kept, method.served) == (name, Kept(last=64), "sawkv")
-        assert method.bits(64, 2048) == 3.5 + 12.5 * 64 / 2048
+        assert method.bits(64, 2048) == 3.5 + 16 * 64 / 2048, "the pages hold them too"
     with pytest.raises(FormatError, match="prepared_int3-r40"):
         find_method("prepared_int3-r40")
+    with pytest.raises(FormatError, match=r"a quantized format after prepared_.*got prepared_bf16-r32.*take bf16-r32"):
+        find_method("prepared_bf16-r32")
+
+
+def test_kept_tokens_are_refused_before_a_model_is_read(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["analyze", "no/such/model", "--formats", "int4,int4-r32"]) == 2
+    assert "expected methods that quantize every token, got int4-r32; sawkv eval" in capsys.readouterr().err

@@ -78,6 +78,7 @@ def run_analyze(
     if out is not None:
         check_writable(out)
     chosen = None if methods is None else [find_method(name) for name in methods]
+    _refuse_kept(chosen or ())
     text = load_text(model_folder, text_file)
     where = find_device(device)
     model = EvalModel.load(model_folder, where, default_dtype(where))
@@ -136,10 +137,7 @@ def analyze(
     """
     started = time.monotonic()
     methods = default_methods() if methods is None else methods
-    if kept := [method.name for method in methods if method.kept]:
-        raise SawkvError(
-            f"--formats: expected methods that quantize every token, got {', '.join(kept)}; sawkv eval measures these"
-        )
+    _refuse_kept(methods)
     num_layers = model.shape.num_layers
     readers = [
         [method.fit(sample) for sample in samples]
@@ -188,6 +186,13 @@ def analyze(
         keep(analysis)
     progress.close()
     return analysis
+
+
+def _refuse_kept(methods: Sequence[Method]) -> None:
+    if kept := [method.name for method in methods if method.kept]:
+        raise SawkvError(
+            f"--formats: expected methods that quantize every token, got {', '.join(kept)}; sawkv eval measures these"
+        )
 
 
 def default_methods() -> list[Method]:

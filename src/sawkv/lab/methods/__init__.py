@@ -53,7 +53,9 @@ def _recent(cache_format: CacheFormat) -> Kept | None:
 
 
 def _prepared(name: str, codec: str, kept: Kept | None = None) -> Method:
-    """A cache format as engines serve it, after they have prepared the model. They keep no tokens in 16 bits."""
+    """A cache format as engines serve it, after they have prepared the model. Of `kept` they keep the last tokens
+    alone, by a format's name.
+    """
     own = CacheFormat(codec)
     k, v = (Rotated(FedBack(codec)) for codec in (own.k_codec, own.v_codec))
     return Prepared(name, k, v, calibrated=True, served="" if kept else "sawkv", format=own, kept=kept)
@@ -131,6 +133,11 @@ def find_method(name: str) -> Method:
         ) from error
     if not name.startswith("prepared_"):
         return served_format(own)
+    if not own.quantized:
+        raise FormatError(
+            f"--formats: expected a quantized format after prepared_, such as prepared_int4, got {name}, for which"
+            f" there is nothing to fit: take {own}"
+        )
     return replace(_prepared(name, own.codec, _recent(own)), served="sawkv", format=own)
 
 

@@ -56,7 +56,10 @@ class Method:
         Only methods that keep tokens in 16 bits need the length.
         """
         stored = (self.k.bits(head_dim) + self.v.bits(head_dim)) / 2
-        return stored if self.kept is None else stored + (16 - stored) * self.kept.share(length)
+        if self.kept is None:
+            return stored
+        beside = self.format is not None and self.format.recent  # the pages hold these tokens too
+        return stored + (16 if beside else 16 - stored) * self.kept.share(length)
 
     def fit(self, sample: LayerSample) -> tuple[Reader, Reader]:
         """Readers of K and of V for one layer."""
