@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from sawkv import demo
+from sawkv import CacheFormat, demo
 from sawkv.demo import Answer, Outcome
 from tools import fetch_model
 
@@ -48,6 +48,13 @@ def test_the_report_fits_a_terminal_and_explains_the_texts() -> None:
     assert shown[:2] == ["   INT4 | def f():", "        |     return 1"]
     assert all(line.startswith("        | ") and line[10] != " " for line in shown[2:]), "only code is indented"
     assert demo.bytes_per_token(NOTICE) == (72, 256)
+
+
+def test_the_newest_tokens_take_room_that_the_format_does_not_promise() -> None:
+    """In blocks of 16 tokens with the bytes of a page, one more than a window fills where it begins inside of one."""
+    found = [demo.newest_room(CacheFormat.parse(name), on_gpu=True) for name in ("int4", "int4-r32", "int3-r64")]
+    assert found == [0, 3 * 64, 5 * 128]
+    assert demo.newest_room(CacheFormat.parse("int4-r32"), on_gpu=False) == 3 * 128
 
 
 def test_texts_are_compared_up_to_the_first_token_that_differs() -> None:

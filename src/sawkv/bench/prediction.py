@@ -5,16 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from sawkv.bench.records import FP8, SIXTEEN_BITS
-from sawkv.capacity import caches, memory
+from sawkv.capacity import CPU_BLOCK, caches, memory
 from sawkv.capacity.model import read_shape
 from sawkv.capacity.weights import weights_of
 from sawkv.checkpoint import read_checkpoint
 from sawkv.errors import SawkvError
 from sawkv.format.spec import CacheFormat
 from sawkv.integrations.vllm.options import Options
-
-CPU_BLOCK = 128
-"""Tokens per block on a CPU, in vLLM's own caches and ours."""
 
 
 def predict(model: str, cache: str, words: Sequence[str], context: int, *, on_gpu: bool) -> int | None:

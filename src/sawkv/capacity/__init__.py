@@ -6,3 +6,5 @@ from typing import Final
 
 COMMON_CONTEXT: Final = 16384
 """Tokens of the longest request, unless a plan is asked for another."""
+CPU_BLOCK: Final = 128
+"""Tokens per block on a CPU, in vLLM's own caches and ours."""

@@ -27,7 +27,9 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
 
+from sawkv.capacity import CPU_BLOCK
 from sawkv.errors import UnsupportedError
+from sawkv.format.layout import RECENT_PAGE_SIZE, engine_page_size
 from sawkv.format.spec import CacheFormat
 from sawkv.integrations.vllm import preflight
 from sawkv.integrations.vllm.client import Client, serving
@@ -140,9 +142,17 @@ def run_demo(
             "demo: expected vLLM to run with sawkv, got a log without its line; so there is nothing to compare"
         )
     control = forks(model, wide.answers)
-    print("\n".join(report(wide, narrow, control, kv_cache_memory, model, on_gpu=on_gpu)), flush=True)
+    served = model if str(cache_format) == "int4" else f"{model} --format {cache_format}"
+    print("\n".join(report(wide, narrow, control, kv_cache_memory, served, on_gpu=on_gpu)), flush=True)
+    share = LEAST_SHARE * max_model_len / (max_model_len + newest_room(cache_format, on_gpu=on_gpu))
     promised = bytes_per_token(narrow.notice)
-    return 0 if narrow.kv_tokens / wide.kv_tokens >= LEAST_SHARE * promised[1] / promised[0] else 1
+    return 0 if narrow.kv_tokens / wide.kv_tokens >= share * promised[1] / promised[0] else 1
+
+
+def newest_room(cache_format: CacheFormat, *, on_gpu: bool) -> int:
+    """Tokens of a request's pages in whose place a second cache layer has its newest ones in 16 bits."""
+    blocks = cache_format.recent // RECENT_PAGE_SIZE + bool(cache_format.recent)
+    return blocks * (engine_page_size(cache_format) if on_gpu else CPU_BLOCK)
 
 
 def bytes_per_token(notice: str) -> tuple[int, int]:
