@@ -126,6 +126,14 @@ def test_the_table_fits_80_columns(tmp_path: Path, capsys: pytest.CaptureFixture
         assert part in shown
 
 
+def test_the_longest_name_of_a_format_stands_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model, name = str(write_config(tmp_path, "qwen3-8b")), "int4v3-k128-v128-r128"
+    assert cli.main(["plan", model, "--gpu-memory", "80GiB", "--format", name]) == 0
+    shown = capsys.readouterr().out
+    assert shown.splitlines()[0].split() == ["bf16", "fp8", name]
+    assert max(map(len, shown.splitlines())) < 80
+
+
 def test_16_bits_fp8_and_the_format_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["plan", str(write_config(tmp_path, "qwen3-8b", dtype="float16")), "--gpu-memory", "80GiB"]) == 0
     shown = capsys.readouterr().out

@@ -53,9 +53,11 @@ def table(plans: Sequence[Plan], setting: Setting, hosts: Sequence[HostPlan] = (
         if hosts[0].computed is not None:
             rows.append((f"computing {prefix:,} tokens", [f"{host.computed or 0:,.2f} s" for host in hosts]))
     rows.insert(0, ("", [plan.format for plan in plans]))
-    # Format names have up to 16 characters.
+    last = max(17, len(plans[-1].format) + 1)  # vLLM's own formats have short names
+    width = (COLUMNS - 30 - last) // (len(plans) - 1)
     return "\n".join(
-        f"{name:<30}" + "".join(f"{cell:>16}" for cell in cells[:-1]) + f"{cells[-1]:>17}" for name, cells in rows
+        f"{name:<30}" + "".join(f"{cell:>{width}}" for cell in cells[:-1]) + f"{cells[-1]:>{last}}"
+        for name, cells in rows
     )
 
 
