@@ -25,6 +25,8 @@ def test_bad_arguments() -> None:
         SawCache(config, "int4-128")
     with pytest.raises(FormatError, match="divisor of head_dim 16"):
         SawCache(config, "int4-k128-v128")
+    with pytest.raises(UnsupportedError, match="without -r32, which vLLM alone serves, got int4-r32"):
+        SawCache(config, "int4-r32")
     with pytest.raises(LayoutError, match="at least 1, got 0"):
         SawCache(config, max_cache_len=0)
     with pytest.raises(UnsupportedError, match="expected max_cache_len or offload"):

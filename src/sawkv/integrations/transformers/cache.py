@@ -116,7 +116,10 @@ class SawCache(Cache):
             )
         cache_format = format if isinstance(format, CacheFormat) else CacheFormat.parse(format)
         if cache_format.recent:
-            raise UnsupportedError(f"SawCache: expected a format without -r{cache_format.recent}, got {cache_format}")
+            raise UnsupportedError(
+                f"SawCache: expected a format without -r{cache_format.recent}, which vLLM alone serves, got"
+                f" {cache_format}"
+            )
         for head_dim in {head_dim_of(layer) for layer in layer_configs(decoder)}:
             cache_format.resolve(head_dim)
         if isinstance(calibration, (str, Path)):
