@@ -365,6 +365,7 @@ def metadata(content: bytes, **changes: Any) -> dict[str, Any]:
         ({"format": "int4-k64-v64"}, "fingerprint: expected"),
         ({"format": "int5"}, "unknown codec"),
         ({"format": "int4"}, "expected rotation orders"),
+        ({"format": "int4-k128-v128-r64"}, "expected that of the pages, int4-k128-v128, got int4-k128-v128-r64"),
         ({"num_layers": "3"}, r"k_center: expected F32 \[3, 1, 128\], got F32 \[2, 1, 128\]"),
         ({"num_layers": "-2"}, "expected a positive integer, got '-2'"),
         ({"num_layers": "٢"}, "expected a positive integer"),

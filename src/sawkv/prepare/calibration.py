@@ -540,13 +540,15 @@ def _parse(name: str) -> CacheFormat:
 
 
 def _with_orders(cache_format: CacheFormat, head_dim: int) -> ResolvedFormat:
-    """The format of a calibration. Its name has to give both rotation orders."""
+    """The format of a calibration. Its name has to give both rotation orders, and no newest tokens."""
     try:
         resolved = cache_format.resolve(head_dim)
     except FormatError as error:
         raise CalibrationError(f"format {cache_format}: {error}") from error
     if cache_format.k_rotation_order is None:
         raise CalibrationError(f"format: expected rotation orders, for example {resolved}, got {cache_format}")
+    if cache_format.recent:
+        raise CalibrationError(f"format: expected that of the pages, {resolved}, got {cache_format}")
     return resolved
 
 
