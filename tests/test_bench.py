@@ -213,6 +213,9 @@ def test_outputs_are_asked_for_first(started: list[str], tmp_path: Path, capsys:
     assert cli.main(["bench", MODEL, "--out", str(tmp_path / "x.json")]) == 2
     assert "x.html: it is a folder" in capsys.readouterr().err
     assert cli.main(["bench", MODEL, "--out", str(tmp_path / "x.csv")]) == 2
+    newest = ["bench", MODEL, "--formats", "16-bit,int4-r32", "--kv-cache-dtype-skip-layers", "0"]
+    assert cli.main([*newest, "--out", str(tmp_path / "y")]) == 2
+    assert "(-r32): --kv-cache-dtype-skip-layers (take the format" in capsys.readouterr().err
     assert cli.main(["bench", MODEL, "--formats", "int5", "--out", str(tmp_path / "y")]) == 2
     assert cli.main(["bench", MODEL, "--prefix", "512", "--out", str(tmp_path / "y")]) == 2
     assert "--prefix: expected fewer tokens than --input, 512, got 512" in capsys.readouterr().err

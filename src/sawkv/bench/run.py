@@ -31,7 +31,7 @@ from sawkv.files import check_writable, writing
 from sawkv.format.spec import CacheFormat
 from sawkv.integrations.vllm.client import PREFIX_COUNTERS, Client
 from sawkv.integrations.vllm.options import Options
-from sawkv.integrations.vllm.preflight import check_files
+from sawkv.integrations.vllm.preflight import check_files, check_model
 from sawkv.machine import cpu_name, versions
 
 SHARES: Final = (0.5, 0.75, 1.0)
@@ -63,16 +63,20 @@ def run_bench(setting: Setting, caches: Sequence[str], out: Path, *, resume: boo
     files = (out, out.with_suffix(".csv"), out.with_suffix(".html"))
     for file in files:
         check_writable(file)
+    formats = []
     for cache in caches:
         if cache not in (SIXTEEN_BITS, FP8):
             try:
-                CacheFormat.parse(cache)
+                formats.append(CacheFormat.parse(cache))
             except FormatError as error:
                 raise FormatError(f"--formats: {error}; {SIXTEEN_BITS} and {FP8} are vLLM's own caches") from error
     if not _has_vllm():
         raise UnsupportedError("bench: expected vLLM in this environment, got none")
     _check_lengths(setting, check_files(setting.model, Options(setting.options)))
     device, on_gpu = find_device()
+    for cache_format in formats:
+        if cache_format.recent:  # serves fewer models and options than others, which are measured before it
+            check_model(setting.model, cache_format, Options(setting.options), on_gpu=on_gpu)
     bench = Bench(
         setting,
         device,
