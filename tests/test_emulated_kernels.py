@@ -4,12 +4,14 @@ lengths, random orders of warps.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
-from sawkv.kernels import cuda
+from sawkv.kernels import ScheduleShape, cuda
+from sawkv.kernels.cuda.queries import QueryShape
 from tests import emulator
 from tests.conftest import make_batch
 from tests.kernel_checks import (
@@ -25,11 +27,31 @@ from tests.kernel_checks import (
 
 PREPARED = {"centered": True, "gained": True}
 CAPPED = {"logit_softcap": 5.0, "sinks": torch.ones(8)}
+GUARD, MARK = 1 << 20, 77
 
 
 @pytest.fixture(autouse=True)
-def _emulated(monkeypatch: pytest.MonkeyPatch) -> None:
+def guards(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.Tensor]]:
+    """Memory behind what a schedule gives kernels to fill. They must leave it as it is."""
     emulator.install(monkeypatch)
+    found: list[torch.Tensor] = []
+    init = cuda.Schedule.__init__
+
+    def guarded(self: cuda.Schedule, shape: ScheduleShape) -> None:
+        init(self, shape)
+        for name in ("header", "chunks", "splits", "partials", "partial_stats"):
+            own = getattr(self, name)
+            memory = torch.cat([own.flatten(), own.new_full((GUARD,), MARK)])
+            setattr(self, name, memory[:-GUARD].view(own.shape))
+            found.append(memory[-GUARD:])
+
+    monkeypatch.setattr(cuda.Schedule, "__init__", guarded)
+    yield found
+    assert are_whole(found)
+
+
+def are_whole(guards: list[torch.Tensor]) -> bool:
+    return all(bool((guard == MARK).all()) for guard in guards)
 
 
 @pytest.mark.parametrize(
@@ -50,9 +72,40 @@ def _emulated(monkeypatch: pytest.MonkeyPatch) -> None:
         ("int4", 64, [40, 3, 9, 33], {"page_size": 256}),
     ],
 )
-def test_attention(format_name: str, head_dim: int, query_lens: list[int], options: dict[str, Any]) -> None:
-    """The longest sequence is cut, so that its parts are merged."""
+def test_attention(
+    format_name: str, head_dim: int, query_lens: list[int], options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The longest sequence is cut, so that its parts are merged, but for a window and for tiles of 128 tokens."""
+    headers = cut_for_many_blocks(monkeypatch)
     check_attention("cuda", "cpu", format_name, [5, 0, 33, 1100], query_lens, head_dim=head_dim, **options)
+    is_cut = [num_split_chunks > 0 for _, num_split_chunks, *_ in headers]
+    assert is_cut == [head_dim > 64 and "sliding_window" not in options] * len(headers)
+
+
+def cut_for_many_blocks(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The header of each schedule that is made from now on."""
+    emulator.install(monkeypatch, num_sms=16)
+    headers: list[list[int]] = []
+    update = cuda.Schedule.update
+
+    def updated(self: cuda.Schedule, seq_lens: torch.Tensor, query_start_loc: torch.Tensor) -> None:
+        update(self, seq_lens, query_start_loc)
+        headers.append(self.header.tolist())
+
+    monkeypatch.setattr(cuda.Schedule, "update", updated)
+    return headers
+
+
+@pytest.mark.parametrize("query_len", [1, 16])
+def test_a_write_behind_the_partial_results_is_noticed(
+    query_len: int, guards: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut_for_many_blocks(monkeypatch)
+    monkeypatch.setattr(QueryShape, "max_split_chunks", lambda self, num_blocks: 2)
+    group = 3  # no other test's, whose schedule would be used again
+    check_attention("cuda", "cpu", "int4", [5, 0, 33, 1100], [query_len] * 4, head_dim=128, group=group)
+    assert not are_whole(guards)
+    guards.clear()
 
 
 @pytest.mark.parametrize("query_len", [1, 16])
