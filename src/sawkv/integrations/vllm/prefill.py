@@ -128,10 +128,10 @@ def find_turns(host: HostLengths, first: int, window: int, turns: Sequence[kerne
     """Whether each request reads its pages directly: those from `first` on that suit every kind of layer with this
     sliding `window`.
     """
-    seen = [min(bound, n + window) if window else bound for n, bound in zip(host.queries, host.bounds, strict=True)]
     return [
-        i >= first and all(turn is not None and turn.suit(n, length) for turn in turns)
-        for i, (n, length) in enumerate(zip(host.queries, seen, strict=True))
+        i >= first
+        and all(turn is not None and turn.suit(n, min(bound, n + window) if window else bound) for turn in turns)
+        for i, (n, bound) in enumerate(zip(host.queries, host.bounds, strict=True))
     ]
 
 

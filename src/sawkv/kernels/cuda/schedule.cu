@@ -126,9 +126,8 @@ __global__ void __launch_bounds__(THREADS) sawkv_schedule(const __grid_constant_
   const int tiles_per_block = (int)(total_tiles / p.num_blocks);
   // Little work gets few long chunks, because merging would cost too much. Much work gets many short ones, so that all
   // blocks end at about the same time.
-  const int chunks_per_block = tiles_per_block < 4 * p.tiles_per_chunk
-                                   ? min(max(1, tiles_per_block / p.tiles_per_chunk), p.max_chunks_per_block)
-                                   : p.max_chunks_per_block;
+  const int long_chunks = max(1, tiles_per_block / p.tiles_per_chunk);
+  const int chunks_per_block = long_chunks < 4 ? min(long_chunks, p.max_chunks_per_block) : p.max_chunks_per_block;
   const int min_tiles = p.tiles_per_chunk / 6;  // one or more per consumer warp
   const i64 chunks_wanted = (i64)p.num_blocks * chunks_per_block;
   // Rounding to nearest gives more even chunks. With one or two chunks per block it rounds down instead, because one
