@@ -174,7 +174,7 @@ def _run_loads(args: argparse.Namespace) -> None:
         after = f", then {record['tpot_p50_ms']:.1f} ms a token" if load.out > 1 else ""
         say(
             f"{name} {load}: {record['seconds']:.1f} s, {record['output_tok_s']:.0f} output tok/s, "
-            f"first token {record['ttft_mean_s']:.2f} s{after}; {record['preemptions']} preemptions",
+            f"first token {record['ttft_mean_s']:.4g} s{after}; {record['preemptions']} preemptions",
             **record,
         )
 
