@@ -28,6 +28,8 @@ LOADS: Final = {
 }
 """Loads of `benchmarks.serving`, and how README names them."""
 NOT_MEASURED: Final = "not timed"
+WINDOW: Final = 512
+"""Tokens of the windows whose perplexity README shows."""
 
 FITTED: Final = {
     "prepared": "**prepared**",
@@ -69,11 +71,11 @@ def loads() -> str:
     served = {
         (r["model"], r["method"]): r
         for r in read_records(RESULTS / "real_models.jsonl")
-        if r["through"] == "server" and r["text"] == "prose"
+        if r["through"] == "server" and r["text"] == "prose" and r["window"] == WINDOW
     }
     for model in dict.fromkeys(model for model, _ in served):
         found = [served.get((model, method)) for method in ("fp8", "vllm_int4_per_token_head", "served")]
-        wide = next(r["ppl_16bit"] for r in found if r)
+        (wide,) = {r["ppl_16bit"] for r in found if r}  # of the same text
         rows.append([f"perplexity of prose, {model}", f"{wide:.2f}", *(_change(r) for r in found)])
     for row in rows:
         row[-1] = f"**{row[-1]}**"
