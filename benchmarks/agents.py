@@ -222,7 +222,7 @@ def _run_format(args: argparse.Namespace, name: str, model: str) -> Iterator[dic
     words += ["--load-format", engines.load_format(model)]
     words += ["--gpu-memory-utilization", str(engines.MEMORY), "--kernel-config", json.dumps(engines.QUICK_KERNELS)]
     words += ["--no-prepare"] if args.no_prepare and name not in PEERS else []
-    log = args.log / f"agents-{name}.log"
+    log = engines.log_of(args, "agents", name)
     vocabulary = json.loads(Path(model, "config.json").read_text())["vocab_size"]
     print(f"{name}: starting vLLM's server, log in {log}", flush=True)
     cache = SIXTEEN_BITS if name == "bf16" else name

@@ -75,6 +75,12 @@ def arguments(doc: str | None, formats: Sequence[str], output: str) -> argparse.
     return parser
 
 
+def log_of(args: argparse.Namespace, benchmark: str, name: str) -> Path:
+    """The log of vLLM with the format called `name`. Runs with different models may be under way at once."""
+    folder: Path = args.log
+    return folder / f"{benchmark}-{Path(args.model).name}-{name}.log"
+
+
 def _format(name: str) -> str:
     try:
         if name not in PEERS:

@@ -67,7 +67,7 @@ def main() -> None:
     with engines.model_folder(args.model) as model:
         for name in args.formats:
             words = ["--model", model, "--commit", args.commit]
-            log = args.log / f"offload-{name}.log"
+            log = engines.log_of(args, "offload", name)
             found = list(engines.run_apart("benchmarks.offload", name, words, log, args.budget))
             if not found:
                 raise SystemExit(f"{name}: expected a record, got none")

@@ -115,7 +115,7 @@ def main() -> None:
             if left < start:
                 print(f"{name}: skipped, the budget has no time for a start of {start:.0f} s", flush=True)
                 continue
-            log = args.log / f"serving-{name}.log"
+            log = engines.log_of(args, "serving", name)
             words = ["--model", model, "--engine", engine, "--commit", args.commit, "--budget", left]
             for record in engines.run_apart("benchmarks.serving", name, words, log, left + START_TIMEOUT):
                 start = record.pop("start_s", start)
