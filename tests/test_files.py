@@ -59,7 +59,7 @@ def test_devices_are_written_to_and_not_replaced(capfd: pytest.CaptureFixture[st
 
 @pytest.mark.parametrize("umask", [0o022, 0o002, 0o077])
 def test_a_calibration_file_has_the_permissions_of_any_file(umask: int, tmp_path: Path) -> None:
-    """The library that writes it makes files that only their owner can read; a server often runs as another user."""
+    """A server often runs as another user."""
     centers = torch.zeros(1, 1, 16)
     before = os.umask(umask)
     try:
@@ -68,6 +68,19 @@ def test_a_calibration_file_has_the_permissions_of_any_file(umask: int, tmp_path
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "new" / "c.safetensors").stat().st_mode) == 0o666 & ~umask
     assert os.listdir(tmp_path / "new") == ["c.safetensors"]
+
+
+def test_a_calibration_goes_through_a_pipe_which_stays_one(tmp_path: Path) -> None:
+    """And through /dev/null: root may replace a device, and with it break the machine."""
+    pipe, centers = tmp_path / "pipe", torch.zeros(1, 1, 16)
+    os.mkfifo(pipe)
+    reading = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    saved = Calibration(CacheFormat.parse("int4-k16-v16"), "0", centers, centers)
+    saved.save(pipe)
+    assert pipe.is_fifo()
+    (tmp_path / "read").write_bytes(os.read(reading, 1 << 16))
+    os.close(reading)
+    assert Calibration.load(tmp_path / "read").fingerprint() == saved.fingerprint()
 
 
 def write_half(file: Path) -> None:

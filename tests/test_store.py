@@ -11,7 +11,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from sawkv import CacheFormat, UnsupportedError
@@ -42,9 +41,9 @@ def test_what_was_saved_is_loaded(tmp_path: Path) -> None:
 
 def test_a_full_disk_leaves_nothing_and_is_said_of_the_entry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fill(*arguments: object) -> None:
-        raise SafetensorError("No space left on device (os error 28)")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("sawkv.prepare.calibration.save_file", fill)
+    monkeypatch.setattr(Path, "write_bytes", fill)
     with pytest.raises(SawkvError, match=rf"^cannot write {tmp_path}/{KEY}\.safetensors: No space left"):
         CalibrationStore(tmp_path).save(KEY, calibration())
     assert not list(tmp_path.iterdir())

@@ -40,7 +40,8 @@ def check_writable(path: Path) -> None:
 def writing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path`. When the block ends it replaces `path`; if the block fails it is removed.
 
-    The file gets the permissions of a new file, whoever wrote it. A device such as /dev/stdout is written to directly.
+    A device such as /dev/stdout is written to directly, so the block has to write into the path that it gets, and not
+    to replace it.
 
     Raises:
         SawkvError: the path is not writable.
@@ -54,9 +55,7 @@ def writing(path: Path) -> Iterator[Path]:
         target.parent.mkdir(parents=True, exist_ok=True)
         part = target.with_name(f".{secrets.token_hex(8)}.part")  # two containers may have equal process ids
         part.touch()
-        mode = part.stat().st_mode
         yield part
-        part.chmod(mode)  # safetensors makes files that only the owner can read
         part.replace(target)
     except OSError as error:
         raise SawkvError(f"cannot write {path}: {reason(error)}") from error

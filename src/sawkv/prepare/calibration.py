@@ -18,7 +18,7 @@ from typing import Any, Final
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from sawkv.errors import CalibrationError, FormatError
 from sawkv.files import writing
@@ -429,11 +429,8 @@ class Calibration:
         if self._version == VERSION:
             metadata[_BUCKETS] = str(self.num_buckets)
         tensors = {name: x.clone(memory_format=torch.contiguous_format) for name, x in self._tensors().items()}
-        try:
-            with writing(Path(path)) as part:
-                save_file(tensors, part, metadata)
-        except SafetensorError as error:
-            raise CalibrationError(f"cannot write {path}: {error}") from error
+        with writing(Path(path)) as part:
+            part.write_bytes(save(tensors, metadata))  # save_file would put a file in the place of a device
 
     @classmethod
     def load(cls, path: str | Path) -> Calibration:
