@@ -131,7 +131,7 @@ def prepared(model: PreTrainedModel, decoder: PretrainedConfig, cache_format: Ca
         UnsupportedError: the model does not attend through Transformers' AttentionInterface, or its Q, K or V is not
             finite.
     """
-    with _lock:
+    with _lock, torch.device("cpu"):  # whatever the caller's torch.set_default_device is
         name, state = str(cache_format), state_of(trunk_of(model))
         held = _prepared.setdefault(trunk_of(model), {})
         if name not in held or held[name][0] != state:
