@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from msgspec.structs import replace
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from benchmarks.lm_eval.make_prompts import make_files
 from sawkv import SawkvError, cli
@@ -92,8 +93,34 @@ def test_another_model_needs_a_text(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert "expected a UTF-8 file" in capsys.readouterr().err
     assert cli.main(["eval", str(tmp_path), "--formats", "int5"]) == 2
     assert "got 'int5'" in capsys.readouterr().err
-    assert cli.main(["eval", str(tmp_path), "--window", "8"]) == 2
-    assert "expected at least 32 tokens" in capsys.readouterr().err
+    for command in ("eval", "analyze"):
+        assert cli.main([command, str(tmp_path), "--window", "8"]) == 2
+        assert "expected at least 32 tokens" in capsys.readouterr().err
+
+
+def test_learned_positions_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """As those of GPT-2, which has 1,024. More are refused before the work, and recall leaves longer prompts out."""
+    config = GPT2Config(
+        vocab_size=4096, n_positions=128, n_embd=64, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0
+    )
+    GPT2LMHeadModel(config).save_pretrained(tmp_path)
+    for file in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / file).symlink_to(MODEL.resolve() / file)
+    (tmp_path / "text").write_text("The key is under the mat. " * 200)
+    text = ["--text", str(tmp_path / "text"), "--device", "cpu"]
+    assert cli.main(["prepare", str(tmp_path), "--tokens", "64", "--device", "cpu"]) == 0
+    capsys.readouterr()
+    for command, option, *others in (
+        ("eval", "--window", *text),
+        ("eval", "--context", "--window", "128", *text),
+        ("analyze", "--window", *text),
+        ("prepare", "--context"),
+    ):
+        assert cli.main([command, str(tmp_path), option, "129", *others]) == 2
+        assert f"{option}: expected at most 128, the model's positions, got 129" in capsys.readouterr().err
+    few = ["--window", "64", "--tokens", "64", "--layer-tokens", "0", "--floor-tokens", "0", "--free-runs", "0"]
+    assert cli.main(["eval", str(tmp_path), *text, *few, "--recall-lengths", "96", "512", "--formats", "int8"]) == 0
+    assert "recall prompts of 512 tokens are left out: the model has 128 positions" in capsys.readouterr().err
 
 
 SMALL = ["--tokens", "128", "--window", "64", "--layer-tokens", "0", "--floor-tokens", "0"]
@@ -161,7 +188,7 @@ class Bigram:
     def __init__(self, bos: int | None, gain: float) -> None:
         config = SimpleNamespace(bos_token_id=bos)
         self.model = SimpleNamespace(config=SimpleNamespace(get_text_config=lambda: config))
-        self.device, self._bos, self._gain = torch.device("cpu"), bos, gain
+        self.device, self._bos, self._gain, self.max_positions = torch.device("cpu"), bos, gain, 99
 
     def hidden(self, ids: torch.Tensor) -> torch.Tensor:
         sharp = self._gain if int(ids[0, 0]) == self._bos else 0.0

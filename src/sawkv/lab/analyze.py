@@ -29,6 +29,7 @@ from sawkv.lab.analysis import (
     Recommendation,
     label,
 )
+from sawkv.lab.budget import check_window
 from sawkv.lab.description import describe, percent
 from sawkv.lab.evaluate import shipped_samples
 from sawkv.lab.methods import Method, check_fits, find_method
@@ -77,6 +78,7 @@ def run_analyze(
     """
     if out is not None:
         check_writable(out)
+    check_window(window)
     chosen = None if methods is None else [find_method(name) for name in methods]
     _refuse_kept(chosen or ())
     text = load_text(model_folder, text_file)
@@ -84,6 +86,7 @@ def run_analyze(
     model = EvalModel.load(model_folder, where, default_dtype(where))
     for method in chosen or ():
         check_fits(method, model.shape.head_dim)
+    model.check_positions("--window", window)
     text = with_bos(text, model)
     scored = text.windows(window, windows)
     if stress > 1:

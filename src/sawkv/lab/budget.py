@@ -6,6 +6,16 @@ from sawkv.errors import SawkvError
 from sawkv.records import Record
 
 
+def check_window(window: int) -> None:
+    """Refuse windows in which there is little to measure.
+
+    Raises:
+        SawkvError: this one is so short.
+    """
+    if window < 32:
+        raise SawkvError(f"--window: expected at least 32 tokens, got {window}")
+
+
 class Budget(Record, frozen=True):
     """Amounts that an evaluation measures.
 
@@ -39,5 +49,4 @@ class Budget(Record, frozen=True):
         for name in ("tokens", "window", "batch_tokens"):
             if getattr(self, name) < 1:
                 raise SawkvError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(self, name)}")
-        if self.window < 32:
-            raise SawkvError(f"--window: expected at least 32 tokens, got {self.window}")
+        check_window(self.window)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -71,10 +72,12 @@ def evaluate(
     head_dim = loaded.shape.head_dim
     for method in methods:
         check_fits(method, head_dim)
+    loaded.check_positions("--window", budget.window)
+    loaded.check_positions("--context", budget.context)
     source = with_bos(source, loaded)
     if budget.stress > 1:
         apply_stress(loaded.layers, head_dim, budget.stress)
-    work = _Work.of(source, budget)
+    work = _Work.of(source, budget, loaded.max_positions)
     tokenizer = load_tokenizer(checkpoint)
 
     def decode(ids: Sequence[int]) -> str:
@@ -151,14 +154,13 @@ class _Work:
     prompts: Sequence[Prompt]
 
     @classmethod
-    def of(cls, source: Text, budget: Budget) -> _Work:
+    def of(cls, source: Text, budget: Budget, max_positions: int) -> _Work:
         def windows(tokens: int) -> int:
             return -(-tokens // budget.window)
 
         text = source.windows(budget.window, windows(budget.tokens))
-        return cls(
-            text, text[: windows(budget.floor_tokens)], text[: windows(budget.layer_tokens)], _prompts(source, budget)
-        )
+        prompts = _prompts(source, budget, max_positions)
+        return cls(text, text[: windows(budget.floor_tokens)], text[: windows(budget.layer_tokens)], prompts)
 
     @property
     def prompt_tokens(self) -> int:
@@ -258,9 +260,8 @@ def shipped_samples(model: EvalModel, text: Text, context: int = 0) -> list[Laye
         model, text: the model, and its tokenizer.
         context: see `Budget`.
     """
-    context = context or min(
-        getattr(model.model.config.get_text_config(), "max_position_embeddings", LONGEST_CONTEXT), LONGEST_CONTEXT
-    )
+    limit = getattr(model.model.config.get_text_config(), "max_position_embeddings", None) or LONGEST_CONTEXT
+    context = context or min(limit, LONGEST_CONTEXT)
     window = min(WINDOW, context)
     return collect_samples(model, preparation_windows(text.encode, window, NUM_WINDOWS, text.prefix), context)
 
@@ -285,12 +286,20 @@ def _known(before: Evaluation, now: Evaluation) -> dict[str, MethodResult]:
     return {result.method: result for result in before.results}
 
 
-def _prompts(source: Text, budget: Budget) -> list[Prompt]:
+def _prompts(source: Text, budget: Budget, max_positions: int) -> list[Prompt]:
     if not budget.recall_count:
         return []
-    return make_prompts(
+    prompts = make_prompts(
         source.encode, source.ids, source.prefix, lengths=budget.recall_lengths, count=budget.recall_count
     )
+    left_out = sorted({prompt.length for prompt in prompts if len(prompt.ids) > max_positions})
+    if left_out:
+        print(
+            f"sawkv: recall prompts of {', '.join(map(str, left_out))} tokens are left out: the model has"
+            f" {max_positions} positions",
+            file=sys.stderr,
+        )
+    return [prompt for prompt in prompts if prompt.length not in left_out]
 
 
 def _floor(

@@ -73,6 +73,7 @@ def run_prepare(
             f"--out: expected a model whose layers have heads of one shape, got {heads}. Without --out, `sawkv prepare`"
             " writes a file for each shape into the model's folder"
         )
+    model.check_positions("--context", context)
     text = with_bos(text, model)
     weights = contents_digest(model_folder)
     context = context or getattr(model.model.config.get_text_config(), "max_position_embeddings", 0) or LONGEST_CONTEXT

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,22 @@ class EvalModel:
     def device(self) -> torch.device:
         device: torch.device = self.model.device
         return device
+
+    @property
+    def max_positions(self) -> int:
+        """Most tokens that the model can read: as many as it has learned positions for. RoPE takes any number."""
+        config = self.model.config.get_text_config()
+        learned = None if getattr(config, "rope_parameters", None) else getattr(config, "max_position_embeddings", None)
+        return learned or sys.maxsize
+
+    def check_positions(self, option: str, tokens: int) -> None:
+        """Refuse more tokens than the model can read.
+
+        Raises:
+            SawkvError: by the name of the option that asks for them.
+        """
+        if tokens > self.max_positions:
+            raise SawkvError(f"{option}: expected at most {self.max_positions}, the model's positions, got {tokens}")
 
     @torch.inference_mode()
     def hidden(self, ids: torch.Tensor, positions: torch.Tensor | None = None) -> torch.Tensor:

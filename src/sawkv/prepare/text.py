@@ -99,7 +99,7 @@ def with_bos(text: Text, model: EvalModel) -> Text:
     purpose. So the model decides: BOS is added if text becomes clearly likelier.
     """
     bos = getattr(model.model.config.get_text_config(), "bos_token_id", None)
-    ids = text.ids[:BOS_TOKENS][None]
+    ids = text.ids[: min(BOS_TOKENS, model.max_positions - 1)][None]  # BOS comes before them
     if not isinstance(bos, int) or bos in text.prefix or ids.shape[1] < 2:
         return text
     following = ids[0, 1:].to(model.device)
