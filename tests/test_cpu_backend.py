@@ -208,9 +208,11 @@ def test_gather_equals_the_reference(format_name: str, rotated: bool, dtype: tor
         gather(batch.cache, batch.block_table, batch.seq_lens, starts, k, v, rotated=rotated, backend=backend)
         results.append(torch.stack([k, v]))
     assert torch.equal(*results)
-    k, v = torch.full((2, 50, 2, head_dim), -7.0, dtype=dtype)  # the last tokens do not fit and are dropped
-    gather(batch.cache, batch.block_table, batch.seq_lens, starts, k, v, rotated=rotated, backend="cpu")
-    assert torch.equal(k, results[0][0, :50])
+    for backend in ("cpu", "reference"):  # the last tokens do not fit and are dropped; or none does
+        for room in (50, 20, 0):
+            k, v = torch.full((2, room, 2, head_dim), -7.0, dtype=dtype)
+            gather(batch.cache, batch.block_table, batch.seq_lens, starts, k, v, rotated=rotated, backend=backend)
+            assert torch.equal(torch.stack([k, v]), results[0][:, :room])
 
 
 def test_cpp_and_python_lay_out_arguments_alike(tmp_path: Path) -> None:

@@ -74,8 +74,9 @@ class Pages:
                 keys = keys + k_added[self.cache.bucket_of(first + torch.arange(length, device=keys.device))]
             if v_added is not None:
                 values = values + v_added[0]
-            k_out[start : start + length] = keys.to(k_out.dtype)
-            v_out[start : start + length] = values.to(v_out.dtype)
+            rows = len(k_out[start : start + length])  # fewer at the end of the outputs
+            k_out[start : start + rows] = keys[:rows].to(k_out.dtype)
+            v_out[start : start + rows] = values[:rows].to(v_out.dtype)
         if len(seq_lens):
             behind = slice(int(cu_seq_lens[-1]), int(cu_seq_lens[-1]) + CLEARED_ROWS)
             k_out[behind] = v_out[behind] = 0
