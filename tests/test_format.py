@@ -35,10 +35,13 @@ def test_a_name_parses_and_prints(name: str) -> None:
     assert str(CacheFormat.parse(name)) == name
 
 
-@pytest.mark.parametrize("recent", [-16, 8, 1008])
+@pytest.mark.parametrize("recent", [-16, 8, 1008, 100000])
 def test_counts_of_newest_tokens_that_no_name_has_are_refused(recent: int) -> None:
-    with pytest.raises(FormatError, match="expected a multiple of 16 below 1000"):
+    with pytest.raises(FormatError, match=f"expected a multiple of 16 below 1000, got {recent}"):
         CacheFormat("int4", recent=recent)
+    if recent > 0:
+        with pytest.raises(FormatError, match=f"expected a multiple of 16 below 1000, got {recent}"):
+            CacheFormat.parse(f"int4-r{recent}")
 
 
 def test_pages_do_not_depend_on_the_newest_tokens() -> None:

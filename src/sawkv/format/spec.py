@@ -33,7 +33,7 @@ RECENT_COUNTS: Final = range(0, 1000, 16)
 """How many of the newest tokens may be kept in 16 bits."""
 
 _NAME = re.compile(
-    r"(?P<codec>[a-z]+[0-9]{1,2}(?:v[0-9])?)(?:-k(?P<k>[0-9]{1,3})-v(?P<v>[0-9]{1,3}))?(?:-r(?P<r>[0-9]{1,3}))?",
+    r"(?P<codec>[a-z]+[0-9]{1,2}(?:v[0-9])?)(?:-k(?P<k>[0-9]{1,9})-v(?P<v>[0-9]{1,9}))?(?:-r(?P<r>[0-9]{1,9}))?",
     re.ASCII,
 )
 
