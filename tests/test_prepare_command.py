@@ -156,6 +156,8 @@ def test_arguments_are_refused_before_the_model_is_loaded(
     (tmp_path / "latin.txt").write_bytes(b"\xe9\xe8")
     wrong = [["--text", "none.txt"], ["--text", str(tmp_path / "latin.txt")], ["--out", str(tmp_path)]]
     wrong += [["--format", "bf16", "--out", str(tmp_path / "c")]] if command == "prepare" else [["--formats", "int5"]]
+    if command == "prepare":  # read as weights, or in their place
+        wrong += [["--out", str(MODEL / name)] for name in ("c.safetensors", "model.safetensors", "sawkv/../c.bin")]
     for options in wrong:
         assert cli.main([command, str(MODEL), *options]) == 2
         shown = capsys.readouterr().err

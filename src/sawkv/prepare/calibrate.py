@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from sawkv.checkpoint import WEIGHT_SUFFIXES
 from sawkv.errors import FormatError, SawkvError, UnsupportedError
 from sawkv.files import check_writable
 from sawkv.format.spec import CacheFormat
@@ -61,6 +62,15 @@ def run_prepare(
     if not cache_format.quantized:
         raise FormatError(
             f"prepare: expected a quantized format such as int4, got {cache_format}, for which there is nothing to fit"
+        )
+    if (
+        out is not None
+        and out.suffix in WEIGHT_SUFFIXES
+        and model_folder.resolve() in (out.resolve(), out.resolve().parent)
+    ):
+        raise SawkvError(
+            f"--out: expected a file outside of {model_folder}, where engines read such files as weights, got {out}."
+            f" Without --out it goes to {model_folder / SHIPPED}, where they find it"
         )
     check_writable(out or model_folder / SHIPPED / "probe")
     text = shipped_text(model_folder) if text_file is None else load_text(model_folder, text_file)
