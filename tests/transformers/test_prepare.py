@@ -526,14 +526,15 @@ def test_modes_around_it(runs: list[PreTrainedModel]) -> None:
     assert runs == [model.model]
 
 
-def test_the_default_device_of_the_caller_is_not_for_it(runs: list[PreTrainedModel]) -> None:
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_the_default_device_of_the_caller_is_not_for_it(backend: str | None, runs: list[PreTrainedModel]) -> None:
     """As in scripts with `torch.set_default_device("cuda")`; meta stands for a GPU."""
     x, model = ids(), biased()
     with torch.device("meta"), torch.no_grad():
-        got = model(x, **using(SawCache(model))).logits
+        got = model(x, **using(SawCache(model, backend=backend))).logits
     assert runs == [model.model]
     with torch.no_grad():
-        torch.testing.assert_close(got, model(x, **using(SawCache(model))).logits)
+        torch.testing.assert_close(got, model(x, **using(SawCache(model, backend=backend))).logits)
 
 
 def test_copies_and_pickles(runs: list[PreTrainedModel]) -> None:

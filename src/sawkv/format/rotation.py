@@ -33,4 +33,4 @@ def rotate(x: torch.Tensor, order: int) -> torch.Tensor:
         a, b = pairs[..., 0, :], pairs[..., 1, :]
         x = torch.stack((a + b, a - b), dim=-2)
         stride *= 2
-    return x.reshape(shape) * torch.tensor(order, dtype=torch.float64).rsqrt().float().to(x.device)
+    return x.reshape(shape) * torch.tensor(order, dtype=torch.float64, device="cpu").rsqrt().float().to(x.device)

@@ -40,7 +40,7 @@ class IntegerCodec:
         finite = (lo.abs() < torch.inf) & (hi.abs() < torch.inf)  # amin and amax propagate NaN
         covers = feedback is not None or self.bits < 4  # whether intervals cover the range, or codes do
         intervals, first = (self.max_code + 1, -0.5) if covers else (self.max_code, 0.0)
-        by_range = (hi - lo) * torch.tensor(1 / intervals, dtype=torch.float32)
+        by_range = (hi - lo) * torch.tensor(1 / intervals, dtype=torch.float32, device="cpu")
         by_offset = torch.maximum(lo.abs(), hi.abs()) / MAX_ZERO_POINT
         wanted = torch.maximum(by_range, by_offset).clamp_min(MIN_SCALE)
         scale = _fp16_up(wanted.clamp_max(MAX_SCALE))
