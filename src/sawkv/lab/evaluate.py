@@ -24,7 +24,7 @@ from sawkv.lab.samples import LayerSample, Sample, joined, sample_pair
 from sawkv.lab.stress import apply_stress
 from sawkv.lab.tasks import Prompt, free_run, make_prompts, recall
 from sawkv.machine import cpu_name, versions
-from sawkv.prepare.corpus import LONGEST_CONTEXT, NUM_WINDOWS, WINDOW, preparation_windows
+from sawkv.prepare.corpus import LONGEST_CONTEXT, NUM_WINDOWS, WINDOW, context_of, preparation_windows
 from sawkv.prepare.model import EvalModel, default_dtype, find_device, load_tokenizer, measure
 from sawkv.prepare.states import LayerStates
 from sawkv.prepare.text import Text, load_text, with_bos
@@ -260,8 +260,7 @@ def shipped_samples(model: EvalModel, text: Text, context: int = 0) -> list[Laye
         model, text: the model, and its tokenizer.
         context: see `Budget`.
     """
-    limit = getattr(model.model.config.get_text_config(), "max_position_embeddings", None) or LONGEST_CONTEXT
-    context = context or min(limit, LONGEST_CONTEXT)
+    context = context or min(context_of(model.model.config.get_text_config()), LONGEST_CONTEXT)
     window = min(WINDOW, context)
     return collect_samples(model, preparation_windows(text.encode, window, NUM_WINDOWS, text.prefix), context)
 

@@ -18,7 +18,7 @@ from sawkv.errors import FormatError, SawkvError, UnsupportedError
 from sawkv.files import check_writable
 from sawkv.format.spec import CacheFormat
 from sawkv.prepare.calibration import Calibration, model_id
-from sawkv.prepare.corpus import LONGEST_CONTEXT, preparation_windows
+from sawkv.prepare.corpus import LONGEST_CONTEXT, context_of, preparation_windows
 from sawkv.prepare.fit import fit
 from sawkv.prepare.model import EvalModel, default_dtype, find_device, kv_sources, measure
 from sawkv.prepare.statistics import LayerStatistics
@@ -86,7 +86,7 @@ def run_prepare(
     model.check_positions("--context", context)
     text = with_bos(text, model)
     weights = contents_digest(model_folder)
-    context = context or getattr(model.model.config.get_text_config(), "max_position_embeddings", 0) or LONGEST_CONTEXT
+    context = context or context_of(model.model.config.get_text_config())
     window = min(window, context)
     if text_file is None:
         ids = preparation_windows(text.encode, window, windows, text.prefix)

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
-from typing import Final
+from typing import Any, Final
 
 import torch
 
@@ -21,6 +21,11 @@ LONGEST_CONTEXT: Final = 32768
 """Largest context over which windows are spread. In longer contexts they would lie too far apart."""
 FIRST_TOKENS: Final = 4
 """Tokens of every window that keep the first positions of the context, which models attend to from everywhere."""
+
+
+def context_of(config: Any) -> int:
+    """Tokens of context that a language model's config of Transformers names; `LONGEST_CONTEXT` if it names none."""
+    return getattr(config, "max_position_embeddings", None) or LONGEST_CONTEXT
 
 
 def preparation_text() -> str:

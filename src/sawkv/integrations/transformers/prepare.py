@@ -30,7 +30,7 @@ from sawkv.integrations.transformers.models import NAME, layer_windows
 from sawkv.integrations.transformers.stored import Entry, state_of
 from sawkv.prepare import corpus
 from sawkv.prepare.calibration import LayerCalibration
-from sawkv.prepare.corpus import LONGEST_CONTEXT, NUM_WINDOWS, WINDOW
+from sawkv.prepare.corpus import NUM_WINDOWS, WINDOW
 from sawkv.prepare.fit import fit
 from sawkv.prepare.linear import LinearInFp32
 from sawkv.prepare.model import kv_sources, output_weight
@@ -141,7 +141,7 @@ def prepared(model: PreTrainedModel, decoder: PretrainedConfig, cache_format: Ca
 
 def _prepare(model: PreTrainedModel, decoder: PretrainedConfig, cache_format: CacheFormat) -> list[LayerCalibration]:
     started = time.monotonic()
-    context = getattr(decoder, "max_position_embeddings", None) or LONGEST_CONTEXT
+    context = corpus.context_of(decoder)
     window = min(WINDOW, context)
     windows, positions = _windows(model, decoder, window), corpus.preparation_positions(NUM_WINDOWS, window, context)
     entry = Entry(trunk_of(model), decoder, cache_format, windows, positions, _folder_of(model, decoder))
