@@ -32,7 +32,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import signal
 import statistics
 import sys
 import time
@@ -49,6 +48,7 @@ from benchmarks.engines import PEERS
 from benchmarks.plots import agents_table, read_records
 from sawkv.bench.records import SIXTEEN_BITS
 from sawkv.bench.server import serve_cache
+from sawkv.cli import end_as_by_ctrl_c
 from sawkv.errors import UnsupportedError
 from sawkv.integrations.vllm.client import PREFIX_COUNTERS, Client
 
@@ -149,7 +149,7 @@ class Turn:
 
 def main() -> None:
     args = _arguments()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the server must not outlive this process
+    end_as_by_ctrl_c()
     faults = []
     with engines.model_folder(args.model, tokenizer=True) as model:
         for name in args.formats:

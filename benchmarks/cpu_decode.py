@@ -17,6 +17,8 @@ import sys
 import time
 from pathlib import Path
 
+from sawkv.cli import end_as_by_ctrl_c
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -32,6 +34,7 @@ def main() -> None:
     if args.turn:
         print(json.dumps(_turn(args)))
         return
+    end_as_by_ctrl_c()
     medians: dict[str, list[float]] = {name: [] for name in args.formats}
     for _ in range(args.repeats):
         for name in args.formats:

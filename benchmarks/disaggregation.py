@@ -17,17 +17,21 @@ status is 1 if one is not as expected.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.engines import MARK, git_head
 from benchmarks.plots import RESULTS
+from sawkv.cli import end_as_by_ctrl_c
+from sawkv.integrations.vllm.server import STOP_TIMEOUT, running
 from sawkv.prepare import corpus
 
 BLOCK: Final = 32
@@ -60,22 +64,20 @@ def main() -> None:
         return
     commit = args.commit or git_head()
     failed = False
-    with tempfile.TemporaryDirectory(prefix="sawkv-disaggregation-") as name:
-        folder = Path(name)
-        prefill = _start(args.model, folder, "prefill", requests=len(CASES))
-        try:
-            _wait(folder / "prefill.json", prefill)
-            for i, (case, setting) in enumerate(CASES.items()):
-                decode = _start(args.model, folder, "decode", request=i, **setting)
+    end_as_by_ctrl_c()
+    with (
+        tempfile.TemporaryDirectory(prefix="sawkv-disaggregation-") as name,
+        _started(args.model, folder := Path(name), "prefill", requests=len(CASES)) as prefill,
+    ):
+        _wait(folder / "prefill.json", prefill)
+        for i, (case, setting) in enumerate(CASES.items()):
+            with _started(args.model, folder, "decode", request=i, **setting) as decode:
                 found = _result(decode, folder / "decode.log")
-                fault = check(case, found)
-                failed |= fault is not None
-                print(f"{case}: {fault or 'as expected'}; {found}", flush=True)
-                with args.output.open("a") as file:
-                    file.write(json.dumps({"commit": commit, "case": case, "fault": fault, **found}) + "\n")
-        finally:
-            (folder / "done").touch()
-            prefill.wait(WAIT)
+            fault = check(case, found)
+            failed |= fault is not None
+            print(f"{case}: {fault or 'as expected'}; {found}", flush=True)
+            with args.output.open("a") as file:
+                file.write(json.dumps({"commit": commit, "case": case, "fault": fault, **found}) + "\n")
     sys.exit(failed)
 
 
@@ -92,26 +94,24 @@ def check(case: str, found: dict[str, Any]) -> str | None:
     return None if good else f"{case} is not as expected"
 
 
-def _start(model: str, folder: Path, role: str, **setting: Any) -> subprocess.Popen[bytes]:
+@contextlib.contextmanager
+def _started(model: str, folder: Path, role: str, **setting: Any) -> Iterator[subprocess.Popen[bytes]]:
     environment = {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_NIXL_SIDE_CHANNEL_HOST": "127.0.0.1",
         "VLLM_NIXL_SIDE_CHANNEL_PORT": PORTS[role],
     }
     job = json.dumps({"role": role, "folder": str(folder), **setting})
-    with (folder / f"{role}.log").open("wb") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.disaggregation", model, "--engine", job],
-            env=os.environ | environment,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
+    command = [sys.executable, "-m", "benchmarks.disaggregation", model, "--engine", job]
+    pipes = {"stderr": subprocess.STDOUT, "env": os.environ | environment}
+    with (folder / f"{role}.log").open("wb") as log, running(command, STOP_TIMEOUT, stdout=log, **pipes) as engine:
+        yield engine
 
 
-def _wait(file: Path, process: subprocess.Popen[bytes] | None = None) -> None:
+def _wait(file: Path, process: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + WAIT
     while not file.exists():
-        if time.monotonic() > deadline or (process is not None and process.poll() is not None):
+        if time.monotonic() > deadline or process.poll() is not None:
             raise SystemExit(f"expected {file.name}: see {file.parent}")
         time.sleep(0.5)
 
@@ -191,7 +191,7 @@ def _engine(
         part = shared / "part"
         part.write_text(json.dumps(content))
         part.rename(shared / "prefill.json")
-        _wait(shared / "done")
+        time.sleep(len(CASES) * WAIT)  # or until it is ended
         return {}
     peer = json.loads((shared / "prefill.json").read_text())
     output = ask(ANSWER, peer["parameters"][request])

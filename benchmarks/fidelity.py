@@ -24,27 +24,31 @@ windows. Servers run --enforce-eager, `--jobs` at once.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
+import psutil
 import torch
 from safetensors.torch import load_file, save_file
 
 from benchmarks.texts import text_file
+from sawkv.cli import end_as_by_ctrl_c
 from sawkv.errors import FormatError
 from sawkv.format.spec import CacheFormat
-from sawkv.integrations.vllm.client import Client, check_layers, serving
+from sawkv.integrations.vllm.client import POLL, Client, check_layers, serving
 from sawkv.integrations.vllm.options import Options
 from sawkv.integrations.vllm.server import server_command
 from sawkv.lab.divergence import Reference, TokenScores
@@ -100,6 +104,7 @@ class Job:
 @torch.no_grad()
 def main() -> None:
     args = _arguments()
+    end_as_by_ctrl_c()
     args.work.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
     jobs = [_job(*_named(model), args) for model in args.models]
@@ -110,10 +115,11 @@ def main() -> None:
                 write(args.out, [setting | record for record in found])
         return
     failed = 0
-    with ThreadPoolExecutor(args.jobs) as pool:
+    with ThreadPoolExecutor(args.jobs) as pool, contextlib.ExitStack() as stack:
         # Predictions are compared with those of 16 bits, which must be there first; recall is not.
         first = [WIDE] if args.tokens else [WIDE, *args.methods]
         running = {pool.submit(_serve, job, method, args): (job, method) for job in jobs for method in first}
+        stack.callback(_end, pool, running)
         while running:
             for task in wait(running, return_when=FIRST_COMPLETED).done:
                 job, method = running.pop(task)
@@ -129,6 +135,16 @@ def main() -> None:
                     running |= {pool.submit(_serve, job, name, args): (job, name) for name in args.methods}
     print(f"{time.monotonic() - started:.0f} s in all, {failed} failed")
     raise SystemExit(failed)
+
+
+def _end(pool: ThreadPoolExecutor, tasks: Iterable[Future[Any]]) -> None:
+    """End servers that threads wait for, and so the threads."""
+    pool.shutdown(wait=False, cancel_futures=True)
+    while not all(task.done() for task in tasks):
+        for server in psutil.Process().children():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(server.pid, signal.SIGKILL)
+        time.sleep(POLL)
 
 
 def _arguments() -> argparse.Namespace:

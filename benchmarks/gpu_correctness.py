@@ -39,9 +39,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from benchmarks.agreement import Follower, Nearness, Output, as_output, follow, generate, logprobs_of, sampling
+from sawkv.cli import end_as_by_ctrl_c
 from sawkv.format.layout import ENGINE_PAGE_SIZE
 from sawkv.format.spec import CacheFormat
 from sawkv.integrations.vllm.config import engine_options
+from sawkv.integrations.vllm.server import STOP_TIMEOUT, running
 from sawkv.prepare.text import load_text
 
 if TYPE_CHECKING:
@@ -67,6 +69,7 @@ def main() -> int:
     if args.engine:
         Engine(args).run()
         return 0
+    end_as_by_ctrl_c()
     failures = 0
     for name in args.engines:
         command = [
@@ -87,8 +90,11 @@ def main() -> int:
         )
         start, log = time.monotonic(), args.work / f"{name}.log"
         (args.work / f"{name}.json").unlink(missing_ok=True)
-        with log.open("w") as sink:
-            status = subprocess.run(command, stdout=sink, stderr=subprocess.STDOUT, env=env, check=False).returncode
+        with (
+            log.open("w") as sink,
+            running(command, STOP_TIMEOUT, stdout=sink, stderr=subprocess.STDOUT, env=env) as engine,
+        ):
+            status = engine.wait()
         print(f"--- {name}: {time.monotonic() - start:.0f} s, log in {log}", flush=True)
         if status:
             failures += _line(False, f"{name}: ended with {status}", log.read_text()[-1500:])

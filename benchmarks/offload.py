@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import sys
 from typing import TYPE_CHECKING, Any, Final
 
@@ -32,6 +31,7 @@ import prometheus_client
 
 from benchmarks import engines
 from benchmarks.engines import PEERS
+from sawkv.cli import end_as_by_ctrl_c
 
 if TYPE_CHECKING:
     from vllm import LLM, RequestOutput
@@ -62,7 +62,7 @@ def main() -> None:
     if args.engine_of:
         _run_engine(args)
         return
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # vLLM must not outlive this process
+    end_as_by_ctrl_c()
     records = []
     with engines.model_folder(args.model) as model:
         for name in args.formats:

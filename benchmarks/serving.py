@@ -26,9 +26,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import signal
 import statistics
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -40,6 +38,7 @@ from benchmarks import engines
 from benchmarks.engines import say
 from benchmarks.plots import read_records, serving_table
 from benchmarks.shapes import ENGINE
+from sawkv.cli import end_as_by_ctrl_c
 from sawkv.integrations.vllm.client import held_tokens
 
 if TYPE_CHECKING:
@@ -107,7 +106,7 @@ def main() -> None:
         _run_loads(args)
         return
     deadline, start = time.monotonic() + args.budget, 0.0
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # vLLM must not outlive this process
+    end_as_by_ctrl_c()
     engine = json.dumps(ENGINE.get(args.model, {}) | args.engine)
     with engines.model_folder(args.model) as model:
         for name in [] if args.table else args.formats:

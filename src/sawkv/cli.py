@@ -25,18 +25,13 @@ INTERRUPTED, BROKEN_PIPE, TERMINATED, HUNG_UP = (
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one subcommand.
 
-    SIGTERM, and SIGHUP of a closed terminal, end the program in the same way as Ctrl-C, so that it first ends the
-    servers that it started.
-
     Returns:
         The exit status: the subcommand's; 2 for bad input and files that cannot be read or written; 130 after Ctrl-C;
             143 after SIGTERM, 129 after SIGHUP.
     """
     if argv is None:
         argv = sys.argv[1:]
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
-        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # which nohup sets
-            signal.signal(signal.SIGHUP, lambda *_: sys.exit(HUNG_UP))
+        end_as_by_ctrl_c()
     started, args = time.time(), argparse.Namespace()
     try:
         args = _parse(argv)
@@ -60,6 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _fail(_interrupted(args, started), INTERRUPTED)
     return status
+
+
+def end_as_by_ctrl_c() -> None:
+    """Let SIGTERM, and SIGHUP of a closed terminal, end the program so too that it first ends what it started."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # which nohup sets
+        signal.signal(signal.SIGHUP, lambda *_: sys.exit(HUNG_UP))
 
 
 def make_parser() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentParser]]:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -222,3 +225,24 @@ def test_the_lab_keeps_each_method_as_it_comes(tmp_path: Path, monkeypatch: pyte
     (record,) = fidelity_tables.read(out)
     assert (record["method"], record["tokens"]) == ("int8", 31)
     assert record["mean_kl"] > 0
+
+
+def test_servers_that_threads_wait_for_end_with_the_benchmark(tmp_path: Path) -> None:
+    pids, end = tmp_path / "pids", time.monotonic() + 60
+    server = f"import os, time; print(os.getpid(), file=open({str(pids)!r}, 'a'), flush=True); time.sleep(60)"
+    script = f"""
+import sys
+from benchmarks import fidelity
+fidelity._job = lambda name, folder, args: fidelity.Job(name, folder, None, {{}}, None, [], args.work, [])
+fidelity._command = lambda *_: [sys.executable, "-c", {server!r}]
+fidelity.main()
+"""
+    words = ["m", "--tokens", "0", "--jobs", "2", "--commit", "c", "--work", str(tmp_path)]
+    with subprocess.Popen([sys.executable, "-c", script, *words], stderr=subprocess.DEVNULL) as benchmark:
+        while not (pids.exists() and pids.read_text().count("\n") == 2) and time.monotonic() < end:
+            time.sleep(0.1)
+        benchmark.terminate()
+        assert benchmark.wait(20) == 143
+    for pid in map(int, pids.read_text().split()):  # two: those that wait for a thread are never started
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
