@@ -12,7 +12,17 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from sawkv import Attention, CacheFormat, LayoutError, PagedKVCache, PageLayout, Schedule, append, prefixes
+from sawkv import (
+    Attention,
+    CacheFormat,
+    LayoutError,
+    PagedKVCache,
+    PageLayout,
+    Schedule,
+    UnsupportedError,
+    append,
+    prefixes,
+)
 from sawkv.kernels import Layer, Step, cuda
 from tests.conftest import make_batch
 
@@ -87,6 +97,22 @@ def test_each_call_of_append_is_checked(wrong: dict[str, torch.Tensor]) -> None:
     attention.append(**right)
     with pytest.raises(LayoutError):
         attention.append(**(right | wrong))
+
+
+def test_gradients_are_refused_where_they_would_be_computed() -> None:
+    batch = make_batch("int4", [2])
+    attention, starts = Attention(batch.cache, num_q_heads=4, softmax_scale=0.1), torch.tensor([0, 2]).int()
+    step, slots = schedule_of(batch.cache).update(batch.block_table, batch.seq_lens, starts), torch.tensor([-1, -1])
+    q, k, trained = torch.zeros(2, 4, 128), torch.zeros(2, 2, 128), torch.zeros(2, 2, 128, requires_grad=True)
+    for name, call in {
+        "q": lambda: attention(q.clone().requires_grad_(), step),
+        "k": lambda: attention.append(trained, k, slots),
+        "v": lambda: attention.append(k, trained, slots),
+    }.items():
+        with pytest.raises(UnsupportedError, match=rf"{name}: expected torch.no_grad\(\)"):
+            call()
+        with torch.no_grad():
+            call()
 
 
 def test_each_call_of_attention_and_gather_is_checked() -> None:

@@ -33,7 +33,7 @@ import torch
 
 from sawkv import kernels
 from sawkv.cache import PagedKVCache
-from sawkv.errors import LayoutError
+from sawkv.errors import LayoutError, UnsupportedError
 from sawkv.format.layout import PageLayout
 from sawkv.kernels import Layer, Prefixes, ScheduleShape, Step, select_backend
 
@@ -87,6 +87,7 @@ class Pages:
 
         Raises:
             LayoutError: shape, dtype or device mismatch.
+            UnsupportedError: k or v would need a gradient.
 
         Reference: kernels.reference.Pages.append.
         """
@@ -102,6 +103,7 @@ class Pages:
             and slot_mapping.dim() == 1
             and slot_mapping.stride()[0] == 1
             and slot_mapping.shape[0] <= shape[0]
+            and not (k.requires_grad or v.requires_grad)
         ):
             self._check_append(k, v, slot_mapping)
         if self._has_buckets:
@@ -222,7 +224,7 @@ class Attention(Pages):
                 f"expected sliding_window >= 0 and logit_softcap >= 0, got {sliding_window} and {logit_softcap}"
             )
         if sinks is not None:
-            _check("sinks", sinks, (num_q_heads,), FLOAT_DTYPES, device)
+            _check("sinks", sinks.detach(), (num_q_heads,), FLOAT_DTYPES, device)
         super().__init__(cache, backend)
         self._backend = select_backend(device, layout, backend)
         self._attend = self._backend.Attention(
@@ -256,6 +258,7 @@ class Attention(Pages):
 
         Raises:
             LayoutError: shape, dtype or device mismatch, or a schedule for layers of another shape.
+            UnsupportedError: q would need a gradient.
 
         Reference: kernels.reference.Attention.
         """
@@ -270,6 +273,7 @@ class Attention(Pages):
             and out.dtype is dtype
             and q.device == out.device == self._device
             and q.stride()[-1] == out.stride()[-1] == 1
+            and not q.requires_grad
         ):
             self._check_call(q, out, lse)
         if step.schedule is not self._schedule:
@@ -582,6 +586,8 @@ def _check(
         raise LayoutError(f"{name}: expected device {device}, that of the pages, got {x.device}")
     if not any_strides and x.stride(-1) != 1 and x.shape[-1] > 1 and x.numel():
         raise LayoutError(f"{name}: expected a contiguous last dimension, got strides {list(x.stride())}")
+    if x.requires_grad and torch.is_grad_enabled():
+        raise UnsupportedError(f"{name}: expected torch.no_grad(), got a tensor that requires a gradient: none flows")
 
 
 def _show(x: torch.Tensor) -> str:
