@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from sawkv import CacheFormat, demo
+from sawkv import CacheFormat, cli, demo
 from sawkv.demo import Answer, Outcome
 from tools import fetch_model
 
@@ -55,6 +55,11 @@ def test_the_newest_tokens_take_room_that_the_format_does_not_promise() -> None:
     found = [demo.newest_room(CacheFormat.parse(name), on_gpu=True) for name in ("int4", "int4-r32", "int3-r64")]
     assert found == [0, 3 * 64, 5 * 128]
     assert demo.newest_room(CacheFormat.parse("int4-r32"), on_gpu=False) == 3 * 128
+
+
+def test_answers_longer_than_a_request_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["demo", "none", "--max-tokens", "4096"]) == 2
+    assert "--max-tokens: expected fewer than --max-model-len, 4096, got 4096" in capsys.readouterr().err
 
 
 def test_texts_are_compared_up_to_the_first_token_that_differs() -> None:

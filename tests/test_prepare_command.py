@@ -158,6 +158,10 @@ def test_arguments_are_refused_before_the_model_is_loaded(
     wrong += [["--format", "bf16", "--out", str(tmp_path / "c")]] if command == "prepare" else [["--formats", "int5"]]
     if command == "prepare":  # read as weights, or in their place
         wrong += [["--out", str(MODEL / name)] for name in ("c.safetensors", "model.safetensors", "sawkv/../c.bin")]
+        wrong += [["--tokens", str(10**12)], ["--window", str(10**12)]]
+    with pytest.raises(SystemExit):
+        cli.main([command, str(MODEL), "--tokens", str(10**30)])
+    assert "--tokens: expected a positive integer of at most 18 digits, got" in capsys.readouterr().err
     for options in wrong:
         assert cli.main([command, str(MODEL), *options]) == 2
         shown = capsys.readouterr().err

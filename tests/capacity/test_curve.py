@@ -53,7 +53,7 @@ def test_formats_that_do_not_fit_the_heads_are_left_out_of_the_curve(
     assert [point["format"].split("-")[0] for point in found["curve"]] == ["int8", "int4", "int2"]
 
 
-@pytest.mark.parametrize("tokens", ["0", "2.5", "many", "2G"])
+@pytest.mark.parametrize("tokens", ["0", "2.5", "many", "2G", "9" * 400])
 def test_tokens_that_are_no_number(tmp_path: Path, capsys: pytest.CaptureFixture[str], tokens: str) -> None:
     with pytest.raises(SystemExit):
         cli.main(["plan", str(tmp_path), "--tokens", tokens])

@@ -110,7 +110,7 @@ def count(text: str) -> int:
 
 def tokens(text: str) -> int:
     """A whole number of at least 1, or one such as 500k or 2.5M."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kKmM]?)", text, re.ASCII)
+    match = re.fullmatch(r"(\d{1,18}(?:\.\d+)?)([kKmM]?)", text, re.ASCII)
     value = 0 if match is None else round(float(match[1]) * {"": 1, "k": 10**3, "m": 10**6}[match[2].lower()])
     if value < 1 or (match is not None and not match[2] and "." in match[1]):
         raise argparse.ArgumentTypeError(f"expected a number of tokens such as 500000, 500k or 2M, got {text!r}")
@@ -118,7 +118,7 @@ def tokens(text: str) -> int:
 
 
 def _whole(text: str, least: int, expected: str) -> int:
-    value = int(text) if text.isascii() and text.isdigit() else -1
+    value = int(text) if text.isascii() and text.isdigit() and len(text) < 19 else -1
     if value < least:
-        raise argparse.ArgumentTypeError(f"expected {expected}, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected {expected} of at most 18 digits, got {text!r}")
     return value

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from sawkv.capacity import CPU_BLOCK
-from sawkv.errors import UnsupportedError
+from sawkv.errors import SawkvError, UnsupportedError
 from sawkv.format.layout import RECENT_PAGE_SIZE, engine_page_size
 from sawkv.format.spec import CacheFormat
 from sawkv.integrations.vllm import preflight
@@ -113,6 +113,8 @@ def run_demo(
     """
     import torch
 
+    if max_tokens >= max_model_len:
+        raise SawkvError(f"--max-tokens: expected fewer than --max-model-len, {max_model_len}, got {max_tokens}")
     options = ["--kv-cache-memory-bytes", str(kv_cache_memory), "--max-model-len", str(max_model_len)]
     on_gpu = bool(torch.cuda.device_count())
     preflight.check_installation()

@@ -74,6 +74,9 @@ def run_prepare(
         )
     check_writable(out or model_folder / SHIPPED / "probe")
     text = shipped_text(model_folder) if text_file is None else load_text(model_folder, text_file)
+    if text_file is None and (asked := window * windows) > len(text.ids):
+        option = "tokens" if windows > 1 else "window"
+        raise SawkvError(f"--{option}: expected at most {len(text.ids)}, those of {text.name}, got {asked}")
     where = find_device(device)
     model = EvalModel.load(model_folder, where, default_dtype(where))
     shapes = Counter(model.heads)
