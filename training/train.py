@@ -155,7 +155,7 @@ def main() -> None:
             seconds = time.monotonic() - started
             record = {"step": step, "seconds": round(seconds, 1), "tokens": (step + 1) * args.rows * args.length}
             record |= {"loss": round(loss.item(), 4), "text_loss": round(plain.item(), 4), "rate": round(rate, 4)}
-            log.write(json.dumps(record) + "\n")
+            log.write(json.dumps(record, separators=(",", ":")) + "\n")
             log.flush()
             if step % 250 == 0:
                 print(record, flush=True)
