@@ -50,6 +50,7 @@ def engine(**options: Any) -> dict[str, Any]:
 
 def test_packed_pages_equal_the_simulated_format_bit_for_bit() -> None:
     packed = engine(**named("int4-r64"))
+    assert packed["log"][0].startswith("sawkv: KV cache format int4-k128-v128-r64, 136 bytes per token")
     simulated = engine(mutate="simulate_int4", **fp32_format("fp32-k128-v128-r64"))
     for result in (packed, simulated):
         assert result["implementation"] == ["SawAttentionImpl"]

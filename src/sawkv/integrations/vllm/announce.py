@@ -35,13 +35,14 @@ logger = init_logger(f"vllm.{__name__}")  # under vLLM's name, so that its log s
 
 
 def say_format(
-    cache_format: CacheFormat, head_dim: int, num_kv_heads: int, device: torch.device, calibration: str
+    cache_format: CacheFormat, recent: int, head_dim: int, num_kv_heads: int, device: torch.device, calibration: str
 ) -> None:
     """Log the format and the kernels, which shows that sawkv is in use. Builds the kernels, so that no request waits
     for them.
 
     Args:
-        cache_format: of the layer.
+        cache_format: of the layer's pages.
+        recent: the newest tokens that it keeps beside them.
         head_dim, num_kv_heads: of the layer, on this rank.
         device: of the pages.
         calibration: fingerprint of the calibration file, or "".
@@ -50,7 +51,7 @@ def say_format(
     backend = select_backend(device, layout)
     logger.info(
         "sawkv: KV cache format %s, %d bytes per token, KV head and layer (16 bits: %d), %s kernels%s",
-        cache_format,
+        replace(cache_format, recent=recent),
         layout.head_bytes,
         4 * head_dim,
         backend.name,

@@ -373,7 +373,7 @@ class SawAttentionImpl(AttentionImpl[SawMetadata]):
         if not any(self._is_like(getattr(layer, "impl", None)) for layer in self._layers.values()):
             device = torch.device(vllm_config.device_config.device_type)
             fingerprint = "" if config.calibration is None else config.calibration.fingerprint()
-            announce.say_format(self._format, head_size, self.num_kv_heads, device, fingerprint)
+            announce.say_format(self._format, self.num_recent, head_size, self.num_kv_heads, device, fingerprint)
             if (
                 self._format.feeds_back
                 and config.calibration is None

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm import _custom_ops as vllm_ops
-from vllm.logger import init_logger
 from vllm.model_executor.layers.attention.attention import get_attention_context
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import (
@@ -45,8 +44,6 @@ if TYPE_CHECKING:
     from vllm.config import VllmConfig
 
     from sawkv.integrations.vllm.backend import SawAttentionBackend, SawAttentionImpl
-
-logger = init_logger(f"vllm.{__name__}")
 
 FEW_QUERIES = 8
 """Most new tokens per request of a step that `attend_newest` serves: of all steps in CUDA graphs, which have one."""
@@ -153,7 +150,6 @@ class RecentTokens(AttentionLayerBase):
         self._page_size = 0
         self._bound: tuple[torch.Tensor, ops.Attention] | None = None
         self._backend = recent_backend(backend)
-        logger.info_once("sawkv: the newest %d tokens of each request are kept in %s beside it", window, dtype)
 
     def layout(self, block_size: int) -> PageLayout:
         return PageLayout(
