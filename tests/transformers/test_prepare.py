@@ -553,6 +553,16 @@ def test_copies_and_pickles(runs: list[PreTrainedModel]) -> None:
     assert_equal(written_with(loaded), written_with(cache))
 
 
+def test_a_model_that_waits_for_its_first_pass_is_copied_and_pickled(runs: list[PreTrainedModel]) -> None:
+    model, x = biased(), ids()
+    cache = SawCache(model)
+    copies = [copy.deepcopy(model), pickle.loads(pickle.dumps(model))]  # noqa: S301
+    with torch.no_grad():
+        want = model(x, **using(cache)).logits
+        for other in copies:
+            assert torch.equal(other(x, **using(SawCache(other))).logits, want)
+
+
 def test_threads_prepare_once(runs: list[PreTrainedModel]) -> None:
     model, x = biased(), ids()
     want: list[torch.Tensor] = []

@@ -47,6 +47,22 @@ _prepared: weakref.WeakKeyDictionary[PreTrainedModel, dict[str, tuple[str, list[
 """By language model and format: the state of the weights, and what was fitted to them."""
 
 
+class _Hook:
+    """Tells a preparation of passes. In copies and pickles of a model it tells none."""
+
+    def __init__(self, preparation: Preparation | None = None) -> None:
+        self._preparation = None if preparation is None else weakref.ref(preparation)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def __call__(self, module: nn.Module, args: Any) -> None:
+        preparation = None if self._preparation is None else self._preparation()
+        if preparation is not None:
+            preparation._see(module)
+
+    def __reduce__(self) -> tuple[type[_Hook], tuple[()]]:
+        return _Hook, ()
+
+
 class Preparation:
     """The calibration of one cache and its copies, fitted at the first forward pass of its model.
 
@@ -66,18 +82,10 @@ class Preparation:
             "expected a forward pass of the model before, got K and V of another. Use SawCache(model), or"
             " SawCache(model.config) with the config of that same model"
         )
-        reference = weakref.ref(self)
-
-        @torch.compiler.disable  # type: ignore[untyped-decorator]
-        def before_forward(module: nn.Module, args: Any) -> None:
-            preparation = reference()
-            if preparation is not None:
-                preparation._see(module)
-
         if model is None:
-            handle = nn.modules.module.register_module_forward_pre_hook(before_forward)
+            handle = nn.modules.module.register_module_forward_pre_hook(_Hook(self))
         else:
-            handle = trunk_of(model).register_forward_pre_hook(before_forward)
+            handle = trunk_of(model).register_forward_pre_hook(_Hook(self))
         self._stop_waiting = weakref.finalize(self, handle.remove)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Preparation:
