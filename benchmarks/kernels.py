@@ -648,7 +648,7 @@ def main() -> None:
             if not arguments.no_write:
                 rounded = {key: round(value, 6) if isinstance(value, float) else value for key, value in record.items()}
                 with (arguments.output / name).open("a") as file:
-                    file.write(json.dumps(rounded) + "\n")
+                    file.write(json.dumps(rounded, separators=(",", ":")) + "\n")
 
 
 if __name__ == "__main__":

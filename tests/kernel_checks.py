@@ -177,19 +177,21 @@ def check_attention(
     *,
     group: int = 4,
     head_dim: int = 128,
+    num_kv_heads: int = 2,
     page_size: int = 16,
     dtype: torch.dtype = torch.bfloat16,
     centered: bool = False,
     gained: bool = False,
+    buckets: int = 1,
     **options: object,
 ) -> None:
     """Output and log-sum-exp of each sequence equal the reference's; rows of no sequence are left as they are."""
-    batch = make_batch(
-        format_name, seq_lens, head_dim=head_dim, page_size=page_size, centered=centered, gained=gained, device=device
-    )
+    layout = {"head_dim": head_dim, "num_kv_heads": num_kv_heads, "page_size": page_size}
+    vectors = {"centered": centered, "gained": gained, "buckets": buckets}
+    batch = make_batch(format_name, seq_lens, **layout, **vectors, device=device)
     starts = starts_of(query_lens, device)
     used = int(starts[-1])
-    q = torch.randn(used + 2, 3, 2 * group, head_dim, device=device).to(dtype)[:, 1]  # strided
+    q = torch.randn(used + 2, 3, num_kv_heads * group, head_dim, device=device).to(dtype)[:, 1]  # strided
     got, want = (attend(batch, q, starts, name, **options) for name in (backend, "reference"))
     rounds_more = format_name.startswith("bf16") or max(query_lens) > MAX_DECODE_QUERY_LEN
     compare_attention(got, want, starts, MAX_LSE_ERROR * (4 if rounds_more else 1))

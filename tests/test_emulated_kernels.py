@@ -108,6 +108,33 @@ def test_a_write_behind_the_partial_results_is_noticed(
     guards.clear()
 
 
+@pytest.mark.parametrize(
+    ("format_name", "num_kv_heads", "options"),
+    [
+        ("int4", 4, {"sliding_window": 1024, **PREPARED}),
+        ("int4", 8, {"group": 8, "page_size": 64, "sliding_window": 70, "sinks": torch.ones(64)}),
+        ("int3", 4, {"page_size": 32, **PREPARED}),
+        ("int2", 6, {"buckets": 2, "logit_softcap": 5.0, **PREPARED}),
+        ("int2", 4, {"head_dim": 64, "buckets": 2, "group": 3, **PREPARED}),
+    ],
+)
+def test_short_units_share_chunks(
+    format_name: str, num_kv_heads: int, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks of one, and of two or four KV heads, whose last tiles are not full."""
+    units: list[int] = []
+    update = cuda.Schedule.update
+
+    def updated(self: cuda.Schedule, *args: torch.Tensor) -> None:
+        update(self, *args)
+        units.extend(1 << ~partial for partial in self.chunks[: int(self.header[0]), 7].tolist() if partial < 0)
+
+    monkeypatch.setattr(cuda.Schedule, "update", updated)
+    lengths = [1 + i * 53 % 150 for i in range(16)] + [300, 0, 700, 420, 9]
+    check_attention("cuda", "cpu", format_name, lengths, [1] * 21, num_kv_heads=num_kv_heads, **options)
+    assert max(units) == (2 if num_kv_heads == 6 or options.get("group") == 8 else 4), units
+
+
 @pytest.mark.parametrize("query_len", [1, 16])
 def test_centers_of_buckets(query_len: int) -> None:
     options = [{"sinks": True, "logit_softcap": 20.0}]
@@ -126,23 +153,26 @@ def test_gather() -> None:
     check_gather("cuda", "cpu", "int4", [5, 0, 33], head_dim=128, gained=True, exact=False)
 
 
-def check_orders(query_len: int, num_orders: int) -> None:
-    """Each of two blocks takes many chunks of one tile, so that all rings go round. extend.cu has long ones too: only
-    where they lead far do its dequantizers wait for consumers.
+def check_orders(query_len: int, num_orders: int, format_name: str = "int4", num_kv_heads: int = 3) -> None:
+    """Each of two blocks takes many chunks of one tile, so that all rings go round; at fewer bits, of a tile of each of
+    several heads. extend.cu has long ones too: only where they lead far do its dequantizers wait for consumers.
     """
     lengths = [query_len + i * 37 % (23 if i % 3 else 200) for i in range(24 if query_len == 1 else 6)]
     lengths += [] if query_len == 1 else [query_len + 600]
-    batch = make_batch("int4", lengths)
+    batch = make_batch(format_name, lengths, num_kv_heads=num_kv_heads)
     starts = starts_of([query_len] * len(lengths), "cpu")
-    q = torch.randn(int(starts[-1]) + 1, 8, 128).bfloat16()
+    q = torch.randn(int(starts[-1]) + 1, 4 * num_kv_heads, 128).bfloat16()
     want = attend(batch, q, starts, "reference")
     for _ in range(num_orders):
         compare_attention(attend(batch, q, starts, "cuda"), want, starts, 4 * MAX_LSE_ERROR)
 
 
-@pytest.mark.parametrize(("query_len", "num_orders"), [(1, 10), (16, 4), (32, 4)])
-def test_orders_of_warps(query_len: int, num_orders: int) -> None:
-    check_orders(query_len, num_orders)
+@pytest.mark.parametrize(
+    ("query_len", "num_orders", "format_name", "num_kv_heads"),
+    [(1, 8, "int4", 3), (1, 8, "int2", 4), (16, 4, "int4", 2), (32, 4, "int4", 2)],
+)
+def test_orders_of_warps(query_len: int, num_orders: int, format_name: str, num_kv_heads: int) -> None:
+    check_orders(query_len, num_orders, format_name, num_kv_heads)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import itertools
 import random
 from collections import defaultdict
 from collections.abc import Sequence
@@ -29,12 +30,13 @@ def schedule(
     max_query_len: int = 1,
     window: int = 0,
     extends: bool = False,
+    has_short_units: bool = False,
 ) -> list[int]:
     """Tiles of each chunk, in the order of the schedule. All tiles of all units are in one chunk each, and a unit's
     chunks are neighbours.
     """
     group, num_kv_heads = heads[0] // heads[1], heads[1]
-    queries = QueryShape.of(group, max_query_len, head_dim, extends)
+    queries = QueryShape.of(group, max_query_len, head_dim, extends, has_short_units)
     query_lens = [query_lens] * len(lengths) if isinstance(query_lens, int) else query_lens
     starts = [sum(query_lens[:i]) for i in range(len(lengths) + 1)]
     most_splits = queries.max_split_chunks(NUM_BLOCKS)
@@ -57,6 +59,7 @@ def schedule(
         window,
         NUM_BLOCKS,
         queries.max_chunks_per_block,
+        queries.units,
     )
     kernel.launch((1, 1, 1), 1024, 0, params)
     num_chunks, num_split_chunks, num_split_units, claimed, total = arrays[2][:5]
@@ -69,8 +72,10 @@ def schedule(
     for i, (sequence, unit, first, count, length, start, query_len, partial) in enumerate(chunks):
         assert (length, start, query_len) == (lengths[sequence], starts[sequence], query_lens[sequence])
         assert count > 0
-        assert partial == (i if i < num_split_chunks else -1)
-        units[sequence, unit].append((first, count, i))
+        num_units = 1 if i < num_split_chunks else 1 << ~partial
+        assert partial == i if i < num_split_chunks else num_units <= queries.units
+        for n in range(unit, unit + num_units):
+            units[sequence, n].append((first, count, i))
     wanted: dict[tuple[int, int], tuple[int, int]] = {}
     for sequence, (length, query_len) in enumerate(zip(lengths, query_lens, strict=True)):
         if query_len > 0 and length >= 0:
@@ -95,7 +100,7 @@ def schedule(
         if len(numbers) > 1:
             assert splits.pop(numbers[0]) == (unit, starts[sequence], query_lens[sequence], len(numbers))
     assert not splits
-    return [chunk[3] for chunk in chunks]
+    return [chunk[3] * (1 if chunk[7] >= 0 else 1 << ~chunk[7]) for chunk in chunks]
 
 
 @pytest.mark.parametrize(
@@ -110,6 +115,9 @@ def schedule(
         ([131072], {}, 128),
         ([32768], {}, 128),
         ([1024] * 256, {}, 2048),
+        ([1024] * 256, {"has_short_units": True}, 1024),  # of two units each
+        ([256] * 512, {"has_short_units": True}, 1024),  # of four
+        ([1024] * 256, {"has_short_units": True, "heads": (8, 1)}, 256),
         ([1024], {}, 16),
         ([16384] * 32, {"heads": (16, 2), "head_dim": 256}, 128),
         ([16384] * 32, {"heads": (16, 2), "head_dim": 512}, 128),
@@ -191,6 +199,9 @@ def test_turns_have_few_schedules(group: int, query_lens: tuple[int, ...], monke
 
 
 def test_long_chunks_come_first() -> None:
-    tiles = schedule([300, 9000, 700, 40_000, 5000, 64, 12_000, 2000] * 8)
+    """Of short units several are a chunk, which is then no longer than those before."""
+    tiles = schedule([300, 9000, 700, 40_000, 5000, 64, 12_000, 2000] * 8, has_short_units=True)
     whole = next(i for i in range(1, len(tiles)) if tiles[i] > tiles[i - 1] + 1)
-    assert all(later <= earlier + 1 for earlier, later in zip(tiles[whole:], tiles[whole + 1 :], strict=False))
+    long = [count for count in tiles[whole:] if count > 32]
+    assert all(later <= earlier + 1 for earlier, later in itertools.pairwise(long))
+    assert sorted(set(tiles[whole + len(long) :])) == [4, 20, 22, 32]

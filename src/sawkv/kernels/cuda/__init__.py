@@ -20,7 +20,7 @@ from sawkv.format.layout import GPU_PAGE_SIZES, PageLayout
 from sawkv.format.spec import CODEC_BITS
 from sawkv.kernels import Layer, Prefixes, ScheduleShape, Step, Turns, structs
 from sawkv.kernels.cuda import runtime
-from sawkv.kernels.cuda.queries import TURNS, QueryShape, can_extend
+from sawkv.kernels.cuda.queries import SHORT_WINDOW, TURNS, QueryShape, can_extend
 
 name = "cuda"
 counts = True
@@ -215,7 +215,9 @@ class Schedule(kernels.Schedule):
         super().__init__(shape)
         layout, device = shape.layout, shape.device
         group, extends = shape.num_q_heads // layout.num_kv_heads, can_extend(layout, device)
-        self.queries = QueryShape.of(group, shape.max_query_len, layout.head_dim, extends)
+        bits = CODEC_BITS[layout.format.k_codec] + CODEC_BITS[layout.format.v_codec]
+        has_short_units = bits < 8 or 0 < shape.sliding_window <= SHORT_WINDOW
+        self.queries = QueryShape.of(group, shape.max_query_len, layout.head_dim, extends, has_short_units)
         self.units_per_seq = layout.num_kv_heads * self.queries.row_groups
         self.num_blocks = torch.cuda.get_device_properties(device).multi_processor_count
         self.kernel = runtime.load("schedule.cu", "sawkv_schedule", {"HEAD_DIM": layout.head_dim}, device)
@@ -246,6 +248,7 @@ class Schedule(kernels.Schedule):
             self.shape.sliding_window,
             self.num_blocks,
             self.queries.max_chunks_per_block,
+            self.queries.units,
         )
         self.kernel.launch((1, 1, 1), 1024, _stream(seq_lens.device), params, shared_bytes=5 * 4 * (num_seqs + 1))
 

@@ -10,13 +10,13 @@ constexpr int TILE = HEAD_DIM <= 64 ? 128 : HEAD_DIM <= 128 ? 64 : 32;  // token
 
 // A unit is one (sequence, KV head, row group): all tiles that one set of query rows needs. Long units are split into
 // chunks, which blocks take one after the other. Chunks of split units are first in the schedule, because they are
-// long.
+// long. A chunk may also be several short units of a sequence.
 struct alignas(16) Chunk {
-  int sequence, unit;          // unit, within the sequence: kv_head * row groups + row group
+  int sequence, unit;          // unit, within the sequence: kv_head * row groups + row group; of several, the first
   int first_tile, num_tiles;   // 0 tiles: the schedule has ended
   int length;                  // tokens in the cache, query tokens included
   int query_start, query_len;  // rows of q
-  int partial;  // index among the partial results; -1: the chunk is a whole unit, and its result is the output
+  int partial;  // index among the partial results; negative: 2^~partial whole units, whose results are the output
 };
 
 // A unit of several chunks, for the merge kernel.

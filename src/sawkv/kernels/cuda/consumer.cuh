@@ -76,7 +76,7 @@ struct Consumer {
       u32 query[COLUMN_TILES][2][2];
 #pragma unroll
       for (int t = 0; t < COLUMN_TILES; t++) {
-        const uint4 q = queries[(t * (D / 32) + i) * WARP];
+        const uint4 q = queries[(t * (D / 32) + i) * ROWS_OF_EIGHT * 4];
         query[t][0][0] = q.x, query[t][0][1] = q.y, query[t][1][0] = q.z, query[t][1][1] = q.w;
       }
 #pragma unroll
@@ -166,13 +166,13 @@ struct Consumer {
 #endif
 
   // Set scores to minus infinity for tokens that a query does not see or that do not exist.
-  __device__ void mask_scores(const Chunk& chunk, int window, int first_row, int first_token,
+  __device__ void mask_scores(const Chunk& chunk, int window, int unit, int first_row, int first_token,
                               float (&scores)[COLUMN_TILES][BLOCKS][4]) const {
 #pragma unroll
     for (int t = 0; t < COLUMN_TILES; t++)
 #pragma unroll
       for (int e = 0; e < 2; e++) {
-        const QueryRow row(chunk.unit, chunk.query_len, first_row + 8 * t + 2 * (lane_index() % 4) + e);
+        const QueryRow row(chunk.unit + unit, chunk.query_len, first_row + 8 * t + 2 * (lane_index() % 4) + e);
         const int last = min(chunk.length - chunk.query_len + row.token, chunk.length - 1);
         const int first = window ? last - window + 1 : 0;
 #pragma unroll
@@ -271,12 +271,14 @@ struct Consumer {
     }
   }
 
-  // Attend to PART tokens of `tile` from `part` on. `first_token` is the position of the tile's first token.
-  __device__ void attend(const u8* tile, int part, Shared& s, int slot, const Chunk& chunk, const DecodeParams& p,
-                         const Share& share, int first_token) {
+  // Attend to PART tokens of `tile` from `part` on, for the unit of that number in the chunk. `first_token` is the
+  // position of the tile's first token.
+  __device__ void attend(const u8* tile, int part, Shared& s, int slot, const Chunk& chunk, int unit,
+                         const DecodeParams& p, const Share& share, int first_token) {
     float scores[COLUMN_TILES][BLOCKS][4];
-    const int first_row = share.head_part * CHUNK_ROWS + share.first_row;
-    multiply_keys(tile, part, (const uint4*)&s.queries[slot][first_row * D] + lane_index(), scores);
+    const int first_row = (unit + share.head_part) * CHUNK_ROWS + share.first_row;
+    const int lane = lane_index() / 4 % ROWS_OF_EIGHT * 4 + lane_index() % 4;
+    multiply_keys(tile, part, (const uint4*)&s.queries[slot][first_row / 8 * ROWS_OF_EIGHT * D] + lane, scores);
     const int column = first_row + 2 * (lane_index() % 4);
     const float* offsets = offsets_at(s, slot, chunk_bucket(chunk, first_token), column);
     scale_scores(tile, part, &s.query_stats[slot][column], offsets, p.softcap_log2, scores);
@@ -286,7 +288,7 @@ struct Consumer {
     const int begin = first_token + part;
     const bool is_masked =
         begin + PART > chunk.length - chunk.query_len + 1 || (p.window && begin < chunk.length - p.window);
-    if (is_masked) mask_scores(chunk, p.window, share.first_row, begin, scores);
+    if (is_masked) mask_scores(chunk, p.window, unit, share.first_row, begin, scores);
     raise_maximum(scores);
     if (MASKS_APART && is_masked)
       multiply_values(tile, part, true, scores);
@@ -300,8 +302,8 @@ struct Consumer {
     return out[t][(segment * PLANES + i) / 2][i % 2 * 2 + e] * power_of_two(V_EXPONENT - Unit<V_BITS>::exponent(i));
   }
 
-  // Pass the result of a chunk to the merge warps.
-  __device__ void store(Shared& s, int slot, const Share& share) {
+  // Pass the result of a chunk to the merge warps. `index`: among those of a slot
+  __device__ void store(Shared& s, int slot, int index, const Share& share) {
     int lane = lane_index();
     if constexpr (V_BITS == 3)
       ptx::forget(lane);  // else all that follows from it takes registers in the loop over tiles
@@ -321,7 +323,7 @@ struct Consumer {
         const int row = 8 * t + 2 * (lane % 4) + e;
         if (row >= ROWS) continue;
         const float offset = zero[t][e] * power_of_two(-V_SHIFT);
-        float* channels = s.results[slot][share.pair][row] + share.head_part * D;
+        float* channels = s.results[slot][index][row] + share.head_part * D;
         if constexpr (V_BITS == 3)
 #pragma unroll
           for (int i = 0; i < D / 128; i++) channels[128 * i + lane / 4 * 16 + 15] = sixteenth[i] - offset;
@@ -338,7 +340,7 @@ struct Consumer {
                   value(t, i, k + 3, e) - offset};
           }
         }
-        if (lane / 4 == 0 && share.head_part == 0) s.result_stats[slot][share.pair][row] = {maximum[t][e], sum[t][e]};
+        if (lane / 4 == 0 && share.head_part == 0) s.result_stats[slot][index][row] = {maximum[t][e], sum[t][e]};
       }
   }
 
@@ -374,12 +376,14 @@ __device__ void run_consumer(Shared& s, const DecodeParams& p, int warp) {
     const Chunk chunk = s.chunks[turn.slot()];
     if (!chunk.num_tiles) return;
     if (!continues) consumer.start();
-    for (int tile = (share.group + GROUPS - tiles_before % GROUPS) % GROUPS; tile < num_tiles(chunk); tile += GROUPS) {
+    const int first = (share.group + GROUPS - tiles_before % GROUPS) % GROUPS;
+    const int unit = first & (1 << log2_units(chunk)) - 1;  // of all tiles of the group in this chunk
+    for (int tile = first; tile < num_tiles(chunk); tile += GROUPS) {
       const Turn<STAGES> stage{tiles_before + tile};
       ptx::wait(&s.tile_full[stage.slot()], stage.phase());
 #pragma unroll 1
       for (int part = 0; part < TILE; part += Consumer::PART)
-        consumer.attend(s.tiles[stage.slot()], part, s, turn.slot(), chunk, p, share, first_token(chunk, tile));
+        consumer.attend(s.tiles[stage.slot()], part, s, turn.slot(), chunk, unit, p, share, first_token(chunk, tile));
       __syncwarp();
       if (arrives()) ptx::arrive(&s.tile_empty[stage.slot()]);
     }
@@ -387,7 +391,8 @@ __device__ void run_consumer(Shared& s, const DecodeParams& p, int warp) {
     const Turn<RESULT_SLOTS> result{n};
     ptx::wait(&s.results_empty[result.slot()], result.phase() ^ 1);
     continues = is_continued(chunk);
-    if (!continues) consumer.store(s, result.slot(), share);
+    // Of several units, the merge warps know each by the group's first tile.
+    if (!continues) consumer.store(s, result.slot(), UNITS == 1 ? share.pair : first, share);
     __syncwarp();
     if (arrives()) ptx::arrive(&s.results_full[result.slot()]);
   }

@@ -40,7 +40,7 @@ __global__ void __launch_bounds__(THREADS, 1) sawkv_decode(const __grid_constant
     for (int i = threadIdx.x; i < (int)sizeof(s.query_stats) / 8; i += THREADS) ((float2*)s.query_stats)[i] = {0, 0};
 #if BY_BUCKET
 #pragma unroll 1
-    for (int i = threadIdx.x; i < OFFSET_BYTES / 4; i += THREADS) ((float*)s.query_offsets)[i] = 0;
+    for (int i = threadIdx.x; i < (int)sizeof(s.query_offsets) / 4; i += THREADS) ((float*)s.query_offsets)[i] = 0;
 #endif
   }
   __syncthreads();

@@ -21,19 +21,25 @@ constexpr int THREADS = (CONSUMERS + HELPERS) * WARP;
 static_assert(CONSUMERS % (ROW_BLOCKS * PARTS) == 0 && ROWS <= BLOCK_ROWS && CHUNK_ROWS == ROW_BLOCKS * BLOCK_ROWS,
               "row blocks are dealt evenly");
 
-constexpr int CHUNK_SLOTS = CHUNK_ROWS <= 16 && PARTS == 1 ? 4 : 2;
+// Rows stored of each eight. Lanes of others read some of these once more, and nothing follows from their results.
+constexpr int ROWS_OF_EIGHT = ROWS < 8 ? ROWS : 8;
 constexpr int RESULT_BYTES = CONSUMERS * ROWS * (D + 2) * 4;
 constexpr int RESULT_SLOTS = RESULT_BYTES <= 36 << 10 ? 2 : 1;
-constexpr int OFFSET_SLOTS = CHUNK_SLOTS, OFFSET_BYTES = BY_BUCKET ? OFFSET_SLOTS * CHUNK_BUCKETS * QUERY_PARTS * 4 : 0;
 // Scores that the two warps with the parts of a tile exchange
 constexpr int EXCHANGE_BYTES = PARTS == 1 ? 0 : CONSUMERS * TILE * 8 * 4;
-constexpr int STAGES_THAT_FIT = (SHARED_LIMIT - 4096 - RESULT_SLOTS * RESULT_BYTES -
-                                 CHUNK_SLOTS * QUERY_PARTS * (2 * D + 8) - OFFSET_BYTES - EXCHANGE_BYTES) /
-                                TILE_BYTES;
-// Each stage always belongs to the same group and producer. If a warp skipped a phase of a stage's barrier, it would
-// misread the parity of the next one.
-constexpr int STAGE_STEP = PARTS == 1 ? CONSUMERS : GROUPS;
-constexpr int STAGES = STAGES_THAT_FIT >= 24 ? 24 : STAGES_THAT_FIT / STAGE_STEP * STAGE_STEP;
+constexpr int SLOT_BYTES = QUERY_PARTS / 8 * ROWS_OF_EIGHT * 2 * D +
+                           QUERY_PARTS * (BY_BUCKET ? 8 + CHUNK_BUCKETS * 4 : 8);  // of a chunk's queries
+// Stages of the ring of tiles beside so many slots. Each stage always belongs to the same group and producer. If a warp
+// skipped a phase of a stage's barrier, it would misread the parity of the next one.
+__host__ __device__ constexpr int stages_beside(int slots) {
+  const int fit =
+      (SHARED_LIMIT - 4096 - RESULT_SLOTS * RESULT_BYTES - slots * SLOT_BYTES - EXCHANGE_BYTES) / TILE_BYTES;
+  const int step = PARTS == 1 ? CONSUMERS : GROUPS;
+  return fit >= 24 ? 24 : fit / step * step;
+}
+constexpr int CHUNK_SLOTS = CHUNK_ROWS <= 16 && PARTS == 1 && stages_beside(4) == stages_beside(2) ? 4 : 2,
+              OFFSET_SLOTS = CHUNK_SLOTS;
+constexpr int STAGES = stages_beside(CHUNK_SLOTS);
 static_assert(STAGES > 0, "no room for the ring");
 
 // Most tiles being copied at once: eight of INT4 (about 9 KB each), or as many bytes. Memory serves more of them in a
@@ -43,6 +49,8 @@ constexpr int WANTED_UNDER_WAY = 4 * (D + 2 * META_BYTES) / TOKEN_BYTES * 2,
 
 // Queries that the scheduler loads at once. Registers limit them.
 constexpr int QUERIES_AT_ONCE = (ROWS <= 4 || (D > 128 && ((SOFTCAP && OFFSET) || K_BITS == 3)) ? 4 : 8) / PARTS;
+// Lanes that hold a query. With few, one instruction serves several queries.
+constexpr int QUERY_LANES = QUERIES_AT_ONCE < 4 ? WARP / QUERIES_AT_ONCE : 8;
 constexpr int SCHEDULERS = 1;
 constexpr int CODE_EXPONENT = 24;  // codes are read as fp16 n * 2^-24, some of them 2^exponent times as large
 
@@ -57,7 +65,8 @@ __device__ inline float query_factor(int c) { return power_of_two(-Keys::exponen
 // half a group apart.
 __device__ inline int fragment_index(int r, int c) {
   const int quad = c / (D / 4), four = c % (D / 4) / Keys::CODES * (PAIRS / 4) + (c & PAIRS - 1) / 4;
-  return (((r / 8 * (D / 32) + four) * 8 + r % 8) * 4 + quad) * 8 + (c >> 1 & 1) * 4 + (c & 1) * 2 + (c / PAIRS & 1);
+  return (((r / 8 * (D / 32) + four) * ROWS_OF_EIGHT + r % 8) * 4 + quad) * 8 + (c >> 1 & 1) * 4 + (c & 1) * 2 +
+         (c / PAIRS & 1);
 }
 
 struct alignas(sizeof(float) * (SOFTCAP && OFFSET && !BY_BUCKET ? 4 : 2)) QueryStats {
@@ -69,7 +78,8 @@ struct alignas(sizeof(float) * (SOFTCAP && OFFSET && !BY_BUCKET ? 4 : 2)) QueryS
 
 struct Shared {
   u8 tiles[STAGES][TILE_BYTES];
-  u16 queries[CHUNK_SLOTS][QUERY_PARTS * D];  // fp16, rotated and normalized, in the order of `fragment_index`
+  u16 queries[CHUNK_SLOTS]
+             [QUERY_PARTS / 8 * ROWS_OF_EIGHT * D];  // fp16, rotated and normalized, in the order of `fragment_index`
   QueryStats query_stats[CHUNK_SLOTS][QUERY_PARTS];
 #if BY_BUCKET
   float query_offsets[OFFSET_SLOTS][CHUNK_BUCKETS][QUERY_PARTS];  // q . center in log2 of each row and bucket

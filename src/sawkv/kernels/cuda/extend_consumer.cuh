@@ -204,7 +204,7 @@ __device__ void write_results(Shared& s, const DecodeParams& p, const Chunk& chu
         outs[k] = Row<D>::load(s.results[source][i]);
         stats[k] = s.result_stats[source][i];
       }
-      Result merged = Result::none();
+      auto merged = Result<>::none();
       merged.add(outs, stats);
       merged.put(p, chunk, row, r);
     }

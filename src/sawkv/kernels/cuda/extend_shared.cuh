@@ -41,7 +41,7 @@ static_assert(POWERS >= STAGES + OPERAND_STAGES + 2, "powers are read before the
 constexpr int OPERAND_READERS = DEALS_TILES ? 4 : CONSUMERS;  // warps
 
 // Operands are the tile's values times 2^-9, divided by a power of two that all rows of the tile share.
-constexpr int CODE_EXPONENT = 9, QUERIES_AT_ONCE = 4;
+constexpr int CODE_EXPONENT = 9, QUERIES_AT_ONCE = 4, QUERY_LANES = WARP;
 __device__ inline float query_factor(int) { return 1; }
 
 // Column of a channel in an operand. Eight codes become 16 bytes, where codes i and i + 4 are pairs.

@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(MERGE_WARPS* WARP) sawkv_merge(const __grid_co
     const int r = i % ROWS_PER_UNIT / ROWS * BLOCK_ROWS + i % ROWS;
     const QueryRow row(split.unit, split.query_len, r);
     if (row.token >= split.query_len) continue;  // equal in all warps that share the row
-    Result merged = Result::none();
+    auto merged = Result<>::none();
     const int begin = share ? warp : 0, stride = share ? MERGE_WARPS : 1;
     for (int c = begin; c < split.num_chunks; c += AT_ONCE * stride) {
       Row<HEAD_DIM> outs[AT_ONCE];

@@ -4,25 +4,43 @@
 
 namespace sawkv {
 
-// Add the groups' results of rows first, first + step, ... of the n-th chunk. The caller has waited for them.
-__device__ void merge_rows(const Shared& s, const DecodeParams& p, int n, int first, int step) {
+constexpr int ROW_LANES = HEAD_DIM <= 128 ? 16 : WARP;  // two rows at once, whose latencies overlap
+using Merged = Result<ROW_LANES>;
+
+// Adds N results of row r, of every step-th group from `group` on.
+template <int N>
+__device__ void add_results(Merged& sum, const Shared& s, int slot, int group, int step, int r) {
+  Merged::R outs[N];
+  float2 stats[N];
+#pragma unroll
+  for (int k = 0; k < N; k++) {
+    const int from = (group + k * step) * ROW_BLOCKS + r / BLOCK_ROWS;
+    outs[k] = Merged::R::load(s.results[slot][from][r % BLOCK_ROWS]);
+    stats[k] = s.result_stats[slot][from][r % BLOCK_ROWS];
+  }
+  sum.add(outs, stats);
+}
+
+// Merge warp `share` of `shares` adds the groups' results of its rows of the n-th chunk, and puts the sums. The caller
+// has waited for them.
+__device__ void merge_rows(const Shared& s, const DecodeParams& p, int n, int share, int shares) {
   const Chunk chunk = s.chunks[Turn<CHUNK_SLOTS>{n}.slot()];
   if (is_continued(chunk)) return;  // consumers keep its sums
-  const int slot = Turn<RESULT_SLOTS>{n}.slot();
-  for (int r = first; r < CHUNK_ROWS; r += step) {
-    const QueryRow row(chunk.unit, chunk.query_len, r);
-    if (is_padding(r) || row.token >= chunk.query_len) continue;
-    Row<HEAD_DIM> outs[RESULT_GROUPS];
-    float2 stats[RESULT_GROUPS];
-#pragma unroll
-    for (int group = 0; group < RESULT_GROUPS; group++) {
-      const int from = group * ROW_BLOCKS + r / BLOCK_ROWS;
-      outs[group] = Row<HEAD_DIM>::load(s.results[slot][from][r % BLOCK_ROWS]);
-      stats[group] = s.result_stats[slot][from][r % BLOCK_ROWS];
-    }
-    Result merged = Result::none();
-    merged.add(outs, stats);
-    merged.put(p, chunk, row, r);
+  constexpr int AT_ONCE = WARP / ROW_LANES, HALF = divide_up(RESULT_GROUPS, 2);
+  const int slot = Turn<RESULT_SLOTS>{n}.slot(), units = 1 << log2_units(chunk);
+  for (int first = share * AT_ONCE; first < CHUNK_ROWS * units; first += shares * AT_ONCE) {
+    const int i = first + lane_index() / ROW_LANES, unit = UNITS == 1 ? 0 : i / CHUNK_ROWS;
+    int r = i - unit * CHUNK_ROWS;
+    const bool is_there = !is_padding(r) && QueryRow(chunk.unit + unit, chunk.query_len, r).token < chunk.query_len;
+    if (!__any_sync(ALL_LANES, is_there)) continue;
+    if (!is_there) r = 0;  // always there
+    Merged merged = Merged::none();
+    if (units == 1)
+      for (int group = 0; group < RESULT_GROUPS; group += HALF) add_results<HALF>(merged, s, slot, group, 1, r);
+    else
+      for (int group = unit; group < RESULT_GROUPS; group += RESULT_GROUPS / UNITS * units)
+        add_results<RESULT_GROUPS / UNITS>(merged, s, slot, group, units, r);
+    merged.put(p, chunk, QueryRow(chunk.unit + unit, chunk.query_len, r), r, is_there);
   }
 }
 

@@ -72,9 +72,10 @@ __device__ void prefetch_tiles(const DecodeParams& p) {
   chunk.sequence = ptx::load_past_l1(&from->sequence), chunk.unit = ptx::load_past_l1(&from->unit);
   chunk.first_tile = ptx::load_past_l1(&from->first_tile), chunk.num_tiles = ptx::load_past_l1(&from->num_tiles);
   chunk.length = ptx::load_past_l1(&from->length), chunk.query_len = ptx::load_past_l1(&from->query_len);
+  chunk.partial = UNITS == 1 ? -1 : max(ptx::load_past_l1(&from->partial), -UNITS);
   const int tile = lane_index(), token = first_token(chunk, tile);
   if (tile >= min(num_tiles(chunk), MOST_UNDER_WAY) || token < 0 || chunk.query_len < 1) return;
-  const int head = kv_head_of(chunk);
+  const int head = kv_head_of(chunk, unit_of(chunk, tile));
   if ((u32)chunk.sequence >= p.num_seqs || (u32)head >= p.num_kv_heads) return;
 #pragma unroll
   for (int i = 0; i < (PAGE_SIZE == SPAN ? SPANS : 1); i++) {
@@ -101,7 +102,6 @@ __device__ int run_producer(Shared& s, const DecodeParams& p, int producer) {
     ptx::wait(&s.chunk_full[turn.slot()], turn.phase());
     const Chunk chunk = s.chunks[turn.slot()];
     if (!chunk.num_tiles) return n;
-    const u8* head = p.pages + (i64)kv_head_of(chunk) * (PARTS * HEAD_BYTES);
     int first = first_of(producer, tiles_before);
     if (!is_known) next_pages = TilePages(p, chunk, first + lane_index() * PRODUCERS);
     is_known = false;
@@ -123,6 +123,7 @@ __device__ int run_producer(Shared& s, const DecodeParams& p, int producer) {
                             : TilePages(p, chunk, tile + STAGES);
       const Turn<STAGES> stage{tiles_before + tile};
       const int spans = max(0, min(SPANS, divide_up(chunk.length - token, SPAN)));
+      const u8* head = p.pages + (i64)kv_head_of(chunk, unit_of(chunk, tile)) * (PARTS * HEAD_BYTES);
       const u8* from[SPANS];
 #pragma unroll
       for (int i = 0; i < SPANS; i++) from[i] = head + tile % PARTS * HEAD_BYTES + pages.ids[i] * p.page_stride;

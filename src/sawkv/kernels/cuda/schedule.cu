@@ -26,6 +26,7 @@ struct ScheduleParams {
   int window;           // 0: none
   int num_blocks;       // of the decode kernel
   int max_chunks_per_block;
+  int max_units;  // of a chunk
 };
 
 // Tiles that a sequence's queries can see: at least one, so that a sequence without keys still gets zeros as output. A
@@ -90,6 +91,18 @@ __device__ float cost_of(int pieces, int tiles, int num_units, int num_blocks) {
   const int chunks = pieces * num_units, turns = chunks / num_blocks, busy = chunks % num_blocks;
   const float last_turn = busy ? fmaxf((float)busy / num_blocks, turns ? 0.6f : 0.95f) : 0;
   return (turns + last_turn) * ((float)tiles / pieces + 4);
+}
+
+// log2 of the units in each chunk of a sequence whose units are whole. Each consumer warp hands over a result per
+// chunk, which takes as long as a tile, and merge warps add what all have handed over. If a chunk is several units,
+// fewer warps have the tiles of each.
+constexpr int MOST_TILES = 32;  // of several units; each has fewer buckets than attention.cuh's CHUNK_BUCKETS
+__device__ int log2_units(const ScheduleParams& p, const TileRange& range, int tiles_per_block) {
+  int log2 = 0;
+  while (2 << log2 <= p.max_units && range.units % (2 << log2) == 0 &&
+         range.count <= min(tiles_per_block / 3, MOST_TILES) >> log2 + 1)
+    log2++;
+  return log2;
 }
 
 }  // namespace sawkv
@@ -169,7 +182,7 @@ __global__ void __launch_bounds__(THREADS) sawkv_schedule(const __grid_constant_
     const TileRange range(p, order[i]);
     const int pieces = tiles[order[i]], units = range.units;
     split_chunks[i] = pieces > 1 ? pieces * units : 0;
-    whole_chunks[i] = pieces == 1 && range.count > 0 ? units : 0;
+    whole_chunks[i] = pieces == 1 && range.count > 0 ? units >> log2_units(p, range, tiles_per_block) : 0;
     split_units[i] = pieces > 1 ? units : 0;
   }
   __syncthreads();
@@ -184,8 +197,9 @@ __global__ void __launch_bounds__(THREADS) sawkv_schedule(const __grid_constant_
     const int* starts = is_whole ? whole_chunks : split_chunks;
     const int index = is_whole ? c - num_split : c;
     const int place = last_at_most(starts, n - 1, index), seq = order[place], pieces = tiles[seq];
-    const int unit = (index - starts[place]) / pieces, piece = (index - starts[place]) % pieces;
     const TileRange range(p, seq);
+    const int log2 = is_whole ? log2_units(p, range, tiles_per_block) : 0;
+    const int unit = (index - starts[place]) / pieces << log2, piece = (index - starts[place]) % pieces;
     const int begin = (int)((i64)piece * range.count / pieces), end = (int)((i64)(piece + 1) * range.count / pieces);
     const int query_start = p.query_start_loc[seq];
     p.chunks[c] = {seq,
@@ -195,7 +209,7 @@ __global__ void __launch_bounds__(THREADS) sawkv_schedule(const __grid_constant_
                    p.seq_lens[seq],
                    query_start,
                    p.query_start_loc[seq + 1] - query_start,
-                   is_whole ? -1 : c};
+                   is_whole ? ~log2 : c};
   }
   for (int u = threadIdx.x; u < split_units[n]; u += THREADS) {
     const int place = last_at_most(split_units, n - 1, u), seq = order[place], pieces = tiles[seq];

@@ -1,58 +1,66 @@
 // The scheduler warp: takes chunks from the schedule; loads, rotates and normalizes their queries.
 //
 // Included after the kernel defines Shared, CHUNK_SLOTS, SCHEDULERS, ROWS, is_padding, fragment_index, offsets_at,
-// QUERIES_AT_ONCE, CODE_EXPONENT and query_factor.
+// QUERIES_AT_ONCE, QUERY_LANES, CODE_EXPONENT and query_factor.
 #pragma once
 #include "attention.cuh"
 #include "tiles.cuh"
 
 namespace sawkv {
 
-__device__ void store_query(Shared& s, const DecodeParams& p, int slot, int r, Row<D> q, int head,
-                            const Row<D>& gain_inverse) {
+constexpr int QUERIES_ABREAST = WARP / QUERY_LANES, QUERY_SETS = QUERIES_AT_ONCE / QUERIES_ABREAST;
+using Query = Row<D, QUERY_LANES>;
+// The lane's row of a set of queries
+__device__ inline int query_of(int set) { return set * QUERIES_ABREAST + lane_index() / QUERY_LANES; }
+
+// `is_there`: whether the lane's row r is stored
+__device__ void store_query(Shared& s, const DecodeParams& p, int slot, int r, Query q, int head,
+                            const Query& gain_inverse, bool is_there) {
   QueryStats stats;
 #if SOFTCAP && OFFSET && !BY_BUCKET
-  stats.offset = center_score(p, q, Row<D>::load(p.k_center + head * D));
+  stats.offset = center_score(p, q, Query::load(p.k_center + head * D));
 #endif
   if (GAIN) q.multiply(gain_inverse);
   rotate<K_ORDER>(q);
   float largest = 0;
 #pragma unroll
-  for (int i = 0; i < Row<D>::PER_LANE; i++) largest = fmaxf(largest, fabsf(q.x[i]));
+  for (int i = 0; i < Query::PER_LANE; i++) largest = fmaxf(largest, fabsf(q.x[i]));
   // Scale by a power of two to the top of fp16's range. NaN and infinities are unchanged.
-  const int exponent = min(max((int)(__float_as_uint(max_over_lanes(largest)) >> 23) - 127, -100), 100);
+  const int exponent = min(max((int)(__float_as_uint(max_over_lanes<QUERY_LANES>(largest)) >> 23) - 127, -100), 100);
   q.scale(power_of_two(13 - exponent));
   float sum = 0;
 #pragma unroll
-  for (int i = 0; i < Row<D>::PER_LANE; i++) {
-    const int c = Row<D>::channel(i);
-    sum += ptx::half_to_float(ptx::float_to_half(q.x[i]));
+  for (int i = 0; i < Query::PER_LANE; i++) sum += ptx::half_to_float(ptx::float_to_half(q.x[i]));
+  sum = sum_over_lanes<QUERY_LANES>(sum);
+  if (!is_there) return;
+#pragma unroll
+  for (int i = 0; i < Query::PER_LANE; i++) {
+    const int c = Query::channel(i);
     s.queries[slot][fragment_index(r, c)] = ptx::float_to_half(q.x[i] * query_factor(c));
   }
-  sum = sum_over_lanes(sum);
   stats.sum = sum * power_of_two(-CODE_EXPONENT);
   stats.factor = p.scale_log2 * power_of_two(CODE_EXPONENT + exponent - 13);
-  if (lane_index() == 0) s.query_stats[slot][r] = stats;
+  if (Query::lane() == 0) s.query_stats[slot][r] = stats;
 }
 
 #if BY_BUCKET
 // Writes q . center of these queries for each bucket of the chunk. `offsets`: of the first query and bucket.
 __device__ void store_offsets(float* offsets, const DecodeParams& p, const Chunk& chunk, int head,
-                              const Row<D> (&queries)[QUERIES_AT_ONCE]) {
+                              const Query (&queries)[QUERY_SETS]) {
   const int first = chunk.first_tile * TILE / BUCKET_SIZE;
   const int count = chunk_bucket(chunk, (chunk.first_tile + chunk.num_tiles) * TILE - 1) + 1;
   const auto center_of = [&](int bucket) {
-    return Row<D>::load(p.k_center + ((i64)min(bucket, p.num_buckets - 1) * p.num_kv_heads * PARTS + head) * D);
+    return Query::load(p.k_center + ((i64)min(bucket, p.num_buckets - 1) * p.num_kv_heads * PARTS + head) * D);
   };
-  Row<D> next = center_of(first);  // loaded one ahead, while sums go from lane to lane
+  Query next = center_of(first);  // loaded one ahead, while sums go from lane to lane
 #pragma unroll 1
   for (int i = 0; i < count; i++) {
-    const Row<D> center = next;
+    const Query center = next;
     next = center_of(first + i + 1);
 #pragma unroll
-    for (int k = 0; k < QUERIES_AT_ONCE; k++) {
-      const float score = center_score(p, queries[k], center);
-      if (lane_index() == 0) offsets[i * QUERY_PARTS + k] = score;
+    for (int set = 0; set < QUERY_SETS; set++) {
+      const float score = center_score(p, queries[set], center);
+      if (Query::lane() == 0) offsets[i * QUERY_PARTS + query_of(set)] = score;
     }
   }
 }
@@ -72,29 +80,31 @@ __device__ Chunk take_entry(Chunk& chunk) {
 
 // SCHEDULERS warps share the rows. `n`: the entry's number in the ring.
 __device__ void prepare_queries(Shared& s, const DecodeParams& p, const Chunk& chunk, int n, int share) {
+  // Rows of padding are the last ones of a unit.
+  constexpr int STEP = SCHEDULERS * QUERIES_AT_ONCE, STEPS = divide_up(ROWS < BLOCK_ROWS ? ROWS : CHUNK_ROWS, STEP);
   const int slot = Turn<CHUNK_SLOTS>{n}.slot();
 #pragma unroll 1
-  for (int part = 0; part < PARTS; part++) {
-    const int head = kv_head_of(chunk) * PARTS + part, first_row = part * CHUNK_ROWS;
-    const auto gain_inverse = GAIN && p.k_gain_inverse ? Row<D>::load(p.k_gain_inverse + head * D) : Row<D>::filled(1);
-    for (int first = share * QUERIES_AT_ONCE; first < CHUNK_ROWS; first += SCHEDULERS * QUERIES_AT_ONCE) {
-      if (is_padding(first)) continue;
-      Row<D> rows[QUERIES_AT_ONCE];
+  for (int i = 0; i < STEPS * PARTS << log2_units(chunk); i++) {
+    const int number = i / STEPS, unit = chunk.unit + number / PARTS, part = number % PARTS;
+    const int head = kv_head_of(chunk, unit) * PARTS + part, first = i % STEPS * STEP + share * QUERIES_AT_ONCE;
+    const int first_row = number * CHUNK_ROWS + first;
+    Query queries[QUERY_SETS];
 #pragma unroll
-      for (int i = 0; i < QUERIES_AT_ONCE; i++) {
-        const QueryRow row(chunk.unit, chunk.query_len, first + i);
-        rows[i] = Row<D>::filled(0);
-        if (!is_padding(first + i) && row.token < chunk.query_len)
-          rows[i] = Row<D>::load(p.q + (i64)(chunk.query_start + row.token) * p.q_token_stride +
-                                 row.head * p.q_head_stride + part * D);
-      }
+    for (int set = 0; set < QUERY_SETS; set++) {
+      const QueryRow row(unit, chunk.query_len, first + query_of(set));
+      queries[set] = Query::filled(0);
+      if (!is_padding(first + query_of(set)) && row.token < chunk.query_len)
+        queries[set] = Query::load(p.q + (i64)(chunk.query_start + row.token) * p.q_token_stride +
+                                   row.head * p.q_head_stride + part * D);
+    }
+    const auto gain_inverse = GAIN && p.k_gain_inverse ? Query::load(p.k_gain_inverse + head * D) : Query::filled(1);
 #if BY_BUCKET
-      store_offsets(offsets_at(s, n, 0, first_row + first), p, chunk, head, rows);
+    store_offsets(offsets_at(s, n, 0, first_row), p, chunk, head, queries);
 #endif
 #pragma unroll
-      for (int i = 0; i < QUERIES_AT_ONCE; i++)
-        store_query(s, p, slot, first_row + first + i, rows[i], head, gain_inverse);
-    }
+    for (int set = 0; set < QUERY_SETS; set++)
+      store_query(s, p, slot, first_row + query_of(set), queries[set], head, gain_inverse,
+                  !is_padding(first + query_of(set)));
   }
 }
 

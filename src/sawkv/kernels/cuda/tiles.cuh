@@ -1,6 +1,6 @@
 // Layout of tiles in shared memory, and the rings and barriers with which warps pass them on.
 //
-// Macros: those of pages.cuh.
+// Macros: those of pages.cuh, UNITS.
 #pragma once
 #include "pages.cuh"
 #include "chunks.cuh"
@@ -10,10 +10,18 @@ namespace sawkv {
 constexpr int TILE_BYTES = TILE * TOKEN_BYTES;
 static_assert(PAGE_SIZE % TILE == 0 || TILE % PAGE_SIZE == 0, "tiles are whole pages, or the reverse");
 
-// The ring of tiles has one part of the heads of TILE tokens in each: its tile i of a chunk is part i % PARTS of the
-// chunk's tile i / PARTS.
-__device__ inline int num_tiles(const Chunk& chunk) { return chunk.num_tiles * PARTS; }
-__device__ inline int first_token(const Chunk& chunk, int tile) { return (chunk.first_tile + tile / PARTS) * TILE; }
+// log2 of a chunk's units
+__device__ inline int log2_units(const Chunk& chunk) { return UNITS == 1 ? 0 : max(~chunk.partial, 0); }
+
+// The ring of tiles has one part of the heads, or one unit, of TILE tokens in each. Its tile i of a chunk is part
+// i % PARTS, or unit i % units, of the chunk's tile i / PARTS or i / units.
+__device__ inline int num_tiles(const Chunk& chunk) { return chunk.num_tiles * PARTS << log2_units(chunk); }
+__device__ inline int first_token(const Chunk& chunk, int tile) {
+  return (chunk.first_tile + (tile / PARTS >> log2_units(chunk))) * TILE;
+}
+__device__ inline int unit_of(const Chunk& chunk, int tile) {
+  return chunk.unit + (tile & (1 << log2_units(chunk)) - 1);
+}
 
 // A tile is one or more spans of tokens, each laid out like a page: K codes, K meta, V codes, V meta.
 constexpr int SPAN = PAGE_SIZE < TILE ? PAGE_SIZE : TILE;
