@@ -69,6 +69,7 @@ CASES = (
     Case(lengths=(9000, 40, 90), query_len=40, buckets=5, options={"logit_softcap": 5.0}),
     Case(format_name="int3"),
     Case(format_name="int2", lengths=(9000, 40, 3), page_size=64),
+    Case(format_name="int2", lengths=tuple(range(1, 200, 9)), num_blocks=2),  # chunks of two KV heads
     Case(format_name="int4v3", query_len=4, group=8),
     Case(format_name="int3v2", head_dim=256, page_size=128, query_len=2),
     Case(format_name="int3", lengths=(900, 40, 90), query_len=40, page_size=64),

@@ -353,6 +353,9 @@ def test_many_sequences(backend: str) -> None:
     seq_lens = (torch.rand(1500 if not DRY_RUN else 150) * 40).int().tolist()
     seq_lens[70] = LONG
     check_attention(backend, DEVICE, "int4", seq_lens, [1] * len(seq_lens), group=2, head_dim=64)
+    window = {"head_dim": 64, "group": 8, "sliding_window": 100}
+    for format_name, options in (("int3", {}), ("int2", {"centered": True, "buckets": 2}), ("int4", window)):
+        check_attention(backend, DEVICE, format_name, seq_lens, [1] * len(seq_lens), num_kv_heads=4, **options)
 
 
 def test_nothing_to_do(backend: str) -> None:
