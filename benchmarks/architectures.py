@@ -493,7 +493,7 @@ def put(path: Path, record: Record) -> None:
     kept = [old for old in lines if any(old.get(name) != record.get(name) for name in key)]
     order = {name: i for i, name in enumerate(FAMILIES)}
     whole = sorted([*kept, record], key=lambda r: (order.get(r["family"], -1), r["engine"], r.get("device") or ""))
-    path.write_text("".join(json.dumps(line) + "\n" for line in whole))
+    path.write_text("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in whole))
 
 
 def commit() -> str:

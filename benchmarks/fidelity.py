@@ -371,7 +371,7 @@ def interval(
 
 
 def _recall(client: Client, prompts: Sequence[Prompt]) -> Iterator[dict[str, Any]]:
-    """Right if greedy decoding writes the answer, every token of it."""
+    """Right answers of those asked, by task, length and depth. Greedy decoding must write every token of one."""
 
     def ask(prompt: Prompt) -> bool:
         ids, answer = prompt.ids[: -prompt.answer_length], list(prompt.ids[-prompt.answer_length :])
@@ -380,11 +380,13 @@ def _recall(client: Client, prompts: Sequence[Prompt]) -> Iterator[dict[str, Any
 
     with ThreadPoolExecutor(CLIENTS) as pool:
         right = list(pool.map(ask, prompts))
-    cells: dict[tuple[str, int, float], list[bool]] = {}
+    cells: dict[tuple[str, int], dict[str, list[bool]]] = {}
     for prompt, is_right in zip(prompts, right, strict=True):
-        cells.setdefault((prompt.task, prompt.length, prompt.depth), []).append(is_right)
-    for (task, length, depth), answers in cells.items():
-        yield {"task": task, "length": length, "depth": depth, "correct": sum(answers), "asked": len(answers)}
+        by_depth = cells.setdefault((prompt.task, prompt.length), {})
+        by_depth.setdefault(str(prompt.depth), []).append(is_right)
+    for (task, length), answers in cells.items():
+        correct = {depth: sum(of_depth) for depth, of_depth in answers.items()}
+        yield {"task": task, "length": length, "asked": len(right) // len(cells) // len(correct), "correct": correct}
 
 
 def _lab(job: Job, args: argparse.Namespace) -> Iterator[list[dict[str, Any]]]:
@@ -427,14 +429,13 @@ def write(file: Path, records: Sequence[dict[str, Any]]) -> None:
     new = {_cell(record) for record in records}
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(".part")
-    part.write_text(
-        "".join(json.dumps(record) + "\n" for record in [*(r for r in kept if _cell(r) not in new), *records])
-    )
+    whole = [*(r for r in kept if _cell(r) not in new), *records]
+    part.write_text("".join(json.dumps(record, separators=(",", ":")) + "\n" for record in whole))
     part.replace(file)
 
 
 def _cell(record: dict[str, Any]) -> tuple[Any, ...]:
-    keys = ("device", "model", "text", "method", "through", "window", "task", "length", "depth")
+    keys = ("device", "model", "text", "method", "through", "window", "task", "length")
     return tuple(record.get(key) for key in keys)
 
 

@@ -274,14 +274,17 @@ def _row(r: Record) -> str:
 def recall_table(recall: Sequence[Record]) -> str:
     """Right answers by model, task and length, over all depths."""
     methods = list(dict.fromkeys(r["method"] for r in recall))
-    lines = [f"| model | task | tokens | {' | '.join(methods)} |", f"|-|-|-|{'-|' * len(methods)}"]
+    where = ", ".join(sorted({r["device"] for r in recall}) + sorted({r["commit"] for r in recall}))
+    lines = [f"Recall: right answers over all depths, {where}.", ""]
+    lines += [f"| model | task | tokens | {' | '.join(methods)} |", f"|-|-|-|{'-|' * len(methods)}"]
     for model, task, length in dict.fromkeys((r["model"], r["task"], r["length"]) for r in recall):
         cells = []
         for method in methods:
             rows = [
                 r for r in recall if (r["model"], r["task"], r["length"], r["method"]) == (model, task, length, method)
             ]
-            cells.append(f"{sum(r['correct'] for r in rows)} of {sum(r['asked'] for r in rows)}" if rows else "-")
+            right = sum(sum(r["correct"].values()) for r in rows)
+            cells.append(f"{right} of {sum(r['asked'] * len(r['correct']) for r in rows)}" if rows else "-")
         lines.append(f"| {model} | {task} | {length:,} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -325,16 +328,17 @@ def ratio_interval(a: Record, b: Record) -> tuple[float, float]:
 
 def recall_checks(recall: Sequence[Record]) -> Iterator[tuple[bool, str]]:
     """By model, task, length and depth: answers that 16 bits give and what is served does not."""
-    cells = {(r["model"], r["task"], r["length"], r["depth"], r["method"]): r for r in recall}
-    for (model, task, length, depth, method), r in cells.items():
-        wide = cells.get((model, task, length, depth, "16bit"))
+    rows = {(r["model"], r["task"], r["length"], r["method"]): r for r in recall}
+    for (model, task, length, method), r in rows.items():
+        wide = rows.get((model, task, length, "16bit"))
         if method == SERVED and wide is not None:
-            lost = (wide["correct"] - r["correct"]) / r["asked"]
-            what = (
-                f"{model}, {task}, {length:,} tokens, {depth:.0%} deep: {r['correct']} of {r['asked']} where 16 bits"
-                f" have {wide['correct']}"
-            )
-            yield lost <= MISSED, what
+            for depth, correct in r["correct"].items():
+                lost = (wide["correct"][depth] - correct) / r["asked"]
+                what = (
+                    f"{model}, {task}, {length:,} tokens, {float(depth):.0%} deep: {correct} of {r['asked']} where"
+                    f" 16 bits have {wide['correct'][depth]}"
+                )
+                yield lost <= MISSED, what
 
 
 def _kl(value: float) -> str:

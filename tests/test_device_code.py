@@ -229,7 +229,7 @@ def test_both_sides_lay_out_launch_parameters_alike(
     defines = {"HEAD_DIM": 64, "PARTS": 1, "PAGE_SIZE": 16, "K_ORDER": 64, "V_ORDER": 64, "ELEMENT": "sawkv::Half"}
     defines |= {"K_BITS": 4, "V_BITS": 4}
     defines |= {"GAIN": 0, "FEEDBACK": 0, "COUNT": 0, "SOFTCAP": 0, "OFFSET": 0, "BY_BUCKET": 0}
-    defines |= {"GROUP": 4, "CHUNK_ROWS": 8, "ROW_GROUPS": 1}
+    defines |= {"GROUP": 4, "CHUNK_ROWS": 8, "ROW_GROUPS": 1, "UNITS": 1}
 
     def compile_with(shift: int) -> None:
         struct = f"sawkv::{params.__name__}"

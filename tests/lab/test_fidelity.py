@@ -174,18 +174,11 @@ def test_rivals_stand_beside_formats_of_sawkv() -> None:
 
 
 def test_lost_answers_are_counted_at_every_depth() -> None:
-    def cell(method: str, depth: float, correct: int) -> dict[str, Any]:
-        return {
-            "model": "m",
-            "task": "needle",
-            "length": 4096,
-            "depth": depth,
-            "method": method,
-            "correct": correct,
-            "asked": 20,
-        }
+    def row(method: str, correct: dict[str, int]) -> dict[str, Any]:
+        what = {"device": "d", "commit": "c", "model": "m", "task": "needle", "length": 4096}
+        return {**what, "method": method, "correct": correct, "asked": 20}
 
-    recall = [cell("16bit", 0.0, 20), cell("16bit", 0.5, 3), cell("served", 0.0, 18), cell("served", 0.5, 2)]
+    recall = [row("16bit", {"0.0": 20, "0.5": 3}), row("served", {"0.0": 18, "0.5": 2})]
     assert [passed for passed, _ in fidelity_tables.recall_checks(recall)] == [False, True]
     assert "| m | needle | 4,096 | 23 of 40 | 20 of 40 |" in fidelity_tables.recall_table(recall)
 

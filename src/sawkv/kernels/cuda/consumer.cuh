@@ -271,8 +271,7 @@ struct Consumer {
     }
   }
 
-  // Attend to PART tokens of `tile` from `part` on, for the unit of that number in the chunk. `first_token` is the
-  // position of the tile's first token.
+  // Attend to PART tokens of `tile`, whose first one is at `first_token`, from `part` on; for the chunk's unit `unit`.
   __device__ void attend(const u8* tile, int part, Shared& s, int slot, const Chunk& chunk, int unit,
                          const DecodeParams& p, const Share& share, int first_token) {
     float scores[COLUMN_TILES][BLOCKS][4];
