@@ -73,8 +73,9 @@ __device__ void prefetch_tiles(const DecodeParams& p) {
   chunk.first_tile = ptx::load_past_l1(&from->first_tile), chunk.num_tiles = ptx::load_past_l1(&from->num_tiles);
   chunk.length = ptx::load_past_l1(&from->length), chunk.query_len = ptx::load_past_l1(&from->query_len);
   chunk.partial = UNITS == 1 ? -1 : max(ptx::load_past_l1(&from->partial), -UNITS);
+  if ((u32)chunk.first_tile >> 23) return;  // before it is multiplied: behind an overflow checks mean nothing
   const int tile = lane_index(), token = first_token(chunk, tile);
-  if (tile >= min(num_tiles(chunk), MOST_UNDER_WAY) || token < 0 || chunk.query_len < 1) return;
+  if (tile >= min(num_tiles(chunk), MOST_UNDER_WAY) || chunk.query_len < 1) return;
   const int head = kv_head_of(chunk, unit_of(chunk, tile));
   if ((u32)chunk.sequence >= p.num_seqs || (u32)head >= p.num_kv_heads) return;
 #pragma unroll
