@@ -120,7 +120,7 @@ def test_learned_positions_end(tmp_path: Path, capsys: pytest.CaptureFixture[str
         assert f"{option}: expected at most 128, the model's positions, got 129" in capsys.readouterr().err
     few = ["--window", "64", "--tokens", "64", "--layer-tokens", "0", "--floor-tokens", "0", "--free-runs", "0"]
     assert cli.main(["eval", str(tmp_path), *text, *few, "--recall-lengths", "96", "512", "--formats", "int8"]) == 0
-    assert "recall prompts of 512 tokens are left out: the model has 128 positions" in capsys.readouterr().err
+    assert "recall prompts of 512 tokens are left out: 128 are all positions of the model" in capsys.readouterr().err
 
 
 SMALL = ["--tokens", "128", "--window", "64", "--layer-tokens", "0", "--floor-tokens", "0"]
@@ -254,6 +254,8 @@ def test_recall_counts_whole_answers() -> None:
     text = load_text(MODEL, None)
     model = EvalModel.load(MODEL, "cpu", torch.float32)
     prompts = make_prompts(text.encode, text.ids, text.prefix, lengths=[128], count=1)
+    with pytest.raises(SawkvError, match=f"at most {len(text.ids)} tokens, those of the text"):
+        make_prompts(text.encode, text.ids, (), lengths=[128, len(text.ids) + 1], count=1)
     blank = [(torch.zeros_like, torch.zeros_like)] * len(model.layers)
     steps: list[int] = []
     right, wrong = (recall(model, prompts, readers, tokens_at_once=600, step=steps.append) for readers in (None, blank))

@@ -288,17 +288,13 @@ def _known(before: Evaluation, now: Evaluation) -> dict[str, MethodResult]:
 def _prompts(source: Text, budget: Budget, max_positions: int) -> list[Prompt]:
     if not budget.recall_count:
         return []
-    prompts = make_prompts(
-        source.encode, source.ids, source.prefix, lengths=budget.recall_lengths, count=budget.recall_count
-    )
-    left_out = sorted({prompt.length for prompt in prompts if len(prompt.ids) > max_positions})
-    if left_out:
-        print(
-            f"sawkv: recall prompts of {', '.join(map(str, left_out))} tokens are left out: the model has"
-            f" {max_positions} positions",
-            file=sys.stderr,
-        )
-    return [prompt for prompt in prompts if prompt.length not in left_out]
+    lengths = budget.recall_lengths
+    for most, what in ((max_positions, "positions of the model"), (len(source.ids), "tokens of the text")):
+        if left_out := [length for length in lengths if length > most]:
+            numbers = ", ".join(map(str, left_out))
+            print(f"sawkv: recall prompts of {numbers} tokens are left out: {most} are all {what}", file=sys.stderr)
+        lengths = tuple(length for length in lengths if length <= most)
+    return make_prompts(source.encode, source.ids, source.prefix, lengths=lengths, count=budget.recall_count)
 
 
 def _floor(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
+from sawkv.errors import SawkvError
 from sawkv.lab.divergence import Readers
 from sawkv.lab.records import FreeRun, Recall
 from sawkv.prepare.model import EvalModel
@@ -43,7 +44,12 @@ def make_prompts(
         lengths: approximate tokens per prompt.
         count: prompts per task, length and depth.
         seed: of the random choices.
+
+    Raises:
+        SawkvError: a length is more than the filler has.
     """
+    if max(lengths, default=0) > len(filler):
+        raise SawkvError(f"recall: expected at most {len(filler)} tokens, those of the text, got {max(lengths)}")
     rng = random.Random(seed)
     prompts = []
     for length in lengths:
