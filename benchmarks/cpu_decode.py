@@ -61,7 +61,7 @@ def main() -> None:
         print(f"{name:<18}{middle * 1e3:>11.2f}{args.seqs / middle:>15.1f}{base / middle:>8.2f}   {spread}")
         if args.out:
             with args.out.open("a") as file:
-                file.write(json.dumps(record) + "\n")
+                file.write(json.dumps(record, separators=(",", ":")) + "\n")
 
 
 def _turn(args: argparse.Namespace) -> float:

@@ -136,7 +136,7 @@ def recorded_name(name: str, no_prepare: bool) -> str:
 def append_record(file: Path, record: dict[str, Any]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     with file.open("a") as sink:
-        sink.write(json.dumps(record) + "\n")
+        sink.write(json.dumps(record, separators=(",", ":")) + "\n")
 
 
 def taken_gib(log: Path) -> float:

@@ -203,7 +203,7 @@ def main() -> None:
             )
             if args.out:
                 with args.out.open("a") as file:
-                    file.write(json.dumps(record) + "\n")
+                    file.write(json.dumps(record, separators=(",", ":")) + "\n")
     print(f"\n{time.perf_counter() - started:.0f} s in all")
 
 
