@@ -45,7 +45,7 @@ import openai
 
 from benchmarks import engines
 from benchmarks.engines import PEERS
-from benchmarks.plots import agents_table, read_records
+from benchmarks.plots import agents_table, append_record, read_records
 from sawkv.bench.records import SIXTEEN_BITS
 from sawkv.bench.server import serve_cache
 from sawkv.cli import end_as_by_ctrl_c
@@ -155,7 +155,7 @@ def main() -> None:
         for name in args.formats:
             try:
                 for record in _run_format(args, name, model):
-                    engines.append_record(args.output, record)
+                    append_record(args.output, record)
             except UnsupportedError as error:
                 faults.append(f"{name}: {error}")
     for work in args.works:

@@ -53,6 +53,7 @@ from unittest import mock
 
 from benchmarks.agreement import Agreement, Nearness, Output, follow, generate, logprobs_of
 from benchmarks.families import FAMILIES, SERVED, Family, make_model
+from benchmarks.plots import record_line
 
 if TYPE_CHECKING:
     import torch
@@ -493,7 +494,7 @@ def put(path: Path, record: Record) -> None:
     kept = [old for old in lines if any(old.get(name) != record.get(name) for name in key)]
     order = {name: i for i, name in enumerate(FAMILIES)}
     whole = sorted([*kept, record], key=lambda r: (order.get(r["family"], -1), r["engine"], r.get("device") or ""))
-    path.write_text("".join(json.dumps(line, separators=(",", ":")) + "\n" for line in whole))
+    path.write_text("".join(map(record_line, whole)))
 
 
 def commit() -> str:

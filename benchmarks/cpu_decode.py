@@ -17,6 +17,7 @@ import sys
 import time
 from pathlib import Path
 
+from benchmarks.plots import append_record
 from sawkv.cli import end_as_by_ctrl_c
 
 
@@ -60,8 +61,7 @@ def main() -> None:
         spread = f"{min(values) * 1e3:.2f}-{max(values) * 1e3:.2f}"
         print(f"{name:<18}{middle * 1e3:>11.2f}{args.seqs / middle:>15.1f}{base / middle:>8.2f}   {spread}")
         if args.out:
-            with args.out.open("a") as file:
-                file.write(json.dumps(record, separators=(",", ":")) + "\n")
+            append_record(args.out, record)
 
 
 def _turn(args: argparse.Namespace) -> float:

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from benchmarks.engines import MARK, git_head
-from benchmarks.plots import RESULTS
+from benchmarks.plots import RESULTS, append_record
 from sawkv.cli import end_as_by_ctrl_c
 from sawkv.integrations.vllm.server import STOP_TIMEOUT, running
 from sawkv.prepare import corpus
@@ -76,8 +76,7 @@ def main() -> None:
             fault = check(case, found)
             failed |= fault is not None
             print(f"{case}: {fault or 'as expected'}; {found}", flush=True)
-            with args.output.open("a") as file:
-                file.write(json.dumps({"commit": commit, "case": case, "fault": fault, **found}) + "\n")
+            append_record(args.output, {"commit": commit, "case": case, "fault": fault, **found})
     sys.exit(failed)
 
 

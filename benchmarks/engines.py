@@ -133,12 +133,6 @@ def recorded_name(name: str, no_prepare: bool) -> str:
     return f"{name}, unprepared" if no_prepare and name not in PEERS else name
 
 
-def append_record(file: Path, record: dict[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open("a") as sink:
-        sink.write(json.dumps(record, separators=(",", ":")) + "\n")
-
-
 def taken_gib(log: Path) -> float:
     """GiB of a card that were taken when the engine started, its own context included, as vLLM's log says; 0 if it does
     not. Above `ALONE_GIB` another process uses the card too, which makes steps longer.

@@ -44,6 +44,7 @@ import psutil
 import torch
 from safetensors.torch import load_file, save_file
 
+from benchmarks.plots import record_line
 from benchmarks.texts import text_file
 from sawkv.cli import end_as_by_ctrl_c
 from sawkv.errors import FormatError
@@ -430,7 +431,7 @@ def write(file: Path, records: Sequence[dict[str, Any]]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     part = file.with_suffix(".part")
     whole = [*(r for r in kept if _cell(r) not in new), *records]
-    part.write_text("".join(json.dumps(record, separators=(",", ":")) + "\n" for record in whole))
+    part.write_text("".join(map(record_line, whole)))
     part.replace(file)
 
 

@@ -17,7 +17,6 @@ once a layer, is timed apart.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -31,7 +30,7 @@ import torch
 import triton.testing
 
 from benchmarks.engines import git_head
-from benchmarks.plots import RESULTS
+from benchmarks.plots import RESULTS, append_record
 from sawkv import Attention, CacheFormat, PagedKVCache, PageLayout, Schedule, append, decode_attention, gather
 from sawkv.format.constants import BUCKET_SIZE, ERROR_STEPS, MAX_WEIGHT
 from sawkv.format.feedback import Feedback, channel_blocks
@@ -647,8 +646,7 @@ def main() -> None:
         for record in chain(*parts):  # written one by one: a run that is stopped keeps what it has measured
             if not arguments.no_write:
                 rounded = {key: round(value, 6) if isinstance(value, float) else value for key, value in record.items()}
-                with (arguments.output / name).open("a") as file:
-                    file.write(json.dumps(rounded, separators=(",", ":")) + "\n")
+                append_record(arguments.output / name, rounded)
 
 
 if __name__ == "__main__":

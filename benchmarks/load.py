@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from benchmarks.engines import append_record, git_head
-from benchmarks.plots import RESULTS, load_table, read_records
+from benchmarks.engines import git_head
+from benchmarks.plots import RESULTS, append_record, load_table, read_records
 from sawkv.bench.records import SIXTEEN_BITS, Bench
 
 

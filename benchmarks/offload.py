@@ -31,6 +31,7 @@ import prometheus_client
 
 from benchmarks import engines
 from benchmarks.engines import PEERS
+from benchmarks.plots import append_record
 from sawkv.cli import end_as_by_ctrl_c
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def main() -> None:
             if not found:
                 raise SystemExit(f"{name}: expected a record, got none")
             records += found
-            engines.append_record(args.output, found[0])
+            append_record(args.output, found[0])
     print("\n".join(check(records) or ["all limits are kept"]))
     sys.exit(bool(check(records)))
 

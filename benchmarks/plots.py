@@ -91,6 +91,17 @@ def read_records(path: Path) -> list[Record]:
     return [json.loads(line) for line in path.read_text().splitlines() if line.strip()] if path.is_file() else []
 
 
+def record_line(record: Record) -> str:
+    """The record as a line of such a file."""
+    return json.dumps(record, separators=(",", ":")) + "\n"
+
+
+def append_record(file: Path, record: Record) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with file.open("a") as sink:
+        sink.write(record_line(record))
+
+
 def serving_table(records: Iterable[Record]) -> str:
     """A table for each device and model."""
     latest = {(r["device"], _served(r), load_name(r), r["format"]): r for r in records}

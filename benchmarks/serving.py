@@ -36,7 +36,7 @@ import numpy as np
 
 from benchmarks import engines
 from benchmarks.engines import say
-from benchmarks.plots import read_records, serving_table
+from benchmarks.plots import append_record, read_records, serving_table
 from benchmarks.shapes import ENGINE
 from sawkv.cli import end_as_by_ctrl_c
 from sawkv.integrations.vllm.client import held_tokens
@@ -123,7 +123,7 @@ def main() -> None:
                 if (taken := engines.taken_gib(log)) > engines.ALONE_GIB:
                     print(f"{name}: not recorded, {taken:.1f} GiB of the card were taken: another process uses it")
                 else:
-                    engines.append_record(args.output, record | {"kv_tokens": held_tokens(log)})
+                    append_record(args.output, record | {"kv_tokens": held_tokens(log)})
     print(f"\n{serving_table(read_records(args.output))}")
 
 

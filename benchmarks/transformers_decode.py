@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
 import time
 from collections.abc import Callable
@@ -37,6 +36,7 @@ from transformers import (
     logging,
 )
 
+from benchmarks.plots import append_record
 from sawkv.integrations.transformers import SawCache
 
 QWEN3_8B: dict[str, Any] = {
@@ -202,8 +202,7 @@ def main() -> None:
                 flush=True,
             )
             if args.out:
-                with args.out.open("a") as file:
-                    file.write(json.dumps(record, separators=(",", ":")) + "\n")
+                append_record(args.out, record)
     print(f"\n{time.perf_counter() - started:.0f} s in all")
 
 
