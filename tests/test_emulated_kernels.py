@@ -4,7 +4,7 @@ lengths, random orders of warps.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -86,14 +86,19 @@ def cut_for_many_blocks(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """The header of each schedule that is made from now on."""
     emulator.install(monkeypatch, num_sms=16)
     headers: list[list[int]] = []
+    watch_schedules(monkeypatch, lambda schedule: headers.append(schedule.header.tolist()))
+    return headers
+
+
+def watch_schedules(monkeypatch: pytest.MonkeyPatch, see: Callable[[cuda.Schedule], None]) -> None:
+    """Call `see` with each schedule that is made from now on."""
     update = cuda.Schedule.update
 
     def updated(self: cuda.Schedule, seq_lens: torch.Tensor, query_start_loc: torch.Tensor) -> None:
         update(self, seq_lens, query_start_loc)
-        headers.append(self.header.tolist())
+        see(self)
 
     monkeypatch.setattr(cuda.Schedule, "update", updated)
-    return headers
 
 
 @pytest.mark.parametrize("query_len", [1, 16])
@@ -123,13 +128,12 @@ def test_short_units_share_chunks(
 ) -> None:
     """Chunks of one, and of two or four KV heads, whose last tiles are not full."""
     units: list[int] = []
-    update = cuda.Schedule.update
 
-    def updated(self: cuda.Schedule, *args: torch.Tensor) -> None:
-        update(self, *args)
-        units.extend(1 << ~partial for partial in self.chunks[: int(self.header[0]), 7].tolist() if partial < 0)
+    def see(schedule: cuda.Schedule) -> None:
+        partials = schedule.chunks[: int(schedule.header[0]), 7].tolist()
+        units.extend(1 << ~partial for partial in partials if partial < 0)
 
-    monkeypatch.setattr(cuda.Schedule, "update", updated)
+    watch_schedules(monkeypatch, see)
     lengths = [1 + i * 53 % 150 for i in range(16)] + [300, 0, 700, 420, 9]
     check_attention("cuda", "cpu", format_name, lengths, [1] * 21, num_kv_heads=num_kv_heads, **options)
     assert max(units) == (2 if num_kv_heads == 6 or options.get("group") == 8 else 4), units

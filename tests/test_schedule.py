@@ -68,12 +68,13 @@ def schedule(
     assert num_chunks + NUM_BLOCKS <= room
     assert num_split_units <= most_splits // 2
     chunks = [arrays[3][8 * i : 8 * i + 8] for i in range(num_chunks)]
-    units = defaultdict(list)
+    units, sizes = defaultdict(list), []
     for i, (sequence, unit, first, count, length, start, query_len, partial) in enumerate(chunks):
         assert (length, start, query_len) == (lengths[sequence], starts[sequence], query_lens[sequence])
         assert count > 0
         num_units = 1 if i < num_split_chunks else 1 << ~partial
         assert partial == i if i < num_split_chunks else num_units <= queries.units
+        sizes.append(count * num_units)
         for n in range(unit, unit + num_units):
             units[sequence, n].append((first, count, i))
     wanted: dict[tuple[int, int], tuple[int, int]] = {}
@@ -100,7 +101,7 @@ def schedule(
         if len(numbers) > 1:
             assert splits.pop(numbers[0]) == (unit, starts[sequence], query_lens[sequence], len(numbers))
     assert not splits
-    return [chunk[3] * (1 if chunk[7] >= 0 else 1 << ~chunk[7]) for chunk in chunks]
+    return sizes
 
 
 @pytest.mark.parametrize(
